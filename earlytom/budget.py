@@ -1,0 +1,102 @@
+"""Counts: the only code that turns frames and a ratio into numbers of frames and tokens.
+
+Everything here is integer and double arithmetic on Python numbers; nothing looks at a video. `F` are the frames of the
+input video, `F'` the frames left after merging, `P` the tokens a frame has after projector and pooling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from earlytom.errors import UserError
+
+
+def pooled_side(grid: int) -> int:
+    """Side of the token grid after the model's 2x pooling of a `grid` x `grid` frame (27 -> 14)."""
+    return math.ceil(grid / 2)
+
+
+def frames_per_stage(
+    frames: int, *, merges: int = 3, frame_budget: float | Sequence[int] = 0.75
+) -> tuple[int, ...]:
+    """Budget schedule: frames before the first merge and after each one, for example (32, 24, 18, 14).
+
+    A share keeps `round(share * frames)` at each merge layer, never fewer than one; explicit counts are taken as they
+    are and must not exceed the frames that arrive.
+
+    Raises:
+        UserError: fewer than one frame, or an explicit count larger than what arrives.
+    """
+    if frames < 1:
+        raise UserError(f"the number of frames must be at least 1, got {frames}: set it with --frames")
+    counts = [frames]
+    for stage in range(merges):
+        if isinstance(frame_budget, (int, float)):
+            kept = max(1, round(frame_budget * counts[-1]))
+        else:
+            kept = frame_budget[stage]
+            if kept > counts[-1]:
+                raise UserError(
+                    f"frame budget {kept} at merge {stage + 1} is more than the {counts[-1]} frames that arrive "
+                    "there: lower it with --frame-budget or raise --frames"
+                )
+        counts.append(kept)
+    return tuple(counts)
+
+
+def effective_ratio(ratio: float, frames_in: int, frames_out: int) -> float:
+    """Share of each remaining frame's tokens to keep so that `ratio` of the whole video's tokens stays."""
+    return min(ratio * frames_in / frames_out, 1.0)
+
+
+def dynamic_tokens(tokens_per_frame: int, effective: float) -> int:
+    """Tokens kept of a frame that changes: `ceil(P * r')`."""
+    return min(tokens_per_frame, math.ceil(tokens_per_frame * effective))
+
+
+def static_tokens(tokens_per_frame: int, effective: float) -> int:
+    """Tokens kept of a frame inside a static segment, adaptive schedule: one per window, half-even rounding."""
+    return max(1, round(tokens_per_frame * effective))
+
+
+def token_count(
+    frames: int,
+    tokens_per_frame: int,
+    ratio: float,
+    schedule: str = "budget",
+    *,
+    merges: int = 3,
+    frame_budget: float | Sequence[int] = 0.75,
+    frames_out: int | None = None,
+    static_frames: int | None = None,
+) -> int:
+    """Number of visual tokens `N` that reach the LLM (without the closing newline).
+
+    Args:
+        frames: frames of the input video.
+        tokens_per_frame: `P`.
+        ratio: retention ratio in (0, 1].
+        schedule: "budget" (a pure function of the arguments) or "adaptive".
+        merges, frame_budget: budget schedule: number of merge layers and share (or counts) kept at each.
+        frames_out, static_frames: adaptive schedule: how many frames the video was merged to, and how many of them are
+            static. Known only once the video has been seen.
+
+    Raises:
+        UserError: a ratio outside (0, 1], or the adaptive schedule without the two counts it depends on.
+    """
+    if not 0 < ratio <= 1:
+        raise UserError(f"the retention ratio must be in (0, 1], got {ratio}: set it with --ratio")
+    if schedule == "budget":
+        kept = frames_out or frames_per_stage(frames, merges=merges, frame_budget=frame_budget)[-1]
+        return kept * dynamic_tokens(tokens_per_frame, effective_ratio(ratio, frames, kept))
+    if schedule != "adaptive":
+        raise UserError(f"schedule must be adaptive or budget, got {schedule!r}")
+    if frames_out is None or static_frames is None:
+        raise UserError(
+            "the adaptive schedule's token count depends on the video: give frames_out and static_frames, "
+            "or use schedule='budget'"
+        )
+    effective = effective_ratio(ratio, frames, frames_out)
+    dynamic = (frames_out - static_frames) * dynamic_tokens(tokens_per_frame, effective)
+    return dynamic + static_frames * static_tokens(tokens_per_frame, effective)

@@ -1,0 +1,192 @@
+"""What a user may choose about the method, and nothing else.
+
+`EarlyTomConfig` is frozen and validates itself: a value that makes no sense is refused when the object is made, with one
+line that says what is accepted. It knows no tensors and no model; checks that need a model (is there a layer 20?) are made
+where the model is known, by `EarlyTomConfig.check_layers`.
+
+Released settings and their source: *EarlyTom: Early Token Compression Completes Fast Video Understanding*
+(CVPR 2026, arXiv 2605.30010) and the scripts published with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from earlytom.errors import UserError
+
+Schedule = Literal["adaptive", "budget"]
+Trailing = Literal["released", "keep"]
+
+SCHEDULES: tuple[Schedule, ...] = ("adaptive", "budget")
+TRAILINGS: tuple[Trailing, ...] = ("released", "keep")
+
+# The depth for which the released merge layers were chosen: SigLIP-so400m without its 27th layer.
+RELEASED_LAYERS = 26
+
+# benchmark -> retention ratio -> (tau, merge layers)
+PRESETS: dict[str, dict[float, tuple[float, tuple[int, ...]]]] = {
+    "mvbench": {
+        0.10: (0.65, (8, 14, 20)),
+        0.15: (0.8, (6, 14, 20)),
+        0.20: (0.8, (6, 14, 20)),
+        0.25: (0.8, (6, 14, 20)),
+    },
+    "videomme": {
+        0.10: (0.3, (10, 21, 23)),
+        0.15: (0.4, (8, 21, 23)),
+        0.20: (0.5, (8, 21, 23)),
+        0.25: (0.7, (10, 21, 23)),
+    },
+    "longvideobench": {
+        0.10: (0.3, (10, 21, 23)),
+        0.15: (0.5, (10, 21, 23)),
+        0.20: (0.6, (10, 21, 23)),
+        0.25: (0.8, (4, 14, 24)),
+    },
+    "egoschema": {
+        0.10: (0.3, (10, 21, 23)),
+        0.15: (0.5, (10, 21, 23)),
+        0.20: (0.6, (10, 21, 23)),
+        0.25: (0.7, (10, 21, 23)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class EarlyTomConfig:
+    """Settings of the method.
+
+    Attributes:
+        retention_ratio: share of the `F * P` visual tokens that should reach the LLM, in (0, 1]; 1 keeps all.
+        merge_layers: 0-based encoder layers after which frames are merged, ascending; empty turns merging off.
+        tau: a new segment starts where the smoothed similarity to its first frame falls below this, in [-1, 1].
+        max_window: a segment holds at most `max(1, max_window - 1)` frames.
+        ema: weight of the newest similarity in the running one, in (0, 1].
+        trailing: what becomes of the last middle frame of a segment that no pair took: "released" drops it (as the
+            published numbers do), "keep" keeps it (as the paper's text says).
+        schedule: "adaptive" lets the video decide how many frames stay; "budget" fixes the number beforehand, so that
+            every shape is static.
+        frame_budget: budget schedule only: the share of frames that stays at each merge layer, in (0, 1], or one
+            number of frames per merge layer.
+    """
+
+    retention_ratio: float = 0.1
+    merge_layers: tuple[int, ...] = (6, 14, 20)
+    tau: float = 0.8
+    max_window: int = 6
+    ema: float = 0.9
+    trailing: Trailing = "released"
+    schedule: Schedule = "adaptive"
+    frame_budget: float | tuple[int, ...] = 0.75
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # the class is frozen; values are normalised once, here
+        set_(self, "retention_ratio", _number("retention_ratio", self.retention_ratio, 0, 1, low_open=True))
+        set_(self, "tau", _number("tau", self.tau, -1, 1))
+        set_(self, "ema", _number("ema", self.ema, 0, 1, low_open=True))
+        set_(self, "max_window", _integer("max_window", self.max_window, 1))
+        set_(self, "merge_layers", _layers(self.merge_layers))
+        _choice("trailing", self.trailing, TRAILINGS)
+        _choice("schedule", self.schedule, SCHEDULES)
+        set_(self, "frame_budget", _frame_budget(self.frame_budget, len(self.merge_layers)))
+
+    @classmethod
+    def preset(cls, benchmark: str, retention_ratio: float, **changes: Any) -> EarlyTomConfig:
+        """The released settings for a benchmark and a retention ratio (LLaVA-OneVision-7B).
+
+        Raises:
+            UserError: there is no such benchmark, or it was not released at this ratio.
+        """
+        name = benchmark.lower().replace("-", "").replace("_", "")
+        if name not in PRESETS:
+            raise UserError(f"preset {benchmark!r} is not known: choose one of {', '.join(PRESETS)}")
+        released = PRESETS[name]
+        ratio = next((r for r in released if math.isclose(r, retention_ratio, abs_tol=1e-9)), None)
+        if ratio is None:
+            raise UserError(
+                f"preset {benchmark!r} was not released at retention ratio {retention_ratio}: choose one of "
+                f"{', '.join(map(str, released))}, or give --merge-layers and --tau without a preset"
+            )
+        tau, layers = released[ratio]
+        return cls(**({"retention_ratio": ratio, "tau": tau, "merge_layers": layers} | changes))
+
+    @staticmethod
+    def layers_for(depth: int) -> tuple[int, ...]:
+        """The default merge layers of a tower with `depth` layers: the released 6, 14, 20 of 26 at the same relative
+        depth. A tower with fewer than four layers has room for fewer merges."""
+        scaled = {round(layer * depth / RELEASED_LAYERS) for layer in (6, 14, 20)}
+        return tuple(sorted(layer for layer in scaled if 0 <= layer < depth - 1))
+
+    def check_layers(self, depth: int) -> None:
+        """Raise UserError if a merge layer is not one of the tower's `depth` layers."""
+        wrong = [layer for layer in self.merge_layers if layer >= depth]
+        if wrong:
+            raise UserError(
+                f"merge layer {wrong[0]} does not exist: the vision tower has layers 0 to {depth - 1}; "
+                f"choose others with --merge-layers, for example {','.join(map(str, self.layers_for(depth)))}"
+            )
+
+    def replace(self, **changes: Any) -> EarlyTomConfig:
+        """A copy with some values changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EarlyTomConfig:
+        """Inverse of `to_dict`. Raises UserError on a key that is not a setting."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(sorted(known))}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> float:
+    span = f"in {'(' if low_open else '['}{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise UserError(f"{name} must be a number {span}, got {value!r}")
+    if not (low < value if low_open else low <= value) or value > high:
+        raise UserError(f"{name} must be {span}, got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    return value
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise UserError(f"merge_layers must be a list of layer numbers, got {value!r}")
+    layers = tuple(_integer("each of merge_layers", layer, 0) for layer in value)
+    if list(layers) != sorted(set(layers)):
+        raise UserError(f"merge_layers must be different and ascending, got {value!r}")
+    return layers
+
+
+def _frame_budget(value: Any, merges: int) -> float | tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        counts = tuple(_integer("each of frame_budget", count, 1) for count in value)
+        if len(counts) != merges:
+            raise UserError(
+                f"frame_budget names {len(counts)} frame counts for {merges} merge layers: give one count per "
+                "merge layer, or one share such as 0.75"
+            )
+        if list(counts) != sorted(counts, reverse=True):
+            raise UserError(f"frame_budget must not grow from one merge layer to the next, got {list(counts)}")
+        return counts
+    return _number("frame_budget", value, 0, 1, low_open=True)

@@ -1,0 +1,110 @@
+"""Stage II: which tokens of each frame reach the LLM.
+
+A frame that changes ("dynamic") keeps its tokens of highest received attention; a frame inside a static segment keeps the
+best token of each of n windows of the raster order, because a few tokens that soak up attention would otherwise take all
+places. Tokens stay in raster order, frames in time order.
+
+Both rules are one: a token's rank is the number of tokens it competes with (all of its frame, or those of its window) that
+beat it; it stays if the rank is below the number of places (k, or 1). Ties go to the lower index, on every backend,
+since nothing here relies on the order in which a top-k operator returns equal values.
+
+Notation: F' frames (after merging), P tokens a frame, D width, N tokens kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlytom.budget import dynamic_tokens, effective_ratio, static_tokens
+from earlytom.errors import UserError
+
+
+def select_tokens(
+    features: Tensor,
+    received: Tensor,
+    segments: Tensor,
+    *,
+    frames_in: int,
+    ratio: float,
+    schedule: str = "adaptive",
+) -> tuple[Tensor, Tensor]:
+    """Keep the tokens that matter.
+
+    Args:
+        features: [F', P, D] after projector and pooling.
+        received: [F', P] received attention after the same pooling.
+        segments: [G, 2] final segments of the F' frames (inclusive).
+        frames_in: frames of the input video, before any merging.
+        ratio: retention ratio in (0, 1].
+        schedule: "adaptive": static frames keep `round(P * r')` tokens; "budget": all frames keep `ceil(P * r')`,
+            so N is known beforehand.
+
+    Returns:
+        tokens [N, D] in the dtype of the features, and positions [N] int64, `frame * P + cell`.
+
+    Raises:
+        UserError: shapes that do not belong together, or a ratio outside (0, 1].
+    """
+    if features.dim() != 3 or received.shape != features.shape[:2]:
+        raise UserError(
+            f"features must be [frames, tokens, width] and received attention [frames, tokens], got "
+            f"{list(features.shape)} and {list(received.shape)}"
+        )
+    if not 0 < ratio <= 1:
+        raise UserError(f"the retention ratio must be in (0, 1], got {ratio}")
+    frames, per_frame, _ = features.shape
+    effective = effective_ratio(ratio, frames_in, frames)
+    places = dynamic_tokens(per_frame, effective)
+    index = torch.arange(frames, device=features.device)
+    first, last = segments.to(features.device).unbind(1)
+    static = ((first[:, None] < index) & (index < last[:, None])).any(0)
+    if schedule == "budget":
+        return select_fixed(features, received, static, places)
+    mask = keep_mask(received, static, places, static_tokens(per_frame, effective))
+    positions = mask.flatten().nonzero().squeeze(1)
+    return features.flatten(0, 1)[positions], positions
+
+
+def select_fixed(features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """Keep exactly `places` tokens of every frame: static shapes, no host sync.
+
+    Args:
+        features: [F', P, D]; received: [F', P]; static: [F'] bool.
+
+    Returns:
+        tokens [F' * places, D] and positions [F' * places] int64.
+    """
+    frames, per_frame, _ = features.shape
+    mask = keep_mask(received, static, places, places)
+    cells = torch.argsort(~mask, dim=1, stable=True)[:, :places]  # raster order: kept cells first
+    offset = torch.arange(frames, device=features.device)[:, None] * per_frame
+    positions = (cells + offset).flatten()
+    return features.flatten(0, 1)[positions], positions
+
+
+def keep_mask(received: Tensor, static: Tensor, places: int, windows: int) -> Tensor:
+    """[F', P] bool: which tokens stay.
+
+    Args:
+        received: [F', P]; static: [F'] bool.
+        places: tokens a dynamic frame keeps; windows: windows of a static frame, one token each.
+    """
+    per_frame = received.shape[1]
+    index = torch.arange(per_frame, device=received.device)
+    earlier = index[:, None] < index  # [P, P]: row q is before column p
+    mine, other = received[:, None, :], received[:, :, None]
+    beats = (other > mine) | ((other == mine) & earlier)  # [F', P, P]: q beats p
+    window = window_of_cell(per_frame, windows).to(received.device)
+    rivals = (window[:, None] == window) | ~static[:, None, None]
+    rank = (beats & rivals).sum(1)
+    return rank < torch.where(static, 1, places)[:, None]
+
+
+def window_of_cell(per_frame: int, windows: int) -> Tensor:
+    """[P] int64: the window of each cell. Windows are contiguous in raster order and as even as possible; the first
+    `P mod windows` are one longer."""
+    size, longer = divmod(per_frame, windows)
+    sizes = torch.full((windows,), size)
+    sizes[:longer] += 1
+    return torch.repeat_interleave(torch.arange(windows), sizes, output_size=per_frame)

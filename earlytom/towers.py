@@ -1,0 +1,146 @@
+"""Adapters: what the encoder must know about a Hugging Face vision tower, and nothing more.
+
+A tower says how pixels become tokens, which modules are its layers, how many leading tokens are not patches, and how one
+layer runs around a given attention. The merge hook in `earlytom.encoder` is written against `Tower` alone, so a new family
+is one small class here. Supported: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2 of transformers.
+
+Notation: F frames, S = g*g patch tokens, T = S + prefix tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlytom.errors import UserError
+
+
+class Tower:
+    """One vision tower seen as patches, layers and attention.
+
+    Attributes:
+        layers: the encoder layers, in order.
+        prefix: number of leading tokens that are not patches (class token).
+        grid: patches along one side of a frame, or None when it depends on the input.
+    """
+
+    prefix = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.layers: Sequence[Any] = model.encoder.layers  # type: ignore[union-attr, assignment]
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """[F, 3, H, W] normalised pixels to the hidden states [F, T, D] that enter layer 0."""
+        return self.model.embeddings(pixels)
+
+    def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
+        """One encoder layer on `hidden [F, T, D]`.
+
+        Returns the new hidden states [F, T, D] and, when `receive` is set, the received attention of the patch tokens
+        [F, S] in fp32 (else None).
+        """
+        attended, received = self.attention(layer.self_attn, layer.layer_norm1(hidden), receive)
+        hidden = hidden + layer.self_attn.out_proj(attended)
+        return hidden + layer.mlp(layer.layer_norm2(hidden)), received
+
+    def attention(self, module: Any, hidden: Tensor, receive: bool) -> tuple[Tensor, Tensor | None]:
+        """Self-attention up to, not including, the output projection: [F, T, D] to [F, T, D].
+
+        `scaled_dot_product_attention` unless received attention is asked for: only then is the attention matrix formed,
+        once, with a softmax in fp32. The query is scaled before the product, which leaves half precision more room.
+        """
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)  # [F, H, T, D/H]
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        scale = module.head_dim**-0.5
+        if not receive:
+            out = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+            return out.transpose(1, 2).flatten(2), None
+        attention = torch.softmax((query * scale) @ key.transpose(2, 3), dim=-1, dtype=torch.float32)  # [F, H, T, T]
+        received = attention.mean(2).mean(1)[:, self.prefix :]
+        out = attention.to(value.dtype) @ value
+        return out.transpose(1, 2).flatten(2), received
+
+
+class SiglipTower(Tower):
+    """SigLIP: patches only, learned positions."""
+
+
+class ClipTower(Tower):
+    """CLIP: a class token in front and a layer norm before the first layer."""
+
+    prefix = 1
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return self.model.pre_layrnorm(self.model.embeddings(pixels))
+
+
+class Siglip2Tower(Tower):
+    """SigLIP2 at a fixed resolution: every frame has the same grid, so there is no padding and no mask."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        embeddings = self.model.embeddings
+        size = embeddings.patch_size
+        rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
+        patches = pixels.unflatten(2, (rows, size)).unflatten(4, (columns, size))  # [F, C, r, p, c, p]
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [F, S, p*p*C]
+        positions = embeddings.position_embedding.weight
+        if rows != columns or rows * columns != positions.shape[0]:
+            side = embeddings.position_embedding_size
+            positions = embeddings.resize_positional_embeddings(
+                positions.reshape(side, side, -1), torch.tensor([[rows, columns]]), max_length=rows * columns
+            )[0]
+        return embeddings.patch_embedding(patches.to(embeddings.patch_embedding.weight.dtype)) + positions
+
+
+class Dinov2Tower(Tower):
+    """DINOv2: a class token in front, layer scale on both branches."""
+
+    prefix = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = model.encoder.layer  # type: ignore[union-attr, assignment]
+
+    def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
+        attended, received = self.attention(layer.attention, layer.norm1(hidden), receive)
+        hidden = layer.layer_scale1(layer.attention.o_proj(attended)) + hidden
+        return layer.layer_scale2(layer.mlp(layer.norm2(hidden))) + hidden, received
+
+
+TOWERS: dict[str, type[Tower]] = {
+    "siglip_vision_model": SiglipTower,
+    "siglip2_vision_model": Siglip2Tower,
+    "clip_vision_model": ClipTower,
+    "dinov2": Dinov2Tower,
+}
+
+
+def tower_of(vision_model: nn.Module) -> Tower:
+    """The adapter of a Hugging Face vision model.
+
+    Raises:
+        UserError: the model's family has no adapter.
+    """
+    family = getattr(getattr(vision_model, "config", None), "model_type", type(vision_model).__name__)
+    if family not in TOWERS:
+        raise UserError(
+            f"vision tower {family!r} is not supported: EarlyTom runs on {', '.join(TOWERS)} "
+            "(an adapter is one class in earlytom.towers)"
+        )
+    # transformers before 5.5 keeps the layers one level deeper.
+    return TOWERS[family](getattr(vision_model, "vision_model", vision_model))
+
+
+def grid_side(tokens: int) -> int:
+    """Patches along one side of a square frame. Raises UserError when the frame is not square."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise UserError(f"frames must be square: a frame has {tokens} patch tokens, which is not a square number")
+    return side
