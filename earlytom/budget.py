@@ -17,9 +17,7 @@ def pooled_side(grid: int) -> int:
     return math.ceil(grid / 2)
 
 
-def frames_per_stage(
-    frames: int, *, merges: int = 3, frame_budget: float | Sequence[int] = 0.75
-) -> tuple[int, ...]:
+def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequence[int] = 0.75) -> tuple[int, ...]:
     """Budget schedule: frames before the first merge and after each one, for example (32, 24, 18, 14).
 
     A share keeps `round(share * frames)` at each merge layer, never fewer than one; explicit counts are taken as they

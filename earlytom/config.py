@@ -1,8 +1,8 @@
 """What a user may choose about the method, and nothing else.
 
-`EarlyTomConfig` is frozen and validates itself: a value that makes no sense is refused when the object is made, with one
-line that says what is accepted. It knows no tensors and no model; checks that need a model (is there a layer 20?) are made
-where the model is known, by `EarlyTomConfig.check_layers`.
+`EarlyTomConfig` is frozen and validates itself: a value that makes no sense is refused when the object is made, with
+one line that says what is accepted. It knows no tensors and no model; checks that need a model (is there a layer 20?)
+are made where the model is known, by `EarlyTomConfig.check_layers`.
 
 Released settings and their source: *EarlyTom: Early Token Compression Completes Fast Video Understanding*
 (CVPR 2026, arXiv 2605.30010) and the scripts published with it.
@@ -112,7 +112,8 @@ class EarlyTomConfig:
                 f"{', '.join(map(str, released))}, or give --merge-layers and --tau without a preset"
             )
         tau, layers = released[ratio]
-        return cls(**({"retention_ratio": ratio, "tau": tau, "merge_layers": layers} | changes))
+        settings: dict[str, Any] = {"retention_ratio": ratio, "tau": tau, "merge_layers": layers}
+        return cls(**(settings | changes))
 
     @staticmethod
     def layers_for(depth: int) -> tuple[int, ...]:
@@ -146,7 +147,8 @@ class EarlyTomConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(sorted(known))}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**given)
 
 
 def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> float:

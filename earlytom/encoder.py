@@ -1,11 +1,11 @@
 """The vision encoder with EarlyTom inside: pixels of a video in, the tokens that reach the LLM out.
 
-One function, `encode`, is the method; the PyTorch reference and the exported graph both run it. What differs between them is
-only who takes the two data-dependent decisions (`Decisions`): here plain PyTorch, in the exporter a node that names an ONNX
-function. `encode_video` is `encode` on Hugging Face modules.
+One function, `encode`, is the method; the PyTorch reference and the exported graph both run it. What differs between
+them is only who takes the two data-dependent decisions (`Decisions`): here plain PyTorch, in the exporter a node that
+names an ONNX function. `encode_video` is `encode` on Hugging Face modules.
 
-Notation: F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens after pooling,
-D tower width, E LLM width, N tokens kept.
+Notation: F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens after
+pooling, D tower width, E LLM width, N tokens kept.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Decisions:
         self.config = config
 
     def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`similarity [F, F]` to weights [F', F], segment start [F] and static [F] bool. None: the adaptive schedule."""
+        """`similarity [F, F]` to weights [F', F], segment start [F], static [F] bool. `None` frames: adaptive."""
         c = self.config
         weights, start, end = plan_similarity(
             similarity, frames_out, tau=c.tau, max_window=c.max_window, ema=c.ema, trailing=c.trailing

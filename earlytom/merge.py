@@ -2,8 +2,8 @@
 
 Decide once, apply many: the decision is a row-stochastic matrix `W [F', F]`, and merging anything that has one entry a
 frame (hidden states, received attention) is `W @ x`. Everything is decided from the `F x F` similarity matrix, in fp32,
-by a fixed tensor program: no loop over frames, no host sync (but for the adaptive schedule's output size, which only the
-video knows). `builder.functions` writes the same program in ONNX operators.
+by a fixed tensor program: no loop over frames, no host sync (but for the adaptive schedule's output size, which only
+the video knows). `builder.functions` writes the same program in ONNX operators.
 
 Two schedules, see `plan_frames`. Notation: F frames, S tokens a frame, D width, G segments.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from earlytom.budget import frames_per_stage
 from earlytom.errors import UserError
 
-# Similarities are rounded to this grid (2^-20, about 1e-6) before anything is decided. Kernels sum in different orders, so
-# two copies of one frame would otherwise differ in the last bits, and "more similar than" would be decided by noise.
+# Similarities are rounded to this grid (2^-20, about 1e-6) before anything is decided. Kernels sum in different orders,
+# so two copies of one frame would otherwise differ in the last bits, and "more similar than" would be decided by noise.
 SIMILARITY_STEPS = 2.0**20
 
 
@@ -28,8 +28,8 @@ class FramePlan:
     """A decision about F frames.
 
     Attributes:
-        weights: [F', F] fp32, rows sum to one; row i says what kept frame i is made of. A zero column is a dropped frame.
-        segments: [G, 2] int64, first and last frame (inclusive) of each segment of the F frames.
+        weights: [F', F] fp32, rows sum to one; row i says what kept frame i is made of. A zero column is a dropped
+        frame. segments: [G, 2] int64, first and last frame (inclusive) of each segment of the F frames.
     """
 
     weights: Tensor
@@ -151,9 +151,7 @@ def plan_similarity(
     return _budget_weights(similarity, pair_weight, paired, kept, frames_out), start, end
 
 
-def segment_bounds(
-    similarity: Tensor, *, tau: float, max_window: int, ema: float
-) -> tuple[Tensor, Tensor]:
+def segment_bounds(similarity: Tensor, *, tau: float, max_window: int, ema: float) -> tuple[Tensor, Tensor]:
     """First and last frame of each frame's segment, both [F] int64.
 
     For every possible first frame at once the recurrence `q <- ema * c(a, a+k) + (1 - ema) * q` runs for the few k that
@@ -190,9 +188,7 @@ def _orbit(following: Tensor) -> Tensor:
     return reach[0] > 0
 
 
-def _adaptive_decisions(
-    similarity: Tensor, start: Tensor, end: Tensor, trailing: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adaptive_decisions(similarity: Tensor, start: Tensor, end: Tensor, trailing: str) -> tuple[Tensor, Tensor, Tensor]:
     """What the scan over the middle frames of each segment decides.
 
     Returns, all [F]: `pair_weight` fp32 (weight of frame i when it is merged with i + 1), `paired` bool (it is merged),
@@ -228,14 +224,12 @@ def _pair_rows(pair_weight: Tensor, paired: Tensor) -> Tensor:
     return own[:, None] * eye + (1 - own)[:, None] * beside
 
 
-def _budget_weights(
-    similarity: Tensor, pair_weight: Tensor, paired: Tensor, kept: Tensor, frames_out: int
-) -> Tensor:
+def _budget_weights(similarity: Tensor, pair_weight: Tensor, paired: Tensor, kept: Tensor, frames_out: int) -> Tensor:
     """[frames_out, F] weights of the budget schedule.
 
-    The adaptive plan gives the ranking: frames it removes go first, then the others, each group by similarity to the frame
-    before, ties to the earlier frame. A removed frame that the adaptive plan would have kept is folded into the nearest kept
-    frame before it, weighted by their similarity against 1 for that frame itself.
+    The adaptive plan gives the ranking: frames it removes go first, then the others, each group by similarity to the
+    frame before, ties to the earlier frame. A removed frame that the adaptive plan would have kept is folded into the
+    nearest kept frame before it, weighted by their similarity against 1 for that frame itself.
     """
     frames = similarity.shape[0]
     index = torch.arange(frames, device=similarity.device)

@@ -1,9 +1,9 @@
 """EarlyTom on a whole Hugging Face model: `model.generate(...)` with compressed visual tokens, and back again.
 
-The processor expands one video to `F * P + 1` placeholder tokens; after compression there are fewer, and everything that
-counts positions (mask, cache, rotary positions) must see the shorter prompt. So the prompt is shortened and the visual
-tokens are put in before generation starts, and the ids that `generate` returns begin with the prompt that was passed in.
-Only instance attributes are set; `restore()` (or leaving the `with` block) removes them.
+The processor expands one video to `F * P + 1` placeholder tokens; after compression there are fewer, and everything
+that counts positions (mask, cache, rotary positions) must see the shorter prompt. So the prompt is shortened and the
+visual tokens are put in before generation starts, and the ids that `generate` returns begin with the prompt that was
+passed in. Only instance attributes are set; `restore()` (or leaving the `with` block) removes them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class AppliedEarlyTom:
         if int(placeholder.sum()) != full * len(videos):
             raise UserError(
                 f"the prompt has {int(placeholder.sum())} video placeholders, but {len(videos)} video(s) of "
-                f"{pixel_values_videos.shape[1]} frames take {full} each: make the prompt with the model's own processor"
+                f"{pixel_values_videos.shape[1]} frames take {full} each: "
+                "make the prompt with the model's own processor"
             )
         # The j-th placeholder of the batch is token `j mod full` of video `j div full`; it stays if that token exists.
         order = placeholder.flatten().cumsum(0).sub(1).view_as(input_ids)
@@ -121,9 +122,7 @@ class AppliedEarlyTom:
             if prompt is None:
                 raise UserError("generate needs input_ids beside pixel_values_videos")
             ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
-            out = own_generate(
-                None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs
-            )
+            out = own_generate(None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs)
             return _with_prompt(out, prompt, ids.shape[1])
 
         @functools.wraps(own_forward)

@@ -1,12 +1,12 @@
 """Stage II: which tokens of each frame reach the LLM.
 
-A frame that changes ("dynamic") keeps its tokens of highest received attention; a frame inside a static segment keeps the
-best token of each of n windows of the raster order, because a few tokens that soak up attention would otherwise take all
-places. Tokens stay in raster order, frames in time order.
+A frame that changes ("dynamic") keeps its tokens of highest received attention; a frame inside a static segment keeps
+the best token of each of n windows of the raster order, because a few tokens that soak up attention would otherwise
+take all places. Tokens stay in raster order, frames in time order.
 
-Both rules are one: a token's rank is the number of tokens it competes with (all of its frame, or those of its window) that
-beat it; it stays if the rank is below the number of places (k, or 1). Ties go to the lower index, on every backend,
-since nothing here relies on the order in which a top-k operator returns equal values.
+Both rules are one: a token's rank is the number of tokens it competes with (all of its frame, or those of its window)
+that beat it; it stays if the rank is below the number of places (k, or 1). Ties go to the lower index, on every
+backend, since nothing here relies on the order in which a top-k operator returns equal values.
 
 Notation: F' frames (after merging), P tokens a frame, D width, N tokens kept.
 """

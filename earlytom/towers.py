@@ -1,8 +1,8 @@
 """Adapters: what the encoder must know about a Hugging Face vision tower, and nothing more.
 
-A tower says how pixels become tokens, which modules are its layers, how many leading tokens are not patches, and how one
-layer runs around a given attention. The merge hook in `earlytom.encoder` is written against `Tower` alone, so a new family
-is one small class here. Supported: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2 of transformers.
+A tower says how pixels become tokens, which modules are its layers, how many leading tokens are not patches, and how
+one layer runs around a given attention. The merge hook in `earlytom.encoder` is written against `Tower` alone, so a new
+family is one small class here. Supported: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2 of transformers.
 
 Notation: F frames, S = g*g patch tokens, T = S + prefix tokens, D width, H heads.
 """
