@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 from earlytom.errors import UserError
 
@@ -24,21 +25,29 @@ def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequ
     are and must not exceed the frames that arrive.
 
     Raises:
-        UserError: fewer than one frame, or an explicit count larger than what arrives.
+        UserError: fewer than one frame, a share outside (0, 1], not one count per merge, or a count that is not
+            between 1 and what arrives.
     """
-    if frames < 1:
-        raise UserError(f"the number of frames must be at least 1, got {frames}: set it with --frames")
+    _at_least_one("the number of frames", frames, "--frames")
     counts = [frames]
-    for stage in range(merges):
-        if isinstance(frame_budget, (int, float)):
-            kept = max(1, round(frame_budget * counts[-1]))
-        else:
-            kept = frame_budget[stage]
-            if kept > counts[-1]:
-                raise UserError(
-                    f"frame budget {kept} at merge {stage + 1} is more than the {counts[-1]} frames that arrive "
-                    "there: lower it with --frame-budget or raise --frames"
-                )
+    if isinstance(frame_budget, (int, float)):
+        if not 0 < frame_budget <= 1:
+            raise UserError(f"the frame budget must be a share in (0, 1], got {frame_budget}: see --frame-budget")
+        for _ in range(merges):
+            counts.append(max(1, round(frame_budget * counts[-1])))
+        return tuple(counts)
+    if len(frame_budget) != merges:
+        raise UserError(
+            f"the frame budget names {len(frame_budget)} frame counts for {merges} merge layers: give one per merge "
+            "layer, or one share, with --frame-budget"
+        )
+    for stage, kept in enumerate(frame_budget, start=1):
+        _at_least_one(f"the frame budget at merge {stage}", kept, "--frame-budget")
+        if kept > counts[-1]:
+            raise UserError(
+                f"frame budget {kept} at merge {stage} is more than the {counts[-1]} frames that arrive "
+                "there: lower it with --frame-budget or raise --frames"
+            )
         counts.append(kept)
     return tuple(counts)
 
@@ -81,12 +90,19 @@ def token_count(
             static. Known only once the video has been seen.
 
     Raises:
-        UserError: a ratio outside (0, 1], or the adaptive schedule without the two counts it depends on.
+        UserError: a ratio outside (0, 1], a count that makes no sense, or the adaptive schedule without the two
+            counts it depends on.
     """
+    _at_least_one("the number of frames", frames, "--frames")
+    _at_least_one("the number of tokens a frame has", tokens_per_frame)
+    if frames_out is not None and not 1 <= frames_out <= frames:
+        raise UserError(f"frames_out must be between 1 and {frames} (the frames of the video), got {frames_out}")
     if not 0 < ratio <= 1:
         raise UserError(f"the retention ratio must be in (0, 1], got {ratio}: set it with --ratio")
     if schedule == "budget":
-        kept = frames_out or frames_per_stage(frames, merges=merges, frame_budget=frame_budget)[-1]
+        kept = frames_out
+        if kept is None:
+            kept = frames_per_stage(frames, merges=merges, frame_budget=frame_budget)[-1]
         return kept * dynamic_tokens(tokens_per_frame, effective_ratio(ratio, frames, kept))
     if schedule != "adaptive":
         raise UserError(f"schedule must be adaptive or budget, got {schedule!r}")
@@ -95,6 +111,14 @@ def token_count(
             "the adaptive schedule's token count depends on the video: give frames_out and static_frames, "
             "or use schedule='budget'"
         )
+    if not 0 <= static_frames <= frames_out:
+        raise UserError(f"static_frames must be between 0 and {frames_out} (frames_out), got {static_frames}")
     effective = effective_ratio(ratio, frames, frames_out)
     dynamic = (frames_out - static_frames) * dynamic_tokens(tokens_per_frame, effective)
     return dynamic + static_frames * static_tokens(tokens_per_frame, effective)
+
+
+def _at_least_one(what: str, count: int, flag: str = "") -> None:
+    if isinstance(count, bool) or not isinstance(count, SupportsIndex) or count < 1:
+        remedy = f": set it with {flag}" if flag else ""
+        raise UserError(f"{what} must be a whole number of at least 1, got {count!r}{remedy}")

@@ -101,14 +101,15 @@ class EarlyTomConfig:
         Raises:
             UserError: there is no such benchmark, or it was not released at this ratio.
         """
-        name = benchmark.lower().replace("-", "").replace("_", "")
+        wanted = _number("retention_ratio", retention_ratio, 0, 1, low_open=True)
+        name = str(benchmark).lower().replace("-", "").replace("_", "")
         if name not in PRESETS:
             raise UserError(f"preset {benchmark!r} is not known: choose one of {', '.join(PRESETS)}")
         released = PRESETS[name]
-        ratio = next((r for r in released if math.isclose(r, retention_ratio, abs_tol=1e-9)), None)
+        ratio = next((r for r in released if math.isclose(r, wanted, abs_tol=1e-9)), None)
         if ratio is None:
             raise UserError(
-                f"preset {benchmark!r} was not released at retention ratio {retention_ratio}: choose one of "
+                f"preset {benchmark!r} was not released at retention ratio {wanted}: choose one of "
                 f"{', '.join(map(str, released))}, or give --merge-layers and --tau without a preset"
             )
         tau, layers = released[ratio]
@@ -128,7 +129,7 @@ class EarlyTomConfig:
         if wrong:
             raise UserError(
                 f"merge layer {wrong[0]} does not exist: the vision tower has layers 0 to {depth - 1}; "
-                f"choose others with --merge-layers, for example {','.join(map(str, self.layers_for(depth)))}"
+                f"choose others with --merge-layers, for example {','.join(map(str, self.layers_for(depth) or (0,)))}"
             )
 
     def replace(self, **changes: Any) -> EarlyTomConfig:
@@ -153,9 +154,9 @@ class EarlyTomConfig:
 
 def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> float:
     span = f"in {'(' if low_open else '['}{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name} must be a number {span}, got {value!r}")
-    if not (low < value if low_open else low <= value) or value > high:
+    if not (low < value if low_open else low <= value) or value > high:  # a NaN fails the first test
         raise UserError(f"{name} must be {span}, got {value!r}")
     return float(value)
 

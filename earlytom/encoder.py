@@ -90,7 +90,7 @@ def encode_video(
         depth: how many layers to run; default all (the post layer norm is never applied).
 
     Raises:
-        UserError: no frames, not four dimensions, or a merge layer that the tower does not have.
+        UserError: no frames, not four dimensions, or a depth or merge layer that the tower does not have.
     """
     return encode(tower_of(vision_model), projector, pixels, config, Decisions(config), depth=depth)
 
@@ -108,22 +108,25 @@ def encode(
     """The method, against an adapter and a decision maker. Arguments as in `encode_video`."""
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
-    layers = list(tower.layers)[:depth]
+    layers = list(tower.layers)
+    if depth is not None and not 1 <= depth <= len(layers):
+        raise UserError(f"depth must be between 1 and {len(layers)} (the tower's layers), got {depth}")
+    layers = layers[:depth]
     config.check_layers(len(layers))
     frames = pixels.shape[0]
     stages = planned_frames(frames, config)
-    # Without a merge layer the selection still needs received attention: that of the last layer.
-    receiving = config.merge_layers[-1] if config.merge_layers else len(layers) - 1
+    # The layer whose received attention and segments the selection goes by.
+    deciding = config.merge_layers[-1] if config.merge_layers else len(layers) - 1
     trace: dict[str, Tensor] = {}
-    received = pixels.new_zeros(())
     frame_weights = torch.eye(frames, device=pixels.device)
     counts = [frames]
 
     hidden = tower.embed(pixels)  # [F, T, D]
     for index, layer in enumerate(layers):
-        hidden, column = tower.run_layer(layer, hidden, receive=index == receiving)
-        if column is not None:
-            received = column
+        if not config.merge_layers and index == deciding:
+            # Beside the layer rather than within, so that with merging off every layer runs as in the untouched tower.
+            received = tower.received(layer, hidden)
+        hidden, column = tower.run_layer(layer, hidden, receive=index in config.merge_layers and index == deciding)
         if index in config.merge_layers:
             trace[f"hidden_{index}"] = hidden
             similarity = frame_similarity(hidden[:, tower.prefix :])
@@ -132,8 +135,9 @@ def encode(
             hidden = apply_weights(weights, hidden)
             frame_weights = weights @ frame_weights
             counts.append(hidden.shape[0])
-        if index == receiving:
-            received = apply_weights(weights, received) if config.merge_layers else received
+        if column is not None:
+            received = apply_weights(weights, column)
+        if index == deciding:
             # The final segments are those of the merged frames.
             final = frame_similarity(hidden[:, tower.prefix :])
             _, start, static = decisions.plan(final, hidden.shape[0])
@@ -145,6 +149,12 @@ def encode(
     tokens, positions = _select(features, relevance, static, frames, config, decisions)
     trace |= {"tokens": tokens, "positions": positions}
     return VisualTokens(tokens, positions, hidden, received, start, tuple(counts), frame_weights, trace)
+
+
+def trace_names(config: EarlyTomConfig) -> list[str]:
+    """The keys of `VisualTokens.trace`, in order."""
+    per_layer = [f"{kind}_{layer}" for layer in config.merge_layers for kind in ("hidden", "similarity", "weights")]
+    return [*per_layer, "static", "features", "relevance", "tokens", "positions"]
 
 
 def planned_frames(frames: int, config: EarlyTomConfig) -> tuple[int | None, ...]:
@@ -169,10 +179,11 @@ def _select(
     kept, per_frame, _ = features.shape
     effective = effective_ratio(config.retention_ratio, frames, kept)
     places = dynamic_tokens(per_frame, effective)
-    if places == per_frame:  # nothing to leave out, whatever the schedule
+    windows = places if config.schedule == "budget" else static_tokens(per_frame, effective)
+    if places == windows == per_frame:  # nothing to leave out
         return features.flatten(0, 1), torch.arange(kept * per_frame, device=features.device)
     if config.schedule == "budget":
         return decisions.select(features, relevance, static, places)
-    mask = keep_mask(relevance, static, places, static_tokens(per_frame, effective))
+    mask = keep_mask(relevance, static, places, windows)
     positions = mask.flatten().nonzero().squeeze(1)
     return features.flatten(0, 1)[positions], positions

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from earlytom.budget import frames_per_stage
+from earlytom.config import SCHEDULES, TRAILINGS
 from earlytom.errors import UserError
 
 # Similarities are rounded to this grid (2^-20, about 1e-6) before anything is decided. Kernels sum in different orders,
@@ -29,11 +30,17 @@ class FramePlan:
 
     Attributes:
         weights: [F', F] fp32, rows sum to one; row i says what kept frame i is made of. A zero column is a dropped
-        frame. segments: [G, 2] int64, first and last frame (inclusive) of each segment of the F frames.
+            frame.
+        segment_start: [F] int64, first frame of each frame's segment.
     """
 
     weights: Tensor
-    segments: Tensor
+    segment_start: Tensor
+
+    @property
+    def segments(self) -> Tensor:
+        """[G, 2] int64: first and last frame of each segment of the F frames, inclusive."""
+        return segments_of(self.segment_start)
 
     def apply(self, x: Tensor) -> Tensor:
         """Merge `x [F, ...]` to `[F', ...]`, in the dtype of `x`."""
@@ -42,7 +49,7 @@ class FramePlan:
 
 def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
     """`W [F', F]` applied to `x [F, ...]`: one small GEMM that reads x once. Returns [F', ...] in the dtype of x."""
-    return (weights.to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])
+    return (weights.to(x.dtype) @ x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
 
 
 def frame_similarity(hidden: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ def frame_similarity(hidden: Tensor) -> Tensor:
     gram = x @ x.transpose(1, 2)  # [S, F, F]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # 1e-6 rather than 1e-12: the ONNX exporter's optimiser deletes smaller constants.
-    norm = (gram * eye).sum(-1).clamp_min(1e-6).sqrt()  # [S, F]
+    norm = (gram * eye).sum(-1).sqrt().clamp_min(1e-6)  # [S, F]
     similarity = (gram / (norm[:, :, None] * norm[:, None, :])).mean(0)
     return torch.round(similarity * SIMILARITY_STEPS) / SIMILARITY_STEPS
 
@@ -112,19 +119,24 @@ def plan_frames(
         frames_out: budget schedule only; default `round(0.75 * F)`.
 
     Raises:
-        UserError: `hidden` is not [F, S, D] with F >= 1, or `frames_out` is not in 1..F.
+        UserError: `hidden` is not [F, S, D] with F >= 1, an unknown schedule or trailing, or a `frames_out` that is not
+            in 1..F or not for the budget schedule.
     """
+    if schedule not in SCHEDULES:
+        raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if trailing not in TRAILINGS:
+        raise UserError(f"trailing must be one of {', '.join(TRAILINGS)}, got {trailing!r}")
+    if schedule == "adaptive" and frames_out is not None:
+        raise UserError(f"frames_out={frames_out} is for schedule='budget': in the adaptive one the video decides")
     if hidden.dim() != 3 or hidden.shape[0] < 1:
         raise UserError(f"hidden states must be [frames, tokens, width] with a frame, got {list(hidden.shape)}")
     similarity = frame_similarity(hidden)
-    if schedule == "adaptive":
-        frames_out = None
-    elif frames_out is None:
+    if schedule == "budget" and frames_out is None:
         frames_out = frames_per_stage(hidden.shape[0], merges=1)[-1]
     weights, start, _ = plan_similarity(
         similarity, frames_out, tau=tau, max_window=max_window, ema=ema, trailing=trailing
     )
-    return FramePlan(weights, segments_of(start))
+    return FramePlan(weights, start)
 
 
 def plan_similarity(

@@ -19,7 +19,7 @@ from earlytom.budget import pooled_side
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import VisualTokens, encode_video
 from earlytom.errors import UserError
-from earlytom.towers import grid_side
+from earlytom.towers import TOWERS, tower_of
 
 
 class AppliedEarlyTom:
@@ -30,6 +30,8 @@ class AppliedEarlyTom:
         self.config = config
         self.depth = feature_depth(self.model.config)
         config.check_layers(self.depth)
+        tower_of(self.inner.vision_tower)  # refuses a family without an adapter now, not at the first video
+        self._before: list[tuple[Any, str, Any]] = []  # owner, name and the instance attribute that was there, if any
         self._install()
 
     def __enter__(self) -> AppliedEarlyTom:
@@ -42,8 +44,11 @@ class AppliedEarlyTom:
 
     def restore(self) -> None:
         """Give the model back as it was. Calling it twice does nothing."""
-        for owner, name in ((self.model, "generate"), (self.inner, "forward"), (self.inner, "get_video_features")):
-            vars(owner).pop(name, None)
+        for owner, name, before in self._before:
+            del vars(owner)[name]
+            if before is not None:
+                setattr(owner, name, before)
+        self._before = []
 
     @property
     def inner(self) -> Any:
@@ -80,17 +85,10 @@ class AppliedEarlyTom:
         Raises:
             UserError: the placeholders do not fit the videos.
         """
+        placeholder = input_ids == self.model.config.video_token_id
+        full = self._placeholders_per_video(placeholder, pixel_values_videos)
         videos = self.features(pixel_values_videos)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        placeholder = input_ids == self.model.config.video_token_id
-        vision = self.model.config.vision_config
-        full = pixel_values_videos.shape[1] * pooled_side(vision.image_size // vision.patch_size) ** 2 + 1
-        if int(placeholder.sum()) != full * len(videos):
-            raise UserError(
-                f"the prompt has {int(placeholder.sum())} video placeholders, but {len(videos)} video(s) of "
-                f"{pixel_values_videos.shape[1]} frames take {full} each: "
-                "make the prompt with the model's own processor"
-            )
         # The j-th placeholder of the batch is token `j mod full` of video `j div full`; it stays if that token exists.
         order = placeholder.flatten().cumsum(0).sub(1).view_as(input_ids)
         lengths = torch.tensor([len(video) for video in videos], device=input_ids.device)
@@ -107,9 +105,37 @@ class AppliedEarlyTom:
         embeds = embeds.masked_scatter(visual[..., None], torch.cat(videos).to(embeds))
         return ids, short_mask, embeds
 
+    def _placeholders_per_video(self, placeholder: Tensor, pixel_values_videos: Tensor) -> int:
+        """`F * P + 1`, once it is certain that every prompt has that many for each of its videos."""
+        if pixel_values_videos.dim() != 5:
+            raise UserError(
+                "pixel_values_videos must be [videos, frames, 3, height, width], got "
+                f"{list(pixel_values_videos.shape)}: make them with the model's own processor"
+            )
+        videos, frames = pixel_values_videos.shape[:2]
+        vision = self.model.config.vision_config
+        full = frames * pooled_side(vision.image_size // vision.patch_size) ** 2 + 1
+        counts = placeholder.sum(1).tolist()
+        if sum(counts) != full * videos or any(count % full for count in counts):
+            raise UserError(
+                f"the prompt has {', '.join(map(str, counts))} video placeholders, but {videos} video(s) of {frames} "
+                f"frames take {full} each: make the prompt with the model's own processor"
+            )
+        return full
+
+    def _lengths(self, removed: int, given: Any, kwargs: dict[str, Any]) -> dict[str, int]:
+        """`max_length` and `min_length` for the shortened prompt: the caller's count the prompt that was passed in."""
+        lengths = {}
+        for name in ("max_length", "min_length"):
+            sources = (kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
+            asked = next((value for value in sources if value is not None), None)
+            if asked and removed:
+                lengths[name] = max(asked - removed, 0)
+        return lengths
+
     def _install(self) -> None:
         model, inner = self.model, self.inner
-        if "generate" in vars(model) or "get_video_features" in vars(inner):
+        if "_earlytom" in vars(model):
             raise UserError("EarlyTom is already applied to this model: call restore() on what apply_earlytom returned")
         own_generate, own_forward, own_features = model.generate, inner.forward, inner.get_video_features
 
@@ -121,7 +147,10 @@ class AppliedEarlyTom:
             prompt = kwargs.pop("input_ids", inputs)
             if prompt is None:
                 raise UserError("generate needs input_ids beside pixel_values_videos")
-            ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
+            with torch.no_grad():
+                ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
+            given = args[0] if args else kwargs.get("generation_config")
+            kwargs |= self._lengths(prompt.shape[1] - ids.shape[1], given, kwargs)
             out = own_generate(None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs)
             return _with_prompt(out, prompt, ids.shape[1])
 
@@ -129,9 +158,11 @@ class AppliedEarlyTom:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("pixel_values_videos") is None or kwargs.get("input_ids") is None:
                 return own_forward(*args, **kwargs)
+            if kwargs.get("position_ids") is not None:
+                raise UserError("position_ids count the full prompt, which gets shorter: leave them out")
             pixels, ids = kwargs.pop("pixel_values_videos"), kwargs.pop("input_ids")
-            _, mask, embeds = self.shorten(ids, kwargs.pop("attention_mask", None), pixels)
-            return own_forward(*args, attention_mask=mask, inputs_embeds=embeds, **kwargs)
+            _, mask, embeds = self.shorten(ids, kwargs.get("attention_mask"), pixels)
+            return own_forward(*args, **(kwargs | {"attention_mask": mask, "inputs_embeds": embeds}))
 
         @functools.wraps(own_features)
         def get_video_features(pixel_values_videos: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +174,15 @@ class AppliedEarlyTom:
             pooled = torch.stack(videos) if even else torch.cat(videos)[None]
             return BaseModelOutputWithPooling(pooler_output=pooled)
 
-        model.generate, inner.forward, inner.get_video_features = generate, forward, get_video_features
+        replacements = (
+            (model, "generate", generate),
+            (inner, "forward", forward),
+            (inner, "get_video_features", get_video_features),
+            (model, "_earlytom", self),
+        )
+        for owner, name, replacement in replacements:
+            self._before.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, replacement)
 
 
 def _with_prompt(out: Any, prompt: Tensor, shortened: int) -> Any:
@@ -161,7 +200,7 @@ def feature_depth(config: Any) -> int:
     """How many encoder layers a LLaVA-OneVision configuration runs before the projector.
 
     Raises:
-        UserError: several feature layers, a layer that does not exist, or a selection that drops a patch.
+        UserError: several feature layers, a layer that does not exist, or a selection that does not give all patches.
     """
     layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
@@ -169,7 +208,13 @@ def feature_depth(config: Any) -> int:
     depth = layer if layer >= 0 else layers + 1 + layer
     if not 1 <= depth <= layers:
         raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {layers} layers")
-    grid_side((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+    family = config.vision_config.model_type
+    strategy = "default" if family in TOWERS and TOWERS[family].prefix else "full"
+    if config.vision_feature_select_strategy != strategy:
+        raise UserError(
+            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not give the patches of a "
+            f"{family} tower, all of them and nothing else: set it to {strategy!r} in the model's configuration"
+        )
     return depth
 
 
@@ -183,8 +228,9 @@ def apply_earlytom(model: nn.Module, config: EarlyTomConfig) -> AppliedEarlyTom:
         UserError: another model family, a merge layer the tower lacks, or EarlyTom is applied already.
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family != "llava_onevision":
+    if family != "llava_onevision" or not hasattr(model, "lm_head"):
         raise UserError(
-            f"model family {family!r} is not supported: apply_earlytom takes LlavaOnevisionForConditionalGeneration"
+            f"{type(model).__name__} ({family}) is not supported: apply_earlytom takes "
+            "LlavaOnevisionForConditionalGeneration"
         )
     return AppliedEarlyTom(model, config)

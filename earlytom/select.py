@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from earlytom.budget import dynamic_tokens, effective_ratio, static_tokens
+from earlytom.config import SCHEDULES
 from earlytom.errors import UserError
 
 
@@ -44,15 +45,19 @@ def select_tokens(
         tokens [N, D] in the dtype of the features, and positions [N] int64, `frame * P + cell`.
 
     Raises:
-        UserError: shapes that do not belong together, or a ratio outside (0, 1].
+        UserError: shapes that do not belong together, no frames, a ratio outside (0, 1], or an unknown schedule.
     """
-    if features.dim() != 3 or received.shape != features.shape[:2]:
+    if features.dim() != 3 or 0 in features.shape[:2] or received.shape != features.shape[:2]:
         raise UserError(
             f"features must be [frames, tokens, width] and received attention [frames, tokens], got "
             f"{list(features.shape)} and {list(received.shape)}"
         )
     if not 0 < ratio <= 1:
         raise UserError(f"the retention ratio must be in (0, 1], got {ratio}")
+    if frames_in < 1:
+        raise UserError(f"frames_in must be at least 1 (the frames of the input video), got {frames_in}")
+    if schedule not in SCHEDULES:
+        raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     frames, per_frame, _ = features.shape
     effective = effective_ratio(ratio, frames_in, frames)
     places = dynamic_tokens(per_frame, effective)
@@ -95,16 +100,16 @@ def keep_mask(received: Tensor, static: Tensor, places: int, windows: int) -> Te
     earlier = index[:, None] < index  # [P, P]: row q is before column p
     mine, other = received[:, None, :], received[:, :, None]
     beats = (other > mine) | ((other == mine) & earlier)  # [F', P, P]: q beats p
-    window = window_of_cell(per_frame, windows).to(received.device)
+    window = window_of_cell(per_frame, windows, received.device)
     rivals = (window[:, None] == window) | ~static[:, None, None]
     rank = (beats & rivals).sum(1)
     return rank < torch.where(static, 1, places)[:, None]
 
 
-def window_of_cell(per_frame: int, windows: int) -> Tensor:
+def window_of_cell(per_frame: int, windows: int, device: torch.device | None = None) -> Tensor:
     """[P] int64: the window of each cell. Windows are contiguous in raster order and as even as possible; the first
-    `P mod windows` are one longer."""
+    `P mod windows` are one longer. Made on `device`, so that nothing is copied there (a CUDA graph allows no copy)."""
     size, longer = divmod(per_frame, windows)
-    sizes = torch.full((windows,), size)
-    sizes[:longer] += 1
-    return torch.repeat_interleave(torch.arange(windows), sizes, output_size=per_frame)
+    cell = torch.arange(per_frame, device=device)
+    in_longer = longer * (size + 1)  # cells that lie in the longer windows
+    return torch.where(cell < in_longer, cell // (size + 1), longer + (cell - in_longer) // size)

@@ -38,13 +38,23 @@ class Tower:
         """[F, 3, H, W] normalised pixels to the hidden states [F, T, D] that enter layer 0."""
         return self.model.embeddings(pixels)
 
+    def attention_input(self, layer: Any, hidden: Tensor) -> tuple[Any, Tensor]:
+        """The attention module of a layer and what enters it, [F, T, D]."""
+        return layer.self_attn, layer.layer_norm1(hidden)
+
+    def received(self, layer: Any, hidden: Tensor) -> Tensor:
+        """Received attention of the patch tokens in a layer that `hidden [F, T, D]` enters, [F, S] fp32, on its own."""
+        module, entering = self.attention_input(layer, hidden)
+        query, key = (_heads(module, projection(entering)) for projection in (module.q_proj, module.k_proj))
+        return self._column_means(_attention_matrix(module, query, key))
+
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
         """One encoder layer on `hidden [F, T, D]`.
 
         Returns the new hidden states [F, T, D] and, when `receive` is set, the received attention of the patch tokens
         [F, S] in fp32 (else None).
         """
-        attended, received = self.attention(layer.self_attn, layer.layer_norm1(hidden), receive)
+        attended, received = self.attention(*self.attention_input(layer, hidden), receive)
         hidden = hidden + layer.self_attn.out_proj(attended)
         return hidden + layer.mlp(layer.layer_norm2(hidden)), received
 
@@ -52,20 +62,30 @@ class Tower:
         """Self-attention up to, not including, the output projection: [F, T, D] to [F, T, D].
 
         `scaled_dot_product_attention` unless received attention is asked for: only then is the attention matrix formed,
-        once, with a softmax in fp32. The query is scaled before the product, which leaves half precision more room.
+        once.
         """
-        query, key, value = (
-            projection(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)  # [F, H, T, D/H]
-            for projection in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        scale = module.head_dim**-0.5
+        projections = (module.q_proj, module.k_proj, module.v_proj)
+        query, key, value = (_heads(module, projection(hidden)) for projection in projections)
         if not receive:
-            out = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+            out = nn.functional.scaled_dot_product_attention(query, key, value, scale=module.head_dim**-0.5)
             return out.transpose(1, 2).flatten(2), None
-        attention = torch.softmax((query * scale) @ key.transpose(2, 3), dim=-1, dtype=torch.float32)  # [F, H, T, T]
-        received = attention.mean(2).mean(1)[:, self.prefix :]
+        attention = _attention_matrix(module, query, key)
         out = attention.to(value.dtype) @ value
-        return out.transpose(1, 2).flatten(2), received
+        return out.transpose(1, 2).flatten(2), self._column_means(attention)
+
+    def _column_means(self, attention: Tensor) -> Tensor:
+        """[F, H, T, T] to what each patch token receives, the mean over queries and heads, [F, S]."""
+        return attention.mean(2).mean(1)[:, self.prefix :]
+
+
+def _heads(module: Any, projected: Tensor) -> Tensor:
+    """[F, T, D] to [F, H, T, D/H]."""
+    return projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+
+
+def _attention_matrix(module: Any, query: Tensor, key: Tensor) -> Tensor:
+    """Softmax in fp32, [F, H, T, T]. The query is scaled before the product, which leaves half precision more room."""
+    return torch.softmax((query * module.head_dim**-0.5) @ key.transpose(2, 3), dim=-1, dtype=torch.float32)
 
 
 class SiglipTower(Tower):
@@ -108,8 +128,11 @@ class Dinov2Tower(Tower):
         self.model = model
         self.layers = model.encoder.layer  # type: ignore[union-attr, assignment]
 
+    def attention_input(self, layer: Any, hidden: Tensor) -> tuple[Any, Tensor]:
+        return layer.attention, layer.norm1(hidden)
+
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
-        attended, received = self.attention(layer.attention, layer.norm1(hidden), receive)
+        attended, received = self.attention(*self.attention_input(layer, hidden), receive)
         hidden = layer.layer_scale1(layer.attention.o_proj(attended)) + hidden
         return layer.layer_scale2(layer.mlp(layer.norm2(hidden))) + hidden, received
 

@@ -1,0 +1,31 @@
+# Two commands: `make demo` sets everything up, builds an engine and asks it a question; `make test` runs every check.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO_CLIP := engines/demo.mp4
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m builder.build --ratio 0.3 --fp16
+	$(BIN)/python -m runtime.clip $(DEMO_CLIP)
+	$(BIN)/python -m runtime.ask $(DEMO_CLIP) "What happens in the video?" --max-new-tokens 32
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The versions that were tested. torch first and alone: its build for this machine (CPU or CUDA) is what pip finds.
+$(VENV)/.ready: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[rtx,dev]"
+	touch $@

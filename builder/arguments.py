@@ -1,0 +1,235 @@
+"""The command line of `python -m builder.build`: from words to a checked `BuildConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from builder.compile import WORKSPACE_GIB
+from builder.config import BuildConfig, parse_target
+from earlytom.config import PRESETS, SCHEDULES, EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.model import feature_depth
+from runtime import trt
+from runtime.checkpoint import describe
+
+EXAMPLES = """
+examples:
+  python -m builder.build --ratio 0.3 --fp16
+      the bundled model, to see the whole path work
+  python -m builder.build --model llava-hf/llava-onevision-qwen2-7b-ov-hf --preset videomme --ratio 0.2 --fp16
+      a real checkpoint with released settings, for an A100
+  python -m builder.build --model random:llava-onevision-qwen2-7b-ov --frames 32 --ratio 0.1 --dry-run
+      what a build would keep and cost; nothing is built
+
+The exit status is 0 when the engine is there, 2 when something asked for cannot be done (one line says what and how to
+mend it), 130 after Ctrl-C. Nothing half-written stays behind.
+"""
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, trt.BackendChoice]:
+    """Parse and check.
+
+    Returns:
+        The options as given, the build they ask for, and why its backend was chosen.
+
+    Raises:
+        UserError: any value that makes no sense, alone or together with the model.
+        SystemExit: argparse's own, with status 2 (or 0 for --help).
+    """
+    options = parser().parse_args(argv)
+    for clip in options.calibration:
+        if not clip.is_file():
+            raise UserError(f"--calibration {clip}: no such file; give video files that FFmpeg reads")
+    if not options.workspace > 0:
+        raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
+    target = parse_target(options.target)
+    checkpoint = describe(options.model)
+    choice = trt.resolve_backend(options.backend)
+    if options.hardware_compatible and choice.backend != "tensorrt":
+        raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
+    return (
+        options,
+        BuildConfig(
+            checkpoint=checkpoint,
+            earlytom=_method(options, feature_depth(checkpoint.config)),
+            frames=(16 if checkpoint.name == "micro" else 32) if options.frames is None else options.frames,
+            dtype=options.dtype,
+            target=target,
+            backend=choice.backend,
+            backend_version=_version(choice.backend),
+            hardware_compatible=options.hardware_compatible,
+            calibration=tuple(options.calibration),
+        ),
+        choice,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, with a help text that teaches."""
+    p = argparse.ArgumentParser(
+        prog="python -m builder.build",
+        description="Compile the vision part of a LLaVA-OneVision checkpoint, with EarlyTom token compression inside, "
+        "into an engine folder for python -m runtime.ask.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="a checkpoint folder, a hub id (ORG/NAME), random:NAME for a published configuration with random weights; "
+        "default: the small bundled model",
+    )
+    _method_options(p.add_argument_group("compression"))
+    _engine_options(p.add_argument_group("engine"))
+    _work_options(p.add_argument_group("work"))
+    return p
+
+
+def _method_options(group: Any) -> None:
+    group.add_argument(
+        "--ratio",
+        type=_number,
+        default=0.1,
+        metavar="R",
+        help="share of the visual tokens KEPT, in (0, 1] (default: 0.1)",
+    )
+    group.add_argument(
+        "--frames", type=_whole, metavar="F", help="frames sampled from a clip (default: the model's own number)"
+    )
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="released settings for a benchmark at this --ratio; --tau and --merge-layers given beside it win",
+    )
+    group.add_argument(
+        "--merge-layers",
+        metavar="L,L,L",
+        help="encoder layers after which frames are merged, or 'none' (default: 6,14,20, scaled to the tower's depth)",
+    )
+    group.add_argument(
+        "--tau", type=_number, metavar="T", help="similarity below which a new segment starts (default: 0.8)"
+    )
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="budget",
+        help="budget: fixed frame counts, one engine with static shapes (default); adaptive runs in PyTorch only",
+    )
+    group.add_argument(
+        "--frame-budget",
+        metavar="SHARE|N,N,N",
+        help="frames kept at each merge layer, as a share or as one count per layer (default: 0.75)",
+    )
+
+
+def _engine_options(group: Any) -> None:
+    precision = group.add_mutually_exclusive_group()
+    for name, what in (
+        ("fp16", "half precision, fp32 where it matters (default)"),
+        ("bf16", "bfloat16, fp32 where it matters"),
+        ("fp32", "single precision, TF32 off"),
+    ):
+        precision.add_argument(f"--{name}", dest="dtype", action="store_const", const=name, help=what)
+    group.set_defaults(dtype="fp16")
+    group.add_argument(
+        "--target", default="a100", metavar="GPU", help="a100, or a capability such as 8.9 (default: a100 = 8.0)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=("auto", "tensorrt", "tensorrt-rtx", "onnx"),
+        default="auto",
+        help="auto: tensorrt where it and a GPU are, else tensorrt-rtx (compiles ahead of time, needs no GPU), else "
+        "onnx (stops at the ONNX file)",
+    )
+    group.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="tensorrt only: kernels for 8.0 and newer instead of this GPU's own, at some cost in speed",
+    )
+    group.add_argument(
+        "--workspace",
+        type=_number,
+        default=WORKSPACE_GIB,
+        metavar="GIB",
+        help=f"scratch memory limit in GiB (default: {WORKSPACE_GIB:g})",
+    )
+
+
+def _work_options(group: Any) -> None:
+    group.add_argument(
+        "--out", type=Path, default=Path("engines"), metavar="DIR", help="where engine folders go (default: engines/)"
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="VIDEO",
+        help="videos like yours, whose frames the accuracy gate runs on (default: a drawn clip)",
+    )
+    group.add_argument("--no-verify", dest="verify", action="store_false", help="publish without the accuracy gate")
+    group.add_argument(
+        "--verify-text",
+        action=argparse.BooleanOptionalAction,
+        help="run the gate's last step, which loads the decoder (default: where the decoder is small)",
+    )
+    group.add_argument("--force", action="store_true", help="build even if the same engine is there already")
+    group.add_argument("--dry-run", action="store_true", help="print counts, flops, sizes and the key; build nothing")
+    group.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
+
+
+def _method(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
+    """The method's settings: a preset's, changed by what was given explicitly."""
+    changes: dict[str, Any] = {"schedule": options.schedule}
+    if options.tau is not None:
+        changes["tau"] = options.tau
+    if options.merge_layers is not None:
+        changes["merge_layers"] = _layers(options.merge_layers)
+    if options.frame_budget is not None:
+        changes["frame_budget"] = _budget(options.frame_budget)
+    if options.preset is not None:
+        return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
+    defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": EarlyTomConfig.layers_for(depth)}
+    return EarlyTomConfig(**(defaults | changes))
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    if text.lower() == "none":
+        return ()
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--merge-layers {text!r}: give layer numbers such as 6,14,20, or none") from error
+
+
+def _budget(text: str) -> float | tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(",")) if "," in text else float(text)
+    except ValueError as error:
+        raise UserError(f"--frame-budget {text!r}: give a share such as 0.75, or one count per merge layer") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def _version(backend: str) -> str:
+    """Version of the library that makes the file the runtime will run."""
+    if backend == "onnx":
+        import onnx
+
+        return onnx.__version__
+    return ".".join(map(str, trt.version(trt.load(backend))))

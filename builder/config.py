@@ -1,0 +1,185 @@
+"""What a build is asked for, checked before any work starts, and the key that names its result.
+
+A `BuildConfig` is made once from the command line (or by a caller), against the checkpoint it is for, and is frozen.
+Two builds with equal keys would produce the same folder, so the key covers everything that changes it: the weights that
+the vision engine depends on, the method's settings, precision, target, backend and its version, the clips it is checked
+on, and the code that builds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from earlytom import flops
+from earlytom.budget import frames_per_stage, pooled_side, token_count
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.model import feature_depth
+from runtime import contract
+from runtime.checkpoint import Checkpoint
+
+DISTRIBUTION = "earlytom-engine-builder"
+TARGETS = {"a100": (8, 0)}
+DEFAULT_FRAMES = 32
+MAX_FRAMES = 128
+
+
+def parse_target(text: str) -> tuple[int, int]:
+    """A GPU name or a compute capability: "a100" or "8.0" to (8, 0)."""
+    if text.lower() in TARGETS:
+        return TARGETS[text.lower()]
+    match = re.fullmatch(r"(\d{1,2})\.(\d)", text)
+    if match is None:
+        raise UserError(f"--target {text!r} is neither {', '.join(TARGETS)} nor a compute capability such as 8.0")
+    return int(match[1]), int(match[2])
+
+
+def project_version() -> str:
+    """Version of the installed project."""
+    return metadata.version(DISTRIBUTION)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """One build.
+
+    Attributes:
+        checkpoint: the model, described but not loaded.
+        earlytom: the method's settings; the schedule is "budget".
+        frames: F, frames of a clip.
+        dtype: "fp16", "bf16" or "fp32".
+        target: compute capability the engine is for.
+        backend: "onnx", "tensorrt" or "tensorrt-rtx", already resolved.
+        backend_version: version of the library that compiles.
+        hardware_compatible: tensorrt only, see `builder.compile`.
+        calibration: video files whose frames the gate runs on; none means the drawn clip.
+    """
+
+    checkpoint: Checkpoint
+    earlytom: EarlyTomConfig
+    frames: int
+    dtype: str
+    target: tuple[int, int]
+    backend: str
+    backend_version: str
+    hardware_compatible: bool = False
+    calibration: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.frames <= MAX_FRAMES:
+            raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {self.frames}: set --frames")
+        if self.earlytom.schedule != "budget":
+            raise UserError(
+                "a single engine has static shapes, so its schedule is budget, not "
+                f"{self.earlytom.schedule}: build with --schedule budget (the adaptive schedule runs in PyTorch: "
+                "earlytom.apply_earlytom)"
+            )
+        self.earlytom.check_layers(self.depth)
+        frames_per_stage(self.frames, merges=len(self.earlytom.merge_layers), frame_budget=self.earlytom.frame_budget)
+
+    @property
+    def model(self) -> Any:
+        """The checkpoint's own configuration, its parts (vision_config, text_config) filled in."""
+        return self.checkpoint.config
+
+    @property
+    def depth(self) -> int:
+        """Encoder layers that run."""
+        return feature_depth(self.model)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Frames before the first merge and after each one."""
+        merges = len(self.earlytom.merge_layers)
+        return frames_per_stage(self.frames, merges=merges, frame_budget=self.earlytom.frame_budget)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P, tokens of a whole frame after pooling."""
+        vision = self.model.vision_config
+        return pooled_side(vision.image_size // vision.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens that reach the LLM."""
+        return token_count(
+            self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=self.stages[-1]
+        )
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Exact counts, see `earlytom.flops`: vision (tower and projector) and prefill, full and compressed."""
+        config, layers = self.model, self.earlytom.merge_layers
+        vision, text = config.vision_config, config.text_config
+        return {
+            "vision_full": flops.vision_encoder(vision, (self.frames,), (), self.depth)
+            + flops.projector(config, self.frames),
+            "vision": flops.vision_encoder(vision, self.stages, layers, self.depth)
+            + flops.projector(config, self.stages[-1]),
+            "prefill_full": flops.prefill(text, self.frames * self.tokens_per_frame),
+            "prefill": flops.prefill(text, self.tokens),
+        }
+
+    @property
+    def expected_bytes(self) -> dict[str, int]:
+        """Sizes that follow from the shapes: weights of the vision part, input and output of one call."""
+        config = self.model
+        vision, width = config.vision_config, config.text_config.hidden_size
+        size = contract.DTYPES[self.dtype].itemsize
+        hidden, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+        layer = 4 * hidden * hidden + 2 * hidden * inner + 9 * hidden + inner  # products, biases, two layer norms
+        grid = vision.image_size // patch
+        embeddings = hidden * (3 * patch * patch + 1 + grid * grid)
+        projector = width * (hidden + width + 2)
+        return {
+            "weights": size * (self.depth * layer + embeddings + projector),
+            "input": self.frames * 3 * vision.image_size**2,
+            "output": self.tokens * (width * size + 8),
+        }
+
+    def key(self) -> str:
+        """SHA-256 over everything that changes the folder that is built."""
+        parts: dict[str, Any] = {
+            "model": self.checkpoint.digest(),
+            "earlytom": self.earlytom.to_dict(),
+            "frames": self.frames,
+            "dtype": self.dtype,
+            "target": self.target,
+            "backend": [self.backend, self.backend_version, self.hardware_compatible],
+            "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
+            "code": _code_digest(),
+            "libraries": [metadata.version(name) for name in ("torch", "transformers", "onnx", "onnx-ir")],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def name(self, key: str) -> str:
+        """Name of the engine folder."""
+        major, minor = self.target
+        ratio = f"{self.earlytom.retention_ratio:g}"
+        words = [
+            self.checkpoint.name,
+            f"sm{major}{minor}",
+            self.backend,
+            self.dtype,
+            f"r{ratio}",
+            f"f{self.frames}",
+            key[:10],
+        ]
+        return "-".join(words)
+
+
+def _code_digest() -> str:
+    """Digest of the sources that decide what an engine contains; their tests and the bundled weights do not."""
+    sha = hashlib.sha256()
+    root = Path(__file__).resolve().parent
+    for package in (root, root.parent / "earlytom"):
+        for path in sorted(package.glob("*.py")):
+            sha.update(path.name.encode())
+            sha.update(path.read_bytes())
+    return sha.hexdigest()

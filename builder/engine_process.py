@@ -1,0 +1,253 @@
+"""The process in which `builder.compile` lets TensorRT build: one request in, progress and one answer out.
+
+Reads a `Request` as JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done", "steps"}`, then
+one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (a traceback of ours). Writes the
+engine and the layer list to the temporary paths of the request; removing or publishing them is the caller's business.
+
+    python -c "import sys; from builder.engine_process import serve; sys.exit(serve())" < request.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.layers import LayerSummary, check_precision, parse_layers, summarise
+from earlytom.errors import UserError
+from runtime import trt as seam
+from runtime.errors import EngineError
+
+Say = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the build process is told. Plain types only: it crosses a pipe as JSON."""
+
+    onnx: str
+    engine: str
+    layers: str
+    flavour: str
+    target: seam.Capability
+    dtype: str
+    hardware_compatible: bool
+    workspace_bytes: int
+
+
+def serve() -> int:
+    """Read a request from stdin, write progress and one answer as JSON lines. Returns the exit status."""
+    request = Request(**json.load(sys.stdin))
+    # The library may print; the channel is for us alone, so whatever is written to stdout goes to stderr.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # Ctrl-C reaches this process too: end at once instead of raising inside a callback. The same when the caller dies.
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    lock = threading.Lock()
+
+    def say(message: dict[str, Any]) -> None:
+        with lock:
+            channel.write(json.dumps(message) + "\n")
+
+    try:
+        say({"result": _build(request, say)})
+    except UserError as error:
+        say({"error": str(error), "kind": type(error).__name__})
+        return 2
+    except OSError as error:
+        # The caller knows no partial files: name the folder that they are in.
+        ours = error.filename in (None, request.engine, request.layers)
+        name = str(Path(request.engine).parent) if ours else str(error.filename)
+        say({"oserror": [error.errno, error.strerror, name]})
+        return 2
+    except Exception:
+        say({"defect": traceback.format_exc()})
+        return 1
+    return 0
+
+
+def _build(request: Request, say: Say) -> dict[str, Any]:
+    trt = seam.load(request.flavour)
+    say({"phase": "Parsing", "done": 0, "steps": 0})
+    started = time.monotonic()
+    nodes = check_nodes(Path(request.onnx))
+    logger = seam.collecting_logger(trt, verbose=True)
+    builder = trt.Builder(logger)
+    # TensorRT 11 knows strongly typed networks only.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    _parse(trt, network, logger, request.onnx)
+    parsed = time.monotonic()
+    config = _configure(trt, builder, request)
+    monitor = seam.progress_monitor(trt, _throttled(say))
+    config.progress_monitor = monitor
+    with open(request.engine, "wb") as file:
+        writer = seam.stream_writer(trt, file)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    if not built or not writer.written:
+        raise UserError(_refusal(trt, logger, request))
+    done = time.monotonic()
+    summary = _save_layers(trt, logger, request, nodes)
+    check_precision(summary, request.dtype)
+    return {
+        "version": str(trt.__version__),
+        "engine_bytes": writer.written,
+        "peak_rss_bytes": _peak_rss(),
+        "seconds": {"parse": parsed - started, "build": done - parsed},
+        "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if m.severity == "WARNING"}),
+        "layers": asdict(summary),
+    }
+
+
+def _parse(trt: Any, network: Any, logger: Any, path: str) -> None:
+    """Fill the network from the file, whose external data lies beside it; every parser error is one in the message."""
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(path) or parser.num_errors:
+        errors = seam.parser_errors(parser) or seam.errors_of(logger) or ["no reason given"]
+        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise UserError(f"TensorRT cannot parse {Path(path).name}: {'; '.join(errors[:5])}{more}")
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if -1 in tuple(tensor.shape):
+            raise UserError(
+                f"input {tensor.name!r} of {Path(path).name} has dynamic shape {tuple(tensor.shape)}, expected a fixed "
+                f"one: export with a fixed number of --frames"
+            )
+
+
+def _configure(trt: Any, builder: Any, request: Request) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if request.flavour == "tensorrt-rtx":
+        # No timing cache, STRIP_PLAN or REFIT: each of them looks for a GPU.
+        config.num_compute_capabilities = 1
+        capability = getattr(trt.ComputeCapability, "SM{}{}".format(*request.target))
+        if not config.set_compute_capability(capability, 0):
+            raise EngineError(f"tensorrt-rtx refused compute capability {request.target}: choose another --target")
+    elif request.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return config
+
+
+def _refusal(trt: Any, logger: Any, request: Request) -> str:
+    reason = next(iter(seam.errors_of(logger)), "it gave no reason")
+    limit = request.workspace_bytes / 2**30
+    return f"{request.flavour} {trt.__version__} cannot build this graph within {limit:g} GiB of workspace: {reason}"
+
+
+def _throttled(say: Say, interval: float = 0.1) -> Callable[[str, int, int], None]:
+    """Every change of phase, and steps at most every `interval` seconds: there are thousands, of microseconds each."""
+    last = ("", 0.0)
+
+    def report(phase: str, done: int, steps: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if phase != last[0] or now - last[1] >= interval:
+            last = (phase, now)
+            say({"phase": phase, "done": done, "steps": steps})
+
+    return report
+
+
+def _save_layers(trt: Any, logger: Any, request: Request, nodes: OnnxNodes) -> LayerSummary:
+    source, layers = "build log", parse_layers("\n".join(m.text for m in logger.messages if "LayerType: " in m.text))
+    if not layers and seam.has_gpu():
+        source, layers = "engine inspector", parse_layers(_inspect(trt, logger, request.engine))
+    summary = summarise(layers, nodes.attention, nodes.matrix)
+    document = {
+        "source": source,
+        "flavour": request.flavour,
+        "version": str(trt.__version__),
+        "summary": summary.to_dict(),
+        "layers": [asdict(layer) for layer in layers],
+    }
+    Path(request.layers).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _inspect(trt: Any, logger: Any, engine_path: str) -> str:
+    """The engine inspector's own list, where the log has none. Needs a GPU; not run so far on one."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(Path(engine_path).read_bytes())
+    if engine is None:
+        return ""
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
+def _peak_rss() -> int:
+    """Peak resident bytes of this process. Not `getrusage`: its maximum is inherited from the process that forked."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- the ONNX file
+
+
+@dataclass(frozen=True)
+class OnnxNodes:
+    """Names of the nodes, bodies of local functions included, that end in fused attention or in a matrix product."""
+
+    attention: tuple[str, ...]
+    matrix: tuple[str, ...]
+
+
+def check_nodes(path: Path) -> OnnxNodes:
+    """Refuse a file with a node that is neither a standard ONNX operator nor a call of one of its own functions.
+
+    Done before TensorRT sees the file: its parser looks at the operator name alone, takes any other node for a plugin,
+    and aborts the process for some kinds of them.
+
+    Raises:
+        UserError: no such file, not an ONNX model, or such a node, by name.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise UserError(f"no such ONNX file: {path}")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # the protobuf library's own errors, which differ with its implementation
+        raise UserError(f"{path.name} is not an ONNX model ({' '.join(str(error).split())})") from error
+    if not model.graph.node:
+        raise UserError(f"{path.name} is not an ONNX model, or has no node")
+    functions = {(function.domain, function.name) for function in model.functions}
+    attention, matrix, foreign = [], [], []
+    for node in _walk(model):
+        standard = node.domain in ("", "ai.onnx")
+        if not standard and (node.domain, node.op_type) not in functions:
+            foreign.append(f"{node.name!r} ({node.domain}::{node.op_type})")
+        if standard and node.op_type == "Attention":
+            attention.append(node.name)
+        if standard and node.op_type in ("MatMul", "Gemm", "Conv", "Einsum", "Attention"):
+            matrix.append(node.name)
+    if foreign:
+        raise UserError(
+            f"{path.name} has nodes that are neither standard ONNX nor a function of the model: "
+            f"{', '.join(foreign[:5])}; add their bodies to model.functions"
+        )
+    return OnnxNodes(tuple(attention), tuple(matrix))
+
+
+def _walk(model: Any) -> Iterator[Any]:
+    """Every node of an ONNX model: the graph's, the functions', and those of the subgraphs of If, Loop and Scan."""
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                waiting.extend(graph.node)

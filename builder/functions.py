@@ -1,0 +1,254 @@
+"""The two data-dependent operations as ONNX functions of domain `earlytom`, with bodies of ordinary operators.
+
+A graph that calls `earlytom::FramePlan` and `earlytom::SelectTokens` runs anywhere: ONNX Runtime and TensorRT-RTX run
+the bodies below, and TensorRT can put a plugin of the same name in their place. The bodies are the tensor programs of
+`earlytom.merge` and `earlytom.select`, operator by operator, and decide the same bit for bit.
+
+    FramePlan(similarity fp32 [F, F]) -> weights fp32 [frames_out, F], static bool [F]
+        attributes frames_out, tau, ema (read by the body), max_window, trailing (unrolled into the body)
+    SelectTokens(features [F', P, E], received fp32 [F', P], static bool [F']) -> tokens [F'*places, E], positions int64
+        attribute places (read by the body)
+
+Inside, frame and cell numbers are fp32: they are small integers, exact, and every backend has all operators for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from earlytom.select import window_of_cell
+
+DOMAIN = "earlytom"
+VERSION = 1
+FRAME_PLAN = "FramePlan"
+SELECT_TOKENS = "SelectTokens"
+
+
+class Body:
+    """Writes the nodes of a function: `body.Add(x, y)`; Python numbers become constants."""
+
+    def __init__(self) -> None:
+        self.tape = Tape()
+
+    def __getattr__(self, op_type: str) -> Any:
+        def add(*inputs: Any, **attributes: Any) -> ir.Value:
+            return self.tape.op(op_type, [self._value(x) for x in inputs], attributes)
+
+        return add
+
+    def _value(self, x: Any) -> ir.Value:
+        return x if isinstance(x, ir.Value) else self.constant(x)
+
+    def constant(self, x: float | Sequence[float], dtype: ir.DataType | None = None) -> ir.Value:
+        """A float is fp32 and a list of whole numbers int64, unless `dtype` says otherwise."""
+        default = ir.DataType.INT64 if isinstance(x, list) else ir.DataType.FLOAT
+        return self.tape.op("Constant", [], {"value": ir.tensor(x, dtype=dtype or default)})
+
+    def attribute(self, name: str, kind: ir.AttributeType) -> ir.Value:
+        """The value that the calling node gives for an attribute, as a scalar."""
+        field = "value_int" if kind == ir.AttributeType.INT else "value_float"
+        return self.tape.op("Constant", [], {field: ir.RefAttr(field, name, kind)})
+
+    def column(self, x: ir.Value) -> ir.Value:
+        """[n] to [n, 1]."""
+        return self.Unsqueeze(x, [1])
+
+    def row(self, x: ir.Value) -> ir.Value:
+        """[n] to [1, n]."""
+        return self.Unsqueeze(x, [0])
+
+    def number(self, mask: ir.Value) -> ir.Value:
+        """bool to 0.0 or 1.0."""
+        return self.Cast(mask, to=ir.DataType.FLOAT)
+
+    def largest(self, x: ir.Value) -> ir.Value:
+        """[n, m] to the maximum of each row, [n]."""
+        return self.ReduceMax(x, [1], keepdims=0)
+
+    def function(
+        self,
+        name: str,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        attributes: Sequence[ir.Attr],
+        opset: int,
+    ) -> ir.Function:
+        graph = ir.Graph(inputs, outputs, nodes=self.tape.nodes, opset_imports={"": opset}, name=name)
+        for node in graph:
+            node.name = ""  # a function called twice would give TensorRT two layers of one name
+        return ir.Function(DOMAIN, name, graph=graph, attributes=attributes)
+
+
+def frame_plan(*, max_frames: int, max_window: int, trailing: str, opset: int) -> ir.Function:
+    """The body of FramePlan for up to `max_frames` frames: `earlytom.merge.plan_similarity`, budget schedule."""
+    b = Body()
+    similarity = ir.Value(name="similarity")
+    frames_out = b.attribute("frames_out", ir.AttributeType.INT)
+    tau, ema = (b.attribute(name, ir.AttributeType.FLOAT) for name in ("tau", "ema"))
+    size = b.Squeeze(b.Shape(similarity, start=0, end=1))  # int64 scalar F
+    index = b.Cast(b.Range(b.Squeeze([0]), size, b.Squeeze([1])), to=ir.DataType.FLOAT)  # [F]
+    frames = b.Cast(size, to=ir.DataType.FLOAT)
+
+    start, end = _segment_bounds(b, similarity, index, frames, tau, ema, max_frames, max_window)
+    static = b.And(b.Less(start, index), b.Less(index, end))
+
+    step = _ahead(b, similarity, index, frames, 1, 0.0)  # s_i = c(i, i + 1)
+    next_step = _shift(b, step, index, frames)  # s_{i+1}
+    place = b.Cast(b.Add(b.Mul(start, frames), end), to=ir.DataType.INT64)
+    theta = b.Gather(b.Reshape(similarity, [-1]), place)  # c(a, b)
+    last_middle = b.Sub(end, 1.0)
+    pair_is_last = b.Equal(b.Add(index, 1.0), last_middle)
+    local_best = b.Or(pair_is_last, b.Greater(step, next_step))
+    mergeable = b.And(b.And(static, b.Less(index, last_middle)), b.And(b.Greater(step, theta), local_best))
+    visited = _orbit(b, b.Add(b.Add(index, 1.0), b.number(mergeable)), index, max_frames)
+    paired = b.And(visited, mergeable)
+    kept = visited
+    if trailing == "released":
+        dropped = b.And(b.Equal(index, last_middle), b.GreaterOrEqual(b.Sub(last_middle, start), 2.0))
+        kept = b.And(kept, b.Not(dropped))
+    near, far = b.Max(step, 0.0), b.Max(next_step, 0.0)
+    share = b.Where(b.Greater(near, 0.0), b.Div(near, b.Max(b.Add(near, far), 1e-6)), 1.0)
+    pair_weight = b.Where(pair_is_last, 1.0, share)
+
+    weights = _budget_weights(b, similarity, step, index, frames, frames_out, pair_weight, paired, kept)
+    weights.name, static.name = "weights", "static"
+    attributes = [
+        ir.Attr("frames_out", ir.AttributeType.INT, None),
+        ir.Attr("tau", ir.AttributeType.FLOAT, None),
+        ir.Attr("ema", ir.AttributeType.FLOAT, None),
+        ir.Attr("max_window", ir.AttributeType.INT, None),
+        ir.Attr("trailing", ir.AttributeType.STRING, None),
+    ]
+    return b.function(FRAME_PLAN, [similarity], [weights, static], attributes, opset)
+
+
+def _ahead(b: Body, similarity: ir.Value, index: ir.Value, frames: ir.Value, k: int, past_end: float) -> ir.Value:
+    """c(i, i + k) of every frame, [F]; `past_end` where there is no frame i + k."""
+    target = b.Add(index, float(k))
+    inside = b.Less(target, frames)
+    column = b.Cast(b.Min(target, b.Sub(frames, 1.0)), to=ir.DataType.INT64)
+    return b.Where(inside, b.Squeeze(b.GatherElements(similarity, b.column(column), axis=1), [1]), past_end)
+
+
+def _shift(b: Body, x: ir.Value, index: ir.Value, frames: ir.Value) -> ir.Value:
+    """x[i + 1], and 0 for the last."""
+    target = b.Add(index, 1.0)
+    following = b.Gather(x, b.Cast(b.Min(target, b.Sub(frames, 1.0)), to=ir.DataType.INT64))
+    return b.Where(b.Less(target, frames), following, 0.0)
+
+
+def _orbit(b: Body, following: ir.Value, index: ir.Value, max_frames: int) -> ir.Value:
+    """Which frames the walk 0 -> following[0] -> ... visits, [F] bool."""
+    step = b.Equal(b.column(following), b.row(index))
+    reach = b.number(b.Or(step, b.Equal(b.column(index), b.row(index))))
+    for _ in range((max_frames - 1).bit_length()):
+        reach = b.Min(b.MatMul(reach, reach), 1.0)
+    return b.Greater(b.Squeeze(b.Slice(reach, [0], [1], [0]), [0]), 0.0)
+
+
+def _segment_bounds(
+    b: Body,
+    similarity: ir.Value,
+    index: ir.Value,
+    frames: ir.Value,
+    tau: ir.Value,
+    ema: ir.Value,
+    max_frames: int,
+    max_window: int,
+) -> tuple[ir.Value, ir.Value]:
+    """First and last frame of each frame's segment, both [F]."""
+    running = b.Expand(1.0, b.Shape(index))
+    alive: ir.Value | None = None
+    length = running
+    for k in range(1, min(max(1, max_window - 1), max_frames)):
+        ahead = _ahead(b, similarity, index, frames, k, -2.0)
+        running = b.Add(b.Mul(ema, ahead), b.Mul(b.Sub(1.0, ema), running))
+        goes_on = b.And(b.GreaterOrEqual(running, tau), b.Less(b.Add(index, float(k)), frames))
+        alive = goes_on if alive is None else b.And(alive, goes_on)
+        length = b.Add(length, b.number(alive))
+    first = b.row(_orbit(b, b.Add(index, length), index, max_frames))
+    not_after = b.LessOrEqual(b.row(index), b.column(index))
+    start = b.largest(b.Where(b.And(first, not_after), b.row(index), 0.0))
+    following = b.Where(b.And(first, b.Not(not_after)), b.row(index), frames)
+    return start, b.Sub(b.ReduceMin(following, [1], keepdims=0), 1.0)
+
+
+def _budget_weights(
+    b: Body,
+    similarity: ir.Value,
+    step: ir.Value,
+    index: ir.Value,
+    frames: ir.Value,
+    frames_out: ir.Value,
+    pair_weight: ir.Value,
+    paired: ir.Value,
+    kept: ir.Value,
+) -> ir.Value:
+    """[frames_out, F], see `earlytom.merge._budget_weights`."""
+    previous = b.Cast(b.Max(b.Sub(index, 1.0), 0.0), to=ir.DataType.INT64)
+    step = b.Where(b.Greater(index, 0.0), b.Gather(step, previous), 0.0)  # c(i - 1, i)
+    group = b.Where(b.Equal(index, 0.0), -1.0, b.number(b.Not(kept)))
+    mine, other = b.row(step), b.column(step)
+    tie = b.And(b.Equal(other, mine), b.Less(b.column(index), b.row(index)))
+    stronger = b.Or(b.Greater(other, mine), tie)
+    same = b.Equal(b.column(group), b.row(group))
+    goes_first = b.Or(b.Greater(b.column(group), b.row(group)), b.And(same, stronger))
+    rank = b.ReduceSum(b.number(goes_first), [0], keepdims=0)
+    wanted = b.Cast(frames_out, to=ir.DataType.FLOAT)
+    stays = b.GreaterOrEqual(rank, b.Sub(frames, wanted))
+    gone = b.Not(stays)
+
+    # Rows of kept pairs: frame i, or its mixture with i + 1 when that one goes.
+    second_gone = b.Greater(_shift(b, b.number(gone), index, frames), 0.0)
+    own = b.column(b.Where(b.And(paired, second_gone), pair_weight, 1.0))
+    eye = b.number(b.Equal(b.column(index), b.row(index)))
+    beside = b.number(b.Equal(b.Add(b.column(index), 1.0), b.row(index)))
+    rows = b.Add(b.Mul(own, eye), b.Mul(b.Sub(1.0, own), beside))
+
+    # Any other removed frame is folded into the nearest kept frame before it.
+    earlier = b.Less(b.row(index), b.column(index))
+    taker = b.largest(b.Where(b.And(b.row(stays), earlier), b.row(index), 0.0))
+    into = b.And(b.row(b.And(gone, kept)), b.Equal(b.row(taker), b.column(index)))
+    mix = b.Add(eye, b.Mul(b.number(into), b.Max(similarity, 0.0)))
+    mixed = b.MatMul(b.Div(mix, b.ReduceSum(mix, [1], keepdims=1)), rows)
+
+    place = b.Sub(b.CumSum(b.number(stays), [0]), 1.0)
+    zero, one = b.Squeeze([0]), b.Squeeze([1])
+    out = b.Cast(b.Range(zero, frames_out, one), to=ir.DataType.FLOAT)
+    pick = b.number(b.And(b.row(stays), b.Equal(b.row(place), b.column(out))))
+    return b.MatMul(pick, mixed)
+
+
+def select_tokens(*, per_frame: int, places: int, opset: int) -> ir.Function:
+    """The body of SelectTokens for `per_frame` tokens a frame. Mirrors `earlytom.select.select_fixed`."""
+    b = Body()
+    features, received, static = (ir.Value(name=name) for name in ("features", "received", "static"))
+    k = b.Reshape(b.attribute("places", ir.AttributeType.INT), [1])  # int64 [1]
+    cells = [float(cell) for cell in range(per_frame)]
+    index = b.constant(cells, ir.DataType.FLOAT)  # [P]
+    window = b.constant(window_of_cell(per_frame, places).tolist())
+    same_window = b.Equal(b.column(window), b.row(window))  # [P, P]: may q (row) compete with p (column)
+
+    mine, other = b.Unsqueeze(received, [1]), b.Unsqueeze(received, [2])  # [F', 1, P], [F', P, 1]
+    tie = b.And(b.Equal(other, mine), b.Less(b.column(index), b.row(index)))
+    beats = b.Or(b.Greater(other, mine), tie)  # [F', P, P]
+    rivals = b.Or(same_window, b.Unsqueeze(b.Not(static), [1, 2]))
+    rank = b.ReduceSum(b.number(b.And(beats, rivals)), [1], keepdims=0)  # [F', P]
+    limit = b.Where(static, 1.0, b.Cast(k, to=ir.DataType.FLOAT))  # [F']
+    mask = b.Less(rank, b.column(limit))
+
+    # Kept cells first, in raster order: all keys differ, so no top-k can order them otherwise.
+    key = b.Where(mask, b.Sub(float(per_frame), index), b.Sub(-1.0, index))
+    _, cell = b.tape.op_multi_out("TopK", [key, k], {"axis": 1, "largest": 1, "sorted": 1}, num_outputs=2)
+    size = b.Squeeze(b.Shape(features, start=0, end=1))
+    offset = b.Mul(b.Range(b.Squeeze([0]), size, b.Squeeze([1])), [per_frame])
+    positions = b.Reshape(b.Add(cell, b.column(offset)), [-1])
+    rows = b.Reshape(features, b.Concat([-1], b.Shape(features, start=2), axis=0))
+    tokens = b.Gather(rows, positions, axis=0)
+    tokens.name, positions.name = "tokens", "positions"
+    attributes = [ir.Attr("places", ir.AttributeType.INT, None)]
+    return b.function(SELECT_TOKENS, [features, received, static], [tokens, positions], attributes, opset)

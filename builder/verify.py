@@ -1,0 +1,361 @@
+"""The accuracy gate: is the exported graph the model it came from?
+
+Polygraphy runs the graph in ONNX Runtime and the fp32 PyTorch reference on the same real frames. Two of the graph's
+steps are discrete choices that half precision may take otherwise without harm, so a plain comparison of outputs would
+say little. Hence four steps:
+
+1. hidden:    the hidden states that each decision is taken from (cosine, mean error), with equal decisions before them
+2. decisions: the frames and tokens kept, against what the reference keeps on its own (overlap of the two sets)
+3. tokens:    the output, element by element, against the reference with the graph's decisions forced on it; positions
+exactly 4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
+
+The reference inputs and outputs of step 3 are saved in Polygraphy's format, so that its command line can repeat the
+step (`polygraphy_command`). Graphs in bf16 are run with their weights in bf16 and their arithmetic in fp32, since ONNX
+Runtime has no bf16 kernels on a CPU; the report says so.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import (
+    Comparator,
+    CosineSimilarityCompareFunc,
+    IterationResult,
+    RunResults,
+    SimpleCompareFunc,
+)
+from polygraphy.json import save_json
+from polygraphy.logger import G_LOGGER
+from torch import Tensor
+
+from builder.export import VisionGraph
+from earlytom.config import EarlyTomConfig
+from earlytom.encoder import Decisions, trace_names
+from earlytom.errors import UserError
+from runtime import contract
+
+TAPPED = "taps.onnx"
+STEPS = ("hidden", "decisions", "tokens", "text")
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a graph of one precision must reach.
+
+    Attributes:
+        cosine: of hidden states and tokens with the reference's, at least.
+        frames, tokens: share of the reference's kept frames and tokens that the graph keeps too, at least.
+        error: largest element-wise error of a token, in units of the reference tokens' root mean square.
+        text: share of next tokens that agree, at least.
+    """
+
+    cosine: float
+    frames: float
+    tokens: float
+    error: float
+    text: float
+
+
+GATES = {
+    "fp32": Gate(cosine=0.99999, frames=0.99, tokens=0.99, error=1e-3, text=0.99),
+    "fp16": Gate(cosine=0.999, frames=0.85, tokens=0.85, error=0.05, text=0.9),
+    "bf16": Gate(cosine=0.99, frames=0.7, tokens=0.7, error=0.3, text=0.8),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was measured, what it was held against, whether that was reached."""
+
+    step: str
+    what: str
+    value: float
+    limit: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"what": self.what, "value": self.value, "limit": self.limit, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of the gate."""
+
+    checks: tuple[Check, ...]
+    clips: tuple[str, ...]
+    notes: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, checks grouped by step."""
+        steps: dict[str, list[dict[str, Any]]] = {}
+        for check in self.checks:
+            steps.setdefault(check.step, []).append(check.to_dict())
+        return {"passed": self.passed, "clips": list(self.clips), "notes": list(self.notes), "steps": steps}
+
+    def require(self) -> None:
+        """Raise UserError with the first failed check, unless all passed."""
+        for check in self.checks:
+            if not check.passed:
+                raise UserError(
+                    f"the graph does not reproduce the model: {check.what} is {check.value:.5g}, it must be "
+                    f"{'at most' if check.what.endswith('error') else 'at least'} {check.limit:.5g} "
+                    f"(step {check.step}); build with --fp32 to see whether the precision is the cause, or look at "
+                    "the graph with --no-verify"
+                )
+
+
+class ForcedDecisions(Decisions):
+    """Takes the decisions that a run of the graph took, in their order."""
+
+    def __init__(self, config: EarlyTomConfig, taken: Arrays) -> None:
+        super().__init__(config)
+        self.weights = [torch.from_numpy(taken[f"weights_{layer}"]) for layer in config.merge_layers]
+        self.static = torch.from_numpy(taken["static"])
+        self.positions = torch.from_numpy(taken[contract.POSITIONS])
+        self.taken = 0
+
+    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        frames = similarity.shape[0]
+        merging = self.taken < len(self.weights)
+        weights = self.weights[self.taken] if merging else torch.eye(frames)
+        self.taken += 1
+        return weights, torch.zeros(frames, dtype=torch.int64), self.static
+
+    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        return features.flatten(0, 1)[self.positions], self.positions
+
+
+class TorchRunner(BaseRunner):
+    """The PyTorch reference as a Polygraphy runner; `decisions[i]` decides in iteration i."""
+
+    def __init__(self, graph: VisionGraph, decisions: Sequence[Decisions], frames: tuple[int, ...], name: str) -> None:
+        super().__init__(name=name, prefix="pytorch")
+        self.graph = graph
+        self.decisions = iter(decisions)
+        self.frames = frames
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return TensorMetadata().add(contract.FRAMES, np.dtype(np.uint8), self.frames)
+
+    def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:
+        self.graph.decisions = next(self.decisions)
+        started = time.perf_counter()
+        trace = self.graph(torch.from_numpy(feed_dict[contract.FRAMES]))
+        self.inference_time = time.perf_counter() - started
+        return OrderedDict((name, value.numpy()) for name, value in trace.items())
+
+
+def verify(
+    onnx_path: Path,
+    reference: VisionGraph,
+    clips: dict[str, Tensor],
+    dtype: str,
+    *,
+    text: Callable[[Tensor, Tensor], float] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Report, RunResults]:
+    """Run the gate.
+
+    Args:
+        onnx_path: the exported graph; a temporary copy with more outputs is written beside it.
+        reference: the same vision part in fp32.
+        clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
+        dtype: precision of the graph, which chooses the gate.
+        text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
+            the step and says so.
+        say: progress, one line at a time.
+
+    Returns:
+        The report, and the reference's outputs under the graph's decisions (for `save_reference`).
+    """
+    config = reference.config
+    feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
+    shape = tuple(next(iter(clips.values())).shape)
+    tapped = write_tapped(onnx_path, config, widen=dtype == "bf16")
+    try:
+        onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            say("running the graph in ONNX Runtime")
+            got = Comparator.run([OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")], data_loader=feeds)
+    finally:
+        tapped.unlink()
+        tapped.with_suffix(".onnx.data").unlink(missing_ok=True)
+    outputs = [_arrays(iteration) for iteration in got[0][1]]
+    forced = [ForcedDecisions(config, out) for out in outputs]
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        say("running the PyTorch reference")
+        free = Comparator.run(
+            [TorchRunner(reference, [Decisions(config)] * len(feeds), shape, "reference")], data_loader=feeds
+        )
+        own = [_arrays(iteration) for iteration in free[0][1]]
+        if all(_same_decisions(config, a, b) for a, b in zip(outputs, own, strict=True)):
+            wanted = free
+        else:
+            say("running the PyTorch reference with the graph's decisions")
+            wanted = Comparator.run([TorchRunner(reference, forced, shape, "reference")], data_loader=feeds)
+
+    gate = GATES[dtype]
+    scale = float(np.sqrt(np.mean([np.mean(out[contract.TOKENS].astype(np.float64) ** 2) for out in own])))
+    if not np.isfinite(scale) or scale == 0:
+        raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
+    checks = _compare_values(got, wanted, config, gate, gate.error * scale)
+    checks += _compare_decisions(config, outputs, own, gate)
+    checks.sort(key=lambda check: STEPS.index(check.step))
+    notes = ["bf16 weights, fp32 arithmetic: ONNX Runtime has no bf16 kernels on a CPU"] if dtype == "bf16" else []
+    if text is None:
+        notes.append("step text was not run: the decoder was not loaded (--verify-text runs it)")
+    else:
+        say("comparing the decoder's next tokens")
+        pairs = [(out[contract.TOKENS], ref[contract.TOKENS]) for out, ref in zip(outputs, own, strict=True)]
+        share = min(text(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in pairs)
+        checks.append(Check("text", "share of next tokens that agree", share, gate.text, share >= gate.text))
+    return Report(tuple(checks), tuple(clips), tuple(notes), gate.error * scale), wanted
+
+
+def _arrays(iteration: Any) -> Arrays:
+    return {name: np.asarray(iteration[name]) for name in iteration}
+
+
+def _same_decisions(config: EarlyTomConfig, a: Arrays, b: Arrays) -> bool:
+    plans = [f"weights_{layer}" for layer in config.merge_layers]
+    same_plans = all(np.allclose(a[name], b[name], atol=1e-2) and _pattern(a[name], b[name]) for name in plans)
+    return same_plans and all(np.array_equal(a[name], b[name]) for name in ("static", contract.POSITIONS))
+
+
+def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return np.array_equal(a > 0, b > 0)
+
+
+def _compare_values(
+    got: RunResults, wanted: RunResults, config: EarlyTomConfig, gate: Gate, tolerance: float
+) -> list[Check]:
+    """Steps 1 and 3, with Polygraphy's comparison functions: the worst over the clips of each value."""
+    taps = [f"hidden_{layer}" for layer in config.merge_layers]
+    both = RunResults(list(got) + list(wanted))
+    simple = SimpleCompareFunc(atol=tolerance, rtol=0.0, check_error_stat="max", infinities_compare_equal=False)
+    cosine = CosineSimilarityCompareFunc(gate.cosine)
+    checks: list[Check] = []
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(divide="ignore", invalid="ignore"):
+        errors, cosines = Comparator.compare_accuracy(both, compare_func=[simple, cosine])
+    for name in [*taps, contract.TOKENS]:
+        step = "tokens" if name == contract.TOKENS else "hidden"
+        lowest = min(_finite(row[name].cosine_similarity, -1.0) for row in _rows(cosines))
+        checks.append(Check(step, f"{name}: cosine", lowest, gate.cosine, lowest >= gate.cosine))
+    for name in taps:
+        mean = max(_finite(row[name].mean_absdiff, float("inf")) for row in _rows(errors))
+        spread = max(float(np.std(np.asarray(it[name], dtype=np.float64))) for it in wanted[0][1])
+        limit = gate.error / 5 * spread
+        checks.append(Check("hidden", f"{name}: mean error", mean, limit, mean <= limit))
+    worst = max(_finite(row[contract.TOKENS].max_absdiff, float("inf")) for row in _rows(errors))
+    checks.append(Check("tokens", "tokens: largest error", worst, tolerance, worst <= tolerance))
+    moved = max(_finite(row[contract.POSITIONS].max_absdiff, float("inf")) for row in _rows(errors))
+    checks.append(Check("tokens", "positions: largest error", moved, 0.0, moved == 0))
+    return checks
+
+
+def _rows(result: Any) -> list[Any]:
+    return [row for rows in result.values() for row in rows]
+
+
+def _finite(value: float, otherwise: float) -> float:
+    return float(value) if np.isfinite(value) else otherwise
+
+
+def _compare_decisions(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays], gate: Gate) -> list[Check]:
+    """Step 2: how many of the frames and tokens that the reference keeps does the graph keep."""
+    frames, tokens = [], []
+    for a, b in zip(got, own, strict=True):
+        kept_a, kept_b = (_kept_frames(config, out) for out in (a, b))
+        frames.append(len(set(kept_a) & set(kept_b)) / len(set(kept_b)))
+        per_frame = b["features"].shape[1]
+        ids = [
+            {(kept[p // per_frame], p % per_frame) for p in out[contract.POSITIONS].tolist()}
+            for kept, out in ((kept_a, a), (kept_b, b))
+        ]
+        tokens.append(len(ids[0] & ids[1]) / len(ids[1]))
+    return [
+        Check("decisions", "overlap of kept frames", min(frames), gate.frames, min(frames) >= gate.frames),
+        Check("decisions", "overlap of kept tokens", min(tokens), gate.tokens, min(tokens) >= gate.tokens),
+    ]
+
+
+def _kept_frames(config: EarlyTomConfig, out: Arrays) -> list[int]:
+    """Which input frame each remaining frame is: the first that it is made of."""
+    first: NDArray[Any] | None = None
+    for layer in config.merge_layers:
+        here = (out[f"weights_{layer}"] > 0).argmax(1)
+        first = here if first is None else first[here]
+    return list(range(out["features"].shape[0])) if first is None else first.tolist()
+
+
+def write_tapped(onnx_path: Path, config: EarlyTomConfig, *, widen: bool) -> Path:
+    """A copy of the graph, beside it, that also returns the encoder's trace; `widen` turns bf16 into fp32."""
+    model = onnx.load(str(onnx_path), load_external_data=widen)
+    if widen:
+        _widen(model)
+    have = {value.name for value in model.graph.output}
+    known = {value.name: value for value in model.graph.value_info}
+    taps = [name for name in trace_names(config) if name not in have]
+    model.graph.output.extend(known[name] for name in taps)
+    path = onnx_path.with_name(TAPPED)
+    onnx.save(model, str(path), save_as_external_data=widen, location=f"{TAPPED}.data")
+    return path
+
+
+def _widen(model: onnx.ModelProto) -> None:
+    """bf16 to fp32 throughout: weights, casts, and the types of all values."""
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    for tensor in model.graph.initializer:
+        if tensor.data_type == narrow:
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+            )
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+            elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == narrow:
+                array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
+    for value in [*model.graph.value_info, *model.graph.output]:
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+
+
+def save_reference(folder: Path, frames: Tensor, wanted: RunResults) -> None:
+    """Write the inputs and the reference's outputs of the first clip in Polygraphy's format."""
+    name, iterations = wanted[0]
+    outputs = IterationResult({key: np.asarray(iterations[0][key]) for key in contract.OUTPUTS}, runner_name=name)
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([{contract.FRAMES: frames.numpy()}], str(folder / contract.REFERENCE_INPUTS_FILE))
+        RunResults([(name, [outputs])]).save(str(folder / contract.REFERENCE_OUTPUTS_FILE))
+
+
+def polygraphy_command(tolerance: float) -> str:
+    """The line that repeats step 3 when pasted in the engine's folder."""
+    words = ["polygraphy", "run", contract.ONNX_FILE, "--onnxrt"]
+    words += ["--load-inputs", contract.REFERENCE_INPUTS_FILE, "--load-outputs", contract.REFERENCE_OUTPUTS_FILE]
+    words += ["--check-error-stat", "max", "--atol", f"{contract.TOKENS}:{tolerance:.6g}", f"{contract.POSITIONS}:0"]
+    words += ["--rtol", "0", "--validate"]
+    return shlex.join(words)

@@ -1,0 +1,52 @@
+"""How much arithmetic a video costs, with and without compression: exact counts from shapes, nothing measured.
+
+A multiply-add is two floating-point operations. Counted are the matrix products (patches, projections, attention, MLP,
+projector, LLM prefill); norms, softmax and the compression itself are left out (they are bound by memory, not
+arithmetic). SigLIP-so400m at 384 pixels comes to 641 GFLOP a frame over 26 layers, LLaVA-OneVision's vision part for 32
+frames to 20.5 TFLOP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def encoder_layer(tokens: int, width: int, intermediate: int) -> int:
+    """One encoder layer on one frame of `tokens` tokens."""
+    projections = 8 * tokens * width * width
+    attention = 4 * tokens * tokens * width
+    return projections + attention + 4 * tokens * width * intermediate
+
+
+def vision_encoder(config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int], depth: int) -> int:
+    """The vision tower on a video.
+
+    Args:
+        config: a Hugging Face vision config (hidden_size, intermediate_size, image_size, patch_size).
+        frames_per_stage: frames before the first merge and after each one, as `budget.frames_per_stage` gives them.
+        merge_layers: after which layers the frames are merged.
+        depth: how many layers run.
+    """
+    tokens = (config.image_size // config.patch_size) ** 2
+    patches = 2 * tokens * 3 * config.patch_size**2 * config.hidden_size * frames_per_stage[0]
+    layer = encoder_layer(tokens, config.hidden_size, config.intermediate_size)
+    stages = (sum(merged < index for merged in merge_layers) for index in range(depth))
+    return patches + layer * sum(frames_per_stage[stage] for stage in stages)
+
+
+def projector(config: Any, frames: int) -> int:
+    """The two-layer projector of a LLaVA-OneVision config on `frames` frames (before pooling)."""
+    vision, width = config.vision_config, config.text_config.hidden_size
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    return 2 * frames * tokens * (vision.hidden_size * width + width * width)
+
+
+def prefill(config: Any, tokens: int) -> int:
+    """Prefill of a Qwen2-like text config on `tokens` tokens: all layers, and the logits of the last position."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    keys = width // heads * config.num_key_value_heads
+    projections = tokens * (4 * width * width + 4 * width * keys)
+    attention = 2 * tokens * tokens * width  # causal: half of the full product
+    mlp = 6 * tokens * width * config.intermediate_size
+    return config.num_hidden_layers * (projections + attention + mlp) + 2 * width * config.vocab_size

@@ -1,0 +1,18 @@
+"""One context: transformers without the progress bars that it draws while it reads or writes a checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Switch the bars off, and on again afterwards if they were on."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

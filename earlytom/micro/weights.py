@@ -1,0 +1,105 @@
+"""Seeded random weights for a LLaVA-OneVision model: scaled, reproducible, cheap.
+
+Used for the bundled model before training and for the published configurations that are measured without a
+download. Knows tensor names and shapes only; it builds no module and reads no file.
+
+Three properties matter to the callers:
+
+* *Independent tensors.* Each tensor is drawn from a stream that is keyed by the seed and its own name, so the
+  vision part created alone equals the vision part of the whole model, whatever the order of creation.
+* *Independent of the dtype.* Values are drawn in fp32 and rounded once, block by block into the target: a
+  half-precision engine and the fp32 reference have the same weights up to that rounding, and no whole tensor
+  exists in fp32.
+* *Reproducible bits.* The raw words of PCG64 are scaled and shifted into uniform values; no library routine for
+  normal values, which may differ between processors, is involved.
+
+The scales are chosen so that an untrained model behaves like one whose decisions mean something: similarity of
+frames follows their content, received attention is uneven, activations stay within half precision through 26
+layers.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SCHEME = "uniform-pcg64-1"
+"""Names this way of drawing weights. Changing any number below changes the weights, so it must change this name too."""
+
+_BLOCK = 1 << 20  # values drawn at a time; a multiple of four, because a 64-bit word gives four of them
+_UNIT = 1.0 / math.sqrt((2.0**32 - 1.0) / 12.0)  # makes the standard deviation of (int16 + 0.5) equal to one
+
+# Gains g of matrices (standard deviation g / sqrt(fan in)) by the end of their name.
+_VISION_GAINS = {
+    "patch_embedding.weight": 1.5,
+    # sharper than one, so that attention is well away from uniform
+    "q_proj.weight": 1.5,
+    "k_proj.weight": 1.5,
+    # the two products that are added to the residual stream; small, so that depth does not wash the content out
+    "out_proj.weight": 0.6,
+    "fc2.weight": 0.6,
+}
+_DECODER_GAINS = {
+    # attention has to outweigh the last token's own embedding, or greedy text repeats one token for ever
+    "q_proj.weight": 2.0,
+    "k_proj.weight": 2.0,
+    "o_proj.weight": 1.5,
+    "down_proj.weight": 0.9,
+}
+_POSITION_STD = 0.4
+_QUERY_BIAS_STD = 1.0  # a query bias gives each key a salience of its own: some tokens draw attention from everywhere
+_BIAS_STD = 0.05
+_NORM_STD = 0.1
+
+
+def canonical_name(name: str) -> str:
+    """The name of a tensor without the prefixes in which the releases of transformers differ.
+
+    `model.vision_tower.vision_model.encoder`, `model.vision_tower.encoder` and `vision_tower.vision_model.encoder`
+    are all `vision_tower.encoder`; `model.image_newline` is `image_newline`.
+    """
+    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+def _moments(name: str, shape: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of the tensor `name`."""
+    if "norm" in name.split(".")[-2]:
+        return (1.0 if name.endswith("weight") else 0.0), _NORM_STD
+    if name.endswith("q_proj.bias"):
+        return 0.0, _QUERY_BIAS_STD
+    if name.endswith("bias"):
+        return 0.0, _BIAS_STD
+    if name.endswith("position_embedding.weight"):
+        return 0.0, _POSITION_STD
+    if name.endswith(("embed_tokens.weight", "image_newline")):
+        return 0.0, 1.0 / math.sqrt(shape[-1])
+    gains = _DECODER_GAINS if name.startswith("language_model.") else _VISION_GAINS
+    gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+
+
+def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """The tensor `name` of shape `shape` in `dtype`, uniform with the mean and spread that its role asks for.
+
+    `name` is first brought to its canonical form. The values depend on the name, the shape and the seed only.
+    """
+    name = canonical_name(name)
+    key = hashlib.sha256(f"{SCHEME}:{seed}:{name}".encode()).digest()
+    words = np.random.PCG64(int.from_bytes(key[:16], "little"))
+    mean, std = _moments(name if "." in name else f".{name}", shape)
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        size = min(_BLOCK, flat.numel() - start)
+        raw = words.random_raw(-(-size // 4)).astype("<u8", copy=False).view("<i2")[:size]
+        values = torch.from_numpy(raw).to(torch.float32)
+        flat[start : start + size] = values.add_(0.5).mul_(std * _UNIT).add_(mean)
+    return tensor
+
+
+def random_state(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, *, seed: int = 0) -> dict[str, Tensor]:
+    """One random tensor for each name and shape, under the names given."""
+    return {name: random_tensor(name, shape, dtype, seed=seed) for name, shape in shapes.items()}

@@ -1,0 +1,1 @@
+"""Low-latency runtime: a compiled vision engine chained with the LLM decoder."""

@@ -1,0 +1,203 @@
+"""The vision engine on an NVIDIA GPU, through either TensorRT flavour.
+
+The caller has checked the manifest; here the engine is deserialised, its context is made once, every buffer is
+allocated once, and one warm-up run takes the flavour's own set-up (kernel compilation on the GPU with tensorrt-rtx) out
+of the first request. After that `encode` allocates no tensor and returns before the GPU has run:
+
+    caller's stream ──wait──> engine's stream: copy frames in, run ──event──> caller's stream goes on
+
+The tensors that `encode` returns are the engine's own buffers (see `runtime.backends`): before the next `encode` writes
+over them it waits, on the GPU, for what the caller's stream had queued by then.
+
+Written for a GPU and unverified without one: what a test on a CPU can reach is the checks and the errors.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime import trt as seam
+from runtime.contract import FRAMES, FRAMES_DTYPE, OUTPUTS, POSITIONS, POSITIONS_DTYPE, TOKENS, check_frames
+from runtime.errors import EngineError
+from runtime.manifest import REBUILD
+
+# By the names of `DataType`, which both flavours share.
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+}
+
+
+class TensorRTVision:
+    """A `VisionBackend` around a serialised engine.
+
+    Args:
+        engine_path: the engine file.
+        flavour: "tensorrt" or "tensorrt-rtx", the one it was built with.
+        device: the CUDA device to run on, default the current one.
+
+    Attributes:
+        shape: [F, 3, H, W] of the frames it takes.
+
+    Raises:
+        EngineError: no such file, no GPU that torch can use, the flavour is missing, the engine was built by another
+            version or for another GPU, or its tensors are not those of `runtime.contract`.
+    """
+
+    def __init__(
+        self, engine_path: str | Path, flavour: str = "tensorrt-rtx", *, device: torch.device | str = "cuda"
+    ) -> None:
+        self.name = flavour
+        path = Path(engine_path)
+        if not path.is_file():
+            raise EngineError(f"{path} is missing: {REBUILD}")
+        _require_gpu(flavour)
+        trt = seam.load(flavour)
+        self._logger = seam.collecting_logger(trt)
+        self._lock = threading.Lock()
+        with torch.cuda.device(device):
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            if self._engine is None:
+                raise EngineError(
+                    f"{flavour} {trt.__version__} cannot load {path} ({self._complaint()}): it was built by another "
+                    f"version or for another GPU; {REBUILD}"
+                )
+            tensors = engine_tensors(path, self._engine)
+            self._context: Any = self._engine.create_execution_context()
+            if self._context is None:
+                raise EngineError(
+                    f"{flavour} cannot run {path} here ({self._complaint()}): free GPU memory, or build with fewer "
+                    f"--frames"
+                )
+            self._prepare(tensors)
+
+    def _prepare(self, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Allocate everything a call needs, tell the context where it is, run once."""
+        self.shape = tensors[FRAMES][0]
+        self._buffers = {
+            name: torch.zeros(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in tensors.items()
+        }
+        self._device = self._buffers[FRAMES].device
+        self._staging = torch.zeros(self.shape, dtype=FRAMES_DTYPE, pin_memory=True)
+        self._stream = torch.cuda.Stream(self._device)
+        self._staged, self._finished = torch.cuda.Event(), torch.cuda.Event()
+        for name, buffer in self._buffers.items():
+            if not self._context.set_tensor_address(name, buffer.data_ptr()):
+                raise EngineError(f"{self.name} refused a buffer for tensor {name}: {self._complaint()}; {REBUILD}")
+        self.encode(self._staging)
+        torch.cuda.synchronize(self._device)
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the engine on one clip.
+
+        Args:
+            frames: uint8 [F, 3, H, W], RGB at the model's resolution, on the CPU or on the engine's GPU.
+
+        Returns:
+            tokens [N, D] and positions int64 [N] on the GPU, ready for work queued on the caller's current stream and
+            valid until the next call.
+
+        Raises:
+            EngineError: frames of another shape or dtype or on another device, or TensorRT refused to run.
+            RuntimeError: called while another call is under way, or after `close`.
+        """
+        check_frames(frames, self.shape)
+        if frames.device.type != "cpu" and frames.device != self._device:
+            raise EngineError(
+                f"frames are on {frames.device} and the engine is on {self._device}: move the frames there"
+            )
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
+        try:
+            if self._context is None:
+                raise RuntimeError("this vision backend is closed")
+            self._queue(frames)
+        finally:
+            self._lock.release()
+        return self._buffers[TOKENS], self._buffers[POSITIONS]
+
+    def _queue(self, frames: Tensor) -> None:
+        """Queue copy and run on the engine's stream, between what the caller's stream has and will get."""
+        caller = torch.cuda.current_stream(self._device)
+        if frames.device.type == "cpu":
+            # Waits for the previous call's copy out of the pinned buffer, which comes before that call's engine run.
+            self._staged.synchronize()
+            frames = self._staging.copy_(frames)
+        # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            self._buffers[FRAMES].copy_(frames, non_blocking=True)
+            self._staged.record(self._stream)
+            started = self._context.execute_async_v3(self._stream.cuda_stream)
+            self._finished.record(self._stream)
+        if frames.is_cuda:
+            frames.record_stream(self._stream)  # the caller may drop them before the copy has run
+        if not started:
+            raise EngineError(f"{self.name} refused to run the engine: {self._complaint()}")
+        caller.wait_event(self._finished)
+        for name in OUTPUTS:
+            self._buffers[name].record_stream(caller)  # `close` may drop them while the caller's stream reads them
+
+    def close(self) -> None:
+        """Wait for what is running and free the engine; a second call does nothing."""
+        with self._lock:
+            if self._context is None:
+                return
+            self._stream.synchronize()
+            # In this order: a context must not outlive its engine, nor an engine its runtime.
+            self._context = None
+            self._engine = None
+            self._runtime = None
+            self._buffers = {}
+
+    def _complaint(self) -> str:
+        return (seam.errors_of(self._logger) or ["it gave no reason"])[-1]
+
+
+def _require_gpu(flavour: str) -> None:
+    if torch.cuda.is_available():
+        return
+    if seam.has_gpu():
+        raise EngineError(
+            f"{flavour} needs a torch that can use the GPU and {torch.__version__} cannot: install the CUDA build of "
+            f"torch, or use --backend onnxruntime"
+        )
+    raise EngineError(f"a {flavour} engine runs on an NVIDIA GPU and none was found: use --backend onnxruntime")
+
+
+def engine_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a deserialised engine, by name.
+
+    Raises:
+        EngineError: they are not those of `runtime.contract`, or a shape is not fixed.
+    """
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if str(engine.get_tensor_mode(name)).endswith("INPUT")]
+    if inputs != [FRAMES] or not set(OUTPUTS) <= set(names):
+        raise EngineError(
+            f"{path} takes {inputs} and returns {sorted(set(names) - set(inputs))}, expected {FRAMES} and "
+            f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
+        )
+    tensors = {}
+    for name in names:
+        shape = tuple(engine.get_tensor_shape(name))
+        kind = str(engine.get_tensor_dtype(name)).rsplit(".", maxsplit=1)[-1]
+        if min(shape, default=1) < 1 or kind not in _DTYPES:
+            raise EngineError(
+                f"{path}: {name} is {kind} {list(shape)}, expected fixed sizes and a known dtype; {REBUILD}"
+            )
+        tensors[name] = (shape, _DTYPES[kind])
+    for name, dtype in ((FRAMES, FRAMES_DTYPE), (POSITIONS, POSITIONS_DTYPE)):
+        if tensors[name][1] != dtype:
+            raise EngineError(f"{path}: {name} is {tensors[name][1]}, expected {dtype}; {REBUILD}")
+    return tensors

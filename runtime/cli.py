@@ -1,0 +1,179 @@
+"""What every command of this project shares: how it fails, and how it shows figures.
+
+Status 0 is success, 2 means that the user can mend it (one line `error: ...` on stderr), 130 is Ctrl-C. Anything
+else is a defect of ours and keeps its traceback. Text and tables are for people, one JSON line at the end is for
+machines, and a command's `--json` leaves only that line.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO, TypeVar
+
+from earlytom.errors import UserError
+
+OK = 0
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_REMEDIES = {
+    errno.ENOSPC: ("no space is left on the disk", "free some space or choose a folder on another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose a folder on another disk"),
+    errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
+    errno.EACCES: ("permission denied", "change its permissions or choose another path"),
+    errno.EPERM: ("operation not permitted", "change its permissions or choose another path"),
+}
+
+A = TypeVar("A")
+
+
+def run(main: Callable[[A], int | None], args: A) -> int:
+    """Call `main(args)` and return the exit status of the command, for `sys.exit`.
+
+    `args` is whatever `main` takes: parsed arguments, or the list that it parses itself (argparse exits with 2 too).
+    """
+    try:
+        status = main(args)
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe behind stdout is reported like any other
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return BROKEN_PIPE
+    except OSError as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        _settle(sys.stdout)
+        return _fail(line)
+    return OK if status is None else status
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return USER_ERROR
+
+
+def _explain(error: OSError) -> str | None:
+    """One line for an OSError that is the user's to mend; None for one that says nothing to them."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    if error.errno in _REMEDIES:
+        what, remedy = _REMEDIES[error.errno]
+        return f"{where}{what}; {remedy}"
+    if where and error.strerror:
+        return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}; check the path"
+    return None
+
+
+def _settle(stream: TextIO) -> None:
+    """Drop what a stream cannot get rid of: the flush at exit would fail on it again and change the exit status."""
+    try:
+        stream.flush()
+    except OSError:
+        _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a stream that takes nothing any more at nothing, or the interpreter complains when it flushes at exit."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # replaced by something without a descriptor: nothing to flush at exit
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+class Screen:
+    """Standard output of a command.
+
+    Args:
+        json_only: show nothing but `result`.
+        stream: standard output by default.
+    """
+
+    def __init__(self, json_only: bool = False, stream: TextIO | None = None) -> None:
+        self.json_only = json_only
+        self.stream = stream if stream is not None else sys.stdout
+
+    def line(self, text: str = "") -> None:
+        """One line for people."""
+        self.write(text + "\n")
+
+    def write(self, text: str) -> None:
+        """Text for people as it comes, without a line end (a streamed answer)."""
+        if not self.json_only:
+            self.stream.write(text)
+            self.stream.flush()
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
+        """A table for people: numbers to the right, drawn on a terminal, plain aligned text elsewhere.
+
+        Floats are shown with three significant digits unless they are larger; format a cell yourself to say more.
+        """
+        cells = [[_show(cell) for cell in row] for row in rows]
+        right = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(columns))]
+        if self.json_only:
+            return
+        if self.stream.isatty():
+            self._draw(columns, cells, right, title)
+        else:
+            self.write(_plain_table(columns, cells, right, title))
+
+    def result(self, record: Mapping[str, Any]) -> None:
+        """The one JSON line for machines; always shown.
+
+        Raises:
+            ValueError: a value is NaN or infinite, which JSON cannot say.
+        """
+        self.stream.write(json.dumps(record, allow_nan=False) + "\n")
+        self.stream.flush()
+
+    def _draw(self, columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str | None) -> None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title and Text(title), title_justify="left")
+        for name, to_right in zip(columns, right, strict=True):
+            table.add_column(Text(name), justify="right" if to_right else "left")
+        for row in cells:
+            table.add_row(*map(Text, row))  # Text, or brackets in a path would be read as markup
+        Console(file=self.stream).print(table)
+
+
+def _plain_table(columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str | None) -> str:
+    from rich.cells import cell_len  # width on screen: a Chinese character takes two columns
+
+    grid = [list(columns), *cells]
+    widths = [max(cell_len(row[i]) for row in grid) for i in range(len(columns))]
+    lines = [title] if title else []
+    for row in grid:
+        padded = []
+        for text, width, to_right in zip(row, widths, right, strict=True):
+            space = " " * (width - cell_len(text))
+            padded.append(space + text if to_right else text + space)
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _is_figure(cell: object) -> bool:
+    """A number, or one that was formatted already, with a unit perhaps."""
+    if isinstance(cell, str):
+        return re.fullmatch(r"[-+]?\d[\d.,]*(e[-+]?\d+)?x?( ?%| \w+)?", cell) is not None
+    return isinstance(cell, (int, float)) and not isinstance(cell, bool)
+
+
+def _show(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+    return str(cell)

@@ -1,0 +1,284 @@
+"""From a video and a question to an answer: the compiled vision engine chained with the LLM decoder.
+
+    with Pipeline.load("engines/...") as pipeline:
+        for delta in pipeline.stream("clip.mp4", "What happens?"):
+            print(delta.text, end="")
+
+The stages of one request: decode and resize the frames, run the vision engine, splice its tokens into the prompt,
+prefill, decode token by token. Everything is loaded once; requests on one pipeline run one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from earlytom.config import EarlyTomConfig
+from runtime import contract
+from runtime.backends import VisionBackend, choose_backend, open_backend
+from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
+from runtime.decoder import GREEDY, Decoder, Finish, Sampling
+from runtime.errors import EngineError
+from runtime.manifest import Manifest
+from runtime.prompt import build_prompt, check_length, splice, stop_token_ids
+from runtime.text import TextStream
+from runtime.video import Clip, clip_from_frames, load_clip
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one request. On a GPU the stages overlap the host; `vision` is then measured by events on the device.
+
+    Attributes:
+        decode: opening and decoding the video; preprocess: resizing its frames.
+        vision: copy to the device, the vision engine.
+        prefill: prompt, splice, prefill and the first token.
+        first_token: from the call to the first token (TTFT).
+        per_token: mean time of each further token (TPOT); 0 when there is none.
+        total: from the call to the last token.
+    """
+
+    decode: float
+    preprocess: float
+    vision: float
+    prefill: float
+    first_token: float
+    per_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one more token brought.
+
+    `text` may be empty while a character is unfinished. The last delta has `finish` and `answer`, and no token.
+    """
+
+    text: str
+    token: int | None = None
+    finish: Finish | None = None
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer: its text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    timings: Timings
+    visual_tokens: int
+
+
+class Pipeline:
+    """One engine and one decoder; made by `load`. Closing it frees both."""
+
+    def __init__(
+        self, manifest: Manifest, vision: VisionBackend, decoder: Decoder, newline: Tensor, tokenizer: Any, stops: Any
+    ) -> None:
+        self.manifest = manifest
+        self.vision = vision
+        self.decoder = decoder
+        self._newline = newline
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._busy = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        engine: str | Path,
+        model: Source = None,
+        backend: str = "auto",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Pipeline:
+        """Load an engine folder and the decoder of its model.
+
+        Args:
+            engine: a folder that `python -m builder.build` wrote.
+            model: the checkpoint it was built from; default the source that the folder names.
+            backend: "auto" (the compiled engine where its library and a GPU are, else ONNX Runtime), "onnxruntime",
+                "tensorrt", "tensorrt-rtx", or "torch", the reference.
+            device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32.
+
+        Raises:
+            EngineError: no engine there, changed files, another library version, or an engine of another model.
+            UserError: the checkpoint cannot be loaded.
+        """
+        folder = Path(engine)
+        manifest = Manifest.read(folder)
+        choice = choose_backend(backend, manifest)
+        checkpoint = describe(manifest.model.source if model is None else model)
+        if (digest := checkpoint.digest()) != manifest.model.digest:
+            raise EngineError(
+                f"{folder.name} was built from {manifest.model.source} (weights {manifest.model.digest[:12]}), and "
+                f"{checkpoint.source} has weights {digest[:12]}: give the model it was built from with --model, or "
+                f"build an engine for this one with python -m builder.build --model {checkpoint.source}"
+            )
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
+        vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
+        return cls(manifest, vision, *_load_decoder(checkpoint, where, precision))
+
+    def stream(
+        self,
+        video: str | Path | Tensor | NDArray[Any] | Clip,
+        prompt: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+        system: str | None = None,
+    ) -> Generator[Delta, None, None]:
+        """Answer a question about a video, token by token.
+
+        Args:
+            video: a file, decoded frames (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), or a `Clip`.
+            prompt: the question.
+            max_new_tokens, sampling: of the decoder.
+            system: a system message before the question.
+
+        Yields:
+            a `Delta` per token, then one with `finish` and `answer`. Closing the generator ends the request.
+
+        Raises:
+            UserError: while iterating: a video or a prompt that cannot be used.
+        """
+        with self._busy:  # the engine's and the decoder's buffers are used again by every request
+            started = time.perf_counter()
+            words = build_prompt(self._tokenizer, prompt, system=system)
+            check_length(
+                words,
+                visual_tokens=self.manifest.tokens + 1,
+                new_tokens=max_new_tokens,
+                context=self.decoder.limit,
+            )
+            clip = self._clip(video)
+            vision_time = _Stopwatch(self.decoder.device)
+            tokens, _ = self.vision.encode(clip.frames)
+            vision_time.stop()
+            prefill_started = time.perf_counter()
+            embeds = splice(words, tokens.to(self.decoder.device), self._newline, self.decoder.embed)
+            ids: list[int] = []
+            text = TextStream(self._tokenizer)
+            parts: list[str] = []
+            first = 0.0
+            source = self.decoder.stream(embeds, max_new_tokens=max_new_tokens, stop_ids=self._stops, sampling=sampling)
+            finish: Finish = "length"
+            while True:
+                try:
+                    token = next(source)
+                except StopIteration as end:
+                    finish = end.value
+                    break
+                finally:
+                    first = first or time.perf_counter()
+                ids.append(token)
+                parts.append(text.push(token))
+                yield Delta(parts[-1], token)
+            parts.append(text.finish())
+            ended = time.perf_counter()
+            further = len(ids) - 1
+            timings = Timings(
+                decode=clip.decode_seconds,
+                preprocess=clip.preprocess_seconds,
+                vision=vision_time.seconds(),
+                prefill=first - prefill_started,
+                first_token=first - started,
+                per_token=(ended - first) / further if further > 0 else 0.0,
+                total=ended - started,
+            )
+            answer = Answer("".join(parts), tuple(ids), finish, timings, len(tokens))
+            yield Delta(parts[-1], None, finish, answer)
+
+    def ask(
+        self,
+        video: str | Path | Tensor | NDArray[Any] | Clip,
+        prompt: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+        system: str | None = None,
+    ) -> Answer:
+        """`stream`, waited for. Arguments and errors as there."""
+        answer: Answer | None = None
+        for delta in self.stream(video, prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system):
+            answer = delta.answer
+        assert answer is not None  # the last delta has it
+        return answer
+
+    def close(self) -> None:
+        """Free the engine. A second call does nothing."""
+        self.vision.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _clip(self, video: str | Path | Tensor | NDArray[Any] | Clip) -> Clip:
+        if isinstance(video, Clip):
+            return video
+        size = self.manifest.model.preprocessing.size
+        if isinstance(video, (str, Path)):
+            return load_clip(video, self.manifest.frames, size)
+        return clip_from_frames(video, self.manifest.frames, size)
+
+
+class _Stopwatch:
+    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events: list[Any] = []
+        self.times = [time.perf_counter()]
+        if device.type == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+
+    def stop(self) -> None:
+        self.times.append(time.perf_counter())
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Valid once the host has waited for the device, as it does for every token."""
+        if self.events:
+            return self.events[0].elapsed_time(self.events[1]) / 1000
+        return self.times[1] - self.times[0]
+
+
+def _open_vision(
+    folder: Path, manifest: Manifest, backend: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> VisionBackend:
+    if backend != "torch":
+        return open_backend(backend, folder, manifest)
+    from runtime.backends.torch import TorchVision
+
+    shape = (manifest.frames, 3, *manifest.model.preprocessing.size)
+    return TorchVision(checkpoint, EarlyTomConfig.from_dict(manifest.earlytom), shape, device=device, dtype=dtype)
+
+
+def _load_decoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, Tensor, Any, Any]:
+    """Decoder, `image_newline`, tokenizer and stop ids. The checkpoint's own vision tower is let go."""
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint, dtype)
+    stops = stop_token_ids(model.generation_config, tokenizer)
+    del model.model.vision_tower, model.model.multi_modal_projector
+    torch.nn.Module.to(model, device)
+    return Decoder.from_model(model), model.model.image_newline.detach(), tokenizer, stops

@@ -1,0 +1,55 @@
+"""Token ids into text as they come.
+
+A token need not be a whole character: byte-level tokenizers split one over several tokens, and what is decoded of the
+first half is a replacement character that the next token takes back. `TextStream` holds back what may still change, so
+the deltas joined are the text that decoding all ids at once gives. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+# A character has at most four bytes, so at most three bytes are ever left unfinished at the end of the text.
+_MAX_UNFINISHED = 3
+
+
+class TextStream:
+    """Incremental detokenizer of one answer.
+
+    Args:
+        tokenizer: anything with the `decode` of a transformers tokenizer. Special tokens are left out of the text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[
+            int
+        ] = []  # a last settled token, for tokenizers whose spaces depend on it, and what is unsettled
+        self._sent = 0  # characters of their text that were returned already
+
+    def push(self, token: int) -> str:
+        """Take one more id; return the text that is now certain, often one word, sometimes nothing."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        unfinished = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UNFINISHED)
+        settled = max(self._sent, len(text) - unfinished)
+        delta, self._sent = text[self._sent : settled], settled
+        if not unfinished:
+            self._forget()
+        return delta
+
+    def finish(self) -> str:
+        """The text still held back, at the end of the answer; the stream is empty afterwards."""
+        delta = self._decode(self._ids)[self._sent :]
+        self._ids, self._sent = [], 0
+        return delta
+
+    def _forget(self) -> None:
+        """Keep only the last token, so that the cost of a token does not grow with the answer."""
+        context = self._decode(self._ids[-1:])
+        if context:  # a special token has no text and would be no context
+            self._ids, self._sent = self._ids[-1:], len(context)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,141 @@
+"""Tiny random Hugging Face models for the tests: towers of every supported family, a whole LLaVA-OneVision, videos.
+
+Weights are drawn wide enough that attention is uneven and frames differ, which the default initialisation is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+FAMILIES = ("siglip", "siglip2", "clip", "dinov2")
+PATCH = 4
+VIDEO_TOKEN, IMAGE_TOKEN, VOCABULARY = 127, 126, 128
+
+
+def tower(family: str, *, layers: int = 4, grid: int = 5, seed: int = 0, device: str = "cpu") -> Any:
+    """A random vision tower of `layers` layers on `grid` x `grid` patches, width 32, in eval mode."""
+    size: Any = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "patch_size": PATCH}
+    inner: Any = {"intermediate_size": 64}
+    with torch.device(device):
+        if family == "siglip":
+            model: nn.Module = SiglipVisionModel(
+                SiglipVisionConfig(**size, **inner, image_size=grid * PATCH, vision_use_head=False)
+            )
+        elif family == "siglip2":
+            model = Siglip2VisionModel(
+                Siglip2VisionConfig(**size, **inner, num_patches=grid * grid, vision_use_head=False)
+            )
+        elif family == "clip":
+            model = CLIPVisionModel(CLIPVisionConfig(**size, **inner, image_size=grid * PATCH))
+        else:
+            model = Dinov2Model(Dinov2Config(**size, mlp_ratio=2, image_size=grid * PATCH))
+    return randomise(model, seed)
+
+
+def randomise(model: nn.Module, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.device.type == "meta":
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def patchify(pixels: Tensor, patch: int = PATCH) -> Tensor:
+    """[F, 3, H, W] to the patches that SigLIP2 takes, [F, S, patch * patch * 3]: pixel by pixel, channels last."""
+    frames, _, height, width = pixels.shape
+    rows = []
+    for y in range(0, height, patch):
+        for x in range(0, width, patch):
+            block = pixels[:, :, y : y + patch, x : x + patch]
+            rows.append(block.permute(0, 2, 3, 1).reshape(frames, -1))
+    return torch.stack(rows, dim=1)
+
+
+@torch.no_grad()
+def untouched(model: Any, pixels: Tensor, **flags: Any) -> Any:
+    """The tower's own forward pass, with all hidden states (and whatever `flags` ask for)."""
+    flags = {"output_hidden_states": True} | flags
+    if model.config.model_type != "siglip2_vision_model":
+        return model(pixels, **flags)
+    patches = patchify(pixels)
+    grid = torch.tensor([[pixels.shape[2] // PATCH, pixels.shape[3] // PATCH]] * len(pixels))
+    return model(patches, torch.ones(patches.shape[:2], dtype=torch.int64), grid, **flags)
+
+
+def projector(width: int = 32, out: int = 24, *, seed: int = 0, device: str = "cpu") -> Any:
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+    return randomise(model, seed)
+
+
+def video(kind: str, frames: int, *, grid: int = 5, seed: int = 0) -> Tensor:
+    """[F, 3, H, W] normalised pixels. Kinds: noise, drift (slow change), scenes (cuts), still (one frame, repeated)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (frames, 3, grid * PATCH, grid * PATCH)
+    noise = torch.randn(shape, generator=generator)
+    if kind == "noise":
+        return noise
+    if kind == "still":
+        return noise[:1].expand(shape).clone()
+    if kind == "drift":
+        return noise[:1] + 0.35 * noise.cumsum(0)
+    cuts = torch.rand(frames, generator=generator) < 0.2
+    return noise[cuts.long().cumsum(0)] + 0.15 * noise
+
+
+def llava(*, layers: int = 4, grid: int = 5, seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
+    """A random LLaVA-OneVision: SigLIP tower, Qwen2 decoder of two layers, `VOCABULARY` token ids."""
+    ids: Any = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
+    config = LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "image_size": grid * PATCH,
+            "patch_size": PATCH,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+        },
+        **ids,
+    )
+    return randomise(LlavaOnevisionForConditionalGeneration(config), seed)
+
+
+def prompt(frames: int, *, grid: int = 5, seed: int = 0, before: int = 4, after: int = 3) -> Tensor:
+    """[1, L] ids: some text, the placeholders of one video, some text."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 100, (before + after,), generator=generator)
+    placeholders = torch.full((frames * ((grid + 1) // 2) ** 2 + 1,), VIDEO_TOKEN)
+    return torch.cat([text[:before], placeholders, text[before:]])[None]

@@ -1,0 +1,332 @@
+"""The TensorRT vision backend: refusals, and the order of what is queued, on a CPU; the numbers where there is a GPU.
+
+On the CPU `torch.cuda` and the library are replaced by stand-ins that write down what was asked of them: they prove the
+order (wait, copy, run, event) and the addresses, not that a GPU agrees.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import trt as seam
+from runtime.backends import tensorrt as backend
+from runtime.backends.tensorrt import TensorRTVision, engine_tensors
+from runtime.errors import EngineError
+
+SHAPES = {"frames": ((2, 3, 4, 4), "UINT8"), "tokens": ((5, 8), "HALF"), "positions": ((5,), "INT64")}
+
+
+class Engine:
+    """A deserialised engine: name -> (shape, dtype); everything but `frames` is an output."""
+
+    def __init__(self, tensors, context=None):
+        self.tensors, self.context = tensors, context
+        self.num_io_tensors = len(tensors)
+
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name):
+        return f"TensorIOMode.{'INPUT' if name in ('frames', 'pixels') else 'OUTPUT'}"
+
+    def get_tensor_shape(self, name):
+        return self.tensors[name][0]
+
+    def get_tensor_dtype(self, name):
+        return f"DataType.{self.tensors[name][1]}"
+
+    def create_execution_context(self):
+        return self.context
+
+
+class Context:
+    """An execution context that keeps the addresses it is given and writes down its runs."""
+
+    def __init__(self, log, succeeds=True):
+        self.log, self.succeeds, self.addresses = log, succeeds, {}
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream):
+        self.log.append(f"run on {stream}")
+        return self.succeeds
+
+
+def stand_ins(monkeypatch, engine, log):
+    """Replace torch's CUDA and the library; returns nothing, everything lands in `log`."""
+
+    class Stream:
+        def __init__(self, name):
+            self.cuda_stream = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+        def wait_event(self, event):
+            log.append(f"{self.cuda_stream} waits for event of {event.stream}")
+
+        def synchronize(self):
+            log.append(f"host waits for {self.cuda_stream}")
+
+    class Event:
+        stream = None
+
+        def record(self, stream):
+            self.stream = stream.cuda_stream
+            log.append(f"event on {self.stream}")
+
+        def synchronize(self):
+            log.append(f"host waits for event of {self.stream}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append("{")
+        yield
+        log.append("}")
+
+    caller = Stream("caller")
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device=lambda device: contextlib.nullcontext(),
+        Stream=lambda device: Stream("engine"),
+        Event=Event,
+        stream=on,
+        current_stream=lambda device: caller,
+        synchronize=lambda device: log.append("host waits for all"),
+    )
+    monkeypatch.setattr(
+        backend, "torch", SimpleNamespace(cuda=cuda, zeros=lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype))
+    )
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
+    monkeypatch.setattr(
+        seam,
+        "load",
+        lambda flavour: SimpleNamespace(__version__="1.7.1", ILogger=object, Runtime=lambda logger: runtime),
+    )
+    monkeypatch.setattr(seam, "errors_of", lambda logger: ["expecting library version 1.8"])
+
+
+@pytest.fixture
+def engine_file(tmp_path):
+    path = tmp_path / "vision.engine"
+    path.write_bytes(b"plan")
+    return path
+
+
+@pytest.fixture
+def opened(monkeypatch, engine_file):
+    """A backend on stand-ins, its context, and the log since it was opened."""
+    log = []
+    context = Context(log)
+    stand_ins(monkeypatch, Engine(SHAPES, context), log)
+    vision = TensorRTVision(engine_file, "tensorrt-rtx")
+    assert "run on engine" in log  # the warm-up
+    assert log[-1] == "host waits for all"
+    log.clear()
+    return vision, context, log
+
+
+def frames(value=1):
+    return torch.full((2, 3, 4, 4), value, dtype=torch.uint8)
+
+
+def test_a_call_is_ordered_between_the_callers_work(opened):
+    vision, _, log = opened
+    vision.encode(frames())
+    assert log == [
+        "host waits for event of engine",  # the last copy out of the pinned buffer
+        "engine waits for caller",
+        "{",
+        "event on engine",
+        "run on engine",
+        "event on engine",
+        "}",
+        "caller waits for event of engine",
+    ]
+
+
+def test_buffers_are_allocated_once_and_hold_the_frames(opened):
+    vision, context, _ = opened
+    first = vision.encode(frames(7))
+    second = vision.encode(frames(9))
+    assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
+    assert [t.data_ptr() for t in first] == [context.addresses["tokens"], context.addresses["positions"]]
+    assert (first[0].shape, first[0].dtype, first[1].shape, first[1].dtype) == (
+        (5, 8),
+        torch.float16,
+        (5,),
+        torch.int64,
+    )
+    assert vision._buffers["frames"].data_ptr() == context.addresses["frames"]
+    assert vision._buffers["frames"].unique().tolist() == [9]
+
+
+@pytest.mark.parametrize("wrong", [frames()[:1], frames().float(), frames().permute(0, 2, 3, 1)])
+def test_frames_that_do_not_fit(opened, wrong):
+    vision, _, log = opened
+    with pytest.raises(EngineError, match="this engine takes frames"):
+        vision.encode(wrong)
+    assert log == []
+
+
+def test_frames_on_another_device(opened):
+    vision, _, log = opened
+    with pytest.raises(EngineError, match="frames are on meta and the engine"):
+        vision.encode(frames().to("meta"))
+    assert log == []
+
+
+def test_a_run_that_is_refused(opened):
+    vision, context, _ = opened
+    context.succeeds = False
+    with pytest.raises(EngineError, match=r"tensorrt-rtx refused to run the engine: expecting library version"):
+        vision.encode(frames())
+    context.succeeds = True
+    vision.encode(frames())  # and it is not stuck
+
+
+def test_one_call_at_a_time_and_none_after_close(opened):
+    vision, _, log = opened
+    with vision._lock, pytest.raises(RuntimeError, match="busy"):
+        vision.encode(frames())
+    vision.close()
+    vision.close()
+    assert log == ["host waits for engine"]
+    with pytest.raises(RuntimeError, match="closed"):
+        vision.encode(frames())
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (None, r"cannot load .*vision.engine \(expecting library version 1.8\).*rebuild"),
+        (Engine(SHAPES, context=None), "cannot run .*--frames"),
+    ],
+)
+def test_an_engine_that_does_not_load(monkeypatch, engine_file, engine, message):
+    stand_ins(monkeypatch, engine, [])
+    with pytest.raises(EngineError, match=message):
+        TensorRTVision(engine_file, "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": None, "pixels": ((2, 3, 4, 4), "UINT8")}, "takes .'pixels'.*expected frames"),
+        ({"positions": None}, "expected frames and tokens, positions"),
+        ({"tokens": ((-1, 8), "HALF")}, r"tokens is HALF \[-1, 8\], expected fixed sizes"),
+        ({"tokens": ((5, 8), "FP8")}, "tokens is FP8"),
+        ({"frames": ((2, 3, 4, 4), "HALF")}, "frames is torch.float16, expected torch.uint8"),
+        ({"positions": ((5,), "INT32")}, "positions is torch.int32, expected torch.int64"),
+    ],
+)
+def test_tensors_that_are_not_the_contract(tmp_path, change, message):
+    tensors = {name: value for name, value in (SHAPES | change).items() if value is not None}
+    with pytest.raises(EngineError, match=message):
+        engine_tensors(tmp_path, Engine(tensors))
+
+
+def test_more_outputs_are_fine(tmp_path):
+    tensors = engine_tensors(tmp_path, Engine(SHAPES | {"hidden": ((2, 4, 8), "FLOAT")}))
+    assert tensors["hidden"] == ((2, 4, 8), torch.float32)
+
+
+def test_no_such_engine(tmp_path):
+    with pytest.raises(EngineError, match=r"vision.engine is missing: rebuild"):
+        TensorRTVision(tmp_path / "vision.engine", "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(("driver", "message"), [((), "none was found"), (((8, 0),), "CUDA build of torch")])
+def test_no_gpu_that_torch_can_use(monkeypatch, engine_file, driver, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(seam, "_devices", lambda: driver)
+    with pytest.raises(EngineError, match=f"{message}.*use --backend onnxruntime"):
+        TensorRTVision(engine_file, "tensorrt-rtx")
+
+
+def test_a_gpu_but_no_library(monkeypatch, engine_file):
+    def missing(name):
+        raise ModuleNotFoundError(name, name=name)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(seam.importlib, "import_module", missing)
+    with pytest.raises(EngineError, match="tensorrt is not installed: pip install"):
+        TensorRTVision(engine_file, "tensorrt")
+
+
+def _flavour_for_this_gpu():
+    """The flavour that can build and run here, or the reason why there is none."""
+    if not torch.cuda.is_available():
+        return None, "no NVIDIA GPU that torch can use"
+    usable = seam.flavours()
+    if "tensorrt" in usable:
+        return "tensorrt", ""
+    major, minor = torch.cuda.get_device_capability()
+    if "tensorrt-rtx" not in usable:
+        return None, "a GPU, but neither tensorrt nor tensorrt-rtx is installed"
+    if not hasattr(seam.load("tensorrt-rtx").ComputeCapability, f"SM{major}{minor}"):
+        return None, f"tensorrt-rtx does not compile for compute capability {major}.{minor}"
+    return "tensorrt-rtx", ""
+
+
+FLAVOUR, WHY_NOT = _flavour_for_this_gpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(FLAVOUR is None, reason=WHY_NOT)
+def test_on_a_gpu(tmp_path):
+    """Token i is row i of the frames' channel means times a matrix; calls on two streams do not disturb each other."""
+    onnx = pytest.importorskip("onnx")
+    from builder.compile import compile_engine
+
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((3, 8)).astype(np.float32)
+    helper, proto = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Cast", ["frames"], ["pixels"], to=proto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("MatMul", ["means", "matrix"], ["tokens"]),
+        helper.make_node("ReduceMax", ["means", "last"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["positions"], to=proto.INT64),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "means",
+        [helper.make_tensor_value_info("frames", proto.UINT8, (4, 3, 16, 16))],
+        [
+            helper.make_tensor_value_info("tokens", proto.FLOAT, (4, 8)),
+            helper.make_tensor_value_info("positions", proto.INT64, (4,)),
+        ],
+        [
+            onnx.numpy_helper.from_array(matrix, "matrix"),
+            helper.make_tensor("axes", proto.INT64, (2,), (2, 3)),
+            helper.make_tensor("last", proto.INT64, (1,), (1,)),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, tmp_path / "vision.onnx")
+    compile_engine(
+        tmp_path / "vision.onnx",
+        tmp_path / "vision.engine",
+        flavour=FLAVOUR,
+        dtype="fp32",
+        target=torch.cuda.get_device_capability(),
+    )
+    vision = TensorRTVision(tmp_path / "vision.engine", FLAVOUR)
+    generator = torch.Generator().manual_seed(0)
+    for call in range(20):
+        clip = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
+        means = clip.float().mean((2, 3))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tokens, positions = vision.encode(clip if call % 2 else clip.cuda(non_blocking=True))
+            got = (tokens.cpu(), positions.cpu())
+        torch.testing.assert_close(got[0], means @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-2)
+        assert got[1].tolist() == means.max(1).values.long().tolist()
+    vision.close()

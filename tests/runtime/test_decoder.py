@@ -1,0 +1,381 @@
+"""The decoder against transformers' own `generate`, and everything that could leak from one request into the next."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from earlytom.errors import UserError
+from runtime.decoder import GREEDY, Decoder, Sampling, _Picker, filter_logits
+
+VOCABULARY, WIDTH, CONTEXT = 101, 32, 128
+BUCKETS = (16, 32, 64, 128)
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.4,  # large enough for answers that depend on the whole prompt
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def make_qwen(**changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**(TEXT | changes))).eval()
+
+
+def make_llava() -> PreTrainedModel:
+    torch.manual_seed(1)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = Qwen2Config(**TEXT)
+    return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(text_config=text, vision_config=vision)).eval()
+
+
+@pytest.fixture(scope="module")
+def qwen() -> PreTrainedModel:
+    return make_qwen()
+
+
+@pytest.fixture
+def decoder(qwen: PreTrainedModel) -> Decoder:
+    return Decoder.from_model(qwen, buckets=BUCKETS)
+
+
+def prompt(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(100 * seed + length))
+
+
+def generated(model: PreTrainedModel, embeds: torch.Tensor, new: int) -> list[int]:
+    """What transformers itself answers, greedily."""
+    return model.generate(inputs_embeds=embeds, do_sample=False, max_new_tokens=new)[0].tolist()
+
+
+def answer(decoder: Decoder, embeds: torch.Tensor, new: int = 8, sampling: Sampling = GREEDY) -> list[int]:
+    return list(decoder.stream(embeds, max_new_tokens=new, sampling=sampling))
+
+
+def end_of(stream: Iterator[int]) -> tuple[list[int], str]:
+    tokens = []
+    while True:
+        try:
+            tokens.append(next(stream))
+        except StopIteration as stop:
+            return tokens, stop.value
+
+
+# Greedy equals transformers
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 24, 40])
+def test_greedy_equals_generate_around_bucket_boundaries(qwen: PreTrainedModel, decoder: Decoder, length: int) -> None:
+    expected = generated(qwen, prompt(length), 8)
+    assert answer(decoder, prompt(length)) == expected
+    assert answer(decoder, prompt(length, seed=1)) != expected  # the answer depends on the prompt
+
+
+@pytest.mark.parametrize("new", [1, 8, 9, 56, 120])
+def test_greedy_equals_generate_when_the_answer_fills_a_bucket(
+    qwen: PreTrainedModel, decoder: Decoder, new: int
+) -> None:
+    assert answer(decoder, prompt(8), new) == generated(qwen, prompt(8), new)
+
+
+def test_greedy_equals_generate_for_llava_onevision() -> None:
+    model = make_llava()
+    decoder = Decoder.from_model(model, buckets=BUCKETS)
+    assert answer(decoder, prompt(20), 12) == generated(model, prompt(20), 12)
+
+
+def test_greedy_equals_generate_with_sliding_window_layers() -> None:
+    model = make_qwen(use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    decoder = Decoder.from_model(model, buckets=BUCKETS)
+    for length in (3, 20, 4):
+        assert answer(decoder, prompt(length), 12) == generated(model, prompt(length), 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_equals_generate(dtype: torch.dtype) -> None:
+    model = make_qwen().to(dtype)
+    decoder = Decoder.from_model(model, buckets=BUCKETS)
+    expected = model.generate(
+        inputs_embeds=prompt(10).to(dtype), do_sample=False, max_new_tokens=8, cache_implementation="static"
+    )
+    assert answer(decoder, prompt(10)) == expected[0].tolist()  # a float32 prompt is converted
+
+
+def test_prefill_computes_logits_for_the_last_position_only(qwen: PreTrainedModel, decoder: Decoder) -> None:
+    shapes = []
+    hook = qwen.lm_head.register_forward_hook(lambda _, args, out: shapes.append(tuple(args[0].shape)))
+    try:
+        answer(decoder, prompt(9), 3)
+    finally:
+        hook.remove()
+    assert shapes == [(1, WIDTH)] * 3  # and no step is computed for a token that nobody asks for
+
+
+# One request after another
+
+
+def pointers(decoder: Decoder) -> list[int]:
+    return [layer.keys.data_ptr() for cache in decoder._caches.values() for layer in cache.layers]
+
+
+def test_cache_is_allocated_once_per_bucket(decoder: Decoder) -> None:
+    answer(decoder, prompt(8))  # 16 positions
+    answer(decoder, prompt(9))  # 17: the next bucket
+    assert list(decoder._caches) == [16, 32]
+    before = pointers(decoder)
+    for length in (3, 20, 8):
+        answer(decoder, prompt(length))
+    assert list(decoder._caches) == [16, 32]
+    assert pointers(decoder) == before
+
+
+def test_nothing_leaks_from_a_longer_request(qwen: PreTrainedModel, decoder: Decoder) -> None:
+    answer(decoder, prompt(24))
+    assert answer(decoder, prompt(10)) == generated(qwen, prompt(10), 8)
+
+
+def test_without_clearing_the_longer_request_would_leak(
+    qwen: PreTrainedModel, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the test above: it notices a cache that is not cleared."""
+    answer(decoder, prompt(10, seed=1), 7)  # fills 16 of 32 positions
+    monkeypatch.setattr(type(decoder._caches[32]), "reset", lambda self: None)
+    assert answer(decoder, prompt(10), 7) != generated(qwen, prompt(10), 7)
+
+
+def test_closing_early_leaves_the_decoder_usable(qwen: PreTrainedModel, decoder: Decoder) -> None:
+    stream = decoder.stream(prompt(12), max_new_tokens=8)
+    next(stream)
+    stream.close()
+    for _ in decoder.stream(prompt(11), max_new_tokens=8):
+        break  # dropped without close
+    decoder.stream(prompt(9), max_new_tokens=8)  # never started
+    assert answer(decoder, prompt(10)) == generated(qwen, prompt(10), 8)
+
+
+def test_second_stream_is_refused_and_does_not_disturb_the_first(qwen: PreTrainedModel, decoder: Decoder) -> None:
+    first = decoder.stream(prompt(12), max_new_tokens=8)
+    tokens = [next(first)]
+    with pytest.raises(RuntimeError, match="already streaming"):
+        next(decoder.stream(prompt(9), max_new_tokens=8))
+    assert tokens + list(first) == generated(qwen, prompt(12), 8)
+    assert answer(decoder, prompt(9)) == generated(qwen, prompt(9), 8)
+
+
+def test_second_stream_from_another_thread_is_refused(decoder: Decoder) -> None:
+    first = decoder.stream(prompt(12), max_new_tokens=8)
+    next(first)
+    errors: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            answer(decoder, prompt(9))
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    first.close()
+
+
+def test_inference_mode_does_not_leak_into_the_caller(decoder: Decoder) -> None:
+    for _ in decoder.stream(prompt(4), max_new_tokens=2):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+    with torch.inference_mode():
+        inside = answer(decoder, prompt(4), 2)
+    assert answer(decoder, prompt(4), 2) == inside  # caches made inside and outside work in both
+
+
+def test_embed_gives_a_tensor_that_can_be_written(qwen: PreTrainedModel, decoder: Decoder) -> None:
+    embeds = decoder.embed(torch.tensor([[1, 2, 3]]))
+    assert torch.equal(embeds, qwen.get_input_embeddings().weight[None, 1:4])
+    embeds[0, 1] = 0
+    assert not embeds.requires_grad
+    assert answer(decoder, embeds, 4) == generated(qwen, embeds, 4)
+
+
+# How a stream ends
+
+
+def test_stop_ids_end_the_answer_and_are_not_yielded(qwen: PreTrainedModel, decoder: Decoder) -> None:
+    full = generated(qwen, prompt(10), 8)
+    stop = full[3]
+    kept, reason = end_of(decoder.stream(prompt(10), max_new_tokens=8, stop_ids=(VOCABULARY - 1, stop)))
+    assert kept == full[: full.index(stop)]
+    assert reason == "stop"
+
+
+def test_the_token_limit_ends_the_answer(decoder: Decoder) -> None:
+    tokens, reason = end_of(decoder.stream(prompt(10), max_new_tokens=5))
+    assert (len(tokens), reason) == (5, "length")
+
+
+# Sampling
+
+
+def test_sampling_is_reproducible_with_a_seed(decoder: Decoder) -> None:
+    sampling = Sampling(temperature=1.0, seed=7)
+    first = answer(decoder, prompt(10), 20, sampling)
+    assert answer(decoder, prompt(10), 20, sampling) == first
+    assert answer(decoder, prompt(10), 20, Sampling(temperature=1.0, seed=8)) != first
+    assert answer(decoder, prompt(10), 20, Sampling(temperature=1.0)) != first
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-6)])
+def test_sampling_from_one_candidate_is_greedy(decoder: Decoder, sampling: Sampling) -> None:
+    assert answer(decoder, prompt(10), 20, sampling) == answer(decoder, prompt(10), 20)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.8), (2.0, 9, 0.5)]
+)
+def test_filtered_logits_equal_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = warpers(torch.zeros(50, 1, dtype=torch.long), logits.clone()).softmax(-1)
+    got = torch.stack([filter_logits(row, Sampling(temperature, top_p, top_k)) for row in logits]).softmax(-1)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_draws_follow_the_distribution() -> None:
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    pick = _Picker(Sampling(temperature=1.0, seed=0), torch.device("cpu"))
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[pick(shares.log())] += 1
+    assert (counts / 4000 - shares).abs().max() < 0.025  # three standard deviations of the most likely one
+    assert (counts / 4000 - shares.flip(0)).abs().max() > 0.025  # negative control: another distribution is told apart
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-30},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"seed": -1},
+    ],
+)
+def test_sampling_refuses_nonsense(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError):
+        Sampling(**settings)  # type: ignore[arg-type]
+
+
+# What cannot work
+
+
+def test_a_prompt_that_does_not_fit_is_refused_at_once(decoder: Decoder) -> None:
+    with pytest.raises(UserError, match=r"121 tokens and 8 new ones need 129 positions, the decoder has 128"):
+        decoder.stream(prompt(121), max_new_tokens=8)
+    assert len(answer(decoder, prompt(120), 8)) == 8  # one fewer fits
+
+
+def test_malformed_prompts_are_refused_at_once(decoder: Decoder) -> None:
+    for embeds in (
+        torch.zeros(4, WIDTH),
+        torch.zeros(2, 4, WIDTH),
+        torch.zeros(1, 4, WIDTH + 1),
+        torch.zeros(1, 0, WIDTH),
+    ):
+        with pytest.raises(ValueError, match="embed"):
+            decoder.stream(embeds, max_new_tokens=8)
+    with pytest.raises(UserError, match="at least 1"):
+        decoder.stream(prompt(4), max_new_tokens=0)
+
+
+def test_prompt_with_nan_points_at_the_vision_engine(decoder: Decoder) -> None:
+    good = answer(decoder, prompt(10))
+    broken = prompt(10)
+    broken[0, 3] = torch.nan
+    with pytest.raises(UserError, match="embeddings hold values that are not finite: check the vision engine"):
+        answer(decoder, broken)
+    assert answer(decoder, prompt(10)) == good
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, seed=0)])
+def test_overflow_inside_the_model_names_the_dtype(sampling: Sampling) -> None:
+    model = make_qwen().half()
+    decoder = Decoder.from_model(model, buckets=BUCKETS)
+    weight = model.get_decoder().layers[0].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    good = answer(decoder, prompt(10), sampling=sampling)
+    with torch.no_grad():
+        weight.fill_(6e4)
+    with pytest.raises(UserError, match="token 1 in float16"):
+        answer(decoder, prompt(10), sampling=sampling)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert answer(decoder, prompt(10), sampling=sampling) == good
+
+
+def test_stale_nans_need_a_zeroed_cache(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked position has weight 0, but 0 times NaN is NaN: rewinding the cache without zeroing it is not enough."""
+    good = answer(decoder, prompt(10))
+    layers = decoder._caches[32].layers
+
+    def poison() -> None:
+        with torch.inference_mode():
+            for layer in layers:
+                layer.values.fill_(torch.nan)
+
+    poison()
+    assert answer(decoder, prompt(10)) == good
+    monkeypatch.setattr(
+        type(decoder._caches[32]), "reset", lambda self: [la.cumulative_length.zero_() for la in layers]
+    )
+    poison()
+    with pytest.raises(UserError, match="not finite"):
+        answer(decoder, prompt(10))
+
+
+# Buckets
+
+
+def test_default_buckets_double_up_to_the_context(qwen: PreTrainedModel) -> None:
+    assert Decoder.from_model(qwen).buckets == (CONTEXT,)
+    assert Decoder.from_model(make_qwen(max_position_embeddings=1500)).buckets == (512, 1024, 1500)
+    assert Decoder.from_model(make_qwen(max_position_embeddings=1024)).buckets == (512, 1024)
+
+
+def test_given_buckets_bound_the_context(qwen: PreTrainedModel) -> None:
+    assert Decoder.from_model(qwen, buckets=(64, 16, 4096)).buckets == (16, 64, CONTEXT)
+    assert Decoder.from_model(qwen, buckets=(64, 16)).limit == 64
+    for wrong in ((), (0,), (-1, 16)):
+        with pytest.raises(ValueError, match="positive"):
+            Decoder.from_model(qwen, buckets=wrong)
