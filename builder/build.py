@@ -115,7 +115,7 @@ def build(
                 dtype=config.dtype,
                 target=config.target,
                 hardware_compatible=config.hardware_compatible,
-                workspace_gib=options.workspace,
+                workspace_gib=config.workspace_gib,
                 layers_path=place / contract.LAYERS_FILE,
                 progress=progress_line(screen),
             ),

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from builder.compile import WORKSPACE_GIB
 from earlytom import flops
 from earlytom.budget import frames_per_stage, pooled_side, token_count
 from earlytom.config import EarlyTomConfig
@@ -57,7 +58,7 @@ class BuildConfig:
         target: compute capability the engine is for.
         backend: "onnx", "tensorrt" or "tensorrt-rtx", already resolved.
         backend_version: version of the library that compiles.
-        hardware_compatible: tensorrt only, see `builder.compile`.
+        hardware_compatible, workspace_gib: see `builder.compile.compile_engine`.
         calibration: video files whose frames the gate runs on; none means the drawn clip.
     """
 
@@ -69,6 +70,7 @@ class BuildConfig:
     backend: str
     backend_version: str
     hardware_compatible: bool = False
+    workspace_gib: float = WORKSPACE_GIB
     calibration: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ class BuildConfig:
             "frames": self.frames,
             "dtype": self.dtype,
             "target": self.target,
-            "backend": [self.backend, self.backend_version, self.hardware_compatible],
+            "backend": [self.backend, self.backend_version, self.hardware_compatible, self.workspace_gib],
             "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
             "code": _code_digest(),
             "libraries": [metadata.version(name) for name in ("torch", "transformers", "onnx", "onnx-ir")],

@@ -105,7 +105,7 @@ def _build(request: Request, say: Say) -> dict[str, Any]:
         "engine_bytes": writer.written,
         "peak_rss_bytes": _peak_rss(),
         "seconds": {"parse": parsed - started, "build": done - parsed},
-        "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if m.severity == "WARNING"}),
+        "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if _is_warning(m)}),
         "layers": asdict(summary),
     }
 
@@ -251,3 +251,8 @@ def _walk(model: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
                 waiting.extend(graph.node)
+
+
+def _is_warning(message: seam.Message) -> bool:
+    """Not among them: that the nodes of a function called several times share their names, once for every node."""
+    return message.severity == "WARNING" and "already exists, the output tensors" not in message.text

@@ -85,7 +85,9 @@ def _heads(module: Any, projected: Tensor) -> Tensor:
 
 def _attention_matrix(module: Any, query: Tensor, key: Tensor) -> Tensor:
     """Softmax in fp32, [F, H, T, T]. The query is scaled before the product, which leaves half precision more room."""
-    return torch.softmax((query * module.head_dim**-0.5) @ key.transpose(2, 3), dim=-1, dtype=torch.float32)
+    logits = (query * module.head_dim**-0.5) @ key.transpose(2, 3)
+    # Not softmax(dtype=...): the ONNX exporter turns that into a half-precision softmax and a cast.
+    return torch.softmax(logits.float(), dim=-1)
 
 
 class SiglipTower(Tower):

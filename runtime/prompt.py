@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from earlytom.errors import UserError
+from runtime.checkpoint_files import first_line
 
 VIDEO_TOKEN = "<video>"
 
@@ -62,7 +63,7 @@ def build_prompt(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the checkpoint's; it can fail in any way
         raise UserError(
-            f"the chat template cannot render a video and a text ({error}); use a template for video"
+            f"the chat template cannot render a video and a text ({first_line(error)}); use a template for video"
         ) from error
     video_token_id = tokenizer.get_vocab().get(video_token)
     ids = list(tokenizer(text)["input_ids"])

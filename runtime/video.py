@@ -192,9 +192,10 @@ def _read_packets(source: Path) -> _Packets:
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         table = _Packets(stream.codec_context.codec.canonical_name, rate, float(stream.time_base or 0))
         ends = dict.fromkeys(range(len(container.streams)), 0)  # stream -> pts; the sound may outlast the picture
-        torn = False
+        read, torn = 0, False
         for packet in container.demux():
-            if not packet.size:  # the end of a stream, or a frame that AVI dropped
+            read += packet.stream_index == stream.index and packet.dts is not None
+            if not packet.size or packet.stream_index not in ends:  # an end, a frame that AVI dropped, a late stream
                 continue
             if packet.pts is not None:
                 ends[packet.stream_index] = max(ends[packet.stream_index], packet.pts + (packet.duration or 0))
@@ -205,7 +206,7 @@ def _read_packets(source: Path) -> _Packets:
                 torn = packet.is_corrupt
         kinds = set(container.format.name.split(","))
         torn = (torn and bool(kinds & _CUT_SHOWS_IN_PACKETS)) or (
-            "mov" in kinds and len(getattr(stream, "index_entries", ())) > len(table.pts)
+            "mov" in kinds and len(getattr(stream, "index_entries", ())) > read
         )
         end = max(float(pts * (container.streams[i].time_base or 0)) for i, pts in ends.items())
         length = ((container.duration or 0) + max(0, container.start_time or 0)) / av.time_base

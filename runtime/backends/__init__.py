@@ -101,7 +101,7 @@ def open_backend(
     from runtime import trt
     from runtime.backends.tensorrt import TensorRTVision
 
-    installed = str(trt.load(name).__version__)
+    installed = ".".join(map(str, trt.version(trt.load(name))))
     if installed != manifest.backend_version:
         raise EngineError(
             f"engine {manifest.name} was built with {name} {manifest.backend_version} and {installed} is installed, "

@@ -1,9 +1,9 @@
-"""The encoder as a whole: off is the untouched tower, on is the method step by step, and nothing waits for the device."""
+"""The encoder as a whole: off is the untouched tower, on is the method step by step, nothing waits for the device."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,31 +18,40 @@ from earlytom import EarlyTomConfig, UserError, encode_video, frames_per_stage, 
 from earlytom.encoder import VisualTokens, pool, trace_names
 from earlytom.merge import frame_similarity, segments_of
 
-from . import tiny
 from .reference import adaptive_plan, budget_plan, dense, segments, select_positions
+from .tiny import FAMILIES, PATCH, made_video, tiny_projector, tiny_tower, untouched
 
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 1, 2), tau=0.3, schedule="budget")
 ADAPTIVE = BUDGET.replace(schedule="adaptive")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The models here are tiny: a second thread only costs time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def encoded(family: str, video: Tensor, config: EarlyTomConfig, **options: Any) -> VisualTokens:
-    return encode_video(tiny.tower(family), tiny.projector(), video, config, **options)
+    return encode_video(tiny_tower(family), tiny_projector(), video, config, **options)
 
 
 # --- off
 
 
 @pytest.mark.parametrize("grid", [1, 4, 5])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_off_is_the_untouched_tower_bit_for_bit(family: str, grid: int) -> None:
-    model, video = tiny.tower(family, grid=grid), tiny.video("scenes", 4, grid=grid)
-    out = encode_video(model, tiny.projector(), video, OFF)
+    model, video = tiny_tower(family, grid=grid), made_video("scenes", 4, grid=grid)
+    out = encode_video(model, tiny_projector(), video, OFF)
     prefix = 1 if family in ("clip", "dinov2") else 0
-    want = tiny.untouched(model, video).hidden_states[-1][:, prefix:]
+    want = untouched(model, video).hidden_states[-1][:, prefix:]
     assert torch.equal(out.hidden, want)
-    assert torch.equal(out.tokens, model_pooling(tiny.projector()(want), grid).flatten(0, 1))
+    assert torch.equal(out.tokens, model_pooling(tiny_projector()(want), grid).flatten(0, 1))
     assert torch.equal(out.positions, torch.arange(4 * ((grid + 1) // 2) ** 2))
     assert torch.equal(out.frame_weights, torch.eye(4))
     assert out.frames_per_stage == (4,)
@@ -51,13 +60,13 @@ def test_off_is_the_untouched_tower_bit_for_bit(family: str, grid: int) -> None:
 @pytest.mark.parametrize("schedule", ["adaptive", "budget"])
 @torch.no_grad()
 def test_without_merging_the_hidden_states_are_untouched_at_any_ratio(schedule: str) -> None:
-    model, video = tiny.tower("siglip"), tiny.video("scenes", 4)
+    model, video = tiny_tower("siglip"), made_video("scenes", 4)
     config = EarlyTomConfig(retention_ratio=0.3, merge_layers=(), schedule=schedule)  # type: ignore[arg-type]
-    out = encode_video(model, tiny.projector(), video, config)
-    assert torch.equal(out.hidden, tiny.untouched(model, video).hidden_states[-1])
+    out = encode_video(model, tiny_projector(), video, config)
+    assert torch.equal(out.hidden, untouched(model, video).hidden_states[-1])
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    attention = tiny.untouched(eager, video, output_attentions=True).attentions[-1]
+    attention = untouched(eager, video, output_attentions=True).attentions[-1]
     assert torch.allclose(out.received, attention.mean(dim=(1, 2)), atol=1e-6)
     assert len(out.tokens) < 36
 
@@ -65,15 +74,15 @@ def test_without_merging_the_hidden_states_are_untouched_at_any_ratio(schedule: 
 @torch.no_grad()
 def test_on_is_not_the_untouched_tower() -> None:
     """Negative control."""
-    model, video = tiny.tower("siglip"), tiny.video("still", 6)
-    out = encode_video(model, tiny.projector(), video, OFF.replace(merge_layers=(1,)))
+    model, video = tiny_tower("siglip"), made_video("still", 6)
+    out = encode_video(model, tiny_projector(), video, OFF.replace(merge_layers=(1,)))
     assert len(out.hidden) < 6
-    assert not torch.equal(out.tokens[:9], encode_video(model, tiny.projector(), video, OFF).tokens[-9:])
+    assert not torch.equal(out.tokens[:9], encode_video(model, tiny_projector(), video, OFF).tokens[-9:])
 
 
 def model_pooling(features: Tensor, grid: int) -> Tensor:
     """LLaVA-OneVision's own pooling, run on a stand-in for the model."""
-    vision = SimpleNamespace(image_size=grid * tiny.PATCH, patch_size=tiny.PATCH)
+    vision = SimpleNamespace(image_size=grid * PATCH, patch_size=PATCH)
     stand_in: Any = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
     return LlavaOnevisionModel.apply_pooling(stand_in, features)
 
@@ -96,7 +105,7 @@ def step_by_step(family: str, model: Any, video: Tensor, config: EarlyTomConfig)
     layers = eager.encoder.layer if family == "dinov2" else eager.encoder.layers
     attention_of: Callable[[Any], Any] = lambda layer: layer.attention if family == "dinov2" else layer.self_attn  # noqa: E731
     options: dict[str, Any] = {key: getattr(config, key) for key in ("tau", "max_window", "ema")}
-    hidden = tiny.untouched(eager, video).hidden_states[0]
+    hidden = untouched(eager, video).hidden_states[0]
     whole, counts = np.eye(len(video)), [len(video)]
     for index, layer in enumerate(layers):
         kept: list[Tensor] = []
@@ -118,7 +127,7 @@ def step_by_step(family: str, model: Any, video: Tensor, config: EarlyTomConfig)
         counts.append(len(hidden))
         final = segments(frame_similarity(hidden[:, prefix:]).tolist(), **options)
     hidden = hidden[:, prefix:]
-    features = model_pooling(tiny.projector()(hidden), 5)
+    features = model_pooling(tiny_projector()(hidden), 5)
     relevance = model_pooling(received[:, :, None], 5)[:, :, 0]
     positions = select_positions(
         relevance.tolist(), final, frames_in=len(video), ratio=config.retention_ratio, schedule=config.schedule
@@ -136,10 +145,10 @@ def step_by_step(family: str, model: Any, video: Tensor, config: EarlyTomConfig)
 
 @pytest.mark.parametrize("kind", ["noise", "drift", "scenes"])
 @pytest.mark.parametrize("config", [ADAPTIVE, BUDGET, ADAPTIVE.replace(trailing="keep", merge_layers=(1, 3))])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_equals_the_sequential_method(family: str, config: EarlyTomConfig, kind: str) -> None:
-    model, video = tiny.tower(family), tiny.video(kind, 12, seed=3)
-    out, want = encode_video(model, tiny.projector(), video, config), step_by_step(family, model, video, config)
+    model, video = tiny_tower(family), made_video(kind, 12, seed=3)
+    out, want = encode_video(model, tiny_projector(), video, config), step_by_step(family, model, video, config)
     assert out.frames_per_stage == want["counts"]
     assert out.segments.tolist() == [list(pair) for pair in want["segments"]]
     assert torch.allclose(out.hidden, want["hidden"], atol=1e-4)
@@ -150,9 +159,9 @@ def test_every_step_equals_the_sequential_method(family: str, config: EarlyTomCo
 
 
 @pytest.mark.parametrize("config", [ADAPTIVE, BUDGET])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frame_weights_are_the_product_of_the_stages(family: str, config: EarlyTomConfig) -> None:
-    out = encoded(family, tiny.video("drift", 12), config)
+    out = encoded(family, made_video("drift", 12), config)
     product = torch.eye(12)
     for layer, before, after in zip(config.merge_layers, out.frames_per_stage, out.frames_per_stage[1:], strict=False):
         weights = out.trace[f"weights_{layer}"]
@@ -166,7 +175,7 @@ def test_frame_weights_are_the_product_of_the_stages(family: str, config: EarlyT
 
 
 def test_the_trace_holds_what_each_decision_was_made_of() -> None:
-    out = encoded("clip", tiny.video("drift", 8), BUDGET)
+    out = encoded("clip", made_video("drift", 8), BUDGET)
     assert list(out.trace) == trace_names(BUDGET)
     for layer in BUDGET.merge_layers:
         hidden = out.trace[f"hidden_{layer}"][:, 1:]  # without the class token
@@ -183,7 +192,7 @@ def test_the_trace_holds_what_each_decision_was_made_of() -> None:
 
 def test_segments_are_those_of_the_last_merge_not_of_the_last_layer() -> None:
     config = ADAPTIVE.replace(merge_layers=(1,))
-    video = tiny.video("scenes", 12, seed=3)
+    video = made_video("scenes", 12, seed=3)
     short, long = encoded("siglip", video, config, depth=2), encoded("siglip", video, config)
     assert torch.equal(short.segments, long.segments)
     assert torch.equal(short.received, long.received)
@@ -193,7 +202,7 @@ def test_segments_are_those_of_the_last_merge_not_of_the_last_layer() -> None:
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 16, 32])
 @pytest.mark.parametrize("kind", ["noise", "still", "scenes"])
 def test_budget_shapes_do_not_depend_on_the_video(frames: int, kind: str) -> None:
-    out = encoded("siglip", tiny.video(kind, frames), BUDGET)
+    out = encoded("siglip", made_video(kind, frames), BUDGET)
     counts = frames_per_stage(frames)
     places = token_count(frames, 9, 0.3) // counts[-1]
     assert out.frames_per_stage == counts
@@ -205,22 +214,22 @@ def test_budget_shapes_do_not_depend_on_the_video(frames: int, kind: str) -> Non
 
 def test_adaptive_shapes_do_depend_on_the_video() -> None:
     """Negative control."""
-    counts = {kind: encoded("siglip", tiny.video(kind, 16), ADAPTIVE).frames_per_stage for kind in ("noise", "still")}
+    counts = {kind: encoded("siglip", made_video(kind, 16), ADAPTIVE).frames_per_stage for kind in ("noise", "still")}
     assert counts["noise"] != counts["still"]
 
 
 def test_explicit_frame_counts() -> None:
     config = BUDGET.replace(frame_budget=(10, 10, 4))
-    assert encoded("siglip", tiny.video("scenes", 12), config).frames_per_stage == (12, 10, 10, 4)
+    assert encoded("siglip", made_video("scenes", 12), config).frames_per_stage == (12, 10, 10, 4)
     with pytest.raises(UserError, match="frame budget 10 at merge 1 is more than the 8 frames"):
-        encoded("siglip", tiny.video("scenes", 8), config)
+        encoded("siglip", made_video("scenes", 8), config)
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "budget"])
 def test_adaptive_static_frames_keep_fewer_when_dynamic_ones_keep_all(schedule: str) -> None:
     # 9 tokens a frame, r' = .92: 9 of a dynamic frame (8.28, rounded up), 8 of a static one (rounded)
     config = EarlyTomConfig(retention_ratio=0.92, merge_layers=(), tau=-1.0, schedule=schedule)  # type: ignore[arg-type]
-    out = encoded("siglip", tiny.video("still", 5), config)
+    out = encoded("siglip", made_video("still", 5), config)
     static = 0 if schedule == "budget" else 3
     assert len(out.tokens) == 5 * 9 - static
     known: dict[str, int] = {"frames_out": 5} | ({"static_frames": 3} if schedule == "adaptive" else {})
@@ -229,9 +238,9 @@ def test_adaptive_static_frames_keep_fewer_when_dynamic_ones_keep_all(schedule: 
 
 @pytest.mark.parametrize("config", [OFF, ADAPTIVE, BUDGET])
 @pytest.mark.parametrize("frames", [1, 2])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_and_two_frames_are_not_merged(family: str, frames: int, config: EarlyTomConfig) -> None:
-    out = encoded(family, tiny.video("still", frames), config)
+    out = encoded(family, made_video("still", frames), config)
     assert torch.equal(out.frame_weights, torch.eye(frames))
     assert set(out.frames_per_stage) == {frames}
     assert len(out.tokens) == frames * (9 if config is OFF else 3)
@@ -239,7 +248,7 @@ def test_one_and_two_frames_are_not_merged(family: str, frames: int, config: Ear
 
 
 def test_repeated_frames_are_told_from_different_ones() -> None:
-    video = tiny.video("noise", 4)[[0, 0, 0, 0, 1, 1, 1, 1]]
+    video = made_video("noise", 4)[[0, 0, 0, 0, 1, 1, 1, 1]]
     out = encoded("siglip", video, ADAPTIVE.replace(merge_layers=(0,), tau=0.95, max_window=12))
     # Middle frames of equal similarity are no better than their ends: kept but for the trailing one.
     assert [[0, 2], [3, 5]] == segments_of(torch.tensor([0, 0, 0, 3, 3, 3])).tolist() == out.segments.tolist()
@@ -247,16 +256,16 @@ def test_repeated_frames_are_told_from_different_ones() -> None:
 
 
 def test_depth_leaves_the_last_layers_out() -> None:
-    model, video = tiny.tower("siglip"), tiny.video("noise", 2)
+    model, video = tiny_tower("siglip"), made_video("noise", 2)
     out = encode_video(model, nn.Identity(), video, OFF, depth=2)
-    assert torch.equal(out.hidden, tiny.untouched(model, video).hidden_states[2])
+    assert torch.equal(out.hidden, untouched(model, video).hidden_states[2])
 
 
 @pytest.mark.parametrize("config", [OFF, ADAPTIVE, BUDGET])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision(family: str, dtype: torch.dtype, config: EarlyTomConfig) -> None:
-    model, projector, video = tiny.tower(family), tiny.projector(), tiny.video("drift", 8)
+    model, projector, video = tiny_tower(family), tiny_projector(), made_video("drift", 8)
     full = encode_video(model, projector, video, config)
     half = encode_video(model.to(dtype), projector.to(dtype), video.to(dtype), config)
     assert (half.tokens.dtype, half.hidden.dtype) == (dtype, dtype)
@@ -290,14 +299,14 @@ class NoHostSync(TorchDispatchMode):
 
 def on_device(family: str, config: EarlyTomConfig, frames: int = 12) -> VisualTokens:
     """Encode on a device that has no data at all: whatever needs a value on the host fails."""
-    model, projector = tiny.tower(family, device="meta"), tiny.projector(device="meta")
+    model, projector = tiny_tower(family, device="meta"), tiny_projector(device="meta")
     with NoHostSync():
         return encode_video(model, projector, torch.empty(frames, 3, 20, 20, device="meta"), config)
 
 
 @pytest.mark.parametrize("trailing", ["released", "keep"])
 @pytest.mark.parametrize("frames", [1, 2, 12])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_budget_schedule_never_asks_the_device_for_a_value(family: str, frames: int, trailing: str) -> None:
     out = on_device(family, BUDGET.replace(trailing=trailing), frames)
     assert out.tokens.shape == (token_count(frames, 9, 0.3), 24)
@@ -330,21 +339,21 @@ def test_the_check_finds_what_does_ask() -> None:
 
 
 def test_the_budget_schedule_is_one_graph() -> None:
-    """Traced once on one video, the exported program gives the reference's tokens on another: no branch was frozen in."""
+    """Exported once on one video, the program gives the reference's tokens on another: no branch was frozen in."""
 
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tower, self.projector = tiny.tower("siglip"), tiny.projector()
+            self.tower, self.projector = tiny_tower("siglip"), tiny_projector()
 
         def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             out = encode_video(self.tower, self.projector, pixels, BUDGET)
             return out.tokens, out.positions, out.frame_weights
 
     encoder = Encoder().eval()
-    program = torch.export.export(encoder, (tiny.video("still", 12),), strict=False).module()
+    program = torch.export.export(encoder, (made_video("still", 12),), strict=False).module()
     for kind in ("noise", "scenes", "drift", "still"):
-        video = tiny.video(kind, 12, seed=9)
+        video = made_video(kind, 12, seed=9)
         for got, want in zip(program(video), encoder(video), strict=True):
             assert torch.allclose(got, want, atol=1e-5)
 
@@ -356,18 +365,18 @@ def test_the_budget_schedule_is_one_graph() -> None:
 def test_a_merge_layer_that_the_tower_lacks_is_refused(layers: tuple[int, ...]) -> None:
     wrong = next(layer for layer in layers if layer > 3)
     with pytest.raises(UserError, match=f"merge layer {wrong} does not exist: the vision tower has layers 0 to 3"):
-        encoded("siglip", tiny.video("noise", 2), EarlyTomConfig(merge_layers=layers))
+        encoded("siglip", made_video("noise", 2), EarlyTomConfig(merge_layers=layers))
 
 
 def test_a_merge_layer_beyond_the_depth_is_refused() -> None:
     with pytest.raises(UserError, match="merge layer 2 does not exist: the vision tower has layers 0 to 1"):
-        encoded("siglip", tiny.video("noise", 2), BUDGET, depth=2)
+        encoded("siglip", made_video("noise", 2), BUDGET, depth=2)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 5])
 def test_a_depth_that_the_tower_lacks_is_refused(depth: int) -> None:
     with pytest.raises(UserError, match=f"depth must be between 1 and 4 .* got {depth}"):
-        encoded("siglip", tiny.video("noise", 2), OFF, depth=depth)
+        encoded("siglip", made_video("noise", 2), OFF, depth=depth)
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 20), (0, 3, 20, 20), (1, 2, 3, 20, 20)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import SiglipConfig, SiglipModel
 from earlytom import EarlyTomConfig, UserError, encode_video
 from earlytom.towers import TOWERS, grid_side, tower_of
 
-from . import tiny
+from .tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 
 
 def with_attention(model: Any) -> Any:
@@ -24,11 +25,11 @@ def with_attention(model: Any) -> Any:
     return eager
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_layer_equals_the_untouched_tower(family: str) -> None:
-    model, pixels = tiny.tower(family), tiny.video("scenes", 3)
-    tower, want = tower_of(model), tiny.untouched(model, pixels).hidden_states
+    model, pixels = tiny_tower(family), made_video("scenes", 3)
+    tower, want = tower_of(model), untouched(model, pixels).hidden_states
     hidden = tower.embed(pixels)
     assert torch.equal(hidden, want[0])
     assert len(tower.layers) == len(want) - 1 == 4
@@ -39,12 +40,12 @@ def test_every_layer_equals_the_untouched_tower(family: str) -> None:
     assert hidden.shape[1] == 25 + tower.prefix
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_received_attention_is_the_mean_of_the_attention_matrix(family: str) -> None:
-    model, pixels = tiny.tower(family), tiny.video("noise", 3)
+    model, pixels = tiny_tower(family), made_video("noise", 3)
     tower = tower_of(model)
-    out = tiny.untouched(with_attention(model), pixels, output_attentions=True)
+    out = untouched(with_attention(model), pixels, output_attentions=True)
     for index, layer in enumerate(tower.layers):
         attention = out.attentions[index]  # [F, H, T, T], rows are queries
         want = attention.mean(dim=(1, 2))[:, tower.prefix :]
@@ -59,11 +60,11 @@ def test_received_attention_is_the_mean_of_the_attention_matrix(family: str) -> 
         assert not torch.allclose(attention.mean(dim=(1, 3))[:, tower.prefix :], want, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_received_attention_sums_to_one_but_for_the_class_token(family: str) -> None:
-    tower = tower_of(tiny.tower(family))
-    hidden = tower.embed(tiny.video("noise", 2))
+    tower = tower_of(tiny_tower(family))
+    hidden = tower.embed(made_video("noise", 2))
     total = tower.received(tower.layers[0], hidden).sum(1)
     if tower.prefix == 0:
         assert torch.allclose(total, torch.ones(2), atol=1e-5)
@@ -72,41 +73,38 @@ def test_received_attention_sums_to_one_but_for_the_class_token(family: str) -> 
 
 
 @pytest.mark.parametrize("merge_layers", [(), (1,), (0, 2), (3,)])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_attention_is_fused_everywhere_but_in_the_last_merge_layer(
-    family: str, merge_layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fused, matrices = [], []
-    own, own_softmax = nn.functional.scaled_dot_product_attention, torch.softmax
-    counted = lambda *args, **kwargs: (fused.append(1), own(*args, **kwargs))[1]  # noqa: E731
-    counted_softmax = lambda *args, **kwargs: (matrices.append(1), own_softmax(*args, **kwargs))[1]  # noqa: E731
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
-    monkeypatch.setattr(torch, "softmax", counted_softmax)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_fused_everywhere_but_in_the_last_merge_layer(family: str, merge_layers: tuple[int, ...]) -> None:
     config = EarlyTomConfig(retention_ratio=0.5, merge_layers=merge_layers)
-    encode_video(tiny.tower(family), tiny.projector(), tiny.video("noise", 3), config)
-    assert len(fused) == (3 if merge_layers else 4)  # of 4 layers; with merging off the tower is untouched
-    assert len(matrices) == 1  # received attention is computed once
+    fused, matrix = nn.functional.scaled_dot_product_attention, torch.softmax
+    with (
+        patch.object(nn.functional, "scaled_dot_product_attention", wraps=fused) as fused_calls,
+        patch.object(torch, "softmax", wraps=matrix) as matrix_calls,
+    ):
+        encode_video(tiny_tower(family), tiny_projector(), made_video("noise", 3), config)
+    assert fused_calls.call_count == (3 if merge_layers else 4)  # of 4 layers; with merging off the tower is untouched
+    assert matrix_calls.call_count == 1  # received attention is computed once
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (28, 28), (12, 20)])
 @torch.no_grad()
 def test_siglip2_at_another_resolution(shape: tuple[int, int]) -> None:
-    model = tiny.tower("siglip2")
+    model = tiny_tower("siglip2")
     pixels = torch.randn(2, 3, *shape)
-    assert torch.allclose(tower_of(model).embed(pixels), tiny.untouched(model, pixels).hidden_states[0], atol=1e-6)
+    assert torch.allclose(tower_of(model).embed(pixels), untouched(model, pixels).hidden_states[0], atol=1e-6)
 
 
 def test_the_layers_may_lie_one_level_deeper() -> None:
-    model = tiny.tower("siglip")
+    model = tiny_tower("siglip")
     wrapped = nn.Module()
     wrapped.vision_model = model
     wrapped.config = model.config
     assert tower_of(wrapped).model is model
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_family_is_found_by_its_name(family: str) -> None:
-    model = tiny.tower(family, layers=1)
+    model = tiny_tower(family, layers=1)
     assert type(tower_of(model)) is TOWERS[model.config.model_type]
 
 
@@ -137,4 +135,4 @@ def test_a_frame_that_is_not_square_is_refused(tokens: int) -> None:
 def test_a_video_of_oblong_frames_is_refused() -> None:
     pixels: Tensor = torch.randn(2, 3, 12, 20)
     with pytest.raises(UserError, match="15 patch tokens"):
-        encode_video(tiny.tower("siglip2"), tiny.projector(), pixels, EarlyTomConfig(merge_layers=(1,)))
+        encode_video(tiny_tower("siglip2"), tiny_projector(), pixels, EarlyTomConfig(merge_layers=(1,)))

@@ -27,7 +27,7 @@ PATCH = 4
 VIDEO_TOKEN, IMAGE_TOKEN, VOCABULARY = 127, 126, 128
 
 
-def tower(family: str, *, layers: int = 4, grid: int = 5, seed: int = 0, device: str = "cpu") -> Any:
+def tiny_tower(family: str, *, layers: int = 4, grid: int = 5, seed: int = 0, device: str = "cpu") -> Any:
     """A random vision tower of `layers` layers on `grid` x `grid` patches, width 32, in eval mode."""
     size: Any = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "patch_size": PATCH}
     inner: Any = {"intermediate_size": 64}
@@ -48,16 +48,17 @@ def tower(family: str, *, layers: int = 4, grid: int = 5, seed: int = 0, device:
 
 
 def randomise(model: nn.Module, seed: int) -> Any:
+    """All parameters drawn again from the seed alone: matrices wide, biases small, gains around one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.device.type == "meta":
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
                 parameter.copy_(0.2 * noise)
             else:
-                parameter.add_(0.1 * noise)
+                parameter.copy_(0.1 * noise + name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "lambda1")))
     return model.eval()
 
 
@@ -83,13 +84,13 @@ def untouched(model: Any, pixels: Tensor, **flags: Any) -> Any:
     return model(patches, torch.ones(patches.shape[:2], dtype=torch.int64), grid, **flags)
 
 
-def projector(width: int = 32, out: int = 24, *, seed: int = 0, device: str = "cpu") -> Any:
+def tiny_projector(width: int = 32, out: int = 24, *, seed: int = 0, device: str = "cpu") -> Any:
     with torch.device(device):
         model = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
     return randomise(model, seed)
 
 
-def video(kind: str, frames: int, *, grid: int = 5, seed: int = 0) -> Tensor:
+def made_video(kind: str, frames: int, *, grid: int = 5, seed: int = 0) -> Tensor:
     """[F, 3, H, W] normalised pixels. Kinds: noise, drift (slow change), scenes (cuts), still (one frame, repeated)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (frames, 3, grid * PATCH, grid * PATCH)
@@ -104,7 +105,7 @@ def video(kind: str, frames: int, *, grid: int = 5, seed: int = 0) -> Tensor:
     return noise[cuts.long().cumsum(0)] + 0.15 * noise
 
 
-def llava(*, layers: int = 4, grid: int = 5, seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
+def tiny_llava(*, layers: int = 4, grid: int = 5, seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
     """A random LLaVA-OneVision: SigLIP tower, Qwen2 decoder of two layers, `VOCABULARY` token ids."""
     ids: Any = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
     config = LlavaOnevisionConfig(
@@ -133,7 +134,7 @@ def llava(*, layers: int = 4, grid: int = 5, seed: int = 0) -> LlavaOnevisionFor
     return randomise(LlavaOnevisionForConditionalGeneration(config), seed)
 
 
-def prompt(frames: int, *, grid: int = 5, seed: int = 0, before: int = 4, after: int = 3) -> Tensor:
+def video_prompt(frames: int, *, grid: int = 5, seed: int = 0, before: int = 4, after: int = 3) -> Tensor:
     """[1, L] ids: some text, the placeholders of one video, some text."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 100, (before + after,), generator=generator)

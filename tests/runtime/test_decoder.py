@@ -52,6 +52,15 @@ def make_llava() -> PreTrainedModel:
     return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(text_config=text, vision_config=vision)).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are so small that threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def qwen() -> PreTrainedModel:
     return make_qwen()
