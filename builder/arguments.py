@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
         BuildConfig(
             checkpoint=checkpoint,
             earlytom=_method(options, feature_depth(checkpoint.config)),
-            frames=(16 if checkpoint.name == "micro" else 32) if options.frames is None else options.frames,
+            frames=checkpoint.frames if options.frames is None else options.frames,
             dtype=options.dtype,
             target=target,
             backend=choice.backend,

@@ -27,7 +27,6 @@ from runtime.checkpoint import Checkpoint
 
 DISTRIBUTION = "earlytom-engine-builder"
 TARGETS = {"a100": (8, 0)}
-DEFAULT_FRAMES = 32
 MAX_FRAMES = 128
 
 

@@ -123,15 +123,22 @@ class AppliedEarlyTom:
             )
         return full
 
-    def _lengths(self, removed: int, given: Any, kwargs: dict[str, Any]) -> dict[str, int]:
-        """`max_length` and `min_length` for the shortened prompt: the caller's count the prompt that was passed in."""
-        lengths = {}
-        for name in ("max_length", "min_length"):
+    def _for_shorter_prompt(self, removed: int, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The options of `generate` for a prompt with `removed` tokens less; `given` is a GenerationConfig or None.
+
+        `max_length` and `min_length` count the prompt that the caller passed in. Assisted decoding drafts from ids
+        before the embeddings have been read, which transformers gets wrong without a word.
+        """
+
+        def asked(name: str) -> Any:
             sources = (kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
-            asked = next((value for value in sources if value is not None), None)
-            if asked and removed:
-                lengths[name] = max(asked - removed, 0)
-        return lengths
+            return next((value for value in sources if value is not None), None)
+
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if asked(name) is not None:
+                raise UserError(f"{name} does not work with compressed visual tokens: leave it out")
+        lengths = {name: asked(name) for name in ("max_length", "min_length")}
+        return kwargs | {name: max(length - removed, 0) for name, length in lengths.items() if length and removed}
 
     def _install(self) -> None:
         model, inner = self.model, self.inner
@@ -150,7 +157,7 @@ class AppliedEarlyTom:
             with torch.no_grad():
                 ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
             given = args[0] if args else kwargs.get("generation_config")
-            kwargs |= self._lengths(prompt.shape[1] - ids.shape[1], given, kwargs)
+            kwargs = self._for_shorter_prompt(prompt.shape[1] - ids.shape[1], given, kwargs)
             out = own_generate(None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs)
             return _with_prompt(out, prompt, ids.shape[1])
 

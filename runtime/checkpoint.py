@@ -41,6 +41,7 @@ from runtime.checkpoint_files import Files, HubFiles, first_line, is_hub_id, som
 MICRO = "micro"
 RANDOM = "random:"
 RANDOM_SEED = 0
+PUBLISHED_FRAMES = 32
 
 _FAMILY, _TOWER = "llava_onevision", "siglip_vision_model"
 _PREFIXES = ("vision_tower.", "multi_modal_projector.", "image_newline")  # canonical names of the vision part's tensors
@@ -79,6 +80,8 @@ class Checkpoint:
         preprocessing: of video frames; its size is that of the vision tower.
         trained: false for random weights, and for the bundled model until it is trained.
         files: None for random weights.
+        frames: how many frames of a video it is meant to be shown; its video processor's `num_frames`, else 32, the
+            published number.
     """
 
     source: str
@@ -87,6 +90,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     trained: bool
     files: Files | None = field(default=None, repr=False, compare=False)
+    frames: int = PUBLISHED_FRAMES
 
     def digest(self) -> str:
         """SHA-256 (hex) of everything that a vision engine depends on: tensors, their settings, the preprocessing.
@@ -153,7 +157,8 @@ def describe(source: Source = None) -> Checkpoint:
         raise files.error("it has no config.json; expected the folder of a LLaVA-OneVision checkpoint")
     config = _parse_config(raw, files)
     trained = bool(raw.get("earlytom_trained", True))
-    return Checkpoint(label, files.name, config, _read_preprocessing(files, config), trained, files)
+    preprocessing, frames = _read_preprocessing(files, config), _read_frames(files)
+    return Checkpoint(label, files.name, config, preprocessing, trained, files, frames)
 
 
 def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> VisionPart:
@@ -337,9 +342,19 @@ def _read_preprocessing(files: Files, config: LlavaOnevisionConfig) -> Preproces
     return Preprocessing((height, width), mean, std)
 
 
+def _read_frames(files: Files) -> int:
+    """`num_frames` of the video processor's settings; most checkpoints do not say."""
+    processor = files.json("processor_config.json") or {}
+    raw = processor.get("video_processor") or files.json("video_preprocessor_config.json") or {}
+    frames = raw.get("num_frames") or PUBLISHED_FRAMES
+    if not isinstance(frames, int) or frames < 1:
+        raise files.error(f"num_frames {frames!r} of its video processor is not a whole number of at least 1")
+    return frames
+
+
 def _check_finite(name: str, tensor: Tensor, files: Files) -> None:
-    """Refuse NaN and infinity. The sum is one pass without a copy; only a sum that is not finite is looked into."""
-    if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+    """Refuse NaN and infinity, in one pass without a copy: both extremes of a tensor with NaN are NaN."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
         raise files.error(
             f"{name} holds NaN or infinity in {tensor.dtype}; the file is damaged (download it again), or its values "
             "need a wider type (--bf16 or --fp32)"

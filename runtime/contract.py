@@ -30,7 +30,6 @@ DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16,
 
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "vision.onnx"
-ONNX_DATA_FILE = "vision.onnx.data"
 ENGINE_FILE = "vision.engine"
 REPORT_FILE = "report.json"
 LAYERS_FILE = "layers.json"

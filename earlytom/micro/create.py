@@ -32,6 +32,7 @@ from earlytom.micro.random_model import (
 
 SEED = 6  # of the first few, the one whose greedy text varies most and is least sensitive to rounding
 GRID, PATCH = 9, 8
+FRAMES = 16
 IMAGE_SIZE = GRID * PATCH
 VOCABULARY = 1280
 CONTEXT = 4096
@@ -172,7 +173,11 @@ def preprocessing() -> dict[str, dict[str, Any]]:
             "image_grid_pinpoints": architecture().image_grid_pinpoints,
             "do_pad": True,
         },
-        "video_preprocessor_config.json": {**common, "video_processor_type": "LlavaOnevisionVideoProcessor"},
+        "video_preprocessor_config.json": {
+            **common,
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "num_frames": FRAMES,
+        },
         "processor_config.json": {
             "processor_class": "LlavaOnevisionProcessor",
             "image_token": IMAGE,

@@ -29,7 +29,7 @@ from torch import Tensor
 SCHEME = "uniform-pcg64-1"
 """Names this way of drawing weights. Changing any number below changes the weights, so it must change this name too."""
 
-# Values drawn at a time: a multiple of four, because a 64-bit word gives four of them; they fit the cache, and are so few
+# Values drawn at a time: a multiple of four, because a 64-bit word gives four; they fit the cache, and are so few
 # that torch does not share them out to threads, which wait for one another on a busy machine (20 s instead of 2).
 _BLOCK = 1 << 15
 _UNIT = 1.0 / math.sqrt((2.0**32 - 1.0) / 12.0)  # makes the standard deviation of (int16 + 0.5) equal to one
