@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from builder.compile import WORKSPACE_GIB
 from builder.config import BuildConfig, parse_target
@@ -36,14 +38,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
         The options as given, the build they ask for, and why its backend was chosen.
 
     Raises:
-        UserError: any value that makes no sense, alone or together with the model.
-        SystemExit: argparse's own, with status 2 (or 0 for --help).
+        UserError: an option that there is not, or a value that makes no sense, alone or together with the model.
+        SystemExit: --help, with status 0.
     """
     options = parser().parse_args(argv)
     for clip in options.calibration:
         if not clip.is_file():
             raise UserError(f"--calibration {clip}: no such file; give video files that FFmpeg reads")
-    if not options.workspace > 0:
+    if not 0 < options.workspace < math.inf:
         raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
     target = parse_target(options.target)
     checkpoint = describe(options.model)
@@ -68,9 +70,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     )
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports what is wrong as every other error of this command: one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The options, with a help text that teaches."""
-    p = argparse.ArgumentParser(
+    p = Parser(
+        allow_abbrev=False,
         prog="python -m builder.build",
         description="Compile the vision part of a LLaVA-OneVision checkpoint, with EarlyTom token compression inside, "
         "into an engine folder for python -m runtime.ask.",
@@ -175,7 +185,7 @@ def _work_options(group: Any) -> None:
     group.add_argument(
         "--verify-text",
         action=argparse.BooleanOptionalAction,
-        help="run the gate's last step, which loads the decoder (default: where the decoder is small)",
+        help="run the gate's last step, which loads the decoder (default: where the decoder is small and trained)",
     )
     group.add_argument("--force", action="store_true", help="build even if the same engine is there already")
     group.add_argument("--dry-run", action="store_true", help="print counts, flops, sizes and the key; build nothing")
@@ -191,10 +201,22 @@ def _method(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
         changes["merge_layers"] = _layers(options.merge_layers)
     if options.frame_budget is not None:
         changes["frame_budget"] = _budget(options.frame_budget)
-    if options.preset is not None:
-        return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
     defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": EarlyTomConfig.layers_for(depth)}
-    return EarlyTomConfig(**(defaults | changes))
+    try:
+        if options.preset is not None:
+            return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
+        return EarlyTomConfig(**(defaults | changes))
+    except UserError as error:  # it names the settings; on a command line they are options
+        raise UserError(_SETTING.sub(lambda match: _OPTIONS[match[0]], str(error))) from error
+
+
+_OPTIONS = {
+    "retention_ratio": "--ratio",
+    "merge_layers": "--merge-layers",
+    "frame_budget": "--frame-budget",
+    "tau": "--tau",
+}
+_SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -74,7 +74,13 @@ def publish(place: Path, folder: Path) -> None:
     """Give the staging folder its final name, in place of whatever had it."""
     old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(place, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(place, folder)
+    except BaseException:  # a Ctrl-C between the two must not cost the engine that was there
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

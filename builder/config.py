@@ -28,6 +28,8 @@ from runtime.checkpoint import Checkpoint
 DISTRIBUTION = "earlytom-engine-builder"
 TARGETS = {"a100": (8, 0)}
 MAX_FRAMES = 128
+# Libraries whose version may change the exported graph.
+EXPORTERS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def parse_target(text: str) -> tuple[int, int]:
@@ -155,7 +157,7 @@ class BuildConfig:
             "backend": [self.backend, self.backend_version, self.hardware_compatible, self.workspace_gib],
             "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
             "code": _code_digest(),
-            "libraries": [metadata.version(name) for name in ("torch", "transformers", "onnx", "onnx-ir")],
+            "libraries": [metadata.version(name) for name in EXPORTERS],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -178,9 +180,10 @@ class BuildConfig:
 def _code_digest() -> str:
     """Digest of the sources that decide what an engine contains; their tests and the bundled weights do not."""
     sha = hashlib.sha256()
-    root = Path(__file__).resolve().parent
-    for package in (root, root.parent / "earlytom"):
-        for path in sorted(package.glob("*.py")):
-            sha.update(path.name.encode())
-            sha.update(path.read_bytes())
+    root = Path(__file__).resolve().parent.parent
+    paths = [*(root / "builder").glob("*.py"), *(root / "earlytom").glob("*.py")]
+    paths += [root / "runtime" / f"{name}.py" for name in ("checkpoint", "checkpoint_files", "contract", "trt")]
+    for path in sorted(paths):
+        sha.update(f"{path.parent.name}/{path.name}".encode())
+        sha.update(path.read_bytes())
     return sha.hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from builder import functions
@@ -130,7 +131,9 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
 
     Args:
         graph: from `VisionGraph`, in the precision of the engine; calls stand in for its decisions while it is
-        exported. frames: F. size: (H, W) of a frame.
+            exported.
+        frames: F.
+        size: (H, W) of a frame.
         path: the .onnx file to write.
 
     Raises:
@@ -149,6 +152,8 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
         graph.decisions = reference
     _add_functions(model, graph.config, frames)
     model.graph.outputs[:] = [value for value in model.graph.outputs if value.name in contract.OUTPUTS]
+    # The exporter notes the Python source of every node: file names of this machine, and other bytes at every export.
+    ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "earlytom-engine-builder", None
     tensors = (value.const_value for value in model.graph.initializers.values())
     external = sum(tensor.nbytes for tensor in tensors if tensor is not None) >= EXTERNAL_DATA_BYTES
@@ -160,9 +165,10 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
 
 def _trace(graph: VisionGraph, example: Tensor) -> ir.Model:
     """torch.onnx.export without the chatter of its passes; outputs carry the names of the encoder's trace."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -176,7 +182,8 @@ def _trace(graph: VisionGraph, example: Tensor) -> ir.Model:
                 verbose=False,
             )
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     assert program is not None
     return program.model
 

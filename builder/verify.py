@@ -6,8 +6,10 @@ say little. Hence four steps:
 
 1. hidden:    the hidden states that each decision is taken from (cosine, mean error), with equal decisions before them
 2. decisions: the frames and tokens kept, against what the reference keeps on its own (overlap of the two sets)
+              and, exactly, that the graph's own values put through the reference's rule give the graph's decisions
 3. tokens:    the output, element by element, against the reference with the graph's decisions forced on it; positions
-exactly 4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
+              exactly
+4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
 
 The reference inputs and outputs of step 3 are saved in Polygraphy's format, so that its command line can repeat the
 step (`polygraphy_command`). Graphs in bf16 are run with their weights in bf16 and their arithmetic in fp32, since ONNX
@@ -50,6 +52,8 @@ from earlytom.errors import UserError
 from runtime import contract
 
 TAPPED = "taps.onnx"
+# Of weights computed from equal similarities by two runtimes.
+PLAN_TOLERANCE = 1e-4
 STEPS = ("hidden", "decisions", "tokens", "text")
 Arrays = dict[str, NDArray[Any]]
 
@@ -143,7 +147,8 @@ class ForcedDecisions(Decisions):
         return weights, torch.zeros(frames, dtype=torch.int64), self.static
 
     def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        return features.flatten(0, 1)[self.positions], self.positions
+        rows = features.flatten(0, 1)
+        return rows[self.positions.clamp(0, len(rows) - 1)], self.positions  # a position out of range fails as a token
 
 
 class TorchRunner(BaseRunner):
@@ -221,6 +226,7 @@ def verify(
         raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
     checks = _compare_values(got, wanted, config, gate, gate.error * scale)
     checks += _compare_decisions(config, outputs, own, gate)
+    checks += _repeat_decisions(config, outputs)
     checks.sort(key=lambda check: STEPS.index(check.step))
     notes = ["bf16 weights, fp32 arithmetic: ONNX Runtime has no bf16 kernels on a CPU"] if dtype == "bf16" else []
     if text is None:
@@ -290,13 +296,40 @@ def _compare_decisions(config: EarlyTomConfig, got: list[Arrays], own: list[Arra
         frames.append(len(set(kept_a) & set(kept_b)) / len(set(kept_b)))
         per_frame = b["features"].shape[1]
         ids = [
-            {(kept[p // per_frame], p % per_frame) for p in out[contract.POSITIONS].tolist()}
+            {
+                (kept[p // per_frame], p % per_frame)
+                for p in out[contract.POSITIONS].tolist()
+                if 0 <= p // per_frame < len(kept)
+            }
             for kept, out in ((kept_a, a), (kept_b, b))
         ]
         tokens.append(len(ids[0] & ids[1]) / len(ids[1]))
     return [
         Check("decisions", "overlap of kept frames", min(frames), gate.frames, min(frames) >= gate.frames),
         Check("decisions", "overlap of kept tokens", min(tokens), gate.tokens, min(tokens) >= gate.tokens),
+    ]
+
+
+def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays]) -> list[Check]:
+    """Step 2, exactly: from the graph's own similarities and received attention the reference decides the same.
+
+    The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
+    """
+    rule = Decisions(config)
+    plans, places = [0.0], []
+    for out in got:
+        for layer in config.merge_layers:
+            taken = torch.from_numpy(out[f"weights_{layer}"])
+            weights, _, _ = rule.plan(torch.from_numpy(out[f"similarity_{layer}"]), taken.shape[0])
+            plans.append(_finite(float((weights - taken).abs().max()), 1.0))
+        features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
+        positions = out[contract.POSITIONS]
+        _, repeated = rule.select(features, relevance, static, len(positions) // features.shape[0])
+        places.append(float(np.mean(repeated.numpy() == positions)))
+    worst, same = max(plans), min(places)
+    return [
+        Check("decisions", "frame plans repeated: largest difference", worst, PLAN_TOLERANCE, worst <= PLAN_TOLERANCE),
+        Check("decisions", "token choices repeated: share that is equal", same, 1.0, same == 1),
     ]
 
 

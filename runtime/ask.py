@@ -10,13 +10,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
+from earlytom.errors import UserError
 from runtime import cli
 from runtime.backends import BACKENDS
 from runtime.decoder import Sampling
-from runtime.errors import EngineError
+from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
 from runtime.pipeline import MAX_NEW_TOKENS, Answer, Pipeline
 
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options = parser().parse_args(argv)
     screen = cli.Screen(json_only=options.json)
+    check_request(options)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     folder = options.engine or newest_engine(ENGINES)
     with Pipeline.load(folder, options.model, options.backend, device=options.device) as pipeline:
@@ -61,9 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports what is wrong as every other error of this command: one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The options, with a help text that teaches."""
-    p = argparse.ArgumentParser(
+    p = Parser(
+        allow_abbrev=False,
         prog="python -m runtime.ask",
         description="Ask a question about a video, with an engine that python -m builder.build made.",
         epilog=EXAMPLES,
@@ -77,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="auto: the compiled engine where its library and a GPU are, else onnxruntime; torch is the reference",
+        help="auto: the compiled engine where torch can use a GPU, else onnxruntime; torch is the reference",
     )
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the decoder runs (default: the GPU if there is one)"
@@ -96,8 +107,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def check_request(options: argparse.Namespace) -> None:
+    """Refuse now what needs no model to be refused: loading one can take a minute.
+
+    Raises:
+        UserError: no such video, no question, no tokens.
+    """
+    if not options.video.is_file():
+        what = "is not a file" if options.video.exists() else "does not exist"
+        raise VideoError(f"video {str(options.video)!r} {what}; give the path of a video file")
+    if not options.question.strip():
+        raise UserError("the question is empty; give a text, as in: python -m runtime.ask VIDEO 'What happens?'")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+
+
 def newest_engine(root: Path) -> Path:
-    """The engine folder under `root` that was built last.
+    """The engine folder under `root` that was built last, of those whose manifest can be read.
 
     Raises:
         EngineError: there is none.
@@ -108,7 +134,16 @@ def newest_engine(root: Path) -> Path:
             f"no engine under {root}/: build one with python -m builder.build --ratio 0.3 --fp16, or name its folder "
             "with --engine"
         )
-    return max(folders, key=lambda folder: Manifest.read(folder, verify_files=False).created)
+    created: dict[Path, str] = {}
+    unreadable: list[EngineError] = []
+    for folder in sorted(folders):
+        try:
+            created[folder] = Manifest.read(folder, verify_files=False).created
+        except EngineError as error:
+            unreadable.append(error)
+    if not created:
+        raise unreadable[0]
+    return max(created, key=created.__getitem__)
 
 
 def show_times(screen: cli.Screen, answer: Answer, manifest: Manifest) -> None:

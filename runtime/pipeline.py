@@ -5,14 +5,17 @@
             print(delta.text, end="")
 
 The stages of one request: decode and resize the frames, run the vision engine, splice its tokens into the prompt,
-prefill, decode token by token. Everything is loaded once; requests on one pipeline run one at a time.
+prefill, decode token by token. Everything is loaded once. One request at a time: a second one is refused, not queued,
+because its caller alone knows whether to wait, and a stream that somebody forgot to close would block it for ever.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
 from runtime import contract
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
@@ -41,12 +45,12 @@ class Timings:
     """Seconds of one request. On a GPU the stages overlap the host; `vision` is then measured by events on the device.
 
     Attributes:
-        decode: opening and decoding the video; preprocess: resizing its frames.
+        decode: opening and decoding the video; preprocess: resizing its frames. Both are 0 for a `Clip`: it is ready.
         vision: copy to the device, the vision engine.
-        prefill: prompt, splice, prefill and the first token.
-        first_token: from the call to the first token (TTFT).
-        per_token: mean time of each further token (TPOT); 0 when there is none.
-        total: from the call to the last token.
+        prefill: splice, prefill and the first token.
+        first_token: from the first `next` to the first token (TTFT): the stages above and making the prompt.
+        per_token: mean time of each further token (TPOT), without the caller's own between them; 0 when there is none.
+        total: from the first `next` to the end of the answer, the caller's time included.
     """
 
     decode: float
@@ -69,11 +73,12 @@ class Delta:
     token: int | None = None
     finish: Finish | None = None
     answer: Answer | None = None
+    """A finished answer: text and token ids, why it ended, what it cost, how many visual tokens it looked at."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer: its text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
+    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
 
     text: str
     tokens: tuple[int, ...]
@@ -90,7 +95,7 @@ class Pipeline:
     ) -> None:
         self.manifest = manifest
         self.vision = vision
-        self.decoder = decoder
+        self.decoder: Decoder | None = decoder  # None once closed
         self._newline = newline
         self._tokenizer = tokenizer
         self._stops = stops
@@ -111,25 +116,28 @@ class Pipeline:
         Args:
             engine: a folder that `python -m builder.build` wrote.
             model: the checkpoint it was built from; default the source that the folder names.
-            backend: "auto" (the compiled engine where its library and a GPU are, else ONNX Runtime), "onnxruntime",
+            backend: "auto" (the compiled engine where torch can use a GPU, else ONNX Runtime), "onnxruntime",
                 "tensorrt", "tensorrt-rtx", or "torch", the reference.
             device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model.
-            UserError: the checkpoint cannot be loaded.
+            UserError: the checkpoint cannot be loaded, or there is no such device.
         """
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
         folder = Path(engine)
         manifest = Manifest.read(folder)
         choice = choose_backend(backend, manifest)
         checkpoint = describe(manifest.model.source if model is None else model)
         if (digest := checkpoint.digest()) != manifest.model.digest:
             raise EngineError(
-                f"{folder.name} was built from {manifest.model.source} (weights {manifest.model.digest[:12]}), and "
-                f"{checkpoint.source} has weights {digest[:12]}: give the model it was built from with --model, or "
+                f"engine {manifest.name} was built from {manifest.model.source} (weights "
+                f"{manifest.model.digest[:12]}), and {checkpoint.source} has weights {digest[:12]}: give the model it "
+                "was built from with --model, or "
                 f"build an engine for this one with python -m builder.build --model {checkpoint.source}"
             )
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
         return cls(manifest, vision, *_load_decoder(checkpoint, where, precision))
@@ -156,53 +164,76 @@ class Pipeline:
 
         Raises:
             UserError: while iterating: a video or a prompt that cannot be used.
+            RuntimeError: while iterating: another stream has neither ended nor been closed, or the pipeline is closed.
         """
-        with self._busy:  # the engine's and the decoder's buffers are used again by every request
-            started = time.perf_counter()
-            words = build_prompt(self._tokenizer, prompt, system=system)
-            check_length(
-                words,
-                visual_tokens=self.manifest.tokens + 1,
-                new_tokens=max_new_tokens,
-                context=self.decoder.limit,
+        # The engine's and the decoder's buffers are used again by every request.
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "this pipeline is answering another request: finish or close that stream first, let threads take turns "
+                "with a lock of yours, or load one pipeline for each"
             )
-            clip = self._clip(video)
-            vision_time = _Stopwatch(self.decoder.device)
-            tokens, _ = self.vision.encode(clip.frames)
-            vision_time.stop()
-            prefill_started = time.perf_counter()
-            embeds = splice(words, tokens.to(self.decoder.device), self._newline, self.decoder.embed)
-            ids: list[int] = []
-            text = TextStream(self._tokenizer)
-            parts: list[str] = []
-            first = 0.0
-            source = self.decoder.stream(embeds, max_new_tokens=max_new_tokens, stop_ids=self._stops, sampling=sampling)
-            finish: Finish = "length"
+        try:
+            yield from self._answer(video, prompt, max_new_tokens, sampling, system)
+        finally:
+            self._busy.release()
+
+    def _answer(
+        self,
+        video: str | Path | Tensor | NDArray[Any] | Clip,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: Sampling,
+        system: str | None,
+    ) -> Generator[Delta, None, None]:
+        """One request, by its only holder."""
+        decoder = self.decoder
+        if decoder is None:
+            raise RuntimeError("this pipeline is closed")
+        started = time.perf_counter()
+        words = build_prompt(self._tokenizer, prompt, system=system)
+        check_length(
+            words,
+            visual_tokens=self.manifest.tokens + 1,
+            new_tokens=max_new_tokens,
+            context=decoder.limit,
+        )
+        clip = self._clip(video)
+        vision = _Stopwatch(decoder.device)
+        tokens, _ = self.vision.encode(clip.frames)
+        vision.stop()
+        embeds = splice(words, tokens.to(decoder.device), self._newline, decoder.embed)
+        source = decoder.stream(embeds, max_new_tokens=max_new_tokens, stop_ids=self._stops, sampling=sampling)
+        text = TextStream(self._tokenizer)
+        ids: list[int] = []
+        parts: list[str] = []
+        steps: list[tuple[float, float]] = []  # begin and end of each; between two of them the caller has its time
+        finish: Finish = "length"
+        with closing(source):  # and not left to the garbage: a traceback would keep it, and so the decoder busy
             while True:
+                begun = time.perf_counter()
                 try:
                     token = next(source)
                 except StopIteration as end:
                     finish = end.value
                     break
                 finally:
-                    first = first or time.perf_counter()
+                    steps.append((begun, time.perf_counter()))
                 ids.append(token)
                 parts.append(text.push(token))
                 yield Delta(parts[-1], token)
-            parts.append(text.finish())
-            ended = time.perf_counter()
-            further = len(ids) - 1
-            timings = Timings(
-                decode=clip.decode_seconds,
-                preprocess=clip.preprocess_seconds,
-                vision=vision_time.seconds(),
-                prefill=first - prefill_started,
-                first_token=first - started,
-                per_token=(ended - first) / further if further > 0 else 0.0,
-                total=ended - started,
-            )
-            answer = Answer("".join(parts), tuple(ids), finish, timings, len(tokens))
-            yield Delta(parts[-1], None, finish, answer)
+        parts.append(text.finish())
+        first, further = steps[0][1], steps[1 : len(ids)]
+        timings = Timings(
+            decode=clip.decode_seconds,
+            preprocess=clip.preprocess_seconds,
+            vision=vision.seconds(),
+            prefill=first - vision.started - vision.seconds(),
+            first_token=first - started,
+            per_token=sum(end - begun for begun, end in further) / len(further) if further else 0.0,
+            total=time.perf_counter() - started,
+        )
+        answer = Answer("".join(parts), tuple(ids), finish, timings, len(tokens))
+        yield Delta(parts[-1], None, finish, answer)
 
     def ask(
         self,
@@ -221,8 +252,9 @@ class Pipeline:
         return answer
 
     def close(self) -> None:
-        """Free the engine. A second call does nothing."""
+        """Free the engine and the decoder; a stream under way may finish. A second call does nothing."""
         self.vision.close()
+        self.decoder = None
 
     def __enter__(self) -> Pipeline:
         return self
@@ -233,8 +265,8 @@ class Pipeline:
         self.close()
 
     def _clip(self, video: str | Path | Tensor | NDArray[Any] | Clip) -> Clip:
-        if isinstance(video, Clip):
-            return video
+        if isinstance(video, Clip):  # decoded before this request
+            return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
         size = self.manifest.model.preprocessing.size
         if isinstance(video, (str, Path)):
             return load_clip(video, self.manifest.frames, size)
@@ -246,13 +278,13 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.events: list[Any] = []
-        self.times = [time.perf_counter()]
+        self.started = self.stopped = time.perf_counter()
         if device.type == "cuda":
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self.events[0].record()
 
     def stop(self) -> None:
-        self.times.append(time.perf_counter())
+        self.stopped = time.perf_counter()
         if self.events:
             self.events[1].record()
 
@@ -260,7 +292,7 @@ class _Stopwatch:
         """Valid once the host has waited for the device, as it does for every token."""
         if self.events:
             return self.events[0].elapsed_time(self.events[1]) / 1000
-        return self.times[1] - self.times[0]
+        return self.stopped - self.started
 
 
 def _open_vision(

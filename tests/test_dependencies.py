@@ -1,7 +1,7 @@
 """Who may import whom: `earlytom <- runtime <- builder`, one module for TensorRT, nothing optional needed to import.
 
-The sources are parsed, not run, so an import inside a function counts as well. The last tests do import the packages, in
-a process where the optional libraries cannot be found.
+The sources are parsed, not run, so an import inside a function counts as well. The last tests do import the packages,
+in a process where the optional libraries cannot be found.
 """
 
 from __future__ import annotations
@@ -122,12 +122,18 @@ def test_tensorrt_is_imported_where_it_is_used_only() -> None:
 BLOCKED = """
 import sys
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {optional!r}:
-            raise ImportError(f"{{name}} is blocked")
+class Without:
+    # A finder that does not find the optional libraries, as if they were not installed.
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Blocked())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {optional!r} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 {statement}
 """
 
@@ -157,4 +163,4 @@ def test_the_import_hook_does_block() -> None:
     """Negative control."""
     done = run_blocked("import onnxruntime")
     assert done.returncode != 0
-    assert "onnxruntime is blocked" in done.stderr
+    assert "No module named 'onnxruntime'" in done.stderr

@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, cuda  # not `import torch`: in this package that name is the backend's module
 
 from runtime.contract import ENGINE_FILE, ONNX_FILE
 from runtime.errors import EngineError
@@ -63,7 +62,7 @@ def choose_backend(asked: str, manifest: Manifest) -> str:
     """
     compiled = manifest.backend if manifest.backend in ENGINE_BACKENDS else None
     if asked == "auto":
-        if compiled and (torch.cuda.is_available() or ONNX_FILE not in manifest.files):
+        if compiled and (cuda.is_available() or ONNX_FILE not in manifest.files):
             return compiled
         return "torch" if manifest.dtype == "bf16" else "onnxruntime"
     if asked not in BACKENDS:
@@ -90,10 +89,12 @@ def open_backend(
         threads: of onnxruntime; torch's number by default.
 
     Raises:
-        EngineError: see `choose_backend`; the library is missing or of another version than the engine's; the file
-            cannot be loaded.
+        EngineError: see `choose_backend`; that is "torch"; the library is missing or of another version than the
+            engine's; the file cannot be loaded.
     """
     name = choose_backend(asked, manifest)
+    if name == "torch":
+        raise EngineError(f"engine {manifest.name} runs here in PyTorch, from its checkpoint: use Pipeline.load")
     if name == "onnxruntime":
         from runtime.backends.onnxruntime import OnnxRuntimeVision
 

@@ -1,0 +1,125 @@
+"""Shared by the builder's tests: exported graphs and one built engine, each made once a session, and real frames.
+
+`exported(...)` and `small_checkpoint` keep the whole suite to a few exports: an export takes seconds however small the
+model is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from builder import build
+from builder.arguments import parse
+from builder.config import BuildConfig
+from builder.export import ExportedGraph, VisionGraph
+from earlytom import micro
+from runtime.clip import draw_clip
+from runtime.manifest import Manifest
+from runtime.video import load_clip
+
+# Of the small checkpoint below: vision layers, decoder layers.
+SMALL = (4, 1)
+# Of the exported graphs and the engine. With this many frames of a drawn clip and this threshold frames are dropped,
+# folded and static, so that every rule takes part.
+FRAMES = 12
+TAU = "0.5"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported graph, what was asked for, and the same vision part in fp32 in PyTorch."""
+
+    config: BuildConfig
+    graph: ExportedGraph
+    reference: VisionGraph
+
+    @property
+    def path(self) -> Path:
+        return self.graph.path
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model cut to `SMALL` layers, as a checkpoint folder of the user would be."""
+    source, folder = Path(micro.PATH), tmp_path_factory.mktemp("checkpoint") / "small"
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"], config["text_config"]["num_hidden_layers"] = SMALL
+    config["text_config"] |= {"layer_types": ["full_attention"] * SMALL[1], "max_window_layers": SMALL[1]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def kept(name: str) -> bool:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        return layer is None or int(layer[1]) < SMALL["vision" not in name]
+
+    weights = load_file(source / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if kept(name)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Callable[..., Exported]:
+    """`exported("--ratio", "0.3", "--fp16")`: that graph of the small checkpoint; equal arguments share one export."""
+    made: dict[tuple[str, ...], Exported] = {}
+
+    def export(*arguments: str) -> Exported:
+        if arguments not in made:
+            words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
+            _, config, _ = parse([*words, *arguments])
+            graph = build.export(config, tmp_path_factory.mktemp("export"))
+            made[arguments] = Exported(config, graph, build.vision_graph(config, torch.float32))
+        return made[arguments]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Two drawn clips as files."""
+    folder = tmp_path_factory.mktemp("videos")
+    return tuple(draw_clip(folder / f"drawn{seed}.mp4", seed=seed) for seed in range(2))
+
+
+@pytest.fixture(scope="session")
+def clips(videos: tuple[Path, ...]) -> dict[str, Tensor]:
+    """uint8 frames [FRAMES, 3, 72, 72] of each drawn clip."""
+    return {path.name: load_clip(path, FRAMES, (72, 72)).frames for path in videos}
+
+
+@pytest.fixture(scope="session")
+def build_arguments(small_checkpoint: Path) -> list[str]:
+    """The command line of the session's engine, without --out."""
+    words = f"--frames {FRAMES} --ratio 0.3 --tau {TAU} --backend onnx".split()
+    return ["--model", str(small_checkpoint), *words]
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory, build_arguments: list[str]) -> Path:
+    """The folder of an engine built by the command, for reading only."""
+    out = tmp_path_factory.mktemp("engines")
+    assert build.main([*build_arguments, "--out", str(out), "--verify-text"]) == 0
+    (folder,) = out.iterdir()
+    Manifest.read(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models here are tiny: a second thread would only wait, and badly so on a machine that does other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,360 @@
+"""The build command from end to end: what it publishes, what it reuses, and that it leaves nothing half-done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import pytest
+
+from builder import build, verify
+from builder.arguments import parse
+from builder.config import project_version
+from earlytom.budget import frames_per_stage, token_count
+from earlytom.errors import UserError
+from runtime import cli, contract, trt
+from runtime.clip import draw_clip
+from runtime.manifest import Manifest
+
+from .conftest import FRAMES
+
+ROOT = Path(build.__file__).resolve().parents[1]
+FILES = {
+    contract.MANIFEST_FILE,
+    contract.ONNX_FILE,
+    contract.REFERENCE_INPUTS_FILE,
+    contract.REFERENCE_OUTPUTS_FILE,
+    contract.REPORT_FILE,
+}
+needs_rtx = pytest.mark.skipif(
+    "tensorrt-rtx" not in trt.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
+)
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(build_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process with --out in `tmp_path`: status, stdout, stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.run(build.main, [*build_arguments, "--out", str(tmp_path / "out"), *words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder of engines."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def built(engine: Path, out: Path) -> Path:
+    """The session's engine as if it had been built in `out`."""
+    return Path(shutil.copytree(engine, out / engine.name))
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*args: Any) -> None:
+        raise AssertionError("something was built")
+
+    monkeypatch.setattr(build, "export", export)
+
+
+def last_line(stdout: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return record
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """The command as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "builder.build", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_folder_is_what_the_manifest_says(engine: Path, build_arguments: list[str]) -> None:
+    assert {path.name for path in engine.iterdir()} == FILES
+    manifest = Manifest.read(engine)
+    config = parse(build_arguments)[1]
+    assert manifest.name == engine.name == config.name(manifest.key)
+    assert manifest.key == config.key()
+    assert set(manifest.files) == FILES - {contract.MANIFEST_FILE}
+    assert manifest.project_version == project_version()
+    assert manifest.verification is not None
+    assert manifest.verification["passed"] is True
+    assert manifest.verification["clips"] == ["drawn clip"]
+    assert manifest.model.digest == config.checkpoint.digest()
+    assert (manifest.frames, manifest.tokens_full, manifest.dim) == (FRAMES, FRAMES * 25, 256)
+    assert manifest.frames_per_stage == frames_per_stage(FRAMES, merges=2)
+    assert manifest.tokens == token_count(FRAMES, 25, 0.3, merges=2)
+    assert (manifest.dtype, manifest.target, manifest.backend) == ("fp16", "8.0", "onnx")
+    assert manifest.figures["flops_vision"] == config.flops["vision"]
+    assert manifest.figures["build_peak_bytes"] > 2**20
+
+
+def test_the_whole_command_tells_its_stages(command: Command, out: Path) -> None:
+    """A build without the gate; then one with it, which the unverified engine does not satisfy."""
+    status, stdout, stderr = command("--no-verify")
+    assert (status, stderr) == (0, "")
+    (folder,) = out.iterdir()
+    manifest = Manifest.read(folder)
+    assert (manifest.verification, manifest.polygraphy) == (None, "")
+    assert {path.name for path in folder.iterdir()} == {
+        contract.MANIFEST_FILE,
+        contract.ONNX_FILE,
+        contract.REPORT_FILE,
+    }
+    lines = stdout.splitlines()
+    stages = [line for line in lines if line.startswith(("export:", "compile:", "verify:"))]
+    assert [line.split(":")[0] for line in stages] == ["export", "export"]
+    assert any("not verified" in line for line in lines)
+    assert any(str(folder) in line and "python -m runtime.ask" in line for line in lines)
+    record = last_line(stdout)
+    assert (record["built"], record["cached"], record["verified"]) == (True, False, None)
+
+    status, stdout, _ = command()
+    assert status == 0
+    assert "not verified: it is built again" in stdout
+    assert "verify: done" in stdout
+    assert "--verify-text" in stdout  # its decoder is not trained, and the gate says that it left that step out
+    assert [path.name for path in out.iterdir()] == [folder.name]
+    manifest = Manifest.read(folder)
+    assert manifest.verification is not None
+    assert last_line(stdout)["verified"] is True
+    assert manifest.polygraphy
+
+
+@pytest.mark.usefixtures("no_export")
+def test_an_unchanged_build_returns_at_once_and_says_so(command: Command, built: Path, out: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in built.iterdir()}
+    for words in ((), ("--no-verify",)):
+        status, stdout, stderr = command(*words)
+        assert (status, stderr) == (0, "")
+        assert "unchanged" in stdout
+        assert "--force" in stdout
+        record = last_line(stdout)
+        assert (record["built"], record["cached"], record["verified"]) == (False, True, True)
+        assert record["folder"] == str(built)
+    assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
+    assert list(out.iterdir()) == [built]
+
+
+def test_force_builds_again(command: Command, built: Path, out: Path) -> None:
+    inode = (built / contract.ONNX_FILE).stat().st_ino
+    status, stdout, _ = command("--force", "--no-verify")
+    assert status == 0
+    assert "unchanged" not in stdout
+    assert last_line(stdout)["built"] is True
+    assert (built / contract.ONNX_FILE).stat().st_ino != inode
+    assert list(out.iterdir()) == [built]
+
+
+def test_a_damaged_folder_is_built_again(command: Command, built: Path, out: Path) -> None:
+    content = bytearray((built / contract.ONNX_FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    (built / contract.ONNX_FILE).write_bytes(content)
+    status, stdout, _ = command("--no-verify")
+    assert status == 0
+    assert "damaged" in stdout
+    Manifest.read(built)
+    assert list(out.iterdir()) == [built]
+
+
+@pytest.mark.usefixtures("no_export")
+def test_dry_run_builds_nothing_and_counts_like_the_budget(command: Command, tmp_path: Path) -> None:
+    words = ("--dry-run", "--ratio", "0.2", "--frame-budget", "0.5")
+    status, stdout, stderr = command(*words)
+    assert (status, stderr) == (0, "")
+    assert not (tmp_path / "out").exists()
+    record = last_line(stdout)
+    rule: Any = {"merges": 2, "frame_budget": 0.5}
+    assert record["tokens"] == token_count(FRAMES, 25, 0.2, **rule)
+    assert record["frames_per_stage"] == list(frames_per_stage(FRAMES, **rule))
+    assert (record["tokens_full"], record["built"], record["cached"]) == (FRAMES * 25, False, False)
+    assert record["flops"]["vision"] < record["flops"]["vision_full"]
+    for shown in (record["key"], record["folder"], "nothing was built", "tokens to the LLM", "after layer 2"):
+        assert shown in stdout
+
+
+@pytest.mark.usefixtures("no_export")
+def test_json_is_one_line(command: Command, built: Path) -> None:
+    for words in (("--json",), ("--json", "--dry-run")):
+        status, stdout, stderr = command(*words)
+        assert (status, stderr) == (0, "")
+        assert stdout.count("\n") == 1
+        assert json.loads(stdout)["folder"] == str(built)
+
+
+def test_two_builds_of_one_thing_do_the_work_once(build_arguments: list[str], out: Path) -> None:
+    """Two processes at once: one builds, the other waits and takes what was built. Both print one JSON line."""
+    words = [*build_arguments, "--out", str(out), "--json"]
+    records = []
+    for process in [start(words), start(words)]:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert stdout.count("\n") == 1
+        assert stderr == ""
+        records.append(json.loads(stdout))
+    assert sorted(record["built"] for record in records) == [False, True]
+    assert sorted(record["cached"] for record in records) == [False, True]
+    assert records[0]["folder"] == records[1]["folder"]
+    assert records[0]["figures"] == records[1]["figures"]  # of the same build
+    assert list(out.iterdir()) == [Path(records[0]["folder"])]
+    Manifest.read(records[0]["folder"])
+
+
+@pytest.mark.parametrize(
+    ("number", "stage"), [(signal.SIGINT, "export:"), (signal.SIGTERM, "verify:")], ids=["SIGINT", "SIGTERM"]
+)
+def test_an_interrupted_build_leaves_nothing_behind(
+    build_arguments: list[str], out: Path, number: int, stage: str
+) -> None:
+    process = start([*build_arguments, "--out", str(out)])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(stage):
+            break
+    assert list(out.iterdir())  # it works there
+    process.send_signal(number)
+    rest, stderr = process.communicate(timeout=120)
+    assert process.returncode == cli.INTERRUPTED
+    assert stderr == "interrupted\n"
+    assert "engine:" not in rest
+    assert not list(out.iterdir())
+
+
+def test_what_fails_the_gate_is_not_published(
+    command: Command, built: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible = replace(verify.GATES["fp16"], cosine=1.5)
+    monkeypatch.setitem(verify.GATES, "fp16", impossible)
+    status, stdout, stderr = command("--force")
+    assert status == 2
+    assert stderr.startswith("error: the graph does not reproduce the model: hidden_1: cosine is ")
+    assert stderr.count("\n") == 1
+    assert "FAILED" in stdout
+    assert list(out.iterdir()) == [built]  # the engine that was there stays
+    Manifest.read(built)
+    shutil.rmtree(built)
+    assert command()[0] == 2
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    save = onnx_ir.save
+
+    def half(model: Any, path: Path, **options: Any) -> None:
+        save(model, path, **options)
+        os.truncate(path, 1000)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(onnx_ir, "save", half)
+    status, _, stderr = command()
+    assert status == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert not list(out.iterdir())
+
+
+def test_a_disk_that_is_really_full(build_arguments: list[str], out: Path) -> None:
+    """A file system of 1 MiB in a namespace of its own, where this system lets us have one."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(out)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here (user namespaces are off)")
+    script = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && "$@"; status=$?; ls -A "$OUT"; exit $status'
+    words = [sys.executable, "-m", "builder.build", *build_arguments, "--out", str(out)]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", str(out), *words],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(out)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-500:]
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert "no space" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("export:")  # the listing after it shows nothing
+
+
+def test_the_gate_runs_on_the_clips_given(command: Command, videos: tuple[Path, ...], tmp_path: Path) -> None:
+    """Two files of one name count as two."""
+    same = tmp_path / "elsewhere" / videos[0].name
+    same.parent.mkdir()
+    draw_clip(same, seconds=2, seed=7)
+    status, stdout, stderr = command("--fp32", "--calibration", str(videos[0]), str(same))
+    assert (status, stderr) == (0, "")
+    manifest = Manifest.read(last_line(stdout)["folder"])
+    assert manifest.verification is not None
+    assert manifest.verification["clips"] == [str(videos[0]), str(same)]
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_clip_that_cannot_be_read_costs_no_export(command: Command, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video\n" * 50)
+    status, _, stderr = command("--calibration", str(tmp_path / "text.mp4"))
+    assert status == 2
+    assert "text.mp4" in stderr
+    assert not list(out.iterdir())
+
+
+def test_decoder_is_loaded_for_the_gate_only_where_its_text_means_something(
+    build_arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def next_tokens(checkpoint: Any) -> None:
+        asked.append(checkpoint.source)
+        raise UserError("stop here")
+
+    monkeypatch.setattr(build, "NextTokens", next_tokens)
+    monkeypatch.setattr(build, "vision_graph", lambda *args: None)
+    monkeypatch.setattr(build.verify, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
+    for trained, words, loads in (
+        (False, [], 0),
+        (True, [], 1),
+        (True, ["--no-verify-text"], 0),
+        (False, ["--verify-text"], 1),
+    ):
+        options, config, _ = parse([*build_arguments, *words])
+        config = replace(config, checkpoint=replace(config.checkpoint, trained=trained))
+        asked.clear()
+        with pytest.raises(UserError, match="stop here" if loads else "gate"):
+            build.check(config, tmp_path, {}, options, build.Stages(cli.Screen(json_only=True)))
+        assert len(asked) == loads
+
+
+@needs_rtx
+def test_an_engine_is_compiled_and_published(command: Command) -> None:
+    status, stdout, stderr = command("--backend", "tensorrt-rtx", "--no-verify")
+    assert (status, stderr) == (0, "")
+    folder = Path(last_line(stdout)["folder"])
+    manifest = Manifest.read(folder)
+    assert manifest.backend == "tensorrt-rtx"
+    assert {contract.ENGINE_FILE, contract.LAYERS_FILE, contract.ONNX_FILE} <= set(manifest.files)
+    report = json.loads((folder / contract.REPORT_FILE).read_text())
+    assert report["compile"]["layers"]["attention_fused"] == 3
+    assert manifest.figures["compile_seconds"] > 0
+    assert [line.split(":")[0] for line in stdout.splitlines() if ": done in" in line] == ["export", "compile"]
