@@ -7,14 +7,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from builder.compile import WORKSPACE_GIB
 from builder.config import BuildConfig, parse_target
 from earlytom.config import PRESETS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
-from runtime import trt
+from runtime import cli, trt
 from runtime.checkpoint import describe
 
 EXAMPLES = """
@@ -70,22 +70,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     )
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong as every other error of this command: one line, without the usage text before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The options, with a help text that teaches."""
-    p = Parser(
-        allow_abbrev=False,
+    p = cli.Parser(
         prog="python -m builder.build",
         description="Compile the vision part of a LLaVA-OneVision checkpoint, with EarlyTom token compression inside, "
         "into an engine folder for python -m runtime.ask.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
         "--model",

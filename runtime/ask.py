@@ -10,7 +10,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -64,21 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports what is wrong as every other error of this command: one line, without the usage text before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The options, with a help text that teaches."""
-    p = Parser(
-        allow_abbrev=False,
+    p = cli.Parser(
         prog="python -m runtime.ask",
         description="Ask a question about a video, with an engine that python -m builder.build made.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("video", type=Path, metavar="VIDEO", help="any video file that FFmpeg reads")
     p.add_argument("question", metavar="QUESTION", help="what to ask")

@@ -7,13 +7,14 @@ machines, and a command's `--json` leaves only that line.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from earlytom.errors import UserError
 
@@ -91,6 +92,23 @@ def _silence(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options are spelt in full, `epilog` keeps its lines, and what is wrong is reported as every other error is: one
+    line, without the usage text before it."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
 
 
 class Screen:
