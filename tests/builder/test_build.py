@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
 import pytest
 
 from builder import build, verify
@@ -256,21 +255,15 @@ def test_what_fails_the_gate_is_not_published(
     assert "FAILED" in stdout
     assert list(out.iterdir()) == [built]  # the engine that was there stays
     Manifest.read(built)
-    shutil.rmtree(built)
-    assert command()[0] == 2
-    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    save = onnx_ir.save
-
-    def half(model: Any, path: Path, **options: Any) -> None:
-        save(model, path, **options)
-        os.truncate(path, 1000)
+    def half(config: Any, place: Path) -> None:
+        (place / contract.ONNX_FILE).write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(onnx_ir, "save", half)
+    monkeypatch.setattr(build, "export", half)
     status, _, stderr = command()
     assert status == 2
     assert stderr.startswith("error: ")
@@ -355,6 +348,6 @@ def test_an_engine_is_compiled_and_published(command: Command) -> None:
     assert manifest.backend == "tensorrt-rtx"
     assert {contract.ENGINE_FILE, contract.LAYERS_FILE, contract.ONNX_FILE} <= set(manifest.files)
     report = json.loads((folder / contract.REPORT_FILE).read_text())
-    assert report["compile"]["layers"]["attention_fused"] == 3
+    assert len(report["compile"]["layers"]["attention_fused"]) == 3  # all but the explicit one
     assert manifest.figures["compile_seconds"] > 0
     assert [line.split(":")[0] for line in stdout.splitlines() if ": done in" in line] == ["export", "compile"]

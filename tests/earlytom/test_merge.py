@@ -109,7 +109,7 @@ def same_rows(got: Tensor, want: NDArray[np.float64]) -> bool:
 
 def test_segments_equal_the_sequential_reference() -> None:
     lengths: set[int] = set()
-    for kind, c, options in random_cases(4000, seed=1):
+    for kind, c, options in random_cases(2500, seed=1):
         start, end = segment_bounds(c, **options)
         want = segments(c.tolist(), **options)
         assert segments_of(start).tolist() == [list(pair) for pair in want], (kind, options)
@@ -121,14 +121,14 @@ def test_segments_equal_the_sequential_reference() -> None:
 @pytest.mark.parametrize("trailing", ["released", "keep"])
 def test_adaptive_plan_equals_the_sequential_reference(trailing: str) -> None:
     merged = dropped = 0
-    for kind, c, options in random_cases(4000, seed=2):
+    for kind, c, options in random_cases(2500, seed=2):
         weights, _, _ = plan_similarity(c, None, **options, trailing=trailing)
         want = dense(adaptive_plan(c.tolist(), **options, trailing=trailing), len(c))
         assert same_rows(weights, want), (kind, len(c), options)
         merged += int(((want > 0).sum(1) == 2).sum())
         dropped += int((want.sum(0) == 0).sum())
-    assert merged > 500  # the cases do merge
-    assert dropped > 500  # and drop
+    assert merged > 300  # the cases do merge
+    assert dropped > 300  # and drop
 
 
 def test_the_two_trailing_rules_differ() -> None:
@@ -143,7 +143,7 @@ def test_the_two_trailing_rules_differ() -> None:
 def test_budget_plan_equals_the_sequential_reference() -> None:
     rng = np.random.default_rng(4)
     folded = whole = 0
-    for kind, c, options in random_cases(4000, seed=4):
+    for kind, c, options in random_cases(2500, seed=4):
         trailing = str(rng.choice(["released", "keep"]))
         count = len(adaptive_plan(c.tolist(), **options, trailing=trailing))
         # Any number, or one around the adaptive count, where the two rules meet.
@@ -154,8 +154,8 @@ def test_budget_plan_equals_the_sequential_reference() -> None:
         assert same_rows(weights, want), (kind, len(c), frames_out, options)
         folded += frames_out < count
         whole += count < frames_out < len(c)
-    assert folded > 500  # frames that the adaptive plan keeps have gone
-    assert whole > 150  # and frames that it removes have stayed
+    assert folded > 300  # frames that the adaptive plan keeps have gone
+    assert whole > 100  # and frames that it removes have stayed
 
 
 def test_plans_from_hidden_states_equal_the_sequential_reference() -> None:
@@ -204,7 +204,7 @@ def plans(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, Any]]:
     return c, draw(st.integers(1, frames)), options
 
 
-PROPERTY = settings(max_examples=250, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def kept_frames(weights: Tensor) -> list[int]:
