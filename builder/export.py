@@ -107,15 +107,17 @@ class VisionGraph(nn.Module):
         return (frames.float() * self.scale + self.shift).to(dtype)
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        visual = encode(
+        trace: dict[str, Tensor] = {}
+        encode(
             tower_of(self.vision_tower),
             self.projector,
             self.pixels(frames),
             self.config,
             self.decisions,
             depth=self.depth,
+            trace=trace,
         )
-        return visual.trace
+        return trace
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ pooling, D tower width, E LLM width, N tokens kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ class VisualTokens:
         segment_start: [F'] int64, first frame of each remaining frame's final segment.
         frames_per_stage: frames before the first merge and after each one.
         frame_weights: [F', F] fp32, what each remaining frame is made of; rows sum to one.
-        trace: named intermediate tensors in the order in which they were computed.
     """
 
     tokens: Tensor
@@ -45,7 +44,6 @@ class VisualTokens:
     segment_start: Tensor
     frames_per_stage: tuple[int, ...]
     frame_weights: Tensor
-    trace: dict[str, Tensor] = field(repr=False)
 
     @property
     def segments(self) -> Tensor:
@@ -104,8 +102,12 @@ def encode(
     decisions: Decisions,
     *,
     depth: int | None = None,
+    trace: dict[str, Tensor] | None = None,
 ) -> VisualTokens:
-    """The method, against an adapter and a decision maker. Arguments as in `encode_video`."""
+    """The method, against an adapter and a decision maker.
+
+    Arguments as in `encode_video`; `trace` is filled with the named intermediate tensors of `trace_names`.
+    """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
     layers = list(tower.layers)
@@ -117,7 +119,11 @@ def encode(
     stages = planned_frames(frames, config)
     # The layer whose received attention and segments the selection goes by.
     deciding = config.merge_layers[-1] if config.merge_layers else len(layers) - 1
-    trace: dict[str, Tensor] = {}
+
+    def note(**values: Tensor) -> None:
+        if trace is not None:
+            trace.update(values)
+
     frame_weights = torch.eye(frames, device=pixels.device)
     counts = [frames]
 
@@ -128,10 +134,10 @@ def encode(
             received = tower.received(layer, hidden)
         hidden, column = tower.run_layer(layer, hidden, receive=index in config.merge_layers and index == deciding)
         if index in config.merge_layers:
-            trace[f"hidden_{index}"] = hidden
+            note(**{f"hidden_{index}": hidden})
             similarity = frame_similarity(hidden[:, tower.prefix :])
             weights, _, _ = decisions.plan(similarity, stages[len(counts)])
-            trace[f"similarity_{index}"], trace[f"weights_{index}"] = similarity, weights
+            note(**{f"similarity_{index}": similarity, f"weights_{index}": weights})
             hidden = apply_weights(weights, hidden)
             frame_weights = weights @ frame_weights
             counts.append(hidden.shape[0])
@@ -145,14 +151,14 @@ def encode(
     hidden = hidden[:, tower.prefix :]
     features = pool(projector(hidden))  # [F', P, E]
     relevance = pool(received[:, :, None])[:, :, 0]  # [F', P]
-    trace |= {"static": static, "features": features, "relevance": relevance}
+    note(static=static, features=features, relevance=relevance)
     tokens, positions = _select(features, relevance, static, frames, config, decisions)
-    trace |= {"tokens": tokens, "positions": positions}
-    return VisualTokens(tokens, positions, hidden, received, start, tuple(counts), frame_weights, trace)
+    note(tokens=tokens, positions=positions)
+    return VisualTokens(tokens, positions, hidden, received, start, tuple(counts), frame_weights)
 
 
 def trace_names(config: EarlyTomConfig) -> list[str]:
-    """The keys of `VisualTokens.trace`, in order."""
+    """The keys of a trace that `encode` fills, in the order in which they are computed."""
     per_layer = [f"{kind}_{layer}" for layer in config.merge_layers for kind in ("hidden", "similarity", "weights")]
     return [*per_layer, "static", "features", "relevance", "tokens", "positions"]
 

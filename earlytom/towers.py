@@ -159,8 +159,7 @@ def tower_of(vision_model: nn.Module) -> Tower:
             f"vision tower {family!r} is not supported: EarlyTom runs on {', '.join(TOWERS)} "
             "(an adapter is one class in earlytom.towers)"
         )
-    # transformers before 5.5 keeps the layers one level deeper.
-    return TOWERS[family](getattr(vision_model, "vision_model", vision_model))
+    return TOWERS[family](vision_model)
 
 
 def grid_side(tokens: int) -> int:

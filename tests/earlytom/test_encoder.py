@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video, frames_per_stage, plan_frames, select_tokens, token_count
-from earlytom.encoder import VisualTokens, pool, trace_names
+from earlytom.encoder import Decisions, VisualTokens, encode, pool, trace_names
 from earlytom.merge import frame_similarity, segments_of
+from earlytom.towers import tower_of
 
 from .reference import adaptive_plan, budget_plan, dense, segments, select_positions
 from .tiny import FAMILIES, PATCH, made_video, tiny_projector, tiny_tower, untouched
@@ -26,17 +27,12 @@ BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 1, 2), tau=0.3, sc
 ADAPTIVE = BUDGET.replace(schedule="adaptive")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The models here are tiny: a second thread only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def encoded(family: str, video: Tensor, config: EarlyTomConfig, **options: Any) -> VisualTokens:
     return encode_video(tiny_tower(family), tiny_projector(), video, config, **options)
+
+
+def traced(family: str, video: Tensor, config: EarlyTomConfig, trace: dict[str, Tensor]) -> VisualTokens:
+    return encode(tower_of(tiny_tower(family)), tiny_projector(), video, config, Decisions(config), trace=trace)
 
 
 # --- off
@@ -161,10 +157,11 @@ def test_every_step_equals_the_sequential_method(family: str, config: EarlyTomCo
 @pytest.mark.parametrize("config", [ADAPTIVE, BUDGET])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frame_weights_are_the_product_of_the_stages(family: str, config: EarlyTomConfig) -> None:
-    out = encoded(family, made_video("drift", 12), config)
+    trace: dict[str, Tensor] = {}
+    out = traced(family, made_video("drift", 12), config, trace)
     product = torch.eye(12)
     for layer, before, after in zip(config.merge_layers, out.frames_per_stage, out.frames_per_stage[1:], strict=False):
-        weights = out.trace[f"weights_{layer}"]
+        weights = trace[f"weights_{layer}"]
         assert weights.shape == (after, before)
         product = weights @ product
     assert torch.equal(out.frame_weights, product)
@@ -175,16 +172,17 @@ def test_frame_weights_are_the_product_of_the_stages(family: str, config: EarlyT
 
 
 def test_the_trace_holds_what_each_decision_was_made_of() -> None:
-    out = encoded("clip", made_video("drift", 8), BUDGET)
-    assert list(out.trace) == trace_names(BUDGET)
+    trace: dict[str, Tensor] = {}
+    out = traced("clip", made_video("drift", 8), BUDGET, trace)
+    assert list(trace) == trace_names(BUDGET)
     for layer in BUDGET.merge_layers:
-        hidden = out.trace[f"hidden_{layer}"][:, 1:]  # without the class token
-        assert torch.equal(frame_similarity(hidden), out.trace[f"similarity_{layer}"])
-        frames_out = len(out.trace[f"weights_{layer}"])
+        hidden = trace[f"hidden_{layer}"][:, 1:]  # without the class token
+        assert torch.equal(frame_similarity(hidden), trace[f"similarity_{layer}"])
+        frames_out = len(trace[f"weights_{layer}"])
         again = plan_frames(hidden, tau=0.3, max_window=6, ema=0.9, schedule="budget", frames_out=frames_out)
-        assert torch.equal(again.weights, out.trace[f"weights_{layer}"])
+        assert torch.equal(again.weights, trace[f"weights_{layer}"])
     tokens, positions = select_tokens(
-        out.trace["features"], out.trace["relevance"], out.segments, frames_in=8, ratio=0.3, schedule="budget"
+        trace["features"], trace["relevance"], out.segments, frames_in=8, ratio=0.3, schedule="budget"
     )
     assert torch.equal(tokens, out.tokens)
     assert torch.equal(positions, out.positions)

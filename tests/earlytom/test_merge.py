@@ -31,15 +31,6 @@ TAUS = (-1.0, -0.3, 0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 0.99, 1.0)
 EMAS = (0.05, 0.3, 0.5, 0.75, 0.9, 1.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The tensors here are tiny: a second thread makes thousands of plans ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def hidden_states(kind: str, frames: int, rng: np.random.Generator, tokens: int = 4, width: int = 6) -> Tensor:
     """[F, S, D] hidden states of a made-up video."""
     noise = rng.standard_normal((frames, tokens, width))

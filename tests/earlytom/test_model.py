@@ -28,15 +28,6 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 FULL: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The models here are tiny: a second thread only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return tiny_llava()

@@ -18,15 +18,6 @@ from .reference import select_positions, windows
 SCHEDULES = ("adaptive", "budget")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The tensors here are tiny: a second thread only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_segments(frames: int, rng: np.random.Generator) -> list[list[int]]:
     first = [0, *(i for i in range(1, frames) if rng.random() < rng.choice([0.1, 0.4]))]
     return [[a, b - 1] for a, b in zip(first, [*first[1:], frames], strict=True)]

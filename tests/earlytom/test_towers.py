@@ -94,14 +94,6 @@ def test_siglip2_at_another_resolution(shape: tuple[int, int]) -> None:
     assert torch.allclose(tower_of(model).embed(pixels), untouched(model, pixels).hidden_states[0], atol=1e-6)
 
 
-def test_the_layers_may_lie_one_level_deeper() -> None:
-    model = tiny_tower("siglip")
-    wrapped = nn.Module()
-    wrapped.vision_model = model
-    wrapped.config = model.config
-    assert tower_of(wrapped).model is model
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_family_is_found_by_its_name(family: str) -> None:
     model = tiny_tower(family, layers=1)
