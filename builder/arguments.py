@@ -176,7 +176,7 @@ def _work_options(group: Any) -> None:
     group.add_argument(
         "--verify-text",
         action=argparse.BooleanOptionalAction,
-        help="run the gate's last step, which loads the decoder (default: where the decoder is small and trained)",
+        help="run the gate's last step, which loads the decoder (default: where the decoder is small)",
     )
     group.add_argument("--force", action="store_true", help="build even if the same engine is there already")
     group.add_argument("--dry-run", action="store_true", help="print counts, flops, sizes and the key; build nothing")

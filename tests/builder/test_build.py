@@ -136,7 +136,7 @@ def test_the_whole_command_tells_its_stages(command: Command, out: Path) -> None
     assert status == 0
     assert "not verified: it is built again" in stdout
     assert "verify: done" in stdout
-    assert "--verify-text" in stdout  # its decoder is not trained, and the gate says that it left that step out
+    assert "share of next tokens that agree" in stdout  # the decoder is small, so the gate's last step runs
     assert [path.name for path in out.iterdir()] == [folder.name]
     manifest = Manifest.read(folder)
     assert manifest.verification is not None
@@ -326,14 +326,14 @@ def test_decoder_is_loaded_for_the_gate_only_where_its_text_means_something(
     monkeypatch.setattr(build, "NextTokens", next_tokens)
     monkeypatch.setattr(build, "vision_graph", lambda *args: None)
     monkeypatch.setattr(build.verify, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
-    for trained, words, loads in (
-        (False, [], 0),
-        (True, [], 1),
-        (True, ["--no-verify-text"], 0),
-        (False, ["--verify-text"], 1),
+    for limit, words, loads in (
+        (0, [], 0),
+        (build.SMALL_DECODER, [], 1),
+        (build.SMALL_DECODER, ["--no-verify-text"], 0),
+        (0, ["--verify-text"], 1),
     ):
         options, config, _ = parse([*build_arguments, *words])
-        config = replace(config, checkpoint=replace(config.checkpoint, trained=trained))
+        monkeypatch.setattr(build, "SMALL_DECODER", limit)
         asked.clear()
         with pytest.raises(UserError, match="stop here" if loads else "gate"):
             build.check(config, tmp_path, {}, options, build.Stages(cli.Screen(json_only=True)))

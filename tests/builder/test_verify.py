@@ -220,6 +220,21 @@ def test_equal_decisions_are_forced_where_they_differ(gate: Callable[..., Report
     assert found["token choices repeated: share that is equal"] == 1
 
 
+def test_the_text_of_an_untrained_decoder_is_held_against_equal_decisions(gate: Callable[..., Report]) -> None:
+    tilt = np.ones((FRAMES, FRAMES), np.float32)
+    tilt[4:8, 4:8] = 0.5
+    other_plan = after("similarity_1", ("Mul", ["raw", "tilt"]), constants={"tilt": tilt})
+    for equal in (True, False):
+        close: list[bool] = []
+
+        def text(engine: Tensor, reference: Tensor, close: list[bool] = close) -> float:
+            close.append(torch.allclose(engine, reference, atol=1e-4))
+            return 1.0
+
+        gate(other_plan, text=text, text_with_equal_decisions=equal)
+        assert all(close) == equal
+
+
 def test_another_threshold_fails_at_the_decisions_alone(gate: Callable[..., Report]) -> None:
     report = gate(set_attribute(functions.FRAME_PLAN, "tau", 0.999))
     assert failed(report) == {"decisions"}
