@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from builder import cache, verify
@@ -141,8 +142,11 @@ def build(
 
 
 def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
-    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (layer norms in fp32)."""
-    part = load_vision(config.checkpoint, dtype)
+    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (layer norms in fp32).
+
+    Weights are read in fp32, so that layer norms keep theirs and one that `dtype` cannot hold is noticed.
+    """
+    part = load_vision(config.checkpoint, torch.float32)
     preprocessing = config.checkpoint.preprocessing
     return VisionGraph(
         set_precision(part.vision_tower, dtype),
@@ -181,7 +185,7 @@ def check(
     stages.screen.table(
         ("step", "what", "value", "limit", ""),
         [
-            (line.step, line.what, f"{line.value:.6g}", f"{line.limit:.6g}", "ok" if line.passed else "FAILED")
+            (line.step, line.what, f"{line.value:.8g}", f"{line.limit:.6g}", "ok" if line.passed else "FAILED")
             for line in report.checks
         ],
     )
@@ -287,8 +291,8 @@ def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
 
 def show_result(screen: cli.Screen, manifest: Manifest, folder: Path) -> None:
     """What was built, and what to type next."""
-    rows = [(name, f"{record.bytes / 2**20:.2f}") for name, record in manifest.files.items()]
-    screen.table(("file", "MiB"), rows)
+    rows = [(name, decimal(record.bytes)) for name, record in manifest.files.items()]
+    screen.table(("file", "size"), rows)
     if manifest.verification is None:
         screen.line("not verified (--no-verify)")
     screen.line(f"engine: {folder}")

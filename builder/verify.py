@@ -191,8 +191,8 @@ def verify(
         text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
             the step and says so.
         text_with_equal_decisions: compare with the reference under the graph's decisions, not with its own. For
-        decoders
-            that are not trained: they are chaotic, and one token of many chosen otherwise changes half of the text.
+            decoders that are not trained: they are chaotic, and one token of many chosen otherwise changes half of
+            the text.
         say: progress, one line at a time.
 
     Returns:

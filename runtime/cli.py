@@ -26,6 +26,8 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 _REMEDIES = {
     errno.ENOSPC: ("no space is left on the disk", "free some space or choose a folder on another disk"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose a folder on another disk"),
+    errno.EFBIG: ("the file would be larger than allowed here", "raise the limit or choose another file system"),
+    errno.EIO: ("the disk failed to read or write", "check the disk or choose a folder on another one"),
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
     errno.EACCES: ("permission denied", "change its permissions or choose another path"),
     errno.EPERM: ("operation not permitted", "change its permissions or choose another path"),

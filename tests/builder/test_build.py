@@ -237,7 +237,9 @@ def test_an_interrupted_build_leaves_nothing_behind(
     assert list(out.iterdir())  # it works there
     process.send_signal(number)
     rest, stderr = process.communicate(timeout=120)
-    assert process.returncode == cli.INTERRUPTED
+    # A Python that was interrupted inside exec() of a string (torch and dataclasses do that) ends by SIGINT itself once
+    # everything is cleaned up; a shell reports 130 for both.
+    assert process.returncode in (cli.INTERRUPTED, -signal.SIGINT)
     assert stderr == "interrupted\n"
     assert "engine:" not in rest
     assert not list(out.iterdir())
