@@ -2,7 +2,8 @@
 
 A graph that calls `earlytom::FramePlan` and `earlytom::SelectTokens` runs anywhere: ONNX Runtime and TensorRT-RTX run
 the bodies below, and TensorRT can put a plugin of the same name in their place. The bodies are the tensor programs of
-`earlytom.merge` and `earlytom.select`, operator by operator, and decide the same bit for bit.
+`earlytom.merge` and `earlytom.select`, operator by operator, and decide the same. (One number differs in its last bit:
+`1 - ema` is taken in fp32 here and in double there.)
 
     FramePlan(similarity fp32 [F, F]) -> weights fp32 [frames_out, F], static bool [F]
         attributes frames_out, tau, ema (read by the body), max_window, trailing (unrolled into the body)
