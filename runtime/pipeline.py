@@ -73,7 +73,6 @@ class Delta:
     token: int | None = None
     finish: Finish | None = None
     answer: Answer | None = None
-    """A finished answer: text and token ids, why it ended, what it cost, how many visual tokens it looked at."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class Pipeline:
             raise EngineError(
                 f"engine {manifest.name} was built from {manifest.model.source} (weights "
                 f"{manifest.model.digest[:12]}), and {checkpoint.source} has weights {digest[:12]}: give the model it "
-                "was built from with --model, or "
-                f"build an engine for this one with python -m builder.build --model {checkpoint.source}"
+                f"was built from with --model, or build an engine for this one with python -m builder.build "
+                f"--model {checkpoint.source}"
             )
         precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
