@@ -9,8 +9,8 @@ DEMO_CLIP := engines/demo.mp4
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m builder.build --ratio 0.3 --fp16
-	$(BIN)/python -m runtime.clip $(DEMO_CLIP)
-	$(BIN)/python -m runtime.ask $(DEMO_CLIP) "What happens in the video?" --max-new-tokens 32
+	$(BIN)/python -m runtime.clip $(DEMO_CLIP) --test-clip 3
+	$(BIN)/python -m runtime.ask $(DEMO_CLIP) "Which digit is on the circle?"
 
 test: lint
 	$(BIN)/python -m pytest
@@ -27,5 +27,5 @@ clean:
 $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[rtx,dev]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[rtx,plot,dev]"
 	touch $@

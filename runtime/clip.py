@@ -7,6 +7,9 @@ equal and frames of the still scene are nearly so.
 
     python -m runtime.clip OUT.mp4 [--seconds 6] [--fps 24] [--size 320x240] [--seed 0]
 
+With `--test-clip N` it writes clip N of the bundled model's test set instead, four times as large, and prints what one
+can ask about it and the right answers.
+
 The frames are a function of the arguments alone; the file is one of those and of the encoder.
 """
 
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from earlytom.errors import UserError
+from earlytom.micro.data import Question, labelled_clip
 from runtime.cli import run
 from runtime.errors import VideoError
 
@@ -30,6 +34,7 @@ Image = NDArray[np.float32]  # [h, w, 3], 0 to 255
 Plane = NDArray[np.floating[Any]]  # [h, w]
 
 NOISE = 2.5  # standard deviation of the sensor noise, of 255
+_ENLARGED, _REPEATED = 4, 3  # sides and frames of a test clip
 # The first of these that is there. x264's macroblock tree gives other bits each time even on one thread, so it is off.
 _ENCODERS = {
     "libx264": {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0"},
@@ -68,13 +73,32 @@ def draw_clip(
         raise UserError(f"{seconds} seconds at {fps} frames per second is no clip; give at least 2 frames in all")
     if height < 16 or width < 16 or height % 2 or width % 2:
         raise UserError(f"size is {width}x{height}; give an even width and height of at least 16 pixels")
+    return write_clip(path, _frames(round(seconds * fps), height, width, seed), fps, size)
+
+
+def write_test_clip(path: str | os.PathLike[str], index: int) -> tuple[Path, tuple[Question, ...]]:
+    """Write clip `index` of the bundled model's test set to `path` as mp4; returns the path and the clip's questions.
+
+    Each of its frames is written several times and each pixel as a square, so that encoding takes little away and 16
+    frames sampled evenly are its 16 frames. Raises as `draw_clip`, and UserError for a negative index.
+    """
+    clip = labelled_clip("test", index)
+    large = clip.frames.repeat(_ENLARGED, 2).repeat(_ENLARGED, 3).transpose(0, 2, 3, 1)  # [F, h, w, 3]
+    frames = (np.ascontiguousarray(frame) for frame in large for _ in range(_REPEATED))
+    return write_clip(path, frames, 8 * _REPEATED, large.shape[1:3]), clip.questions
+
+
+def write_clip(
+    path: str | os.PathLike[str], frames: Iterator[NDArray[np.uint8]], fps: int, size: tuple[int, int]
+) -> Path:
+    """Write frames [height, width, 3] uint8 RGB of `size` = (height, width) to `path`, as `draw_clip` does."""
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
         raise VideoError(f"{str(target)!r} {what}; give the path of the mp4 file to write")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        _encode(partial, _frames(round(seconds * fps), height, width, seed), fps, size)
+        _encode(partial, frames, fps, size)
         os.replace(partial, target)
     except OSError as error:  # about the name that the caller knows
         raise OSError(error.errno, error.strerror, str(target)) from error
@@ -274,10 +298,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=int, default=24, help="frames per second (default: 24)")
     parser.add_argument("--size", type=_size, default=(240, 320), metavar="WxH", help="even sides (default: 320x240)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds draw other clips (default: 0)")
+    parser.add_argument(
+        "--test-clip",
+        type=int,
+        metavar="N",
+        help="write clip N of the bundled model's test set instead, and print its questions with their answers",
+    )
     return parser
 
 
 def _main(args: argparse.Namespace) -> int:
+    if args.test_clip is not None:
+        path, asked = write_test_clip(args.out, args.test_clip)
+        print(f"{path}: clip {args.test_clip} of the test set; one can ask, and right is:")
+        for question in asked:
+            print(f"  {question.text}  {question.answer}")
+        return 0
     path = draw_clip(args.out, args.seconds, args.fps, args.size, args.seed)
     print(f"{path}: {args.seconds:g} s, {args.size[1]}x{args.size[0]} at {args.fps} frames per second")
     return 0

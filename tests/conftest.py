@@ -1,4 +1,8 @@
-"""What the tests of the whole path share: engines of the bundled model and a clip, each made once a session."""
+"""What the tests of the whole path share: a model, its engines and a clip, each made once a session.
+
+The bundled model answers in a word or two. What has to hold for long answers too is tested with a model of the same
+architecture that talks on: its weights are random.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,21 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
+from earlytom.micro.checkpoint import architecture, write_checkpoint
+from earlytom.micro.random_model import SPECIAL_TOKENS, random_model
 from runtime.clip import draw_clip
 
 
 @pytest.fixture(scope="session")
 def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`build_engine("--fp32")`: the folder that the builder's own command makes of the bundled model for ONNX Runtime,
-    unverified, as the gate has its own tests."""
+    """`build_engine("--fp32")`: the folder that the builder's own command makes for ONNX Runtime, unverified, as the
+    gate has its own tests."""
     from builder import build
 
     out = tmp_path_factory.mktemp("whole") / "engines"
@@ -31,14 +39,35 @@ def build_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture(scope="session")
-def engine(build_engine: Callable[..., Path]) -> Path:
-    """Engine folder of the bundled model in fp32, ratio 0.3. Read only: copy it to change it."""
-    return build_engine("--ratio", "0.3", "--fp32")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder like the bundled one, with weights whose greedy texts are long and differ from clip to clip."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "talkative"
+    model: Any = random_model(architecture(), torch.float16, seed=6)
+    with torch.no_grad():  # single bytes and special tokens are unlikely, so that texts are words and go on
+        embeddings = model.get_input_embeddings().weight
+        embeddings[: len(pre_tokenizers.ByteLevel.alphabet())] *= 0.25
+        embeddings[-len(SPECIAL_TOKENS) :] *= 0.25
+    stage = {"stage": "none", "steps": 0, "frames": 0, "seconds": 0.0}
+    about = {"seed": 6, "stages": [stage], "hardware": "nothing", "torch": torch.__version__}
+    write_checkpoint(folder, model, about, trained=False)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def half_engine(build_engine: Callable[..., Path]) -> Path:
-    """The same in fp16, as the README's first command builds it."""
+def engine(build_engine: Callable[..., Path], talkative: Path) -> Path:
+    """Engine folder of the talkative model in fp32, ratio 0.3. Read only: copy it to change it."""
+    return build_engine("--model", str(talkative), "--ratio", "0.3", "--fp32")
+
+
+@pytest.fixture(scope="session")
+def half_engine(build_engine: Callable[..., Path], talkative: Path) -> Path:
+    """The same in fp16."""
+    return build_engine("--model", str(talkative), "--ratio", "0.3", "--fp16")
+
+
+@pytest.fixture(scope="session")
+def bundled_engine(build_engine: Callable[..., Path]) -> Path:
+    """Engine folder of the bundled model, as the README's first command builds it."""
     return build_engine("--ratio", "0.3", "--fp16")
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from builder import arguments, build
+from builder.evaluation import arguments as evaluation_arguments
 from earlytom import UserError
 from earlytom.config import PRESETS
+from earlytom.micro import train
 from runtime import ask, cli, clip
 
 ROOT = Path(__file__).parents[1]
@@ -48,12 +50,22 @@ def ask_parser(words: Words) -> argparse.Namespace:
     return ask.parser().parse_args(words)
 
 
+def evaluate_parser(words: Words) -> argparse.Namespace:
+    return evaluation_arguments.parser().parse_args(words)
+
+
+def train_parser(words: Words) -> argparse.Namespace:
+    return train.parser().parse_args(words)
+
+
 def clip_parser(words: Words) -> argparse.Namespace:
     return clip._parser().parse_args(words)
 
 
 PARSERS: dict[str, Callable[[Words], argparse.Namespace]] = {
     "builder.build": build_parser,
+    "builder.evaluate": evaluate_parser,
+    "earlytom.micro.train": train_parser,
     "runtime.ask": ask_parser,
     "runtime.clip": clip_parser,
 }
@@ -94,7 +106,7 @@ def extras() -> set[str]:
 
 def flags() -> set[str]:
     """Every long option of our commands."""
-    parsers = (arguments.parser(), ask.parser(), clip._parser())
+    parsers = (arguments.parser(), evaluation_arguments.parser(), ask.parser(), clip._parser(), train.parser())
     return {name for parser in parsers for action in parser._actions for name in action.option_strings}
 
 

@@ -1,7 +1,7 @@
 """The bundled small LLaVA-OneVision checkpoint, so that everything can be tried without a download.
 
 `PATH` is a folder in exactly the layout of a published checkpoint; it is loaded by the same code. This module itself
-imports no model library. `python -m earlytom.micro.create` makes the folder's files.
+imports no model library. `python -m earlytom.micro.train` makes the folder's files.
 """
 
 import json

@@ -23,6 +23,7 @@ from builder.next_tokens import NextTokens
 from builder.verify import GATES, STEPS, Report
 from earlytom.errors import UserError
 from runtime import contract
+from runtime.checkpoint import describe
 from runtime.manifest import Manifest
 
 from .conftest import FRAMES, Exported
@@ -283,9 +284,11 @@ def test_the_text_step_holds_the_worst_clip_against_the_gate(gate: Callable[...,
     assert not report.notes
 
 
-def test_next_tokens_agree_with_themselves_and_not_with_another_clip(exported: Make, clips: dict[str, Tensor]) -> None:
+def test_next_tokens_agree_with_themselves_and_not_with_another_clip(
+    exported: Make, clips: dict[str, Tensor], talkative: Path
+) -> None:
     made = exported(*RATIO, "--fp32")
-    text = NextTokens(made.config.checkpoint)
+    text = NextTokens(describe(talkative))
     first, second = (made.reference(frames)["tokens"] for frames in clips.values())
     assert text(first, first) == 1
     assert text(first.flip(0), second) < GATES["bf16"].text

@@ -95,8 +95,8 @@ def test_torch_runs_the_settings_it_is_given(
     assert got.shape != wanted.shape or not torch.allclose(got, wanted, atol=1e-2)
 
 
-def test_torch_is_encode_video_on_normalised_pixels(torch_backend: TorchVision, frames: Tensor) -> None:
-    checkpoint = describe(None)
+def test_torch_is_encode_video_on_normalised_pixels(torch_backend: TorchVision, engine: Path, frames: Tensor) -> None:
+    checkpoint = describe(Manifest.read(engine).model.source)
     pixels = checkpoint.preprocessing
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
     part, depth = load_vision(checkpoint), feature_depth(checkpoint.config)

@@ -131,7 +131,7 @@ def assert_same_vision(part: VisionPart, model: Any) -> None:
 def test_the_bundled_model_is_the_default_and_a_folder_like_any_other(source: Any) -> None:
     found = describe(source)
     assert found.name == "micro"
-    assert not found.trained
+    assert found.trained
     assert found.preprocessing == checkpoint.Preprocessing((72, 72), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert found.digest() == describe().digest()
 

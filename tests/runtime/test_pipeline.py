@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from earlytom import EarlyTomConfig, UserError, apply_earlytom, micro
+from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from runtime import pipeline as module
 from runtime.checkpoint import describe, load_model, load_tokenizer
 from runtime.clip import draw_clip
@@ -455,15 +455,15 @@ def test_vision_weights_are_in_memory_once(engine: Path, backend: str, towers: i
 
 
 def test_an_engine_of_another_model_is_refused(engine: Path) -> None:
-    with pytest.raises(EngineError, match=r"was built from micro .*--model"):
+    with pytest.raises(EngineError, match=r"was built from .*talkative .*--model"):
         load(engine, model="random:llava-onevision-qwen2-0.5b-ov")
 
 
 def test_the_same_weights_from_elsewhere_are_accepted(
-    engine: Path, tmp_path: Path, frames: Tensor, answer: Answer
+    engine: Path, talkative: Path, tmp_path: Path, frames: Tensor, answer: Answer
 ) -> None:
     """The digest is of what is in the files, so the place does not matter; and one changed weight does."""
-    shutil.copytree(micro.PATH, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(talkative, tmp_path / "model")
     with load(engine, model=tmp_path / "model") as opened:
         assert opened.ask(frames, QUESTION, max_new_tokens=2).tokens == answer.tokens[:2]
     weights = load_file(tmp_path / "model" / "model.safetensors")

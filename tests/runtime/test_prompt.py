@@ -1,5 +1,6 @@
 """Prompts: what transformers' processor makes of one video and one text, and texts that would break it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +24,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return load_model()
+def model(talkative: Path) -> Any:
+    return load_model(talkative)
 
 
 def pixels(seed: int = 0) -> torch.Tensor:

@@ -1,23 +1,17 @@
-"""Makes the bundled checkpoint: `python -m earlytom.micro.create [--out DIR]`.
+"""The folder of the bundled checkpoint: everything in it but the values of the weights.
 
-Writes a folder in the layout of a LLaVA-OneVision checkpoint on the hub (configuration, safetensors, tokenizer,
-chat template, preprocessing), small enough to be kept with the sources. Everything follows from the seed and the
-texts of this package: the same command gives the same tensors, tokenizer and settings again. The weights are
-random, not trained; the configuration says so in `earlytom_trained`.
+Its files are those of a LLaVA-OneVision checkpoint on the hub (configuration, safetensors, tokenizer, chat template,
+preprocessing, model card), small enough to be kept with the sources. `earlytom.micro.train` gives it the weights.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import pre_tokenizers, trainers
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Tokenizer
+from transformers import GenerationConfig, LlavaOnevisionConfig, Qwen2Tokenizer
 
-from earlytom.errors import UserError
-from earlytom.micro import PATH, is_trained
+from earlytom.micro.card import ACCURACY_FILE, TRAINING_FILE, write_card
 from earlytom.micro.corpus import sentences
 from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.random_model import (
@@ -27,16 +21,13 @@ from earlytom.micro.random_model import (
     STOP,
     VIDEO,
     make_tokenizer,
-    random_model,
 )
 
-SEED = 6  # of the first few, the one whose greedy text varies most and is least sensitive to rounding
 GRID, PATCH = 9, 8
 FRAMES = 16
 IMAGE_SIZE = GRID * PATCH
 VOCABULARY = 1280
 CONTEXT = 4096
-_FAINT = 0.25
 
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -57,30 +48,6 @@ _CHAT_TEMPLATE = """\
   {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-
-_MODEL_CARD = """\
----
-license: apache-2.0
-library_name: transformers
----
-# Micro LLaVA-OneVision (untrained)
-
-A LLaVA-OneVision checkpoint small enough to be kept with the sources, in exactly the layout of the published
-ones, so that exporting, compiling and running can be tried and tested without a download.
-
-**The weights are random and not trained: the answers mean nothing.** `config.json` says so in `earlytom_trained`.
-They are scaled so that the vision tower still behaves sensibly: frames with like content are alike, received
-attention is uneven.
-
-| part | size |
-|---|---|
-| vision tower | SigLIP, {layers} layers, width {width}, {grid} x {grid} patches of {patch} pixels, no pooling head |
-| decoder | Qwen2, {text_layers} layers, width {text_width}, {heads} heads ({kv_heads} key-value), tied embeddings |
-| tokenizer | byte-level BPE, {vocabulary} tokens, trained on generated questions about drawn clips |
-| parameters | {parameters:.2f} million, stored in half precision |
-
-Made by `python -m earlytom.micro.create` with seed {seed}; running it again gives the same tensors.
 """
 
 
@@ -121,7 +88,6 @@ def architecture() -> LlavaOnevisionConfig:
         tie_word_embeddings=True,
         image_grid_pinpoints=[[h * IMAGE_SIZE, w * IMAGE_SIZE] for h in (1, 2) for w in (1, 2)],
         architectures=["LlavaOnevisionForConditionalGeneration"],
-        earlytom_trained=False,  # type: ignore[call-arg]
     )
 
 
@@ -138,18 +104,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
     tokenizer = make_tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], CONTEXT)
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
-
-
-def build_model(seed: int = SEED, dtype: torch.dtype = torch.float16) -> LlavaOnevisionForConditionalGeneration:
-    """The bundled model with untrained weights drawn from `seed`."""
-    model = random_model(architecture(), dtype, seed=seed)
-    # Faint rows for single bytes and special tokens: greedy text of the untrained model is then made of words, and
-    # does not stop at its first token.
-    with torch.no_grad():
-        embeddings: Any = model.get_input_embeddings().weight
-        embeddings[: len(pre_tokenizers.ByteLevel.alphabet())] *= _FAINT
-        embeddings[-len(SPECIAL_TOKENS) :] *= _FAINT
-    return model
 
 
 def preprocessing() -> dict[str, dict[str, Any]]:
@@ -188,52 +142,28 @@ def preprocessing() -> dict[str, dict[str, Any]]:
     }
 
 
-def create(out: Path, seed: int = SEED) -> None:
-    """Write the whole checkpoint into the folder `out`, replacing files of the same names."""
-    model = build_model(seed)
+def write_checkpoint(out: Path, model: Any, training: dict[str, Any], *, trained: bool = True) -> None:
+    """Write the whole checkpoint into the folder `out`, replacing files of the same names.
+
+    Args:
+        out: the folder; made if it does not exist.
+        model: the model, on the CPU; its weights are written in half precision.
+        training: how it was trained, for the model card (`training.json`).
+        trained: False marks weights that are not worth asking.
+    """
+    text: Any = model.config.text_config
+    model.config.earlytom_trained = trained
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=[text.eos_token_id, text.bos_token_id],
+        pad_token_id=text.pad_token_id,
+        do_sample=False,
+    )
     with without_progress_bars():
-        model.save_pretrained(out)
+        model.half().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     build_tokenizer().save_pretrained(out)
-    for name, content in preprocessing().items():
+    for name, content in {**preprocessing(), TRAINING_FILE: training}.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    vision: Any = model.config.vision_config
-    text: Any = model.config.text_config
-    card = _MODEL_CARD.format(
-        layers=vision.num_hidden_layers,
-        width=vision.hidden_size,
-        grid=GRID,
-        patch=PATCH,
-        text_layers=text.num_hidden_layers,
-        text_width=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        vocabulary=VOCABULARY,
-        parameters=model.num_parameters() / 1e6,
-        seed=seed,
-    )
-    (out / "README.md").write_text(card, encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m earlytom.micro.create", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PATH, help="folder to write (default: the bundled one)")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint whose weights are trained")
-    args = parser.parse_args(argv)
-    try:
-        if not args.force and (args.out / "config.json").is_file() and is_trained(args.out):
-            raise UserError(
-                f"{args.out} holds trained weights; name another folder with --out, or replace them with --force"
-            )
-        create(args.out, args.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote an untrained model (seed {args.seed}) to {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    (out / ACCURACY_FILE).unlink(missing_ok=True)  # of the weights that were there before
+    write_card(out)

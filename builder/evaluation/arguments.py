@@ -1,0 +1,182 @@
+"""The command line of `python -m builder.evaluate`: from words to a checked `Job`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from builder.evaluation import plot, record, report
+from builder.evaluation.bench import Job
+from builder.evaluation.engine import AUTO
+from builder.evaluation.methods import chosen, methods
+from earlytom.budget import frames_per_stage
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.micro.data.scene import FRAMES
+from earlytom.model import feature_depth
+from runtime import cli
+from runtime.checkpoint import Checkpoint
+
+RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.50)
+EXAMPLES = """
+examples:
+  python -m builder.evaluate --plot accuracy.png --json accuracy.json
+      the whole table of the bundled model: 2,000 clips of the test split
+  python -m builder.evaluate --split validation --clips 300 --methods budget controls --ratios 0.1 --tau 0.7
+      choose a setting, on clips that the table is not made of
+  python -m builder.evaluate --methods budget --ratios 0.1 --engine auto
+      builds an engine of that setting and asks it the same questions, in ONNX Runtime
+
+methods (--methods takes names and groups):
+  reference  full
+  earlytom   budget, adaptive
+  parts      merging, merging-adaptive (all tokens of the merged frames), selection (no frame is merged)
+  layers     budget with other merge layers; at ratio 0.10
+  controls   random, frames, top-k, pooling, pooling-space: as many tokens as budget has, chosen otherwise
+
+The exit status is 0 when everything was measured, 2 when something asked for cannot be done, 130 after Ctrl-C.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, with a help text that teaches."""
+    p = cli.Parser(
+        prog="python -m builder.evaluate",
+        description="Ask the bundled task's questions about video clips with full, compressed and otherwise reduced "
+        "visual tokens, and show accuracy with 95 % intervals beside what each way costs.",
+        epilog=EXAMPLES,
+    )
+    p.add_argument("--model", metavar="SOURCE", help="a model trained on the task (default: the bundled one)")
+    p.add_argument(
+        "--clips", type=int, default=record.DEFAULT_CLIPS, metavar="N", help=f"default: {record.DEFAULT_CLIPS}"
+    )
+    p.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="test: the figures to report (default); validation: the clips to choose settings by",
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="other clips, other random tokens (default: 0)")
+    p.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help="what to measure (default: all)")
+    p.add_argument(
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=list(RATIOS),
+        metavar="R",
+        help=f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))})",
+    )
+    method = p.add_argument_group("EarlyTom's settings")
+    method.add_argument(
+        "--tau", type=float, metavar="T", help="similarity below which a new segment starts (default: 0.8)"
+    )
+    method.add_argument(
+        "--merge-layers", metavar="L,L,L", help="layers after which frames are merged (default: scaled to the tower)"
+    )
+    method.add_argument(
+        "--frame-budget", metavar="SHARE|N,N,N", help="frames kept at each merge layer, budget schedule (default: 0.75)"
+    )
+    engine = p.add_argument_group("engine")
+    engine.add_argument(
+        "--engine",
+        metavar="DIR|auto",
+        help="measure this engine folder too, in ONNX Runtime, and compare its answers with PyTorch's at its setting; "
+        f"{AUTO} builds one in fp16 at the ratio nearest to {report.MAIN_RATIO}, or finds it built",
+    )
+    engine.add_argument(
+        "--engines", type=Path, default=Path("engines"), metavar="DIR", help=f"where {AUTO} builds (default: engines/)"
+    )
+    _output_options(p)
+    return p
+
+
+def _output_options(p: argparse.ArgumentParser) -> None:
+    work = p.add_argument_group("work and output")
+    work.add_argument(
+        "--workers",
+        type=int,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help=f"processes (default: one a core, here {torch.get_num_threads()})",
+    )
+    work.add_argument(
+        "--timed-clips", type=int, default=8, metavar="N", help="clips to measure times on, 0 for none (default: 8)"
+    )
+    work.add_argument(
+        "--text-clips",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="training clips to learn guessing without video from, 0 leaves that row out (default: 20000)",
+    )
+    work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens")
+    work.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="with FILE: write every figure there; alone: print nothing but the JSON line at the end",
+    )
+    work.add_argument(
+        "--record", action="store_true", help="make this the bundled model's record, which the tests hold it to"
+    )
+
+
+def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
+    """The measurement that the options ask for.
+
+    Raises:
+        UserError: a value that makes no sense, alone or with this model, or a file that could not be written at the
+        end.
+    """
+    for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for ratio in options.ratios:
+        if not 0 < ratio <= 1:
+            raise UserError(f"--ratios must be in (0, 1], got {ratio}")
+    depth = feature_depth(checkpoint.config)
+    config = settings_of(options, depth)
+    chosen(methods(config, depth), options.methods)
+    targets = [options.plot, None if options.json in (None, "-") else Path(options.json)]
+    for path in targets:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(
+                f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
+            )
+    if options.plot is not None:
+        plot.require_matplotlib()
+    if options.record:
+        whole = set(options.methods) == {"all"} and set(RATIOS) <= set(options.ratios)
+        record.check_recordable(checkpoint, split=options.split, seed=options.seed, clips=options.clips, whole=whole)
+    ratios = tuple(sorted(set(options.ratios)))
+    return Job(checkpoint.source, config, tuple(options.methods), ratios, options.split, options.seed)
+
+
+def settings_of(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
+    """EarlyTom's settings: the defaults for a tower of this depth, changed by what was given."""
+    changes: dict[str, Any] = {"merge_layers": EarlyTomConfig.layers_for(depth), "schedule": "budget"}
+    if options.merge_layers is not None:
+        changes["merge_layers"] = tuple(_numbers(options.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
+    if options.frame_budget is not None:
+        counts = "," in options.frame_budget
+        budget = _numbers(
+            options.frame_budget, "--frame-budget", "a share such as 0.75, or one count a merge", whole=counts
+        )
+        changes["frame_budget"] = tuple(budget) if counts else budget[0]
+    if options.tau is not None:
+        changes["tau"] = options.tau
+    config = EarlyTomConfig(**changes)
+    config.check_layers(depth)
+    frames_per_stage(FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
+    return config
+
+
+def _numbers(text: str, option: str, example: str, *, whole: bool = True) -> list[Any]:
+    try:
+        return [(int if whole else float)(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} {text!r}: give {example}") from error

@@ -1,0 +1,265 @@
+"""Clips in, right and wrong answers out: the measurement, and its distribution over processes.
+
+A `Job` says what is measured and can be sent to another process; a `Bench` has the model loaded and measures some
+clips; `run` measures all of them, a few at a time, on as many processes as there are cores (the bundled model is too
+small for more than one thread). The figures of a clip do not depend on how clips are spread.
+
+Notation: C clips, Q questions of all clips, S settings (a setting is a method at a ratio).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from builder.evaluation.engine import ENGINE, TWIN, engine_methods
+from builder.evaluation.methods import Method, Visual, chosen, methods
+from builder.evaluation.passes import ClipPasses, Vision
+from earlytom import flops
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.micro.data import KINDS, labelled_clip
+from earlytom.micro.data.scene import SIDE
+from earlytom.micro.scoring import Outcome, Scorer
+from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
+
+CLIPS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured.
+
+    Attributes:
+        source: the model, as for `runtime.checkpoint.describe`.
+        config: EarlyTom's settings; ratio and schedule play no part.
+        methods: names or groups, see `methods.chosen`.
+        ratios: retention ratios.
+        split, seed: of the task's clips; the seed is also that of random tokens.
+        engine: an engine folder to measure beside the methods, or None.
+    """
+
+    source: str
+    config: EarlyTomConfig
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    split: str = "test"
+    seed: int = 0
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at a ratio (None where the ratio does not matter)."""
+
+    method: Method
+    ratio: float | None
+
+    def visual(self, clip: ClipPasses) -> Visual:
+        """What the decoder sees of a clip."""
+        return self.method.visual(clip, 1.0 if self.ratio is None else self.ratio)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was measured on some clips.
+
+    Attributes:
+        clip: [Q] which clip a question is about, from 0. kind: [Q] index into `KINDS`.
+        right: [S, Q] bool. same: [Q] bool, the engine answered as its twin in PyTorch did; empty without engine.
+        tokens: [S, C] visual tokens, without the newline. frames: [S, C] frames that reached the tower's end.
+        vision, prefill: [S, C] floating-point operations.
+    """
+
+    clip: NDArray[np.int64]
+    kind: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    same: NDArray[np.bool_]
+    tokens: NDArray[np.int64]
+    frames: NDArray[np.int64]
+    vision: NDArray[np.int64]
+    prefill: NDArray[np.int64]
+
+    def asked(self, kind: int | None = None) -> NDArray[np.float64]:
+        """[C] questions asked about each clip, of one kind or of all."""
+        return self._count(np.ones(len(self.clip)), kind)
+
+    def correct(self, setting: int, kind: int | None = None) -> NDArray[np.float64]:
+        """[C] questions answered right about each clip."""
+        return self._count(self.right[setting], kind)
+
+    def _count(self, weights: NDArray[Any], kind: int | None) -> NDArray[np.float64]:
+        these = slice(None) if kind is None else self.kind == kind
+        counted = np.bincount(self.clip[these], weights[these], minlength=self.tokens.shape[1])
+        return counted.astype(np.float64)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """The answers about all clips, in the order of the parts."""
+        before = np.cumsum([0, *(part.tokens.shape[1] for part in parts)])
+        values = {
+            name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in cls.__dataclass_fields__
+        }
+        values["clip"] = np.concatenate([part.clip + start for part, start in zip(parts, before, strict=False)])
+        return cls(**values)
+
+
+@dataclass
+class Bench:
+    """A model loaded for a job.
+
+    Attributes:
+        settings: everything that is measured, in the order of `Answers`' rows.
+    """
+
+    job: Job
+    checkpoint: Checkpoint = field(init=False)
+    model: Any = field(init=False)
+    settings: tuple[Setting, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoint = task_checkpoint(self.job.source)
+        self.model = load_model(self.checkpoint)
+        self.tokenizer = load_tokenizer(self.checkpoint)
+        self.scorer = Scorer(self.model, self.tokenizer)
+        self.vision = Vision(VisionPart.from_model(self.model), self.checkpoint)
+        known = methods(self.job.config, self.vision.depth, seed=self.job.seed)
+        found = chosen(known, self.job.methods)
+        if self.job.engine is not None:
+            found += engine_methods(self.job.engine)
+        self.settings = tuple(Setting(method, ratio) for method in found for ratio in method.ratios(self.job.ratios))
+
+    def clip(self, index: int) -> tuple[ClipPasses, Any]:
+        """A clip of the job's split, ready to be encoded, and its questions."""
+        clip = labelled_clip(self.job.split, index, seed=self.job.seed)
+        return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip.questions
+
+    def measure(self, indices: Sequence[int]) -> Answers:
+        """Put the questions about some clips, in every setting."""
+        clips, questions = zip(*map(self.clip, indices), strict=True)
+        packs = [self.scorer.pack(asked) for asked in questions]
+        outcomes: list[list[list[Outcome]]] = []  # setting, clip, question
+        costs: list[list[tuple[int, int, int, int]]] = []
+        known: dict[bytes, list[list[Outcome]]] = {}
+        for setting in self.settings:
+            visual = [setting.visual(clip) for clip in clips]
+            key = _digest([one.tokens for one in visual])
+            if key not in known:  # some settings coincide, as keeping all tokens of few frames does
+                known[key] = self.scorer.score([one.tokens for one in visual], packs)
+            outcomes.append(known[key])
+            costs.append([self.cost(one) for one in visual])
+        tokens, frames, vision, prefill = np.array(costs, np.int64).transpose(2, 0, 1)
+        counts = [len(asked) for asked in questions]
+        return Answers(
+            clip=np.repeat(np.arange(len(clips)), counts),
+            kind=np.array([list(KINDS).index(question.kind) for asked in questions for question in asked]),
+            right=np.array([[outcome.right for clip in row for outcome in clip] for row in outcomes]),
+            same=self._same(outcomes),
+            tokens=tokens,
+            frames=frames,
+            vision=vision,
+            prefill=prefill,
+        )
+
+    def cost(self, visual: Visual) -> tuple[int, int, int, int]:
+        """Tokens, frames at the tower's end, and operations of the vision part and of the prefill (see `flops`)."""
+        config: Any = self.checkpoint.config
+        frames, tokens = visual.stages[-1], len(visual.tokens)
+        tower = flops.vision_encoder(config.vision_config, visual.stages, visual.merge_layers, self.vision.depth)
+        return tokens, frames, tower + flops.projector(config, frames), flops.prefill(config.text_config, tokens)
+
+    def _same(self, outcomes: list[list[list[Outcome]]]) -> NDArray[np.bool_]:
+        """Whether the engine said what its twin said."""
+        names = [setting.method.name for setting in self.settings]
+        if ENGINE not in names:
+            return np.zeros(0, np.bool_)
+        rows = (outcomes[names.index(name)] for name in (ENGINE, TWIN))
+        said = ([outcome.said for clip in row for outcome in clip] for row in rows)
+        return np.array([mine == theirs for mine, theirs in zip(*said, strict=True)], np.bool_)
+
+
+def task_checkpoint(source: str | None) -> Checkpoint:
+    """A model that the task's clips can be shown to.
+
+    Raises:
+        UserError: its frames have another size, or as `runtime.checkpoint.describe`.
+    """
+    checkpoint = describe(source)
+    height, width = checkpoint.preprocessing.size
+    if (height, width) != (SIDE, SIDE):
+        raise UserError(
+            f"--model {checkpoint.source}: it takes frames of {height} x {width}, and the task's clips are {SIDE} x "
+            f"{SIDE}; use the bundled model, or one trained with python -m earlytom.micro.train"
+        )
+    return checkpoint
+
+
+def run(job: Job, clips: int, workers: int, progress: Callable[[int], None], bench: Bench | None = None) -> Answers:
+    """Measure the clips 0 to `clips` - 1.
+
+    Args:
+        workers: processes; with 1 everything happens in this one.
+        progress: called with the number of clips measured so far.
+        bench: the job's, if it is loaded here already.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    chunks = [range(start, min(start + CLIPS_AT_ONCE, clips)) for start in range(0, clips, CLIPS_AT_ONCE)]
+    parts: list[Answers] = []
+    for part in _parts(job, chunks, min(workers, len(chunks)), bench):
+        parts.append(part)
+        progress(sum(part.tokens.shape[1] for part in parts))
+    return Answers.joined(parts)
+
+
+def _parts(job: Job, chunks: Sequence[range], workers: int, bench: Bench | None) -> Iterator[Answers]:
+    if workers <= 1:
+        yield from map((bench or Bench(job)).measure, chunks)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use the threads that torch has started
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
+        try:
+            yield from pool.map(_measure, chunks)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process of the measurement was killed, for want of memory perhaps: try --workers 1"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_bench: Bench | None = None  # of a worker process
+
+
+def _start(job: Job) -> None:
+    global _bench
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; the parent reports it
+    torch.set_num_threads(1)
+    _bench = Bench(job)
+
+
+def _measure(indices: range) -> Answers:
+    assert _bench is not None  # `_start` ran first
+    return _bench.measure(indices)
+
+
+def _digest(tensors: Sequence[Tensor]) -> bytes:
+    """Equal for equal tensors only."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().numpy().data)
+    return sha.digest()

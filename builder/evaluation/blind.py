@@ -1,0 +1,44 @@
+"""Answering without the video: the best that the questions' texts alone allow.
+
+The answer to a question is guessed as the one that was right most often for the same text among the clips of the
+training split. A task whose answers cannot be guessed leaves this at chance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from earlytom.micro.data import Question, labelled_clip
+
+_NO_FRAMES = np.empty(0, np.intp)
+
+
+def questions_of(split: str, index: int, seed: int) -> tuple[Question, ...]:
+    """The questions about a clip, which is not drawn for it."""
+    return labelled_clip(split, index, seed=seed, times=_NO_FRAMES).questions
+
+
+class Blind:
+    """Has read the questions and answers of `clips` training clips, and seen none of them."""
+
+    def __init__(self, clips: int, seed: int) -> None:
+        self._by_text: dict[str, Counter[str]] = defaultdict(Counter)
+        self._by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+        for index in range(clips):
+            for question in questions_of("train", index, seed):
+                self._by_text[question.text][question.answer] += 1
+                self._by_kind[question.kind][question.answer] += 1
+
+    def answer(self, question: Question) -> str:
+        """The guess; for a text never read, the kind's most frequent answer, and "" for a kind never met."""
+        counts = self._by_text.get(question.text) or self._by_kind.get(question.kind)
+        # Ties go to the answer that comes first in the alphabet, not to the one that was read first.
+        return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
+
+    def right(self, asked: Sequence[Question]) -> NDArray[np.bool_]:
+        """[Q] whether each guess is right."""
+        return np.array([self.answer(question) == question.answer for question in asked], np.bool_)

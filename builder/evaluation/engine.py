@@ -1,0 +1,88 @@
+"""A built engine among the methods: `vision.onnx` in ONNX Runtime, and its twin in PyTorch with the same settings.
+
+The engine must give the same answers as its twin, up to what the builder's accuracy gate allows the engine's precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from builder import build
+from builder.evaluation.methods import Method, Visual
+from builder.evaluation.passes import ClipPasses
+from earlytom.config import EarlyTomConfig
+from earlytom.micro.data.scene import FRAMES
+from runtime.backends import choose_backend, open_backend
+from runtime.checkpoint import Checkpoint
+from runtime.errors import EngineError
+from runtime.manifest import Manifest
+
+AUTO = "auto"
+ENGINE, TWIN = "engine", "engine-torch"
+_BACKEND = "onnxruntime"
+
+
+def build_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -> Path:
+    """The engine folder of one setting, in fp16, as `python -m builder.build` makes it or finds it made already.
+
+    Raises:
+        UserError: as there, for example because the graph does not pass the accuracy gate.
+    """
+    words = ["--model", source, "--ratio", str(ratio), "--fp16", "--backend", "onnx", "--frames", str(FRAMES)]
+    words += ["--tau", str(config.tau), "--merge-layers", _listed(config.merge_layers) or "none"]
+    budget = config.frame_budget
+    words += ["--frame-budget", _listed(budget) if isinstance(budget, tuple) else str(budget)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        build.main([*words, "--out", str(out), "--json"])
+    return Path(json.loads(printed.getvalue())["folder"])
+
+
+def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
+    """The manifest of an engine that can be measured with this model.
+
+    Raises:
+        EngineError: no engine there, none for ONNX Runtime, or one of another model or another number of frames.
+    """
+    manifest = Manifest.read(folder)
+    choose_backend(_BACKEND, manifest)
+    if manifest.model.digest != checkpoint.digest():
+        raise EngineError(
+            f"engine {manifest.name} was built from other weights than those of --model {checkpoint.source}: build one "
+            f"with python -m builder.build --model {checkpoint.source}, or let --engine {AUTO} do it"
+        )
+    if manifest.frames != FRAMES:
+        raise EngineError(
+            f"engine {manifest.name} takes {manifest.frames} frames and the task's clips have {FRAMES}: build one with "
+            f"--frames {FRAMES}, or let --engine {AUTO} do it"
+        )
+    return manifest
+
+
+def engine_methods(folder: str) -> list[Method]:
+    """The engine in a folder that `check_engine` accepted, and its twin."""
+    manifest = Manifest.read(folder)
+    config = EarlyTomConfig.from_dict(manifest.earlytom)
+    backend = open_backend(_BACKEND, folder, manifest)
+
+    def engine(clip: ClipPasses, ratio: float) -> Visual:
+        tokens, _ = backend.encode(clip.frames)
+        # The tokens belong to the backend, which will write over them.
+        return Visual(tokens.float().clone(), manifest.frames_per_stage, config.merge_layers)
+
+    def twin(clip: ClipPasses, ratio: float) -> Visual:
+        done = clip.run(config)
+        return Visual(done.select(config.retention_ratio, config.schedule), done.stages, config.merge_layers)
+
+    what = f"budget {config.retention_ratio:g}"
+    return [
+        Method(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine),
+        Method(TWIN, f"the same in PyTorch, {what}", "engine", False, twin),
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,0 +1,94 @@
+"""What was measured, as JSON: the file of a run, and the bundled model's own record that a test holds it to.
+
+`accuracy.json` beside the bundled weights is such a file, written by `python -m builder.evaluate --record` from the
+whole test split. It names the weights by their digest, so that one that belongs to other weights is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from earlytom import micro
+from earlytom.errors import UserError
+from runtime.checkpoint import MICRO, Checkpoint
+
+PATH = micro.PATH / "accuracy.json"
+# A record is of the default table, and of this many clips at least.
+CLIPS = 300
+DEFAULT_CLIPS = 2000
+_WEIGHTS = "model.safetensors"
+
+
+def check_recordable(checkpoint: Checkpoint, *, split: str, seed: int, clips: int, whole: bool) -> None:
+    """Refuse to record what would not be the bundled model's accuracy.
+
+    Args:
+        whole: all default methods and ratios are measured.
+
+    Raises:
+        UserError: another model, weights that are not trained, other clips, or a part of the table.
+    """
+    if checkpoint.source != MICRO or not checkpoint.trained:
+        what = "are not trained" if checkpoint.source == MICRO else f"are those of {checkpoint.source}"
+        raise UserError(f"--record is for the trained bundled model, and these weights {what}: use --json FILE")
+    if (split, seed) != ("test", 0) or clips < CLIPS or not whole:
+        raise UserError(
+            f"--record is for the whole table on {CLIPS} clips or more of the test split with seed 0: leave out "
+            "--split, --seed, --methods, --ratios and --clips, or use --json FILE"
+        )
+
+
+def weights_digest(folder: Path = micro.PATH) -> str:
+    """SHA-256 (hex) of the bundled model's weights."""
+    return hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest()
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, in one move: a reader sees the whole of it or the one before.
+
+    Numbers have six decimals, and every result and comparison a line of its own, so that two records can be compared.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    staging = path.with_name(f".{path.name}.part")
+    fields = ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in record.items())
+    staging.write_text(f"{{\n{fields}\n}}\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _lines(value: Any) -> str:
+    """JSON on one line, or on a line for each object of a list of them."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return "[\n  " + ",\n  ".join(_lines(item) for item in value) + "\n ]"
+    return json.dumps(_rounded(value), allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def read(path: Path = PATH) -> dict[str, Any]:
+    """The bundled model's record.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is of other weights than those beside it.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        weights = record["weights"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it with python -m builder.evaluate --record") from error
+    if weights != weights_digest(path.parent):
+        raise UserError(
+            f"{path} is the record of other weights; make it again with python -m builder.evaluate --record"
+        )
+    return record

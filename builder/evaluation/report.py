@@ -1,0 +1,116 @@
+"""The tables of a run, for people.
+
+Accuracies are percentages, differences are in percentage points, both with the 95 % interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
+from builder.evaluation.results import Comparison, Guess, Result
+from builder.evaluation.statistics import Estimate
+from earlytom.micro.data import KINDS
+from runtime.cli import Screen
+
+MAIN_RATIO = 0.1  # of the paper's headline figure
+COMPARED = ("reference", "parts", "layers", "controls")
+
+
+def main_ratio(found: Sequence[Result]) -> float | None:
+    """The ratio that the short tables are about: 0.1, or the measured one nearest to it; None if there is none."""
+    ratios = {result.ratio for result in found if result.ratio is not None}
+    return min(ratios, key=lambda ratio: (abs(ratio - MAIN_RATIO), ratio), default=None)
+
+
+def find(found: Sequence[Result], name: str, ratio: float | None) -> Result | None:
+    """A method's result at a ratio."""
+    return next((result for result in found if (result.name, result.ratio) == (name, ratio)), None)
+
+
+def best_control(found: Sequence[Result], ratio: float | None) -> Result | None:
+    """The control of highest accuracy at a ratio."""
+    controls = [result for result in found if result.group == "controls" and result.ratio == ratio]
+    return max(controls, key=lambda result: result.accuracy.value, default=None)
+
+
+def show_settings(screen: Screen, found: Sequence[Result], guess: Guess | None) -> None:
+    """The one table: every setting with what it costs and how often it is right."""
+    columns = "method,ratio,tokens,frames,vision GFLOP,prefill GFLOP,vision ms,prefill ms,accuracy,95 %,of full"
+    rows: list[tuple[object, ...]] = []
+    if guess is not None:
+        rows.append(("chance", *[""] * 7, percent(guess.chance), "", ""))
+        rows.append(("no video", "", "0", *[""] * 5, percent(guess.accuracy.value), _interval(guess.accuracy), ""))
+    for result in found:
+        times = result.times
+        rows.append(
+            (
+                result.title,
+                "" if result.ratio is None else f"{result.ratio:.2f}",
+                f"{result.tokens:.0f}",
+                f"{result.frames:.1f}",
+                f"{result.vision / 1e9:.2f}",
+                f"{result.prefill / 1e9:.2f}",
+                "" if times is None else f"{times.vision:.1f}",
+                "" if times is None else f"{times.prefill:.1f}",
+                percent(result.accuracy.value),
+                _interval(result.accuracy),
+                "" if result.relative is None else percent(result.relative.value),
+            )
+        )
+    screen.table(columns.split(","), rows, title="accuracy and cost")
+
+
+def show_comparisons(screen: Screen, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
+    """EarlyTom against the others on the same clips, at the main ratio."""
+    ratio = main_ratio(found)
+    for name in (BUDGET, ADAPTIVE):
+        if ratio is None or (ours := find(found, name, ratio)) is None:
+            continue
+        rows = []
+        for pair in pairs:
+            other = find(found, pair.to, pair.to_ratio)
+            if (pair.name, pair.ratio) == (name, ratio) and other is not None and other.group in COMPARED:
+                rows.append((other.title, f"{other.tokens:.0f}", points(pair.difference), f"{pair.p:.4f}"))
+        screen.table(
+            ("against", "its tokens", "difference in points", "p"),
+            rows,
+            title=f"{ours.title} at {ratio:g} ({ours.tokens:.0f} tokens), on the same clips",
+        )
+
+
+def show_kinds(screen: Screen, found: Sequence[Result], guess: Guess | None) -> None:
+    """Accuracy by kind of question: of the full tokens, of EarlyTom and of the best control at the main ratio."""
+    ratio = main_ratio(found)
+    named = [find(found, FULL, None), find(found, BUDGET, ratio), find(found, ADAPTIVE, ratio)]
+    shown = [result for result in (*named, best_control(found, ratio)) if result is not None]
+    columns = [_label(result) for result in shown]
+    rows = []
+    for kind in KINDS:
+        blind = [] if guess is None else [percent(guess.chances[kind]), _share(guess.kinds[kind])]
+        rows.append((kind, KINDS[kind].needs, *blind, *(_share(result.kinds[kind]) for result in shown)))
+    blind = [] if guess is None else ["chance", "no video"]
+    screen.table(("kind", "needs", *blind, *columns), rows, title="accuracy by kind of question")
+
+
+def percent(share: float) -> str:
+    """A share in percent, with one decimal."""
+    return f"{100 * share:.1f}"
+
+
+def points(estimate: Estimate) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    value, low, high = (f"{100 * share:+.1f}" for share in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{percent(estimate.low)} to {percent(estimate.high)}"
+
+
+def _share(estimate: Estimate | None) -> str:
+    return "" if estimate is None else percent(estimate.value)
+
+
+def _label(result: Result) -> str:
+    return result.title if result.ratio is None else f"{result.title} {result.ratio:g}"

@@ -1,0 +1,186 @@
+"""From answers to figures: accuracy with its interval, cost, and paired comparisons; as plain JSON types too.
+
+Compared on the same clips: everything with the full tokens; EarlyTom, in both schedules, with every other method at the
+same ratio; an engine with its twin in PyTorch. P-values are not corrected for their number. To say that EarlyTom beats
+every control it has to beat each one, which needs no correction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builder.evaluation import statistics
+from builder.evaluation.bench import Answers, Setting
+from builder.evaluation.engine import ENGINE, TWIN
+from builder.evaluation.methods import FULL
+from builder.evaluation.statistics import Estimate
+from builder.evaluation.timing import Times
+from earlytom.micro.data import KINDS
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting.
+
+    Attributes:
+        name, title, group, ratio: of its method, and the ratio it was measured at.
+        accuracy: of all questions; relative: as a share of the full tokens' accuracy (None if that is 0).
+        kinds: accuracy by kind of question; None for a kind that was not asked.
+        tokens, frames, vision, prefill: means over the clips, see `Answers`.
+        times: None if not measured.
+    """
+
+    name: str
+    title: str
+    group: str
+    ratio: float | None
+    accuracy: Estimate
+    relative: Estimate | None
+    kinds: dict[str, Estimate | None]
+    tokens: float
+    frames: float
+    vision: float
+    prefill: float
+    times: Times | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "method": self.name,
+            "title": self.title,
+            "group": self.group,
+            "ratio": self.ratio,
+            "tokens": self.tokens,
+            "frames": self.frames,
+            "vision_flops": self.vision,
+            "prefill_flops": self.prefill,
+            "vision_ms": None if self.times is None else self.times.vision,
+            "prefill_ms": None if self.times is None else self.times.prefill,
+            "accuracy": _triple(self.accuracy),
+            "relative": _triple(self.relative),
+            "kinds": {kind: _triple(estimate) for kind, estimate in self.kinds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracy of one setting less that of another, on the same clips; `to_ratio` is None for the full tokens."""
+
+    name: str
+    ratio: float | None
+    to: str
+    to_ratio: float | None
+    difference: Estimate
+    p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self) | {"difference": _triple(self.difference)}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What the questions' texts alone allow, and what chance does, overall and by kind."""
+
+    accuracy: Estimate
+    chance: float
+    kinds: dict[str, Estimate | None]
+    chances: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        kinds = {kind: _triple(estimate) for kind, estimate in self.kinds.items()}
+        return {"accuracy": _triple(self.accuracy), "chance": self.chance, "kinds": kinds, "chances": self.chances}
+
+
+def results(answers: Answers, settings: Sequence[Setting], times: Sequence[Times] | None) -> list[Result]:
+    """The figures of every setting."""
+    full = answers.correct(_row(settings, FULL, None))
+    found = []
+    for row, setting in enumerate(settings):
+        correct = answers.correct(row)
+        found.append(
+            Result(
+                name=setting.method.name,
+                title=setting.method.title,
+                group=setting.method.group,
+                ratio=setting.ratio,
+                accuracy=statistics.accuracy(correct, answers.asked()),
+                relative=statistics.relative(correct, full),
+                kinds=_by_kind(answers, answers.right[row]),
+                tokens=float(answers.tokens[row].mean()),
+                frames=float(answers.frames[row].mean()),
+                vision=float(answers.vision[row].mean()),
+                prefill=float(answers.prefill[row].mean()),
+                times=None if times is None else times[row],
+            )
+        )
+    return found
+
+
+def guess(answers: Answers, right: NDArray[np.bool_]) -> Guess:
+    """The figures of answering without the video, of which [Q] were right."""
+    count = np.bincount(answers.kind, minlength=len(KINDS))
+    chances = {name: kind.chance for name, kind in KINDS.items()}
+    chance = float(count @ np.array(list(chances.values())) / count.sum())
+    correct = np.bincount(answers.clip, right, minlength=answers.tokens.shape[1])
+    return Guess(statistics.accuracy(correct, answers.asked()), chance, _by_kind(answers, right), chances)
+
+
+def comparisons(answers: Answers, settings: Sequence[Setting], seed: int) -> list[Comparison]:
+    """Every comparison that the module's text names; `seed` is that of the permutation test."""
+    pairs = _pairs(settings)
+    if not pairs:
+        return []
+    correct = [answers.correct(row) for row in range(len(settings))]
+    gained = np.stack([correct[one] - correct[other] for one, other in pairs], 1)
+    p_values = statistics.sign_flip(gained, seed=seed)
+    return [
+        Comparison(
+            settings[one].method.name,
+            settings[one].ratio,
+            settings[other].method.name,
+            settings[other].ratio,
+            statistics.difference(correct[one], correct[other], answers.asked()),
+            float(p),
+        )
+        for (one, other), p in zip(pairs, p_values, strict=True)
+    ]
+
+
+def _pairs(settings: Sequence[Setting]) -> list[tuple[int, int]]:
+    full = _row(settings, FULL, None)
+    pairs = [(row, full) for row in range(len(settings)) if row != full]
+    for one, first in enumerate(settings):
+        for other, second in enumerate(settings):
+            ours, theirs = first.method.group == "earlytom", second.method.group == "earlytom"
+            same_ratio = first.ratio is not None and first.ratio == second.ratio
+            # Of the two schedules, which are both ours, one order will do.
+            if ours and same_ratio and (not theirs or one < other):
+                pairs.append((one, other))
+    names = [setting.method.name for setting in settings]
+    return pairs + ([(names.index(ENGINE), names.index(TWIN))] if ENGINE in names else [])
+
+
+def _row(settings: Sequence[Setting], name: str, ratio: float | None) -> int:
+    return next(row for row, one in enumerate(settings) if (one.method.name, one.ratio) == (name, ratio))
+
+
+def _by_kind(answers: Answers, right: NDArray[np.bool_]) -> dict[str, Estimate | None]:
+    """At most one question of a kind is asked about a clip, so every question is a clip of its own here."""
+    found: dict[str, Estimate | None] = {}
+    for index, name in enumerate(KINDS):
+        asked = answers.kind == index
+        found[name] = statistics.accuracy(right[asked], np.ones(asked.sum())) if asked.any() else None
+    return found
+
+
+def _triple(estimate: Estimate | None) -> list[float] | None:
+    """[value, low, high]."""
+    return None if estimate is None else [estimate.value, estimate.low, estimate.high]

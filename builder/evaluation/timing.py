@@ -1,0 +1,72 @@
+"""How long a clip takes in every setting, one clip at a time, as a user would see it.
+
+Each time starts from nothing: a setting's own pass over the frames, shared with no other, and its own prefill through
+the runtime's decoder. Settings take turns on each clip, so that a machine that is slower for a while is so for all of
+them; the median over the clips is what is reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builder.evaluation.bench import Bench, Setting
+from builder.evaluation.passes import ClipPasses
+from runtime.decoder import Decoder
+from runtime.prompt import build_prompt, splice
+
+
+@dataclass(frozen=True)
+class Times:
+    """Medians in milliseconds: from frames to visual tokens, and from there to the answer's first token."""
+
+    vision: float
+    prefill: float
+
+
+def measure_times(bench: Bench, clips: Sequence[int], progress: Callable[[int], None]) -> list[Times]:
+    """One `Times` for each of the bench's settings, over some clips of its split.
+
+    Args:
+        progress: called with the number of clips measured so far.
+    """
+    prefill = Prefill(bench.model, bench.tokenizer)
+    seconds = np.empty((len(clips), len(bench.settings), 2))
+    for done, index in enumerate(clips):
+        clip, questions = bench.clip(index)
+
+        def one(setting: Setting, clip: ClipPasses = clip, question: str = questions[0].text) -> tuple[float, float]:
+            started = time.perf_counter()
+            tokens = setting.visual(ClipPasses(bench.vision, clip.frames, clip.number)).tokens
+            encoded = time.perf_counter()
+            prefill(tokens, question)
+            return encoded - started, time.perf_counter() - encoded
+
+        if not done:
+            one(bench.settings[0])  # warms up
+        seconds[done] = [one(setting) for setting in bench.settings]
+        progress(done + 1)
+    return [Times(*row) for row in (1000 * np.median(seconds, 0)).tolist()]
+
+
+class Prefill:
+    """The decoder of a model, up to an answer's first token."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._newline = model.model.image_newline.detach()
+        self._decoder = Decoder.from_model(model)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, question: str) -> int:
+        """The first token of the answer to a question about visual tokens [N, E]."""
+        embeds = splice(build_prompt(self._tokenizer, question), tokens, self._newline, self._decoder.embed)
+        with closing(self._decoder.stream(embeds, max_new_tokens=1)) as stream:
+            return next(stream)

@@ -1,0 +1,127 @@
+"""The model card of the bundled checkpoint, written from what is recorded beside the weights.
+
+`training.json` says how the weights came about, `accuracy.json` what was measured with them; both are written by the
+commands that know.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from earlytom.micro.data.questions import KINDS
+from earlytom.micro.data.splits import draw
+
+TRAINING_FILE = "training.json"
+ACCURACY_FILE = "accuracy.json"
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+# Micro LLaVA-OneVision
+
+A video LLM small enough to be kept with the sources, in exactly the architecture and the layout of the published
+LLaVA-OneVision checkpoints, so that exporting, compiling, running and *measuring* can be tried without a download.
+It answers questions about short clips of moving shapes, and nothing else.
+
+| part | size |
+|---|---|
+| vision tower | SigLIP, {layers} layers, width {width}, {grid} x {grid} patches of {patch} pixels, no pooling head |
+| decoder | Qwen2, {text_layers} layers, width {text_width}, {heads} heads ({kv_heads} key-value), tied embeddings |
+| tokenizer | byte-level BPE, {vocabulary} tokens, trained on generated questions about drawn clips |
+| weights | {megabytes:.1f} MB in half precision |
+
+## Data
+
+`earlytom.micro.data` draws the clips: 16 frames of 72 x 72 pixels, one to four coloured shapes before a moving
+background, with digits, flashes, cuts, occlusion, camera drift, changing brightness and noise. Training, validation
+and test clips never share a cast (the shapes with their colours, the dot, the digit). Nothing is stored: clip n of a
+split follows from n.
+
+{questions}
+
+## Training
+
+`python -m earlytom.micro.train`, seed {seed}, on {hardware} with PyTorch {torch}, in {minutes:.0f} minutes. The model
+saw every visual token of every clip: EarlyTom needs no training and had no part in it.
+
+{stages}
+{remarks}
+## Accuracy
+
+{accuracy}
+"""
+_UNMEASURED = "Not measured yet: `python -m builder.evaluate --record` does."
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md of the checkpoint in `folder`."""
+    config, training = _read(folder / "config.json"), _read(folder / TRAINING_FILE)
+    vision, text = config["vision_config"], config["text_config"]
+    accuracy = folder / ACCURACY_FILE
+    card = _CARD.format(
+        layers=vision["num_hidden_layers"],
+        width=vision["hidden_size"],
+        grid=vision["image_size"] // vision["patch_size"],
+        patch=vision["patch_size"],
+        text_layers=text["num_hidden_layers"],
+        text_width=text["hidden_size"],
+        heads=text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"],
+        vocabulary=text["vocab_size"],
+        megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
+        questions=_questions(),
+        seed=training["seed"],
+        hardware=training["hardware"],
+        torch=training["torch"],
+        minutes=sum(stage["seconds"] for stage in training["stages"]) / 60,
+        stages=_stages(training["stages"]),
+        remarks="".join(f"\n{remark}\n" for remark in training.get("remarks", [])),
+        accuracy=_accuracy(_read(accuracy)) if accuracy.is_file() else _UNMEASURED,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _questions() -> str:
+    """One example of every kind of question."""
+    examples: dict[str, str] = {}
+    index = 0
+    while len(examples) < len(KINDS):
+        for question in draw("train", index)[1]:
+            examples.setdefault(question.kind, f"{question.text} | {question.answer}")
+        index += 1
+    rows = [f"| {name} | {kind.needs} | {examples[name]} |" for name, kind in KINDS.items()]
+    return "\n".join(("| kind | needs | for example | answer |", "|---|---|---|---|", *rows))
+
+
+def _stages(stages: list[dict[str, Any]]) -> str:
+    rows = [f"| {one['stage']} | {one['steps']} | {one['frames']} | {one['seconds'] / 60:.1f} |" for one in stages]
+    return "\n".join(("| stage | steps | frames a step | minutes |", "|---|---|---|---|", *rows))
+
+
+def _accuracy(record: dict[str, Any]) -> str:
+    """Accuracy by kind with all tokens and with EarlyTom, beside the best guess from the question's text alone."""
+
+    def column(method: str, ratio: float | None) -> dict[str, Any]:
+        return next(one for one in record["results"] if (one["method"], one["ratio"]) == (method, ratio))
+
+    columns = [column("full", None), column("budget", 0.25), column("budget", 0.1), record["no_video"]]
+    rows = [f"| {kind} | " + " | ".join(_percent(one["kinds"][kind]) for one in columns) + " |" for kind in KINDS]
+    rows.append("| **all** | " + " | ".join(f"**{_percent(one['accuracy'])}**" for one in columns) + " |")
+    head = "| kind | all tokens | EarlyTom, ratio 0.25 | EarlyTom, ratio 0.10 | no video |"
+    text = (
+        f"Exact answers, greedy decoding, {record['questions']:,} questions about {record['clips']:,} clips of the "
+        "test split, in percent (`python -m builder.evaluate --record`; EarlyTom with the budget schedule)."
+    )
+    return "\n".join((text, "", head, "|---|---|---|---|---|", *rows))
+
+
+def _percent(triple: list[float] | None) -> str:
+    return "" if triple is None else f"{100 * triple[0]:.1f}"

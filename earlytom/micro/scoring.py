@@ -1,0 +1,105 @@
+"""Which questions about a clip are answered right, given the visual tokens that the decoder sees of it.
+
+    scorer = Scorer(model, tokenizer)
+    packs = [scorer.pack(clip.questions) for clip in clips]
+    outcomes = scorer.score(tokens, packs)  # outcomes[clip][question].right
+
+The decoder sees what it sees at inference: the prompt, the visual tokens, the closing `image_newline`, the question.
+All questions of some clips run in one pass (see `packing`), which tells exactly what greedy decoding would begin with.
+Knows nothing of where visual tokens come from, and does not ask how sure the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earlytom.micro import packing
+from earlytom.micro.data import Question
+from earlytom.micro.packing import IGNORE, Batch, Pack, Packer
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one question was answered.
+
+    Attributes:
+        right: greedy decoding gives exactly the right answer, and then stops.
+        said: the tokens that greedy decoding begins with, up to and including the first wrong one: all of the answer
+            and the stop token where it is right. Two models that said different things answered differently.
+    """
+
+    right: bool
+    said: tuple[int, ...]
+
+
+class Scorer:
+    """Asks one model.
+
+    Args:
+        model: a LlavaOnevisionForConditionalGeneration in fp32, in eval mode.
+        tokenizer: its tokenizer, with the chat template.
+        batch: how many clips run through the decoder at once; changes memory and speed, not the outcomes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
+        self._model = model
+        self._packer = Packer(tokenizer)
+        self._batch = batch
+
+    def pack(self, questions: Sequence[Question]) -> Pack:
+        """One clip's questions, made ready once for any number of calls of `score`."""
+        return self._packer.pack([(question.text, question.answer) for question in questions])
+
+    @torch.inference_mode()
+    def score(self, visual: Sequence[Tensor], packs: Sequence[Pack]) -> list[list[Outcome]]:
+        """Ask every clip's questions.
+
+        Args:
+            visual: for each clip its visual tokens [N_i, E], without the newline; N_i may differ, and may be 0.
+            packs: for each clip its questions, from `pack`; at least one question each.
+
+        Returns:
+            For each clip, the outcomes in the order of its questions.
+
+        Raises:
+            ValueError: not as many packs as clips.
+        """
+        if len(visual) != len(packs):
+            raise ValueError(
+                f"{len(visual)} clips and {len(packs)} packs of questions: expected one pack for each clip"
+            )
+        newline = self._model.model.image_newline.detach()
+        embed = self._model.get_input_embeddings()
+        outcomes: list[list[Outcome]] = []
+        for start in range(0, len(packs), self._batch):
+            some = packs[start : start + self._batch]
+            closed = [torch.cat((tokens.to(newline), newline[None])) for tokens in visual[start : start + self._batch]]
+            sequences = packing.batch(self._packer.prefix, closed, some, embed)
+            scores = packing.logits(self._model, sequences)
+            right = packing.right_answers(scores, sequences, some)
+            said = _said(scores.argmax(-1), sequences, some)
+            outcomes += [[*map(Outcome, *pair)] for pair in zip(right, said, strict=True)]
+        return outcomes
+
+
+def _said(likeliest: Tensor, sequences: Batch, packs: Sequence[Pack]) -> list[list[tuple[int, ...]]]:
+    """For each clip and question, the likeliest tokens [B, T] along the right answer, up to the first wrong one."""
+    said: list[list[tuple[int, ...]]] = []
+    columns = (likeliest.tolist(), sequences.target.tolist(), sequences.block.tolist())
+    for row, pack in enumerate(packs):
+        answers: list[list[int]] = [[] for _ in range(pack.questions)]
+        wrong = [False] * pack.questions
+        for token, target, block in zip(*(column[row] for column in columns), strict=True):
+            if target == IGNORE or wrong[block]:
+                continue
+            answers[block].append(token)
+            wrong[block] = token != target
+        said.append([tuple(answer) for answer in answers])
+    return said

@@ -1,0 +1,236 @@
+"""Second and third stage: the decoder learns to answer, over a tower that stands still.
+
+Half of a step's clips are new. As the tower stands still, visual tokens are worth keeping, and the other half is drawn
+again from the last few thousand. Clips of eight frames come first (short sequences, many clips), then clips of all
+sixteen. The decoder always sees every visual token of a clip. Two things help it:
+
+* Halfway up, every visual token has to tell when it is and how its object has moved so far (`labels.cell_motion`): a
+  dense label for what questions about time need. Without it direction stayed at the chance of knowing the axis alone.
+* The distance between the positions of neighbouring visual tokens is sometimes less than one, so that the decoder goes
+  by what the tokens say and by their order, not by exact distances, and clips of other lengths are nothing new to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from earlytom.encoder import pool
+from earlytom.micro.data.questions import Question, questions
+from earlytom.micro.data.scene import FRAMES, Scene
+from earlytom.micro.data.splits import labelled_clip
+from earlytom.micro.packing import IGNORE, Pack, Packer, batch, logits
+from earlytom.micro.training.labels import MOTION, cell_motion
+from earlytom.micro.training.loop import Optimizers, Progress, Report, made_ahead
+from earlytom.micro.training.see import normalised
+
+_DRAWS, _QUESTIONS = 6, 12
+_OFTEN = 4.0
+_MOTION_LAYER = 1
+_FLAGS = {"moving": 1.0, "recoloured": 8.0}  # columns of `MOTION` that are yes or no, with the weight of a yes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage runs.
+
+    Attributes:
+        name: of its state's file.
+        seed: of its clips.
+        steps, clips: how many steps, of how many clips each.
+        frames: frames of a clip.
+        rate: peak learning rate.
+        kept: how many clips are kept to be shown again, half of each step.
+        stretched: for which part of the clips visual tokens lie closer than one position apart.
+        often: kinds of questions that are asked more often than the others.
+    """
+
+    name: str
+    seed: int
+    steps: int
+    clips: int
+    frames: int
+    rate: float
+    kept: int
+    stretched: float
+    often: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A clip's frames [F, 3, 72, 72] uint8, or its visual tokens [N, E], with its questions.
+
+    `motion` [N, 7] is what `labels.cell_motion` tells of the visual tokens.
+    """
+
+    visual: Tensor
+    pack: Pack
+    kinds: tuple[str, ...]
+    motion: Tensor
+
+
+class ClipMaker:
+    """The new clips of a step, made in a worker process."""
+
+    def __init__(self, stage: Stage, packer: Packer) -> None:
+        self.stage, self.packer = stage, packer
+        self.fresh = stage.clips - stage.clips // 2
+
+    def __call__(self, step: int) -> list[Example]:
+        return [self._one(step * self.fresh + number) for number in range(self.fresh)]
+
+    def _one(self, index: int) -> Example:
+        random = np.random.default_rng([self.stage.seed, index, 2])
+        times = choose_times(self.stage.frames, random)
+        clip = labelled_clip("train", index, seed=self.stage.seed, times=times)
+        asked = choose_questions(clip.scene, times, random, self.stage.often)
+        pack = self.packer.pack([(question.text, question.answer) for question in asked])
+        motion = torch.from_numpy(cell_motion(clip.scene, clip.owner, times)).flatten(0, 1)
+        return Example(torch.from_numpy(clip.frames), pack, tuple(question.kind for question in asked), motion)
+
+
+def choose_times(frames: int, random: Generator) -> np.ndarray:
+    """One frame number out of each of `frames` equal stretches of the clip."""
+    edges = np.arange(frames + 1) * FRAMES // frames
+    return random.integers(edges[:-1], edges[1:])
+
+
+def choose_questions(
+    scene: Scene, times: np.ndarray, random: Generator, often: frozenset[str] = frozenset()
+) -> list[Question]:
+    """Some different questions about a scene that the frames at `times` can answer, in random order.
+
+    Those of a kind in `often` are more likely to be among them.
+    """
+    drawn = [questions(scene, random) for _ in range(_DRAWS)]
+    # "Is there": of many draws there are more different ones with the answer no, so only those of one draw.
+    found = dict.fromkeys(
+        question for draw in drawn for question in draw if question.kind != "exists" or draw is drawn[0]
+    )
+    asked = [question for question in found if _shown(question, scene, times)]
+    # The number of shapes has one question only, and would be crowded out where there is much to ask.
+    weight = np.array(
+        [np.inf if question.kind == "count" else _OFTEN if question.kind in often else 1.0 for question in asked]
+    )
+    order = np.argsort(random.exponential(size=len(asked)) / weight)
+    return [asked[i] for i in order[:_QUESTIONS]]
+
+
+def _shown(question: Question, scene: Scene, times: np.ndarray) -> bool:
+    spans = {"digit": [(shape.digit_first, shape.digit_last) for shape in scene.shapes if shape.digit is not None]}
+    if scene.dot is not None:
+        spans["dot"] = [(scene.dot.first, scene.dot.last)]
+    if scene.cut is not None:
+        both = [shape for shape in scene.shapes if shape.first < scene.cut < shape.last]
+        spans["after"] = spans["changed"] = [
+            span for shape in both for span in ((shape.first, scene.cut), (scene.cut, shape.last))
+        ]
+    return all(((first <= times) & (times < last)).any() for first, last in spans.get(question.kind, []))
+
+
+def motion_head(model: Any) -> nn.Linear:
+    """What reads the motion of visual tokens; it goes from stage to stage, and is dropped after the last."""
+    return nn.Linear(model.config.text_config.hidden_size, len(MOTION)).to(model.device)
+
+
+def train_answering(
+    model: Any, head: nn.Linear, packer: Packer, stage: Stage, work: Path, report: Report, workers: int
+) -> float:
+    """Run one stage in place, from where `work` says that a run stopped. Returns the seconds that all steps took."""
+    torch.manual_seed(stage.seed)
+    newline = nn.ParameterList([model.model.image_newline])
+    optimizers = Optimizers([([model.model.language_model, newline, head], stage.rate)], stage.steps)
+    modules, others = {"model": model, "head": head}, {"optimizers": optimizers}
+    progress = Progress(work / f"{stage.name}.pt", modules, others, repr(stage), model.device)
+    kept: deque[Example] = deque(maxlen=stage.kept)
+    maker = ClipMaker(stage, packer)
+    # A run that goes on first makes the kept clips again.
+    begin = max(0, progress.step - math.ceil(stage.kept / maker.fresh)) if progress.step < stage.steps else stage.steps
+    for step, fresh in made_ahead(maker, begin, stage.steps, workers):
+        random = np.random.default_rng([stage.seed, step, 3])
+        examples = _with_tokens(model, fresh)
+        kept.extend(examples)
+        if step < progress.step:
+            continue
+        again = random.integers(len(kept), size=stage.clips - len(examples))
+        examples = examples + [kept[i] for i in again]
+        loss, right = answer_loss(model, head, packer, examples, _stretch(len(examples), stage.stretched, random))
+        optimizers.step(loss, step)
+        report(stage.name, step + 1, stage.steps, loss.detach(), right)
+        progress.done(step + 1, stage.steps)
+    return progress.seconds
+
+
+def _stretch(count: int, part: float, random: Generator) -> Tensor:
+    """[count]: the distance between neighbouring visual tokens; from 1/8 to 1 for this part of the clips, else 1."""
+    shorter = np.exp(random.uniform(np.log(1 / 8), 0, count))
+    return torch.from_numpy(np.where(random.random(count) < part, shorter, 1.0).astype(np.float32))
+
+
+@torch.no_grad()
+def _with_tokens(model: Any, examples: list[Example]) -> list[Example]:
+    """The examples with visual tokens in the place of frames, in half precision as many of them are kept."""
+    frames = torch.cat([example.visual for example in examples]).to(model.device)
+    hidden = model.model.vision_tower(pixel_values=normalised(frames), output_hidden_states=True).hidden_states[-1]
+    tokens = pool(model.model.multi_modal_projector(hidden)).half()
+    shares = tokens.split([len(example.visual) for example in examples])
+    return [replace(example, visual=share.flatten(0, 1)) for share, example in zip(shares, examples, strict=True)]
+
+
+def answer_loss(
+    model: Any, head: nn.Linear, packer: Packer, examples: list[Example], stretch: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss of a question's answer and of a token's motion, and what is right.
+
+    The motion is read by `head` from the visual tokens after `_MOTION_LAYER` layers of the decoder. Right is given as
+    a part of the questions of each kind, with the motion's loss beside them.
+    """
+    newline = model.model.image_newline[None]
+    visual = [torch.cat((example.visual.float(), newline)) for example in examples]
+    packs = [example.pack for example in examples]
+    sequences = batch(packer.prefix, visual, packs, model.get_input_embeddings(), stretch)
+    answered = sequences.target != IGNORE
+    states: list[Tensor] = []
+    layer = model.model.language_model.layers[_MOTION_LAYER]
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+    scores = logits(model, sequences, answered)
+    hook.remove()
+    told = torch.stack([example.motion for example in examples]).to(scores.device)  # [B, N, 7]
+    lead = len(packer.prefix)
+    motion = _motion_loss(head(states[0][:, lead : lead + told.shape[1]]), told)
+    target = sequences.target[answered]
+    answer = functional.cross_entropy(scores, target, reduction="sum") / sum(pack.questions for pack in packs)
+    with torch.no_grad():
+        wrong = torch.zeros_like(answered)
+        wrong[answered] = scores.argmax(-1) != target
+        right: dict[str, list[bool]] = {}
+        for row, example in enumerate(examples):
+            failed = set(sequences.block[row][wrong[row]].tolist())
+            for number, kind in enumerate(example.kinds):
+                right.setdefault(kind, []).append(number not in failed)
+    rates = {kind: torch.tensor(hits).float().mean() for kind, hits in right.items()}
+    return answer + motion, {**rates, "motion": motion.detach()}
+
+
+def _motion_loss(scores: Tensor, told: Tensor) -> Tensor:
+    """Sum over the columns of `MOTION` [..., 7] of their mean loss where they are known; flags are given as logits.
+
+    Few tokens show another colour than at first, so these weigh more.
+    """
+    known = ~told.isnan()
+    target = told.nan_to_num()
+    flag = torch.tensor([name in _FLAGS for name in MOTION], device=told.device)
+    rare = torch.tensor([_FLAGS.get(name, 1.0) for name in MOTION], device=told.device)
+    yes_or_no = functional.binary_cross_entropy_with_logits(scores, target, reduction="none", pos_weight=rare)
+    length = functional.smooth_l1_loss(scores, target, reduction="none", beta=0.2)
+    error = torch.where(flag, yes_or_no, length) * known
+    return (error.flatten(0, -2).sum(0) / known.flatten(0, -2).sum(0).clamp_min(1)).sum()

@@ -1,0 +1,68 @@
+"""The bundled model has not become worse: a slice of the test split, held against its record.
+
+The record is `earlytom/micro/accuracy.json`, the whole table by `python -m builder.evaluate --record`. A slice differs
+from the whole by chance, so the test fails only if the upper end of the slice's 95 % interval lies below what is
+recorded, by more than a margin for other kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from builder.evaluation import record
+from builder.evaluation.bench import Bench, Job, run
+from builder.evaluation.statistics import Estimate, accuracy
+from earlytom import micro
+from earlytom.config import EarlyTomConfig
+
+CLIPS = 240
+MARGIN = 0.01
+RECORDED = [("full", None), ("budget", 0.25)]
+
+pytestmark = pytest.mark.skipif(
+    not micro.is_trained(), reason="the bundled model's weights are not trained (python -m earlytom.micro.train)"
+)
+
+
+def holds(found: Estimate, recorded: float) -> bool:
+    return found.high >= recorded - MARGIN
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    return record.read()
+
+
+def value(recorded: dict[str, Any], name: str, ratio: float | None) -> float:
+    (found,) = (one for one in recorded["results"] if (one["method"], one["ratio"]) == (name, ratio))
+    share: float = found["accuracy"][0]
+    return share
+
+
+def job(recorded: dict[str, Any]) -> Job:
+    return Job("micro", EarlyTomConfig.from_dict(recorded["settings"]), ("budget",), (0.25,))
+
+
+def test_accuracy_has_not_dropped(recorded: dict[str, Any]) -> None:
+    bench = Bench(job(recorded))
+    answers = run(bench.job, CLIPS, min(2, os.cpu_count() or 1), lambda done: None, bench)
+    assert [(one.method.name, one.ratio) for one in bench.settings] == RECORDED
+    for row, (name, ratio) in enumerate(RECORDED):
+        found = accuracy(answers.correct(row), answers.asked())
+        assert holds(found, value(recorded, name, ratio)), (name, found)
+
+
+def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any]) -> None:
+    """Negative control, on fewer clips."""
+    bench = Bench(job(recorded))
+    questions = [bench.clip(index)[1] for index in range(CLIPS // 4)]
+    nothing = torch.zeros(400, bench.model.config.text_config.hidden_size)
+    outcomes = bench.scorer.score([nothing] * len(questions), [bench.scorer.pack(asked) for asked in questions])
+    right = torch.tensor([sum(outcome.right for outcome in row) for row in outcomes])
+    found = accuracy(right.numpy(), torch.tensor([len(row) for row in outcomes]).numpy())
+    for name, ratio in RECORDED:
+        assert not holds(found, value(recorded, name, ratio)), (name, found)
