@@ -419,13 +419,13 @@ def test_the_twin_has_the_engines_settings(build_engine: Callable[..., Path]) ->
 
 def test_a_record_is_of_the_whole_table_of_the_trained_model() -> None:
     trained = replace(describe(None), trained=True)
-    whole: dict[str, Any] = {"split": "test", "seed": 0, "clips": 2000, "whole": True}
+    whole: dict[str, Any] = {"split": "test", "seed": 0, "clips": record.CLIPS, "whole": True}
     record.check_recordable(trained, **whole)
     with pytest.raises(UserError, match="not trained"):
         record.check_recordable(replace(trained, trained=False), **whole)
     with pytest.raises(UserError, match="those of elsewhere"):
         record.check_recordable(replace(trained, source="elsewhere"), **whole)
-    for change in ({"split": "validation"}, {"seed": 1}, {"clips": 1999}, {"whole": False}):
+    for change in ({"split": "validation"}, {"seed": 1}, {"clips": record.CLIPS - 1}, {"whole": False}):
         with pytest.raises(UserError, match="whole table"):
             record.check_recordable(trained, **(whole | change))
 
