@@ -1,9 +1,8 @@
 """Trains the bundled model: `python -m earlytom.micro.train [--out DIR]`.
 
 Three stages, each from where it stopped: single frames with dense labels (vision tower and projector), then clips of
-eight frames and clips of sixteen with questions (decoder). Everything is generated on the
-way; nothing is read but the sources. EarlyTom needs no training, and plays no part: the model sees every visual token
-of every clip.
+eight frames and clips of sixteen with questions (decoder). Everything is generated on the way; nothing is read but the
+sources. EarlyTom needs no training, and plays no part: the model sees every visual token of every clip.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from earlytom.micro.training.see import train_perception
 
 SEED = 0
 PERCEPTION_STEPS = 3600
-_HARD = frozenset({"shape", "direction", "where", "changed"})
-_HARDEST = frozenset({"exists", "changed"})
+_HARD = ("shape", "direction", "where", "changed")
+_HARDEST = ("exists", "changed")
 STAGES = (
     Stage("glimpses", seed=11, steps=3900, clips=16, frames=8, rate=1e-3, kept=4096, stretched=0.5, often=_HARD),
     Stage("clips", seed=12, steps=1350, clips=16, frames=16, rate=7e-4, kept=1024, stretched=0.3, often=_HARDEST),

@@ -29,7 +29,7 @@ from earlytom.micro.packing import Packer
 from earlytom.micro.training import answering, loop, see
 from earlytom.micro.training.answering import Stage, motion_head, train_answering
 
-OFTEN = frozenset({"exists"})
+OFTEN = ("exists",)
 GLIMPSES = Stage("glimpses", seed=11, steps=4, clips=4, frames=2, rate=1e-3, kept=6, stretched=0.5, often=OFTEN)
 CLIPS = Stage("clips", seed=12, steps=2, clips=2, frames=3, rate=5e-4, kept=2, stretched=0.3, often=OFTEN)
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from earlytom.errors import UserError
+from earlytom.micro.data import labelled_clip
 from runtime import clip
 from runtime.cli import run
-from runtime.clip import draw_clip, draw_frames
+from runtime.clip import draw_clip, draw_frames, write_test_clip
 from runtime.errors import VideoError
 from runtime.video import load_clip
 
@@ -233,3 +234,13 @@ def test_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     assert "no space" in line
     assert str(tmp_path / "clip.mp4") in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_test_clip_comes_back_frame_by_frame(tmp_path):
+    path, asked = write_test_clip(tmp_path / "clip.mp4", 3)
+    shown, other = (labelled_clip("test", index) for index in (3, 4))
+    read = load_clip(path, 16, (72, 72)).frames.numpy().astype(np.float32)
+    assert asked == shown.questions
+    assert np.abs(read - shown.frames).mean() < 8  # what encoding and colour subsampling take away
+    assert np.abs(read - other.frames).mean() > 16
+    assert list(tmp_path.iterdir()) == [path]

@@ -62,7 +62,7 @@ class Stage:
     rate: float
     kept: int
     stretched: float
-    often: frozenset[str]
+    often: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def choose_times(frames: int, random: Generator) -> np.ndarray:
     return random.integers(edges[:-1], edges[1:])
 
 
-def choose_questions(
-    scene: Scene, times: np.ndarray, random: Generator, often: frozenset[str] = frozenset()
-) -> list[Question]:
+def choose_questions(scene: Scene, times: np.ndarray, random: Generator, often: tuple[str, ...] = ()) -> list[Question]:
     """Some different questions about a scene that the frames at `times` can answer, in random order.
 
     Those of a kind in `often` are more likely to be among them.
