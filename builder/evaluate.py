@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, pairs = results(answers, settings, times), comparisons(answers, settings, job.seed)
     blind = without_video(answers, job, options.clips, options.text_clips) if options.text_clips else None
     report.show_settings(screen, found, blind)
+    screen.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
     report.show_comparisons(screen, found, pairs)
     report.show_kinds(screen, found, blind)
     engine = None if manifest is None else engine_record(manifest, answers, pairs, screen)
@@ -162,6 +163,7 @@ def full_record(
         "seed": job.seed,
         "clips": options.clips,
         "questions": len(answers.clip),
+        "object_tokens": float(answers.objects.mean()),
         "settings": job.config.to_dict(),
         "ratios": list(job.ratios),
         "torch": torch.__version__,

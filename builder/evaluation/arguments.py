@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     p.add_argument("--model", metavar="SOURCE", help="a model trained on the task (default: the bundled one)")
-    p.add_argument(
-        "--clips", type=int, default=record.DEFAULT_CLIPS, metavar="N", help=f"default: {record.DEFAULT_CLIPS}"
-    )
+    p.add_argument("--clips", type=int, default=record.CLIPS, metavar="N", help=f"default: {record.CLIPS}")
     p.add_argument(
         "--split",
         choices=("test", "validation"),

@@ -29,9 +29,10 @@ from builder.evaluation.passes import ClipPasses, Vision
 from earlytom import flops
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.micro.data import KINDS, labelled_clip
+from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.scene import SIDE
 from earlytom.micro.scoring import Outcome, Scorer
+from earlytom.micro.training.labels import object_cells
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
 
 CLIPS_AT_ONCE = 8
@@ -80,6 +81,7 @@ class Answers:
         right: [S, Q] bool. same: [Q] bool, the engine answered as its twin in PyTorch did; empty without engine.
         tokens: [S, C] visual tokens, without the newline. frames: [S, C] frames that reached the tower's end.
         vision, prefill: [S, C] floating-point operations.
+        objects: [C] share of the clip's tokens that show an object, before anything is left out.
     """
 
     clip: NDArray[np.int64]
@@ -90,6 +92,7 @@ class Answers:
     frames: NDArray[np.int64]
     vision: NDArray[np.int64]
     prefill: NDArray[np.int64]
+    objects: NDArray[np.float64]
 
     def asked(self, kind: int | None = None) -> NDArray[np.float64]:
         """[C] questions asked about each clip, of one kind or of all."""
@@ -140,14 +143,15 @@ class Bench:
             found += engine_methods(self.job.engine)
         self.settings = tuple(Setting(method, ratio) for method in found for ratio in method.ratios(self.job.ratios))
 
-    def clip(self, index: int) -> tuple[ClipPasses, Any]:
-        """A clip of the job's split, ready to be encoded, and its questions."""
+    def clip(self, index: int) -> tuple[ClipPasses, LabelledClip]:
+        """A clip of the job's split, ready to be encoded, and what the task knows about it."""
         clip = labelled_clip(self.job.split, index, seed=self.job.seed)
-        return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip.questions
+        return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip
 
     def measure(self, indices: Sequence[int]) -> Answers:
         """Put the questions about some clips, in every setting."""
-        clips, questions = zip(*map(self.clip, indices), strict=True)
+        clips, known_clips = zip(*map(self.clip, indices), strict=True)
+        questions = [clip.questions for clip in known_clips]
         packs = [self.scorer.pack(asked) for asked in questions]
         outcomes: list[list[list[Outcome]]] = []  # setting, clip, question
         costs: list[list[tuple[int, int, int, int]]] = []
@@ -170,6 +174,7 @@ class Bench:
             frames=frames,
             vision=vision,
             prefill=prefill,
+            objects=np.array([object_cells(clip.owner).mean() for clip in known_clips]),
         )
 
     def cost(self, visual: Visual) -> tuple[int, int, int, int]:

@@ -40,9 +40,10 @@ def measure_times(bench: Bench, clips: Sequence[int], progress: Callable[[int], 
     prefill = Prefill(bench.model, bench.tokenizer)
     seconds = np.empty((len(clips), len(bench.settings), 2))
     for done, index in enumerate(clips):
-        clip, questions = bench.clip(index)
+        clip, known = bench.clip(index)
+        question = known.questions[0].text
 
-        def one(setting: Setting, clip: ClipPasses = clip, question: str = questions[0].text) -> tuple[float, float]:
+        def one(setting: Setting, clip: ClipPasses = clip, question: str = question) -> tuple[float, float]:
             started = time.perf_counter()
             tokens = setting.visual(ClipPasses(bench.vision, clip.frames, clip.number)).tokens
             encoded = time.perf_counter()

@@ -59,7 +59,7 @@ def test_accuracy_has_not_dropped(recorded: dict[str, Any]) -> None:
 def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any]) -> None:
     """Negative control, on fewer clips."""
     bench = Bench(job(recorded))
-    questions = [bench.clip(index)[1] for index in range(CLIPS // 4)]
+    questions = [bench.clip(index)[1].questions for index in range(CLIPS // 4)]
     nothing = torch.zeros(400, bench.model.config.text_config.hidden_size)
     outcomes = bench.scorer.score([nothing] * len(questions), [bench.scorer.pack(asked) for asked in questions])
     right = torch.tensor([sum(outcome.right for outcome in row) for row in outcomes])

@@ -256,7 +256,8 @@ def test_clips_may_be_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_decoders_first_token_is_the_scorers(answered: tuple[Bench, Answers]) -> None:
     """The prefill that is timed is the one that is scored."""
     bench, _ = answered
-    clip, questions = bench.clip(0)
+    clip, known = bench.clip(0)
+    questions = known.questions
     tokens = bench.settings[0].visual(clip).tokens
     prefill = Prefill(bench.model, bench.tokenizer)
     (outcomes,) = bench.scorer.score([tokens], [bench.scorer.pack(questions)])
@@ -287,7 +288,7 @@ def fake(right: list[list[bool]], clips: list[int]) -> Answers:
     ones = np.ones((rows, total), np.int64)
     kind = np.arange(len(clips)) % len(KINDS)
     nothing = np.zeros(0, np.bool_)
-    return Answers(np.array(clips), kind, np.array(right), nothing, ones, ones, ones, ones)
+    return Answers(np.array(clips), kind, np.array(right), nothing, ones, ones, ones, ones, np.full(total, 0.5))
 
 
 def test_figures_and_comparisons(answered: tuple[Bench, Answers]) -> None:

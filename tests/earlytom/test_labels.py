@@ -26,6 +26,7 @@ from earlytom.micro.training.labels import (
     PATCH,
     FrameLabels,
     frame_labels,
+    object_cells,
     pooling_matrix,
 )
 
@@ -258,3 +259,21 @@ def test_more_digits_are_worn_by_those_that_can_carry_them() -> None:
             if one.shape not in ("circle", "square"):
                 assert other is one
     assert more > 1.5 * before
+
+
+def test_a_cell_shows_an_object_that_covers_nine_percent_of_it() -> None:
+    owner = np.full((3, SIDE, SIDE), NOBODY, np.int8)
+    owner[1, :24, :24] = 0  # a shape in a corner
+    owner[2, 34:38, 34:38] = DOT  # 16 pixels in the middle of the frame
+    shown = object_cells(owner).reshape(3, 5, 5)
+    assert not shown[0].any()
+    assert shown[1, 0, 0]
+    assert not shown[1, 3:].any()
+    assert not shown[1, :, 3:].any()
+    assert shown[2, 2, 2]
+    assert shown[2].sum() == 1
+
+
+def test_one_token_in_six_of_a_test_clip_shows_an_object() -> None:
+    shares = [object_cells(labelled_clip("test", index).owner).mean() for index in range(20)]
+    assert 0.1 < np.mean(shares) < 0.25

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from earlytom.micro.data.render import DOT
+from earlytom.micro.data.render import DOT, NOBODY
 from earlytom.micro.data.scene import COLOURS, DIGITS, DOT_RADIUS, FRAMES, SHAPES, SIDE, Scene
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -70,6 +70,16 @@ def pooling_matrix() -> NDArray[np.floating]:
 
 
 _POOLING = pooling_matrix()
+
+
+def object_cells(owner_of_pixel: NDArray[np.int8]) -> NDArray[np.bool_]:
+    """[F, P]: whether a cell shows a shape or the dot, that is, objects cover 9 % of it or more.
+
+    Args:
+        owner_of_pixel: [F, 72, 72], as `LabelledClip.owner`.
+    """
+    covered = (owner_of_pixel != NOBODY).reshape(-1, GRID, PATCH, GRID, PATCH).mean((2, 4))  # [F, grid, grid]
+    return covered.reshape(len(covered), -1) @ _POOLING.T >= _CELL_SHOWN
 
 
 def frame_labels(scene: Scene, owner_of_pixel: NDArray[np.int8], times: NDArray[np.intp]) -> FrameLabels:
