@@ -24,8 +24,10 @@ clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The versions that were tested. torch first and alone: its build for this machine (CPU or CUDA) is what pip finds.
+# TensorRT's bindings last and alone: tests drive its plugin interface with them, and the libraries need not be there.
 $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[rtx,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[rtx,plugin,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps tensorrt-cu13-bindings
 	touch $@

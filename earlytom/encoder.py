@@ -1,8 +1,8 @@
 """The vision encoder with EarlyTom inside: pixels of a video in, the tokens that reach the LLM out.
 
-One function, `encode`, is the method; the PyTorch reference and the exported graph both run it. What differs between
-them is only who takes the two data-dependent decisions (`Decisions`): here plain PyTorch, in the exporter a node that
-names an ONNX function. `encode_video` is `encode` on Hugging Face modules.
+One function, `encode`, is the method; PyTorch and the exported graph both run it. What differs between them is only who
+takes the data-dependent decisions (`Decisions`): here the operators of `earlytom.ops`, in the exporter nodes that name
+ONNX functions. `encode_video` is `encode` on Hugging Face modules.
 
 Notation: F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens after
 pooling, D tower width, E LLM width, N tokens kept.
@@ -10,16 +10,19 @@ pooling, D tower width, E LLM width, N tokens kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from earlytom import ops
 from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, pooled_side, static_tokens
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.merge import apply_weights, frame_similarity, plan_similarity, segments_of, static_frames
-from earlytom.select import keep_mask, select_fixed
+from earlytom.merge import apply_weights, segments_of
+from earlytom.select import keep_mask
 from earlytom.towers import Tower, grid_side, tower_of
 
 
@@ -52,22 +55,34 @@ class VisualTokens:
 
 
 class Decisions:
-    """The two data-dependent steps, in plain PyTorch."""
+    """What the method decides by, and its two data-dependent steps, as the operators of `earlytom.ops`."""
 
     def __init__(self, config: EarlyTomConfig) -> None:
         self.config = config
 
+    def similarity(self, hidden: Tensor) -> Tensor:
+        """`hidden [F, S, D]` to [F, F] fp32."""
+        return ops.frame_similarity(hidden)
+
     def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """`similarity [F, F]` to weights [F', F], segment start [F], static [F] bool. `None` frames: adaptive."""
         c = self.config
-        weights, start, end = plan_similarity(
-            similarity, frames_out, tau=c.tau, max_window=c.max_window, ema=c.ema, trailing=c.trailing
-        )
-        return weights, start, static_frames(start, end)
+        weights, static, start, count = ops.frame_plan(similarity, frames_out, c.tau, c.max_window, c.ema, c.trailing)
+        if frames_out is None:
+            weights = weights[: int(count)]  # the adaptive schedule's one wait for the device
+        return weights, start, static
 
     def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
         """Exactly `places` tokens of every frame: tokens [F' * places, E], positions [F' * places]."""
-        return select_fixed(features, received, static, places)
+        return ops.select_tokens(features, received, static, places)
+
+    def select_varying(
+        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
+    ) -> tuple[Tensor, Tensor]:
+        """`places` tokens of a dynamic frame, `windows` of a static one: tokens [N, E], positions [N]. Waits."""
+        mask = keep_mask(received, static, places, windows)
+        positions = mask.flatten().nonzero().squeeze(1)
+        return features.flatten(0, 1)[positions], positions
 
 
 def encode_video(
@@ -103,22 +118,22 @@ def encode(
     *,
     depth: int | None = None,
     trace: dict[str, Tensor] | None = None,
+    every_layer: bool = False,
 ) -> VisualTokens:
     """The method, against an adapter and a decision maker.
 
-    Arguments as in `encode_video`; `trace` is filled with the named intermediate tensors of `trace_names`.
+    Arguments as in `encode_video`; `trace` is filled with the named intermediate tensors of `trace_names`, of every
+    layer if `every_layer` is set.
     """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
-    layers = list(tower.layers)
-    if depth is not None and not 1 <= depth <= len(layers):
-        raise UserError(f"depth must be between 1 and {len(layers)} (the tower's layers), got {depth}")
-    layers = layers[:depth]
-    config.check_layers(len(layers))
+    available = len(list(tower.layers))
+    if depth is not None and not 1 <= depth <= available:
+        raise UserError(f"depth must be between 1 and {available} (the tower's layers), got {depth}")
+    depth = depth or available
+    config.check_layers(depth)
     frames = pixels.shape[0]
     stages = planned_frames(frames, config)
-    # The layer whose received attention and segments the selection goes by.
-    deciding = config.merge_layers[-1] if config.merge_layers else len(layers) - 1
 
     def note(**values: Tensor) -> None:
         if trace is not None:
@@ -127,40 +142,101 @@ def encode(
     frame_weights = torch.eye(frames, device=pixels.device)
     counts = [frames]
 
-    hidden = tower.embed(pixels)  # [F, T, D]
-    for index, layer in enumerate(layers):
-        if not config.merge_layers and index == deciding:
-            # Beside the layer rather than within, so that with merging off every layer runs as in the untouched tower.
-            received = tower.received(layer, hidden)
-        hidden, column = tower.run_layer(layer, hidden, receive=index in config.merge_layers and index == deciding)
-        if index in config.merge_layers:
-            note(**{f"hidden_{index}": hidden})
-            similarity = frame_similarity(hidden[:, tower.prefix :])
+    hidden = embed(tower, pixels)  # [F, T, D]
+    for stage, span in enumerate(layer_spans(config, depth)):
+        hidden, column = run_span(tower, span, hidden, config, note, every_layer)
+        if stage < len(config.merge_layers):
+            layer = config.merge_layers[stage]
+            similarity = decisions.similarity(hidden[:, tower.prefix :])
             weights, _, _ = decisions.plan(similarity, stages[len(counts)])
-            note(**{f"similarity_{index}": similarity, f"weights_{index}": weights})
+            note(**{f"similarity_{layer}": similarity, f"weights_{layer}": weights})
             hidden = apply_weights(weights, hidden)
             frame_weights = weights @ frame_weights
             counts.append(hidden.shape[0])
+            column = None if column is None else apply_weights(weights, column)
         if column is not None:
-            received = apply_weights(weights, column)
-        if index == deciding:
+            received = column
             # The final segments are those of the merged frames.
-            final = frame_similarity(hidden[:, tower.prefix :])
+            final = decisions.similarity(hidden[:, tower.prefix :])
             _, start, static = decisions.plan(final, hidden.shape[0])
 
     hidden = hidden[:, tower.prefix :]
-    features = pool(projector(hidden))  # [F', P, E]
-    relevance = pool(received[:, :, None])[:, :, 0]  # [F', P]
-    note(static=static, features=features, relevance=relevance)
-    tokens, positions = _select(features, relevance, static, frames, config, decisions)
+    note(static=static)
+    features, relevance = project(projector, hidden, received, note, every_layer)
+    tokens, positions = select(features, relevance, static, frames, config, decisions)
     note(tokens=tokens, positions=positions)
     return VisualTokens(tokens, positions, hidden, received, start, tuple(counts), frame_weights)
 
 
-def trace_names(config: EarlyTomConfig) -> list[str]:
-    """The keys of a trace that `encode` fills, in the order in which they are computed."""
-    per_layer = [f"{kind}_{layer}" for layer in config.merge_layers for kind in ("hidden", "similarity", "weights")]
-    return [*per_layer, "static", "features", "relevance", "tokens", "positions"]
+def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
+    """The layers between the merges of a tower of which `depth` run: all spans but the last end with a merge layer."""
+    return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in config.merge_layers), depth))]
+
+
+def embed(tower: Tower, pixels: Tensor) -> Tensor:
+    """Normalised pixels [F, 3, H, W] to the hidden states [F, T, D] that enter the first layer."""
+    hidden = tower.embed(pixels)
+    return hidden.to(tower.residual_dtype or hidden.dtype)
+
+
+def run_span(
+    tower: Tower,
+    span: range,
+    hidden: Tensor,
+    config: EarlyTomConfig,
+    note: Callable[..., None] = lambda **_: None,
+    every_layer: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One of `layer_spans` on `hidden [F, T, D]`, without the merge at its end.
+
+    Returns the new hidden states and, if this span ends with the layer that the selection goes by (the last merge
+    layer; with merging off the last layer), its received attention [F, S].
+    """
+    received = None
+    for index in span:
+        layer = tower.layers[index]
+        last = index == span[-1]
+        if last and not config.merge_layers:
+            # Beside the layer rather than within, so that with merging off every layer runs as in the untouched tower.
+            received = tower.received(layer, hidden)
+        hidden, column = tower.run_layer(layer, hidden, receive=index == max(config.merge_layers, default=None))
+        received = received if column is None else column
+        if every_layer or index in config.merge_layers:
+            note(**{f"hidden_{index}": hidden})
+    return hidden, received
+
+
+def project(
+    projector: nn.Module,
+    hidden: Tensor,
+    received: Tensor,
+    note: Callable[..., None] = lambda **_: None,
+    every_layer: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Patch hidden states [F', S, D] and received attention [F', S] to features [F', P, E] and relevance [F', P]."""
+    projected = projector(hidden)  # [F', S, E]
+    features = pool(projected)
+    relevance = pool(received[:, :, None])[:, :, 0]
+    if every_layer:
+        note(projected=projected)
+    note(features=features, relevance=relevance)
+    return features, relevance
+
+
+def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
+    """The keys of a trace that `encode` fills, in the order in which they are computed.
+
+    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
+    """
+    names: list[str] = []
+    for layer in config.merge_layers if layers is None else range(layers):
+        names.append(f"hidden_{layer}")
+        if layer in config.merge_layers:
+            names += [f"similarity_{layer}", f"weights_{layer}"]
+    names.append("static")
+    if layers is not None:
+        names.append("projected")
+    return [*names, "features", "relevance", "tokens", "positions"]
 
 
 def planned_frames(frames: int, config: EarlyTomConfig) -> tuple[int | None, ...]:
@@ -179,9 +255,10 @@ def pool(features: Tensor) -> Tensor:
     return nn.functional.interpolate(grid, size=(out, out), mode="bilinear").flatten(2).transpose(1, 2)
 
 
-def _select(
+def select(
     features: Tensor, relevance: Tensor, static: Tensor, frames: int, config: EarlyTomConfig, decisions: Decisions
 ) -> tuple[Tensor, Tensor]:
+    """The tokens that stay of a video of `frames` frames, which are [F'] now: tokens [N, E], positions [N] int64."""
     kept, per_frame, _ = features.shape
     effective = effective_ratio(config.retention_ratio, frames, kept)
     places = dynamic_tokens(per_frame, effective)
@@ -190,6 +267,4 @@ def _select(
         return features.flatten(0, 1), torch.arange(kept * per_frame, device=features.device)
     if config.schedule == "budget":
         return decisions.select(features, relevance, static, places)
-    mask = keep_mask(relevance, static, places, windows)
-    positions = mask.flatten().nonzero().squeeze(1)
-    return features.flatten(0, 1)[positions], positions
+    return decisions.select_varying(features, relevance, static, places, windows)

@@ -52,11 +52,12 @@ def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
     return (weights.to(x.dtype) @ x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
 
 
-def frame_similarity(hidden: Tensor) -> Tensor:
+def frame_similarity(hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Mean over tokens of the cosine between the same token of two frames.
 
     Args:
-        hidden: [F, S, D], any float dtype; computed in fp32.
+        hidden: [F, S, D], any float dtype.
+        dtype: of the Gram product; everything after it is fp32. Half loses frames that are much alike, or overflows.
 
     Returns:
         [F, F] fp32, symmetric, on the grid of `SIMILARITY_STEPS`.
@@ -64,8 +65,8 @@ def frame_similarity(hidden: Tensor) -> Tensor:
     One Gram product per token, batched over tokens: frames flattened to [F, S*D] would be the same number, but
     TensorRT-RTX then materialises [F, S, S*D]. The norms are the diagonal of the Gram matrix, so x is read once.
     """
-    x = hidden.float().transpose(0, 1)  # [S, F, D]
-    gram = x @ x.transpose(1, 2)  # [S, F, F]
+    x = hidden.to(dtype).transpose(0, 1)  # [S, F, D]
+    gram = (x @ x.transpose(1, 2)).float()  # [S, F, F]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # 1e-6 rather than 1e-12: the ONNX exporter's optimiser deletes smaller constants.
     norm = (gram * eye).sum(-1).sqrt().clamp_min(1e-6)  # [S, F]

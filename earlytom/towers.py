@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlytom import ops
+from earlytom.attention import attention_matrix, column_means
 from earlytom.errors import UserError
 
 
@@ -26,9 +28,19 @@ class Tower:
         layers: the encoder layers, in order.
         prefix: number of leading tokens that are not patches (class token).
         grid: patches along one side of a frame, or None when it depends on the input.
+
+    Three dtypes of what has no weights to take one from. None: that of what goes in.
+
+    Attributes:
+        residual_dtype: of the hidden states between the branches, from the embeddings on.
+        logits_dtype: of query and key of the explicit attention matrix.
+        matrix_dtype: of that matrix, after the logits.
     """
 
     prefix = 0
+    residual_dtype: torch.dtype | None = None
+    logits_dtype: torch.dtype | None = None
+    matrix_dtype: torch.dtype | None = torch.float32
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -46,7 +58,7 @@ class Tower:
         """Received attention of the patch tokens in a layer that `hidden [F, T, D]` enters, [F, S] fp32, on its own."""
         module, entering = self.attention_input(layer, hidden)
         query, key = (_heads(module, projection(entering)) for projection in (module.q_proj, module.k_proj))
-        return self._column_means(_attention_matrix(module, query, key))
+        return self._received(query, key, module.head_dim**-0.5)
 
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
         """One encoder layer on `hidden [F, T, D]`.
@@ -55,27 +67,38 @@ class Tower:
         [F, S] in fp32 (else None).
         """
         attended, received = self.attention(*self.attention_input(layer, hidden), receive)
-        hidden = hidden + layer.self_attn.out_proj(attended)
-        return hidden + layer.mlp(layer.layer_norm2(hidden)), received
+        hidden = _add(hidden, layer.self_attn.out_proj(attended))
+        return _add(hidden, layer.mlp(layer.layer_norm2(hidden))), received
 
     def attention(self, module: Any, hidden: Tensor, receive: bool) -> tuple[Tensor, Tensor | None]:
         """Self-attention up to, not including, the output projection: [F, T, D] to [F, T, D].
 
-        `scaled_dot_product_attention` unless received attention is asked for: only then is the attention matrix formed,
-        once.
+        `scaled_dot_product_attention` unless received attention is asked for. Then, on a CPU and in the exported graph,
+        the attention matrix is formed, once; on a GPU the output is that of the fused kernel all the same and received
+        attention has a kernel of its own, so that the matrix never goes through memory.
         """
+        scale = module.head_dim**-0.5
         projections = (module.q_proj, module.k_proj, module.v_proj)
         query, key, value = (_heads(module, projection(hidden)) for projection in projections)
-        if not receive:
-            out = nn.functional.scaled_dot_product_attention(query, key, value, scale=module.head_dim**-0.5)
-            return out.transpose(1, 2).flatten(2), None
-        attention = _attention_matrix(module, query, key)
-        out = attention.to(value.dtype) @ value
-        return out.transpose(1, 2).flatten(2), self._column_means(attention)
+        received = None
+        if receive and not query.is_cuda:
+            attention = self._matrix(query, key, scale)
+            out = attention.to(value.dtype) @ value
+            received = column_means(attention)[:, self.prefix :]
+        else:
+            out = nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+            if receive:
+                received = self._received(query, key, scale)
+        return out.transpose(1, 2).flatten(2), received
 
-    def _column_means(self, attention: Tensor) -> Tensor:
-        """[F, H, T, T] to what each patch token receives, the mean over queries and heads, [F, S]."""
-        return attention.mean(2).mean(1)[:, self.prefix :]
+    def _received(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Received attention of the patch tokens: on a GPU by the operator, else in what every exporter knows."""
+        means = ops.received_attention if query.is_cuda else lambda *given: column_means(self._matrix(*given))
+        return means(query, key, scale)[:, self.prefix :]
+
+    def _matrix(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        query, key = (x.to(self.logits_dtype or x.dtype) for x in (query, key))
+        return attention_matrix(query, key, scale, self.matrix_dtype or query.dtype)
 
 
 def _heads(module: Any, projected: Tensor) -> Tensor:
@@ -83,11 +106,9 @@ def _heads(module: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 
 
-def _attention_matrix(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    """Softmax in fp32, [F, H, T, T]. The query is scaled before the product, which leaves half precision more room."""
-    logits = (query * module.head_dim**-0.5) @ key.transpose(2, 3)
-    # Not softmax(dtype=...): the ONNX exporter turns that into a half-precision softmax and a cast.
-    return torch.softmax(logits.float(), dim=-1)
+def _add(hidden: Tensor, branch: Tensor) -> Tensor:
+    """The residual stream keeps its dtype, whichever its branches have."""
+    return (hidden + branch).to(hidden.dtype)
 
 
 class SiglipTower(Tower):
@@ -135,8 +156,8 @@ class Dinov2Tower(Tower):
 
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
         attended, received = self.attention(*self.attention_input(layer, hidden), receive)
-        hidden = layer.layer_scale1(layer.attention.o_proj(attended)) + hidden
-        return layer.layer_scale2(layer.mlp(layer.norm2(hidden))) + hidden, received
+        hidden = _add(hidden, layer.layer_scale1(layer.attention.o_proj(attended)))
+        return _add(hidden, layer.layer_scale2(layer.mlp(layer.norm2(hidden)))), received
 
 
 TOWERS: dict[str, type[Tower]] = {

@@ -6,6 +6,15 @@ architecture that talks on: its weights are random.
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+# Kernels run in Triton's interpreter where there is no GPU. That is decided when Triton is imported, which transformers
+# may do: so before all else.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import contextlib
 import io
 import json
@@ -14,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import pre_tokenizers
 
 from earlytom.micro.checkpoint import architecture, write_checkpoint
