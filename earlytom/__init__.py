@@ -11,6 +11,7 @@ from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import VisualTokens, encode_video
 from earlytom.errors import UserError
+from earlytom.inner_decoder import apply_inner
 from earlytom.merge import FramePlan, plan_frames, segment_frames
 from earlytom.model import apply_earlytom
 from earlytom.select import select_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "UserError",
     "VisualTokens",
     "apply_earlytom",
+    "apply_inner",
     "encode_video",
     "frames_per_stage",
     "plan_frames",

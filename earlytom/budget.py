@@ -118,7 +118,21 @@ def token_count(
     return dynamic + static_frames * static_tokens(tokens_per_frame, effective)
 
 
+def most_tokens(frames: int, tokens_per_frame: int, ratio: float, *, merges: int = 3) -> int:
+    """The most tokens that the adaptive schedule gives for any video of `frames` frames; arguments as in `token_count`.
+
+    A frame that changes keeps at least as many as one that does not, so no frame is static in the worst case.
+    """
+    left = range(1, frames + 1) if merges else [frames]
+    return max(token_count(frames, tokens_per_frame, ratio, "adaptive", frames_out=n, static_frames=0) for n in left)
+
+
 def _at_least_one(what: str, count: int, flag: str = "") -> None:
     if isinstance(count, bool) or not isinstance(count, SupportsIndex) or count < 1:
         remedy = f": set it with {flag}" if flag else ""
         raise UserError(f"{what} must be a whole number of at least 1, got {count!r}{remedy}")
+
+
+def kept_tokens(tokens: int, inner_ratio: float) -> int:
+    """How many of `tokens` visual tokens stay: `round(L * (1 - ratio))`, half-even, and one at least to fold into."""
+    return min(tokens, max(1, round(tokens * (1 - inner_ratio))))

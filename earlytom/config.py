@@ -72,6 +72,9 @@ class EarlyTomConfig:
             every shape is static.
         frame_budget: budget schedule only: the share of frames that stays at each merge layer, in (0, 1], or one
             number of frames per merge layer.
+        inner_layer: layer of the language model, from 1 on, before which visual tokens are merged on prefill (18 is
+            the released one); None turns that off.
+        inner_ratio: share of the visual tokens that is folded away there, in [0, 1); 0 changes nothing.
     """
 
     retention_ratio: float = 0.1
@@ -82,6 +85,8 @@ class EarlyTomConfig:
     trailing: Trailing = "released"
     schedule: Schedule = "adaptive"
     frame_budget: float | tuple[int, ...] = 0.75
+    inner_layer: int | None = None
+    inner_ratio: float = 0.5
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the class is frozen; values are normalised once, here
@@ -93,6 +98,9 @@ class EarlyTomConfig:
         _choice("trailing", self.trailing, TRAILINGS)
         _choice("schedule", self.schedule, SCHEDULES)
         set_(self, "frame_budget", _frame_budget(self.frame_budget, len(self.merge_layers)))
+        if self.inner_layer is not None:
+            set_(self, "inner_layer", _integer("inner_layer", self.inner_layer, 1))
+        set_(self, "inner_ratio", _number("inner_ratio", self.inner_ratio, 0, 1, high_open=True))
 
     @classmethod
     def preset(cls, benchmark: str, retention_ratio: float, **changes: Any) -> EarlyTomConfig:
@@ -132,13 +140,26 @@ class EarlyTomConfig:
                 f"choose others with --merge-layers, for example {','.join(map(str, self.layers_for(depth) or (0,)))}"
             )
 
+    @property
+    def merges_inside(self) -> bool:
+        """Whether visual tokens are merged inside the language model, too (see `earlytom.inner`)."""
+        return self.inner_layer is not None and self.inner_ratio > 0
+
     def replace(self, **changes: Any) -> EarlyTomConfig:
         """A copy with some values changed, validated again."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
+        """Plain JSON types; `from_dict` is its inverse.
+
+        Without inner merging its settings are left out, so that what was recorded and keyed before there was any is
+        still found.
+        """
         values = dataclasses.asdict(self)
+        if self.inner_layer is None:
+            del values["inner_layer"]
+            if self.inner_ratio == type(self).inner_ratio:
+                del values["inner_ratio"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
@@ -152,11 +173,14 @@ class EarlyTomConfig:
         return cls(**given)
 
 
-def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> float:
-    span = f"in {'(' if low_open else '['}{low}, {high}]"
+def _number(
+    name: str, value: Any, low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> float:
+    span = f"in {'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name} must be a number {span}, got {value!r}")
-    if not (low < value if low_open else low <= value) or value > high:  # a NaN fails the first test
+    above, below = low < value if low_open else low <= value, value < high if high_open else value <= high
+    if not (above and below):  # a NaN is neither
         raise UserError(f"{name} must be {span}, got {value!r}")
     return float(value)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from earlytom.budget import kept_tokens
+
 
 def encoder_layer(tokens: int, width: int, intermediate: int) -> int:
     """One encoder layer on one frame of `tokens` tokens."""
@@ -42,11 +44,30 @@ def projector(config: Any, frames: int) -> int:
     return 2 * frames * tokens * (vision.hidden_size * width + width * width)
 
 
-def prefill(config: Any, tokens: int) -> int:
-    """Prefill of a Qwen2-like text config on `tokens` tokens: all layers, and the logits of the last position."""
+def prefill(
+    config: Any, tokens: int, *, visual: int | None = None, inner_layer: int | None = None, inner_ratio: float = 0.5
+) -> int:
+    """Prefill of a Qwen2-like text config: all layers, and the logits of the last position.
+
+    Args:
+        config: a Hugging Face text config (hidden_size, num_attention_heads, ...).
+        tokens: of the prompt.
+        visual: how many of them are visual; default all.
+        inner_layer, inner_ratio: see `EarlyTomConfig`: from that layer on, fewer visual tokens are left.
+    """
+    if inner_layer is None:
+        return config.num_hidden_layers * decoder_layer(config, tokens) + 2 * config.hidden_size * config.vocab_size
+    visual = tokens if visual is None else visual
+    later = tokens - visual + kept_tokens(visual, inner_ratio)
+    layers = inner_layer * decoder_layer(config, tokens)
+    layers += (config.num_hidden_layers - inner_layer) * decoder_layer(config, later)
+    return layers + 2 * config.hidden_size * config.vocab_size
+
+
+def decoder_layer(config: Any, tokens: int) -> int:
+    """One layer of a Qwen2-like text config on the `tokens` of a prompt."""
     width, heads = config.hidden_size, config.num_attention_heads
     keys = width // heads * config.num_key_value_heads
     projections = tokens * (4 * width * width + 4 * width * keys)
     attention = 2 * tokens * tokens * width  # causal: half of the full product
-    mlp = 6 * tokens * width * config.intermediate_size
-    return config.num_hidden_layers * (projections + attention + mlp) + 2 * width * config.vocab_size
+    return projections + attention + 6 * tokens * width * config.intermediate_size

@@ -9,7 +9,7 @@ passed in. Only instance attributes are set; `restore()` (or leaving the `with` 
 from __future__ import annotations
 
 import functools
-from types import TracebackType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,36 +19,29 @@ from earlytom.budget import pooled_side
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import VisualTokens, encode_video
 from earlytom.errors import UserError
+from earlytom.inner_decoder import AppliedInner, apply_inner
+from earlytom.restorable import Restorable
 from earlytom.towers import TOWERS, tower_of
 
 
-class AppliedEarlyTom:
+class AppliedEarlyTom(Restorable):
     """A model that runs with EarlyTom until `restore()` is called or the `with` block ends."""
 
     def __init__(self, model: nn.Module, config: EarlyTomConfig) -> None:
+        super().__init__()
         self.model: Any = model
         self.config = config
         self.depth = feature_depth(self.model.config)
         config.check_layers(self.depth)
         tower_of(self.inner.vision_tower)  # refuses a family without an adapter now, not at the first video
-        self._before: list[tuple[Any, str, Any]] = []  # owner, name and the instance attribute that was there, if any
+        self._merging: AppliedInner | None = None
         self._install()
-
-    def __enter__(self) -> AppliedEarlyTom:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.restore()
 
     def restore(self) -> None:
         """Give the model back as it was. Calling it twice does nothing."""
-        for owner, name, before in self._before:
-            del vars(owner)[name]
-            if before is not None:
-                setattr(owner, name, before)
-        self._before = []
+        super().restore()
+        if self._merging is not None:
+            self._merging.restore()
 
     @property
     def inner(self) -> Any:
@@ -140,6 +133,12 @@ class AppliedEarlyTom:
         lengths = {name: asked(name) for name in ("max_length", "min_length")}
         return kwargs | {name: max(length - removed, 0) for name, length in lengths.items() if length and removed}
 
+    def _announced(self, ids: Tensor, mask: Tensor) -> AbstractContextManager[None]:
+        """Tell the language model which tokens of a shortened prompt are visual, if it is to merge them."""
+        if self._merging is None:
+            return nullcontext()
+        return self._merging.prompt((ids == self.model.config.video_token_id) & mask.bool())
+
     def _install(self) -> None:
         model, inner = self.model, self.inner
         if "_earlytom" in vars(model):
@@ -158,7 +157,8 @@ class AppliedEarlyTom:
                 ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
             given = args[0] if args else kwargs.get("generation_config")
             kwargs = self._for_shorter_prompt(prompt.shape[1] - ids.shape[1], given, kwargs)
-            out = own_generate(None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs)
+            with self._announced(ids, mask):
+                out = own_generate(None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs)
             return _with_prompt(out, prompt, ids.shape[1])
 
         @functools.wraps(own_forward)
@@ -168,8 +168,9 @@ class AppliedEarlyTom:
             if kwargs.get("position_ids") is not None:
                 raise UserError("position_ids count the full prompt, which gets shorter: leave them out")
             pixels, ids = kwargs.pop("pixel_values_videos"), kwargs.pop("input_ids")
-            _, mask, embeds = self.shorten(ids, kwargs.get("attention_mask"), pixels)
-            return own_forward(*args, **(kwargs | {"attention_mask": mask, "inputs_embeds": embeds}))
+            ids, mask, embeds = self.shorten(ids, kwargs.get("attention_mask"), pixels)
+            with self._announced(ids, mask):
+                return own_forward(*args, **(kwargs | {"attention_mask": mask, "inputs_embeds": embeds}))
 
         @functools.wraps(own_features)
         def get_video_features(pixel_values_videos: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -181,15 +182,13 @@ class AppliedEarlyTom:
             pooled = torch.stack(videos) if even else torch.cat(videos)[None]
             return BaseModelOutputWithPooling(pooler_output=pooled)
 
-        replacements = (
-            (model, "generate", generate),
-            (inner, "forward", forward),
-            (inner, "get_video_features", get_video_features),
-            (model, "_earlytom", self),
-        )
-        for owner, name, replacement in replacements:
-            self._before.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, replacement)
+        if self.config.merges_inside:
+            assert self.config.inner_layer is not None  # that is what merges_inside says
+            self._merging = apply_inner(inner.language_model, self.config.inner_layer, self.config.inner_ratio)
+        self.replace(model, "generate", generate)
+        self.replace(inner, "forward", forward)
+        self.replace(inner, "get_video_features", get_video_features)
+        self.replace(model, "_earlytom", self)
 
 
 def _with_prompt(out: Any, prompt: Tensor, shortened: int) -> Any:
@@ -231,8 +230,12 @@ def apply_earlytom(model: nn.Module, config: EarlyTomConfig) -> AppliedEarlyTom:
     Works as a plain call (`restore()` on the result undoes it) and as a context manager. With retention ratio 1 and no
     merge layers the result is bit-identical to the untouched model (with its default attention, sdpa).
 
+    With an `inner_layer` the language model merges visual tokens, too (see `earlytom.inner`); a forward pass then has
+    logits for the tokens that are left.
+
     Raises:
-        UserError: another model family, a merge layer the tower lacks, or EarlyTom is applied already.
+        UserError: another model family, a merge layer the tower lacks, an inner layer the language model lacks, or
+            EarlyTom is applied already.
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family != "llava_onevision" or not hasattr(model, "lm_head"):

@@ -13,6 +13,7 @@ processors of a checkpoint's generation config (a repetition penalty, say) are n
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Collection, Generator, Sequence
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from earlytom.errors import UserError
+from earlytom.inner_decoder import Prompt as InnerPrompt
+from earlytom.inner_decoder import apply_inner
 
 SMALLEST_BUCKET = 512
 MIN_TEMPERATURE = 1e-6  # smaller ones are greedy in float32, or zero
@@ -67,6 +70,14 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class InnerMerge:
+    """Merging of visual tokens inside the decoder: before which layer, and the share that is folded away (0 to 1)."""
+
+    layer: int
+    ratio: float = 0.5
+
+
 class Decoder:
     """One decoder and its caches; one stream at a time.
 
@@ -75,6 +86,7 @@ class Decoder:
         lm_head: hidden states to logits.
         buckets: cache lengths, any order; a request takes the smallest that holds prompt and answer. By default powers
             of two from 512, and the model's context. The largest is the limit if it is below the context.
+        inner: merge visual tokens inside the decoder (Qwen2 only); the decoder's layers are wrapped for good.
 
     Attributes:
         limit: the most positions that a prompt and its answer may take together.
@@ -82,9 +94,18 @@ class Decoder:
 
     Raises:
         ValueError: a bucket below 1.
+        UserError: `inner` does not fit the model.
     """
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module, *, buckets: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        language_model: nn.Module,
+        lm_head: nn.Module,
+        *,
+        buckets: Sequence[int] | None = None,
+        inner: InnerMerge | None = None,
+    ) -> None:
+        self._inner = None if inner is None else apply_inner(language_model, inner.layer, inner.ratio)
         self._language_model = language_model.eval()
         self._lm_head = lm_head.eval()
         self._embedding: nn.Module = language_model.get_input_embeddings()  # type: ignore[operator]
@@ -98,10 +119,12 @@ class Decoder:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_model(cls, model: Any, *, buckets: Sequence[int] | None = None) -> Decoder:
+    def from_model(
+        cls, model: Any, *, buckets: Sequence[int] | None = None, inner: InnerMerge | None = None
+    ) -> Decoder:
         """The decoder of a transformers model with a language modelling head, for example
         `LlavaOnevisionForConditionalGeneration` or `Qwen2ForCausalLM`; weights are shared."""
-        return cls(model.get_decoder(), model.get_output_embeddings(), buckets=buckets)
+        return cls(model.get_decoder(), model.get_output_embeddings(), buckets=buckets, inner=inner)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of token ids int64 [...]; placeholder ids for video tokens are the caller's business."""
@@ -115,6 +138,7 @@ class Decoder:
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
+        visual: range | None = None,
     ) -> Generator[int, None, Finish]:
         """Generate token ids; the first `next` runs the prefill, each further one a decode step.
 
@@ -126,6 +150,7 @@ class Decoder:
             max_new_tokens: at least 1.
             stop_ids: ids that end the answer; they are not yielded.
             sampling: greedy by default.
+            visual: positions of the prompt that inner merging may merge; of no effect without it.
 
         Yields:
             token ids.
@@ -153,10 +178,20 @@ class Decoder:
                 f"the decoder has {self.limit}: lower --max-new-tokens, or use an engine with fewer frames or tokens"
             )
         # The body is a generator of its own so that the checks above fail here and not at the first `next`.
-        return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling)
+        merged: InnerPrompt | None = None
+        if self._inner is not None and visual:
+            mask = torch.zeros(1, length, dtype=torch.bool)
+            mask[0, visual.start : visual.stop] = True
+            merged = InnerPrompt.of(mask)
+        return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling, merged)
 
     def _generate(
-        self, embeds: Tensor, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
+        self,
+        embeds: Tensor,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        sampling: Sampling,
+        merged: InnerPrompt | None,
     ) -> Generator[int, None, Finish]:
         # Taken here and not in `stream`: `finally` does not run in a generator that was never started.
         if not self._lock.acquire(blocking=False):
@@ -166,7 +201,7 @@ class Decoder:
         try:
             cache = self._cleared_cache(embeds.shape[1] + max_new_tokens)
             pick = _Picker(sampling, self.device)
-            logits = self._forward(embeds.to(self.device, self.dtype), cache)
+            logits = self._forward(embeds.to(self.device, self.dtype), cache, merged)
             for count in range(1, max_new_tokens + 1):
                 chosen = pick(logits)
                 token = int(chosen)  # the one wait for the device in a step
@@ -176,16 +211,19 @@ class Decoder:
                     return "stop"
                 yield token
                 if count < max_new_tokens:
-                    logits = self._forward(self.embed(chosen.view(1, 1)), cache)
+                    logits = self._forward(self.embed(chosen.view(1, 1)), cache, merged)
             return "length"
         finally:
             self._lock.release()
 
     # Inference mode is entered for each step: held across a `yield` it would leak into the caller's code.
     @torch.inference_mode()
-    def _forward(self, embeds: Tensor, cache: Any) -> Tensor:
+    def _forward(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None) -> Tensor:
         """Append `embeds` [1, L, D] to the cache and return the logits [V] after the last of them."""
-        hidden = self._language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+        # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.
+        told = contextlib.nullcontext() if merged is None or self._inner is None else self._inner.prompt(merged)
+        with told:
+            hidden = self._language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
         return self._lm_head(hidden[:, -1])[0]
 
     @torch.inference_mode()

@@ -37,6 +37,10 @@ class Prompt:
         ids = (*self.prefix_ids, *(self.video_token_id,) * visual_tokens, *self.suffix_ids)
         return torch.tensor([ids], dtype=torch.int64)
 
+    def visual_span(self, visual_tokens: int) -> range:
+        """Where the visual tokens are in the prompt."""
+        return range(len(self.prefix_ids), len(self.prefix_ids) + visual_tokens)
+
     def length(self, visual_tokens: int) -> int:
         """Number of tokens that the decoder sees."""
         return len(self.prefix_ids) + visual_tokens + len(self.suffix_ids)

@@ -37,6 +37,7 @@ def test_the_defaults_are_the_released_ones() -> None:
     assert (config.retention_ratio, config.merge_layers, config.tau) == (0.1, (6, 14, 20), 0.8)
     assert (config.max_window, config.ema, config.trailing) == (6, 0.9, "released")
     assert (config.schedule, config.frame_budget) == ("adaptive", 0.75)
+    assert (config.inner_layer, config.inner_ratio) == (None, 0.5)
 
 
 @pytest.mark.parametrize(("benchmark", "ratio", "tau", "layers"), RELEASED)
@@ -120,6 +121,14 @@ NONSENSE: list[tuple[str, Any, str]] = [
     ("frame_budget", (), "names 0 frame counts for 3 merge layers"),
     ("frame_budget", (24, 18, 0), "each of frame_budget must be a whole number of at least 1, got 0"),
     ("frame_budget", (24, 18, 14.5), "got 14.5"),
+    ("inner_layer", 0, "inner_layer must be a whole number of at least 1, got 0"),
+    ("inner_layer", 18.0, "got 18.0"),
+    ("inner_layer", True, "got True"),
+    ("inner_layer", "18", "got '18'"),
+    ("inner_ratio", 1, r"inner_ratio must be in \[0, 1\), got 1"),
+    ("inner_ratio", -0.1, "got -0.1"),
+    ("inner_ratio", math.nan, "got nan"),
+    ("inner_ratio", None, r"inner_ratio must be a number in \[0, 1\), got None"),
     ("frame_budget", (18, 24, 14), r"must not grow from one merge layer to the next, got \[18, 24, 14\]"),
 ]
 
@@ -149,6 +158,10 @@ EDGES: list[tuple[str, Any]] = [
     ("schedule", "budget"),
     ("frame_budget", 1),
     ("frame_budget", [24, 24, 1]),
+    ("inner_layer", 1),
+    ("inner_layer", None),
+    ("inner_ratio", 0),
+    ("inner_ratio", 0.999),
 ]
 
 
@@ -183,12 +196,36 @@ def test_it_is_frozen(name: str) -> None:
         EarlyTomConfig(
             retention_ratio=0.3, schedule="budget", frame_budget=(24, 18, 14), trailing="keep", max_window=9
         ),
+        EarlyTomConfig(inner_layer=18),
+        EarlyTomConfig(inner_layer=18, inner_ratio=0.25),
+        EarlyTomConfig(inner_layer=18, inner_ratio=0),
+        EarlyTomConfig(inner_ratio=0.25),
     ],
 )
 def test_dict_round_trip_through_json(config: EarlyTomConfig) -> None:
-    values = config.to_dict()
-    assert set(values) == {field.name for field in dataclasses.fields(EarlyTomConfig)}
-    assert EarlyTomConfig.from_dict(json.loads(json.dumps(values))) == config
+    assert EarlyTomConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_dict_has_every_setting_but_those_of_an_inner_merge_that_is_off() -> None:
+    """Engines and records are found by the digest of this dict: it must stay what it was before there was one."""
+    inner = {"inner_layer", "inner_ratio"}
+    every = {field.name for field in dataclasses.fields(EarlyTomConfig)}
+    assert set(EarlyTomConfig().to_dict()) == every - inner
+    assert set(EarlyTomConfig(inner_layer=18).to_dict()) == every
+    assert set(EarlyTomConfig(inner_layer=18).replace(inner_layer=None).to_dict()) == every - inner
+
+
+@pytest.mark.parametrize(
+    ("config", "on"),
+    [
+        (EarlyTomConfig(), False),
+        (EarlyTomConfig(inner_layer=18), True),
+        (EarlyTomConfig(inner_layer=18, inner_ratio=0), False),
+        (EarlyTomConfig(inner_ratio=0.9), False),
+    ],
+)
+def test_merging_inside_takes_a_layer_and_a_ratio(config: EarlyTomConfig, on: bool) -> None:
+    assert config.merges_inside is on
 
 
 def test_from_dict_fills_in_defaults_and_validates() -> None:

@@ -18,7 +18,8 @@ from transformers import LlavaOnevisionConfig, Qwen2Config, Qwen2ForCausalLM, Si
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
 from earlytom import EarlyTomConfig, encode_video, flops
-from earlytom.budget import frames_per_stage
+from earlytom.budget import frames_per_stage, kept_tokens
+from earlytom.inner_decoder import apply_inner
 
 SO400M = SiglipVisionConfig(
     hidden_size=1152,
@@ -138,6 +139,44 @@ def test_prefill_equals_the_counter(heads: int, keys: int) -> None:
     measured = counted(lambda: model(ids, logits_to_keep=1, use_cache=False))
     attention = 4 * config.num_hidden_layers * tokens * tokens * config.hidden_size
     assert sum(measured.values()) - attention // 2 == flops.prefill(config, tokens)
+
+
+@pytest.mark.parametrize(("layer", "ratio"), [(1, 0.5), (3, 0.25), (3, 0.9)])
+def test_prefill_with_inner_merging_equals_the_counter(layer: int, ratio: float) -> None:
+    """In the real model: its linear layers, to the last operation, but for the keys and the one query that are computed
+    once more to rank tokens. (Its batched products are attention, the whole square, and the method's own.)"""
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+    )
+    model, tokens, visual = Qwen2ForCausalLM(config).eval(), 40, torch.zeros(1, 40, dtype=torch.bool)
+    visual[:, 3:33] = True
+    with apply_inner(model, layer, ratio) as inner, inner.prompt(visual):
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        measured = counted(lambda: model(ids, logits_to_keep=1, use_cache=False))
+    left = 10 + kept_tokens(30, ratio)
+    attention = 2 * 64 * (layer * tokens**2 + (4 - layer) * left**2)
+    ranking = 2 * tokens * 64 * 32 + 2 * 64 * 64
+    folding = 2 * (40 - left) * (left - 10) * 64 * 2  # similarities, and the merge; both are plain products
+    linear = measured["aten.addmm"] + measured["aten.mm"] - ranking - folding
+    whole = flops.prefill(config, tokens, visual=30, inner_layer=layer, inner_ratio=ratio)
+    assert linear == whole - attention
+    assert whole < flops.prefill(config, tokens)
+
+
+def test_prefill_with_inner_merging_off_or_of_everything() -> None:
+    config = Qwen2Config()
+    full = flops.prefill(config, 500)
+    assert flops.prefill(config, 500, visual=400) == full
+    assert flops.prefill(config, 500, inner_layer=18, inner_ratio=0) == full
+    assert flops.prefill(config, 500, inner_layer=18) == flops.prefill(config, 500, visual=500, inner_layer=18)
+    layers = config.num_hidden_layers
+    halved = full - (layers - 18) * (flops.decoder_layer(config, 500) - flops.decoder_layer(config, 300))
+    assert flops.prefill(config, 500, visual=400, inner_layer=18) == halved
 
 
 def test_a_wrong_count_would_be_noticed() -> None:

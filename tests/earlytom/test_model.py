@@ -344,6 +344,43 @@ def test_video_features_are_the_compressed_tokens(model: Model) -> None:
     assert torch.equal(two[0, : len(want) + 1], one[0])
 
 
+# --- with merging inside the language model (what it computes is tested with `earlytom.inner`)
+
+
+def test_inner_merging_goes_with_it(model: Model) -> None:
+    """Tokens are left out before the language model and inside it; a model that was given back is the old one."""
+    row, config = inputs(), ON.replace(inner_layer=1)
+    with apply_earlytom(model, ON):
+        want = model.generate(**row, **GREEDY, **FULL)
+        whole = model(**row).logits
+    with apply_earlytom(model, config) as applied:
+        got = model.generate(**row, **GREEDY, **FULL)
+        logits = model(**row).logits
+        visual = len(applied.features(row["pixel_values_videos"])[0])
+        cache = got.past_key_values
+    assert not torch.allclose(got.logits[0], want.logits[0], atol=1e-3)
+    assert torch.allclose(logits[:, -1], got.logits[0], atol=1e-5)
+    assert whole.shape[1] - logits.shape[1] == visual - round(visual / 2)
+    assert [cache.get_seq_length(layer) for layer in (0, 1)] == [whole.shape[1] + 5, logits.shape[1] + 5]
+    assert not any("forward" in vars(layer) for layer in model.model.language_model.layers)
+    with apply_earlytom(model, ON):
+        again = model.generate(**row, **GREEDY, **FULL)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, want.logits, strict=True))
+
+
+def test_text_alone_is_left_alone_with_inner_merging(model: Model) -> None:
+    ids = torch.arange(9)[None]
+    want = model.generate(input_ids=ids, **GREEDY, **FULL)
+    with apply_earlytom(model, ON.replace(inner_layer=1)):
+        got = model.generate(input_ids=ids, **GREEDY, **FULL)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+
+
+def test_an_inner_layer_that_the_language_model_lacks_is_refused(model: Model) -> None:
+    with pytest.raises(UserError, match="inner layer 2 does not exist: the language model has layers 0 to 1"):
+        apply_earlytom(model, ON.replace(inner_layer=2))
+
+
 # --- giving back
 
 

@@ -18,8 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from earlytom import apply_inner
 from earlytom.errors import UserError
-from runtime.decoder import GREEDY, Decoder, Sampling, _Picker, filter_logits
+from runtime.decoder import GREEDY, Decoder, InnerMerge, Sampling, _Picker, filter_logits
 
 VOCABULARY, WIDTH, CONTEXT = 101, 32, 128
 BUCKETS = (16, 32, 64, 128)
@@ -388,3 +389,45 @@ def test_given_buckets_bound_the_context(qwen: PreTrainedModel) -> None:
     for wrong in ((), (0,), (-1, 16)):
         with pytest.raises(ValueError, match="positive"):
             Decoder.from_model(qwen, buckets=wrong)
+
+
+# --- merging inside the decoder
+
+
+def merged_by_generate(embeds: torch.Tensor, visual: range, inner: InnerMerge, new: int) -> list[int]:
+    """What `generate` answers on a model to which inner merging is applied."""
+    model = make_qwen(num_hidden_layers=4)
+    mask = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
+    mask[0, visual.start : visual.stop] = True
+    with apply_inner(model, inner.layer, inner.ratio) as applied, applied.prompt(mask):
+        return generated(model, embeds, new)
+
+
+def test_inner_merging_answers_as_generate_does_request_after_request() -> None:
+    inner = InnerMerge(layer=2, ratio=0.7)
+    decoder = Decoder.from_model(make_qwen(num_hidden_layers=4), buckets=BUCKETS, inner=inner)
+    differs = 0
+    for seed, (length, visual) in enumerate(
+        [(20, range(3, 15)), (9, range(2, 6)), (25, range(1, 22)), (20, range(3, 15))]
+    ):
+        embeds = prompt(length, seed)
+        answer = list(decoder.stream(embeds, max_new_tokens=6, visual=visual))
+        assert answer == merged_by_generate(embeds, visual, inner, 6)
+        differs += answer != generated(make_qwen(num_hidden_layers=4), embeds, 6)
+    assert differs > 1  # negative control: merging changes answers
+
+
+def test_without_visual_tokens_inner_merging_changes_nothing() -> None:
+    decoder = Decoder.from_model(make_qwen(num_hidden_layers=4), buckets=BUCKETS, inner=InnerMerge(2))
+    list(decoder.stream(prompt(12), max_new_tokens=4, visual=range(2, 9)))
+    plain = list(decoder.stream(prompt(12), max_new_tokens=4))
+    assert plain == generated(make_qwen(num_hidden_layers=4), prompt(12), 4)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [(InnerMerge(4), "layers 0 to 3"), (InnerMerge(0), "layers 0 to 3"), (InnerMerge(2, 1.0), "ratio")],
+)
+def test_inner_merging_that_does_not_fit_is_refused(inner: InnerMerge, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Decoder.from_model(make_qwen(num_hidden_layers=4), inner=inner)

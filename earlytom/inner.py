@@ -1,0 +1,91 @@
+"""Merging visual tokens inside the LLM: which stay, and where the others go (optional part of the method).
+
+On prefill, before layer k, visual tokens are ranked by the attention that the last prompt token pays them in layer
+k-1; the best-ranked stay, and each of the others is folded into the one of them that is most like it. Text is never
+touched. `plan_inner` decides, `InnerPlan.apply` merges; `earlytom.inner_decoder` puts both into a decoder.
+
+Tensors only: no loop over tokens and no host sync, and all shapes follow from the lengths of prompt and video and the
+ratio.
+
+Notation: T tokens a prompt, L of them visual, of which K stay and R are folded; M = T - R tokens are left; D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from earlytom.errors import UserError
+
+# Cosines as near as this are equal: kernels sum in different orders, and copies of a token would else be told apart by
+# rounding.
+TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class InnerPlan:
+    """A decision about the T tokens of one prompt.
+
+    Attributes:
+        kept: [M] int64, positions of all tokens that stay, ascending.
+        targets: [K] int64, positions of the visual ones among them, ascending.
+        folded: [R] int64, positions of the visual tokens that do not stay, ascending.
+        into: [R] int64, which of the targets each of them is folded into (an index into `targets`).
+    """
+
+    kept: Tensor
+    targets: Tensor
+    folded: Tensor
+    into: Tensor
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """What the merged targets are made of, fp32: of themselves [K], and of the folded tokens [K, R].
+
+        Folding i_1 < .. < i_m into h one after the other, each time `h <- (h + h_i) / 2`, leaves `2^-m` of h and
+        `2^-(m-l+1)` of i_l: a half for each member from the l-th on.
+        """
+        member = (self.into == torch.arange(len(self.targets), device=self.into.device)[:, None]).float()  # [K, R]
+        counted = member.cumsum(1)
+        halvings = counted[:, -1:] - counted + member
+        return torch.exp2(-member.sum(1)), member * torch.exp2(-halvings)
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """Merge `hidden [T, D]` to [M, D]: computed in fp32, returned in the dtype of `hidden`."""
+        own, shares = self.weights()
+        merged = own[:, None] * hidden[self.targets].float() + shares @ hidden[self.folded].float()  # [K, D]
+        return hidden.index_copy(0, self.targets, merged.to(hidden.dtype)).index_select(0, self.kept)
+
+
+def plan_inner(hidden: Tensor, received: Tensor, visual: Tensor, keep: int) -> InnerPlan:
+    """Decide which visual tokens of one prompt stay, and where the others go.
+
+    Args:
+        hidden: [T, D] output of layer k-1, any float dtype; similarities (cosines) are computed in fp32.
+        received: [T] attention that the last prompt token pays each token in layer k-1, mean over heads.
+        visual: [L] int64, positions of the visual tokens, ascending.
+        keep: K, see `kept_tokens`. Ties go to the lower position.
+
+    Raises:
+        UserError: shapes that do not fit, or a `keep` that leaves nothing to fold into.
+    """
+    tokens = len(visual)
+    if hidden.dim() != 2 or received.shape != hidden.shape[:1] or visual.dim() != 1:
+        raise UserError(
+            "inner merging takes hidden [T, D], received [T] and visual [L], got "
+            f"{list(hidden.shape)}, {list(received.shape)} and {list(visual.shape)}"
+        )
+    if not min(1, tokens) <= keep <= tokens:
+        raise UserError(f"of {tokens} visual tokens at least one and at most all can stay, got keep={keep}")
+    rank = received[visual].argsort(descending=True, stable=True)
+    targets, folded = visual[rank[:keep].sort().values], visual[rank[keep:].sort().values]
+    into = folded  # empty, if all stay
+    if keep < tokens:
+        alike = F.normalize(hidden[folded].float(), dim=-1) @ F.normalize(hidden[targets].float(), dim=-1).T  # [R, K]
+        into = (alike >= alike.amax(1, keepdim=True) - TIE).byte().argmax(1)  # the first of the best
+    gone = torch.zeros(len(hidden), dtype=torch.uint8, device=hidden.device).index_fill(0, folded, 1)
+    # A stable sort rather than `nonzero`: as many stay as the shapes say, so the host need not ask.
+    kept = gone.argsort(stable=True)[: len(hidden) - len(folded)]
+    return InnerPlan(kept, targets, folded, into)

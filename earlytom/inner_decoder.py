@@ -1,0 +1,352 @@
+"""Inner merging in a transformers Qwen2 decoder: layers from the k-th on run the prefill on fewer visual tokens.
+
+`apply_inner` wraps layers k-1 and later, undoably, so that `generate` works, and tells by the key/value cache whether a
+pass reads a prompt or continues one. Later layers see fewer tokens, at their original positions, and keep a shorter
+cache. Attention stays causal everywhere, layer k-1 included, and only the one row of attention that ranks is ever
+computed explicitly. What is decided is `earlytom.inner`'s business.
+
+Notation: B prompts, T tokens a prompt, M tokens of it in the later layers, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from earlytom.budget import kept_tokens
+from earlytom.errors import UserError
+from earlytom.inner import plan_inner
+from earlytom.restorable import Restorable
+
+
+@dataclass
+class Prompt:
+    """A prompt to be announced with `AppliedInner.prompt`.
+
+    Attributes:
+        visual: positions of its visual tokens, row by row, ascending; on the host.
+        length: tokens of a row, padding included.
+        last: [B] int64, position of the last token of each row; None: the last there is.
+        unread: no pass has read it yet.
+    """
+
+    visual: list[Tensor]
+    length: int
+    last: Tensor | None
+    unread: bool = True
+
+    @classmethod
+    def of(cls, visual: Tensor, last: Tensor | None = None) -> Self:
+        """From a mask [B, T] bool, True for visual tokens. Raises UserError if it is something else."""
+        if visual.dim() != 2 or visual.dtype != torch.bool:
+            raise UserError(f"visual must be bool [B, T], got {visual.dtype} {list(visual.shape)}")
+        return cls([row.nonzero().flatten() for row in visual.cpu()], visual.shape[1], last)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the caches of the later layers hold of a prompt of `length` tokens.
+
+    Attributes:
+        kept: [B, M] int64, which of the prompt's tokens, ascending; shorter rows are padded on the left.
+        real: [B, M] bool, False for that padding; None if there is none.
+    """
+
+    length: int
+    kept: Tensor
+    real: Tensor | None
+
+
+@dataclass
+class _Pass:
+    """One forward pass, from layer k-1 on.
+
+    Attributes:
+        of: the prompt that it reads, or what the later caches hold of the prompt that it continues.
+        received: [B, T] attention that ranks, if it reads; see `_received`.
+        later: arguments that layers k and later get instead of the earlier layers'.
+    """
+
+    of: Prompt | Held
+    received: Tensor | None = None
+    later: dict[str, Any] = field(default_factory=dict)
+
+
+class AppliedInner(Restorable):
+    """A decoder that merges the visual tokens of announced prompts until `restore()` or the end of the `with` block."""
+
+    def __init__(self, model: nn.Module, layer: int, ratio: float) -> None:
+        super().__init__()
+        self.decoder: Any = _decoder(model)
+        self.layer, self.ratio = layer, ratio
+        self._local = threading.local()  # the announced prompt and the pass under way, of each thread
+        self._check()
+        if ratio > 0:
+            self._install()
+
+    @contextlib.contextmanager
+    def prompt(self, visual: Tensor | Prompt, *, last: Tensor | None = None) -> Iterator[None]:
+        """Announce a prompt: the next pass of this thread reads it and merges; passes with its cache then continue it.
+
+        Several generations in one block each read the prompt anew, every one into an empty cache (a static one must
+        have been reset: whether it was is not looked up, as the host would wait). A cache that holds a merged prompt
+        may be continued outside the block; with a static cache on a GPU that waits for the device in every pass, so a
+        loop that leaves the block between two steps should enter it again with the same `Prompt`.
+
+        Args:
+            visual: [B, T] bool, True for visual tokens. On the host it costs no synchronisation. Or a `Prompt`.
+            last: [B] int64, position of the last token of each prompt where prompts are padded on the right (to a
+                bucket, say); default T - 1.
+        """
+        prompt = visual if isinstance(visual, Prompt) else Prompt.of(visual, last)
+        outer, self._local.prompt = self._announced, prompt
+        try:
+            yield
+        finally:
+            self._local.prompt = outer
+
+    @property
+    def _announced(self) -> Prompt | None:
+        return getattr(self._local, "prompt", None)
+
+    def _check(self) -> None:
+        config, depth = self.decoder.config, len(self.decoder.layers)
+        if not 1 <= self.layer < depth:
+            raise UserError(
+                f"inner layer {self.layer} does not exist: the language model has layers 0 to {depth - 1}, and tokens "
+                f"can be merged before layers 1 to {depth - 1}; set inner_layer to one of them"
+            )
+        if "sliding_attention" in config.layer_types[self.layer - 1 :]:
+            raise UserError(
+                "inner merging needs full attention, and this language model has sliding windows from layer "
+                f"{config.layer_types.index('sliding_attention')} on: set inner_layer to None"
+            )
+        if "_earlytom_inner" in vars(self.decoder):
+            raise UserError("inner merging is already applied: call restore() on what apply_inner returned")
+
+    def _install(self) -> None:
+        layers = list(self.decoder.layers)
+        self.replace(self.decoder, "_earlytom_inner", self)
+        self.replace(layers[self.layer - 1], "forward", self._ranking(layers[self.layer - 1]))
+        for index in range(self.layer, len(layers)):
+            self.replace(layers[index], "forward", self._later(layers[index], index, index + 1 == len(layers)))
+
+    def _ranking(self, layer: Any) -> Any:
+        """Layer k-1: what kind of pass is this? If it reads a prompt, its visual tokens are ranked."""
+        own = layer.forward
+
+        @functools.wraps(own)
+        def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
+            run = self._local.run = self._begin(hidden_states, kwargs.get("past_key_values"))
+            if run is not None and isinstance(run.of, Prompt):
+                run.received = _received(layer, hidden_states, run.of, **kwargs)
+            return own(hidden_states, **kwargs)
+
+        return forward
+
+    def _later(self, layer: Any, index: int, final: bool) -> Any:
+        """Layers k and later: merged tokens, their positions and the mask that fits them."""
+        own = layer.forward
+
+        @functools.wraps(own)
+        def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
+            run: _Pass | None = getattr(self._local, "run", None)
+            if run is None:
+                return own(hidden_states, **kwargs)
+            if final:
+                self._local.run = None
+            if index == self.layer:
+                hidden_states = self._enter(run, hidden_states, kwargs)
+            return own(hidden_states, **(kwargs | run.later))
+
+        return forward
+
+    def _begin(self, hidden: Tensor, cache: Any) -> _Pass | None:
+        """Does this pass read the announced prompt, continue one that was merged, or is it none of our business?"""
+        prompt, length = self._announced, hidden.shape[1]
+        held: Held | None = getattr(cache, "_earlytom_inner", None)
+        # Whether a cache is empty is asked last: a static one answers with a tensor, so the host would wait for it.
+        if prompt is None:
+            if held is not None and self._seen(cache) == 0:  # it was reset
+                held = cache._earlytom_inner = None
+            return None if held is None else _Pass(held)
+        if held is not None and not prompt.unread and (length < prompt.length or self._seen(cache) > 0):
+            return _Pass(held)
+        if length < prompt.length or (isinstance(seen := self._seen(cache), int) and seen > 0):
+            raise UserError(
+                f"the announced prompt of {prompt.length} tokens must be read in one pass into an empty cache, got "
+                f"{length} tokens: leave out prefill_chunk_size, and a cache that holds something else"
+            )
+        if hidden.shape[0] % len(prompt.visual):
+            raise UserError(f"{len(prompt.visual)} prompts were announced, and a batch of {hidden.shape[0]} came")
+        prompt.unread = False
+        return _Pass(prompt)
+
+    def _seen(self, cache: Any) -> Any:
+        """Tokens that the cache of layer k-1 holds: a number, or a tensor on the device if the cache is static."""
+        return 0 if cache is None else cache.get_seq_length(self.layer - 1)
+
+    def _enter(self, run: _Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Before layer k: merge if this pass reads a prompt, and work out what the later layers get.
+
+        Returns hidden states: [B, M, D] if so, else as they came.
+        """
+        cache, held, reads = kwargs.get("past_key_values"), run.of, isinstance(run.of, Prompt)
+        if isinstance(held, Prompt):
+            assert run.received is not None  # layer k-1 saw to it
+            hidden, held = self._merge(held, run.received, hidden)
+            if cache is not None:
+                cache._earlytom_inner = held
+            cos, sin = (
+                x.expand(len(hidden), -1, -1).take_along_dim(held.kept[..., None], 1)
+                for x in kwargs["position_embeddings"]
+            )
+            # The original positions are in the rotary embedding. The ids have gaps now, which flash attention would
+            # take for the borders of packed sequences.
+            run.later |= {"position_embeddings": (cos, sin), "position_ids": None}
+        tokens = hidden.shape[1]
+        columns = tokens if cache is None else cache.get_mask_sizes(tokens, self.layer)[0]
+        flat = "flash" in self.decoder.config._attn_implementation
+        given = kwargs.get("attention_mask")
+        run.later["attention_mask"] = later_mask(given, held, tokens, columns, reads=reads, flat=flat)
+        return hidden
+
+    def _merge(self, prompt: Prompt, received: Tensor, hidden: Tensor) -> tuple[Tensor, Held]:
+        """[B, T, D] to [B, M, D], M of the row that keeps most; row by row, as their numbers of tokens may differ."""
+        copies = len(hidden) // len(prompt.visual)  # beams, say: generate repeats each prompt
+        plans = []
+        for row, tokens in enumerate(hidden):
+            visual = prompt.visual[row // copies].to(hidden.device, non_blocking=True)
+            plans.append(plan_inner(tokens, received[row], visual, kept_tokens(len(visual), self.ratio)))
+        longest = max(len(plan.kept) for plan in plans)
+        missing = [longest - len(plan.kept) for plan in plans]
+        merged = torch.stack(
+            [F.pad(plan.apply(row), (0, 0, pad, 0)) for plan, row, pad in zip(plans, hidden, missing, strict=True)]
+        )
+        kept = torch.stack([F.pad(plan.kept, (pad, 0)) for plan, pad in zip(plans, missing, strict=True)])
+        real = None
+        if any(missing):
+            pads = torch.tensor(missing, device=hidden.device)
+            real = torch.arange(longest, device=hidden.device) >= pads[:, None]
+        return merged, Held(hidden.shape[1], kept, real)
+
+
+def later_mask(
+    mask: Tensor | None, held: Held, queries: int, columns: int, *, reads: bool, flat: bool = False
+) -> Tensor | None:
+    """The attention mask of layers k and later, from the one that the earlier layers got.
+
+    Args:
+        mask: None, [B, 1, q, c] (bool, or added to the scores), or [B, c] (flash attention: padding only).
+        held: the prompt's tokens in the later layers.
+        queries: tokens of this pass in the later layers.
+        columns: keys of the later layers, those of this pass included; a static cache has more than it uses.
+        reads: this pass reads the prompt, so queries were left out, too.
+        flat: with neither padding nor mask the attention in use would take [B, c].
+    """
+    if mask is None:
+        if held.real is None:
+            return None  # causal by shape alone, before and after
+        early = held.length + columns - held.kept.shape[1]
+        mask = held.kept.new_ones(early if flat else (held.length if reads else queries, early), dtype=torch.bool)
+        mask = mask[None] if flat else mask.tril(0 if reads else early - queries)[None, None]
+    if not isinstance(mask, Tensor):
+        raise UserError(
+            f"inner merging cannot shorten an attention mask of type {type(mask).__name__}: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    batch, kept = held.kept.shape
+    fresh = torch.arange(columns - kept, device=mask.device) + held.length  # columns after the prompt
+    index = torch.cat([held.kept, fresh.clamp(max=mask.shape[-1] - 1).expand(batch, -1)], 1)  # [B, columns]
+    prompt = torch.ones_like(held.kept, dtype=torch.bool) if held.real is None else held.real
+    valid = torch.cat([prompt, (fresh < mask.shape[-1]).expand(batch, -1)], 1)
+    mask = mask.expand(batch, *mask.shape[1:])
+    if mask.dim() == 2:
+        return mask.take_along_dim(index, 1) * valid
+    if reads:
+        mask = mask.take_along_dim(held.kept[:, None, :, None], 2)
+    mask = mask.take_along_dim(index[:, None, None], 3)
+    blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~valid[:, None, None], blocked)
+
+
+def _received(
+    layer: Any,
+    hidden: Tensor,
+    prompt: Prompt,
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention that the last prompt token pays each token in this Qwen2 layer, mean over heads, in fp32: [B, T].
+
+    One row of it, so the layer itself may use any attention kernel. `hidden` [B, T, D] is the layer's input.
+    """
+    attention = layer.self_attn
+    batch, length = hidden.shape[:2]
+    last = torch.full((batch,), prompt.length - 1, device=hidden.device)
+    if prompt.last is not None:
+        last = prompt.last.to(hidden.device).repeat_interleave(batch // len(prompt.last))
+    at = last[:, None, None]  # [B, 1, 1]
+    x = layer.input_layernorm(hidden)
+    cos, sin = (e.expand(batch, -1, -1) for e in position_embeddings)
+    keys = attention.k_proj(x).view(batch, length, -1, attention.head_dim)
+    query = attention.q_proj(x.take_along_dim(at, 1)).view(batch, 1, -1, attention.head_dim)
+    keys = _rotated(keys, cos, sin).permute(0, 2, 3, 1).float()  # [B, kv heads, d, T]
+    query = _rotated(query, cos.take_along_dim(at, 1), sin.take_along_dim(at, 1)).float()
+    scores = query.view(batch, keys.shape[1], -1, attention.head_dim) @ keys * attention.scaling  # [B, kv, group, T]
+    scores = scores.flatten(1, 2)  # [B, heads, T]
+    visible = torch.arange(length, device=hidden.device) <= last[:, None]
+    if isinstance(attention_mask, Tensor):
+        mask = attention_mask[..., :length].expand(batch, *attention_mask.shape[1:-1], length)
+        row = mask[:, None] if mask.dim() == 2 else mask.take_along_dim(at[..., None], 2)[:, :, 0]  # [B, 1 or heads, T]
+        if not row.is_floating_point():
+            row = torch.zeros_like(row, dtype=scores.dtype).masked_fill(~row.bool(), -torch.inf)
+        scores = scores + row.float()
+    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of `x` [B, T, heads, d], with cos and sin [B, T, d]."""
+    one, two = x.chunk(2, dim=-1)
+    return x * cos[:, :, None] + torch.cat([-two, one], dim=-1) * sin[:, :, None]
+
+
+def _decoder(model: Any) -> Any:
+    """The Qwen2 decoder of a model, or the model if it is one."""
+    decoder = model if hasattr(model, "layers") else getattr(model, "get_decoder", lambda: model)()
+    family = getattr(getattr(decoder, "config", None), "model_type", type(model).__name__)
+    if family != "qwen2" or not hasattr(decoder, "layers"):
+        raise UserError(f"{type(model).__name__} ({family}) is not supported: inner merging takes a Qwen2 decoder")
+    return decoder
+
+
+def apply_inner(model: nn.Module, layer: int, ratio: float = 0.5) -> AppliedInner:
+    """Make a transformers Qwen2 decoder merge visual tokens before one of its layers, on prefill.
+
+        with apply_inner(model, layer=18, ratio=0.5) as inner, inner.prompt(visual):
+            model.generate(inputs_embeds=embeds, ...)
+
+    Works as a plain call (`restore()` on the result undoes it) and as a context manager. Prompts that are not announced
+    are left alone. `earlytom.apply_earlytom` does all this for a LLaVA-OneVision.
+
+    Args:
+        model: a Qwen2 decoder, or a model that has one (`Qwen2ForCausalLM`, LLaVA-OneVision).
+        layer: k, the first layer that sees fewer tokens, from 1 on.
+        ratio: share of the visual tokens that is folded away, in [0, 1); 0 changes nothing.
+
+    Raises:
+        UserError: another model family, a layer that does not exist, sliding windows, or it is applied already.
+    """
+    if not 0 <= ratio < 1:
+        raise UserError(f"the inner ratio must be in [0, 1), got {ratio}")
+    return AppliedInner(model, layer, ratio)
