@@ -16,10 +16,10 @@ import torch
 from earlytom.errors import UserError
 from runtime import cli
 from runtime.backends import BACKENDS
-from runtime.decoder import Sampling
+from runtime.decoder import InnerMerge, Sampling
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
-from runtime.pipeline import MAX_NEW_TOKENS, Answer, Pipeline
+from runtime.pipeline import DECODERS, MAX_NEW_TOKENS, Answer, Pipeline
 
 ENGINES = Path("engines")
 EXAMPLES = """
@@ -39,7 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_request(options)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     folder = options.engine or newest_engine(ENGINES)
-    with Pipeline.load(folder, options.model, options.backend, device=options.device) as pipeline:
+    if options.decoder != "torch":
+        screen.line("note: a decoder that was not used before is compiled first, which takes minutes")
+    with Pipeline.load(
+        folder,
+        options.model,
+        options.backend,
+        device=options.device,
+        decoder=options.decoder,
+        inner=None if options.inner_layer is None else InnerMerge(options.inner_layer, options.inner_ratio),
+    ) as pipeline:
         manifest = pipeline.manifest
         screen.line(f"engine: {manifest.name} ({pipeline.vision.name})")
         if not manifest.model.trained:
@@ -82,6 +91,21 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the decoder runs (default: the GPU if there is one)"
+    )
+    p.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default="torch",
+        help="torch-tensorrt compiles the language model for the GPU it runs on (default: torch)",
+    )
+    p.add_argument(
+        "--inner-layer",
+        type=int,
+        metavar="K",
+        help="merge visual tokens inside the language model before layer K (the method's: 18; default: off)",
+    )
+    p.add_argument(
+        "--inner-ratio", type=float, default=0.5, metavar="R", help="share that is folded away there (default: 0.5)"
     )
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")

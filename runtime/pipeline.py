@@ -12,14 +12,15 @@ because its caller alone knows whether to wait, and a stream that somebody forgo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -30,14 +31,19 @@ from earlytom.errors import UserError
 from runtime import contract
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
-from runtime.decoder import GREEDY, Decoder, Finish, Sampling
+from runtime.decoder import GREEDY, Decoder, Finish, InnerMerge, Sampling
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.prompt import build_prompt, check_length, splice, stop_token_ids
 from runtime.text import TextStream
 from runtime.video import Clip, clip_from_frames, load_clip
 
+if TYPE_CHECKING:
+    from runtime.decoder_compiler import Compiler
+
 MAX_NEW_TOKENS = 128
+DECODERS = ("torch", "torch-tensorrt")
+DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class Pipeline:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        decoder: str = "torch",
+        inner: InnerMerge | None = None,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -118,12 +126,20 @@ class Pipeline:
             backend: "auto" (the compiled engine where torch can use a GPU, else ONNX Runtime), "onnxruntime",
                 "tensorrt", "tensorrt-rtx", or "torch", the reference.
             device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32.
+            decoder: "torch", or "torch-tensorrt" to compile the decoder; the first call takes minutes then, and what it
+                compiled is kept in the engine's folder.
+            inner: merge visual tokens inside the decoder, too (with decoder "torch").
 
         Raises:
-            EngineError: no engine there, changed files, another library version, or an engine of another model.
-            UserError: the checkpoint cannot be loaded, or there is no such device.
+            EngineError: no engine there, changed files, another library version, or an engine of another model; the
+                decoder cannot be compiled here.
+            UserError: the checkpoint cannot be loaded, there is no such device, or `inner` does not fit the decoder.
+            OSError: the compiled decoder cannot be written.
         """
+        if inner is not None and decoder != "torch":
+            raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        compiler = _open_compiler(decoder, where)  # first: it wants to, and refuses before anything large is loaded
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
         folder = Path(engine)
@@ -139,7 +155,8 @@ class Pipeline:
             )
         precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
-        return cls(manifest, vision, *_load_decoder(checkpoint, where, precision))
+        make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner)
+        return cls(manifest, vision, *_load_decoder(checkpoint, where, precision, make))
 
     def stream(
         self,
@@ -201,7 +218,13 @@ class Pipeline:
         tokens, _ = self.vision.encode(clip.frames)
         vision.stop()
         embeds = splice(words, tokens.to(decoder.device), self._newline, decoder.embed)
-        source = decoder.stream(embeds, max_new_tokens=max_new_tokens, stop_ids=self._stops, sampling=sampling)
+        source = decoder.stream(
+            embeds,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self._stops,
+            sampling=sampling,
+            visual=words.visual_span(len(tokens) + 1),
+        )
         text = TextStream(self._tokenizer)
         ids: list[int] = []
         parts: list[str] = []
@@ -305,11 +328,42 @@ def _open_vision(
     return TorchVision(checkpoint, EarlyTomConfig.from_dict(manifest.earlytom), shape, device=device, dtype=dtype)
 
 
-def _load_decoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, Tensor, Any, Any]:
+def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:
+    """The compiler of one of `DECODERS`, None for "torch", which needs none."""
+    if decoder not in DECODERS:
+        raise EngineError(f"unknown decoder {decoder!r}: expected one of {', '.join(DECODERS)} (--decoder)")
+    if decoder == "torch":
+        return None
+    from runtime.decoder_compiler import TorchTensorRT
+
+    return TorchTensorRT(device)
+
+
+def _make_decoder(
+    compiler: Compiler | None,
+    folder: Path,
+    manifest: Manifest,
+    device: torch.device,
+    inner: InnerMerge | None,
+    model: Any,
+) -> Decoder:
+    """The decoder of a model, whose layers go to the device, or into compiled programs there."""
+    if compiler is None:
+        torch.nn.Module.to(model, device)
+        return Decoder.from_model(model, inner=inner)
+    from runtime.compiled_decoder import CompiledDecoder, default_size
+    from runtime.program_store import ProgramStore
+
+    size = default_size(manifest.tokens + 1, model.get_decoder().config.max_position_embeddings)
+    return CompiledDecoder.compile(model, compiler, ProgramStore(folder / DECODER_FOLDER), [size])
+
+
+def _load_decoder(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
+) -> tuple[Decoder, Tensor, Any, Any]:
     """Decoder, `image_newline`, tokenizer and stop ids. The checkpoint's own vision tower is let go."""
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, dtype)
     stops = stop_token_ids(model.generation_config, tokenizer)
     del model.model.vision_tower, model.model.multi_modal_projector
-    torch.nn.Module.to(model, device)
-    return Decoder.from_model(model), model.model.image_newline.detach(), tokenizer, stops
+    return make(model), model.model.image_newline.detach().to(device), tokenizer, stops

@@ -24,11 +24,11 @@ from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from runtime import pipeline as module
 from runtime.checkpoint import describe, load_model, load_tokenizer
 from runtime.clip import draw_clip
-from runtime.decoder import Sampling
+from runtime.decoder import InnerMerge, Sampling
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Answer, Delta, Pipeline
-from runtime.prompt import build_prompt
+from runtime.prompt import build_prompt, splice
 from runtime.video import Clip, load_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -547,3 +547,23 @@ def test_a_manifest_without_a_good_record_cannot_be_written(engine: Path, tmp_pa
     stale = {"vision.onnx": FileRecord(1, "0" * 64)}
     with pytest.raises(EngineError, match="the manifest says 1"):
         load(copy(engine, tmp_path / "copy", files=stale))
+
+
+def test_inner_merging_is_an_option_of_the_pipeline(engine: Path, frames: Tensor) -> None:
+    """The same tokens as the decoder gives by itself when it is told where the visual ones are; other than without."""
+    inner = InnerMerge(layer=1, ratio=0.7)
+    with load(engine) as plain, load(engine, inner=inner) as merging:
+        assert merging.decoder is not None
+        words = build_prompt(merging._tokenizer, QUESTION)
+        visual = merging.vision.encode(frames)[0].clone()
+        embeds = splice(words, visual, merging._newline, merging.decoder.embed)
+        span = range(len(words.prefix_ids), embeds.shape[1] - len(words.suffix_ids))
+        expected = list(merging.decoder.stream(embeds, max_new_tokens=TOKENS, visual=span))
+        got = merging.ask(frames, QUESTION, max_new_tokens=TOKENS)
+        assert list(got.tokens) == expected[: len(got.tokens)]
+        assert got.tokens != plain.ask(frames, QUESTION, max_new_tokens=TOKENS).tokens
+
+
+def test_inner_merging_and_a_compiled_decoder_exclude_each_other(engine: Path) -> None:
+    with pytest.raises(UserError, match="inner merging runs in the PyTorch decoder, not in torch-tensorrt"):
+        load(engine, inner=InnerMerge(1), decoder="torch-tensorrt")

@@ -1,0 +1,219 @@
+"""A Qwen2 decoder as two pure functions of tensors, which `torch.export` takes: prefill and decode.
+
+It knows torch and the modules of transformers' Qwen2, which it drives; nothing of compilers, files, prompts, sampling.
+Both programs have one signature,
+
+    program(embeds [1, L, D], last int64 [1], *caches) -> (logits [1, V], *caches)
+
+`last` is the slot of the last token of `embeds` that counts, and the logits are those after it. A prefill puts L
+tokens into slots 0 to L - 1; those after `last` are padding, whatever they hold. A decode step (L = 1) puts its token
+into slot `last`. The caches are keys and values of each layer in turn, [1, G, C, d] (G key/value heads); they are
+inputs and outputs and nothing is changed in place.
+
+A slot is attended only by tokens at or after it. So a slot that padding wrote is never looked at before a decode step
+has written it again, and no mask has to tell padding from text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+FAMILY = "qwen2"
+# Part of what identifies a compiled program: raise it when the programs below compute something else.
+REVISION = 1
+
+_ATTENTION = "earlytom_explicit"
+_MASKED = -1e30  # added to a float32 score: its weight is exactly 0, and no row can turn into NaN as with -inf
+_NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+Program = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, order=True)
+class ProgramSize:
+    """The static sizes of a program: slots of the caches, and tokens that it takes at once (1 for a decode step)."""
+
+    cache: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens < self.cache:
+            raise ValueError(f"a program needs 1 <= tokens < cache slots, got {self.tokens} and {self.cache}")
+
+    @property
+    def kind(self) -> str:
+        return "decode" if self.tokens == 1 else "prefill"
+
+
+class DecoderProgram(nn.Module):
+    """The function of the module's docstring for one size; weights are shared with the given modules."""
+
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, size: ProgramSize) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.lm_head = lm_head
+        self.size = size
+
+    def forward(self, embeds: Tensor, last: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """See the module's docstring. Call it inside `explicit_attention`."""
+        config = cast(Any, self.language_model.config)
+        slots = torch.arange(self.size.cache, device=embeds.device)
+        if self.size.kind == "decode":
+            positions, rule = last, functools.partial(_written, (slots == last)[:, None])
+        else:
+            positions = slots = slots[: self.size.tokens]
+            rule = functools.partial(_prefilled, (slots <= last)[:, None])
+        update = _Update(caches, rule)
+        distance = positions[:, None] - slots[None]  # [L, S] from each query back to each key
+        masks = {"full_attention": _additive(distance >= 0)}
+        if "sliding_attention" in config.layer_types:
+            masks["sliding_attention"] = _additive((distance >= 0) & (distance < config.sliding_window))
+        hidden = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=masks,
+            position_ids=positions[None],
+            past_key_values=update,
+            use_cache=True,
+        ).last_hidden_state  # [1, L, D]
+        if self.size.kind == "prefill":
+            hidden = hidden.index_select(1, last)
+        return (self.lm_head(hidden[:, 0]), *update.caches)
+
+
+class _Update:
+    """What transformers' layers take for a cache: `update` returns the keys and values to attend to.
+
+    `rule(new, cache)` gives them, and what the cache becomes.
+    """
+
+    def __init__(self, caches: tuple[Tensor, ...], rule: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.caches = list(caches)
+        self._rule = rule
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, self.caches[2 * layer] = self._rule(keys, self.caches[2 * layer])
+        values, self.caches[2 * layer + 1] = self._rule(values, self.caches[2 * layer + 1])
+        return keys, values
+
+
+def _written(here: Tensor, new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """The cache with one token's keys or values [1, G, 1, d] in the slot that `here` [C, 1] marks, twice."""
+    cache = _select(here, new, cache)
+    return cache, cache
+
+
+def _prefilled(used: Tensor, new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens' own keys or values [1, G, L, d], and the cache with them in front.
+
+    Padding, where `used` [L, 1] is false, is zeroed: a masked slot has weight 0, but 0 times NaN is NaN.
+    """
+    new = _select(used, new, torch.zeros_like(new))
+    return new, torch.cat((new, cache[:, :, new.shape[2] :]), dim=2)
+
+
+def _select(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`torch.where` in float32, which is exact: torch-tensorrt before 2.14 makes integers of bfloat16 tensors."""
+    return torch.where(condition, yes.float(), no.float()).to(yes.dtype)
+
+
+def _additive(allowed: Tensor) -> Tensor:
+    """Float32 mask of the shape of `allowed`, to be added to scores."""
+    return allowed.logical_not().float() * _MASKED
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention written out in matrix products and a softmax in float32; [1, H, L, d] queries, result [1, L, H, d].
+
+    Written out, because compilers differ in what they make of the fused operator with a mask. Queries are scaled before
+    the product, which overflows in float16 otherwise. The queries that share keys and values are rows of one product,
+    so that those are not repeated.
+    """
+    (_, heads, length, width), (_, groups, slots, _) = query.shape, key.shape
+    rows = (query * scaling).reshape(1, groups, -1, width)  # [1, G, H / G * L, d]
+    scores = (rows @ key.transpose(2, 3)).view(1, groups, heads // groups, length, slots)
+    weights = (scores.float() + attention_mask).softmax(-1).to(value.dtype)
+    mixed = weights.view(1, groups, -1, slots) @ value  # [1, G, H / G * L, d]
+    return mixed.view(1, heads, length, width).transpose(1, 2), None
+
+
+@contextmanager
+def explicit_attention(language_model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes attention with `_attend`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attend)
+    config = cast(Any, language_model.config)
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def empty_caches(config: Any, slots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Zeroed caches for a decoder of this configuration: keys and values of each layer, [1, G, slots, d]."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, slots, width)
+    return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers))
+
+
+def example_inputs(language_model: nn.Module, size: ProgramSize) -> tuple[Tensor, ...]:
+    """Inputs of a program of this size, the same each time. The last quarter of a prefill is padding, and the caches
+    hold noise, also where a decode step must not look."""
+    embedding = cast(Any, language_model).get_input_embeddings().weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.shape[0], (1, size.tokens), generator=generator)
+    last = size.cache // 2 if size.kind == "decode" else size.tokens - 1 - size.tokens // 4
+    caches = empty_caches(cast(Any, language_model.config), size.cache, embedding.dtype, embedding.device)
+    return (
+        nn.functional.embedding(ids.to(embedding.device), embedding),
+        torch.tensor([last], device=embedding.device),
+        *(torch.randn(cache.shape, generator=generator).to(cache) for cache in caches),
+    )
+
+
+def export_program(language_model: nn.Module, lm_head: nn.Module, size: ProgramSize) -> ExportedProgram:
+    """Export the program of one size, on the model's device and in its dtype; the weights are shared, not copied.
+
+    One export at a time in a process, and nothing else may use the model meanwhile: torch replaces its parameters.
+    """
+    program = DecoderProgram(language_model, lm_head, size).eval()
+    with torch.no_grad(), explicit_attention(language_model):
+        return torch.export.export(program, example_inputs(language_model, size), strict=False)
+
+
+def weights_digest(language_model: nn.Module, lm_head: nn.Module) -> str:
+    """SHA-256 (hex) of all that the programs of a decoder compute with: settings, weights and their dtype.
+
+    The token embedding is not among them. About a second per gigabyte.
+    """
+    settings = cast(Any, language_model.config).to_dict()
+    settings = {name: value for name, value in settings.items() if name not in _NOT_COMPUTED}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    embedding = cast(Any, language_model).get_input_embeddings()
+    parts = [*language_model.named_parameters(), *((f"head.{n}", p) for n, p in lm_head.named_parameters())]
+    for name, weight in sorted(parts, key=lambda part: part[0]):
+        if weight is embedding.weight and not name.startswith("head."):
+            continue
+        sha.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
+        sha.update(weight.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+    return sha.hexdigest()
