@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from builder import islands
+from builder.calibrate import AUTO, AUTO_SHARE
 from builder.compile import WORKSPACE_GIB
 from builder.config import BuildConfig, parse_target
+from builder.plugins import COMPRESSIONS, choose, kernel_target
 from earlytom.config import PRESETS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
@@ -52,11 +55,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     choice = trt.resolve_backend(options.backend)
     if options.hardware_compatible and choice.backend != "tensorrt":
         raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
+    kernel = kernel_target(target, options.hardware_compatible)
+    kernels = choose(options.compression, choice.backend, kernel, options.schedule)
+    depth = feature_depth(checkpoint.config)
     return (
         options,
         BuildConfig(
             checkpoint=checkpoint,
-            earlytom=_method(options, feature_depth(checkpoint.config)),
+            earlytom=_method(options, depth),
             frames=checkpoint.frames if options.frames is None else options.frames,
             dtype=options.dtype,
             target=target,
@@ -64,7 +70,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
             backend_version=_version(choice.backend),
             hardware_compatible=options.hardware_compatible,
             workspace_gib=options.workspace,
+            compression=kernels.compression,
             calibration=tuple(options.calibration),
+            islands=_islands(options, depth),
         ),
         choice,
     )
@@ -118,12 +126,14 @@ def _method_options(group: Any) -> None:
         "--schedule",
         choices=SCHEDULES,
         default="budget",
-        help="budget: fixed frame counts, one engine with static shapes (default); adaptive runs in PyTorch only",
+        help="budget: fixed frame counts, one engine with static shapes (default); adaptive: the video decides how "
+        "many frames stay, a chain of engines cut after each merge layer",
     )
     group.add_argument(
         "--frame-budget",
-        metavar="SHARE|N,N,N",
-        help="frames kept at each merge layer, as a share or as one count per layer (default: 0.75)",
+        metavar="SHARE|N,N,N|auto",
+        help="frames kept at each merge layer, as a share or as one count per layer; auto: as many as the adaptive "
+        f"schedule keeps at most in {AUTO_SHARE:.0%} of the --calibration clips (default: 0.75)".replace("%", "%%"),
     )
 
 
@@ -137,6 +147,13 @@ def _engine_options(group: Any) -> None:
         precision.add_argument(f"--{name}", dest="dtype", action="store_const", const=name, help=what)
     group.set_defaults(dtype="fp16")
     group.add_argument(
+        islands.OPTION,
+        "--fp16-islands",
+        metavar="NAME,...",
+        help="what stays fp32 with --fp16 or --bf16, such as default,residual,mlp:20-25; 'list' shows what there is "
+        "and what it costs, 'python -m builder.verify ENGINE --layers' where it is needed (default: default)",
+    )
+    group.add_argument(
         "--target", default="a100", metavar="GPU", help="a100, or a capability such as 8.9 (default: a100 = 8.0)"
     )
     group.add_argument(
@@ -145,6 +162,13 @@ def _engine_options(group: Any) -> None:
         default="auto",
         help="auto: tensorrt where it and a GPU are, else tensorrt-rtx (compiles ahead of time, needs no GPU), else "
         "onnx (stops at the ONNX file)",
+    )
+    group.add_argument(
+        "--compression",
+        choices=COMPRESSIONS,
+        default="auto",
+        help="how the compression stage runs: as TensorRT plugins (tensorrt only, needs Triton to build) or as native "
+        "operators of the graph; auto: plugin with tensorrt, else native",
     )
     group.add_argument(
         "--hardware-compatible",
@@ -190,7 +214,9 @@ def _method(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
         changes["tau"] = options.tau
     if options.merge_layers is not None:
         changes["merge_layers"] = _layers(options.merge_layers)
-    if options.frame_budget is not None:
+    if options.frame_budget is not None and options.schedule == "adaptive":
+        raise UserError("--frame-budget is for --schedule budget: in the adaptive one the video decides")
+    if options.frame_budget not in (None, AUTO):
         changes["frame_budget"] = _budget(options.frame_budget)
     defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": EarlyTomConfig.layers_for(depth)}
     try:
@@ -210,6 +236,14 @@ _OPTIONS = {
 _SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
 
 
+def _islands(options: argparse.Namespace, depth: int) -> islands.Islands:
+    if options.islands is not None and options.dtype == "fp32":
+        raise UserError(f"{islands.OPTION} is for --fp16 and --bf16: with --fp32 everything is fp32")
+    if options.islands in (None, islands.LIST):
+        return islands.DEFAULT
+    return islands.parse(options.islands, depth)
+
+
 def _layers(text: str) -> tuple[int, ...]:
     if text.lower() == "none":
         return ()
@@ -223,7 +257,9 @@ def _budget(text: str) -> float | tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(",")) if "," in text else float(text)
     except ValueError as error:
-        raise UserError(f"--frame-budget {text!r}: give a share such as 0.75, or one count per merge layer") from error
+        raise UserError(
+            f"--frame-budget {text!r}: give a share such as 0.75, one count per merge layer, or {AUTO}"
+        ) from error
 
 
 def _number(text: str) -> float:

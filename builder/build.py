@@ -11,6 +11,7 @@ verified is not published, unless --no-verify says so.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import signal
@@ -23,16 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.filesize import decimal
 from torch import Tensor
 
-from builder import cache, verify
+from builder import cache, islands, verify
 from builder.arguments import parse
-from builder.compile import CompileReport, Progress, check_target, compile_engine
+from builder.calibrate import AUTO, FramesKept, frames_kept
+from builder.chain import export_chain
+from builder.compile import CompileReport, check_target, compile_engine
 from builder.config import BuildConfig, project_version
 from builder.export import ExportedGraph, VisionGraph, export_onnx
 from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
-from builder.precision import set_precision
+from builder.plugins import choose, kernel_target
+from builder.precision import set_vision_precision
+from builder.show import progress_line, show_kept, show_plan, show_result, summary
 from runtime import cli, contract
 from runtime.checkpoint import load_vision
 from runtime.clip import draw_clip
@@ -70,27 +74,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.checkpoint.trained:
         screen.line("note: its weights are not trained, so answers will be nonsense; counts and speed are real")
     screen.line(f"backend: {config.backend} ({choice.reason})")
+    if config.backend != "onnx":
+        target = kernel_target(config.target, config.hardware_compatible)
+        reason = choose(options.compression, config.backend, target, options.schedule).reason
+        screen.line(f"compression: {config.compression} ({reason})")
+    kept: FramesKept | None = None
+    if options.frame_budget == AUTO:
+        config, kept = auto_budget(config, screen)
     key = config.key()
     folder = options.out / config.name(key)
+    if options.islands == islands.LIST:
+        islands.show(screen, config)
+        screen.result(islands.record(config))
+        return 0
     show_plan(screen, config)
     if options.dry_run:
+        if config.dtype != "fp32":
+            islands.show(screen, config)
         screen.line(f"key: {key}\nfolder: {folder}\nnothing was built (--dry-run)")
         screen.result(summary(config, key, folder, None, cached=False))
         return 0
     if config.backend != "onnx":
         check_target(config.backend, config.target, config.hardware_compatible)
-    if not options.force and (found := cache.find(folder, key, verified=options.verify)):
+    checks = {"verified": options.verify, "text": bool(options.verify_text)}
+    if not options.force and (found := cache.find(folder, key, **checks)):
         screen.line(f"unchanged: {folder} was built {found.created} and is used as it is (--force builds it again)")
         screen.result(summary(config, key, folder, found, cached=True))
         return 0
     if folder.is_dir() and not options.force:
-        screen.line(f"{folder} is damaged or was not verified: it is built again")
+        screen.line(f"{folder} is damaged or, as far as it is asked for, not verified: it is built again")
     with cache.staging(folder, lambda: screen.line("another process is building this engine: waiting for it")) as place:
-        if not options.force and (found := cache.find(folder, key, verified=options.verify)):
+        if not options.force and (found := cache.find(folder, key, **checks)):
             screen.line(f"unchanged: {folder} was just built by another process")  # while this one waited
             screen.result(summary(config, key, folder, found, cached=True))
             return 0
-        manifest = build(config, key, folder.name, place, options, screen)
+        manifest = build(config, key, folder.name, place, options, screen, kept)
         cache.publish(place, folder)
     show_result(screen, manifest, folder)
     screen.result(summary(config, key, folder, manifest, cached=False))
@@ -98,75 +116,150 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build(
-    config: BuildConfig, key: str, name: str, place: Path, options: argparse.Namespace, screen: cli.Screen
+    config: BuildConfig,
+    key: str,
+    name: str,
+    place: Path,
+    options: argparse.Namespace,
+    screen: cli.Screen,
+    kept: FramesKept | None = None,
 ) -> Manifest:
-    """Fill the staging folder `place`; returns the manifest, already written there."""
-    stages = Stages(screen)
+    """Fill the staging folder `place`; returns the manifest, already written there.
+
+    `kept`: what the frame budget was taken from, if it was measured.
+    """
+    stages, key_parts = Stages(screen), config.key_parts()
     # First, so that a clip that cannot be read costs nothing.
-    clips = calibration_clips(config, place) if options.verify else {}
-    graph: ExportedGraph = stages.run(
-        "export", f"{config.checkpoint.name} to ONNX in {config.dtype}", lambda: export(config, place)
+    clips = calibration_clips(config, place) if options.verify or config.adaptive else {}
+    if config.adaptive:
+        kept = stages.run("calibrate", "how many frames each merge keeps", lambda: calibrate(config, clips))
+        show_kept(screen, config, kept)
+    graphs: tuple[ExportedGraph, ...] = stages.run(
+        "export",
+        f"{config.checkpoint.name} to ONNX in {config.dtype}",
+        lambda: export_stages(config, place) if config.adaptive else (export(config, place),),
     )
-    compiled: CompileReport | None = None
+    compiled: tuple[CompileReport, ...] = ()
     if config.backend != "onnx":
         target = ".".join(map(str, config.target))
         compiled = stages.run(
             "compile",
             f"{config.backend} {config.backend_version} for compute capability {target}",
-            lambda: compile_engine(
-                graph.path,
-                place / contract.ENGINE_FILE,
-                flavour=config.backend,
-                dtype=config.dtype,
-                target=config.target,
-                hardware_compatible=config.hardware_compatible,
-                workspace_gib=config.workspace_gib,
-                layers_path=place / contract.LAYERS_FILE,
-                progress=progress_line(screen),
-            ),
+            lambda: compile_graphs(config, graphs, place, kept, screen),
         )
     peak = peak_bytes(compiled)  # now: the gate loads more than a build needs
     report: verify.Report | None = None
     if options.verify:
+        paths = [graph.path for graph in graphs]
         report = stages.run(
-            "verify", "against the PyTorch reference", lambda: check(config, graph.path, clips, options, stages)
+            "verify",
+            "against the PyTorch reference",
+            lambda: check(config, paths if config.adaptive else paths[0], clips, options, stages),
         )
         report.require()
     figures = {f"{stage}_seconds": seconds for stage, seconds in stages.seconds.items()} | {"build_peak_bytes": peak}
-    figures |= {f"flops_{what}": float(count) for what, count in config.flops.items()}
-    write_report(place / contract.REPORT_FILE, report, compiled, figures)
-    manifest = describe(config, key, name, place, report, figures)
+    counts = config.flops
+    if config.adaptive and kept is not None:  # of the median clip
+        usual = tuple(median for _, median, _ in kept.ranges)
+        counts = config.flops_of(usual, config.tokens_of(usual[-1]))
+    figures |= {f"flops_{what}": float(count) for what, count in counts.items()}
+    write_report(place / contract.REPORT_FILE, report, compiled, figures, key_parts, kept)
+    manifest = describe(config, key, name, place, report, compiled, figures, kept)
     manifest.write(place)
     return manifest
 
 
 def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
-    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (layer norms in fp32).
+    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (the islands in fp32).
 
-    Weights are read in fp32, so that layer norms keep theirs and one that `dtype` cannot hold is noticed.
+    Weights are read in fp32, so that islands keep theirs and one that `dtype` cannot hold is noticed.
     """
     part = load_vision(config.checkpoint, torch.float32)
     preprocessing = config.checkpoint.preprocessing
+    set_vision_precision(part.vision_tower, part.projector, dtype, config.islands)
     return VisionGraph(
-        set_precision(part.vision_tower, dtype),
-        set_precision(part.projector, dtype),
+        part.vision_tower,
+        part.projector,
         config.earlytom,
         mean=preprocessing.mean,
         std=preprocessing.std,
         depth=config.depth,
+        dtype=dtype,
+        islands=config.islands,
     )
 
 
 def export(config: BuildConfig, place: Path) -> ExportedGraph:
-    """The export stage: `vision.onnx` in `place`. The weights are freed before anything else starts."""
+    """`vision.onnx` in `place`. The weights are freed before anything else starts."""
     graph = vision_graph(config, contract.DTYPES[config.dtype])
     return export_onnx(graph, config.frames, config.checkpoint.preprocessing.size, place / contract.ONNX_FILE)
 
 
+def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
+    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain."""
+    graph = vision_graph(config, contract.DTYPES[config.dtype])
+    return export_chain(graph, config.frames, config.checkpoint.preprocessing.size, place)
+
+
+def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
+    """Frames that the adaptive schedule keeps of each clip, with the settings of `config`."""
+    return frames_kept(vision_graph(config, torch.float32), clips)
+
+
+def auto_budget(config: BuildConfig, screen: cli.Screen) -> tuple[BuildConfig, FramesKept]:
+    """`config` with the frame budget that the calibration clips suggest, and what was measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        clips = calibration_clips(config, Path(folder))
+    kept = calibrate(config, clips)
+    show_kept(screen, config, kept)
+    if not config.calibration:
+        screen.line(f"note: --frame-budget {AUTO} goes by clips like yours: name some with --calibration")
+    budget = kept.budget()
+    screen.line(f"frame budget: {' -> '.join(map(str, (config.frames, *budget)))} (--frame-budget {AUTO})")
+    return dataclasses.replace(config, earlytom=config.earlytom.replace(frame_budget=budget)), kept
+
+
+def compile_graphs(
+    config: BuildConfig, graphs: Sequence[ExportedGraph], place: Path, kept: FramesKept | None, screen: cli.Screen
+) -> tuple[CompileReport, ...]:
+    """The compile stage: an engine and a layer list for each graph."""
+    usual = None if kept is None else [median for _, median, _ in kept.ranges]
+    shares = config.stage_half_shares if config.adaptive else (config.half_share,)
+    reports = []
+    for stage, graph in enumerate(graphs):
+        engine, layers = contract.ENGINE_FILE, contract.LAYERS_FILE
+        if config.adaptive:
+            engine, layers = (contract.stage_file(name, stage) for name in (engine, layers))
+        reports.append(
+            compile_engine(
+                graph.path,
+                place / engine,
+                flavour=config.backend,
+                dtype=config.dtype,
+                target=config.target,
+                hardware_compatible=config.hardware_compatible,
+                workspace_gib=config.workspace_gib,
+                compression=config.compression,
+                expected_share=shares[stage] if config.dtype != "fp32" else 1.0,
+                profile=(1, usual[stage], config.frames) if config.adaptive and usual else None,
+                layers_path=place / layers,
+                progress=progress_line(screen),
+            )
+        )
+    return tuple(reports)
+
+
 def check(
-    config: BuildConfig, onnx_path: Path, clips: dict[str, Tensor], options: argparse.Namespace, stages: Stages
+    config: BuildConfig,
+    onnx_path: Path | Sequence[Path],
+    clips: dict[str, Tensor],
+    options: argparse.Namespace,
+    stages: Stages,
 ) -> verify.Report:
-    """The verify stage: the gate on real frames; leaves the reference in Polygraphy's format beside the graph."""
+    """The verify stage: the gate on real frames; leaves the reference in Polygraphy's format beside the graph.
+
+    `onnx_path`: the graph, or those of a chain.
+    """
     reference = vision_graph(config, torch.float32)
     with_text = options.verify_text
     if with_text is None:
@@ -180,7 +273,8 @@ def check(
         text_with_equal_decisions=not config.checkpoint.trained,
         say=stages.note,
     )
-    verify.save_reference(onnx_path.parent, next(iter(clips.values())), wanted)
+    place = (onnx_path if isinstance(onnx_path, Path) else onnx_path[0]).parent
+    verify.save_reference(place, next(iter(clips.values())), wanted)
     stages.screen.table(
         ("step", "what", "value", "limit", ""),
         [
@@ -212,7 +306,9 @@ def describe(
     name: str,
     place: Path,
     report: verify.Report | None,
+    compiled: Sequence[CompileReport],
     figures: dict[str, float],
+    kept: FramesKept | None = None,
 ) -> Manifest:
     """The manifest of what `place` holds."""
     checkpoint, vision = config.checkpoint, config.model.vision_config
@@ -242,95 +338,46 @@ def describe(
         target=".".join(map(str, config.target)),
         backend=config.backend,
         backend_version=config.backend_version,
+        compression=config.compression,
+        plugins=tuple(record for one in compiled for record in one.plugins),
         files=describe_files(place),
         figures=figures,
         verification=None if report is None else report.to_dict(),
         # ONNX Runtime cannot run bf16 graphs on a CPU, so there is no line that would work everywhere.
-        polygraphy="" if report is None or config.dtype == "bf16" else verify.polygraphy_command(report.tolerance),
+        islands=None if config.islands == islands.DEFAULT else config.islands.words,
+        polygraphy=""
+        if report is None or config.dtype == "bf16" or config.adaptive  # nor does Polygraphy run a chain
+        else verify.polygraphy_command(report.tolerance),
+        frames_kept=kept.ranges if kept is not None and config.adaptive else None,
     )
 
 
 def write_report(
-    path: Path, report: verify.Report | None, compiled: CompileReport | None, figures: dict[str, float]
+    path: Path,
+    report: verify.Report | None,
+    compiled: Sequence[CompileReport],
+    figures: dict[str, float],
+    key_parts: dict[str, Any],
+    kept: FramesKept | None = None,
 ) -> None:
-    """report.json: the gate's checks, the compiler's report and the figures of the build."""
+    """report.json: the gate's checks, the compiler's report (of a chain a list of them), the figures of the build, what
+    its key is made of and, where that was measured, how many frames the adaptive schedule keeps."""
+    reports = [one.to_dict() for one in compiled]
     record = {
         "verification": None if report is None else report.to_dict(),
-        "compile": None if compiled is None else compiled.to_dict(),
+        "compile": reports if len(reports) > 1 else next(iter(reports), None),
         "figures": figures,
+        "key_parts": key_parts,
     }
+    if kept is not None:
+        record["frames_kept"] = kept.to_dict()
     path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def peak_bytes(compiled: CompileReport | None) -> float:
+def peak_bytes(compiled: Sequence[CompileReport]) -> float:
     """Peak resident memory so far, of this process or of the one that compiled, whichever is larger."""
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return float(max(own, compiled.peak_rss_bytes if compiled else 0))
-
-
-def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
-    """What will be kept and what it will cost, from shapes alone."""
-    layers = config.earlytom.merge_layers
-    names = ["input", *(f"after layer {layer}" for layer in layers)]
-    screen.table(("stage", "frames"), list(zip(names, config.stages, strict=True)))
-    full = config.frames * config.tokens_per_frame
-    costs = [("tokens to the LLM", full, config.tokens)]
-    costs += [(f"{what} GFLOP", config.flops[f"{what}_full"], config.flops[what]) for what in ("vision", "prefill")]
-    shown = [
-        (what, *(n if "tokens" in what else round(n / 1e9, 2) for n in (before, after)), f"{after / before:.1%}")
-        for what, before, after in costs
-    ]
-    screen.table(("cost of a clip", "full", "compressed", "share"), shown)
-    sizes = config.expected_bytes
-    screen.line(
-        f"expected: weights {sizes['weights'] / 2**20:.1f} MiB, input {sizes['input'] / 2**20:.1f} MiB, "
-        f"output {sizes['output'] / 2**20:.2f} MiB"
-    )
-
-
-def show_result(screen: cli.Screen, manifest: Manifest, folder: Path) -> None:
-    """What was built, and what to type next."""
-    rows = [(name, decimal(record.bytes)) for name, record in manifest.files.items()]
-    screen.table(("file", "size"), rows)
-    if manifest.verification is None:
-        screen.line("not verified (--no-verify)")
-    screen.line(f"engine: {folder}")
-    screen.line(f'ask it: python -m runtime.ask --engine {folder} VIDEO "QUESTION"')
-
-
-def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | None, *, cached: bool) -> dict[str, Any]:
-    """The JSON line."""
-    return {
-        "folder": str(folder),
-        "key": key,
-        "built": manifest is not None and not cached,
-        "cached": cached,
-        "model": config.checkpoint.source,
-        "backend": config.backend,
-        "backend_version": config.backend_version,
-        "target": ".".join(map(str, config.target)),
-        "dtype": config.dtype,
-        "frames_per_stage": list(config.stages),
-        "tokens": config.tokens,
-        "tokens_full": config.frames * config.tokens_per_frame,
-        "flops": config.flops,
-        "expected_bytes": config.expected_bytes,
-        "verified": None if manifest is None or manifest.verification is None else manifest.verification["passed"],
-        "figures": {} if manifest is None else manifest.figures,
-    }
-
-
-def progress_line(screen: cli.Screen) -> Any:
-    """A callback for the compiler: its phase, at most once in two seconds."""
-    shown = 0.0
-
-    def show(progress: Progress) -> None:
-        nonlocal shown
-        if progress.seconds >= shown + 2:
-            shown = progress.seconds
-            screen.line(f"  {progress.phase} ({progress.seconds:.0f} s)")
-
-    return show
+    return float(max([own, *(one.peak_rss_bytes for one in compiled)]))
 
 
 def _stop(signum: int, frame: Any) -> None:

@@ -21,10 +21,11 @@ from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
 
-def find(folder: Path, key: str, *, verified: bool) -> Manifest | None:
+def find(folder: Path, key: str, *, verified: bool, text: bool = False) -> Manifest | None:
     """The manifest of a finished engine, if `folder` holds one built for `key` and (if asked for) verified.
 
-    A folder that is there but damaged counts as missing: it will be built again.
+    `text`: verified with the gate's last step, which not every verification runs. A folder that is there but damaged
+    counts as missing: it will be built again.
     """
     if not folder.is_dir():
         return None
@@ -32,7 +33,8 @@ def find(folder: Path, key: str, *, verified: bool) -> Manifest | None:
         manifest = Manifest.read(folder)
     except EngineError:
         return None
-    passed = manifest.verification is not None and manifest.verification["passed"]
+    gate = manifest.verification
+    passed = gate is not None and gate["passed"] and (not text or "text" in gate.get("steps", ()))
     return manifest if manifest.key == key and (passed or not verified) else None
 
 

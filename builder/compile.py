@@ -30,9 +30,11 @@ from typing import Any
 
 from builder.engine_process import Request
 from builder.layers import LayerSummary
+from builder.plugins import choose, kernel_target
 from earlytom.errors import UserError
 from runtime import trt as seam
 from runtime.errors import EngineError
+from runtime.manifest import PluginRecord
 
 # Far above what a tower needs (0.1 GB of scratch for 8 frames of SigLIP-so400m), well below an A100: a graph that would
 # materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other bytes.
@@ -62,6 +64,8 @@ class CompileReport:
         seconds: "parse", "build" (serialising included) and "total" with the start of the process.
         warnings: what TensorRT warned about.
         layers: figures of layers.json; `layers.half_share` and `layers.attention_fused` are the ones to look at.
+        compression: "native" or "plugin".
+        plugins: the kernels of the plugins, with what they cost; none where the compression stage is native.
     """
 
     flavour: str
@@ -74,6 +78,8 @@ class CompileReport:
     seconds: dict[str, float]
     warnings: tuple[str, ...]
     layers: LayerSummary
+    compression: str = "native"
+    plugins: tuple[PluginRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layers": self.layers.to_dict()}
@@ -88,6 +94,9 @@ def compile_engine(
     target: seam.Capability = (8, 0),
     hardware_compatible: bool = False,
     workspace_gib: float = WORKSPACE_GIB,
+    compression: str = "auto",
+    expected_share: float = 1.0,
+    profile: tuple[int, int, int] | None = None,
     layers_path: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CompileReport:
@@ -99,13 +108,17 @@ def compile_engine(
         target: compute capability of the GPU it will run on; (8, 0) is the A100.
         hardware_compatible: tensorrt only: kernels that run on Ampere and everything newer, at some cost in speed.
         workspace_gib: most scratch memory a layer may use on the GPU.
+        compression: "plugin", "native" or "auto", see `builder.plugins.choose`.
+        expected_share: share of the flops of matrix products that the graph has in `dtype`; the rest are its islands.
+        profile: least, usual and largest size of the first dimension of inputs in which that is dynamic.
         layers_path: where the layer list goes; default `layers.json` beside the engine.
         progress: called at every phase and at least once a second, in this thread.
 
     Raises:
         EngineError: the flavour is missing, the target cannot be built for here, or TensorRT ended abnormally.
         UserError: no such file or not ONNX, an operator that cannot be compiled (with the names of the nodes), dynamic
-            shapes, a graph TensorRT refuses, or an engine whose precision is not `dtype`.
+            shapes without a profile, a graph TensorRT refuses, an engine whose precision is not `dtype`, or plugins
+            that this flavour, target or machine does not have.
         OSError: the engine could not be written (disk full, read-only).
         KeyboardInterrupt: passed on after the build process was ended. Nothing is left behind by any of these.
     """
@@ -116,6 +129,7 @@ def compile_engine(
     if not workspace_gib > 0:
         raise UserError(f"workspace must be more than 0 GiB, got {workspace_gib}")
     check_target(flavour, target, hardware_compatible)
+    kernel = kernel_target(target, hardware_compatible)
     partial = {p: p.with_name(f".{p.name}.{os.getpid()}.partial") for p in (engine_path, layers_path)}
     request = Request(
         onnx=str(onnx_path.resolve()),
@@ -126,6 +140,9 @@ def compile_engine(
         dtype=dtype,
         hardware_compatible=hardware_compatible,
         workspace_bytes=int(workspace_gib * 2**30),
+        compression=choose(compression, flavour, kernel, "budget" if profile is None else "adaptive").compression,
+        expected_share=expected_share,
+        profile=profile,
     )
     started = time.monotonic()
     try:
@@ -138,6 +155,7 @@ def compile_engine(
     answer["seconds"]["total"] = time.monotonic() - started
     summary = LayerSummary.from_dict(answer.pop("layers"))
     warnings = tuple(answer.pop("warnings"))
+    plugins = tuple(PluginRecord(**record) for record in answer.pop("plugins"))
     return CompileReport(
         flavour=flavour,
         target=".".join(map(str, target)),
@@ -145,6 +163,8 @@ def compile_engine(
         hardware_compatible=hardware_compatible,
         warnings=warnings,
         layers=summary,
+        compression=request.compression,
+        plugins=plugins,
         **answer,
     )
 
@@ -190,7 +210,9 @@ def check_target(flavour: str, target: seam.Capability, hardware_compatible: boo
 
 def _run(request: Request, progress: Callable[[Progress], None] | None, started: float) -> dict[str, Any]:
     """Start the build process, pass its progress on, return its answer or raise its error."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    # Triton compiles nothing in its interpreter, which this variable would choose.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-c", "import sys; from builder.engine_process import serve; sys.exit(serve())"]
     last = Progress("Starting", 0, 0, 0.0)
     answer: dict[str, Any] | None = None

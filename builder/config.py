@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.compile import WORKSPACE_GIB
+from builder.islands import DEFAULT, Costs, Islands
+from builder.plugins import triton_version
 from earlytom import flops
-from earlytom.budget import frames_per_stage, pooled_side, token_count
+from earlytom.budget import frames_per_stage, most_tokens, pooled_side, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
@@ -53,14 +55,16 @@ class BuildConfig:
 
     Attributes:
         checkpoint: the model, described but not loaded.
-        earlytom: the method's settings; the schedule is "budget".
+        earlytom: the method's settings.
         frames: F, frames of a clip.
         dtype: "fp16", "bf16" or "fp32".
         target: compute capability the engine is for.
         backend: "onnx", "tensorrt" or "tensorrt-rtx", already resolved.
         backend_version: version of the library that compiles.
         hardware_compatible, workspace_gib: see `builder.compile.compile_engine`.
+        compression: "plugin" or "native", already resolved.
         calibration: video files whose frames the gate runs on; none means the drawn clip.
+        islands: what stays fp32 in half precision.
     """
 
     checkpoint: Checkpoint
@@ -72,19 +76,22 @@ class BuildConfig:
     backend_version: str
     hardware_compatible: bool = False
     workspace_gib: float = WORKSPACE_GIB
+    compression: str = "native"
     calibration: tuple[Path, ...] = ()
+    islands: Islands = DEFAULT
 
     def __post_init__(self) -> None:
         if not 1 <= self.frames <= MAX_FRAMES:
             raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {self.frames}: set --frames")
-        if self.earlytom.schedule != "budget":
+        if self.adaptive and self.compression == "plugin":
+            raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
+        if self.earlytom.merges_inside:
             raise UserError(
-                "a single engine has static shapes, so its schedule is budget, not "
-                f"{self.earlytom.schedule}: build with --schedule budget (the adaptive schedule runs in PyTorch: "
-                "earlytom.apply_earlytom)"
+                "an engine holds the vision part, so inner merging is not part of a build: give "
+                f"--inner-layer {self.earlytom.inner_layer} to python -m runtime.ask"
             )
         self.earlytom.check_layers(self.depth)
-        frames_per_stage(self.frames, merges=len(self.earlytom.merge_layers), frame_budget=self.earlytom.frame_budget)
+        _ = self.stages  # a frame budget that does not fit is refused
 
     @property
     def model(self) -> Any:
@@ -97,9 +104,16 @@ class BuildConfig:
         return feature_depth(self.model)
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
+        return self.earlytom.schedule == "adaptive"
+
+    @property
     def stages(self) -> tuple[int, ...]:
-        """Frames before the first merge and after each one."""
+        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them."""
         merges = len(self.earlytom.merge_layers)
+        if self.adaptive:
+            return (self.frames,) * (merges + 1)
         return frames_per_stage(self.frames, merges=merges, frame_budget=self.earlytom.frame_budget)
 
     @property
@@ -110,23 +124,36 @@ class BuildConfig:
 
     @property
     def tokens(self) -> int:
-        """N, tokens that reach the LLM."""
-        return token_count(
-            self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=self.stages[-1]
-        )
+        """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
+        if self.adaptive:
+            merges = len(self.earlytom.merge_layers)
+            return most_tokens(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, merges=merges)
+        return self.tokens_of(self.stages[-1])
+
+    def tokens_of(self, frames_left: int) -> int:
+        """Tokens that reach the LLM of so many frames, none of them static."""
+        return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
 
     @property
     def flops(self) -> dict[str, int]:
-        """Exact counts, see `earlytom.flops`: vision (tower and projector) and prefill, full and compressed."""
+        """`flops_of` what stays; adaptive schedule: of the most that can."""
+        return self.flops_of(self.stages, self.tokens)
+
+    def flops_of(self, stages: tuple[int, ...], tokens: int) -> dict[str, int]:
+        """Exact counts, see `earlytom.flops`: vision (tower and projector) and prefill, full and compressed.
+
+        Args:
+            stages: frames before the first merge and after each one.
+            tokens: that reach the LLM.
+        """
         config, layers = self.model, self.earlytom.merge_layers
         vision, text = config.vision_config, config.text_config
         return {
             "vision_full": flops.vision_encoder(vision, (self.frames,), (), self.depth)
             + flops.projector(config, self.frames),
-            "vision": flops.vision_encoder(vision, self.stages, layers, self.depth)
-            + flops.projector(config, self.stages[-1]),
+            "vision": flops.vision_encoder(vision, stages, layers, self.depth) + flops.projector(config, stages[-1]),
             "prefill_full": flops.prefill(text, self.frames * self.tokens_per_frame),
-            "prefill": flops.prefill(text, self.tokens),
+            "prefill": flops.prefill(text, tokens),
         }
 
     @property
@@ -140,26 +167,48 @@ class BuildConfig:
         grid = vision.image_size // patch
         embeddings = hidden * (3 * patch * patch + 1 + grid * grid)
         projector = width * (hidden + width + 2)
+        wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
         return {
-            "weights": size * (self.depth * layer + embeddings + projector),
+            "weights": size * (self.depth * layer + embeddings + projector) + wider,
             "input": self.frames * 3 * vision.image_size**2,
             "output": self.tokens * (width * size + 8),
         }
 
-    def key(self) -> str:
-        """SHA-256 over everything that changes the folder that is built."""
-        parts: dict[str, Any] = {
+    @property
+    def half_share(self) -> float:
+        """Share of the flops of matrix products that a half graph with these islands has in half."""
+        return Costs(self).half_share(self.islands)
+
+    @property
+    def stage_half_shares(self) -> tuple[float, ...]:
+        """`half_share` of every stage of a chain, as its layer list has it: of one frame where they are dynamic."""
+        stages = (self.frames, *([1] * len(self.earlytom.merge_layers)))
+        return Costs(self, stages).stage_shares(self.islands)
+
+    def key_parts(self) -> dict[str, Any]:
+        """Everything that changes the folder that is built, in plain JSON types; report.json keeps it."""
+        return {
             "model": self.checkpoint.digest(),
             "earlytom": self.earlytom.to_dict(),
             "frames": self.frames,
             "dtype": self.dtype,
-            "target": self.target,
-            "backend": [self.backend, self.backend_version, self.hardware_compatible, self.workspace_gib],
+            "target": ".".join(map(str, self.target)),
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "hardware_compatible": self.hardware_compatible,
+            "workspace_gib": self.workspace_gib,
+            "compression": self.compression,
             "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
             "code": _code_digest(),
-            "libraries": [metadata.version(name) for name in EXPORTERS],
+            "libraries": {name: metadata.version(name) for name in EXPORTERS},
+            "triton": triton_version() if self.compression == "plugin" else None,
+            # Only where it is another than usual, so that what was built before there was a choice is still found.
+            **({} if self.islands == DEFAULT else {"islands": list(self.islands.words)}),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def key(self) -> str:
+        """SHA-256 over `key_parts`."""
+        return hashlib.sha256(json.dumps(self.key_parts(), sort_keys=True).encode()).hexdigest()
 
     def name(self, key: str) -> str:
         """Name of the engine folder."""
@@ -172,19 +221,19 @@ class BuildConfig:
             self.dtype,
             f"r{ratio}",
             f"f{self.frames}",
+            *(["adaptive"] if self.adaptive else []),
             key[:10],
         ]
         return "-".join(words)
 
 
-def _code_digest() -> str:
-    """Digest of the sources that decide what an engine contains; their tests and the bundled weights do not."""
-    sha = hashlib.sha256()
+def _code_digest() -> dict[str, str]:
+    """SHA-256 of every source that decides what an engine contains; their tests and the bundled weights do not."""
     root = Path(__file__).resolve().parent.parent
-    paths = [path for path in (root / "builder").glob("*.py") if path.name != "evaluate.py"]
-    paths += (root / "earlytom").glob("*.py")
+    others = ("drift.py", "evaluate.py", "inspect.py")  # they look at engines
+    paths = [path for path in (root / "builder").glob("*.py") if path.name not in others]
+    paths += [
+        path for folder in ("builder/plugins", "earlytom", "earlytom/kernels") for path in (root / folder).glob("*.py")
+    ]
     paths += [root / "runtime" / f"{name}.py" for name in ("checkpoint", "checkpoint_files", "contract", "trt")]
-    for path in sorted(paths):
-        sha.update(f"{path.parent.name}/{path.name}".encode())
-        sha.update(path.read_bytes())
-    return sha.hexdigest()
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}

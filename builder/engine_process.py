@@ -19,12 +19,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.layers import LayerSummary, check_precision, parse_layers, summarise
+from builder.plugins import NATIVE, kernel_target
 from earlytom.errors import UserError
 from runtime import trt as seam
 from runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from builder.plugins.registry import Plugins
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -41,6 +45,9 @@ class Request:
     dtype: str
     hardware_compatible: bool
     workspace_bytes: int
+    expected_share: float = 1.0
+    compression: str = "native"
+    profile: tuple[int, int, int] | None = None
 
 
 def serve() -> int:
@@ -81,13 +88,16 @@ def _build(request: Request, say: Say) -> dict[str, Any]:
     started = time.monotonic()
     nodes = check_nodes(Path(request.onnx))
     logger = seam.collecting_logger(trt, verbose=True)
+    plugins = _register_plugins(trt, request)
     builder = trt.Builder(logger)
-    # TensorRT 11 knows strongly typed networks only.
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    _parse(trt, network, logger, request.onnx)
+    network = builder.create_network(_network_flags(trt, plugins))
+    calls = _parse(trt, network, logger, request.onnx, plugins)
+    dynamic = _dynamic_inputs(network, request)
+    if dynamic:
+        _allow_decomposition(trt, network)
     parsed = time.monotonic()
     config = _configure(trt, builder, request)
+    _add_profile(builder, config, dynamic, request)
     monitor = seam.progress_monitor(trt, _throttled(say))
     config.progress_monitor = monitor
     with open(request.engine, "wb") as file:
@@ -95,11 +105,15 @@ def _build(request: Request, say: Say) -> dict[str, Any]:
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if writer.error is not None:
         raise writer.error
+    if plugins is not None:
+        plugins.check()
     if not built or not writer.written:
         raise UserError(_refusal(trt, logger, request))
+    if plugins is not None and calls and not plugins.kernels:
+        raise EngineError(f"{request.flavour} {trt.__version__} asked for no plugin kernel: {NATIVE}")
     done = time.monotonic()
     summary = _save_layers(trt, logger, request, nodes)
-    check_precision(summary, request.dtype)
+    check_precision(summary, request.dtype, expected=request.expected_share)
     return {
         "version": str(trt.__version__),
         "engine_bytes": writer.written,
@@ -107,23 +121,124 @@ def _build(request: Request, say: Say) -> dict[str, Any]:
         "seconds": {"parse": parsed - started, "build": done - parsed},
         "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if _is_warning(m)}),
         "layers": asdict(summary),
+        "plugins": [] if plugins is None else [asdict(record) for record in plugins.records],
     }
 
 
-def _parse(trt: Any, network: Any, logger: Any, path: str) -> None:
-    """Fill the network from the file, whose external data lies beside it; every parser error is one in the message."""
+def _register_plugins(trt: Any, request: Request) -> Plugins | None:
+    """The compression stage's plugins in TensorRT's registry, if this engine is to have them."""
+    if request.compression != "plugin":
+        return None
+    from builder.plugins.registry import register
+
+    major, minor = request.target
+    target = kernel_target((major, minor), request.hardware_compatible)
+    return register(trt, seam.load_plugins(request.flavour), target)
+
+
+def _network_flags(trt: Any, plugins: Plugins | None) -> int:
+    known = trt.NetworkDefinitionCreationFlag
+    # TensorRT 11 knows strongly typed networks only.
+    flags = [known.STRONGLY_TYPED] if hasattr(known, "STRONGLY_TYPED") else []
+    if plugins is not None:
+        flags.append(known.PREFER_AOT_PYTHON_PLUGINS)
+    return sum(1 << int(flag) for flag in flags)
+
+
+def _parse(trt: Any, network: Any, logger: Any, path: str, plugins: Plugins | None) -> int:
+    """Fill the network from the file, whose external data lies beside it; every parser error is one in the message.
+
+    Returns the number of plugin layers.
+    """
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(path) or parser.num_errors:
+    calls = 0
+    if plugins is None:
+        good = parser.parse_from_file(path)
+    else:
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+        model, calls = _with_plugin_calls(trt, Path(path))
+        good = parser.parse(model, path)
+        plugins.check()
+    if not good or parser.num_errors:
         errors = seam.parser_errors(parser) or seam.errors_of(logger) or ["no reason given"]
         more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise UserError(f"TensorRT cannot parse {Path(path).name}: {'; '.join(errors[:5])}{more}")
+    if plugins is not None:
+        _check_network(trt, network, calls)
+    return calls
+
+
+def _dynamic_inputs(network: Any, request: Request) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every input of which the first size is -1.
+
+    Raises:
+        UserError: another size is, or there is no profile for it.
+    """
+    found = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        if -1 in tuple(tensor.shape):
+        shape = tuple(tensor.shape)
+        if -1 not in shape:
+            continue
+        if request.profile is None or -1 in shape[1:]:
+            expected = "a fixed one" if request.profile is None else "no other size than the first to be"
             raise UserError(
-                f"input {tensor.name!r} of {Path(path).name} has dynamic shape {tuple(tensor.shape)}, expected a fixed "
-                f"one: export with a fixed number of --frames"
+                f"input {tensor.name!r} of {Path(request.onnx).name} has dynamic shape {shape}, expected {expected}: "
+                f"export with a fixed number of --frames"
             )
+        found[str(tensor.name)] = shape
+    return found
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention in fp32 be taken apart: there are no fused kernels for it, and with dynamic shapes the library asks
+    (with fixed ones it does so by itself)."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.float32:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]], request: Request) -> None:
+    """Tell the builder between which sizes the first dimension of the dynamic inputs will be."""
+    if not dynamic or request.profile is None:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shape in dynamic.items():
+        profile.set_shape(name, *((size, *shape[1:]) for size in request.profile))
+    if config.add_optimization_profile(profile) < 0:
+        raise UserError(f"{request.flavour} refused the profile {request.profile} of {Path(request.onnx).name}")
+
+
+def _with_plugin_calls(trt: Any, path: Path) -> tuple[bytes, int]:
+    """The file's graph with plugin nodes for the compression stage, as bytes, and their number.
+
+    Raises:
+        UserError: a call that TensorRT's own registry has no plugin for.
+    """
+    import onnx
+
+    from builder.plugins.graph import as_plugin_calls
+    from builder.plugins.registry import DOMAIN, PLUGINS, VERSION
+
+    registry = trt.get_plugin_registry()
+    registered = {name for name in PLUGINS if registry.get_creator(name, VERSION, DOMAIN) is not None}
+    model = onnx.load(str(path), load_external_data=False)
+    calls = as_plugin_calls(model, path.name, registered, VERSION)
+    return model.SerializeToString(), calls
+
+
+def _check_network(trt: Any, network: Any, calls: int) -> None:
+    """Refuse a parsed network that does not hold one plugin layer for every call.
+
+    Raises:
+        EngineError: the parser imported some of them as something else.
+    """
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    layers = kinds.count(trt.LayerType.PLUGIN_V3)
+    if layers != calls:
+        raise EngineError(f"TensorRT made {layers} plugin layers of {calls} calls of the compression stage: {NATIVE}")
 
 
 def _configure(trt: Any, builder: Any, request: Request) -> Any:

@@ -2,16 +2,18 @@
 
 In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.contract`). Normalisation is in
 the graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
-Values that the accuracy gate looks at keep the names of the encoder's trace ("hidden_6", "weights_6", "features", ...).
+Values that the accuracy gate and the drift table look at keep the names of the encoder's trace ("hidden_6",
+"weights_6", "features", ...).
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -20,10 +22,12 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from builder import functions
+from builder.islands import DEFAULT, Islands
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import Decisions, encode, trace_names
 from earlytom.errors import UserError
-from earlytom.towers import tower_of
+from earlytom.merge import frame_similarity
+from earlytom.towers import Tower, tower_of
 from runtime import contract
 
 # Attention is one operator from opset 23 on; before, it is decomposed with a half-precision softmax.
@@ -33,7 +37,14 @@ EXTERNAL_DATA_BYTES = 256 * 2**20
 
 
 class SymbolicDecisions(Decisions):
-    """Calls of the ONNX functions in place of the computation."""
+    """Calls of the ONNX functions in place of the computation; the similarity is standard operators."""
+
+    def __init__(self, config: EarlyTomConfig, similarity_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config)
+        self.similarity_dtype = similarity_dtype
+
+    def similarity(self, hidden: Tensor) -> Tensor:
+        return frame_similarity(hidden, self.similarity_dtype)
 
     def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
         assert frames_out is not None  # the adaptive schedule is refused before tracing
@@ -72,11 +83,13 @@ class VisionGraph(nn.Module):
     """What is exported: uint8 frames to every named value of the encoder.
 
     Args:
-        vision_tower, projector: Hugging Face modules, already in the precision of the graph.
+        vision_tower, projector: Hugging Face modules, already in the precision of the graph (`builder.precision`).
         config: the method's settings, budget schedule.
         mean, std: the model's normalisation, per channel, for pixels in [0, 1].
         depth: encoder layers to run.
         decisions: who decides; the reference in PyTorch by default.
+        dtype: of the graph; that of the projector by default.
+        islands: what is fp32 in it, as far as it has no weights.
     """
 
     def __init__(
@@ -89,6 +102,8 @@ class VisionGraph(nn.Module):
         std: Sequence[float],
         depth: int | None = None,
         decisions: Decisions | None = None,
+        dtype: torch.dtype | None = None,
+        islands: Islands = DEFAULT,
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
@@ -96,28 +111,60 @@ class VisionGraph(nn.Module):
         self.config = config
         self.depth = depth
         self.decisions = decisions or Decisions(config)
+        self.dtype = dtype or next(projector.parameters()).dtype
+        self.islands = islands
+        self.every_layer = False  # whether the trace holds every layer
         scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
         self.scale = nn.Buffer(scale.float().view(1, 3, 1, 1), persistent=False)
         self.shift = nn.Buffer(shift.float().view(1, 3, 1, 1), persistent=False)
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """uint8 [F, 3, H, W] to normalised pixels in the tower's dtype; the arithmetic is fp32."""
-        dtype = next(self.projector.parameters()).dtype
-        return (frames.float() * self.scale + self.shift).to(dtype)
+        """uint8 [F, 3, H, W] to normalised pixels in the dtype of the embeddings."""
+        dtype = self._island("pixels")
+        pixels = frames.to(dtype) * self.scale.to(dtype) + self.shift.to(dtype)
+        return pixels.to(self._island("embeddings"))
+
+    @property
+    def tower(self) -> Tower:
+        """The adapter of the vision tower, in the precision of the graph."""
+        tower = tower_of(self.vision_tower)
+        tower.residual_dtype = self._island("residual")
+        tower.matrix_dtype = torch.float32 if "softmax" in self.islands else None
+        tower.logits_dtype = torch.float32 if "logits" in self.islands else None
+        return tower
+
+    @property
+    def layers(self) -> int:
+        """Encoder layers that run."""
+        return len(self.tower.layers) if self.depth is None else self.depth
+
+    @property
+    def similarity_dtype(self) -> torch.dtype:
+        """Of the products that compare frames."""
+        return self._island("similarity")
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         trace: dict[str, Tensor] = {}
         encode(
-            tower_of(self.vision_tower),
+            self.tower,
             self.projector,
             self.pixels(frames),
             self.config,
             self.decisions,
             depth=self.depth,
             trace=trace,
+            every_layer=self.every_layer,
         )
-        return trace
+        return trace | {contract.TOKENS: trace[contract.TOKENS].to(self.dtype)}
+
+    def _island(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self.islands else self.dtype
+
+    @property
+    def trace_names(self) -> list[str]:
+        """The keys of what `forward` returns."""
+        return trace_names(self.config, self.layers if self.every_layer else None)
 
 
 @dataclass(frozen=True)
@@ -144,16 +191,67 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
     if graph.config.schedule != "budget":
         raise UserError(
             "a single engine needs static shapes, so the schedule must be budget, not "
-            f"{graph.config.schedule}: build with --schedule budget (the adaptive schedule runs in PyTorch)"
+            f"{graph.config.schedule}: build with --schedule budget (builder.chain exports the adaptive one)"
         )
-    reference = graph.decisions
-    graph.decisions = SymbolicDecisions(graph.config)
+    kept = graph.decisions, graph.every_layer
+    graph.decisions = SymbolicDecisions(graph.config, graph.similarity_dtype)
+    graph.every_layer = True  # so that all values have their names
     try:
-        model = _trace(graph, torch.zeros(frames, 3, *size, dtype=torch.uint8))
+        model = trace(graph, {contract.FRAMES: torch.zeros(frames, 3, *size, dtype=torch.uint8)}, graph.trace_names)
     finally:
-        graph.decisions = reference
-    _add_functions(model, graph.config, frames)
-    model.graph.outputs[:] = [value for value in model.graph.outputs if value.name in contract.OUTPUTS]
+        graph.decisions, graph.every_layer = kept
+    return save(model, path, contract.OUTPUTS, lambda node: _body(node, graph.config, frames))
+
+
+def trace(
+    graph: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Any = None
+) -> ir.Model:
+    """torch.onnx.export without the chatter of its passes.
+
+    Args:
+        graph: returns values by name.
+        inputs: example inputs, by the names that they will have.
+        outputs: the names of what `graph` returns, in its order.
+        dynamic_shapes: as `torch.export.export` takes them.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph.eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+            )
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def save(
+    model: ir.Model, path: Path, outputs: Sequence[str], body_of: Callable[[ir.Node], ir.Function]
+) -> ExportedGraph:
+    """Finish a traced model and write it, large weights beside it.
+
+    Args:
+        outputs: which of its outputs the graph returns; the others only keep their names.
+        body_of: the body of the function that a node of our domain calls.
+    """
+    for node in model.graph:
+        if node.domain == functions.DOMAIN and (node.domain, node.op_type, "") not in model.functions:
+            body = body_of(node)
+            model.functions[body.identifier()] = body
+    model.graph.outputs[:] = [value for value in model.graph.outputs if value.name in outputs]
     # The exporter notes the Python source of every node: file names of this machine, and other bytes at every export.
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "earlytom-engine-builder", None
@@ -165,45 +263,21 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
     return ExportedGraph(path, (path.name, data) if data else (path.name,))
 
 
-def _trace(graph: VisionGraph, example: Tensor) -> ir.Model:
-    """torch.onnx.export without the chatter of its passes; outputs carry the names of the encoder's trace."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                graph.eval(),
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[contract.FRAMES],
-                output_names=trace_names(graph.config),
-                verbose=False,
-            )
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-    assert program is not None
-    return program.model
+def _body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:
+    """The body of the function that a node of the budget schedule's graph calls."""
+    if node.op_type == functions.FRAME_PLAN:
+        return functions.frame_plan(
+            max_frames=frames, max_window=config.max_window, trailing=config.trailing, opset=OPSET
+        )
+    places = node.attributes["places"].as_int()
+    return functions.select_tokens(per_frame=tokens_per_frame(node), places=places, opset=OPSET)
 
 
-def _add_functions(model: ir.Model, config: EarlyTomConfig, frames: int) -> None:
-    """Give the model the bodies of the functions that its nodes call."""
-    for node in model.graph:
-        if node.domain != functions.DOMAIN or (node.domain, node.op_type, "") in model.functions:
-            continue
-        if node.op_type == functions.FRAME_PLAN:
-            body = functions.frame_plan(
-                max_frames=frames, max_window=config.max_window, trailing=config.trailing, opset=OPSET
-            )
-        else:
-            features = node.inputs[0]
-            assert features is not None
-            assert features.shape is not None
-            per_frame = features.shape[1]
-            assert isinstance(per_frame, int)  # shapes are static
-            body = functions.select_tokens(per_frame=per_frame, places=node.attributes["places"].as_int(), opset=OPSET)
-        model.functions[body.identifier()] = body
+def tokens_per_frame(node: ir.Node) -> int:
+    """P, as the features [F', P, E] that a selection takes have it."""
+    features = node.inputs[0]
+    assert features is not None
+    assert features.shape is not None
+    per_frame = features.shape[1]
+    assert isinstance(per_frame, int)  # only the number of frames is dynamic, if anything
+    return per_frame

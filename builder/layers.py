@@ -281,16 +281,17 @@ def _shares(amounts: dict[str, int]) -> dict[str, float]:
     return {dtype: amount / total for dtype, amount in sorted(amounts.items())} if total else {}
 
 
-def check_precision(summary: LayerSummary, asked: str, *, least: float = 0.9) -> None:
+def check_precision(summary: LayerSummary, asked: str, *, expected: float = 1.0, slack: float = 0.1) -> None:
     """Refuse an engine whose arithmetic is not in the precision that was asked for.
 
     Args:
         summary: from `summarise`.
         asked: "fp16", "bf16" or "fp32".
-        least: share of the matrix-product flops that must be in it; the rest are the fp32 islands.
+        expected: share of the matrix-product flops that should be in it; the rest are the fp32 islands.
+        slack: how far off the engine may be, either way: an island that is not fp32 is not what was asked for.
 
     Raises:
-        UserError: too small a share, or no matrix product was recognised, so that nothing is proved.
+        UserError: another share, or no matrix product was recognised, so that nothing is proved.
     """
     if not summary.flop_shares:
         raise UserError(
@@ -298,9 +299,11 @@ def check_precision(summary: LayerSummary, asked: str, *, least: float = 0.9) ->
             f"precision is not proved: see layers.json, and report the TensorRT version"
         )
     share = summary.flop_shares.get(asked, 0.0)
-    if share < least:
+    least, most = expected - slack, expected + slack
+    if not least <= share <= most:
         found = ", ".join(f"{100 * part:.1f} % {dtype}" for dtype, part in summary.flop_shares.items())
+        bound = f"at least {100 * least:.0f}" if share < least else f"at most {100 * most:.0f}"
         raise UserError(
-            f"asked for --{asked}, but the matrix products of the engine are {found} (expected at least "
-            f"{100 * least:.0f} % {asked}): export the graph in {asked}, the builder cannot change its dtype"
+            f"asked for --{asked}, but the matrix products of the engine are {found} (expected {bound} % {asked}): "
+            f"export the graph in {asked}, the builder cannot change its dtype"
         )

@@ -11,14 +11,36 @@ say little. Hence four steps:
               exactly
 4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
 
-The reference inputs and outputs of step 3 are saved in Polygraphy's format, so that its command line can repeat the
-step (`polygraphy_command`). Graphs in bf16 are run with their weights in bf16 and their arithmetic in fp32, since ONNX
-Runtime has no bf16 kernels on a CPU; the report says so.
+Half graphs are run operator by operator: fp32 arithmetic, every result rounded (`builder.rounding`). As they are, ONNX
+Runtime leaves out roundings of fp16 on a CPU, and with them the overflows of a GPU, and has no bf16 kernels at all.
+
+**Polygraphy in CI.** Inputs and reference outputs of step 3 (first clip) are saved in Polygraphy's format, and the
+manifest holds the `polygraphy run` line that repeats the step. The gate of a build compares the graph and the
+reference of the same sources, so it cannot see that both changed; a reference that was kept can. Keep that of an
+engine you accept under version control, and let CI build and hold what it built against it:
+
+    python -m builder.verify engines/NAME --polygraphy reference
+
+    python -m builder.build --ratio 0.3 --fp16 --out built
+    sh reference/compare.sh built/*/vision.onnx
+
+`compare.sh` is that line. It exits with 1 on a regression (the build, where its gate fails, with 2). It compares what
+the gate justifies: tokens, element by element, with the reference under the graph's decisions, within the gate's
+`error` (absolute: a relative one says nothing near zero), and positions exactly, since a graph repeats its decisions.
+End to end nothing could be asked of single elements: one choice that half precision takes otherwise, which step 2
+allows, moves every row after it. In the bundled model any weight matrix that is off by a tenth is noticed; a bias whose
+effect stays within `error` is not. The price: where an update of ONNX Runtime or another CPU moves a near-tie,
+positions differ although the build's gate passes; then read its step 2 and keep the new reference.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -46,12 +68,20 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from builder.export import VisionGraph
+from builder.rounding import round_results
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, trace_names
+from earlytom.encoder import Decisions, select, trace_names
 from earlytom.errors import UserError
-from runtime import contract
+from runtime import cli, contract
+from runtime.manifest import Manifest
 
-TAPPED = "taps.onnx"
+COMPARE_FILE = "compare.sh"
+_SCRIPT = """\
+#!/bin/sh
+# Compares a graph with the reference of {manifest.name}, built {manifest.created}.
+[ $# -eq 1 ] && [ -f "$1" ] || {{ echo "usage: sh $0 VISION.ONNX (one file, got: $*)" >&2; exit 2; }}
+exec {line}
+"""
 # Of weights computed from equal similarities by two runtimes.
 PLAN_TOLERANCE = 1e-4
 STEPS = ("hidden", "decisions", "tokens", "text")
@@ -124,8 +154,8 @@ class Report:
                 raise UserError(
                     f"the graph does not reproduce the model: {check.what} is {check.value:.5g}, it must be "
                     f"{'at most' if check.what.endswith('error') else 'at least'} {check.limit:.5g} "
-                    f"(step {check.step}); build with --fp32 to see whether the precision is the cause, or look at "
-                    "the graph with --no-verify"
+                    f"(step {check.step}); build with --fp32 to see whether the precision is the cause, and with "
+                    "--no-verify to see where it drifts: python -m builder.verify ENGINE --layers"
                 )
 
 
@@ -150,6 +180,11 @@ class ForcedDecisions(Decisions):
         rows = features.flatten(0, 1)
         return rows[self.positions.clamp(0, len(rows) - 1)], self.positions  # a position out of range fails as a token
 
+    def select_varying(
+        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
+    ) -> tuple[Tensor, Tensor]:
+        return self.select(features, received, static, places)
+
 
 class TorchRunner(BaseRunner):
     """The PyTorch reference as a Polygraphy runner; `decisions[i]` decides in iteration i."""
@@ -172,7 +207,7 @@ class TorchRunner(BaseRunner):
 
 
 def verify(
-    onnx_path: Path,
+    onnx_path: Path | Sequence[Path],
     reference: VisionGraph,
     clips: dict[str, Tensor],
     dtype: str,
@@ -184,7 +219,7 @@ def verify(
     """Run the gate.
 
     Args:
-        onnx_path: the exported graph; a temporary copy with more outputs is written beside it.
+        onnx_path: the exported graph, or those of a chain; a temporary copy with more outputs is written beside it.
         reference: the same vision part in fp32.
         clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
         dtype: precision of the graph, which chooses the gate.
@@ -201,15 +236,9 @@ def verify(
     config = reference.config
     feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
     shape = tuple(next(iter(clips.values())).shape)
-    tapped = write_tapped(onnx_path, config, widen=dtype == "bf16")
-    try:
-        onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):
-            say("running the graph in ONNX Runtime")
-            got = Comparator.run([OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")], data_loader=feeds)
-    finally:
-        tapped.unlink()
-        tapped.with_suffix(".onnx.data").unlink(missing_ok=True)
+    half = dtype != "fp32"
+    say(f"running the graph in ONNX Runtime{', every result rounded' if half else ''}")
+    got = run_tapped(onnx_path, trace_names(config), feeds, rounded=half)
     outputs = [_arrays(iteration) for iteration in got[0][1]]
     forced = [ForcedDecisions(config, out) for out in outputs]
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
@@ -230,9 +259,11 @@ def verify(
         raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
     checks = _compare_values(got, wanted, config, gate, gate.error * scale)
     checks += _compare_decisions(config, outputs, own, gate)
-    checks += _repeat_decisions(config, outputs)
+    if config.schedule == "adaptive":
+        checks += _compare_counts(config, outputs, own, dtype)
+    checks += _repeat_decisions(config, outputs, shape[0])
     checks.sort(key=lambda check: STEPS.index(check.step))
-    notes = ["bf16 weights, fp32 arithmetic: ONNX Runtime has no bf16 kernels on a CPU"] if dtype == "bf16" else []
+    notes = [f"{dtype}: each operator in fp32, each result rounded to {dtype}, as on a GPU"] if half else []
     if text is None:
         notes.append("step text was not run: the decoder was not loaded (--verify-text runs it)")
     else:
@@ -241,7 +272,37 @@ def verify(
         pairs = [(out[contract.TOKENS], ref[contract.TOKENS]) for out, ref in zip(outputs, against, strict=True)]
         share = min(text(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in pairs)
         checks.append(Check("text", "share of next tokens that agree", share, gate.text, share >= gate.text))
+    if dtype == "fp16" and isinstance(onnx_path, Path):
+        # Polygraphy's command line will run the graph as it is, which rounds less and may take near-ties otherwise.
+        say("running the graph in ONNX Runtime as it is")
+        plain = _arrays(run_tapped(onnx_path, trace_names(config), feeds[:1], rounded=False)[0][1][0])
+        if not _same_decisions(config, plain, outputs[0]):
+            say("running the PyTorch reference with those decisions")
+            first = [TorchRunner(reference, [ForcedDecisions(config, plain)], shape, "reference")]
+            with G_LOGGER.verbosity(G_LOGGER.ERROR):
+                again = Comparator.run(first, data_loader=feeds[:1])
+            wanted = RunResults([(wanted[0][0], [again[0][1][0], *wanted[0][1][1:]])])
     return Report(tuple(checks), tuple(clips), tuple(notes), gate.error * scale), wanted
+
+
+def run_tapped(
+    onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool
+) -> RunResults:
+    """Outputs and the values `names` of the graph or chain for every feed, in ONNX Runtime; see `write_tapped`."""
+    if not isinstance(onnx_path, Path):
+        from builder.chain_run import run_chain
+
+        onnxruntime.set_default_logger_severity(3)
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            return run_chain(onnx_path, names, feeds, rounded=rounded)
+    tapped = write_tapped(onnx_path, names, rounded=rounded)
+    try:
+        onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            runner = OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")
+            return Comparator.run([runner], data_loader=feeds)
+    finally:
+        tapped.unlink()
 
 
 def _arrays(iteration: Any) -> Arrays:
@@ -250,12 +311,25 @@ def _arrays(iteration: Any) -> Arrays:
 
 def _same_decisions(config: EarlyTomConfig, a: Arrays, b: Arrays) -> bool:
     plans = [f"weights_{layer}" for layer in config.merge_layers]
+    if any(a[name].shape != b[name].shape for name in plans):  # the adaptive schedule kept other numbers
+        return False
     same_plans = all(np.allclose(a[name], b[name], atol=1e-2) and _pattern(a[name], b[name]) for name in plans)
     return same_plans and all(np.array_equal(a[name], b[name]) for name in ("static", contract.POSITIONS))
 
 
 def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return np.array_equal(a > 0, b > 0)
+
+
+def _compare_counts(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
+    """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 has no excuse."""
+    layers = [f"weights_{layer}" for layer in config.merge_layers]
+    pairs = [(a[name], b[name]) for a, b in zip(got, own, strict=True) for name in layers]
+    difference = max((abs(len(a) - len(b)) for a, b in pairs), default=0)
+    frames = max((a.shape[1] for a, _ in pairs), default=1)
+    limit = 0.0 if dtype == "fp32" else math.ceil((1 - GATES[dtype].frames) * frames)
+    what = "frames that a merge keeps: largest error"
+    return [Check("decisions", what, float(difference), limit, difference <= limit)]
 
 
 def _compare_values(
@@ -315,7 +389,7 @@ def _compare_decisions(config: EarlyTomConfig, got: list[Arrays], own: list[Arra
     ]
 
 
-def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays]) -> list[Check]:
+def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) -> list[Check]:
     """Step 2, exactly: from the graph's own similarities and received attention the reference decides the same.
 
     The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
@@ -325,12 +399,15 @@ def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays]) -> list[Check]:
     for out in got:
         for layer in config.merge_layers:
             taken = torch.from_numpy(out[f"weights_{layer}"])
-            weights, _, _ = rule.plan(torch.from_numpy(out[f"similarity_{layer}"]), taken.shape[0])
-            plans.append(_finite(float((weights - taken).abs().max()), 1.0))
+            wanted = None if config.schedule == "adaptive" else taken.shape[0]
+            weights, _, _ = rule.plan(torch.from_numpy(out[f"similarity_{layer}"]), wanted)
+            same_count = weights.shape == taken.shape
+            plans.append(_finite(float((weights - taken).abs().max()), 1.0) if same_count else 1.0)
         features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
         positions = out[contract.POSITIONS]
-        _, repeated = rule.select(features, relevance, static, len(positions) // features.shape[0])
-        places.append(float(np.mean(repeated.numpy() == positions)))
+        _, repeated = select(features, relevance, static, frames, config, rule)
+        same_count = len(repeated) == len(positions)
+        places.append(float(np.mean(repeated.numpy() == positions)) if same_count else 0.0)
     worst, same = max(plans), min(places)
     return [
         Check("decisions", "frame plans repeated: largest difference", worst, PLAN_TOLERANCE, worst <= PLAN_TOLERANCE),
@@ -347,38 +424,28 @@ def _kept_frames(config: EarlyTomConfig, out: Arrays) -> list[int]:
     return list(range(out["features"].shape[0])) if first is None else first.tolist()
 
 
-def write_tapped(onnx_path: Path, config: EarlyTomConfig, *, widen: bool) -> Path:
-    """A copy of the graph, beside it, that also returns the encoder's trace; `widen` turns bf16 into fp32."""
-    model = onnx.load(str(onnx_path), load_external_data=widen)
-    if widen:
-        _widen(model)
+def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Path:
+    """A copy of the graph, beside it and its external data, that also returns the values `names`.
+
+    `rounded`: as `builder.rounding` has it.
+
+    Raises:
+        UserError: the graph has no such value.
+    """
+    model = onnx.load(str(onnx_path), load_external_data=False)
     have = {value.name for value in model.graph.output}
     known = {value.name: value for value in model.graph.value_info}
-    taps = [name for name in trace_names(config) if name not in have]
-    model.graph.output.extend(known[name] for name in taps)
-    path = onnx_path.with_name(TAPPED)
-    onnx.save(model, str(path), save_as_external_data=widen, location=f"{TAPPED}.data")
+    missing = [name for name in names if name not in have | known.keys()]
+    if missing:
+        raise UserError(
+            f"{onnx_path} has no value named {missing[0]}, so another version exported it: build it again with --force"
+        )
+    model.graph.output.extend(known[name] for name in names if name not in have)
+    if rounded:
+        round_results(model)
+    path = onnx_path.with_name(f".taps-{os.getpid()}.onnx")  # two may look at one engine
+    onnx.save(model, str(path))
     return path
-
-
-def _widen(model: onnx.ModelProto) -> None:
-    """bf16 to fp32 throughout: weights, casts, and the types of all values."""
-    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    for tensor in model.graph.initializer:
-        if tensor.data_type == narrow:
-            tensor.CopyFrom(
-                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-            )
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == narrow:
-                attribute.i = wide
-            elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == narrow:
-                array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
-    for value in [*model.graph.value_info, *model.graph.output]:
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
 
 
 def save_reference(folder: Path, frames: Tensor, wanted: RunResults) -> None:
@@ -393,7 +460,67 @@ def save_reference(folder: Path, frames: Tensor, wanted: RunResults) -> None:
 def polygraphy_command(tolerance: float) -> str:
     """The line that repeats step 3 when pasted in the engine's folder."""
     words = ["polygraphy", "run", contract.ONNX_FILE, "--onnxrt"]
+    words += ["--onnx-outputs", *contract.OUTPUTS]  # or an output that the graph lost would silently not be compared
     words += ["--load-inputs", contract.REFERENCE_INPUTS_FILE, "--load-outputs", contract.REFERENCE_OUTPUTS_FILE]
     words += ["--check-error-stat", "max", "--atol", f"{contract.TOKENS}:{tolerance:.6g}", f"{contract.POSITIONS}:0"]
     words += ["--rtol", "0", "--validate"]
     return shlex.join(words)
+
+
+def keep_reference(engine: Path, place: Path) -> Path:
+    """Copy an engine's reference to `place`, with a script that compares any graph with it; returns the script.
+
+    Raises:
+        UserError: the engine was not verified, Polygraphy cannot run it (bf16, a chain), or `place` is its own folder.
+        OSError: `place` cannot be written.
+    """
+    manifest = Manifest.read(engine)
+    if manifest.verification is None:
+        raise UserError(f"{engine} was not verified, so it has no reference: build it without --no-verify")
+    if manifest.adaptive:
+        raise UserError(f"{engine} is a chain of graphs, and Polygraphy runs one: build with --schedule budget")
+    if not manifest.polygraphy:
+        raise UserError(f"{engine} is in {manifest.dtype}, which ONNX Runtime cannot run on a CPU: build with --fp16")
+    if place.resolve() == engine.resolve():
+        raise UserError(f"{place} is the engine itself: name another folder with --polygraphy")
+    place.mkdir(parents=True, exist_ok=True)
+    line = manifest.polygraphy.replace(contract.ONNX_FILE, '"$1"')
+    for name in (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE):
+        shutil.copyfile(engine / name, place / name)
+        line = line.replace(name, f'"$(dirname "$0")/{name}"')
+    script = place / COMPARE_FILE
+    script.write_text(_SCRIPT.format(manifest=manifest, line=line), encoding="utf-8")
+    return script
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    from builder import drift
+
+    what = "Keep an engine's reference for comparisons in CI (--polygraphy), or see where it drifts (--layers)."
+    p = cli.Parser(prog="python -m builder.verify", description=what)
+    p.add_argument("engine", type=Path, metavar="ENGINE", help="engine folder, built with verification")
+    what = f"where to put the inputs, the reference outputs and {COMPARE_FILE}, which runs Polygraphy on them"
+    p.add_argument("--polygraphy", type=Path, metavar="DIR", help=what)
+    drift.add_options(p)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
+    from builder import drift
+
+    options = parser().parse_args(argv)
+    if options.polygraphy is None and not options.layers:
+        raise UserError(f"nothing to do with {options.engine}: give --polygraphy DIR or --layers")
+    if options.polygraphy is not None:
+        script = keep_reference(options.engine, options.polygraphy)
+        screen = cli.Screen(json_only=options.json)
+        screen.line(f"compare a graph with this reference: sh {shlex.quote(str(script))} VISION.ONNX")
+    if options.layers:
+        drift.run(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -6,6 +6,16 @@ An engine maps one clip to the visual tokens that reach the LLM, with static sha
     tokens     dtype [N, D]         D is the width of the LLM; dtype is that of the graph
     positions  int64 [N]            ascending; position = f * P + cell, f the index among the frames that are left
 
+That is one graph, `vision.onnx` or `vision.engine`, in the budget schedule. In the adaptive one it is a chain of them,
+`vision.0.onnx`, `vision.1.onnx`, ..., each with the layers up to a merge and the merge itself; n <= F frames arrive:
+
+    hidden           [n, T, D]       all stages but the first: what the stage before merged
+    received         fp32 [n, S]     the last stage: received attention
+    merged_hidden    [n, T, D]       all stages but the last; rows from `count` on are zero
+    merged_received  fp32 [n, S]     the last stage but one; likewise
+    count            int64 [1]       frames left; of the last stage, the tokens that count: [M, D] come, of which the
+                                     first N are the answer, M = `places` * n being what n frames have room for
+
 The model's `image_newline` is not among the tokens: the runtime appends it. Nothing else may spell these names.
 """
 
@@ -22,6 +32,9 @@ FRAMES = "frames"
 TOKENS = "tokens"
 POSITIONS = "positions"
 OUTPUTS = (TOKENS, POSITIONS)
+HIDDEN, RECEIVED = "hidden", "received"
+MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
+COUNT = "count"
 
 FRAMES_DTYPE = torch.uint8
 POSITIONS_DTYPE = torch.int64
@@ -35,6 +48,23 @@ REPORT_FILE = "report.json"
 LAYERS_FILE = "layers.json"
 REFERENCE_INPUTS_FILE = "reference_inputs.json"
 REFERENCE_OUTPUTS_FILE = "reference_outputs.json"
+
+
+def stage_file(name: str, stage: int) -> str:
+    """The file of one stage of a chain: "vision.onnx", 2 to "vision.2.onnx"."""
+    stem, suffix = name.rsplit(".", maxsplit=1)
+    return f"{stem}.{stage}.{suffix}"
+
+
+def stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Inputs and outputs of one stage of a chain of `stages`, by name."""
+    last = stages - 1
+    inputs: tuple[str, ...] = (HIDDEN,) if stage else (FRAMES,)
+    if 0 < stage == last:
+        inputs = (HIDDEN, RECEIVED)
+    if stage == last:
+        return inputs, (*OUTPUTS, COUNT)
+    return inputs, (MERGED_HIDDEN, COUNT, *([MERGED_RECEIVED] * (stage == last - 1)))
 
 
 def check_frames(frames: Tensor, shape: Sequence[int]) -> None:

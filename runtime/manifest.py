@@ -22,20 +22,23 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from earlytom.budget import frames_per_stage, token_count
+from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from runtime.contract import DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE
+from runtime.contract import DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, stage_file
 from runtime.errors import EngineError
 
-SCHEMA = 1
-# backend -> the file it cannot run without
+SCHEMA = 2
+# backend -> the file it cannot run without (of a chain, one for each stage: see `Manifest.stage_files`)
 BACKENDS = {"onnx": ONNX_FILE, "tensorrt": ENGINE_FILE, "tensorrt-rtx": ENGINE_FILE}
+# How the compression stage runs in the engine: as the graph's own operators, or as TensorRT plugins.
+COMPRESSIONS = ("native", "plugin")
 BUILD = "build one with python -m builder.build"
 REBUILD = "rebuild it with python -m builder.build --force"
 
 _BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the calls, takes the time
 _SEAL = "manifest_sha256"
+_OPTIONAL = ("islands", "frames_kept")  # not written where they are None
 
 T = TypeVar("T")
 
@@ -92,6 +95,42 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class PluginRecord:
+    """One kernel that a TensorRT plugin put into the engine.
+
+    Attributes:
+        name, version: of the plugin in TensorRT's registry, such as "earlytom::FramePlan" and "1".
+        kernel: its entry function.
+        tensors: types and shapes of its inputs and outputs, such as "fp32 [32, 32] -> fp32 [24, 32], bool [32]".
+        ptx_sha256: digest of the PTX that is embedded.
+        grid, threads: programs in x, y and z, and threads of each.
+        registers: of a thread; `shared_bytes` of a block; `spill_bytes` that registers spill to memory.
+    """
+
+    name: str
+    version: str
+    kernel: str
+    tensors: str
+    ptx_sha256: str
+    grid: tuple[int, int, int]
+    threads: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in ("name", "version", "kernel", "tensors"):
+            _check(_is_text(getattr(self, name)), f"plugins: {name}", "a text", getattr(self, name))
+        digest = self.ptx_sha256
+        _check(_is_hex(digest) and len(digest) == 64, "plugins: ptx_sha256", "64 hex digits", digest)
+        ok = isinstance(self.grid, (list, tuple)) and len(self.grid) == 3 and all(map(_is_count, self.grid))
+        _check(ok, "plugins: grid", "3 positive whole numbers", self.grid)
+        object.__setattr__(self, "grid", tuple(self.grid))
+        for name, low in (("threads", 1), ("registers", 1), ("shared_bytes", 0), ("spill_bytes", 0)):
+            _check(_is_count(getattr(self, name), low), f"plugins: {name}", "a whole number", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One engine folder.
 
@@ -101,8 +140,8 @@ class Manifest:
         project_version, created: version of this project; ISO 8601 time of the build.
         earlytom: `EarlyTomConfig.to_dict()`.
         frames: `F`, frames the engine takes.
-        frames_per_stage: frames before the first merge and after each one.
-        tokens: `N`, tokens the engine returns.
+        frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
+        tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
         tokens_per_frame: `P`, tokens of one whole frame.
         tokens_full: `F * P`, what the uncompressed model would send to the LLM.
         dim: `D`, width of a token.
@@ -111,9 +150,14 @@ class Manifest:
         backend: "onnx", "tensorrt" or "tensorrt-rtx".
         backend_version: version of the library that compiled (or, for "onnx", checked) it.
         files: every file of the folder but the manifest, external data included.
+        compression: "native" or "plugin", how the compression stage runs.
+        plugins: the kernels that plugins put into the engine; none where the stage is native.
         figures: measurements of the build (seconds, bytes, flops); names are free, values are finite numbers.
         verification: {"passed": bool, ...steps}, or None where it was switched off.
         polygraphy: command line that compares the folder's files with the saved reference, to be pasted in the folder.
+        islands: what is fp32 in a half graph, in words of `--islands`; None (and not written) for the usual ones.
+        frames_kept: adaptive schedule: least, median and most frames before the first merge and after each one, on the
+            clips that the engine was calibrated on; None (and not written) in the budget schedule.
     """
 
     name: str
@@ -133,22 +177,47 @@ class Manifest:
     backend: str
     backend_version: str
     files: dict[str, FileRecord]
+    compression: str = "native"
+    plugins: tuple[PluginRecord, ...] = ()
     figures: dict[str, float] = field(default_factory=dict)
     verification: dict[str, Any] | None = None
     polygraphy: str = ""
+    islands: tuple[str, ...] | None = None
+    frames_kept: tuple[tuple[int, int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         """Raise EngineError unless every field is of its type and the fields agree with each other."""
         self._check_types()
         for name in ("earlytom", "figures", "verification"):
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
-        object.__setattr__(self, "frames_per_stage", tuple(self.frames_per_stage))
+        for name in ("frames_per_stage", "plugins"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.islands is not None:
+            object.__setattr__(self, "islands", tuple(self.islands))
+        if self.frames_kept is not None:
+            object.__setattr__(self, "frames_kept", tuple(map(tuple, self.frames_kept)))
         self._check_counts()
         for name in self.files:
             if not _is_file_name(name):
                 raise EngineError(f"manifest lists a file named {name!r}, which is no plain file name: {REBUILD}")
-        if BACKENDS[self.backend] not in self.files:
-            raise EngineError(f"manifest lists no {BACKENDS[self.backend]}, which {self.backend} needs: {REBUILD}")
+        if self.compression == "plugin" and self.backend != "tensorrt":
+            raise EngineError(f"manifest contradicts itself: compression is plugin, {self.backend} has none: {REBUILD}")
+        if self.plugins and self.compression != "plugin":
+            raise EngineError(f"manifest contradicts itself: compression is native and plugins are listed: {REBUILD}")
+        for name in self.stage_files(BACKENDS[self.backend]):
+            if name not in self.files:
+                raise EngineError(f"manifest lists no {name}, which {self.backend} needs: {REBUILD}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
+        return EarlyTomConfig.from_dict(self.earlytom).schedule == "adaptive"
+
+    def stage_files(self, name: str) -> tuple[str, ...]:
+        """`name`, or where this is a chain that file of every stage."""
+        return (
+            tuple(stage_file(name, stage) for stage in range(len(self.frames_per_stage))) if self.adaptive else (name,)
+        )
 
     def _check_types(self) -> None:
         texts = ("name", "project_version", "backend_version")
@@ -164,7 +233,11 @@ class Manifest:
             (("dtype",), lambda v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
             (("target",), lambda v: _matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
             (("backend",), lambda v: isinstance(v, str) and v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+            (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
+            (("plugins",), _is_plugins, "plugin records"),
             (("polygraphy",), lambda v: isinstance(v, str), "a text"),
+            (("islands",), _is_words, "null or a list of words"),
+            (("frames_kept",), _is_kept, "null or least, median and most of every stage"),
             (("verification",), _is_verification, 'null or an object with "passed": true or false'),
         ]
         for names, good, expected in rules:
@@ -175,7 +248,7 @@ class Manifest:
         _check(all(map(_is_number, self.figures.values())), "figures", "finite numbers", self.figures)
 
     def _check_counts(self) -> None:
-        """The counts must be those that `earlytom.budget` gives for the recorded settings (budget schedule)."""
+        """The counts must be those that `earlytom.budget` gives for the recorded settings."""
         expected: dict[str, Any] = {"tokens_full": self.frames * self.tokens_per_frame}
         try:
             config = EarlyTomConfig.from_dict(self.earlytom)
@@ -183,15 +256,34 @@ class Manifest:
                 rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
                 expected["frames_per_stage"] = frames_per_stage(self.frames, **rule)
                 expected["tokens"] = token_count(self.frames, self.tokens_per_frame, config.retention_ratio, **rule)
+                expected["frames_kept"] = None
+            else:
+                merges = len(config.merge_layers)
+                expected["frames_per_stage"] = (self.frames,) * (merges + 1)
+                expected["tokens"] = most_tokens(
+                    self.frames, self.tokens_per_frame, config.retention_ratio, merges=merges
+                )
         except UserError as error:
             raise EngineError(f"manifest has EarlyTom settings that make no sense ({error}): {REBUILD}") from error
         for name, value in expected.items():
             if (got := getattr(self, name)) != value:
                 raise EngineError(f"manifest contradicts itself: {name} is {got}, its settings give {value}: {REBUILD}")
+        if config.schedule == "adaptive":
+            kept = self.frames_kept or ()
+            fits = len(kept) == merges + 1 and kept[0] == (self.frames,) * 3
+            if not fits or any(most > self.frames for _, _, most in kept):
+                raise EngineError(
+                    f"manifest contradicts itself: frames_kept is {self.frames_kept}, its settings give {merges + 1} "
+                    f"stages of at most {self.frames} frames: {REBUILD}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the schema version first; `from_dict` is its inverse."""
-        return {"schema": SCHEMA, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        values = {"schema": SCHEMA, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        for name in _OPTIONAL:
+            if getattr(self, name) is None:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
@@ -206,7 +298,9 @@ class Manifest:
         if schema != SCHEMA:
             remedy = f"update this project or {REBUILD}" if schema > SCHEMA else REBUILD
             raise EngineError(f"manifest has schema {schema}, this version reads {SCHEMA}: {remedy}")
-        rest = {name: value for name, value in values.items() if name != "schema"}
+        rest: dict[str, Any] = dict.fromkeys(_OPTIONAL) | {
+            name: value for name, value in values.items() if name != "schema"
+        }
         if isinstance(rest.get("model"), Mapping):
             model = dict(rest["model"])
             model["preprocessing"] = _build(
@@ -215,6 +309,8 @@ class Manifest:
             rest["model"] = _build(ModelRecord, model, "manifest: model")
         if isinstance(rest.get("files"), Mapping):
             rest["files"] = {n: _build(FileRecord, v, f"manifest: files: {n!r}") for n, v in rest["files"].items()}
+        if isinstance(rest.get("plugins"), list):
+            rest["plugins"] = tuple(_build(PluginRecord, v, "manifest: plugins") for v in rest["plugins"])
         return _build(cls, rest, "manifest")
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
@@ -268,7 +364,7 @@ class Manifest:
         try:
             manifest = cls.from_dict(values)
         except EngineError as error:
-            raise EngineError(f"{path}: {error}") from error
+            raise EngineError(f"{path / MANIFEST_FILE}: {error}") from error
         if seal != _seal(values):
             raise EngineError(f"{path / MANIFEST_FILE} changed since it was written (its digest differs): {REBUILD}")
         if verify_files:
@@ -365,8 +461,25 @@ def _is_hex(value: Any) -> bool:
     return _matches(r"[0-9a-f]+", value)
 
 
+def _is_plugins(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, PluginRecord) for v in value)
+
+
 def _is_verification(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and isinstance(value.get("passed"), bool))
+
+
+def _is_words(value: Any) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_text, value)))
+
+
+def _is_kept(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(row, (list, tuple)) and len(row) == 3 and all(map(_is_count, row)) and list(row) == sorted(row)
+        for row in value
+    )
 
 
 def _is_time(value: Any) -> bool:

@@ -103,6 +103,30 @@ def _broken(flavour: Flavour, cause: object) -> EngineError:
     )
 
 
+def load_plugins(flavour: str) -> Any:
+    """Import a flavour's module for plugins written in Python (`tensorrt.plugin`) and return it.
+
+    Raises:
+        EngineError: a flavour without plugins, or a module that cannot be loaded or compile ahead of time.
+    """
+    trt = load(flavour)
+    if flavour != "tensorrt":
+        raise EngineError(f"{flavour} has no plugins: use --compression native, or --backend tensorrt")
+    try:
+        plugins = importlib.import_module(f"{FLAVOURS[flavour].module}.plugin")
+    except (ImportError, OSError, AttributeError) as error:
+        raise EngineError(
+            f"{flavour} {trt.__version__} has no plugin module that can be loaded ({_one_line(str(error))}): "
+            f"{FLAVOURS[flavour].install} --upgrade, or use --compression native"
+        ) from error
+    if not (hasattr(plugins, "aot_impl") and hasattr(plugins, "KernelLaunchParams")):
+        raise EngineError(
+            f"{flavour} {trt.__version__} cannot take plugins compiled ahead of time: "
+            f"{FLAVOURS[flavour].install} --upgrade, or use --compression native"
+        )
+    return plugins
+
+
 def flavours() -> dict[str, str]:
     """The flavours that can be used here, each with its version; `tensorrt` first."""
     usable = {}

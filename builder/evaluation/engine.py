@@ -17,6 +17,7 @@ from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
 from earlytom.micro.data.scene import FRAMES
 from runtime.backends import choose_backend, open_backend
+from runtime.backends.chain import ChainVision
 from runtime.checkpoint import Checkpoint
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
@@ -71,13 +72,14 @@ def engine_methods(folder: str) -> list[Method]:
     def engine(clip: ClipPasses, ratio: float) -> Visual:
         tokens, _ = backend.encode(clip.frames)
         # The tokens belong to the backend, which will write over them.
-        return Visual(tokens.float().clone(), manifest.frames_per_stage, config.merge_layers)
+        stages = backend.frames_per_stage if isinstance(backend, ChainVision) else manifest.frames_per_stage
+        return Visual(tokens.float().clone(), stages, config.merge_layers)
 
     def twin(clip: ClipPasses, ratio: float) -> Visual:
         done = clip.run(config)
         return Visual(done.select(config.retention_ratio, config.schedule), done.stages, config.merge_layers)
 
-    what = f"budget {config.retention_ratio:g}"
+    what = f"{config.schedule} {config.retention_ratio:g}"
     return [
         Method(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine),
         Method(TWIN, f"the same in PyTorch, {what}", "engine", False, twin),

@@ -1,7 +1,8 @@
 """Vision backends: everything that turns the frames of one clip into visual tokens, behind one small protocol.
 
 `torch` runs the checkpoint's own vision part (the reference), `onnxruntime` runs `vision.onnx`, `tensorrt` and
-`tensorrt-rtx` run `vision.engine`. Nothing is imported here but the backend that is opened.
+`tensorrt-rtx` run `vision.engine`, or with the adaptive schedule a chain of such files. Nothing is imported here but
+the backend that is opened.
 """
 
 from __future__ import annotations
@@ -61,15 +62,16 @@ def choose_backend(asked: str, manifest: Manifest) -> str:
         EngineError: an unknown name, or the folder has no file for it.
     """
     compiled = manifest.backend if manifest.backend in ENGINE_BACKENDS else None
+    has_graph = all(name in manifest.files for name in manifest.stage_files(ONNX_FILE))
     if asked == "auto":
-        if compiled and (cuda.is_available() or ONNX_FILE not in manifest.files):
+        if compiled and (cuda.is_available() or not has_graph):
             return compiled
         return "torch" if manifest.dtype == "bf16" else "onnxruntime"
     if asked not in BACKENDS:
         raise EngineError(f"unknown --backend {asked!r}: expected one of {', '.join(BACKENDS)}")
     if asked == "onnxruntime" and manifest.dtype == "bf16":
         raise EngineError("onnxruntime has no bf16 kernels on a CPU: use --backend torch, or build with --fp16")
-    if asked == "onnxruntime" and ONNX_FILE not in manifest.files:
+    if asked == "onnxruntime" and not has_graph:
         raise EngineError(f"engine {manifest.name} has no {ONNX_FILE} for onnxruntime: {REBUILD}")
     if asked in ("tensorrt", "tensorrt-rtx") and asked != compiled:
         raise EngineError(
@@ -95,12 +97,16 @@ def open_backend(
     name = choose_backend(asked, manifest)
     if name == "torch":
         raise EngineError(f"engine {manifest.name} runs here in PyTorch, from its checkpoint: use Pipeline.load")
+    if name == "onnxruntime" and manifest.adaptive:
+        from runtime.backends.chain import Room
+        from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
+
+        return OnnxRuntimeChain(folder, Room.of(manifest), threads)
     if name == "onnxruntime":
         from runtime.backends.onnxruntime import OnnxRuntimeVision
 
         return OnnxRuntimeVision(Path(folder) / ONNX_FILE, threads)
     from runtime import trt
-    from runtime.backends.tensorrt import TensorRTVision
 
     installed = ".".join(map(str, trt.version(trt.load(name))))
     if installed != manifest.backend_version:
@@ -108,4 +114,11 @@ def open_backend(
             f"engine {manifest.name} was built with {name} {manifest.backend_version} and {installed} is installed, "
             f"engines run only with the version that built them: {REBUILD}"
         )
+    if manifest.adaptive:
+        from runtime.backends.chain import Room
+        from runtime.backends.tensorrt_chain import TensorRTChain
+
+        return TensorRTChain(folder, Room.of(manifest), name)
+    from runtime.backends.tensorrt import TensorRTVision
+
     return TensorRTVision(Path(folder) / ENGINE_FILE, name)

@@ -56,7 +56,7 @@ class OnnxRuntimeVision:
             raise EngineError(f"threads must be at least 1, got {threads}")
         self._path = Path(onnx_path)
         self._lock = threading.Lock()
-        self._session: Any = _open_session(self._path, threads or torch.get_num_threads())
+        self._session: Any = open_session(self._path, threads or torch.get_num_threads())
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         if set(inputs) != {FRAMES} or not set(OUTPUTS) <= set(outputs):
@@ -65,12 +65,12 @@ class OnnxRuntimeVision:
                 f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
             )
         self.shape = _static(self._path, inputs[FRAMES], 4)
-        _dtype(self._path, inputs[FRAMES], FRAMES_DTYPE)
+        dtype_of(self._path, inputs[FRAMES], FRAMES_DTYPE)
         self._tokens = _empty(self._path, outputs[TOKENS], 2, *DTYPES.values())  # [N, D]
         self._positions = _empty(self._path, outputs[POSITIONS], 1, POSITIONS_DTYPE)  # [N]
         self._binding = self._session.io_binding()
         for name, tensor in ((TOKENS, self._tokens), (POSITIONS, self._positions)):
-            self._binding.bind_output(name, **_memory(tensor))
+            self._binding.bind_output(name, **memory_of(tensor))
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Visual tokens [N, D] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
@@ -88,11 +88,11 @@ class OnnxRuntimeVision:
         try:
             if self._session is None:
                 raise RuntimeError("this vision backend is closed")
-            self._binding.bind_input(FRAMES, **_memory(frames))
+            self._binding.bind_input(FRAMES, **memory_of(frames))
             try:
                 self._session.run_with_iobinding(self._binding)
             except Exception as error:  # onnxruntime's errors share no base class
-                raise EngineError(f"onnxruntime failed on {self._path}: {_first_line(error)}") from error
+                raise EngineError(f"onnxruntime failed on {self._path}: {first_line(error)}") from error
         finally:
             self._lock.release()
         return self._tokens, self._positions
@@ -103,7 +103,12 @@ class OnnxRuntimeVision:
             self._session = self._binding = None
 
 
-def _open_session(path: Path, threads: int) -> Any:
+def open_session(path: Path, threads: int) -> Any:
+    """A session for `path` on the CPU.
+
+    Raises:
+        EngineError: onnxruntime is missing, or the file is, is damaged or needs kernels that the CPU does not have.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -121,10 +126,11 @@ def _open_session(path: Path, threads: int) -> Any:
             remedy = "its dtype has no CPU kernels; build with --fp16 or --fp32, or use --backend torch"
         else:
             remedy = REBUILD
-        raise EngineError(f"onnxruntime cannot load {path} ({_first_line(error)}): {remedy}") from error
+        raise EngineError(f"onnxruntime cannot load {path} ({first_line(error)}): {remedy}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What onnxruntime says, in one line of at most 200 characters."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
@@ -135,7 +141,8 @@ def _static(path: Path, value: Any, rank: int) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _dtype(path: Path, value: Any, *allowed: torch.dtype) -> torch.dtype:
+def dtype_of(path: Path, value: Any, *allowed: torch.dtype) -> torch.dtype:
+    """The dtype of a session's input or output. Raises EngineError if it is none of `allowed`."""
     for dtype in allowed:
         if _TYPES[dtype][0] == value.type:
             return dtype
@@ -144,10 +151,10 @@ def _dtype(path: Path, value: Any, *allowed: torch.dtype) -> torch.dtype:
 
 
 def _empty(path: Path, value: Any, rank: int, *allowed: torch.dtype) -> Tensor:
-    return torch.empty(_static(path, value, rank), dtype=_dtype(path, value, *allowed))
+    return torch.empty(_static(path, value, rank), dtype=dtype_of(path, value, *allowed))
 
 
-def _memory(tensor: Tensor) -> dict[str, Any]:
+def memory_of(tensor: Tensor) -> dict[str, Any]:
     """Arguments that bind a contiguous CPU tensor's own memory."""
     return {
         "device_type": "cpu",

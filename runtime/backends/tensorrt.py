@@ -60,25 +60,14 @@ class TensorRTVision:
         path = Path(engine_path)
         if not path.is_file():
             raise EngineError(f"{path} is missing: {REBUILD}")
-        _require_gpu(flavour)
+        require_gpu(flavour)
         trt = seam.load(flavour)
         self._logger = seam.collecting_logger(trt)
         self._lock = threading.Lock()
         with torch.cuda.device(device):
-            self._runtime = trt.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-            if self._engine is None:
-                raise EngineError(
-                    f"{flavour} {trt.__version__} cannot load {path} ({self._complaint()}): it was built by another "
-                    f"version or for another GPU; {REBUILD}"
-                )
+            self._runtime, self._engine = load_engine(path, flavour, trt, self._logger)
             tensors = engine_tensors(path, self._engine)
-            self._context: Any = self._engine.create_execution_context()
-            if self._context is None:
-                raise EngineError(
-                    f"{flavour} cannot run {path} here ({self._complaint()}): free GPU memory, or build with fewer "
-                    f"--frames"
-                )
+            self._context: Any = make_context(path, flavour, self._engine, self._logger)
             self._prepare(tensors)
 
     def _prepare(self, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -161,10 +150,42 @@ class TensorRTVision:
             self._buffers = {}
 
     def _complaint(self) -> str:
-        return (seam.errors_of(self._logger) or ["it gave no reason"])[-1]
+        return complaint(self._logger)
 
 
-def _require_gpu(flavour: str) -> None:
+def complaint(logger: Any) -> str:
+    """What the library complained about last."""
+    return (seam.errors_of(logger) or ["it gave no reason"])[-1]
+
+
+def load_engine(path: Path, flavour: str, trt: Any, logger: Any) -> tuple[Any, Any]:
+    """The library's runtime, which must outlive the engine, and the deserialised engine.
+
+    Raises:
+        EngineError: the library refuses the file.
+    """
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise EngineError(
+            f"{flavour} {trt.__version__} cannot load {path} ({complaint(logger)}): it was built by another version or "
+            f"for another GPU; {REBUILD}"
+        )
+    return runtime, engine
+
+
+def make_context(path: Path, flavour: str, engine: Any, logger: Any) -> Any:
+    """An execution context. Raises EngineError if there is no room for one."""
+    context = engine.create_execution_context()
+    if context is None:
+        raise EngineError(
+            f"{flavour} cannot run {path} here ({complaint(logger)}): free GPU memory, or build with fewer --frames"
+        )
+    return context
+
+
+def require_gpu(flavour: str) -> None:
+    """Raise EngineError unless torch can use a GPU."""
     if torch.cuda.is_available():
         return
     if seam.has_gpu():
@@ -188,16 +209,21 @@ def engine_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], 
             f"{path} takes {inputs} and returns {sorted(set(names) - set(inputs))}, expected {FRAMES} and "
             f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
         )
-    tensors = {}
-    for name in names:
-        shape = tuple(engine.get_tensor_shape(name))
-        kind = str(engine.get_tensor_dtype(name)).rsplit(".", maxsplit=1)[-1]
-        if min(shape, default=1) < 1 or kind not in _DTYPES:
-            raise EngineError(
-                f"{path}: {name} is {kind} {list(shape)}, expected fixed sizes and a known dtype; {REBUILD}"
-            )
-        tensors[name] = (shape, _DTYPES[kind])
+    tensors = {name: tensor_of(path, engine, name) for name in names}
+    for name, (shape, dtype) in tensors.items():
+        if min(shape, default=1) < 1:
+            kind = next(kind for kind, known in _DTYPES.items() if known == dtype)
+            raise EngineError(f"{path}: {name} is {kind} {list(shape)}, expected fixed sizes; {REBUILD}")
     for name, dtype in ((FRAMES, FRAMES_DTYPE), (POSITIONS, POSITIONS_DTYPE)):
         if tensors[name][1] != dtype:
             raise EngineError(f"{path}: {name} is {tensors[name][1]}, expected {dtype}; {REBUILD}")
     return tensors
+
+
+def tensor_of(path: Path, engine: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape (-1 where it is dynamic) and dtype of an engine's tensor. Raises EngineError for a dtype torch lacks."""
+    shape = tuple(engine.get_tensor_shape(name))
+    kind = str(engine.get_tensor_dtype(name)).rsplit(".", maxsplit=1)[-1]
+    if kind not in _DTYPES:
+        raise EngineError(f"{path}: {name} is {kind} {list(shape)}, expected a known dtype; {REBUILD}")
+    return shape, _DTYPES[kind]

@@ -23,6 +23,8 @@ from builder.arguments import parse
 from builder.config import BuildConfig
 from builder.export import ExportedGraph, VisionGraph
 from earlytom import micro
+from earlytom.encoder import VisualTokens, encode_video
+from runtime import contract
 from runtime.clip import draw_clip
 from runtime.manifest import Manifest
 from runtime.video import load_clip
@@ -46,6 +48,27 @@ class Exported:
     @property
     def path(self) -> Path:
         return self.graph.path
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An exported chain, and the same vision part in fp32 in PyTorch."""
+
+    config: BuildConfig
+    folder: Path
+    reference: VisionGraph
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / contract.stage_file(contract.ONNX_FILE, n) for n in range(len(self.config.stages))]
+
+    def encode(self, frames: Tensor) -> VisualTokens:
+        return reference_of(self.reference, frames)
+
+
+def reference_of(graph: VisionGraph, frames: Tensor) -> VisualTokens:
+    pixels = graph.pixels(frames)
+    return encode_video(graph.vision_tower, graph.projector, pixels, graph.config, depth=graph.layers)
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +107,28 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
         return made[arguments]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def chain_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Callable[..., Chain]:
+    """`chain_of("--fp16")`: that chain of the small checkpoint; equal arguments share one export."""
+    made: dict[tuple[str, ...], Chain] = {}
+
+    def export(*arguments: str) -> Chain:
+        if arguments not in made:
+            words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
+            _, config, _ = parse([*words, "--ratio", "0.3", "--schedule", "adaptive", *arguments])
+            folder = tmp_path_factory.mktemp("chain")
+            build.export_stages(config, folder)
+            made[arguments] = Chain(config, folder, build.vision_graph(config, torch.float32))
+        return made[arguments]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def chain(chain_of: Callable[..., Chain]) -> Chain:
+    return chain_of("--fp32")
 
 
 @pytest.fixture(scope="session")

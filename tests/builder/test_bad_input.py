@@ -54,6 +54,8 @@ CASES = [
     ("--frames 2.5", ["--frames", "'2.5'", "whole number"]),
     ("--tau 2", ["--tau", "[-1, 1]", "2.0"]),
     ("--tau nan", ["--tau", "[-1, 1]", "nan"]),
+    ("--compression fast", ["--compression", "'fast'", "auto", "plugin", "native"]),
+    ("--compression plugin", ["--compression", "ONNX file", "--compression native", "--backend tensorrt"]),
     ("--model {place}/none", ["--model", "{place}/none", "no such folder", "ORG/NAME"]),
     ("--model {place}/text.mp4", ["--model", "{place}/text.mp4", "is a file"]),
     ("--model {place}", ["--model", "config.json"]),
@@ -70,7 +72,8 @@ CASES = [
     ("--frame-budget 40,7,7", ["--frame-budget", "40", "16 frames", "--frames"]),
     ("--frame-budget 7,0,0", ["--frame-budget", "at least 1", "0"]),
     ("--target h200", ["--target", "'h200'", "a100", "8.0"]),
-    ("--schedule adaptive", ["adaptive", "--schedule budget"]),
+    ("--schedule adaptive --frame-budget 0.5", ["--frame-budget", "--schedule budget", "the video decides"]),
+    ("--schedule adaptive --frame-budget auto", ["--frame-budget", "--schedule budget"]),
     ("--preset videomme --ratio 0.3", ["'videomme'", "0.3", "0.25", "--merge-layers"]),
     ("--preset kinetics", ["--preset", "'kinetics'", "videomme"]),
     ("--preset videomme --ratio 0.1", ["10", "0 to 7", "--merge-layers"]),  # made for 26 layers
@@ -138,6 +141,7 @@ def test_missing_tensorrt_says_how_to_get_it(tmp_path: Path, capsys: pytest.Capt
     [
         ("--hardware-compatible", ["--hardware-compatible", "--backend tensorrt", "tensorrt-rtx"]),
         ("--target 7.0", ["7.0", "8.0", "--target"]),
+        ("--compression plugin", ["--compression", "tensorrt-rtx has no plugins", "--backend tensorrt", "native"]),
     ],
 )
 def test_what_tensorrt_rtx_cannot_do(

@@ -16,6 +16,7 @@ from builder.config import BuildConfig, parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import PRESETS
 from earlytom.errors import UserError
+from runtime import contract
 from runtime.checkpoint import describe
 
 Parse = Callable[..., BuildConfig]
@@ -65,9 +66,10 @@ def test_expected_sizes_are_those_of_the_shapes(parsed: Parse) -> None:
     for dtype, size in (("fp16", 2), ("fp32", 4)):
         one = parsed(f"--{dtype}")
         graph = build.vision_graph(one, torch.float32)
-        used = [p for name, p in graph.named_parameters() if "post_layernorm" not in name]
+        stored = build.vision_graph(one, contract.DTYPES[dtype])  # with layer norms in fp32
+        used = [p for name, p in stored.named_parameters() if "post_layernorm" not in name]
         sizes = one.expected_bytes
-        assert sizes["weights"] == size * sum(p.numel() for p in used)
+        assert sizes["weights"] == sum(p.numel() * p.itemsize for p in used)
         frames = torch.zeros(12, 3, 72, 72, dtype=torch.uint8)
         tokens, positions = (graph(frames)[name] for name in ("tokens", "positions"))
         assert sizes["input"] == frames.numel()
@@ -110,6 +112,7 @@ def test_key_changes_with_every_setting(parsed: Parse, words: list[str]) -> None
         {"backend_version": "0.0.1"},
         {"hardware_compatible": True},
         {"workspace_gib": 1.0},
+        {"compression": "plugin"},
     ],
     ids=str,
 )
@@ -160,6 +163,16 @@ def test_key_changes_with_libraries_and_code(parsed: Parse, monkeypatch: pytest.
     assert parsed().key() != before
 
 
+def test_key_changes_with_triton_where_it_makes_the_kernels(parsed: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = parsed()
+    keys = []
+    for version in ("3.6.0", "3.9.0"):
+        monkeypatch.setattr(config, "triton_version", lambda version=version: version)
+        keys.append((native.key(), replace(native, compression="plugin").key()))
+    assert keys[0][0] == keys[1][0]
+    assert len({*keys[0], *keys[1]}) == 3
+
+
 def test_code_digest_covers_the_sources_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = Path.read_bytes
@@ -171,6 +184,8 @@ def test_code_digest_covers_the_sources_that_decide(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "read_bytes", reading)
     config._code_digest()
     for needed in ("earlytom/encoder.py", "builder/functions.py", "runtime/contract.py", "runtime/checkpoint.py"):
+        assert needed in read
+    for needed in ("kernels/frame_plan.py", "kernels/launch.py", "plugins/ptx.py", "plugins/registry.py"):
         assert needed in read
     assert not any(name.startswith("tests/") for name in read)
 
@@ -193,6 +208,7 @@ def test_defaults_suit_the_model() -> None:
     assert one.earlytom.merge_layers == (2, 4, 6)
     assert one.earlytom.schedule == "budget"
     assert choice.reason
+    assert one.compression == "native"  # there is no engine for plugins to be in
     _, published, _ = parse(["--model", "random:llava-onevision-qwen2-0.5b-ov", "--backend", "onnx"])
     assert published.frames == 32
     assert published.earlytom.merge_layers == (6, 14, 20)
@@ -206,3 +222,8 @@ def test_presets_are_the_released_ones_and_what_is_given_beside_wins() -> None:
             assert (method.tau, method.merge_layers, method.schedule) == (tau, layers, "budget")
     method = parse([*words, "--preset", benchmark, "--tau", "0.25", "--merge-layers", "3,4"])[1].earlytom
     assert (method.tau, method.merge_layers) == (0.25, (3, 4))
+
+
+def test_inner_merging_is_the_runtimes_and_not_part_of_a_build(parsed: Parse) -> None:
+    with pytest.raises(UserError, match=r"--inner-layer 2 to python -m runtime.ask"):
+        replace(parsed(), earlytom=parsed().earlytom.replace(inner_layer=2))

@@ -204,7 +204,7 @@ def test_tf32_is_off_and_the_network_is_strongly_typed(tmp_path, monkeypatch):
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM86
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**30
     networks = []
-    monkeypatch.setattr(engine_process, "_parse", lambda trt, network, logger, path: networks.append(network) or 1 / 0)
+    monkeypatch.setattr(engine_process, "_parse", lambda trt, network, *rest: networks.append(network) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_here(tmp_path, tower(tmp_path / "vision.onnx"))
     assert networks[0].get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -381,6 +381,21 @@ def test_a_build_process_that_dies(tmp_path, monkeypatch, script, error, message
     with pytest.raises(error, match=message):
         compile_small(tmp_path, tower(tmp_path / "vision.onnx"))
     assert sorted(os.listdir(tmp_path)) == ["python", "vision.onnx"]
+
+
+@needs_rtx
+@pytest.mark.parametrize("chosen", ["1", "0", None])
+def test_the_build_process_is_not_one_of_triton_s_interpreter(tmp_path, monkeypatch, chosen):
+    if chosen is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", chosen)
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\nprintf \'{"error": "it has <%s>", "kind": ""}\' "$TRITON_INTERPRET"\n')
+    interpreter.chmod(interpreter.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setattr(compiler.sys, "executable", str(interpreter))
+    with pytest.raises(UserError, match="it has <>"):
+        compile_small(tmp_path, tower(tmp_path / "vision.onnx"))
 
 
 @needs_rtx

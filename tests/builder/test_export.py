@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from builder import build, export, functions
+from builder.chain import export_chain
 from builder.config import BuildConfig
 from builder.export import OPSET, export_onnx
 from builder.verify import write_tapped
@@ -136,7 +136,7 @@ def test_values_of_the_graph_carry_the_names_of_the_trace(exported: Make, clips:
     frames = clips["drawn0.mp4"]
     trace = made.reference(frames)
     assert list(trace) == trace_names(made.config.earlytom)
-    tapped = write_tapped(made.path, made.config.earlytom, widen=False)
+    tapped = write_tapped(made.path, list(trace), rounded=False)
     try:
         got = outputs(tapped, frames)
     finally:
@@ -226,8 +226,9 @@ def test_adaptive_schedule_is_refused(exported: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--schedule budget"):
         export_onnx(graph, 12, (72, 72), tmp_path / contract.ONNX_FILE)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="--schedule budget"):
-        replace(made.config, earlytom=made.config.earlytom.replace(schedule="adaptive"))
+    with pytest.raises(UserError, match="--schedule adaptive"):  # and a chain is not for the other
+        export_chain(build.vision_graph(made.config, torch.float32), 12, (72, 72), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_reference_still_decides_itself_after_an_export(

@@ -1,4 +1,4 @@
-"""The ONNX bodies of FramePlan and SelectTokens decide as `earlytom.merge` and `earlytom.select` do, case for case."""
+"""The ONNX bodies of our functions decide as `earlytom.merge` and `earlytom.select` do, case for case."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 
 from builder import functions
 from builder.export import OPSET
+from earlytom.budget import dynamic_tokens, effective_ratio, static_tokens, token_count
 from earlytom.config import TRAILINGS
 from earlytom.errors import UserError
 from earlytom.merge import SIMILARITY_STEPS, plan_similarity, static_frames
-from earlytom.select import select_fixed
+from earlytom.select import keep_mask, select_fixed
 
 FLOAT, HALF, BOOL, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL, ir.DataType.INT64
 Array = NDArray[Any]
 
 
-def value(name: str, dtype: ir.DataType, *shape: int) -> ir.Value:
+def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
@@ -219,9 +220,114 @@ def test_comparison_of_selections_would_notice_other_frames_static() -> None:
     assert not np.array_equal(positions, wanted.numpy())
 
 
+# The adaptive schedule: one model for every number of frames that may arrive
+
+
+def adaptive_plan_model(max_frames: int, **settings_: Any) -> onnx.ModelProto:
+    rule = {name: settings_[name] for name in ("max_window", "trailing")}
+    body = functions.adaptive_frame_plan(max_frames=max_frames, opset=OPSET, **rule)
+    outputs = [value("weights", FLOAT, "n", "n"), value("static", BOOL, "n"), value("count", INT64, 1)]
+    return call(body, [value("similarity", FLOAT, "n", "n")], outputs, settings_)
+
+
+def expect_equal_adaptive_plan(session: onnxruntime.InferenceSession, similarity: Array, **settings_: Any) -> int:
+    weights, static, (count,) = session.run(None, {"similarity": similarity})
+    wanted, start, end = plan_similarity(torch.from_numpy(similarity), None, **settings_)
+    assert count == len(wanted)
+    assert weights.shape == similarity.shape
+    assert not weights[count:].any()
+    assert np.array_equal(static, static_frames(start, end).numpy())
+    assert np.array_equal(weights[:count] != 0, wanted.numpy() != 0)
+    np.testing.assert_allclose(weights[:count], wanted.numpy(), rtol=0, atol=1e-6)
+    return int(count)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    tau=st.one_of(st.sampled_from([-1.0, 0.3, 0.8, 1.0]), st.floats(-1, 1, width=32, allow_subnormal=False)),
+    ema=st.one_of(st.sampled_from([0.9, 1.0]), st.floats(0.0625, 1, width=32)),
+    max_window=st.integers(1, 12),
+    trailing=st.sampled_from(TRAILINGS),
+    seed=st.integers(0, 2**16),
+)
+def test_adaptive_plan_decides_as_the_reference(
+    tau: float, ema: float, max_window: int, trailing: str, seed: int
+) -> None:
+    rule: dict[str, Any] = {"tau": tau, "ema": ema, "max_window": max_window, "trailing": trailing}
+    session = onnxruntime.InferenceSession(adaptive_plan_model(64, **rule).SerializeToString())
+    for frames, kind in zip((1, 2, 3, 9, 17, 33, 64), (*KINDS, "drift", "ties"), strict=True):
+        expect_equal_adaptive_plan(session, similarities(frames, seed, kind), **rule)
+
+
+def test_adaptive_plan_keeps_all_few_and_other_numbers_for_other_videos() -> None:
+    rule: dict[str, Any] = {"tau": 0.8, "ema": 0.9, "max_window": 12, "trailing": "released"}
+    session = onnxruntime.InferenceSession(adaptive_plan_model(32, **rule).SerializeToString())
+    counts = {kind: expect_equal_adaptive_plan(session, similarities(32, 0, kind), **rule) for kind in KINDS}
+    assert counts["noise"] == 32
+    assert len(set(counts.values())) >= 4
+
+
+def adaptive_select_model(frames: int, per_frame: int, ratio: float) -> onnx.ModelProto:
+    body = functions.adaptive_select_tokens(frames=frames, per_frame=per_frame, ratio=ratio, opset=OPSET)
+    inputs = [
+        value("features", HALF, "n", per_frame, 3),
+        value("received", FLOAT, "n", per_frame),
+        value("static", BOOL, "n"),
+    ]
+    outputs = [value("tokens", HALF, "M", 3), value("positions", INT64, "M"), value("count", INT64, 1)]
+    return call(body, inputs, outputs, {"frames": frames, "ratio": ratio})
+
+
+def varying_choice(received: Array, static: Array, frames: int, ratio: float) -> Array:
+    """The reference's positions of a video of `frames` frames, of which `len(received)` are left."""
+    per_frame = received.shape[1]
+    effective = effective_ratio(ratio, frames, len(received))
+    places, windows = dynamic_tokens(per_frame, effective), static_tokens(per_frame, effective)
+    mask = keep_mask(torch.from_numpy(received), torch.from_numpy(static), places, windows)
+    return mask.flatten().nonzero().squeeze(1).numpy()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    frames=st.integers(1, 12),
+    per_frame=st.integers(1, 40),
+    ratio=st.one_of(st.sampled_from([0.1, 0.15, 0.3, 0.5, 1.0]), st.floats(0.01, 1)),
+    levels=st.sampled_from([1, 2, 8, 10**6]),
+    seed=st.integers(0, 2**16),
+)
+def test_adaptive_selection_decides_as_the_reference_for_every_number_of_frames_left(
+    frames: int, per_frame: int, ratio: float, levels: int, seed: int
+) -> None:
+    session = onnxruntime.InferenceSession(adaptive_select_model(frames, per_frame, ratio).SerializeToString())
+    for left in range(1, frames + 1):
+        features, received, static = selection_case(left, per_frame, seed + left, levels)
+        feeds = {"features": features, "received": received, "static": static}
+        tokens, positions, (count,) = session.run(None, feeds)
+        wanted = varying_choice(received, static, frames, ratio)
+        assert count == len(wanted)
+        assert len(positions) == len(tokens) == token_count(frames, per_frame, ratio, frames_out=left)
+        assert np.array_equal(positions[:count], wanted)
+        assert np.array_equal(tokens, features.reshape(-1, 3)[positions])  # the rest is in range
+
+
+def test_adaptive_comparison_would_notice_other_frames_static() -> None:
+    """Negative control, and static frames do keep fewer tokens here than they would as dynamic ones."""
+    _, received, static = selection_case(6, 25, 0, 10**6)
+    session = onnxruntime.InferenceSession(adaptive_select_model(8, 25, 0.25).SerializeToString())
+    features = np.zeros((6, 25, 3), np.float16)
+    _, positions, (count,) = session.run(None, {"features": features, "received": received, "static": ~static})
+    assert 0 < static.sum() < 6
+    assert not np.array_equal(positions[:count], varying_choice(received, static, 8, 0.25))
+    assert len(positions) > len(varying_choice(received, static, 8, 0.25))
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        pytest.param(
+            adaptive_plan_model(9, tau=0.8, ema=0.9, max_window=6, trailing="released"), id="AdaptiveFramePlan"
+        ),
+        pytest.param(adaptive_select_model(3, 25, 0.3), id="AdaptiveSelectTokens"),
         pytest.param(plan_model(9, 5, tau=0.8, ema=0.9, max_window=6, trailing="released"), id="FramePlan"),
         pytest.param(select_model(3, 25, 8, 7), id="SelectTokens"),
     ],

@@ -94,6 +94,33 @@ def test_an_unknown_flavour():
 BOTH = {"tensorrt": "10.16.0", "tensorrt_rtx": "1.7.1"}
 
 
+def test_the_plugin_module_of_tensorrt(monkeypatch):
+    installed(monkeypatch, **BOTH, **{"tensorrt.plugin": "10.16.0"})
+    found = importlib.import_module("tensorrt.plugin")
+    found.aot_impl = found.KernelLaunchParams = object()
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, real=importlib.import_module: found if "." in name else real(name)
+    )
+    assert seam.load_plugins("tensorrt") is found
+
+
+@pytest.mark.parametrize(
+    ("modules", "flavour", "message"),
+    [
+        (BOTH, "tensorrt-rtx", "tensorrt-rtx has no plugins: use --compression native, or --backend tensorrt"),
+        ({}, "tensorrt", "tensorrt is not installed"),
+        (BOTH, "tensorrt", r"10\.16\.0 has no plugin module that can be loaded \(No module named 'tensorrt.plugin'\)"),
+        ({**BOTH, "tensorrt.plugin": ImportError("numpy\nis missing")}, "tensorrt", r"\(numpy is missing\).*--upgrade"),
+        ({**BOTH, "tensorrt.plugin": "10.16.0"}, "tensorrt", "cannot take plugins compiled ahead of time"),
+    ],
+)
+def test_plugins_that_cannot_be_had(monkeypatch, modules, flavour, message):
+    installed(monkeypatch, **modules)
+    with pytest.raises(EngineError, match=message) as error:
+        seam.load_plugins(flavour)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("modules", "gpus", "backend", "reason"),
     [

@@ -1,0 +1,75 @@
+"""How many frames the adaptive schedule keeps on clips: what a chain's profiles and `--frame-budget auto` go by.
+
+Measured in PyTorch, in fp32, on the model itself: the method's decisions need its hidden states. Layers after the last
+merge do not run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from builder.export import VisionGraph
+from earlytom.encoder import Decisions, encode
+
+# Of the clips, `--frame-budget auto` keeps so many whole: all frames that the adaptive schedule would.
+AUTO, AUTO_SHARE = "auto", 0.9
+
+
+@dataclass(frozen=True)
+class FramesKept:
+    """Frames before the first merge and after each one, of every clip by its name."""
+
+    clips: Mapping[str, tuple[int, ...]]
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int, int], ...]:
+        """Least, median (of an even number of clips the larger one in the middle) and most, of each stage."""
+        return tuple((min(counts), _rank(counts, 0.5), max(counts)) for counts in self._stages())
+
+    def budget(self, share: float = AUTO_SHARE) -> tuple[int, ...]:
+        """Frames to keep after each merge so that they are enough for at least `share` of the clips, merge by merge."""
+        return tuple(_percentile(counts, share) for counts in self._stages()[1:])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: by stage the least, median and most, and the counts of every clip."""
+        least, median, most = (list(column) for column in zip(*self.ranges, strict=True))
+        return {
+            "minimum": least,
+            "median": median,
+            "maximum": most,
+            "clips": {name: list(counts) for name, counts in self.clips.items()},
+        }
+
+    def _stages(self) -> list[tuple[int, ...]]:
+        return list(zip(*self.clips.values(), strict=True))
+
+
+def _rank(counts: tuple[int, ...], share: float) -> int:
+    return sorted(counts)[min(int(share * len(counts)), len(counts) - 1)]
+
+
+def _percentile(counts: tuple[int, ...], share: float) -> int:
+    """The smallest of them that at least `share` of them do not exceed."""
+    return sorted(counts)[math.ceil(share * len(counts)) - 1]
+
+
+def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
+    """Run the adaptive schedule, with the other settings as they are, on clips.
+
+    Args:
+        graph: the vision part in fp32.
+        clips: name to uint8 frames [F, 3, H, W].
+    """
+    config = graph.config.replace(schedule="adaptive")
+    depth = config.merge_layers[-1] + 1 if config.merge_layers else 1
+    decisions, tower = Decisions(config), graph.tower
+    found = {}
+    for name, frames in clips.items():
+        visual = encode(tower, graph.projector, graph.pixels(frames), config, decisions, depth=depth)
+        found[name] = visual.frames_per_stage
+    return FramesKept(found)

@@ -1,0 +1,78 @@
+"""Run a chain of graphs stage by stage in ONNX Runtime, as `builder.verify` runs a single one.
+
+What the stages return is put together as if one graph had: values that a stage pads to the frames that arrived are cut
+to those that it kept. A stage is loaded, run on every clip and let go before the next one, so that no more than one is
+in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import IterationResult, RunResults
+
+from builder import verify
+from earlytom.errors import UserError
+from runtime import contract
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> RunResults:
+    """The outputs and the values `names` of a chain for every feed.
+
+    Args:
+        paths: the graphs in order; a temporary copy of each with more outputs is written beside it.
+        names: values of any of them.
+        feeds: frames by the name in `runtime.contract`.
+        rounded: as `builder.rounding` has it.
+
+    Raises:
+        UserError: no graph has a value of that name, or a stage kept a number of frames that cannot be.
+    """
+    results: list[Arrays] = [{} for _ in feeds]
+    entering = list(feeds)
+    for stage, path in enumerate(paths):
+        wanted = [name for name in names if name in _values(path)]
+        tapped = verify.write_tapped(path, wanted, rounded=rounded)
+        try:
+            with OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner:
+                for clip, feed in enumerate(entering):
+                    out = {name: np.asarray(value) for name, value in runner.infer(feed).items()}
+                    entering[clip] = _cut(out, stage, len(paths), len(next(iter(feed.values()))))
+                    results[clip] |= {name: value for name, value in out.items() if name in (*names, *contract.OUTPUTS)}
+        finally:
+            tapped.unlink()
+    missing = [name for name in names if name not in results[0]]
+    if missing:
+        raise UserError(
+            f"no graph of {paths[0].parent} has a value named {missing[0]}, so another version exported them: build "
+            "again with --force"
+        )
+    return RunResults([("onnxruntime", [IterationResult(out, runner_name="onnxruntime") for out in results])])
+
+
+def _values(path: Path) -> set[str]:
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {value.name for value in (*graph.output, *graph.value_info)}
+
+
+def _cut(out: Arrays, stage: int, stages: int, arrived: int) -> Arrays:
+    """Cut in place what a stage padded; returns what enters the next stage."""
+    count = int(out[contract.COUNT][0])
+    last = stage == stages - 1
+    limit = len(out[contract.TOKENS]) if last else arrived
+    if not 1 <= count <= limit:
+        raise UserError(f"stage {stage} of the chain kept {count} of {limit}: its arithmetic failed, build with --fp32")
+    for name in out:
+        if name.startswith("weights_") or name in (contract.MERGED_HIDDEN, contract.MERGED_RECEIVED, *contract.OUTPUTS):
+            out[name] = out[name][:count]
+    inputs = () if last else contract.stage_tensors(stage + 1, stages)[0]
+    source = {contract.HIDDEN: contract.MERGED_HIDDEN, contract.RECEIVED: contract.MERGED_RECEIVED}
+    return {name: out[source[name]] for name in inputs}

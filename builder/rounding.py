@@ -1,0 +1,55 @@
+"""Half precision made visible on a CPU: every operator in fp32, every result rounded to the dtype that it has.
+
+ONNX Runtime's CPU has few half kernels. It runs most operators of an fp16 graph in fp32 and, where one feeds another,
+leaves out the rounding between them: a product that overflows half and is scaled down afterwards comes out right, so
+that a graph which is all NaN on a GPU passes. bf16 it does not run at all. `round_results` rewrites a half graph into
+one that both have to be true to: fp32 arithmetic with explicit casts, which ONNX Runtime keeps.
+
+That is the arithmetic of a GPU's matrix products, which accumulate in fp32 and round once. A compiler that fuses
+operators rounds less often. Inside a fused attention node nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+# They move values, which were rounded when they were made.
+_MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat", "Gather", "Expand", "Identity")
+
+
+def round_results(model: onnx.ModelProto) -> None:
+    """Rewrite a graph in place: values keep their names, those of half precision become fp32 values that half holds.
+
+    Weights stay as they are stored and are widened when they are read. Local functions are called with fp32 values; the
+    operators in their bodies are not rounded.
+    """
+    graph = model.graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
+    nodes: list[NodeProto] = []
+    for tensor in graph.initializer:
+        if tensor.data_type in NARROW:
+            nodes.append(_cast(f"{tensor.name}__stored", tensor.name, TensorProto.FLOAT))
+            tensor.name = f"{tensor.name}__stored"
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type in _MOVES and not node.domain:
+            continue
+        for index, name in enumerate(node.output):
+            if kinds.get(name) not in NARROW:
+                continue
+            made = f"{name}__{'rounded' if node.op_type in ('Cast', 'Constant') else 'exact'}"
+            node.output[index] = made
+            if made.endswith("exact"):
+                nodes.append(_cast(made, f"{name}__rounded", kinds[name]))
+            nodes.append(_cast(f"{name}__rounded", name, TensorProto.FLOAT))
+    for value in [*graph.input, *graph.value_info, *graph.output]:  # an input comes from a graph that rounded it
+        if value.type.tensor_type.elem_type in NARROW:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _cast(source: str, target: str, to: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=to)

@@ -1,0 +1,94 @@
+"""What a build shows: its plan, what was measured and made, and the JSON line at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from builder.calibrate import FramesKept
+from builder.compile import Progress
+from builder.config import BuildConfig
+from runtime import cli
+from runtime.manifest import Manifest
+
+
+def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
+    """What will be kept and what it will cost, from shapes alone."""
+    layers = config.earlytom.merge_layers
+    names = ["input", *(f"after layer {layer}" for layer in layers)]
+    screen.table(
+        ("stage", "frames (at most)" if config.adaptive else "frames"), list(zip(names, config.stages, strict=True))
+    )
+    full = config.frames * config.tokens_per_frame
+    costs = [("tokens to the LLM", full, config.tokens)]
+    costs += [(f"{what} GFLOP", config.flops[f"{what}_full"], config.flops[what]) for what in ("vision", "prefill")]
+    shown = [
+        (what, *(n if "tokens" in what else round(n / 1e9, 2) for n in (before, after)), f"{after / before:.1%}")
+        for what, before, after in costs
+    ]
+    screen.table(("cost of a clip", "full", "at most" if config.adaptive else "compressed", "share"), shown)
+    sizes = config.expected_bytes
+    screen.line(
+        f"expected: weights {sizes['weights'] / 2**20:.1f} MiB, input {sizes['input'] / 2**20:.1f} MiB, "
+        f"output {sizes['output'] / 2**20:.2f} MiB"
+    )
+
+
+def show_kept(screen: cli.Screen, config: BuildConfig, kept: FramesKept) -> None:
+    """How many frames the adaptive schedule keeps of the calibration clips."""
+    names = ["input", *(f"after layer {layer}" for layer in config.earlytom.merge_layers)]
+    rows = [(name, *counts) for name, counts in zip(names, kept.ranges, strict=True)]
+    screen.table((f"frames kept of {', '.join(kept.clips)}", "minimum", "median", "maximum"), rows)
+
+
+def show_result(screen: cli.Screen, manifest: Manifest, folder: Path) -> None:
+    """What was built, and what to type next."""
+    rows = [(name, decimal(record.bytes)) for name, record in manifest.files.items()]
+    screen.table(("file", "size"), rows)
+    if manifest.plugins:
+        kernels = [(p.name, p.tensors, p.registers, p.shared_bytes, p.ptx_sha256[:12]) for p in manifest.plugins]
+        screen.table(("plugin", "tensors", "registers", "shared bytes", "PTX sha256"), kernels)
+    if manifest.verification is None:
+        screen.line("not verified (--no-verify)")
+    screen.line(f"engine: {folder}")
+    screen.line(f'ask it: python -m runtime.ask --engine {folder} VIDEO "QUESTION"')
+
+
+def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | None, *, cached: bool) -> dict[str, Any]:
+    """The JSON line."""
+    return {
+        "folder": str(folder),
+        "key": key,
+        "built": manifest is not None and not cached,
+        "cached": cached,
+        "model": config.checkpoint.source,
+        "backend": config.backend,
+        "backend_version": config.backend_version,
+        "compression": config.compression,
+        "target": ".".join(map(str, config.target)),
+        "dtype": config.dtype,
+        "islands": [] if config.dtype == "fp32" else list(config.islands.words),
+        "frames_per_stage": list(config.stages),
+        "frames_kept": None if manifest is None or manifest.frames_kept is None else list(manifest.frames_kept),
+        "tokens": config.tokens,
+        "tokens_full": config.frames * config.tokens_per_frame,
+        "flops": config.flops,
+        "expected_bytes": config.expected_bytes,
+        "verified": None if manifest is None or manifest.verification is None else manifest.verification["passed"],
+        "figures": {} if manifest is None else manifest.figures,
+    }
+
+
+def progress_line(screen: cli.Screen) -> Any:
+    """A callback for the compiler: its phase, at most once in two seconds."""
+    shown = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        if progress.seconds >= shown + 2:
+            shown = progress.seconds
+            screen.line(f"  {progress.phase} ({progress.seconds:.0f} s)")
+
+    return show

@@ -1,0 +1,118 @@
+"""The adaptive schedule's chain on an NVIDIA GPU, through either TensorRT flavour: `vision.0.engine`, ...
+
+One engine and one context a stage, all made once, as are the buffers (see `runtime.backends.chain`); a call tells each
+context how many frames arrive and runs it on a stream of its own. After each stage the host waits for its count, eight
+bytes that are copied into pinned memory, since it must know the next shape: unlike a single engine's, this `encode`
+returns when the GPU is done. What it returns can be read on any stream at once.
+
+Written for a GPU and unverified without one: what a test on a CPU can reach is the order of the calls and the errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime import trt as seam
+from runtime.backends.chain import ChainVision, Room
+from runtime.backends.tensorrt import complaint, load_engine, make_context, require_gpu, tensor_of
+from runtime.contract import COUNT, ENGINE_FILE, FRAMES_DTYPE, stage_file, stage_tensors
+from runtime.errors import EngineError
+from runtime.manifest import REBUILD
+
+
+class TensorRTChain(ChainVision):
+    """A `VisionBackend` around the engines of a folder.
+
+    Args:
+        folder: of the engine.
+        room: see `Room.of`.
+        flavour: "tensorrt" or "tensorrt-rtx", the one it was built with.
+        device: the CUDA device to run on, default the current one.
+
+    Raises:
+        EngineError: a file is missing, no GPU that torch can use, the flavour is missing, an engine was built by
+            another version or for another GPU, or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        room: Room,
+        flavour: str = "tensorrt-rtx",
+        *,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        self._paths = [Path(folder) / stage_file(ENGINE_FILE, stage) for stage in range(room.merges + 1)]
+        for path in self._paths:
+            if not path.is_file():
+                raise EngineError(f"{path} is missing: {REBUILD}")
+        require_gpu(flavour)
+        trt = seam.load(flavour)
+        self._logger = seam.collecting_logger(trt)
+        self._closed = True  # until it is open
+        with torch.cuda.device(device):
+            self._loaded = [load_engine(path, flavour, trt, self._logger) for path in self._paths]
+            engines = [engine for _, engine in self._loaded]
+            graphs = [
+                {
+                    name: tensor_of(path, engine, name)
+                    for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
+                }
+                for path, engine in zip(self._paths, engines, strict=True)
+            ]
+            super().__init__(flavour, self._paths, graphs, room, device)
+            self._contexts: list[Any] = [
+                make_context(path, flavour, engine, self._logger)
+                for path, engine in zip(self._paths, engines, strict=True)
+            ]
+            self._device = self._buffers[COUNT].device
+            self._frames = torch.zeros(self.shape, dtype=FRAMES_DTYPE, device=device)
+            self._staging = torch.zeros(self.shape, dtype=FRAMES_DTYPE, pin_memory=True)
+            self._count = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+            self._stream = torch.cuda.Stream(self._device)
+            self.encode(self._staging)  # takes the flavour's own set-up out of the first request
+
+    def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        if frames.device.type != "cpu" and frames.device != self._device:
+            raise EngineError(
+                f"frames are on {frames.device} and the engine is on {self._device}: move the frames there"
+            )
+        if frames.device.type == "cpu":
+            frames = self._staging.copy_(frames)  # the last call waited, so nothing reads it any more
+        # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._frames.copy_(frames, non_blocking=True)
+            return super()._encode(self._frames)
+
+    def _run(self, stage: int, tensors: Mapping[str, Tensor]) -> None:
+        context = self._contexts[stage]
+        for name in stage_tensors(stage, self.stages)[0]:
+            if not context.set_input_shape(name, tuple(tensors[name].shape)):
+                raise EngineError(
+                    f"{self.name} refused {name} {list(tensors[name].shape)} of stage {stage}: "
+                    f"{complaint(self._logger)}; {REBUILD}"
+                )
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise EngineError(f"{self.name} refused a buffer for {name}: {complaint(self._logger)}; {REBUILD}")
+        if not context.execute_async_v3(self._stream.cuda_stream):
+            raise EngineError(f"{self.name} refused to run stage {stage}: {complaint(self._logger)}")
+
+    def _read_count(self) -> int:
+        self._count.copy_(self._buffers[COUNT], non_blocking=True)
+        self._stream.synchronize()
+        return int(self._count)
+
+    def _free(self) -> None:
+        self._stream.synchronize()
+        # In this order: a context must not outlive its engine, nor an engine its runtime.
+        self._contexts = []
+        self._loaded = [(runtime, None) for runtime, _ in self._loaded]
+        self._loaded.clear()

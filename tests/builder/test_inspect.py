@@ -1,0 +1,573 @@
+"""Looking into an engine folder: what is shown is what is there, and what is no engine is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from builder import build, cache, inspect
+from builder.arguments import parse
+from builder.config import BuildConfig
+from builder.layers import Layer, LayerTensor, summarise
+from runtime import cli, contract, trt
+from runtime.manifest import Manifest, PluginRecord, describe_files
+
+from .conftest import FRAMES, Exported
+
+ROOT = Path(inspect.__file__).resolve().parents[1]
+OPTIONAL = ("tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "polygraphy")
+Command = Callable[..., tuple[int, str, str]]
+needs_rtx = pytest.mark.skipif(
+    "tensorrt-rtx" not in trt.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
+)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process: status, stdout, stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.run(inspect.main, list(map(str, words)))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def copy(engine: Path, tmp_path: Path) -> Path:
+    """The session's engine, to be changed."""
+    return Path(shutil.copytree(engine, tmp_path / "engines" / engine.name))
+
+
+def seal(folder: Path, **changes: Any) -> None:
+    """A manifest that fits what is in the folder now."""
+    old = Manifest.read(folder, verify_files=False)
+    dataclasses.replace(old, **{"files": describe_files(folder), **changes}).write(folder)
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+def tensor(name: str, *shape: int, dtype: str = "fp16") -> LayerTensor:
+    return LayerTensor(name, shape, dtype, "")
+
+
+def layer(name: str, kind: str, work: str, flops: int, *constants: LayerTensor, precision: str = "fp16") -> Layer:
+    x = (tensor("x", 4, 4, dtype=precision),)
+    return Layer(name, kind, work, precision, flops, "", x, constants, x, (name.removesuffix("_0"),))
+
+
+SHARED = tensor("w", 10, 10)
+LAYERS = (
+    layer("small", "gemm", "product", 100, SHARED),
+    layer("large", "gemm", "product", 700, SHARED, tensor("b", 50, dtype="fp32"), tensor("i", 9, dtype="int64")),
+    layer("attention_0", "kgen", "attention", 150),
+    layer("norm", "kgen", "other", 0, tensor("n", 5, dtype="fp32"), precision="fp32"),
+    layer("island", "gemm", "product", 50, precision="fp32"),
+    Layer("wait", "signal", "other", "", 0, "", (), (), (), ()),
+)
+
+
+@pytest.fixture
+def compiled(copy: Path) -> Path:
+    """A folder like that of a compiled engine; its layers are made up."""
+    (copy / contract.ENGINE_FILE).write_bytes(b"not an engine at all")
+    document = {
+        "source": "build log",
+        "flavour": "tensorrt-rtx",
+        "version": "1.7.1",
+        "summary": summarise(LAYERS, ("attention", "lost")).to_dict(),
+        "layers": [dataclasses.asdict(one) for one in LAYERS],
+    }
+    (copy / contract.LAYERS_FILE).write_text(json.dumps(document))
+    report = {"flavour": "tensorrt-rtx", "warnings": ["the sun is shining"], "layers": {}, "seconds": {"total": 1.0}}
+    edit_json(copy / contract.REPORT_FILE, lambda values: values.update(compile=report))
+    seal(copy, backend="tensorrt-rtx", backend_version="1.7.1")
+    return copy
+
+
+# What is shown
+
+
+def test_a_record_says_what_the_manifest_says(engine: Path) -> None:
+    manifest, record = Manifest.read(engine), inspect.describe(engine)
+    assert record["manifest"] == manifest.to_dict()
+    assert record["tensors"] == [
+        {"name": "frames", "direction": "in", "dtype": "uint8", "shape": [FRAMES, 3, 72, 72]},
+        {"name": "tokens", "direction": "out", "dtype": "fp16", "shape": [manifest.tokens, 256]},
+        {"name": "positions", "direction": "out", "dtype": "int64", "shape": [manifest.tokens]},
+    ]
+    assert manifest.verification is not None
+    steps = manifest.verification["steps"]
+    assert [(check["step"], check["what"]) for check in record["verification"]["checks"]] == [
+        (step, check["what"]) for step, checks in steps.items() for check in checks
+    ]
+    assert record["compile"] is None
+
+
+def test_the_tensors_are_those_of_the_graph(engine: Path) -> None:
+    graph = onnx.load(str(engine / contract.ONNX_FILE), load_external_data=False).graph
+    found = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
+    assert {t["name"]: t["shape"] for t in inspect.describe(engine)["tensors"]} == found
+
+
+def test_the_layers_of_a_graph(engine: Path) -> None:
+    record = inspect.describe(engine)
+    layers, figures = record["layers"], record["manifest"]["figures"]
+    graph = onnx.load(str(engine / contract.ONNX_FILE)).graph
+    weights = [numpy_helper.to_array(t) for t in graph.initializer]
+    assert layers["weight_bytes"] == sum(w.nbytes for w in weights if np.issubdtype(w.dtype, np.floating))
+    assert layers["count"] == len(graph.node) == sum(kind["layers"] for kind in layers["kinds"])
+    assert layers["attention_fused"] == 3  # of 4 layers; the last merge layer forms its attention itself
+    assert layers["attention_unfused"] == []
+    assert 0.95 < layers["half_share"] < 1  # the decisions are fp32
+    assert layers["matrix_flops"] == pytest.approx(figures["flops_vision"], rel=0.02)
+    assert sum(kind["flops"] for kind in layers["kinds"]) == layers["matrix_flops"]
+    # A constant that nodes of two kinds read is in both rows.
+    assert 0 <= sum(kind["weight_bytes"] for kind in layers["kinds"]) - layers["weight_bytes"] < 100
+    assert {"earlytom::FramePlan", "earlytom::SelectTokens"} < {kind["kind"] for kind in layers["kinds"]}
+    assert len(layers["biggest"]) == inspect.BIGGEST
+    assert layers["biggest"][0]["kind"] == "MatMul"
+
+
+def test_a_graph_in_fp32_has_nothing_in_half(exported: Callable[..., Exported]) -> None:
+    """Negative control of the half share."""
+    layers = inspect.graph_layers(exported("--ratio", "0.3", "--fp32").path)
+    assert layers["half_share"] == 0
+    assert layers["flop_shares"] == layers["weight_shares"] == {"fp32": 1.0}
+    assert {kind["precision"] for kind in layers["kinds"]} <= {"fp32", ""}
+
+
+def test_weights_beside_a_graph_are_not_read(engine: Path, tmp_path: Path) -> None:
+    path = tmp_path / contract.ONNX_FILE
+    model = onnx.load(str(engine / contract.ONNX_FILE))
+    onnx.save(model, str(path), save_as_external_data=True, location="data", size_threshold=0)
+    (tmp_path / "data").unlink()
+    assert inspect.graph_layers(path) == inspect.describe(engine)["layers"]
+
+
+def value(name: str, *shape: int, kind: int = TensorProto.FLOAT16) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "out", "flops", "attributes"),
+    [
+        ("MatMul", [(5, 6, 7), (7, 8)], (5, 6, 8), 2 * 5 * 6 * 7 * 8, {}),
+        ("Gemm", [(7, 6), (7, 8)], (6, 8), 2 * 6 * 7 * 8, {"transA": 1}),
+        ("Conv", [(2, 3, 9, 9), (4, 3, 3, 3)], (2, 4, 7, 7), 2 * (2 * 4 * 7 * 7) * (3 * 3 * 3), {}),
+        ("Attention", [(2, 4, 5, 6), (2, 4, 7, 6), (2, 4, 7, 3)], (2, 4, 5, 3), 2 * (2 * 4) * 5 * 7 * (6 + 3), {}),
+        ("Add", [(5, 6), (5, 6)], (5, 6), 0, {}),
+    ],
+)
+def test_flops_of_one_operator(
+    tmp_path: Path, operator: str, shapes: list[tuple[int, ...]], out: tuple[int, ...], flops: int, attributes: Any
+) -> None:
+    names = [f"in{i}" for i in range(len(shapes))]
+    node = helper.make_node(operator, names, ["out"], **attributes)
+    inputs = [value(name, *shape) for name, shape in zip(names, shapes, strict=True)]
+    model = helper.make_model(helper.make_graph([node], "one", inputs, [value("out", *out)]))
+    onnx.save(model, str(tmp_path / "one.onnx"))
+    layers = inspect.graph_layers(tmp_path / "one.onnx")
+    assert layers["matrix_flops"] == flops
+    assert layers["half_share"] == bool(flops)
+    assert layers["attention_fused"] == (operator == "Attention")
+
+
+def test_the_layers_of_a_compiled_engine(compiled: Path) -> None:
+    record = inspect.describe(compiled)
+    layers = record["layers"]
+    assert (layers["source"], layers["count"], layers["matrix_flops"]) == ("build log", 5, 1000)
+    assert layers["half_share"] == pytest.approx(0.95)
+    assert (layers["attention_fused"], layers["attention_unfused"]) == (1, ["lost"])
+    assert layers["weight_bytes"] == 200 + 200 + 20  # w counts once, integers do not
+    assert [(kind["kind"], kind["work"], kind["precision"], kind["layers"]) for kind in layers["kinds"]] == [
+        ("gemm", "product", "fp16", 2),
+        ("kgen", "attention", "fp16", 1),
+        ("gemm", "product", "fp32", 1),
+        ("kgen", "other", "fp32", 1),
+    ]
+    assert [one["name"] for one in layers["biggest"]] == ["large", "attention_0", "small", "island", "norm"]
+    assert record["compile"] == {"flavour": "tensorrt-rtx", "warnings": ["the sun is shining"], "seconds": {"total": 1}}
+
+
+def test_an_engine_without_a_list_of_layers(compiled: Path, command: Command) -> None:
+    (compiled / contract.LAYERS_FILE).unlink()
+    seal(compiled)
+    assert inspect.describe(compiled)["layers"] is None
+    status, stdout, _ = command(compiled)
+    assert status == 0
+    assert "layers: the build left no list of them" in stdout
+
+
+@needs_rtx
+def test_an_engine_that_was_really_compiled(build_arguments: list[str], tmp_path: Path) -> None:
+    words = [*build_arguments, "--backend", "tensorrt-rtx", "--no-verify", "--json", "--out", str(tmp_path)]
+    assert build.main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    record = inspect.describe(folder)
+    layers = record["layers"]
+    assert (layers["attention_fused"], layers["attention_unfused"]) == (3, [])
+    assert layers["half_share"] > 0.95
+    graph = inspect.graph_layers(folder / contract.ONNX_FILE)
+    assert layers["matrix_flops"] == pytest.approx(graph["matrix_flops"], rel=0.1)
+    assert layers["weight_bytes"] == pytest.approx(graph["weight_bytes"], rel=0.25)
+    assert layers["weight_bytes"] < (folder / contract.ENGINE_FILE).stat().st_size
+    assert record["compile"]["engine_bytes"] == (folder / contract.ENGINE_FILE).stat().st_size
+
+
+def test_people_see_what_matters(engine: Path, command: Command) -> None:
+    status, stdout, stderr = command(engine)
+    assert (status, stderr) == (0, "")
+    manifest = Manifest.read(engine)
+    for shown in (
+        f"engine: {engine}",
+        f"frames: {' -> '.join(map(str, manifest.frames_per_stage))}; tokens: {manifest.tokens} of {FRAMES * 25}",
+        "fused attention: 3 of 3 that can be",
+        "in half precision",
+        "earlytom.tau              0.5\n",
+        "passed, on drawn clip",
+        "share of next tokens that agree",
+        "export_seconds",
+        "vision.onnx",
+        f"{FRAMES} x 3 x 72 x 72",
+        manifest.model.digest[:12],
+    ):
+        assert shown in stdout, shown
+    assert manifest.model.digest not in stdout
+    assert "FAILED" not in stdout
+
+
+def test_kernels_of_plugins_are_shown(compiled: Path, command: Command) -> None:
+    assert "spill bytes" not in command(compiled)[1]
+    kernel = PluginRecord(
+        "earlytom::FramePlan", "1", "plan", "fp32 [9] -> bool [9]", "ab" * 32, (1, 2, 3), 128, 40, 8, 0
+    )
+    seal(compiled, compression="plugin", backend="tensorrt", plugins=(kernel,))
+    assert inspect.describe(compiled)["manifest"]["plugins"][0]["grid"] == [1, 2, 3]
+    stdout = command(compiled)[1]
+    for shown in ("spill bytes", "earlytom::FramePlan", "fp32 [9] -> bool [9]", "abababababab\n"):
+        assert shown in stdout, shown
+
+
+def test_people_see_what_is_wrong(compiled: Path, command: Command) -> None:
+    manifest = Manifest.read(compiled)
+    gate = json.loads(json.dumps(manifest.verification))
+    gate["steps"]["tokens"][0]["passed"] = gate["passed"] = False
+    seal(compiled, verification=gate | {"notes": ["mind the gap"]})
+    status, stdout, _ = command(compiled)
+    assert status == 0
+    for shown in ("1 of 2 that can be, not lost", "the sun is shining", "mind the gap", "verified: the graph in ONNX"):
+        assert shown in stdout, shown
+    assert stdout.count("FAILED") == 2
+    seal(compiled, verification=None, polygraphy="")
+    assert "verified: no (built with --no-verify)" in command(compiled)[1]
+
+
+@pytest.mark.parametrize("words", [[], ["--compare", "same"]])
+def test_json_is_one_document(engine: Path, command: Command, words: list[str]) -> None:
+    status, stdout, stderr = command(engine, "--json", *(str(engine) if word == "same" else word for word in words))
+    assert (status, stderr, stdout.count("\n")) == (0, "", 1)
+    record = inspect.describe(engine)
+    assert json.loads(stdout) == (inspect.compare(record, record) if words else record)
+
+
+def test_a_file_of_the_engine_stands_for_it(compiled: Path, tmp_path: Path) -> None:
+    record = inspect.describe(compiled)
+    for name in (contract.MANIFEST_FILE, contract.ENGINE_FILE, contract.ONNX_FILE):
+        assert inspect.describe(compiled / name) == record
+
+
+BLOCKED = """
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+
+sys.meta_path.insert(0, Block())
+from builder import inspect
+from runtime import cli
+sys.exit(cli.run(inspect.main, sys.argv[1:]))
+"""
+
+
+def run_without(names: tuple[str, ...], *words: object) -> subprocess.CompletedProcess[str]:
+    code = [sys.executable, "-c", BLOCKED.format(names=names)]
+    return subprocess.run([*code, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_it_needs_no_library_that_runs_engines(compiled: Path, engine: Path) -> None:
+    """A compiled engine needs not even onnx, and the engine is never opened as one: its bytes are none."""
+    done = run_without(OPTIONAL, compiled, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == inspect.describe(compiled)
+    done = run_without(tuple(name for name in OPTIONAL if name != "onnx"), engine, "--compare", engine)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run_without(("builder",), engine)
+    assert done.returncode == 1  # negative control: what is blocked cannot be imported
+
+
+# What is refused
+
+
+def refused(answer: tuple[int, str, str]) -> str:
+    status, stdout, stderr = answer
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert "python -m builder.build" in stderr or "name the folder" in stderr
+    return stderr
+
+
+def test_what_is_no_engine_folder(tmp_path: Path, command: Command, copy: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (copy / "notes.txt").write_text("mine")
+    assert "does not exist" in refused(command(tmp_path / "nothing"))
+    assert "no engine folder" in refused(command(tmp_path))
+    assert "no engine folder" in refused(command(tmp_path / "file"))
+    assert "notes.txt is no file of the engine" in refused(command(copy / "notes.txt"))
+    assert "does not exist" in refused(command(copy, "--compare", tmp_path / "nothing"))
+    assert "does not exist" in refused(command(copy, "--json", "--compare", tmp_path / "nothing"))
+    status, _, stderr = command()
+    assert status == 2
+    assert "ENGINE" in stderr
+
+
+@pytest.mark.parametrize("name", [contract.MANIFEST_FILE, contract.ENGINE_FILE, contract.LAYERS_FILE, "report.json"])
+def test_a_file_that_changed(compiled: Path, command: Command, name: str) -> None:
+    path = compiled / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert name in refused(command(compiled))
+    path.unlink()
+    assert name in refused(command(compiled))
+
+
+def drop(*path: str) -> Callable[[dict[str, Any]], object]:
+    def edit(values: dict[str, Any]) -> None:
+        for name in path[:-1]:
+            values = values[name]
+        del values[path[-1]]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        (contract.LAYERS_FILE, drop("layers")),
+        (contract.LAYERS_FILE, drop("summary")),
+        (contract.LAYERS_FILE, drop("summary", "matrix_flops")),
+        (contract.LAYERS_FILE, lambda values: values.update(layers=[{"name": "x"}])),
+        (contract.LAYERS_FILE, lambda values: values["layers"][0].update(flops="many")),
+        (contract.LAYERS_FILE, lambda values: values["summary"].update(flop_shares=[1])),
+        (contract.REPORT_FILE, lambda values: values.update(compile="yes")),
+        (contract.REPORT_FILE, lambda values: values.update(compile={})),
+        (contract.REPORT_FILE, lambda values: values["key_parts"].update(frames=float("nan"))),
+    ],
+)
+def test_files_that_another_version_wrote(
+    compiled: Path, command: Command, name: str, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    edit_json(compiled / name, edit)
+    seal(compiled)
+    assert "not written by this version" in refused(command(compiled))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"null", b"\xff", pytest.param(b"[" * 9000, id="deep")], ids=repr
+)
+@pytest.mark.parametrize("name", [contract.LAYERS_FILE, contract.REPORT_FILE])
+def test_files_that_hold_something_else(compiled: Path, command: Command, name: str, content: bytes) -> None:
+    (compiled / name).write_bytes(content)
+    seal(compiled)
+    assert "not written by this version" in refused(command(compiled))
+
+
+@pytest.mark.parametrize("steps", [[], {"tokens": 3}, {"tokens": [{"what": "x"}]}, {"tokens": [{"value": "?"}]}])
+def test_a_gate_that_another_version_ran(copy: Path, command: Command, steps: Any) -> None:
+    seal(copy, verification={"passed": True, "clips": [], "notes": [], "steps": steps})
+    assert "not written by this version" in refused(command(copy))
+
+
+def test_a_graph_that_is_none(copy: Path, command: Command) -> None:
+    (copy / contract.ONNX_FILE).write_bytes(b"this is no graph at all")
+    seal(copy)
+    assert "no ONNX graph" in refused(command(copy))
+
+
+# What differs, and why an engine was not reused
+
+
+def rebuilt(folder: Path, change: Callable[[dict[str, Any]], object], **changes: Any) -> Path:
+    """A copy of an engine as if it had been built with other parts of the key."""
+    other = Path(shutil.copytree(folder, folder.with_name("other")))
+    edit_json(other / contract.REPORT_FILE, lambda values: change(values["key_parts"]))
+    parts = json.loads((other / contract.REPORT_FILE).read_text())["key_parts"]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    seal(other, key=key, name=other.name, **changes)
+    return other
+
+
+def test_the_parts_that_are_recorded_are_what_the_key_is_made_of(engine: Path) -> None:
+    record = inspect.describe(engine)
+    parts = json.dumps(record["key_parts"], sort_keys=True).encode()
+    assert hashlib.sha256(parts).hexdigest() == record["manifest"]["key"]
+
+
+def test_every_part_of_the_key_is_explained(engine: Path, build_arguments: list[str]) -> None:
+    parts = parse(build_arguments)[1].key_parts()
+    recorded = inspect.describe(engine)["key_parts"]
+    assert {**parts, "code": None} == {**recorded, "code": None}
+    assert set(parts["code"]) == set(recorded["code"])
+    assert set(parts) <= set(inspect.SET_BY)
+    named = {name.split(".")[1] for name in inspect.SET_BY if name.startswith("earlytom.")}
+    assert named <= set(parts["earlytom"])  # none that there is not
+
+
+def test_looking_into_engines_is_not_among_the_sources_that_change_them(build_arguments: list[str]) -> None:
+    code = parse(build_arguments)[1].key_parts()["code"]
+    assert "builder/inspect.py" not in code
+    assert {"builder/verify.py", "earlytom/merge.py", "runtime/contract.py"} < set(code)
+
+
+def test_an_engine_differs_in_nothing_from_itself(engine: Path, command: Command) -> None:
+    record = inspect.compare(inspect.describe(engine), inspect.describe(engine))
+    assert (record["same_key"], record["key_parts"], record["differences"]) == (True, [], [])
+    assert "--force" in record["reasons"][-1]
+    assert "no field differs" in command(engine, "--compare", engine)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "option"),
+    [
+        (["--tau", "0.25"], "earlytom.tau", "--tau"),
+        (["--ratio", "0.4"], "earlytom.retention_ratio", "--ratio"),
+        (["--frames", "8"], "frames", "--frames"),
+        (["--fp32"], "dtype", "--fp32"),
+        (["--target", "8.9"], "target", "--target"),
+        (["--workspace", "1"], "workspace_gib", "--workspace"),
+    ],
+)
+def test_an_option_that_differs_is_named(
+    copy: Path, build_arguments: list[str], words: list[str], part: str, option: str
+) -> None:
+    before, asked = (parse([*build_arguments, *more])[1].key_parts() for more in ([], words))
+    other = rebuilt(copy, lambda parts: parts.update({k: v for k, v in asked.items() if v != before[k]}))
+    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    assert [row["field"] for row in record["key_parts"]] == [part]
+    assert option in record["key_parts"][0]["set_by"]
+    assert not record["same_key"]
+    (reason,) = record["reasons"]
+    assert option in reason
+
+
+def test_a_source_and_a_library_that_differ_are_named(copy: Path, command: Command) -> None:
+    def change(parts: dict[str, Any]) -> None:
+        parts["code"]["earlytom/merge.py"] = "0" * 64
+        del parts["code"]["builder/verify.py"]
+        parts["libraries"]["torch"] = "1.0"
+
+    other = rebuilt(copy, change)
+    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    rows = {row["field"]: row for row in record["key_parts"]}
+    assert set(rows) == {"code.earlytom/merge.py", "code.builder/verify.py", "libraries.torch"}
+    assert rows["code.builder/verify.py"]["other"] is None
+    status, stdout, stderr = command(copy, "--compare", other)
+    assert (status, stderr) == (0, "")
+    for shown in ("000000000000 ", "earlytom/merge.py", "this project's sources; installed libraries"):
+        assert shown in stdout, shown
+
+
+def test_fields_that_differ_are_named_with_both_values(copy: Path, compiled: Path) -> None:
+    """`compiled` was made from `copy`, which it changed; the untouched engine is its other side."""
+    before = inspect.describe(compiled)
+    gate = json.loads(json.dumps(before["manifest"]["verification"]))
+    gate["steps"]["tokens"][0]["value"] = 0.5
+    other = rebuilt(compiled, lambda parts: parts.update(frames=3), verification=gate, target="8.9")
+    record = inspect.compare(before, inspect.describe(other))
+    rows = {row["field"]: (row["engine"], row["other"]) for row in record["differences"]}
+    assert rows["target"] == ("8.0", "8.9")
+    assert rows["verification.steps.tokens.tokens: cosine.value"][1] == 0.5
+    assert rows["files.report.json.sha256"][0] == before["manifest"]["files"]["report.json"]["sha256"]
+    assert {name.split(".")[0] for name in rows} == {"name", "key", "target", "verification", "files"}
+
+
+def test_what_one_of_them_lacks_is_one_field(copy: Path, command: Command) -> None:
+    other = rebuilt(copy, lambda parts: parts.update(dtype="fp32"), verification=None, polygraphy="")
+    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    (row,) = (row for row in record["differences"] if row["field"].startswith("verification"))
+    assert (row["field"], row["other"]) == ("verification", None)
+    assert "(4 fields)" in command(copy, "--compare", other)[1]
+
+
+def test_an_engine_that_did_not_record_its_key(copy: Path) -> None:
+    other = rebuilt(copy, lambda parts: parts.update(frames=3))
+    edit_json(other / contract.REPORT_FILE, drop("key_parts"))
+    seal(other)
+    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    assert record["key_parts"] == []
+    (reason,) = record["reasons"]
+    assert str(other) in reason
+    assert "not recorded" in reason
+
+
+def test_equal_keys_and_yet_not_reused(copy: Path) -> None:
+    gate = Manifest.read(copy).verification
+    assert gate is not None
+    steps = {step: checks for step, checks in gate["steps"].items() if step != "text"}
+    for changes, word in (
+        ({"verification": None, "polygraphy": ""}, "--no-verify"),
+        ({"verification": gate | {"steps": steps}}, "--verify-text"),
+        ({"verification": gate, "name": "another"}, "renamed"),
+    ):
+        other = Path(shutil.copytree(copy, copy.parent / word / copy.name))
+        seal(other, **changes)
+        record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+        assert record["same_key"]
+        (_, reason) = record["reasons"]
+        assert word in reason
+        assert str(other) in reason
+
+
+def test_a_build_that_asks_for_the_text_step_takes_no_engine_without_it(
+    copy: Path, build_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*args: Any) -> None:
+        raise AssertionError("something was built")
+
+    manifest = Manifest.read(copy)
+    monkeypatch.setattr(build, "export", export)
+    monkeypatch.setattr(BuildConfig, "key", lambda self: manifest.key)
+    words = [*build_arguments, "--out", str(copy.parent)]
+    assert build.main([*words, "--verify-text"]) == 0  # it ran when this engine was built
+    assert manifest.verification is not None
+    steps = {step: checks for step, checks in manifest.verification["steps"].items() if step != "text"}
+    seal(copy, verification=manifest.verification | {"steps": steps})
+    assert cache.find(copy, manifest.key, verified=True, text=True) is None
+    for more in ([], ["--no-verify-text"], ["--no-verify", "--verify-text"]):
+        assert build.main([*words, *more]) == 0
+    capsys.readouterr()
+    with pytest.raises(AssertionError, match="something was built"):
+        build.main([*words, "--verify-text"])
+    assert "not verified: it is built again" in capsys.readouterr().out
