@@ -1,7 +1,7 @@
 """Checkpoints: what a source holds, and the parts of it that a caller asks for.
 
-A *source* is None or "micro" (the bundled model), "random:NAME" (a published configuration with random weights, for
-measuring without a download), a local folder, or a hub id ORG/NAME.
+A *source* is None or "micro" (the bundled model), "random:NAME" (a published configuration, or a mid-size one, with
+random weights, for measuring without a download), a local folder, or a hub id ORG/NAME.
 
 * `describe` reads the settings and creates no weights.
 * `load_vision` creates the vision tower, the projector and `image_newline`, never the decoder: of a checkpoint's files
@@ -42,6 +42,7 @@ MICRO = "micro"
 RANDOM = "random:"
 RANDOM_SEED = 0
 PUBLISHED_FRAMES = 32
+MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8  # between the bundled and the published ones
 
 _FAMILY, _TOWER = "llava_onevision", "siglip_vision_model"
 _PREFIXES = ("vision_tower.", "multi_modal_projector.", "image_newline")  # canonical names of the vision part's tensors
@@ -281,11 +282,26 @@ def _open(label: str) -> Files:
 
 def _describe_random(label: str) -> Checkpoint:
     name = label.removeprefix(RANDOM)
-    if name not in PUBLISHED:
-        raise UserError(f"--model {label}: no such configuration; known are {', '.join(RANDOM + n for n in PUBLISHED)}")
-    config = PUBLISHED[name]()
+    known = {**PUBLISHED, MID_SIZE: _mid_size}
+    if name not in known:
+        raise UserError(f"--model {label}: no such configuration; known are {', '.join(RANDOM + n for n in known)}")
+    config, frames = known[name](), MID_SIZE_FRAMES if name == MID_SIZE else PUBLISHED_FRAMES
     vision: Any = config.vision_config
-    return Checkpoint(label, f"random-{name}", config, Preprocessing((vision.image_size,) * 2), trained=False)
+    size = (vision.image_size,) * 2
+    return Checkpoint(label, f"random-{name}", config, Preprocessing(size), trained=False, frames=frames)
+
+
+def _mid_size() -> LlavaOnevisionConfig:
+    """SigLIP base at 384 pixels and the smallest published decoder: what a CPU can be measured with in minutes."""
+    settings = PUBLISHED["llava-onevision-qwen2-0.5b-ov"]().to_dict()
+    settings["vision_config"] |= {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    }
+    return LlavaOnevisionConfig.from_dict(settings)
 
 
 def _parse_config(raw: dict[str, Any], files: Files) -> LlavaOnevisionConfig:

@@ -291,20 +291,21 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runtime.clip", description="Draw a video clip of three scenes.")
-    parser.add_argument("out", metavar="OUT.mp4", help="file to write; one that exists is replaced")
-    parser.add_argument("--seconds", type=float, default=6.0, help="length (default: 6)")
-    parser.add_argument("--fps", type=int, default=24, help="frames per second (default: 24)")
-    parser.add_argument("--size", type=_size, default=(240, 320), metavar="WxH", help="even sides (default: 320x240)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other clips (default: 0)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    result = argparse.ArgumentParser(prog="python -m runtime.clip", description="Draw a video clip of three scenes.")
+    result.add_argument("out", metavar="OUT.mp4", help="file to write; one that exists is replaced")
+    result.add_argument("--seconds", type=float, default=6.0, help="length (default: 6)")
+    result.add_argument("--fps", type=int, default=24, help="frames per second (default: 24)")
+    result.add_argument("--size", type=_size, default=(240, 320), metavar="WxH", help="even sides (default: 320x240)")
+    result.add_argument("--seed", type=int, default=0, help="other seeds draw other clips (default: 0)")
+    result.add_argument(
         "--test-clip",
         type=int,
         metavar="N",
         help="write clip N of the bundled model's test set instead, and print its questions with their answers",
     )
-    return parser
+    return result
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -320,4 +321,4 @@ def _main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(_main, _parser().parse_args()))
+    sys.exit(run(_main, parser().parse_args()))

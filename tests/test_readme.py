@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from builder import arguments, build
+from builder import arguments, build, inspect, kernels, verify
 from builder.evaluation import arguments as evaluation_arguments
+from builder.plugins import __main__ as plugins
 from earlytom import UserError
 from earlytom.config import PRESETS
 from earlytom.micro import train
 from runtime import ask, cli, clip
+from runtime.benchmark import arguments as bench_arguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,32 +44,17 @@ def commands(text: str = README) -> list[Words]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def build_parser(words: Words) -> argparse.Namespace:
-    return arguments.parser().parse_args(words)
-
-
-def ask_parser(words: Words) -> argparse.Namespace:
-    return ask.parser().parse_args(words)
-
-
-def evaluate_parser(words: Words) -> argparse.Namespace:
-    return evaluation_arguments.parser().parse_args(words)
-
-
-def train_parser(words: Words) -> argparse.Namespace:
-    return train.parser().parse_args(words)
-
-
-def clip_parser(words: Words) -> argparse.Namespace:
-    return clip._parser().parse_args(words)
-
-
-PARSERS: dict[str, Callable[[Words], argparse.Namespace]] = {
-    "builder.build": build_parser,
-    "builder.evaluate": evaluate_parser,
-    "earlytom.micro.train": train_parser,
-    "runtime.ask": ask_parser,
-    "runtime.clip": clip_parser,
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "builder.build": arguments.parser,
+    "builder.evaluate": evaluation_arguments.parser,
+    "builder.inspect": inspect.parser,
+    "builder.kernels": kernels.parser,
+    "builder.plugins": plugins.parser,
+    "builder.verify": verify.parser,
+    "earlytom.micro.train": train.parser,
+    "runtime.ask": ask.parser,
+    "runtime.bench": bench_arguments.parser,
+    "runtime.clip": clip.parser,
 }
 
 
@@ -79,7 +66,7 @@ def parse(words: Words) -> argparse.Namespace:
         KeyError: no command of ours.
     """
     at = words.index("-m")
-    return PARSERS[words[at + 1]](words[at + 2 :])
+    return PARSERS[words[at + 1]]().parse_args(words[at + 2 :])
 
 
 def targets(text: str = MAKEFILE) -> set[str]:
@@ -106,8 +93,7 @@ def extras() -> set[str]:
 
 def flags() -> set[str]:
     """Every long option of our commands."""
-    parsers = (arguments.parser(), evaluation_arguments.parser(), ask.parser(), clip._parser(), train.parser())
-    return {name for parser in parsers for action in parser._actions for name in action.option_strings}
+    return {name for parser in PARSERS.values() for action in parser()._actions for name in action.option_strings}
 
 
 # Commands

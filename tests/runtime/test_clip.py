@@ -217,7 +217,7 @@ def test_command_with_a_bad_target(tmp_path):
 )
 def test_command_with_bad_flags(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
-        clip._parser().parse_args([str(tmp_path / "clip.mp4"), *arguments])
+        clip.parser().parse_args([str(tmp_path / "clip.mp4"), *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -227,7 +227,7 @@ def test_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(clip.os, "replace", full)
-    arguments = clip._parser().parse_args([str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "32x32"])
+    arguments = clip.parser().parse_args([str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "32x32"])
     assert run(clip._main, arguments) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")

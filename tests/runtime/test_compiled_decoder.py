@@ -11,7 +11,7 @@ import importlib.util
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from runtime.errors import EngineError
 from runtime.pipeline import DECODER_FOLDER, Pipeline
 from runtime.program_store import PROGRAM_FILE, ProgramStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (Size(16, 24), Size(32, 64), Size(16, 64))
 CPU = torch.device("cpu")
 WIDTH = 32
@@ -83,15 +84,6 @@ def prompt(length: int, seed: int = 0) -> Tensor:
 
 def answer(decoder: Decoder, embeds: Tensor, new: int = 8, sampling: Sampling = GREEDY) -> list[int]:
     return list(decoder.stream(embeds, max_new_tokens=new, sampling=sampling))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

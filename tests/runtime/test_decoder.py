@@ -22,6 +22,7 @@ from earlytom import apply_inner
 from earlytom.errors import UserError
 from runtime.decoder import GREEDY, Decoder, InnerMerge, Sampling, _Picker, filter_logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, WIDTH, CONTEXT = 101, 32, 128
 BUCKETS = (16, 32, 64, 128)
 TEXT = {
@@ -51,15 +52,6 @@ def make_llava() -> PreTrainedModel:
     )
     text = Qwen2Config(**TEXT)
     return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(text_config=text, vision_config=vision)).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

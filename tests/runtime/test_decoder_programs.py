@@ -1,6 +1,5 @@
 """The two programs of a decoder: what they compute, what they must not look at, and that `torch.export` takes them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from runtime.decoder_programs import (
     weights_digest,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PREFILL, DECODE = ProgramSize(cache=24, tokens=16), ProgramSize(cache=24, tokens=1)
 WIDTH = 32
 TEXT = {
@@ -41,15 +41,6 @@ def make_qwen(**changes: object) -> Any:
 
 def parts(model: Any) -> tuple[Any, Any]:
     return model.get_decoder(), model.get_output_embeddings()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
