@@ -32,7 +32,7 @@ class Launch:
     num_stages: int = 1
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Start it on tensors of one device, all contiguous, in the order of the kernel's parameters.
+        """Start it on tensors of one device, in the order of the kernel's parameters, strided as its constants say.
 
         No fused multiply-add: decisions compare sums of products, and must come out as they do in PyTorch.
         """

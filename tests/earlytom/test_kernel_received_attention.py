@@ -18,7 +18,7 @@ from earlytom import UserError
 from earlytom.attention import attention_matrix, column_means
 from earlytom.kernels.received_attention import launches, received_attention, width_blocks
 
-from .test_kernel_frame_plan import resources
+from .compiled import resources
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Shape = tuple[int, int, int, int]

@@ -16,7 +16,7 @@ from earlytom import UserError
 from earlytom.kernels.select_tokens import launch, select_tokens
 from earlytom.select import keep_mask, select_fixed, window_of_cell
 
-from .test_kernel_frame_plan import resources
+from .compiled import resources
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("distinct", "tied", "equal", "signed", "peaked", "not finite")
