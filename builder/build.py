@@ -33,6 +33,7 @@ from builder.chain import export_chain
 from builder.compile import CompileReport, check_target, compile_engine
 from builder.config import BuildConfig, project_version
 from builder.export import ExportedGraph, VisionGraph, export_onnx
+from builder.kept_reference import polygraphy_command, save_reference
 from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
 from builder.plugins import choose, kernel_target
 from builder.precision import set_vision_precision
@@ -274,7 +275,7 @@ def check(
         say=stages.note,
     )
     place = (onnx_path if isinstance(onnx_path, Path) else onnx_path[0]).parent
-    verify.save_reference(place, next(iter(clips.values())), wanted)
+    save_reference(place, next(iter(clips.values())), wanted)
     stages.screen.table(
         ("step", "what", "value", "limit", ""),
         [
@@ -347,7 +348,7 @@ def describe(
         islands=None if config.islands == islands.DEFAULT else config.islands.words,
         polygraphy=""
         if report is None or config.dtype == "bf16" or config.adaptive  # nor does Polygraphy run a chain
-        else verify.polygraphy_command(report.tolerance),
+        else polygraphy_command(report.tolerance),
         frames_kept=kept.ranges if kept is not None and config.adaptive else None,
     )
 

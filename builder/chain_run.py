@@ -1,4 +1,4 @@
-"""Run a chain of graphs stage by stage in ONNX Runtime, as `builder.verify` runs a single one.
+"""Run a chain of graphs stage by stage in ONNX Runtime, as `builder.runners` runs a single one.
 
 What the stages return is put together as if one graph had: values that a stage pads to the frames that arrived are cut
 to those that it kept. A stage is loaded, run on every clip and let go before the next one, so that no more than one is
@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import IterationResult, RunResults
 
-from builder import verify
+from builder.runners import Arrays, write_tapped
 from earlytom.errors import UserError
 from runtime import contract
-
-Arrays = dict[str, NDArray[Any]]
 
 
 def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> RunResults:
@@ -40,7 +36,7 @@ def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Array
     entering = list(feeds)
     for stage, path in enumerate(paths):
         wanted = [name for name in names if name in _values(path)]
-        tapped = verify.write_tapped(path, wanted, rounded=rounded)
+        tapped = write_tapped(path, wanted, rounded=rounded)
         try:
             with OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner:
                 for clip, feed in enumerate(entering):

@@ -230,7 +230,7 @@ class BuildConfig:
 def _code_digest() -> dict[str, str]:
     """SHA-256 of every source that decides what an engine contains; their tests and the bundled weights do not."""
     root = Path(__file__).resolve().parent.parent
-    others = ("drift.py", "evaluate.py", "inspect.py")  # they look at engines
+    others = ("drift.py", "evaluate.py", "inspect.py")  # they look at engines, as builder/evaluation and inspection do
     paths = [path for path in (root / "builder").glob("*.py") if path.name not in others]
     paths += [
         path for folder in ("builder/plugins", "earlytom", "earlytom/kernels") for path in (root / folder).glob("*.py")

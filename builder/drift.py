@@ -35,7 +35,8 @@ from torch import Tensor
 from builder import build
 from builder.config import BuildConfig, parse_target
 from builder.export import VisionGraph
-from builder.verify import GATES, Arrays, ForcedDecisions, run_tapped
+from builder.runners import Arrays, ForcedDecisions, run_tapped
+from builder.verify import GATES
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import Decisions
 from earlytom.errors import UserError

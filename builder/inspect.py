@@ -11,62 +11,35 @@ why one was built although the other was there.
 Everything is read from what the builder left in the folder: JSON, and for `--backend onnx` the graph, without its
 weights. Nothing is deserialised into an engine, so neither a GPU nor TensorRT nor ONNX Runtime is needed. The files
 are compared with the manifest first. What is no whole engine folder ends in one line and status 2.
+
+This module is the command: it puts a folder's record together and shows it. What adds up layers and what compares two
+records is in `builder.inspection`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
-from builder.layers import Layer, LayerSummary, LayerTensor, summarise
+from builder.inspection import Record
+from builder.inspection.comparison import compare
+from builder.inspection.layers import chain_layers, compiled_layers, graph_layers
 from runtime import cli, contract
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 
-BIGGEST = 5
 WIDTH = 60  # of a value in a table
-# What to type, or to look at, for a part of the cache key that differs; "earlytom.tau" before "earlytom".
-SET_BY = {
-    "model": "--model (the weights in it)",
-    "earlytom": "settings without an option",
-    "earlytom.retention_ratio": "--ratio",
-    "earlytom.merge_layers": "--merge-layers, --preset",
-    "earlytom.tau": "--tau, --preset",
-    "earlytom.schedule": "--schedule",
-    "earlytom.frame_budget": "--frame-budget",
-    "frames": "--frames",
-    "dtype": "--fp16, --bf16, --fp32",
-    "target": "--target",
-    "compression": "--compression",
-    "islands": "--islands",
-    "backend": "--backend",
-    "backend_version": "the installed library that compiles",
-    "hardware_compatible": "--hardware-compatible",
-    "workspace_gib": "--workspace",
-    "calibration": "--calibration (the bytes of the clips)",
-    "code": "this project's sources",
-    "libraries": "installed libraries",
-    "triton": "installed libraries",
-}
-
-_BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
-_ONNX_DTYPES = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
-_ONNX_WORK = {"Attention": "attention", "Conv": "convolution", "MatMul": "product", "Gemm": "product"}
 # Fields of the manifest that have a place of their own on the screen.
 _COUNTS = ("frames_per_stage", "tokens", "tokens_per_frame", "tokens_full")
 _APART = ("frames_kept", "schema", "name", "files", "figures", "verification", "polygraphy", "plugins", *_COUNTS)
 _KERNEL = ("name", "version", "kernel", "tensors", "registers", "shared_bytes", "spill_bytes", "ptx_sha256")
-
-Record = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,9 +83,9 @@ def describe(path: Path) -> Record:
 
     Returns:
         "folder"; "manifest" (`Manifest.to_dict`); "tensors": name, direction, dtype and shape of each; "layers": see
-        `_added_up`, None where a compiled engine came without a list; "verification": outcome, clips, notes and checks,
-        None where the gate did not run; "compile": the compiler's report, of a chain a list of them, None for ONNX
-        alone; "key_parts": `BuildConfig.key_parts`, None where they were not recorded.
+        `builder.inspection.layers`, None where a compiled engine came without a list; "verification": outcome, clips,
+        notes and checks, None where the gate did not run; "compile": the compiler's report, of a chain a list of them,
+        None for ONNX alone; "key_parts": `BuildConfig.key_parts`, None where they were not recorded.
 
     Raises:
         EngineError: no engine folder, one that changed since it was built, or files that another version wrote.
@@ -182,228 +155,6 @@ def _verification(gate: Record | None) -> Record | None:
     ]
     said = {name: list(map(str, gate.get(name, ()))) for name in ("clips", "notes")}
     return {"passed": gate["passed"], **said, "checks": checks}
-
-
-# --------------------------------------------------------------------------------------------------------- layers
-
-
-def compiled_layers(path: Path) -> Record:
-    """What a compiled engine is made of, by the list that its build left."""
-    return _added_up(*_listed(path))
-
-
-def _listed(path: Path) -> tuple[str, list[Layer], LayerSummary]:
-    document = json.loads(path.read_bytes())
-    layers = []
-    for values in document["layers"]:
-        tensors = {name: tuple(LayerTensor(**t) for t in values[name]) for name in ("inputs", "constants", "outputs")}
-        layers.append(Layer(**{**values, **tensors}))
-    return document["source"], layers, LayerSummary.from_dict(document["summary"])
-
-
-def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
-    """What the stages of a chain are made of, in one list; names begin with the stage, flops are of the median clip."""
-    names = manifest.stage_files(contract.ONNX_FILE if manifest.backend == "onnx" else contract.LAYERS_FILE)
-    if not all(name in manifest.files for name in names):
-        return None
-    source, every, unfused = "", [], []
-    for stage, (name, (_, usual, _)) in enumerate(zip(names, manifest.frames_kept or (), strict=True)):
-        if manifest.backend == "onnx":
-            source, layers, summary = _graph(folder / name, usual)
-        else:
-            source, layers, summary = _listed(folder / name)
-            layers = [_for_frames(layer, usual) for layer in layers]
-        every += [_in_stage(layer, stage) for layer in layers]
-        unfused += [f"{stage}: {node}" for node in summary.attention_unfused]
-    summary = dataclasses.replace(summarise(every), attention_unfused=tuple(unfused))
-    source = "the graphs" if manifest.backend == "onnx" else source
-    return _added_up(f"{source} of {len(names)} stages", every, summary)
-
-
-def _for_frames(layer: Layer, frames: int) -> Layer:
-    """The list counts a dynamic number of frames as one."""
-    dynamic = any(-1 in tensor.shape for tensor in (*layer.inputs, *layer.outputs))
-    return dataclasses.replace(layer, flops=layer.flops * frames) if dynamic else layer
-
-
-def _in_stage(layer: Layer, stage: int) -> Layer:
-    """Stages have layers and weights of equal names, which are not the same."""
-    constants = tuple(dataclasses.replace(tensor, name=f"{stage}: {tensor.name}") for tensor in layer.constants)
-    return dataclasses.replace(layer, name=f"{stage}: {layer.name}", constants=constants)
-
-
-def graph_layers(path: Path) -> Record:
-    """What an ONNX graph is made of, its nodes being the layers; weights that lie beside it stay there.
-
-    The functions that it calls are one layer each: their bodies multiply nothing larger than [F, F].
-    """
-    return _added_up(*_graph(path))
-
-
-def _graph(path: Path, frames: int = -1) -> tuple[str, list[Layer], LayerSummary]:
-    """The layers of a graph; `frames` in place of sizes that are dynamic."""
-    import onnx
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # the protobuf library's own errors, which differ with its implementation
-        raise ValueError(f"{path.name} is no ONNX graph, {error}") from error
-    name_of = onnx.TensorProto.DataType.Name
-    weights = {t.name: _tensor(t.name, tuple(t.dims), name_of(t.data_type)) for t in graph.initializer}
-    known = dict(weights)
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        shape = tuple(dim.dim_value or frames for dim in kind.shape.dim)
-        known[value.name] = _tensor(value.name, shape, name_of(kind.elem_type))
-    layers = [_node_layer(node, known, set(weights)) for node in graph.node]
-    return path.name, layers, summarise(layers)
-
-
-def _tensor(name: str, shape: tuple[int, ...], dtype: str) -> LayerTensor:
-    return LayerTensor(name, shape, _ONNX_DTYPES.get(dtype, dtype.lower()), "")
-
-
-def _node_layer(node: Any, known: dict[str, LayerTensor], weights: set[str]) -> Layer:
-    work = _ONNX_WORK.get(node.op_type, "other") if node.domain in ("", "ai.onnx") else "other"
-    operands, outputs = (tuple(known[n] for n in names if n in known) for names in (node.input, node.output))
-    touched = (*operands, *outputs) if work == "other" else operands[:2]
-    return Layer(
-        name=node.name or node.op_type,
-        kind=f"{node.domain}::{node.op_type}" if node.domain else node.op_type,
-        work=work,
-        precision=max((t.dtype for t in touched if t.dtype in _BYTES), key=_BYTES.__getitem__, default=""),
-        flops=0 if work == "other" else _flops(node.op_type, operands[0], operands[1], outputs[0]),
-        tactic="",
-        inputs=tuple(t for t in operands if t.name not in weights),
-        constants=tuple(t for t in operands if t.name in weights),
-        outputs=outputs,
-        onnx=(node.name,),
-    )
-
-
-def _flops(operator: str, a: LayerTensor, b: LayerTensor, out: LayerTensor) -> int:
-    """Two a multiply-add. Attention: a is Q [.., S, d], b is K [.., T, d]; two products."""
-    if operator == "Attention":
-        return 2 * abs(b.shape[-2]) * (_elements(a) + _elements(out))
-    if operator == "Conv":
-        return 2 * _elements(out) * (_elements(b) // abs(b.shape[0]))
-    return 2 * _elements(out) * (_elements(a) // abs(out.shape[0]) if operator == "Gemm" else abs(a.shape[-1]))
-
-
-def _elements(tensor: LayerTensor) -> int:
-    return math.prod(map(abs, tensor.shape))
-
-
-def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Record:
-    """Layers added up: figures of the whole, groups of a kind and precision, and the layers with the most flops."""
-    groups: dict[tuple[str, str, str], list[Layer]] = {}
-    for layer in layers:
-        if layer.inputs or layer.constants or layer.outputs:  # the others only synchronise
-            groups.setdefault((layer.kind, layer.work, layer.precision), []).append(layer)
-    kinds = [
-        {"kind": kind, "work": work, "precision": precision, "layers": len(members), **_cost(members)}
-        for (kind, work, precision), members in groups.items()
-    ]
-    biggest = [{"name": x.name, "kind": x.kind, "precision": x.precision, **_cost([x])} for x in layers]
-    for rows in (kinds, biggest):
-        rows.sort(key=lambda row: (row["flops"], row["weight_bytes"], row.get("layers", 0)), reverse=True)
-    return {
-        "source": str(source),
-        "count": int(summary.layers),
-        "matrix_flops": int(summary.matrix_flops),
-        "half_share": float(summary.half_share),
-        "flop_shares": {dtype: float(share) for dtype, share in summary.flop_shares.items()},
-        "weight_bytes": _cost(layers)["weight_bytes"],
-        "weight_shares": {dtype: float(share) for dtype, share in summary.weight_shares.items()},
-        "attention_fused": len(summary.attention_fused),
-        "attention_unfused": list(map(str, summary.attention_unfused)),
-        "kinds": kinds,
-        "biggest": biggest[:BIGGEST],
-    }
-
-
-def _cost(layers: Iterable[Layer]) -> dict[str, int]:
-    """Flops of the matrix products, and bytes of the weights by name: what several layers read counts once."""
-    layers = list(layers)
-    weights = {t.name: _elements(t) * _BYTES.get(t.dtype, 0) for layer in layers for t in layer.constants}
-    return {"flops": sum(layer.flops for layer in layers), "weight_bytes": sum(weights.values())}
-
-
-# --------------------------------------------------------------------------------------------------------- compare
-
-
-def compare(one: Record, other: Record) -> Record:
-    """Where two records of `describe` differ, and what that means for the cache.
-
-    Returns:
-        "engine" and "other": their folders; "same_key"; "reasons": sentences that say why the one was not taken for the
-        other; "key_parts": the parts of the key that differ, with both values and "set_by"; "differences": the fields
-        of the manifest and the figures of the layers that differ. What one of them lacks is None there.
-    """
-    same = one["manifest"]["key"] == other["manifest"]["key"]
-    recorded = one["key_parts"] is not None and other["key_parts"] is not None
-    parts = _differences(one["key_parts"], other["key_parts"]) if recorded and not same else []
-    for part in parts:
-        part["set_by"] = SET_BY.get(part["field"]) or SET_BY.get(part["field"].split(".")[0], part["field"])
-    return {
-        "engine": one["folder"],
-        "other": other["folder"],
-        "same_key": same,
-        "reasons": _reuse(one, other) if same else _other_key(one, other, parts),
-        "key_parts": parts,
-        "differences": _differences(_comparable(one), _comparable(other)),
-    }
-
-
-def _comparable(record: Record) -> Record:
-    layers = {k: v for k, v in (record["layers"] or {}).items() if k not in ("kinds", "biggest")}
-    return {**record["manifest"], "layers": layers}
-
-
-def _other_key(one: Record, other: Record, parts: list[Record]) -> list[str]:
-    silent = [record["folder"] for record in (one, other) if record["key_parts"] is None]
-    if silent:
-        return [f"the keys differ; what that of {' and '.join(silent)} is made of was not recorded"]
-    if not parts:
-        return ["the keys differ, in nothing that is recorded: two versions of the builder made them"]
-    causes = dict.fromkeys(part["set_by"] for part in parts)
-    return [f"the keys differ, so neither is taken for the other. What differs comes from: {'; '.join(causes)}"]
-
-
-def _reuse(one: Record, other: Record) -> list[str]:
-    """Why an engine of the same key was not taken."""
-    found = []
-    for record in (one, other):
-        manifest, folder = record["manifest"], record["folder"]
-        gate = record["verification"]
-        if gate is None or not gate["passed"]:
-            found.append(f"{folder} was not verified: only a build with --no-verify takes it")
-        elif all(check["step"] != "text" for check in gate["checks"]):
-            found.append(f"{folder} was verified without the step text: a build with --verify-text does not take it")
-        if Path(folder).resolve().name != manifest["name"]:
-            found.append(f"{folder} was renamed: a build looks for {manifest['name']}")
-    return ["the keys are equal: the same was asked for"] + (
-        found or ["either is taken as it is; it was built again for --force, another --out, or damage that it mended"]
-    )
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[Record]:
-    """{"field", "engine", "other"} of every field that differs; nested fields are named with dots."""
-    one, other = _by_check(one), _by_check(other)
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [{"field": name, "engine": one, "other": other}]
-    keys = dict.fromkeys([*one, *other])
-    return [row for k in keys for row in _differences(one.get(k), other.get(k), f"{name}.{k}" if name else k)]
-
-
-def _by_check(values: Any) -> Any:
-    """The checks of the gate are a list: by what they check."""
-    if isinstance(values, list) and values and all(isinstance(value, dict) and "what" in value for value in values):
-        return {value["what"]: {k: v for k, v in value.items() if k != "what"} for value in values}
-    return values
-
-
-# --------------------------------------------------------------------------------------------------------- screen
 
 
 def show(screen: cli.Screen, record: Record) -> None:

@@ -14,78 +14,48 @@ say little. Hence four steps:
 Half graphs are run operator by operator: fp32 arithmetic, every result rounded (`builder.rounding`). As they are, ONNX
 Runtime leaves out roundings of fp16 on a CPU, and with them the overflows of a GPU, and has no bf16 kernels at all.
 
-**Polygraphy in CI.** Inputs and reference outputs of step 3 (first clip) are saved in Polygraphy's format, and the
-manifest holds the `polygraphy run` line that repeats the step. The gate of a build compares the graph and the
-reference of the same sources, so it cannot see that both changed; a reference that was kept can. Keep that of an
-engine you accept under version control, and let CI build and hold what it built against it:
+The graph's outputs are compared with what `builder.runners` returns, and every step's limits are those of the graph's
+precision in `GATES`. Nothing is printed and nothing stays in the folder: the report says what was measured, and
+`builder.kept_reference` saves the reference's outputs and makes the command line that repeats step 3 in CI.
 
-    python -m builder.verify engines/NAME --polygraphy reference
-
-    python -m builder.build --ratio 0.3 --fp16 --out built
-    sh reference/compare.sh built/*/vision.onnx
-
-`compare.sh` is that line. It exits with 1 on a regression (the build, where its gate fails, with 2). It compares what
-the gate justifies: tokens, element by element, with the reference under the graph's decisions, within the gate's
-`error` (absolute: a relative one says nothing near zero), and positions exactly, since a graph repeats its decisions.
-End to end nothing could be asked of single elements: one choice that half precision takes otherwise, which step 2
-allows, moves every row after it. In the bundled model any weight matrix that is off by a tenth is noticed; a bias whose
-effect stays within `error` is not. The price: where an update of ONNX Runtime or another CPU moves a near-tie,
-positions differ although the build's gate passes; then read its step 2 and keep the new reference.
+    python -m builder.verify ENGINE --polygraphy DIR    keep an engine's reference for comparisons in CI
+    python -m builder.verify ENGINE --layers            see where its graph drifts (`builder.drift`)
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
-import shutil
 import sys
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
-from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-from polygraphy.common import TensorMetadata
 from polygraphy.comparator import (
     Comparator,
     CosineSimilarityCompareFunc,
-    IterationResult,
     RunResults,
     SimpleCompareFunc,
 )
-from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from builder.export import VisionGraph
-from builder.rounding import round_results
+from builder.kept_reference import COMPARE_FILE, keep_reference
+from builder.runners import Arrays, ForcedDecisions, TorchRunner, run_tapped
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import Decisions, select, trace_names
 from earlytom.errors import UserError
 from runtime import cli, contract
-from runtime.manifest import Manifest
 
-COMPARE_FILE = "compare.sh"
-_SCRIPT = """\
-#!/bin/sh
-# Compares a graph with the reference of {manifest.name}, built {manifest.created}.
-[ $# -eq 1 ] && [ -f "$1" ] || {{ echo "usage: sh $0 VISION.ONNX (one file, got: $*)" >&2; exit 2; }}
-exec {line}
-"""
 # Of weights computed from equal similarities by two runtimes.
 PLAN_TOLERANCE = 1e-4
 STEPS = ("hidden", "decisions", "tokens", "text")
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -159,53 +129,6 @@ class Report:
                 )
 
 
-class ForcedDecisions(Decisions):
-    """Takes the decisions that a run of the graph took, in their order."""
-
-    def __init__(self, config: EarlyTomConfig, taken: Arrays) -> None:
-        super().__init__(config)
-        self.weights = [torch.from_numpy(taken[f"weights_{layer}"]) for layer in config.merge_layers]
-        self.static = torch.from_numpy(taken["static"])
-        self.positions = torch.from_numpy(taken[contract.POSITIONS])
-        self.taken = 0
-
-    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        frames = similarity.shape[0]
-        merging = self.taken < len(self.weights)
-        weights = self.weights[self.taken] if merging else torch.eye(frames)
-        self.taken += 1
-        return weights, torch.zeros(frames, dtype=torch.int64), self.static
-
-    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        rows = features.flatten(0, 1)
-        return rows[self.positions.clamp(0, len(rows) - 1)], self.positions  # a position out of range fails as a token
-
-    def select_varying(
-        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
-    ) -> tuple[Tensor, Tensor]:
-        return self.select(features, received, static, places)
-
-
-class TorchRunner(BaseRunner):
-    """The PyTorch reference as a Polygraphy runner; `decisions[i]` decides in iteration i."""
-
-    def __init__(self, graph: VisionGraph, decisions: Sequence[Decisions], frames: tuple[int, ...], name: str) -> None:
-        super().__init__(name=name, prefix="pytorch")
-        self.graph = graph
-        self.decisions = iter(decisions)
-        self.frames = frames
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return TensorMetadata().add(contract.FRAMES, np.dtype(np.uint8), self.frames)
-
-    def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:
-        self.graph.decisions = next(self.decisions)
-        started = time.perf_counter()
-        trace = self.graph(torch.from_numpy(feed_dict[contract.FRAMES]))
-        self.inference_time = time.perf_counter() - started
-        return OrderedDict((name, value.numpy()) for name, value in trace.items())
-
-
 def verify(
     onnx_path: Path | Sequence[Path],
     reference: VisionGraph,
@@ -231,7 +154,7 @@ def verify(
         say: progress, one line at a time.
 
     Returns:
-        The report, and the reference's outputs under the graph's decisions (for `save_reference`).
+        The report, and the reference's outputs under the graph's decisions (for `builder.kept_reference`).
     """
     config = reference.config
     feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
@@ -283,26 +206,6 @@ def verify(
                 again = Comparator.run(first, data_loader=feeds[:1])
             wanted = RunResults([(wanted[0][0], [again[0][1][0], *wanted[0][1][1:]])])
     return Report(tuple(checks), tuple(clips), tuple(notes), gate.error * scale), wanted
-
-
-def run_tapped(
-    onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool
-) -> RunResults:
-    """Outputs and the values `names` of the graph or chain for every feed, in ONNX Runtime; see `write_tapped`."""
-    if not isinstance(onnx_path, Path):
-        from builder.chain_run import run_chain
-
-        onnxruntime.set_default_logger_severity(3)
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):
-            return run_chain(onnx_path, names, feeds, rounded=rounded)
-    tapped = write_tapped(onnx_path, names, rounded=rounded)
-    try:
-        onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):
-            runner = OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")
-            return Comparator.run([runner], data_loader=feeds)
-    finally:
-        tapped.unlink()
 
 
 def _arrays(iteration: Any) -> Arrays:
@@ -422,75 +325,6 @@ def _kept_frames(config: EarlyTomConfig, out: Arrays) -> list[int]:
         here = (out[f"weights_{layer}"] > 0).argmax(1)
         first = here if first is None else first[here]
     return list(range(out["features"].shape[0])) if first is None else first.tolist()
-
-
-def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Path:
-    """A copy of the graph, beside it and its external data, that also returns the values `names`.
-
-    `rounded`: as `builder.rounding` has it.
-
-    Raises:
-        UserError: the graph has no such value.
-    """
-    model = onnx.load(str(onnx_path), load_external_data=False)
-    have = {value.name for value in model.graph.output}
-    known = {value.name: value for value in model.graph.value_info}
-    missing = [name for name in names if name not in have | known.keys()]
-    if missing:
-        raise UserError(
-            f"{onnx_path} has no value named {missing[0]}, so another version exported it: build it again with --force"
-        )
-    model.graph.output.extend(known[name] for name in names if name not in have)
-    if rounded:
-        round_results(model)
-    path = onnx_path.with_name(f".taps-{os.getpid()}.onnx")  # two may look at one engine
-    onnx.save(model, str(path))
-    return path
-
-
-def save_reference(folder: Path, frames: Tensor, wanted: RunResults) -> None:
-    """Write the inputs and the reference's outputs of the first clip in Polygraphy's format."""
-    name, iterations = wanted[0]
-    outputs = IterationResult({key: np.asarray(iterations[0][key]) for key in contract.OUTPUTS}, runner_name=name)
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([{contract.FRAMES: frames.numpy()}], str(folder / contract.REFERENCE_INPUTS_FILE))
-        RunResults([(name, [outputs])]).save(str(folder / contract.REFERENCE_OUTPUTS_FILE))
-
-
-def polygraphy_command(tolerance: float) -> str:
-    """The line that repeats step 3 when pasted in the engine's folder."""
-    words = ["polygraphy", "run", contract.ONNX_FILE, "--onnxrt"]
-    words += ["--onnx-outputs", *contract.OUTPUTS]  # or an output that the graph lost would silently not be compared
-    words += ["--load-inputs", contract.REFERENCE_INPUTS_FILE, "--load-outputs", contract.REFERENCE_OUTPUTS_FILE]
-    words += ["--check-error-stat", "max", "--atol", f"{contract.TOKENS}:{tolerance:.6g}", f"{contract.POSITIONS}:0"]
-    words += ["--rtol", "0", "--validate"]
-    return shlex.join(words)
-
-
-def keep_reference(engine: Path, place: Path) -> Path:
-    """Copy an engine's reference to `place`, with a script that compares any graph with it; returns the script.
-
-    Raises:
-        UserError: the engine was not verified, Polygraphy cannot run it (bf16, a chain), or `place` is its own folder.
-        OSError: `place` cannot be written.
-    """
-    manifest = Manifest.read(engine)
-    if manifest.verification is None:
-        raise UserError(f"{engine} was not verified, so it has no reference: build it without --no-verify")
-    if manifest.adaptive:
-        raise UserError(f"{engine} is a chain of graphs, and Polygraphy runs one: build with --schedule budget")
-    if not manifest.polygraphy:
-        raise UserError(f"{engine} is in {manifest.dtype}, which ONNX Runtime cannot run on a CPU: build with --fp16")
-    if place.resolve() == engine.resolve():
-        raise UserError(f"{place} is the engine itself: name another folder with --polygraphy")
-    place.mkdir(parents=True, exist_ok=True)
-    line = manifest.polygraphy.replace(contract.ONNX_FILE, '"$1"')
-    for name in (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE):
-        shutil.copyfile(engine / name, place / name)
-        line = line.replace(name, f'"$(dirname "$0")/{name}"')
-    script = place / COMPARE_FILE
-    script.write_text(_SCRIPT.format(manifest=manifest, line=line), encoding="utf-8")
-    return script
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from builder import build, drift, verify
 from builder.arguments import parse
 from builder.drift import Tap, first_bad, measure
 from builder.export import export_onnx
+from builder.runners import ForcedDecisions, run_tapped
 from earlytom.errors import UserError
 from runtime import contract
 from runtime.manifest import Manifest
@@ -69,8 +70,8 @@ def test_the_figures_are_what_they_say(exported: Make, clip: Tensor) -> None:
     tap = measure(made.path, made.reference, clip, "fp16")[-1]
     names = ["tokens", "positions", "static", *(f"weights_{layer}" for layer in (1, 2))]
     feeds = [{contract.FRAMES: clip.numpy()}]
-    got = verify.run_tapped(made.path, names, feeds, rounded=True)[0][1][0]
-    made.reference.decisions = verify.ForcedDecisions(made.reference.config, {name: got[name] for name in names})
+    got = run_tapped(made.path, names, feeds, rounded=True)[0][1][0]
+    made.reference.decisions = ForcedDecisions(made.reference.config, {name: got[name] for name in names})
     wanted = made.reference(clip)["tokens"].double().numpy()
     tokens = np.asarray(got["tokens"], np.float64)
     assert tap.cosine == pytest.approx(np.sum(tokens * wanted) / np.sqrt(np.sum(tokens**2) * np.sum(wanted**2)))

@@ -19,7 +19,7 @@ from builder import build, export, functions
 from builder.chain import export_chain
 from builder.config import BuildConfig
 from builder.export import OPSET, export_onnx
-from builder.verify import write_tapped
+from builder.runners import write_tapped
 from earlytom.encoder import trace_names
 from earlytom.errors import UserError
 from runtime import contract

@@ -20,6 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from builder import build, cache, inspect
 from builder.arguments import parse
 from builder.config import BuildConfig
+from builder.inspection.comparison import SET_BY, compare
+from builder.inspection.layers import BIGGEST, graph_layers
 from builder.layers import Layer, LayerTensor, summarise
 from runtime import cli, contract, trt
 from runtime.manifest import Manifest, PluginRecord, describe_files
@@ -143,13 +145,13 @@ def test_the_layers_of_a_graph(engine: Path) -> None:
     # A constant that nodes of two kinds read is in both rows.
     assert 0 <= sum(kind["weight_bytes"] for kind in layers["kinds"]) - layers["weight_bytes"] < 100
     assert {"earlytom::FramePlan", "earlytom::SelectTokens"} < {kind["kind"] for kind in layers["kinds"]}
-    assert len(layers["biggest"]) == inspect.BIGGEST
+    assert len(layers["biggest"]) == BIGGEST
     assert layers["biggest"][0]["kind"] == "MatMul"
 
 
 def test_a_graph_in_fp32_has_nothing_in_half(exported: Callable[..., Exported]) -> None:
     """Negative control of the half share."""
-    layers = inspect.graph_layers(exported("--ratio", "0.3", "--fp32").path)
+    layers = graph_layers(exported("--ratio", "0.3", "--fp32").path)
     assert layers["half_share"] == 0
     assert layers["flop_shares"] == layers["weight_shares"] == {"fp32": 1.0}
     assert {kind["precision"] for kind in layers["kinds"]} <= {"fp32", ""}
@@ -160,7 +162,7 @@ def test_weights_beside_a_graph_are_not_read(engine: Path, tmp_path: Path) -> No
     model = onnx.load(str(engine / contract.ONNX_FILE))
     onnx.save(model, str(path), save_as_external_data=True, location="data", size_threshold=0)
     (tmp_path / "data").unlink()
-    assert inspect.graph_layers(path) == inspect.describe(engine)["layers"]
+    assert graph_layers(path) == inspect.describe(engine)["layers"]
 
 
 def value(name: str, *shape: int, kind: int = TensorProto.FLOAT16) -> onnx.ValueInfoProto:
@@ -185,7 +187,7 @@ def test_flops_of_one_operator(
     inputs = [value(name, *shape) for name, shape in zip(names, shapes, strict=True)]
     model = helper.make_model(helper.make_graph([node], "one", inputs, [value("out", *out)]))
     onnx.save(model, str(tmp_path / "one.onnx"))
-    layers = inspect.graph_layers(tmp_path / "one.onnx")
+    layers = graph_layers(tmp_path / "one.onnx")
     assert layers["matrix_flops"] == flops
     assert layers["half_share"] == bool(flops)
     assert layers["attention_fused"] == (operator == "Attention")
@@ -226,7 +228,7 @@ def test_an_engine_that_was_really_compiled(build_arguments: list[str], tmp_path
     layers = record["layers"]
     assert (layers["attention_fused"], layers["attention_unfused"]) == (3, [])
     assert layers["half_share"] > 0.95
-    graph = inspect.graph_layers(folder / contract.ONNX_FILE)
+    graph = graph_layers(folder / contract.ONNX_FILE)
     assert layers["matrix_flops"] == pytest.approx(graph["matrix_flops"], rel=0.1)
     assert layers["weight_bytes"] == pytest.approx(graph["weight_bytes"], rel=0.25)
     assert layers["weight_bytes"] < (folder / contract.ENGINE_FILE).stat().st_size
@@ -286,7 +288,7 @@ def test_json_is_one_document(engine: Path, command: Command, words: list[str]) 
     status, stdout, stderr = command(engine, "--json", *(str(engine) if word == "same" else word for word in words))
     assert (status, stderr, stdout.count("\n")) == (0, "", 1)
     record = inspect.describe(engine)
-    assert json.loads(stdout) == (inspect.compare(record, record) if words else record)
+    assert json.loads(stdout) == (compare(record, record) if words else record)
 
 
 def test_a_file_of_the_engine_stands_for_it(compiled: Path, tmp_path: Path) -> None:
@@ -440,19 +442,27 @@ def test_every_part_of_the_key_is_explained(engine: Path, build_arguments: list[
     recorded = inspect.describe(engine)["key_parts"]
     assert {**parts, "code": None} == {**recorded, "code": None}
     assert set(parts["code"]) == set(recorded["code"])
-    assert set(parts) <= set(inspect.SET_BY)
-    named = {name.split(".")[1] for name in inspect.SET_BY if name.startswith("earlytom.")}
+    assert set(parts) <= set(SET_BY)
+    named = {name.split(".")[1] for name in SET_BY if name.startswith("earlytom.")}
     assert named <= set(parts["earlytom"])  # none that there is not
 
 
 def test_looking_into_engines_is_not_among_the_sources_that_change_them(build_arguments: list[str]) -> None:
     code = parse(build_arguments)[1].key_parts()["code"]
     assert "builder/inspect.py" not in code
-    assert {"builder/verify.py", "earlytom/merge.py", "runtime/contract.py"} < set(code)
+    assert (ROOT / "builder" / "inspection" / "layers.py").is_file()
+    assert not [name for name in code if name.startswith("builder/inspect")]
+    assert {
+        "builder/verify.py",
+        "builder/runners.py",
+        "builder/kept_reference.py",
+        "earlytom/merge.py",
+        "runtime/contract.py",
+    } < set(code)
 
 
 def test_an_engine_differs_in_nothing_from_itself(engine: Path, command: Command) -> None:
-    record = inspect.compare(inspect.describe(engine), inspect.describe(engine))
+    record = compare(inspect.describe(engine), inspect.describe(engine))
     assert (record["same_key"], record["key_parts"], record["differences"]) == (True, [], [])
     assert "--force" in record["reasons"][-1]
     assert "no field differs" in command(engine, "--compare", engine)[1]
@@ -474,7 +484,7 @@ def test_an_option_that_differs_is_named(
 ) -> None:
     before, asked = (parse([*build_arguments, *more])[1].key_parts() for more in ([], words))
     other = rebuilt(copy, lambda parts: parts.update({k: v for k, v in asked.items() if v != before[k]}))
-    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    record = compare(inspect.describe(copy), inspect.describe(other))
     assert [row["field"] for row in record["key_parts"]] == [part]
     assert option in record["key_parts"][0]["set_by"]
     assert not record["same_key"]
@@ -489,7 +499,7 @@ def test_a_source_and_a_library_that_differ_are_named(copy: Path, command: Comma
         parts["libraries"]["torch"] = "1.0"
 
     other = rebuilt(copy, change)
-    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    record = compare(inspect.describe(copy), inspect.describe(other))
     rows = {row["field"]: row for row in record["key_parts"]}
     assert set(rows) == {"code.earlytom/merge.py", "code.builder/verify.py", "libraries.torch"}
     assert rows["code.builder/verify.py"]["other"] is None
@@ -505,7 +515,7 @@ def test_fields_that_differ_are_named_with_both_values(copy: Path, compiled: Pat
     gate = json.loads(json.dumps(before["manifest"]["verification"]))
     gate["steps"]["tokens"][0]["value"] = 0.5
     other = rebuilt(compiled, lambda parts: parts.update(frames=3), verification=gate, target="8.9")
-    record = inspect.compare(before, inspect.describe(other))
+    record = compare(before, inspect.describe(other))
     rows = {row["field"]: (row["engine"], row["other"]) for row in record["differences"]}
     assert rows["target"] == ("8.0", "8.9")
     assert rows["verification.steps.tokens.tokens: cosine.value"][1] == 0.5
@@ -515,7 +525,7 @@ def test_fields_that_differ_are_named_with_both_values(copy: Path, compiled: Pat
 
 def test_what_one_of_them_lacks_is_one_field(copy: Path, command: Command) -> None:
     other = rebuilt(copy, lambda parts: parts.update(dtype="fp32"), verification=None, polygraphy="")
-    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    record = compare(inspect.describe(copy), inspect.describe(other))
     (row,) = (row for row in record["differences"] if row["field"].startswith("verification"))
     assert (row["field"], row["other"]) == ("verification", None)
     assert "(4 fields)" in command(copy, "--compare", other)[1]
@@ -525,7 +535,7 @@ def test_an_engine_that_did_not_record_its_key(copy: Path) -> None:
     other = rebuilt(copy, lambda parts: parts.update(frames=3))
     edit_json(other / contract.REPORT_FILE, drop("key_parts"))
     seal(other)
-    record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+    record = compare(inspect.describe(copy), inspect.describe(other))
     assert record["key_parts"] == []
     (reason,) = record["reasons"]
     assert str(other) in reason
@@ -543,7 +553,7 @@ def test_equal_keys_and_yet_not_reused(copy: Path) -> None:
     ):
         other = Path(shutil.copytree(copy, copy.parent / word / copy.name))
         seal(other, **changes)
-        record = inspect.compare(inspect.describe(copy), inspect.describe(other))
+        record = compare(inspect.describe(copy), inspect.describe(other))
         assert record["same_key"]
         (_, reason) = record["reasons"]
         assert word in reason

@@ -75,5 +75,5 @@ def test_bad_options_are_refused(words: list[str], message: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_what_can_be_done() -> None:
-    with pytest.raises(UserError, match="no CUDA GPU .* --device cpu --size tiny"):
+    with pytest.raises(UserError, match=r"no CUDA GPU .* --device cpu --size tiny"):
         kernels.main([])

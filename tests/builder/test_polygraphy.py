@@ -1,4 +1,4 @@
-"""The recipe for CI in `builder.verify`, executed as written there: it passes what is right and notices damage."""
+"""The recipe for CI in `builder.kept_reference`, executed as written there: it passes what is right, notices damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from builder import arguments, build, functions, verify
+from builder import arguments, build, functions, kept_reference, verify
+from builder.kept_reference import COMPARE_FILE
 from earlytom.budget import most_tokens
 from runtime import cli, contract
 from runtime.manifest import Manifest, describe_files
@@ -27,8 +28,8 @@ Edit = Callable[[onnx.ModelProto], None]
 
 def recipe() -> list[str]:
     """The commands of the docstring: keep a reference, build, compare."""
-    assert verify.__doc__ is not None
-    text = verify.__doc__.split("**Polygraphy in CI.**")[1]
+    assert kept_reference.__doc__ is not None
+    text = kept_reference.__doc__.split("**Polygraphy in CI.**")[1]
     return [line.strip() for line in text.splitlines() if line.startswith("    ")]
 
 
@@ -130,7 +131,7 @@ def test_the_recipe_is_three_commands_that_exist() -> None:
     assert make[:3] == ["python", "-m", "builder.build"]
     options = arguments.parser().parse_args(make[3:])
     assert options.verify  # the build's own gate is part of the job
-    assert hold == ["sh", f"reference/{verify.COMPARE_FILE}", f"{options.out}/*/{contract.ONNX_FILE}"]
+    assert hold == ["sh", f"reference/{COMPARE_FILE}", f"{options.out}/*/{contract.ONNX_FILE}"]
 
 
 def test_the_same_sources_pass(compare: Callable[..., tuple[int, str]], place: Path, reference: Path) -> None:
@@ -142,7 +143,7 @@ def test_the_same_sources_pass(compare: Callable[..., tuple[int, str]], place: P
     assert {path.name for path in reference.iterdir()} == {
         contract.REFERENCE_INPUTS_FILE,
         contract.REFERENCE_OUTPUTS_FILE,
-        verify.COMPARE_FILE,
+        COMPARE_FILE,
     }
     Manifest.read(place / "engines" / "NAME")  # nothing was written there
 
@@ -178,7 +179,7 @@ def test_the_script_wants_one_graph(place: Path, reference: Path, words: str) ->
     """Two engines under built/, or none, are no success."""
     for name in ("a.onnx", "b.onnx"):
         (place / name).touch()
-    done = shell(f"sh reference/{verify.COMPARE_FILE} {words}", place)
+    done = shell(f"sh reference/{COMPARE_FILE} {words}", place)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: sh reference/compare.sh VISION.ONNX")
 
@@ -187,7 +188,7 @@ def test_the_script_works_from_anywhere(place: Path, reference: Path, tmp_path: 
     moved = tmp_path / "a folder"
     shutil.copytree(reference, moved)
     graph = place / "engines" / "NAME" / contract.ONNX_FILE
-    done = shell(f"sh {shlex.quote(str(moved / verify.COMPARE_FILE))} {shlex.quote(str(graph))}", tmp_path)
+    done = shell(f"sh {shlex.quote(str(moved / COMPARE_FILE))} {shlex.quote(str(graph))}", tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
 

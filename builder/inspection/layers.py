@@ -1,0 +1,168 @@
+"""What an engine is made of, in one record: from the list that its build left, or from its ONNX graph.
+
+`compiled_layers`, `chain_layers` and `graph_layers` read files and return the same fields in plain JSON types: figures
+of the whole, groups of one kind and precision, and the layers with the most flops (see `_added_up`). Weights are
+counted, never read; `onnx` is imported only where there is a graph. A file that another version wrote may raise
+anything here: the caller turns that into one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder.inspection import Record
+from builder.layers import Layer, LayerSummary, LayerTensor, summarise
+from runtime import contract
+from runtime.manifest import Manifest
+
+BIGGEST = 5
+_BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+_ONNX_DTYPES = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
+_ONNX_WORK = {"Attention": "attention", "Conv": "convolution", "MatMul": "product", "Gemm": "product"}
+
+
+def compiled_layers(path: Path) -> Record:
+    """What a compiled engine is made of, by the list that its build left."""
+    return _added_up(*_listed(path))
+
+
+def _listed(path: Path) -> tuple[str, list[Layer], LayerSummary]:
+    document = json.loads(path.read_bytes())
+    layers = []
+    for values in document["layers"]:
+        tensors = {name: tuple(LayerTensor(**t) for t in values[name]) for name in ("inputs", "constants", "outputs")}
+        layers.append(Layer(**{**values, **tensors}))
+    return document["source"], layers, LayerSummary.from_dict(document["summary"])
+
+
+def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
+    """What the stages of a chain are made of, in one list; names begin with the stage, flops are of the median clip."""
+    names = manifest.stage_files(contract.ONNX_FILE if manifest.backend == "onnx" else contract.LAYERS_FILE)
+    if not all(name in manifest.files for name in names):
+        return None
+    source, every, unfused = "", [], []
+    for stage, (name, (_, usual, _)) in enumerate(zip(names, manifest.frames_kept or (), strict=True)):
+        if manifest.backend == "onnx":
+            source, layers, summary = _graph(folder / name, usual)
+        else:
+            source, layers, summary = _listed(folder / name)
+            layers = [_for_frames(layer, usual) for layer in layers]
+        every += [_in_stage(layer, stage) for layer in layers]
+        unfused += [f"{stage}: {node}" for node in summary.attention_unfused]
+    summary = dataclasses.replace(summarise(every), attention_unfused=tuple(unfused))
+    source = "the graphs" if manifest.backend == "onnx" else source
+    return _added_up(f"{source} of {len(names)} stages", every, summary)
+
+
+def _for_frames(layer: Layer, frames: int) -> Layer:
+    """The list counts a dynamic number of frames as one."""
+    dynamic = any(-1 in tensor.shape for tensor in (*layer.inputs, *layer.outputs))
+    return dataclasses.replace(layer, flops=layer.flops * frames) if dynamic else layer
+
+
+def _in_stage(layer: Layer, stage: int) -> Layer:
+    """Stages have layers and weights of equal names, which are not the same."""
+    constants = tuple(dataclasses.replace(tensor, name=f"{stage}: {tensor.name}") for tensor in layer.constants)
+    return dataclasses.replace(layer, name=f"{stage}: {layer.name}", constants=constants)
+
+
+def graph_layers(path: Path) -> Record:
+    """What an ONNX graph is made of, its nodes being the layers; weights that lie beside it stay there.
+
+    The functions that it calls are one layer each: their bodies multiply nothing larger than [F, F].
+    """
+    return _added_up(*_graph(path))
+
+
+def _graph(path: Path, frames: int = -1) -> tuple[str, list[Layer], LayerSummary]:
+    """The layers of a graph; `frames` in place of sizes that are dynamic."""
+    import onnx
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # the protobuf library's own errors, which differ with its implementation
+        raise ValueError(f"{path.name} is no ONNX graph, {error}") from error
+    name_of = onnx.TensorProto.DataType.Name
+    weights = {t.name: _tensor(t.name, tuple(t.dims), name_of(t.data_type)) for t in graph.initializer}
+    known = dict(weights)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        shape = tuple(dim.dim_value or frames for dim in kind.shape.dim)
+        known[value.name] = _tensor(value.name, shape, name_of(kind.elem_type))
+    layers = [_node_layer(node, known, set(weights)) for node in graph.node]
+    return path.name, layers, summarise(layers)
+
+
+def _tensor(name: str, shape: tuple[int, ...], dtype: str) -> LayerTensor:
+    return LayerTensor(name, shape, _ONNX_DTYPES.get(dtype, dtype.lower()), "")
+
+
+def _node_layer(node: Any, known: dict[str, LayerTensor], weights: set[str]) -> Layer:
+    work = _ONNX_WORK.get(node.op_type, "other") if node.domain in ("", "ai.onnx") else "other"
+    operands, outputs = (tuple(known[n] for n in names if n in known) for names in (node.input, node.output))
+    touched = (*operands, *outputs) if work == "other" else operands[:2]
+    return Layer(
+        name=node.name or node.op_type,
+        kind=f"{node.domain}::{node.op_type}" if node.domain else node.op_type,
+        work=work,
+        precision=max((t.dtype for t in touched if t.dtype in _BYTES), key=_BYTES.__getitem__, default=""),
+        flops=0 if work == "other" else _flops(node.op_type, operands[0], operands[1], outputs[0]),
+        tactic="",
+        inputs=tuple(t for t in operands if t.name not in weights),
+        constants=tuple(t for t in operands if t.name in weights),
+        outputs=outputs,
+        onnx=(node.name,),
+    )
+
+
+def _flops(operator: str, a: LayerTensor, b: LayerTensor, out: LayerTensor) -> int:
+    """Two a multiply-add. Attention: a is Q [.., S, d], b is K [.., T, d]; two products."""
+    if operator == "Attention":
+        return 2 * abs(b.shape[-2]) * (_elements(a) + _elements(out))
+    if operator == "Conv":
+        return 2 * _elements(out) * (_elements(b) // abs(b.shape[0]))
+    return 2 * _elements(out) * (_elements(a) // abs(out.shape[0]) if operator == "Gemm" else abs(a.shape[-1]))
+
+
+def _elements(tensor: LayerTensor) -> int:
+    return math.prod(map(abs, tensor.shape))
+
+
+def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Record:
+    """Layers added up: figures of the whole, groups of a kind and precision, and the layers with the most flops."""
+    groups: dict[tuple[str, str, str], list[Layer]] = {}
+    for layer in layers:
+        if layer.inputs or layer.constants or layer.outputs:  # the others only synchronise
+            groups.setdefault((layer.kind, layer.work, layer.precision), []).append(layer)
+    kinds = [
+        {"kind": kind, "work": work, "precision": precision, "layers": len(members), **_cost(members)}
+        for (kind, work, precision), members in groups.items()
+    ]
+    biggest = [{"name": x.name, "kind": x.kind, "precision": x.precision, **_cost([x])} for x in layers]
+    for rows in (kinds, biggest):
+        rows.sort(key=lambda row: (row["flops"], row["weight_bytes"], row.get("layers", 0)), reverse=True)
+    return {
+        "source": str(source),
+        "count": int(summary.layers),
+        "matrix_flops": int(summary.matrix_flops),
+        "half_share": float(summary.half_share),
+        "flop_shares": {dtype: float(share) for dtype, share in summary.flop_shares.items()},
+        "weight_bytes": _cost(layers)["weight_bytes"],
+        "weight_shares": {dtype: float(share) for dtype, share in summary.weight_shares.items()},
+        "attention_fused": len(summary.attention_fused),
+        "attention_unfused": list(map(str, summary.attention_unfused)),
+        "kinds": kinds,
+        "biggest": biggest[:BIGGEST],
+    }
+
+
+def _cost(layers: Iterable[Layer]) -> dict[str, int]:
+    """Flops of the matrix products, and bytes of the weights by name: what several layers read counts once."""
+    layers = list(layers)
+    weights = {t.name: _elements(t) * _BYTES.get(t.dtype, 0) for layer in layers for t in layer.constants}
+    return {"flops": sum(layer.flops for layer in layers), "weight_bytes": sum(weights.values())}

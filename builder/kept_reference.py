@@ -1,0 +1,93 @@
+"""The reference of a verified engine: saved beside its graph, and kept apart for comparisons in CI.
+
+`save_reference` writes the inputs and outputs that the gate (`builder.verify`) measured against, `polygraphy_command`
+makes the line that compares a graph with them, `keep_reference` copies them out of an engine folder with that line as a
+script and leaves the folder as it is. This module runs neither the graph nor the model.
+
+**Polygraphy in CI.** Inputs and reference outputs of step 3 (first clip) are saved in Polygraphy's format, and the
+manifest holds the `polygraphy run` line that repeats the step. The gate of a build compares the graph and the
+reference of the same sources, so it cannot see that both changed; a reference that was kept can. Keep that of an
+engine you accept under version control, and let CI build and hold what it built against it:
+
+    python -m builder.verify engines/NAME --polygraphy reference
+
+    python -m builder.build --ratio 0.3 --fp16 --out built
+    sh reference/compare.sh built/*/vision.onnx
+
+`compare.sh` is that line. It exits with 1 on a regression (the build, where its gate fails, with 2). It compares what
+the gate justifies: tokens, element by element, with the reference under the graph's decisions, within the gate's
+`error` (absolute: a relative one says nothing near zero), and positions exactly, since a graph repeats its decisions.
+End to end nothing could be asked of single elements: one choice that half precision takes otherwise, which step 2
+allows, moves every row after it. In the bundled model any weight matrix that is off by a tenth is noticed; a bias whose
+effect stays within `error` is not. The price: where an update of ONNX Runtime or another CPU moves a near-tie,
+positions differ although the build's gate passes; then read its step 2 and keep the new reference.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+from polygraphy.comparator import IterationResult, RunResults
+from polygraphy.json import save_json
+from polygraphy.logger import G_LOGGER
+from torch import Tensor
+
+from earlytom.errors import UserError
+from runtime import contract
+from runtime.manifest import Manifest
+
+COMPARE_FILE = "compare.sh"
+_SCRIPT = """\
+#!/bin/sh
+# Compares a graph with the reference of {manifest.name}, built {manifest.created}.
+[ $# -eq 1 ] && [ -f "$1" ] || {{ echo "usage: sh $0 VISION.ONNX (one file, got: $*)" >&2; exit 2; }}
+exec {line}
+"""
+
+
+def save_reference(folder: Path, frames: Tensor, wanted: RunResults) -> None:
+    """Write the inputs and the reference's outputs of the first clip in Polygraphy's format."""
+    name, iterations = wanted[0]
+    outputs = IterationResult({key: np.asarray(iterations[0][key]) for key in contract.OUTPUTS}, runner_name=name)
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([{contract.FRAMES: frames.numpy()}], str(folder / contract.REFERENCE_INPUTS_FILE))
+        RunResults([(name, [outputs])]).save(str(folder / contract.REFERENCE_OUTPUTS_FILE))
+
+
+def polygraphy_command(tolerance: float) -> str:
+    """The line that repeats step 3 when pasted in the engine's folder."""
+    words = ["polygraphy", "run", contract.ONNX_FILE, "--onnxrt"]
+    words += ["--onnx-outputs", *contract.OUTPUTS]  # or an output that the graph lost would silently not be compared
+    words += ["--load-inputs", contract.REFERENCE_INPUTS_FILE, "--load-outputs", contract.REFERENCE_OUTPUTS_FILE]
+    words += ["--check-error-stat", "max", "--atol", f"{contract.TOKENS}:{tolerance:.6g}", f"{contract.POSITIONS}:0"]
+    words += ["--rtol", "0", "--validate"]
+    return shlex.join(words)
+
+
+def keep_reference(engine: Path, place: Path) -> Path:
+    """Copy an engine's reference to `place`, with a script that compares any graph with it; returns the script.
+
+    Raises:
+        UserError: the engine was not verified, Polygraphy cannot run it (bf16, a chain), or `place` is its own folder.
+        OSError: `place` cannot be written.
+    """
+    manifest = Manifest.read(engine)
+    if manifest.verification is None:
+        raise UserError(f"{engine} was not verified, so it has no reference: build it without --no-verify")
+    if manifest.adaptive:
+        raise UserError(f"{engine} is a chain of graphs, and Polygraphy runs one: build with --schedule budget")
+    if not manifest.polygraphy:
+        raise UserError(f"{engine} is in {manifest.dtype}, which ONNX Runtime cannot run on a CPU: build with --fp16")
+    if place.resolve() == engine.resolve():
+        raise UserError(f"{place} is the engine itself: name another folder with --polygraphy")
+    place.mkdir(parents=True, exist_ok=True)
+    line = manifest.polygraphy.replace(contract.ONNX_FILE, '"$1"')
+    for name in (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE):
+        shutil.copyfile(engine / name, place / name)
+        line = line.replace(name, f'"$(dirname "$0")/{name}"')
+    script = place / COMPARE_FILE
+    script.write_text(_SCRIPT.format(manifest=manifest, line=line), encoding="utf-8")
+    return script

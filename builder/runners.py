@@ -1,0 +1,128 @@
+"""Run a graph, and the model it came from, so that both return every value that is compared.
+
+`run_tapped` runs a graph or a chain in ONNX Runtime, as it is or with every result rounded, and returns values inside
+of it beside its outputs. `TorchRunner` runs the PyTorch model in fp32 and returns the same names; `ForcedDecisions`
+makes it take the decisions that a run of the graph took, so that frames and tokens are the same ones. What the values
+must be like is not known here: `builder.verify` and `builder.drift` judge them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
+from torch import Tensor
+
+from builder.export import VisionGraph
+from builder.rounding import round_results
+from earlytom.config import EarlyTomConfig
+from earlytom.encoder import Decisions
+from earlytom.errors import UserError
+from runtime import contract
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class ForcedDecisions(Decisions):
+    """Takes the decisions that a run of the graph took, in their order."""
+
+    def __init__(self, config: EarlyTomConfig, taken: Arrays) -> None:
+        super().__init__(config)
+        self.weights = [torch.from_numpy(taken[f"weights_{layer}"]) for layer in config.merge_layers]
+        self.static = torch.from_numpy(taken["static"])
+        self.positions = torch.from_numpy(taken[contract.POSITIONS])
+        self.taken = 0
+
+    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        frames = similarity.shape[0]
+        merging = self.taken < len(self.weights)
+        weights = self.weights[self.taken] if merging else torch.eye(frames)
+        self.taken += 1
+        return weights, torch.zeros(frames, dtype=torch.int64), self.static
+
+    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        rows = features.flatten(0, 1)
+        return rows[self.positions.clamp(0, len(rows) - 1)], self.positions  # a position out of range fails as a token
+
+    def select_varying(
+        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
+    ) -> tuple[Tensor, Tensor]:
+        return self.select(features, received, static, places)
+
+
+class TorchRunner(BaseRunner):
+    """The PyTorch reference as a Polygraphy runner; `decisions[i]` decides in iteration i."""
+
+    def __init__(self, graph: VisionGraph, decisions: Sequence[Decisions], frames: tuple[int, ...], name: str) -> None:
+        super().__init__(name=name, prefix="pytorch")
+        self.graph = graph
+        self.decisions = iter(decisions)
+        self.frames = frames
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return TensorMetadata().add(contract.FRAMES, np.dtype(np.uint8), self.frames)
+
+    def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:
+        self.graph.decisions = next(self.decisions)
+        started = time.perf_counter()
+        trace = self.graph(torch.from_numpy(feed_dict[contract.FRAMES]))
+        self.inference_time = time.perf_counter() - started
+        return OrderedDict((name, value.numpy()) for name, value in trace.items())
+
+
+def run_tapped(
+    onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool
+) -> RunResults:
+    """Outputs and the values `names` of the graph or chain for every feed, in ONNX Runtime; see `write_tapped`."""
+    if not isinstance(onnx_path, Path):
+        from builder.chain_run import run_chain
+
+        onnxruntime.set_default_logger_severity(3)
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            return run_chain(onnx_path, names, feeds, rounded=rounded)
+    tapped = write_tapped(onnx_path, names, rounded=rounded)
+    try:
+        onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            runner = OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")
+            return Comparator.run([runner], data_loader=feeds)
+    finally:
+        tapped.unlink()
+
+
+def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Path:
+    """A copy of the graph, beside it and its external data, that also returns the values `names`.
+
+    `rounded`: as `builder.rounding` has it.
+
+    Raises:
+        UserError: the graph has no such value.
+    """
+    model = onnx.load(str(onnx_path), load_external_data=False)
+    have = {value.name for value in model.graph.output}
+    known = {value.name: value for value in model.graph.value_info}
+    missing = [name for name in names if name not in have | known.keys()]
+    if missing:
+        raise UserError(
+            f"{onnx_path} has no value named {missing[0]}, so another version exported it: build it again with --force"
+        )
+    model.graph.output.extend(known[name] for name in names if name not in have)
+    if rounded:
+        round_results(model)
+    path = onnx_path.with_name(f".taps-{os.getpid()}.onnx")  # two may look at one engine
+    onnx.save(model, str(path))
+    return path
