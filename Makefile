@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m runtime.ask $(DEMO_CLIP) "Which digit is on the circle?"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
