@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import contextlib
 import io
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ from tokenizers import pre_tokenizers
 from earlytom.micro.checkpoint import architecture, write_checkpoint
 from earlytom.micro.random_model import SPECIAL_TOKENS, random_model
 from runtime.clip import draw_clip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, and every command tested would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
