@@ -275,7 +275,7 @@ def test_make_demo_builds_draws_and_asks() -> None:
 def test_make_test_checks_style_types_and_tests() -> None:
     lines = [" ".join(words) for words in dry_make("test")]
     for what in ("ruff check .", "ruff format --check .", "mypy", "-m pytest"):
-        assert any(line.endswith(what) for line in lines), what
+        assert any(what in line for line in lines), what
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
