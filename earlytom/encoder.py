@@ -4,8 +4,12 @@ One function, `encode`, is the method; PyTorch and the exported graph both run i
 takes the data-dependent decisions (`Decisions`): here the operators of `earlytom.ops`, in the exporter nodes that name
 ONNX functions. `encode_video` is `encode` on Hugging Face modules.
 
-Notation: F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens after
-pooling, D tower width, E LLM width, N tokens kept.
+It has two parts. Up to the first merge no frame knows of another, so `head` can run on any of a clip's frames as they
+come; `rest` needs them all. Both also take the frames of several videos: the layers run on all of them at once, and
+each video gets decisions of its own (`EachVideo`).
+
+Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens
+after pooling, D tower width, E LLM width, N tokens kept.
 """
 
 from __future__ import annotations
@@ -85,6 +89,40 @@ class Decisions:
         return features.flatten(0, 1)[positions], positions
 
 
+class EachVideo(Decisions):
+    """The decisions of several videos whose frames lie one video after the other, each as `decisions` takes them.
+
+    Frame counts are those of one video. What belongs to a video has a leading B: similarity [B, F, F], weights
+    [B, F', F], segment start and static [B, F], tokens [B, N, E], positions [B, N].
+    """
+
+    def __init__(self, decisions: Decisions, videos: int) -> None:
+        if decisions.config.schedule != "budget":
+            raise UserError(
+                f"several videos at once keep equal numbers of frames, so the schedule must be budget, not "
+                f"{decisions.config.schedule}"
+            )
+        super().__init__(decisions.config)
+        self.decisions = decisions
+        self.videos = videos
+
+    def similarity(self, hidden: Tensor) -> Tensor:
+        return torch.stack([self.decisions.similarity(one) for one in self._each(hidden)])
+
+    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights, start, static = zip(*(self.decisions.plan(one, frames_out) for one in similarity), strict=True)
+        return torch.stack(weights), torch.stack(start), torch.stack(static)
+
+    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        each = zip(self._each(features), self._each(received), static, strict=True)
+        tokens, positions = zip(*(self.decisions.select(*one, places) for one in each), strict=True)
+        return torch.stack(tokens), torch.stack(positions)
+
+    def _each(self, values: Tensor) -> Tensor:
+        """[B * F, ...] to [B, F, ...], a view."""
+        return values.unflatten(0, (self.videos, -1))
+
+
 def encode_video(
     vision_model: nn.Module,
     projector: nn.Module,
@@ -123,28 +161,67 @@ def encode(
     """The method, against an adapter and a decision maker.
 
     Arguments as in `encode_video`; `trace` is filled with the named intermediate tensors of `trace_names`, of every
-    layer if `every_layer` is set.
+    layer if `every_layer` is set. With `EachVideo` for decisions, `pixels` are its videos' [B * F, 3, H, W], and
+    what it gives a leading B has that in the result and in the trace.
     """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
-    available = len(list(tower.layers))
-    if depth is not None and not 1 <= depth <= available:
-        raise UserError(f"depth must be between 1 and {available} (the tower's layers), got {depth}")
-    depth = depth or available
-    config.check_layers(depth)
-    frames = pixels.shape[0]
-    stages = planned_frames(frames, config)
+    depth = checked_depth(tower, config, depth)
 
     def note(**values: Tensor) -> None:
         if trace is not None:
             trace.update(values)
 
-    frame_weights = torch.eye(frames, device=pixels.device)
-    counts = [frames]
+    hidden, received = head(tower, pixels, config, depth, note, every_layer)
+    return rest(tower, projector, hidden, received, config, decisions, depth, note, every_layer)
 
-    hidden = embed(tower, pixels)  # [F, T, D]
+
+def checked_depth(tower: Tower, config: EarlyTomConfig, depth: int | None) -> int:
+    """How many layers run, default all.
+
+    Raises:
+        UserError: a depth or a merge layer that the tower does not have.
+    """
+    available = len(list(tower.layers))
+    if depth is not None and not 1 <= depth <= available:
+        raise UserError(f"depth must be between 1 and {available} (the tower's layers), got {depth}")
+    config.check_layers(depth or available)
+    return depth or available
+
+
+def head(
+    tower: Tower,
+    pixels: Tensor,
+    config: EarlyTomConfig,
+    depth: int,
+    note: Callable[..., None] = lambda **_: None,
+    every_layer: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The layers up to the first merge, on any frames: pixels [n, 3, H, W] to what `run_span` returns of them."""
+    return run_span(tower, layer_spans(config, depth)[0], embed(tower, pixels), config, note, every_layer)
+
+
+def rest(
+    tower: Tower,
+    projector: nn.Module,
+    hidden: Tensor,
+    received: Tensor | None,
+    config: EarlyTomConfig,
+    decisions: Decisions,
+    depth: int,
+    note: Callable[..., None] = lambda **_: None,
+    every_layer: bool = False,
+) -> VisualTokens:
+    """Everything from the first merge on: what `head` made of all frames, [F, T, D] and [F, S], to visual tokens."""
+    videos = decisions.videos if isinstance(decisions, EachVideo) else 1
+    frames = hidden.shape[0] // videos
+    stages = planned_frames(frames, config)
+    frame_weights = torch.eye(frames, device=hidden.device)
+    counts = [frames]
     for stage, span in enumerate(layer_spans(config, depth)):
-        hidden, column = run_span(tower, span, hidden, config, note, every_layer)
+        column = received if stage == 0 else None
+        if stage > 0:
+            hidden, column = run_span(tower, span, hidden, config, note, every_layer)
         if stage < len(config.merge_layers):
             layer = config.merge_layers[stage]
             similarity = decisions.similarity(hidden[:, tower.prefix :])
@@ -152,20 +229,20 @@ def encode(
             note(**{f"similarity_{layer}": similarity, f"weights_{layer}": weights})
             hidden = apply_weights(weights, hidden)
             frame_weights = weights @ frame_weights
-            counts.append(hidden.shape[0])
+            counts.append(weights.shape[-2])
             column = None if column is None else apply_weights(weights, column)
         if column is not None:
-            received = column
+            kept = column
             # The final segments are those of the merged frames.
             final = decisions.similarity(hidden[:, tower.prefix :])
-            _, start, static = decisions.plan(final, hidden.shape[0])
+            _, start, static = decisions.plan(final, counts[-1])
 
     hidden = hidden[:, tower.prefix :]
     note(static=static)
-    features, relevance = project(projector, hidden, received, note, every_layer)
+    features, relevance = project(projector, hidden, kept, note, every_layer)
     tokens, positions = select(features, relevance, static, frames, config, decisions)
     note(tokens=tokens, positions=positions)
-    return VisualTokens(tokens, positions, hidden, received, start, tuple(counts), frame_weights)
+    return VisualTokens(tokens, positions, hidden, kept, start, tuple(counts), frame_weights)
 
 
 def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
@@ -176,7 +253,9 @@ def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
 def embed(tower: Tower, pixels: Tensor) -> Tensor:
     """Normalised pixels [F, 3, H, W] to the hidden states [F, T, D] that enter the first layer."""
     hidden = tower.embed(pixels)
-    return hidden.to(tower.residual_dtype or hidden.dtype)
+    # A convolution leaves them channels first. Sums keep the layout of their first term, so that every layer up to the
+    # first merge would stride through memory; comparing frames took 36 times as long.
+    return hidden.to(tower.residual_dtype or hidden.dtype).contiguous()
 
 
 def run_span(
@@ -259,12 +338,14 @@ def select(
     features: Tensor, relevance: Tensor, static: Tensor, frames: int, config: EarlyTomConfig, decisions: Decisions
 ) -> tuple[Tensor, Tensor]:
     """The tokens that stay of a video of `frames` frames, which are [F'] now: tokens [N, E], positions [N] int64."""
-    kept, per_frame, _ = features.shape
+    kept, per_frame = static.shape[-1], features.shape[1]
     effective = effective_ratio(config.retention_ratio, frames, kept)
     places = dynamic_tokens(per_frame, effective)
     windows = places if config.schedule == "budget" else static_tokens(per_frame, effective)
     if places == windows == per_frame:  # nothing to leave out
-        return features.flatten(0, 1), torch.arange(kept * per_frame, device=features.device)
+        positions = torch.arange(kept * per_frame, device=features.device)
+        tokens = features.reshape(*static.shape[:-1], len(positions), features.shape[2])
+        return tokens, positions.expand(tokens.shape[:-1])
     if config.schedule == "budget":
         return decisions.select(features, relevance, static, places)
     return decisions.select_varying(features, relevance, static, places, windows)

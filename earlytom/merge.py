@@ -48,8 +48,11 @@ class FramePlan:
 
 
 def apply_weights(weights: Tensor, x: Tensor) -> Tensor:
-    """`W [F', F]` applied to `x [F, ...]`: one small GEMM that reads x once. Returns [F', ...] in the dtype of x."""
-    return (weights.to(x.dtype) @ x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
+    """`W [F', F]` applied to `x [F, ...]`: one small GEMM that reads x once. Returns [F', ...] in the dtype of x.
+
+    Of B videos: `W [B, F', F]`, `x [B * F, ...]`, returns [B * F', ...].
+    """
+    return (weights.to(x.dtype) @ x.reshape(*weights.shape[:-2], weights.shape[-1], -1)).reshape(-1, *x.shape[1:])
 
 
 def frame_similarity(hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
