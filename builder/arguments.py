@@ -28,6 +28,8 @@ examples:
       a real checkpoint with released settings, for an A100
   python -m builder.build --model random:llava-onevision-qwen2-7b-ov --frames 32 --ratio 0.1 --dry-run
       what a build would keep and cost; nothing is built
+  python -m builder.build --ratio 0.3 --fp16 --frames 8,16,32 --batch 4
+      for a service: short clips cost less than long ones, and four of them run at once
 
 The exit status is 0 when the engine is there, 2 when something asked for cannot be done (one line says what and how to
 mend it), 130 after Ctrl-C. Nothing half-written stays behind.
@@ -58,12 +60,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     kernel = kernel_target(target, options.hardware_compatible)
     kernels = choose(options.compression, choice.backend, kernel, options.schedule)
     depth = feature_depth(checkpoint.config)
+    counts = _counts(options.frames, checkpoint.frames)
+    if len(counts) > 1 and options.frame_budget == AUTO:
+        raise UserError(
+            f"--frame-budget {AUTO} gives a budget for one frame count, got --frames {options.frames}: give it a share "
+            "such as 0.75, or --frames one number"
+        )
     return (
         options,
         BuildConfig(
             checkpoint=checkpoint,
             earlytom=_method(options, depth),
-            frames=checkpoint.frames if options.frames is None else options.frames,
+            frames=counts[-1],
             dtype=options.dtype,
             target=target,
             backend=choice.backend,
@@ -73,6 +81,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
             compression=kernels.compression,
             calibration=tuple(options.calibration),
             islands=_islands(options, depth),
+            batch=options.batch,
+            frame_counts=counts if len(counts) > 1 else None,
+            chunk=options.chunk,
         ),
         choice,
     )
@@ -107,7 +118,10 @@ def _method_options(group: Any) -> None:
         help="share of the visual tokens KEPT, in (0, 1] (default: 0.1)",
     )
     group.add_argument(
-        "--frames", type=_whole, metavar="F", help="frames sampled from a clip (default: the model's own number)"
+        "--frames",
+        metavar="F[,F,...]",
+        help="frames sampled from a clip (default: the model's own number); several numbers make one folder with an "
+        "engine for each, of which the runtime takes the one that fits the clip",
     )
     group.add_argument(
         "--preset",
@@ -138,6 +152,20 @@ def _method_options(group: Any) -> None:
 
 
 def _engine_options(group: Any) -> None:
+    group.add_argument(
+        "--batch",
+        type=_whole,
+        default=1,
+        metavar="B",
+        help="videos that the engine takes at once, each treated as if it were alone (default: 1)",
+    )
+    group.add_argument(
+        "--chunk",
+        type=_whole,
+        metavar="C",
+        help="an engine that starts on a clip before it ends: the layers up to the first merge run on C frames at a "
+        "time, as they come; C divides --frames (default: clips come whole)",
+    )
     precision = group.add_mutually_exclusive_group()
     for name, what in (
         ("fp16", "half precision, fp32 where it matters (default)"),
@@ -242,6 +270,17 @@ def _islands(options: argparse.Namespace, depth: int) -> islands.Islands:
     if options.islands in (None, islands.LIST):
         return islands.DEFAULT
     return islands.parse(options.islands, depth)
+
+
+def _counts(text: str | None, usual: int) -> tuple[int, ...]:
+    """The frame counts, ascending."""
+    try:
+        counts = (usual,) if text is None else tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--frames {text!r}: give a whole number, or several such as 8,16,32") from error
+    if len(set(counts)) < len(counts):
+        raise UserError(f"--frames {text!r} names a number twice: give each frame count once")
+    return tuple(sorted(counts))
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -28,21 +28,21 @@ from torch import Tensor
 
 from builder import cache, islands, verify
 from builder.arguments import parse
-from builder.calibrate import AUTO, FramesKept, frames_kept
+from builder.calibrate import AUTO, FramesKept, calibration_clips, frames_kept
 from builder.chain import export_chain
+from builder.chunks import export_chunks
 from builder.compile import CompileReport, check_target, compile_engine
 from builder.config import BuildConfig, project_version
 from builder.export import ExportedGraph, VisionGraph, export_onnx
-from builder.kept_reference import polygraphy_command, save_reference
-from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
+from builder.gate import check_each
+from builder.kept_reference import polygraphy_command
 from builder.plugins import choose, kernel_target
 from builder.precision import set_vision_precision
+from builder.shared_weights import SharedWeights
 from builder.show import progress_line, show_kept, show_plan, show_result, summary
 from runtime import cli, contract
 from runtime.checkpoint import load_vision
-from runtime.clip import draw_clip
-from runtime.manifest import Manifest, ModelRecord, PreprocessingRecord, describe_files
-from runtime.video import load_clip
+from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
 
 
 class Stages:
@@ -131,14 +131,15 @@ def build(
     """
     stages, key_parts = Stages(screen), config.key_parts()
     # First, so that a clip that cannot be read costs nothing.
-    clips = calibration_clips(config, place) if options.verify or config.adaptive else {}
+    clips = {one.frames: calibration_clips(one, place) for one in config.each if options.verify or config.adaptive}
     if config.adaptive:
-        kept = stages.run("calibrate", "how many frames each merge keeps", lambda: calibrate(config, clips))
+        what = "how many frames each merge keeps"
+        kept = stages.run("calibrate", what, lambda: calibrate(config, clips[config.frames]))
         show_kept(screen, config, kept)
     graphs: tuple[ExportedGraph, ...] = stages.run(
         "export",
         f"{config.checkpoint.name} to ONNX in {config.dtype}",
-        lambda: export_stages(config, place) if config.adaptive else (export(config, place),),
+        lambda: export_graphs(config, place),
     )
     compiled: tuple[CompileReport, ...] = ()
     if config.backend != "onnx":
@@ -149,23 +150,27 @@ def build(
             lambda: compile_graphs(config, graphs, place, kept, screen),
         )
     peak = peak_bytes(compiled)  # now: the gate loads more than a build needs
-    report: verify.Report | None = None
+    reports: dict[int, verify.Report] = {}
     if options.verify:
         paths = [graph.path for graph in graphs]
-        report = stages.run(
+        reports = stages.run(
             "verify",
             "against the PyTorch reference",
-            lambda: check(config, paths if config.adaptive else paths[0], clips, options, stages),
+            lambda: check_each(
+                config, vision_graph(config, torch.float32), paths, clips, screen, with_text=options.verify_text
+            ),
         )
-        report.require()
+        for report in reports.values():
+            report.require()
     figures = {f"{stage}_seconds": seconds for stage, seconds in stages.seconds.items()} | {"build_peak_bytes": peak}
     counts = config.flops
     if config.adaptive and kept is not None:  # of the median clip
         usual = tuple(median for _, median, _ in kept.ranges)
         counts = config.flops_of(usual, config.tokens_of(usual[-1]))
     figures |= {f"flops_{what}": float(count) for what, count in counts.items()}
-    write_report(place / contract.REPORT_FILE, report, compiled, figures, key_parts, kept)
-    manifest = describe(config, key, name, place, report, compiled, figures, kept)
+    verified = verify.joined(reports) if config.frame_counts else reports.get(config.frames)
+    write_report(place / contract.REPORT_FILE, config, verified, compiled, figures, key_parts, kept)
+    manifest = describe(config, key, name, place, reports, compiled, figures, kept)
     manifest.write(place)
     return manifest
 
@@ -190,16 +195,35 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
     )
 
 
+def export_graphs(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
+    """The export stage: one graph, that of every frame count, or that of every stage."""
+    if config.in_stages:
+        return export_stages(config, place)
+    return (export(config, place),) if config.frame_counts is None else export_counts(config, place)
+
+
 def export(config: BuildConfig, place: Path) -> ExportedGraph:
     """`vision.onnx` in `place`. The weights are freed before anything else starts."""
-    graph = vision_graph(config, contract.DTYPES[config.dtype])
-    return export_onnx(graph, config.frames, config.checkpoint.preprocessing.size, place / contract.ONNX_FILE)
+    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    return export_onnx(graph, config.frames, size, place / contract.ONNX_FILE, batch=config.batch)
+
+
+def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
+    """`vision.f8.onnx`, `vision.f16.onnx`, ... in `place`, and their weights in one file."""
+    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    shared = SharedWeights(place / contract.DATA_FILE)
+    return tuple(
+        export_onnx(graph, one.frames, size, place / one.file(contract.ONNX_FILE), batch=one.batch, shared=shared)
+        for one in config.each
+    )
 
 
 def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
-    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain."""
-    graph = vision_graph(config, contract.DTYPES[config.dtype])
-    return export_chain(graph, config.frames, config.checkpoint.preprocessing.size, place)
+    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
+    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    if config.chunk is not None:
+        return export_chunks(graph, config.frames, config.chunk, size, place)
+    return export_chain(graph, config.frames, size, place)
 
 
 def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
@@ -225,12 +249,14 @@ def compile_graphs(
 ) -> tuple[CompileReport, ...]:
     """The compile stage: an engine and a layer list for each graph."""
     usual = None if kept is None else [median for _, median, _ in kept.ranges]
-    shares = config.stage_half_shares if config.adaptive else (config.half_share,)
+    shares = config.stage_half_shares if config.in_stages else tuple(one.half_share for one in config.each)
     reports = []
     for stage, graph in enumerate(graphs):
         engine, layers = contract.ENGINE_FILE, contract.LAYERS_FILE
-        if config.adaptive:
+        if config.in_stages:
             engine, layers = (contract.stage_file(name, stage) for name in (engine, layers))
+        else:
+            engine, layers = map(config.each[stage].file, (engine, layers))
         reports.append(
             compile_engine(
                 graph.path,
@@ -250,70 +276,23 @@ def compile_graphs(
     return tuple(reports)
 
 
-def check(
-    config: BuildConfig,
-    onnx_path: Path | Sequence[Path],
-    clips: dict[str, Tensor],
-    options: argparse.Namespace,
-    stages: Stages,
-) -> verify.Report:
-    """The verify stage: the gate on real frames; leaves the reference in Polygraphy's format beside the graph.
-
-    `onnx_path`: the graph, or those of a chain.
-    """
-    reference = vision_graph(config, torch.float32)
-    with_text = options.verify_text
-    if with_text is None:
-        with_text = decoder_parameters(config.model.text_config) <= SMALL_DECODER
-    report, wanted = verify.verify(
-        onnx_path,
-        reference,
-        clips,
-        config.dtype,
-        text=NextTokens(config.checkpoint) if with_text else None,
-        text_with_equal_decisions=not config.checkpoint.trained,
-        say=stages.note,
-    )
-    place = (onnx_path if isinstance(onnx_path, Path) else onnx_path[0]).parent
-    save_reference(place, next(iter(clips.values())), wanted)
-    stages.screen.table(
-        ("step", "what", "value", "limit", ""),
-        [
-            (line.step, line.what, f"{line.value:.8g}", f"{line.limit:.6g}", "ok" if line.passed else "FAILED")
-            for line in report.checks
-        ],
-    )
-    for note in report.notes:
-        stages.note(note)
-    return report
-
-
-def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
-    """Real frames for the gate: of the clips given, else of a clip drawn, encoded and decoded for it."""
-    size = config.checkpoint.preprocessing.size
-    if config.calibration:
-        names = [path.name for path in config.calibration]
-        labels = names if len(set(names)) == len(names) else [str(path) for path in config.calibration]
-        loaded = (load_clip(path, config.frames, size).frames for path in config.calibration)
-        return dict(zip(labels, loaded, strict=True))
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        path = draw_clip(Path(folder) / "drawn.mp4")
-        return {"drawn clip": load_clip(path, config.frames, size).frames}
-
-
 def describe(
     config: BuildConfig,
     key: str,
     name: str,
     place: Path,
-    report: verify.Report | None,
+    reports: dict[int, verify.Report],
     compiled: Sequence[CompileReport],
     figures: dict[str, float],
     kept: FramesKept | None = None,
 ) -> Manifest:
-    """The manifest of what `place` holds."""
+    """The manifest of what `place` holds. `reports`: of the gate for every frame count, none where it did not run."""
     checkpoint, vision = config.checkpoint, config.model.vision_config
     preprocessing = checkpoint.preprocessing
+    report = verify.joined(reports) if config.frame_counts else reports.get(config.frames)
+    # ONNX Runtime cannot run bf16 graphs on a CPU, so there is no line that would work everywhere; nor does Polygraphy
+    # run a chain.
+    comparable = bool(reports) and config.dtype != "bf16" and not config.in_stages
     return Manifest(
         name=name,
         key=key,
@@ -344,26 +323,32 @@ def describe(
         files=describe_files(place),
         figures=figures,
         verification=None if report is None else report.to_dict(),
-        # ONNX Runtime cannot run bf16 graphs on a CPU, so there is no line that would work everywhere.
         islands=None if config.islands == islands.DEFAULT else config.islands.words,
-        polygraphy=""
-        if report is None or config.dtype == "bf16" or config.adaptive  # nor does Polygraphy run a chain
-        else polygraphy_command(report.tolerance),
+        polygraphy=AND.join(polygraphy_command(reports[one.frames].tolerance, one.file) for one in config.each)
+        if comparable
+        else "",
         frames_kept=kept.ranges if kept is not None and config.adaptive else None,
+        batch=config.batch,
+        frame_counts=config.frame_counts,
+        chunk=config.chunk,
     )
 
 
 def write_report(
     path: Path,
+    config: BuildConfig,
     report: verify.Report | None,
     compiled: Sequence[CompileReport],
     figures: dict[str, float],
     key_parts: dict[str, Any],
     kept: FramesKept | None = None,
 ) -> None:
-    """report.json: the gate's checks, the compiler's report (of a chain a list of them), the figures of the build, what
-    its key is made of and, where that was measured, how many frames the adaptive schedule keeps."""
+    """report.json: the gate's checks, the compiler's report (of a chain or of several frame counts a list of them), the
+    figures of the build, what its key is made of and, where that was measured, how many frames the adaptive schedule
+    keeps."""
     reports = [one.to_dict() for one in compiled]
+    if config.frame_counts:
+        reports = [{"frames": frames, **one} for frames, one in zip(config.counts, reports, strict=bool(compiled))]
     record = {
         "verification": None if report is None else report.to_dict(),
         "compile": reports if len(reports) > 1 else next(iter(reports), None),

@@ -1,20 +1,28 @@
-"""How many frames the adaptive schedule keeps on clips: what a chain's profiles and `--frame-budget auto` go by.
+"""The calibration clips, and how many frames the adaptive schedule keeps of them.
 
-Measured in PyTorch, in fp32, on the model itself: the method's decisions need its hidden states. Layers after the last
-merge do not run.
+The gate runs on the clips; a chain's profiles and `--frame-budget auto` go by the frames kept. Those are measured in
+PyTorch, in fp32, on the model itself: the method's decisions need its hidden states. Layers after the last merge do not
+run.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from builder.export import VisionGraph
 from earlytom.encoder import Decisions, encode
+from runtime.clip import draw_clip
+from runtime.video import load_clip
+
+if TYPE_CHECKING:
+    from builder.config import BuildConfig
 
 # Of the clips, `--frame-budget auto` keeps so many whole: all frames that the adaptive schedule would.
 AUTO, AUTO_SHARE = "auto", 0.9
@@ -73,3 +81,16 @@ def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
         visual = encode(tower, graph.projector, graph.pixels(frames), config, decisions, depth=depth)
         found[name] = visual.frames_per_stage
     return FramesKept(found)
+
+
+def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
+    """Real frames for the gate: of the clips given, else of a clip drawn, encoded and decoded for it."""
+    size = config.checkpoint.preprocessing.size
+    if config.calibration:
+        names = [path.name for path in config.calibration]
+        labels = names if len(set(names)) == len(names) else [str(path) for path in config.calibration]
+        loaded = (load_clip(path, config.frames, size).frames for path in config.calibration)
+        return dict(zip(labels, loaded, strict=True))
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        path = draw_clip(Path(folder) / "drawn.mp4")
+        return {"drawn clip": load_clip(path, config.frames, size).frames}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from runtime.checkpoint import Checkpoint
 DISTRIBUTION = "earlytom-engine-builder"
 TARGETS = {"a100": (8, 0)}
 MAX_FRAMES = 128
+MAX_BATCH = 64
 # Libraries whose version may change the exported graph.
 EXPORTERS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
@@ -56,7 +57,7 @@ class BuildConfig:
     Attributes:
         checkpoint: the model, described but not loaded.
         earlytom: the method's settings.
-        frames: F, frames of a clip.
+        frames: F, frames of a clip; where the engine takes one of several counts, the most.
         dtype: "fp16", "bf16" or "fp32".
         target: compute capability the engine is for.
         backend: "onnx", "tensorrt" or "tensorrt-rtx", already resolved.
@@ -65,6 +66,10 @@ class BuildConfig:
         compression: "plugin" or "native", already resolved.
         calibration: video files whose frames the gate runs on; none means the drawn clip.
         islands: what stays fp32 in half precision.
+        batch: B, videos at once; counts, flops and costs are those of one.
+        frame_counts: the frame counts, ascending, if there are several; each gets a graph and an engine of its own.
+            What `at` returns has one of them, and the properties below are about `frames`.
+        chunk: C, frames of a chunk, if clips come in chunks.
     """
 
     checkpoint: Checkpoint
@@ -79,10 +84,19 @@ class BuildConfig:
     compression: str = "native"
     calibration: tuple[Path, ...] = ()
     islands: Islands = DEFAULT
+    batch: int = 1
+    frame_counts: tuple[int, ...] | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.frames <= MAX_FRAMES:
-            raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {self.frames}: set --frames")
+        for frames in (*self.counts, self.frames):
+            if not 1 <= frames <= MAX_FRAMES:
+                raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {frames}: set --frames")
+        if list(self.counts) != sorted(set(self.counts)) or self.frames != self.counts[-1]:
+            raise UserError(f"frame counts must be ascending, the last being {self.frames}, got {self.counts}")
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise UserError(f"the number of videos must be between 1 and {MAX_BATCH}, got {self.batch}: set --batch")
+        self._check_shapes()
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:
@@ -92,6 +106,53 @@ class BuildConfig:
             )
         self.earlytom.check_layers(self.depth)
         _ = self.stages  # a frame budget that does not fit is refused
+        for frames in self.counts[:-1]:
+            self.at(frames)  # checks it as this did the most
+
+    def _check_shapes(self) -> None:
+        """What several videos, or several frame counts, do not go together with."""
+        if self.adaptive and self.batch > 1:
+            raise UserError(
+                f"in the adaptive schedule each video decides how many frames it keeps, and --batch {self.batch} needs "
+                "equal numbers: build with --schedule budget"
+            )
+        if self.adaptive and self.frame_counts is not None:
+            raise UserError(
+                f"an adaptive engine takes one frame count, got {_words(self.counts)}: build with --schedule budget, "
+                "or give --frames one number"
+            )
+        if self.frame_counts is not None and isinstance(self.earlytom.frame_budget, tuple):
+            raise UserError(
+                f"the frame budget {_words(self.earlytom.frame_budget)} fits one frame count, got "
+                f"{_words(self.counts)}: give --frame-budget a share such as 0.75, or --frames one number"
+            )
+
+        if self.chunk is not None:
+            check_chunk(self.chunk, self.frames, self.earlytom.schedule)
+            if self.batch > 1 or self.frame_counts is not None:
+                what = f"--batch {self.batch}" if self.batch > 1 else f"--frames {_words(self.counts)}"
+                raise UserError(
+                    f"--chunk {self.chunk} is for one video of one frame count at a time, got {what}: leave out one of "
+                    "the two"
+                )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The frame counts of clips that the engine takes, ascending."""
+        return self.frame_counts or (self.frames,)
+
+    def at(self, frames: int) -> BuildConfig:
+        """The build of one of the frame counts; its files have that in their names (`file`)."""
+        return self if self.counts == (frames,) else replace(self, frames=frames, frame_counts=(frames,))
+
+    @property
+    def each(self) -> tuple[BuildConfig, ...]:
+        """The build of every frame count."""
+        return tuple(map(self.at, self.counts))
+
+    def file(self, name: str) -> str:
+        """The name that a file gets: `name`, with the frame count in it where there are several."""
+        return name if self.frame_counts is None else contract.count_file(name, self.frames)
 
     @property
     def model(self) -> Any:
@@ -107,6 +168,11 @@ class BuildConfig:
     def adaptive(self) -> bool:
         """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
         return self.earlytom.schedule == "adaptive"
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        return self.adaptive or self.chunk is not None
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -158,7 +224,7 @@ class BuildConfig:
 
     @property
     def expected_bytes(self) -> dict[str, int]:
-        """Sizes that follow from the shapes: weights of the vision part, input and output of one call."""
+        """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
         config = self.model
         vision, width = config.vision_config, config.text_config.hidden_size
         size = contract.DTYPES[self.dtype].itemsize
@@ -170,8 +236,8 @@ class BuildConfig:
         wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
         return {
             "weights": size * (self.depth * layer + embeddings + projector) + wider,
-            "input": self.frames * 3 * vision.image_size**2,
-            "output": self.tokens * (width * size + 8),
+            "input": self.batch * self.frames * 3 * vision.image_size**2,
+            "output": self.batch * self.tokens * (width * size + 8),
         }
 
     @property
@@ -181,7 +247,9 @@ class BuildConfig:
 
     @property
     def stage_half_shares(self) -> tuple[float, ...]:
-        """`half_share` of every stage of a chain, as its layer list has it: of one frame where they are dynamic."""
+        """`half_share` of every stage, as its layer list has it: of one frame where they are dynamic."""
+        if self.chunk is not None:
+            return Costs(self).chunk_shares(self.islands)
         stages = (self.frames, *([1] * len(self.earlytom.merge_layers)))
         return Costs(self, stages).stage_shares(self.islands)
 
@@ -204,6 +272,9 @@ class BuildConfig:
             "triton": triton_version() if self.compression == "plugin" else None,
             # Only where it is another than usual, so that what was built before there was a choice is still found.
             **({} if self.islands == DEFAULT else {"islands": list(self.islands.words)}),
+            **({} if self.batch == 1 else {"batch": self.batch}),
+            **({} if self.frame_counts is None else {"frame_counts": list(self.frame_counts)}),
+            **({} if self.chunk is None else {"chunk": self.chunk}),
         }
 
     def key(self) -> str:
@@ -220,11 +291,26 @@ class BuildConfig:
             self.backend,
             self.dtype,
             f"r{ratio}",
-            f"f{self.frames}",
+            f"f{'+'.join(map(str, self.counts))}",
+            *([f"b{self.batch}"] if self.batch > 1 else []),
+            *([f"c{self.chunk}"] if self.chunk is not None else []),
             *(["adaptive"] if self.adaptive else []),
             key[:10],
         ]
         return "-".join(words)
+
+
+def check_chunk(chunk: int, frames: int, schedule: str) -> None:
+    """Raise UserError unless chunks of `chunk` frames fill a clip of `frames`, and the schedule can be cut."""
+    if schedule != "budget":
+        raise UserError(f"--chunk cuts an engine of static shapes in two: build with --schedule budget, not {schedule}")
+    if chunk < 1 or frames % chunk:
+        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise UserError(f"--chunk {chunk} does not divide the {frames} frames of a clip: give one of {divisors}")
+
+
+def _words(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _code_digest() -> dict[str, str]:

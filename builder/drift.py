@@ -13,7 +13,8 @@ that frames and tokens are the same ones. For each tap:
     share          the graph's largest magnitude over the largest number of its dtype. Near 1 it is about to overflow.
 
 The graph is that of the engine folder, read and not changed; a copy with more outputs lies beside it while it runs. The
-values of all taps are held, twice in fp32: 6 GB for 32 frames of SigLIP-so400m.
+values of all taps are held, twice in fp32: 6 GB for 32 frames of SigLIP-so400m. Of an engine for several videos
+at once the values are those of all of them, and as many more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from builder import build
+from builder.batches import fill
 from builder.config import BuildConfig, parse_target
 from builder.export import VisionGraph
 from builder.runners import Arrays, ForcedDecisions, run_tapped
@@ -83,12 +85,12 @@ class Tap:
 def measure(
     onnx_path: Path | Sequence[Path], reference: VisionGraph, frames: Tensor, dtype: str, *, rounded: bool = True
 ) -> list[Tap]:
-    """Run graph and reference on a clip.
+    """Run graph and reference on a clip, or on those of a graph for several videos at once.
 
     Args:
         onnx_path: an exported graph, or those of a chain.
         reference: the same vision part in fp32.
-        frames: uint8 [F, 3, H, W].
+        frames: uint8 [F, 3, H, W], or [B, F, 3, H, W] for B videos.
         dtype: of the graph.
         rounded: round every result of a half graph; else it runs as ONNX Runtime would, see `builder.rounding`.
 
@@ -98,21 +100,30 @@ def measure(
     config, kept = reference.config, (reference.decisions, reference.every_layer)
     reference.every_layer = True
     try:
-        names, feed = reference.trace_names, {contract.FRAMES: frames.numpy()}
-        ((_, (iteration,)),) = run_tapped(onnx_path, names, [feed], rounded=rounded and dtype != "fp32")
-        got: Arrays = {name: np.asarray(iteration[name]) for name in names}
-        # Decisions taken from NaN are none; then the reference takes its own.
-        sane = all(np.isfinite(got[f"weights_{layer}"]).all() for layer in config.merge_layers)
-        reference.decisions = ForcedDecisions(config, got) if sane else Decisions(config)
-        wanted = reference(frames)
+        clips = frames if frames.dim() == 5 else frames[None]
+        names, feeds = reference.trace_names, [{contract.FRAMES: clip.numpy()} for clip in clips]
+        half = rounded and dtype != "fp32"
+        ((_, iterations),) = run_tapped(onnx_path, names, feeds, rounded=half, batch=len(clips))
+        each: list[Arrays] = [{name: np.asarray(one[name]) for name in names} for one in iterations]
+        found: list[dict[str, Tensor]] = []
+        for clip, one in zip(clips, each, strict=True):
+            # Decisions taken from NaN are none; then the reference takes its own.
+            sane = all(np.isfinite(one[f"weights_{layer}"]).all() for layer in config.merge_layers)
+            reference.decisions = ForcedDecisions(config, one) if sane else Decisions(config)
+            found.append(reference(clip))
+        got = {name: np.concatenate([one[name] for one in each]) for name in _taps(names)}
+        wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}
     finally:
         reference.decisions, reference.every_layer = kept
     limit = torch.finfo(contract.DTYPES[dtype]).max
-    taps = [name for name in names if name.startswith("hidden_")] + ["projected", "features", "relevance", "tokens"]
-    for name in taps:
+    for name in wanted:
         if not wanted[name].isfinite().all():
             raise UserError(f"{name} of the fp32 reference is not finite: the checkpoint's weights are unusable")
-    return [_compare(name, got[name], wanted[name].numpy(), limit) for name in taps]
+    return [_compare(name, got[name], wanted[name].numpy(), limit) for name in wanted]
+
+
+def _taps(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("hidden_")] + ["projected", "features", "relevance", "tokens"]
 
 
 def _compare(name: str, got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], limit: float) -> Tap:
@@ -174,17 +185,19 @@ def run(options: argparse.Namespace) -> None:
     """
     screen = cli.Screen(json_only=options.json)
     manifest = Manifest.read(options.engine)
+    manifest = manifest.at(manifest.frames if options.frames is None else options.frames)
     frames, clip = frames_for(options.engine, manifest, options.video)
     reference = load_reference(manifest, options.model)
     screen.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
     paths = [options.engine / name for name in manifest.stage_files(contract.ONNX_FILE)]
-    taps = measure(paths if manifest.adaptive else paths[0], reference, frames, manifest.dtype)
+    taps = measure(paths if manifest.in_stages else paths[0], reference, frames, manifest.dtype)
     show(screen, taps, manifest.dtype)
     bad = first_bad(taps, manifest.dtype)
     record = {
         "engine": str(options.engine),
         "dtype": manifest.dtype,
         "clip": clip,
+        "frames": manifest.frames,
         "gate_cosine": GATES[manifest.dtype].cosine,
     }
     screen.result(record | {"taps": [tap.to_dict() for tap in taps], "first_bad": bad and bad.name})
@@ -219,14 +232,21 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
 
 
 def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> tuple[Tensor, str]:
-    """Frames uint8 [F, 3, H, W] for an engine, of `video` or its own, and what they are."""
+    """Frames as an engine takes them, of `video` or its own, and what they are.
+
+    uint8 [F, 3, H, W]; of B videos at once [B, F, 3, H, W], all but the first made of it (`builder.batches.fill`).
+    """
     size = manifest.model.preprocessing.size
-    if video is not None:
-        return load_clip(video, manifest.frames, size).frames, str(video)
-    saved = engine / contract.REFERENCE_INPUTS_FILE
-    if not saved.is_file():  # built with --no-verify
+    saved = engine / manifest.file(contract.REFERENCE_INPUTS_FILE)
+    if video is not None or not saved.is_file():  # not there: built with --no-verify
         with tempfile.TemporaryDirectory() as folder:
-            return load_clip(draw_clip(Path(folder) / "drawn.mp4"), manifest.frames, size).frames, "a drawn clip"
+            path = video or draw_clip(Path(folder) / "drawn.mp4")
+            frames = load_clip(path, manifest.frames, size).frames
+        name = "a drawn clip" if video is None else str(video)
+        if manifest.batch == 1:
+            return frames, name
+        clips = fill({name: frames}, manifest.batch)
+        return torch.stack(list(clips.values())), "; ".join(clips)
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
         (inputs,) = load_json(str(saved))
     return torch.from_numpy(inputs[contract.FRAMES]), "the frames that it was verified on"

@@ -1,7 +1,8 @@
 """Stage one of a build: the vision part with EarlyTom inside, as one portable ONNX graph with static shapes.
 
-In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.contract`). Normalisation is in
-the graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
+In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.contract`). Of B videos all three
+have a leading B; inside, their frames are [B * F, ...], and each video has calls of its own. Normalisation is in the
+graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
 Values that the accuracy gate and the drift table look at keep the names of the encoder's trace ("hidden_6",
 "weights_6", "features", ...).
 """
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from builder import functions
 from builder.islands import DEFAULT, Islands
+from builder.shared_weights import SharedWeights
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, encode, trace_names
+from earlytom.encoder import Decisions, EachVideo, encode, trace_names
 from earlytom.errors import UserError
 from earlytom.merge import frame_similarity
 from earlytom.towers import Tower, tower_of
@@ -120,9 +122,10 @@ class VisionGraph(nn.Module):
         self.shift = nn.Buffer(shift.float().view(1, 3, 1, 1), persistent=False)
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """uint8 [F, 3, H, W] to normalised pixels in the dtype of the embeddings."""
+        """uint8 [F, 3, H, W] to normalised pixels in the dtype of the embeddings; [B, F, 3, H, W] to [B * F, ...]."""
         dtype = self._island("pixels")
-        pixels = frames.to(dtype) * self.scale.to(dtype) + self.shift.to(dtype)
+        values = frames.to(dtype).flatten(0, -4)  # in this order: TensorRT reshapes no uint8
+        pixels = values * self.scale.to(dtype) + self.shift.to(dtype)
         return pixels.to(self._island("embeddings"))
 
     @property
@@ -175,7 +178,15 @@ class ExportedGraph:
     files: tuple[str, ...]
 
 
-def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Path) -> ExportedGraph:
+def export_onnx(
+    graph: VisionGraph,
+    frames: int,
+    size: tuple[int, int],
+    path: Path,
+    *,
+    batch: int = 1,
+    shared: SharedWeights | None = None,
+) -> ExportedGraph:
     """Write the ONNX file (and, for large models, one file of weights beside it).
 
     Args:
@@ -184,6 +195,8 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
         frames: F.
         size: (H, W) of a frame.
         path: the .onnx file to write.
+        batch: B, videos at once.
+        shared: where weights go that other graphs have, too.
 
     Raises:
         UserError: the adaptive schedule, whose shapes depend on the video.
@@ -194,13 +207,15 @@ def export_onnx(graph: VisionGraph, frames: int, size: tuple[int, int], path: Pa
             f"{graph.config.schedule}: build with --schedule budget (builder.chain exports the adaptive one)"
         )
     kept = graph.decisions, graph.every_layer
-    graph.decisions = SymbolicDecisions(graph.config, graph.similarity_dtype)
+    calls = SymbolicDecisions(graph.config, graph.similarity_dtype)
+    graph.decisions = EachVideo(calls, batch) if batch > 1 else calls
     graph.every_layer = True  # so that all values have their names
+    shape = (frames, 3, *size) if batch == 1 else (batch, frames, 3, *size)
     try:
-        model = trace(graph, {contract.FRAMES: torch.zeros(frames, 3, *size, dtype=torch.uint8)}, graph.trace_names)
+        model = trace(graph, {contract.FRAMES: torch.zeros(shape, dtype=torch.uint8)}, graph.trace_names)
     finally:
         graph.decisions, graph.every_layer = kept
-    return save(model, path, contract.OUTPUTS, lambda node: _body(node, graph.config, frames))
+    return save(model, path, contract.OUTPUTS, lambda node: budget_body(node, graph.config, frames), shared)
 
 
 def trace(
@@ -239,13 +254,18 @@ def trace(
 
 
 def save(
-    model: ir.Model, path: Path, outputs: Sequence[str], body_of: Callable[[ir.Node], ir.Function]
+    model: ir.Model,
+    path: Path,
+    outputs: Sequence[str],
+    body_of: Callable[[ir.Node], ir.Function],
+    shared: SharedWeights | None = None,
 ) -> ExportedGraph:
     """Finish a traced model and write it, large weights beside it.
 
     Args:
         outputs: which of its outputs the graph returns; the others only keep their names.
         body_of: the body of the function that a node of our domain calls.
+        shared: where weights go that other graphs have, too; else large ones have a file of their own.
     """
     for node in model.graph:
         if node.domain == functions.DOMAIN and (node.domain, node.op_type, "") not in model.functions:
@@ -255,6 +275,11 @@ def save(
     # The exporter notes the Python source of every node: file names of this machine, and other bytes at every export.
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "earlytom-engine-builder", None
+    if shared is not None:
+        shared.move(model)
+        ir.save(model, path)
+        onnx.checker.check_model(str(path), full_check=True)
+        return ExportedGraph(path, (path.name, shared.path.name))
     tensors = (value.const_value for value in model.graph.initializers.values())
     external = sum(tensor.nbytes for tensor in tensors if tensor is not None) >= EXTERNAL_DATA_BYTES
     data = f"{path.name}.data" if external else None
@@ -263,7 +288,7 @@ def save(
     return ExportedGraph(path, (path.name, data) if data else (path.name,))
 
 
-def _body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:
+def budget_body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:
     """The body of the function that a node of the budget schedule's graph calls."""
     if node.op_type == functions.FRAME_PLAN:
         return functions.frame_plan(

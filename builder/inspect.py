@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options = parser().parse_args(argv)
     screen = cli.Screen(json_only=options.json)
-    record = describe(options.engine)
+    record = describe(options.engine, options.frames)
     if options.compare is not None:
-        record = compare(record, describe(options.compare))
+        record = compare(record, describe(options.compare, options.frames))
     if options.json:
         screen.result(record)
     elif options.compare is not None:
@@ -71,55 +71,73 @@ def parser() -> argparse.ArgumentParser:
         metavar="OTHER",
         help="tell in which fields this engine folder differs, and why the one was built although the other was there",
     )
+    p.add_argument(
+        "--frames",
+        type=int,
+        metavar="F",
+        help="show the layers for this one of the engine's frame counts, if it has several (default: the most)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     return p
 
 
-def describe(path: Path) -> Record:
+def describe(path: Path, frames: int | None = None) -> Record:
     """Everything that is known about an engine, in plain JSON types.
 
     Args:
         path: the engine's folder, or one of its files.
+        frames: of which frame count "layers" is, where the engine has several; default the most.
 
     Returns:
-        "folder"; "manifest" (`Manifest.to_dict`); "tensors": name, direction, dtype and shape of each; "layers": see
+        "folder"; "manifest" (`Manifest.to_dict`); "tensors": name, direction, dtype and shape of each, for every frame
+        count; "counts": frames, frames per stage and tokens of every frame count; "layers": of one run, see
         `builder.inspection.layers`, None where a compiled engine came without a list; "verification": outcome, clips,
-        notes and checks, None where the gate did not run; "compile": the compiler's report, of a chain a list of them,
-        None for ONNX alone; "key_parts": `BuildConfig.key_parts`, None where they were not recorded.
+        notes and checks, None where the gate did not run; "compile": the compiler's report, of a chain or of several
+        frame counts a list of them, None for ONNX alone; "key_parts": `BuildConfig.key_parts`, None where they were not
+        recorded.
 
     Raises:
-        EngineError: no engine folder, one that changed since it was built, or files that another version wrote.
+        EngineError: no engine folder, one that changed since it was built, files that another version wrote, or a frame
+            count that the engine does not take.
     """
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder)
     if path.is_file() and path.name not in (contract.MANIFEST_FILE, *manifest.files):
         raise EngineError(f"{path} is no file of the engine in {folder}: name the folder or its manifest.json")
+    one = manifest.at(manifest.frames if frames is None else frames)
     try:
-        record = {"folder": str(folder), "manifest": manifest.to_dict(), **_contents(folder, manifest)}
+        about = _contents(folder, manifest, one)
+        record = {"folder": str(folder), "manifest": manifest.to_dict(), **about}
         return dict(json.loads(json.dumps(record, allow_nan=False)))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise EngineError(f"{folder} was not written by this version of the builder ({why}): {REBUILD}") from error
 
 
-def _contents(folder: Path, manifest: Manifest) -> Record:
-    """What is not in the manifest. A file that some other version wrote may raise anything that `describe` catches."""
+def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
+    """What is not in the manifest; `one`: of the frame count whose layers are shown.
+
+    A file that some other version wrote may raise anything that `describe` catches.
+    """
     report: Record = {}
     if contract.REPORT_FILE in manifest.files:
         report = json.loads((folder / contract.REPORT_FILE).read_bytes())
     compiled = report.get("compile")
-    for one in _reports(compiled):
-        one["warnings"] = list(map(str, one["warnings"]))
-        del one["layers"]  # they are in layers.json too
+    for found in _reports(compiled):
+        found["warnings"] = list(map(str, found["warnings"]))
+        del found["layers"]  # they are in layers.json too
     layers = None
-    if manifest.adaptive:
+    if manifest.in_stages:
         layers = chain_layers(folder, manifest)
     elif manifest.backend == "onnx":
-        layers = graph_layers(folder / contract.ONNX_FILE)
-    elif contract.LAYERS_FILE in manifest.files:
-        layers = compiled_layers(folder / contract.LAYERS_FILE)
+        layers = graph_layers(folder / one.file(contract.ONNX_FILE))
+    elif one.file(contract.LAYERS_FILE) in manifest.files:
+        layers = compiled_layers(folder / one.file(contract.LAYERS_FILE))
+        if manifest.frame_counts is not None:
+            layers["source"] += f", {one.frames} frames"
     return {
-        "tensors": _tensors(manifest),
+        "tensors": [tensor for frames in manifest.counts for tensor in _tensors(manifest.at(frames))],
+        "counts": [{name: getattr(manifest.at(n), name) for name in ("frames", *_COUNTS)} for n in manifest.counts],
         "layers": layers,
         "verification": _verification(manifest.verification),
         "compile": compiled,
@@ -128,17 +146,18 @@ def _contents(folder: Path, manifest: Manifest) -> Record:
 
 
 def _reports(compiled: Any) -> list[Record]:
-    """The compiler's reports: one, of a chain one for each stage."""
+    """The compiler's reports: one, of a chain one for each stage, one for each of several frame counts."""
     return compiled if isinstance(compiled, list) else [] if compiled is None else [compiled]
 
 
 def _tensors(manifest: Manifest) -> list[Record]:
+    videos = [manifest.batch] if manifest.batch > 1 else []
     frames = [manifest.frames, 3, *manifest.model.preprocessing.size]
     tokens = [manifest.tokens, manifest.dim]
     rows = [
-        (contract.FRAMES, "in", "uint8", frames),
-        (contract.TOKENS, "out", manifest.dtype, tokens),
-        (contract.POSITIONS, "out", "int64", tokens[:1]),
+        (contract.FRAMES, "in", "uint8", videos + frames),
+        (contract.TOKENS, "out", manifest.dtype, videos + tokens),
+        (contract.POSITIONS, "out", "int64", videos + tokens[:1]),
     ]
     return [dict(zip(("name", "direction", "dtype", "shape"), row, strict=True)) for row in rows]
 
@@ -150,6 +169,7 @@ def _verification(gate: Record | None) -> Record | None:
     checks = [
         {"step": step, "what": str(check["what"]), "value": float(check["value"]), "limit": float(check["limit"])}
         | {"passed": bool(check["passed"])}
+        | ({"frames": int(check["frames"])} if "frames" in check else {})
         for step, found in gate.get("steps", {}).items()
         for check in found
     ]
@@ -165,14 +185,17 @@ def show(screen: cli.Screen, record: Record) -> None:
     screen.line()
     shapes = [(t["name"], t["direction"], t["dtype"], " x ".join(map(str, t["shape"]))) for t in record["tensors"]]
     screen.table(("tensor", "", "dtype", "shape"), shapes)
-    stages, tokens, whole_frame, full = (manifest[name] for name in _COUNTS)
-    most = ""
-    if kept := manifest.get("frames_kept"):
-        stages, most = [f"{usual} ({low} to {high})" for low, usual, high in kept], "at most "
-    screen.line(
-        f"\nframes: {' -> '.join(map(str, stages))}; tokens: {most}{tokens} of {full} ({tokens / full:.1%}), "
-        f"{whole_frame} a whole frame\n"
-    )
+    screen.line()
+    for counts in record["counts"]:
+        stages, tokens, whole_frame, full = (counts[name] for name in _COUNTS)
+        most = ""
+        if kept := manifest.get("frames_kept"):
+            stages, most = [f"{usual} ({low} to {high})" for low, usual, high in kept], "at most "
+        screen.line(
+            f"frames: {' -> '.join(map(str, stages))}; tokens: {most}{tokens} of {full} ({tokens / full:.1%}), "
+            f"{whole_frame} a whole frame"
+        )
+    screen.line()
     if manifest["plugins"]:
         cells = [[_text(kernel[name]) for name in _KERNEL] for kernel in manifest["plugins"]]
         screen.table(("plugin", *(name.replace("_", " ") for name in _KERNEL[1:])), cells)
@@ -230,13 +253,19 @@ def show_verification(screen: cli.Screen, gate: Record | None) -> None:
     outcome = "passed" if gate["passed"] else "FAILED"
     screen.line(f"verified: the graph in ONNX Runtime {outcome}, on {', '.join(gate['clips'])}")
     rows = [
-        (c["step"], c["what"], f"{c['value']:.8g}", f"{c['limit']:.6g}", "ok" if c["passed"] else "FAILED")
+        (*_count(c), c["step"], c["what"], f"{c['value']:.8g}", f"{c['limit']:.6g}", "ok" if c["passed"] else "FAILED")
         for c in gate["checks"]
     ]
-    screen.table(("step", "what", "value", "limit", ""), rows)
+    several = ["frames"] * any(map(_count, gate["checks"]))
+    screen.table((*several, "step", "what", "value", "limit", ""), rows)
     for note in gate["notes"]:
         screen.line(f"  {note}")
     screen.line()
+
+
+def _count(check: Record) -> tuple[int, ...]:
+    """Of which frame count a check is, where there are several."""
+    return (check["frames"],) if "frames" in check else ()
 
 
 def show_comparison(screen: cli.Screen, record: Record) -> None:

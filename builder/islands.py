@@ -217,6 +217,17 @@ class Costs:
             wide += self._logits().products
         return 1 - wide / sum(products for _, products in parts)
 
+    def chunk_shares(self, islands: Islands) -> tuple[float, float]:
+        """`half_share` of the head, which has the layers up to the first merge, and of the rest."""
+        parts = [("embeddings" in islands, self._embeddings().products)]
+        for name in LAYERED:
+            chosen = getattr(islands, name)
+            parts += [(layer in chosen, getattr(self, f"_{name}")(layer).products) for layer in self.spans[0]]
+        products, wide = (sum(n for chosen, n in parts if chosen or every) for every in (True, False))
+        if "logits" in islands and self.deciding in self.spans[0] and self.deciding not in islands.attention:
+            wide += self._logits().products
+        return 1 - wide / products, 1 - (self.total(islands).products - wide) / (self.products - products)
+
     @property
     def products(self) -> int:
         """Flops of all matrix products of the graph."""

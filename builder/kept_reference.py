@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
@@ -48,44 +50,59 @@ exec {line}
 """
 
 
-def save_reference(folder: Path, frames: Tensor, wanted: RunResults) -> None:
-    """Write the inputs and the reference's outputs of the first clip in Polygraphy's format."""
+def save_reference(inputs: Path, outputs: Path, clips: Sequence[Tensor], wanted: RunResults, batch: int = 1) -> None:
+    """Write what the graph takes and the reference's outputs, of the first `batch` clips, in Polygraphy's format.
+
+    Args:
+        inputs, outputs: the files to write.
+        clips: uint8 frames [F, 3, H, W] of each clip.
+        wanted: the reference's outputs for each.
+    """
     name, iterations = wanted[0]
-    outputs = IterationResult({key: np.asarray(iterations[0][key]) for key in contract.OUTPUTS}, runner_name=name)
+    frames = torch.stack(list(clips[:batch])).numpy()
+    values = {key: np.stack([np.asarray(one[key]) for one in iterations[:batch]]) for key in contract.OUTPUTS}
+    if batch == 1:  # graphs of one video know no batch
+        frames, values = frames[0], {key: value[0] for key, value in values.items()}
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([{contract.FRAMES: frames.numpy()}], str(folder / contract.REFERENCE_INPUTS_FILE))
-        RunResults([(name, [outputs])]).save(str(folder / contract.REFERENCE_OUTPUTS_FILE))
+        save_json([{contract.FRAMES: frames}], str(inputs))
+        RunResults([(name, [IterationResult(values, runner_name=name)])]).save(str(outputs))
 
 
-def polygraphy_command(tolerance: float) -> str:
-    """The line that repeats step 3 when pasted in the engine's folder."""
-    words = ["polygraphy", "run", contract.ONNX_FILE, "--onnxrt"]
+def polygraphy_command(tolerance: float, file: Callable[[str], str] = str) -> str:
+    """The line that repeats step 3 when pasted in the engine's folder; `file` gives the names of its files there."""
+    words = ["polygraphy", "run", file(contract.ONNX_FILE), "--onnxrt"]
     words += ["--onnx-outputs", *contract.OUTPUTS]  # or an output that the graph lost would silently not be compared
-    words += ["--load-inputs", contract.REFERENCE_INPUTS_FILE, "--load-outputs", contract.REFERENCE_OUTPUTS_FILE]
+    saved = (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)
+    words += ["--load-inputs", file(saved[0]), "--load-outputs", file(saved[1])]
     words += ["--check-error-stat", "max", "--atol", f"{contract.TOKENS}:{tolerance:.6g}", f"{contract.POSITIONS}:0"]
     words += ["--rtol", "0", "--validate"]
     return shlex.join(words)
 
 
-def keep_reference(engine: Path, place: Path) -> Path:
+def keep_reference(engine: Path, place: Path, frames: int | None = None) -> Path:
     """Copy an engine's reference to `place`, with a script that compares any graph with it; returns the script.
 
+    `frames`: of which frame count, where the engine has several; default the most.
+
     Raises:
+        EngineError: the engine does not take so many frames.
         UserError: the engine was not verified, Polygraphy cannot run it (bf16, a chain), or `place` is its own folder.
         OSError: `place` cannot be written.
     """
     manifest = Manifest.read(engine)
+    manifest = manifest.at(manifest.frames if frames is None else frames)
     if manifest.verification is None:
         raise UserError(f"{engine} was not verified, so it has no reference: build it without --no-verify")
-    if manifest.adaptive:
-        raise UserError(f"{engine} is a chain of graphs, and Polygraphy runs one: build with --schedule budget")
+    if manifest.in_stages:
+        remedy = "without --chunk" if manifest.chunk else "with --schedule budget"
+        raise UserError(f"{engine} is a chain of graphs, and Polygraphy runs one: build {remedy}")
     if not manifest.polygraphy:
         raise UserError(f"{engine} is in {manifest.dtype}, which ONNX Runtime cannot run on a CPU: build with --fp16")
     if place.resolve() == engine.resolve():
         raise UserError(f"{place} is the engine itself: name another folder with --polygraphy")
     place.mkdir(parents=True, exist_ok=True)
-    line = manifest.polygraphy.replace(contract.ONNX_FILE, '"$1"')
-    for name in (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE):
+    line = manifest.polygraphy.replace(manifest.file(contract.ONNX_FILE), '"$1"')
+    for name in map(manifest.file, (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)):
         shutil.copyfile(engine / name, place / name)
         line = line.replace(name, f'"$(dirname "$0")/{name}"')
     script = place / COMPARE_FILE

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, RunResults
+from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
+from builder.batches import split, stack
 from builder.export import VisionGraph
 from builder.rounding import round_results
 from earlytom.config import EarlyTomConfig
@@ -85,23 +86,38 @@ class TorchRunner(BaseRunner):
 
 
 def run_tapped(
-    onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool
+    onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool, batch: int = 1
 ) -> RunResults:
-    """Outputs and the values `names` of the graph or chain for every feed, in ONNX Runtime; see `write_tapped`."""
+    """Outputs and the values `names` of the graph or chain for every feed, in ONNX Runtime; see `write_tapped`.
+
+    Feeds are of one clip each, and so are the results: a graph of `batch` videos gets as many at once, in their order.
+    """
     if not isinstance(onnx_path, Path):
         from builder.chain_run import run_chain
+        from builder.chunk_run import is_chunked, run_chunks
 
         onnxruntime.set_default_logger_severity(3)
+        run_stages = run_chunks if is_chunked(onnx_path) else run_chain
         with G_LOGGER.verbosity(G_LOGGER.ERROR):
-            return run_chain(onnx_path, names, feeds, rounded=rounded)
+            return run_stages(onnx_path, names, feeds, rounded=rounded)
     tapped = write_tapped(onnx_path, names, rounded=rounded)
     try:
         onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
         with G_LOGGER.verbosity(G_LOGGER.ERROR):
             runner = OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")
-            return Comparator.run([runner], data_loader=feeds)
+            if batch == 1:
+                return Comparator.run([runner], data_loader=feeds)
+            stacked = stack([feed[contract.FRAMES] for feed in feeds], batch)
+            ((name, together),) = Comparator.run([runner], data_loader=[{contract.FRAMES: clips} for clips in stacked])
+            return RunResults([(name, [one for iteration in together for one in _apart(iteration, batch)])])
     finally:
         tapped.unlink()
+
+
+def _apart(iteration: Any, batch: int) -> list[IterationResult]:
+    """The results of each video of a batch."""
+    values = {name: np.asarray(iteration[name]) for name in iteration}
+    return [IterationResult(one, runner_name=iteration.runner_name) for one in split(values, batch)]
 
 
 def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Path:

@@ -18,22 +18,37 @@ def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
     """What will be kept and what it will cost, from shapes alone."""
     layers = config.earlytom.merge_layers
     names = ["input", *(f"after layer {layer}" for layer in layers)]
-    screen.table(
-        ("stage", "frames (at most)" if config.adaptive else "frames"), list(zip(names, config.stages, strict=True))
-    )
+    several = config.frame_counts is not None
+    counts = [f"of {frames} frames" for frames in config.counts] if several else ["frames"]
+    if config.adaptive:
+        counts = ["frames (at most)"]
+    screen.table(("stage", *counts), list(zip(names, *(one.stages for one in config.each), strict=True)))
+    if config.chunk is not None:
+        first = f"layer {layers[0]}" if layers else "the last layer"
+        screen.line(f"frames come in chunks of {config.chunk}, on which the layers up to {first} run")
+    for one in config.each:
+        what = f"cost of a clip of {one.frames} frames" if several else "cost of a clip"
+        screen.table((what, "full", "at most" if config.adaptive else "compressed", "share"), _costs(one))
+    for one in config.each:
+        sizes = one.expected_bytes
+        about = ", ".join([f"{one.frames} frames"] * several + [f"{config.batch} videos at once"] * (config.batch > 1))
+        screen.line(
+            f"expected{f' of {about}' if about else ''}: weights {sizes['weights'] / 2**20:.1f} MiB, "
+            f"input {sizes['input'] / 2**20:.1f} MiB, output {sizes['output'] / 2**20:.2f} MiB"
+        )
+    if several:
+        screen.line("the ONNX files share their weights" + ("" if config.backend == "onnx" else ", the engines do not"))
+
+
+def _costs(config: BuildConfig) -> list[tuple[object, ...]]:
+    """Tokens, arithmetic of the vision part and of prefill: full, compressed, share."""
     full = config.frames * config.tokens_per_frame
     costs = [("tokens to the LLM", full, config.tokens)]
     costs += [(f"{what} GFLOP", config.flops[f"{what}_full"], config.flops[what]) for what in ("vision", "prefill")]
-    shown = [
-        (what, *(n if "tokens" in what else round(n / 1e9, 2) for n in (before, after)), f"{after / before:.1%}")
+    return [
+        (what, *((n if "tokens" in what else round(n / 1e9, 2)) for n in (before, after)), f"{after / before:.1%}")
         for what, before, after in costs
     ]
-    screen.table(("cost of a clip", "full", "at most" if config.adaptive else "compressed", "share"), shown)
-    sizes = config.expected_bytes
-    screen.line(
-        f"expected: weights {sizes['weights'] / 2**20:.1f} MiB, input {sizes['input'] / 2**20:.1f} MiB, "
-        f"output {sizes['output'] / 2**20:.2f} MiB"
-    )
 
 
 def show_kept(screen: cli.Screen, config: BuildConfig, kept: FramesKept) -> None:
@@ -52,12 +67,16 @@ def show_result(screen: cli.Screen, manifest: Manifest, folder: Path) -> None:
         screen.table(("plugin", "tensors", "registers", "shared bytes", "PTX sha256"), kernels)
     if manifest.verification is None:
         screen.line("not verified (--no-verify)")
+    if manifest.frame_counts is not None:
+        each = [manifest.at(frames) for frames in manifest.counts]
+        kept = [(" -> ".join(map(str, one.frames_per_stage)), one.tokens, one.tokens_full) for one in each]
+        screen.table(("frames", "tokens", "of"), kept)
     screen.line(f"engine: {folder}")
     screen.line(f'ask it: python -m runtime.ask --engine {folder} VIDEO "QUESTION"')
 
 
 def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | None, *, cached: bool) -> dict[str, Any]:
-    """The JSON line."""
+    """The JSON line. Where there are several frame counts, its figures are those of the most, and `counts` has all."""
     return {
         "folder": str(folder),
         "key": key,
@@ -76,6 +95,19 @@ def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | No
         "tokens_full": config.frames * config.tokens_per_frame,
         "flops": config.flops,
         "expected_bytes": config.expected_bytes,
+        "batch": config.batch,
+        "chunk": config.chunk,
+        "counts": [
+            {
+                "frames": one.frames,
+                "frames_per_stage": list(one.stages),
+                "tokens": one.tokens,
+                "tokens_full": one.frames * one.tokens_per_frame,
+                "flops": one.flops,
+                "expected_bytes": one.expected_bytes,
+            }
+            for one in config.each
+        ],
         "verified": None if manifest is None or manifest.verification is None else manifest.verification["passed"],
         "figures": {} if manifest is None else manifest.figures,
     }

@@ -28,8 +28,8 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ from runtime import cli, contract
 
 # Of weights computed from equal similarities by two runtimes.
 PLAN_TOLERANCE = 1e-4
+# How much nearer to another video's similarities than to its own is too near.
+OTHER_VIDEO = 2.0
 STEPS = ("hidden", "decisions", "tokens", "text")
 
 
@@ -92,9 +94,11 @@ class Check:
     value: float
     limit: float
     passed: bool
+    frames: int | None = None  # of which frame count, where the engine has several
 
     def to_dict(self) -> dict[str, Any]:
-        return {"what": self.what, "value": self.value, "limit": self.limit, "passed": self.passed}
+        values = {"what": self.what, "value": self.value, "limit": self.limit, "passed": self.passed}
+        return values if self.frames is None else {"frames": self.frames, **values}
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,21 @@ class Report:
             if not check.passed:
                 raise UserError(
                     f"the graph does not reproduce the model: {check.what} is {check.value:.5g}, it must be "
-                    f"{'at most' if check.what.endswith('error') else 'at least'} {check.limit:.5g} "
+                    f"{'at most' if check.what.endswith(('error', 'difference')) else 'at least'} {check.limit:.5g} "
                     f"(step {check.step}); build with --fp32 to see whether the precision is the cause, and with "
                     "--no-verify to see where it drifts: python -m builder.verify ENGINE --layers"
                 )
+
+
+def joined(reports: Mapping[int, Report]) -> Report | None:
+    """The reports of several frame counts as one, whose checks and notes say of which count they are."""
+    if not reports:
+        return None
+    checks = [replace(check, frames=frames) for frames, report in reports.items() for check in report.checks]
+    checks.sort(key=lambda check: STEPS.index(check.step))
+    notes = [f"{frames} frames: {note}" for frames, report in reports.items() for note in report.notes]
+    clips = dict.fromkeys(clip for report in reports.values() for clip in report.clips)
+    return Report(tuple(checks), tuple(clips), tuple(notes), max(report.tolerance for report in reports.values()))
 
 
 def verify(
@@ -135,6 +150,7 @@ def verify(
     clips: dict[str, Tensor],
     dtype: str,
     *,
+    batch: int = 1,
     text: Callable[[Tensor, Tensor], float] | None = None,
     text_with_equal_decisions: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -146,6 +162,7 @@ def verify(
         reference: the same vision part in fp32.
         clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
         dtype: precision of the graph, which chooses the gate.
+        batch: videos that the graph takes at once; `clips` are then those of whole batches (`builder.batches.fill`).
         text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
             the step and says so.
         text_with_equal_decisions: compare with the reference under the graph's decisions, not with its own. For
@@ -161,7 +178,7 @@ def verify(
     shape = tuple(next(iter(clips.values())).shape)
     half = dtype != "fp32"
     say(f"running the graph in ONNX Runtime{', every result rounded' if half else ''}")
-    got = run_tapped(onnx_path, trace_names(config), feeds, rounded=half)
+    got = run_tapped(onnx_path, trace_names(config), feeds, rounded=half, batch=batch)
     outputs = [_arrays(iteration) for iteration in got[0][1]]
     forced = [ForcedDecisions(config, out) for out in outputs]
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
@@ -185,6 +202,8 @@ def verify(
     if config.schedule == "adaptive":
         checks += _compare_counts(config, outputs, own, dtype)
     checks += _repeat_decisions(config, outputs, shape[0])
+    if batch > 1:
+        checks += _compare_videos(config, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
     checks.sort(key=lambda check: STEPS.index(check.step))
     notes = [f"{dtype}: each operator in fp32, each result rounded to {dtype}, as on a GPU"] if half else []
     if text is None:
@@ -198,13 +217,14 @@ def verify(
     if dtype == "fp16" and isinstance(onnx_path, Path):
         # Polygraphy's command line will run the graph as it is, which rounds less and may take near-ties otherwise.
         say("running the graph in ONNX Runtime as it is")
-        plain = _arrays(run_tapped(onnx_path, trace_names(config), feeds[:1], rounded=False)[0][1][0])
-        if not _same_decisions(config, plain, outputs[0]):
+        run = run_tapped(onnx_path, trace_names(config), feeds[:batch], rounded=False, batch=batch)
+        plain = [_arrays(iteration) for iteration in run[0][1]]
+        if not all(_same_decisions(config, a, b) for a, b in zip(plain, outputs[:batch], strict=True)):
             say("running the PyTorch reference with those decisions")
-            first = [TorchRunner(reference, [ForcedDecisions(config, plain)], shape, "reference")]
+            first = TorchRunner(reference, [ForcedDecisions(config, one) for one in plain], shape, "reference")
             with G_LOGGER.verbosity(G_LOGGER.ERROR):
-                again = Comparator.run(first, data_loader=feeds[:1])
-            wanted = RunResults([(wanted[0][0], [again[0][1][0], *wanted[0][1][1:]])])
+                again = Comparator.run([first], data_loader=feeds[:batch])
+            wanted = RunResults([(wanted[0][0], [*again[0][1], *wanted[0][1][batch:]])])
     return Report(tuple(checks), tuple(clips), tuple(notes), gate.error * scale), wanted
 
 
@@ -318,6 +338,24 @@ def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) ->
     ]
 
 
+def _compare_videos(config: EarlyTomConfig, got: list[Arrays], wanted: list[Arrays], batch: int) -> list[Check]:
+    """Step 2, several videos at once: are the similarities that each video's plans are made from its own?
+
+    A graph that compares the frames of another video decides rightly from what it sees, and by chance much the same.
+    So the error against the reference's similarities is held against the one against any other video's of its batch.
+    """
+    worst = 0.0
+    for layer in config.merge_layers:
+        name = f"similarity_{layer}"
+        for place, out in enumerate(got):
+            first = place - place % batch
+            errors = [float(np.abs(out[name] - other[name]).mean()) for other in wanted[first : first + batch]]
+            own = errors.pop(place - first)
+            worst = max(worst, _finite(own / (min(errors) + PLAN_TOLERANCE), math.inf))
+    what = "similarities, own video over others: error"
+    return [Check("decisions", what, worst, OTHER_VIDEO, worst <= OTHER_VIDEO)]
+
+
 def _kept_frames(config: EarlyTomConfig, out: Arrays) -> list[int]:
     """Which input frame each remaining frame is: the first that it is made of."""
     first: NDArray[Any] | None = None
@@ -336,6 +374,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("engine", type=Path, metavar="ENGINE", help="engine folder, built with verification")
     what = f"where to put the inputs, the reference outputs and {COMPARE_FILE}, which runs Polygraphy on them"
     p.add_argument("--polygraphy", type=Path, metavar="DIR", help=what)
+    what = "which of the engine's frame counts, if it has several (default: the most)"
+    p.add_argument("--frames", type=int, metavar="F", help=what)
     drift.add_options(p)
     return p
 
@@ -348,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.polygraphy is None and not options.layers:
         raise UserError(f"nothing to do with {options.engine}: give --polygraphy DIR or --layers")
     if options.polygraphy is not None:
-        script = keep_reference(options.engine, options.polygraphy)
+        script = keep_reference(options.engine, options.polygraphy, options.frames)
         screen = cli.Screen(json_only=options.json)
         screen.line(f"compare a graph with this reference: sh {shlex.quote(str(script))} VISION.ONNX")
     if options.layers:

@@ -1,6 +1,6 @@
-"""Ask a question about a video: `python -m runtime.ask VIDEO "QUESTION"`.
+"""Ask a question about a video: `python -m runtime.ask VIDEO "QUESTION"`, or several.
 
-Streams the answer, then shows where the time went.
+Streams the answers, then shows where the time went.
 """
 
 from __future__ import annotations
@@ -8,24 +8,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from earlytom.errors import UserError
 from runtime import cli
+from runtime.answering import MAX_NEW_TOKENS, Answer, Delta, Timings
 from runtime.backends import BACKENDS
-from runtime.decoder import InnerMerge, Sampling
+from runtime.decoder import InnerMerge
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
-from runtime.pipeline import DECODERS, MAX_NEW_TOKENS, Answer, Pipeline
+from runtime.pipeline import DECODERS, Pipeline
+from runtime.sampling import Sampling
 
 ENGINES = Path("engines")
 EXAMPLES = """
 examples:
   python -m runtime.ask clip.mp4 "What colour is the ball?"
       with the newest engine under engines/
+  python -m runtime.ask clip.mp4 "What colour is the ball?" "Where is it?"
+      each further question costs the prefill of its own text
   python -m runtime.ask --engine engines/NAME --model /models/llava-onevision clip.mp4 "What happens?" --json
 
 The exit status is 0 after an answer, 2 when something asked for cannot be done, 130 after Ctrl-C.
@@ -34,7 +39,7 @@ The exit status is 0 after an answer, 2 when something asked for cannot be done,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
-    options = parser().parse_args(argv)
+    options = parser().parse_intermixed_args(argv)  # questions may stand on both sides of options
     screen = cli.Screen(json_only=options.json)
     check_request(options)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
@@ -55,21 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             screen.line(
                 "note: this model's weights are not trained, so the answer is nonsense; counts and times are real"
             )
-        answer: Answer | None = None
-        for delta in pipeline.stream(
-            options.video,
-            options.question,
-            max_new_tokens=options.max_new_tokens,
-            sampling=sampling,
-            system=options.system,
-        ):
-            screen.write(delta.text)
-            answer = delta.answer
-        assert answer is not None  # the last delta has it
-        screen.line()
-        show_times(screen, answer, manifest)
-        screen.result(record(answer, manifest, pipeline.vision.name))
+        how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "sampling": sampling}
+        video: dict[str, Any] = {"system": options.system, "frames": options.frames}
+        if len(options.questions) == 1:
+            answers = [say(screen, pipeline.stream(options.video, options.questions[0], **how, **video))]
+        else:
+            answers = []
+            with pipeline.watch(options.video, **video) as watched:
+                for question in options.questions:
+                    screen.line(f"> {question}")
+                    answers.append(say(screen, watched.stream(question, **how)))
+        show_times(screen, answers, manifest)
+        screen.result(record(options.questions, answers, manifest, pipeline.vision.name))
     return 0
+
+
+def say(screen: cli.Screen, deltas: Iterable[Delta]) -> Answer:
+    """Show an answer as it comes."""
+    answer: Answer | None = None
+    for delta in deltas:
+        screen.write(delta.text)
+        answer = delta.answer
+    assert answer is not None  # the last delta has it
+    screen.line()
+    return answer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     p.add_argument("video", type=Path, metavar="VIDEO", help="any video file that FFmpeg reads")
-    p.add_argument("question", metavar="QUESTION", help="what to ask")
+    p.add_argument(
+        "questions", nargs="+", metavar="QUESTION", help="what to ask; for several the video is encoded and read once"
+    )
     p.add_argument("--engine", type=Path, metavar="DIR", help="engine folder (default: the newest under engines/)")
     p.add_argument("--model", metavar="SOURCE", help="the checkpoint it was built from (default: the one it names)")
     p.add_argument(
@@ -107,6 +123,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--inner-ratio", type=float, default=0.5, metavar="R", help="share that is folded away there (default: 0.5)"
     )
+    p.add_argument(
+        "--frames",
+        type=int,
+        metavar="F",
+        help="which of the engine's frame counts, if it has several (default: as many as suit the video)",
+    )
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     p.add_argument(
@@ -130,7 +152,7 @@ def check_request(options: argparse.Namespace) -> None:
     if not options.video.is_file():
         what = "is not a file" if options.video.exists() else "does not exist"
         raise VideoError(f"video {str(options.video)!r} {what}; give the path of a video file")
-    if not options.question.strip():
+    if not all(question.strip() for question in options.questions):
         raise UserError("the question is empty; give a text, as in: python -m runtime.ask VIDEO 'What happens?'")
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
@@ -160,35 +182,50 @@ def newest_engine(root: Path) -> Path:
     return max(created, key=created.__getitem__)
 
 
-def show_times(screen: cli.Screen, answer: Answer, manifest: Manifest) -> None:
-    """Where the time went."""
-    times = answer.timings
-    rows = [
-        ("decode video", times.decode),
-        ("preprocess", times.preprocess),
-        ("vision engine", times.vision),
-        ("prefill", times.prefill),
-        ("first token (from the call)", times.first_token),
-        ("per further token", times.per_token),
-        ("total", times.total),
+def show_times(screen: cli.Screen, answers: Sequence[Answer], manifest: Manifest) -> None:
+    """Where the time went, in a column for each answer."""
+    stages: dict[str, Callable[[Timings], float]] = {
+        "waiting": lambda times: times.waiting,
+        "decode video": lambda times: times.decode,
+        "preprocess": lambda times: times.preprocess,
+        "vision engine": lambda times: times.vision,
+        "prefill": lambda times: times.prefill,
+        "first token (from the call)": lambda times: times.first_token,
+        "per further token": lambda times: times.per_token,
+        "total": lambda times: times.total,
+    }
+    rows = [(name, *(f"{1000 * of(answer.timings):.1f}" for answer in answers)) for name, of in stages.items()]
+    screen.table(("stage", *["ms"] * len(answers)), rows)
+    if len(answers) > 1:
+        screen.line("the video was encoded and read before the first question")
+    full = full_tokens(answers[0], manifest)
+    share = answers[0].visual_tokens / full
+    counts = ", ".join(f"{len(answer.tokens)} tokens answered ({answer.finish})" for answer in answers)
+    screen.line(f"{answers[0].visual_tokens} of {full} visual tokens ({share:.1%}), {counts}")
+
+
+def full_tokens(answer: Answer, manifest: Manifest) -> int:
+    """What the uncompressed model would have sent; of several frame counts, of the one that gives this many tokens."""
+    each = [manifest.at(frames) for frames in manifest.counts]
+    return next((one.tokens_full for one in each if one.tokens == answer.visual_tokens), manifest.tokens_full)
+
+
+def record(questions: Sequence[str], answers: Sequence[Answer], manifest: Manifest, backend: str) -> dict[str, object]:
+    """The JSON line; of several answers, a list of what differs."""
+    each = [
+        {
+            "answer": answer.text,
+            "finish": answer.finish,
+            "tokens": len(answer.tokens),
+            "seconds": dataclasses.asdict(answer.timings),
+        }
+        for answer in answers
     ]
-    screen.table(("stage", "ms"), [(stage, f"{1000 * seconds:.1f}") for stage, seconds in rows])
-    share = answer.visual_tokens / manifest.tokens_full
-    screen.line(
-        f"{answer.visual_tokens} of {manifest.tokens_full} visual tokens ({share:.1%}), "
-        f"{len(answer.tokens)} tokens answered ({answer.finish})"
-    )
-
-
-def record(answer: Answer, manifest: Manifest, backend: str) -> dict[str, object]:
-    """The JSON line."""
+    several = [{"question": question} | one for question, one in zip(questions, each, strict=True)]
     return {
-        "answer": answer.text,
-        "finish": answer.finish,
-        "tokens": len(answer.tokens),
-        "visual_tokens": answer.visual_tokens,
-        "visual_tokens_full": manifest.tokens_full,
-        "seconds": dataclasses.asdict(answer.timings),
+        **(each[0] if len(each) == 1 else {"answers": several}),
+        "visual_tokens": answers[0].visual_tokens,
+        "visual_tokens_full": full_tokens(answers[0], manifest),
         "engine": manifest.name,
         "backend": backend,
         "torch": torch.__version__,

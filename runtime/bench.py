@@ -4,6 +4,8 @@ One process, one set of weights, one question about one video. The variants (`ru
 request by request, after a warm-up that is not counted. Then, each apart: peak memory, throughput with several clients,
 scaling over frames and over the retention ratio, the cost of the compression itself. Answers have a fixed length, so
 that all variants decode equally many tokens. Ends with one JSON line.
+
+`--soak N` measures something else: N requests on one engine through the `Pipeline` (`runtime.benchmark.soak`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.benchmark import arguments, plot, report
+from runtime.benchmark import arguments, plot, report, soak
 from runtime.benchmark.measure import Runner, interleaved, matmul_rate, under_load
 from runtime.benchmark.memory import peak_memory
 from runtime.benchmark.overhead import compression_share
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _threads(options.threads), tempfile.TemporaryDirectory() as folder:
         video = options.video or draw_clip(Path(folder) / "drawn.mp4")
         try:
+            if options.soak is not None:
+                screen.result(soak.measure(options, video, screen))
+                return 0
             record = measure(options, video, screen)
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 
 from earlytom.errors import UserError
 from earlytom.inner_decoder import Prompt as InnerPrompt
-from runtime.decoder import GREEDY, Decoder, Finish, Sampling
+from runtime.decoder import Decoder, Finish
 from runtime.decoder_compiler import REMEDY, Compiler
 from runtime.decoder_programs import (
     FAMILY,
@@ -44,12 +44,19 @@ from runtime.decoder_programs import (
     weights_digest,
 )
 from runtime.errors import EngineError
+from runtime.prefix import Prefix
 from runtime.program_store import Identity, ProgramStore
+from runtime.sampling import GREEDY, Sampling
 
 # Largest error of a compiled program's outputs, relative to their largest value. A wrong mask or slot gives about 1.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.1}
 # Room that `default_size` leaves for text in the prompt, and for the answer.
 TEXT_TOKENS, ANSWER_TOKENS, STEP = 256, 512, 64
+
+_NO_PREFIX = (
+    "the compiled decoder cannot keep the beginning of a prompt for several questions: use --decoder torch, or ask "
+    "without a prefix"
+)
 
 _one_at_a_time = threading.Lock()  # torch exports and loads programs in one thread only: they keep global state
 
@@ -98,6 +105,7 @@ class CompiledDecoder(Decoder):
         self._programs = dict(programs)
         # A request starts from these: programs change nothing in place, so they stay empty.
         self._empty = {n: empty_caches(self._config, n, self.dtype, self.device) for n in self.buckets}
+        self.replay.refuse("the decode steps are compiled programs")
         del self._language_model, self._lm_head  # the programs hold the weights
 
     @classmethod
@@ -145,6 +153,13 @@ class CompiledDecoder(Decoder):
             embeds = torch.zeros(1, size.tokens, self._width, dtype=self.dtype, device=self.device)
             program(embeds, last, *self._empty[size.cache])
 
+    def warm_up(self, lengths: Iterable[int]) -> None:
+        """Nothing is left to do: `compile` has run every program."""
+
+    def prefill(self, inputs_embeds: Tensor, visual: range | None = None) -> Prefix:
+        """Always raises UserError: the compiled prefill begins with an empty cache, so there is no use for a prefix."""
+        raise UserError(_NO_PREFIX)
+
     def stream(
         self,
         inputs_embeds: Tensor,
@@ -153,8 +168,11 @@ class CompiledDecoder(Decoder):
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
         visual: range | None = None,
+        prefix: Prefix | None = None,
     ) -> Generator[int, None, Finish]:
-        """As `Decoder.stream`; a prompt that no size holds is refused too, with UserError."""
+        """As `Decoder.stream`; a prompt that no size holds, and any prefix, is refused too, with UserError."""
+        if prefix is not None:
+            raise UserError(_NO_PREFIX)
         tokens = super().stream(
             inputs_embeds, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, visual=visual
         )
@@ -174,7 +192,13 @@ class CompiledDecoder(Decoder):
         return _Request(length)
 
     @torch.inference_mode()
-    def _forward(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None = None) -> Tensor:
+    def _advance(self, cache: Any, merged: InnerPrompt | None) -> None:
+        self._step(cache, merged)  # no graph: a program's caches are new tensors after each step
+
+    @torch.inference_mode()
+    def _forward(
+        self, embeds: Tensor, cache: Any, merged: InnerPrompt | None = None, start: int | None = None
+    ) -> Tensor:
         request = cast(_Request, cache)
         if request.size is None or request.last is None:
             length = embeds.shape[1]

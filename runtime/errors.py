@@ -1,4 +1,4 @@
-"""What can go wrong at run time that the caller can mend, by kind, so that a service can tell them apart."""
+"""What can go wrong at run time, by kind, so that a service can tell them apart. `UserError`s the caller can mend."""
 
 from earlytom.errors import UserError
 
@@ -9,3 +9,19 @@ class VideoError(UserError):
 
 class EngineError(UserError):
     """The engine folder cannot be used: missing, changed since it was built, or made for something else."""
+
+
+class Overloaded(UserError):  # noqa: N818 - the name of a state, as those below
+    """As many requests wait as may wait: try again later."""
+
+
+class DeadlineExceeded(UserError):  # noqa: N818
+    """A request's time was up before its end."""
+
+
+class Cancelled(RuntimeError):  # noqa: N818
+    """Its caller has cancelled the request."""
+
+
+class Closed(RuntimeError):  # noqa: N818
+    """The pipeline takes no more requests, or was closed before this one was answered."""

@@ -13,121 +13,52 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from runtime.contract import DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, stage_file
+from runtime.contract import CHUNK_STAGES, DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
 from runtime.errors import EngineError
+from runtime.manifest_records import (
+    REBUILD,
+    FileRecord,
+    ModelRecord,
+    PluginRecord,
+    PreprocessingRecord,
+    check,
+    is_ascending,
+    is_count,
+    is_file_name,
+    is_hex,
+    is_kept,
+    is_number,
+    is_plugins,
+    is_text,
+    is_time,
+    is_verification,
+    is_words,
+    matches,
+    plain,
+    record_of,
+)
 
 SCHEMA = 2
-# backend -> the file it cannot run without (of a chain, one for each stage: see `Manifest.stage_files`)
+# backend -> the file it cannot run without (there may be several of it: see `Manifest.stage_files`)
 BACKENDS = {"onnx": ONNX_FILE, "tensorrt": ENGINE_FILE, "tensorrt-rtx": ENGINE_FILE}
 # How the compression stage runs in the engine: as the graph's own operators, or as TensorRT plugins.
 COMPRESSIONS = ("native", "plugin")
 BUILD = "build one with python -m builder.build"
-REBUILD = "rebuild it with python -m builder.build --force"
 
 _BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the calls, takes the time
 _SEAL = "manifest_sha256"
-_OPTIONAL = ("islands", "frames_kept")  # not written where they are None
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 (hex) of one file of the folder."""
-
-    bytes: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        _check(_is_count(self.bytes, 0), "files: bytes", "a whole number", self.bytes)
-        _check(_is_hex(self.sha256) and len(self.sha256) == 64, "files: sha256", "64 hex digits", self.sha256)
-
-
-@dataclass(frozen=True)
-class PreprocessingRecord:
-    """How frames become pixels: `size` (H, W) to resize to; `mean` and `std` (RGB) of the engine's normalisation."""
-
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        for name, length in (("size", 2), ("mean", 3), ("std", 3)):
-            value = getattr(self, name)
-            good = _is_count if name == "size" else _is_number
-            ok = isinstance(value, (list, tuple)) and len(value) == length and all(map(good, value))
-            _check(ok, f"preprocessing: {name}", f"{length} numbers", value)
-            object.__setattr__(self, name, tuple(value))
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """The model the engine was made from. `digest` identifies its weights; `trained` is False for random weights."""
-
-    source: str
-    family: str
-    digest: str
-    trained: bool
-    image_size: int
-    patch_size: int
-    preprocessing: PreprocessingRecord
-
-    def __post_init__(self) -> None:
-        for name in ("source", "family", "digest"):
-            _check(_is_text(getattr(self, name)), f"model: {name}", "a text", getattr(self, name))
-        _check(isinstance(self.trained, bool), "model: trained", "true or false", self.trained)
-        for name in ("image_size", "patch_size"):
-            _check(_is_count(getattr(self, name)), f"model: {name}", "a positive whole number", getattr(self, name))
-        side = self.image_size
-        _check(self.preprocessing.size == (side, side), "preprocessing: size", [side, side], self.preprocessing.size)
-
-
-@dataclass(frozen=True)
-class PluginRecord:
-    """One kernel that a TensorRT plugin put into the engine.
-
-    Attributes:
-        name, version: of the plugin in TensorRT's registry, such as "earlytom::FramePlan" and "1".
-        kernel: its entry function.
-        tensors: types and shapes of its inputs and outputs, such as "fp32 [32, 32] -> fp32 [24, 32], bool [32]".
-        ptx_sha256: digest of the PTX that is embedded.
-        grid, threads: programs in x, y and z, and threads of each.
-        registers: of a thread; `shared_bytes` of a block; `spill_bytes` that registers spill to memory.
-    """
-
-    name: str
-    version: str
-    kernel: str
-    tensors: str
-    ptx_sha256: str
-    grid: tuple[int, int, int]
-    threads: int
-    registers: int
-    shared_bytes: int
-    spill_bytes: int
-
-    def __post_init__(self) -> None:
-        for name in ("name", "version", "kernel", "tensors"):
-            _check(_is_text(getattr(self, name)), f"plugins: {name}", "a text", getattr(self, name))
-        digest = self.ptx_sha256
-        _check(_is_hex(digest) and len(digest) == 64, "plugins: ptx_sha256", "64 hex digits", digest)
-        ok = isinstance(self.grid, (list, tuple)) and len(self.grid) == 3 and all(map(_is_count, self.grid))
-        _check(ok, "plugins: grid", "3 positive whole numbers", self.grid)
-        object.__setattr__(self, "grid", tuple(self.grid))
-        for name, low in (("threads", 1), ("registers", 1), ("shared_bytes", 0), ("spill_bytes", 0)):
-            _check(_is_count(getattr(self, name), low), f"plugins: {name}", "a whole number", getattr(self, name))
+# Fields that are not written where they have this value.
+_OPTIONAL: dict[str, Any] = {"islands": None, "frames_kept": None, "frame_counts": None, "batch": 1, "chunk": None}
+AND = " && "  # between the Polygraphy lines of several frame counts
 
 
 @dataclass(frozen=True)
@@ -139,7 +70,7 @@ class Manifest:
         key: cache key (hex) of everything that changes the artefact.
         project_version, created: version of this project; ISO 8601 time of the build.
         earlytom: `EarlyTomConfig.to_dict()`.
-        frames: `F`, frames the engine takes.
+        frames: `F`, frames the engine takes; where it takes one of several counts, the most, which the rest is about.
         frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
         tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
         tokens_per_frame: `P`, tokens of one whole frame.
@@ -154,10 +85,15 @@ class Manifest:
         plugins: the kernels that plugins put into the engine; none where the stage is native.
         figures: measurements of the build (seconds, bytes, flops); names are free, values are finite numbers.
         verification: {"passed": bool, ...steps}, or None where it was switched off.
-        polygraphy: command line that compares the folder's files with the saved reference, to be pasted in the folder.
+        polygraphy: command line that compares the folder's files with the saved reference, to be pasted in the folder;
+            of several frame counts one after the other.
         islands: what is fp32 in a half graph, in words of `--islands`; None (and not written) for the usual ones.
         frames_kept: adaptive schedule: least, median and most frames before the first merge and after each one, on the
             clips that the engine was calibrated on; None (and not written) in the budget schedule.
+        batch: `B`, videos that the engine takes at once; all counts are of one. 1 is not written.
+        frame_counts: the frame counts it takes, ascending, each with files of its own (`at`); None (and not written)
+            for one count. What `at` returns has that count alone.
+        chunk: `C`, frames of a chunk where clips come in chunks; None (and not written) where they come whole.
     """
 
     name: str
@@ -184,21 +120,26 @@ class Manifest:
     polygraphy: str = ""
     islands: tuple[str, ...] | None = None
     frames_kept: tuple[tuple[int, int, int], ...] | None = None
+    batch: int = 1
+    frame_counts: tuple[int, ...] | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         """Raise EngineError unless every field is of its type and the fields agree with each other."""
         self._check_types()
         for name in ("earlytom", "figures", "verification"):
-            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
         for name in ("frames_per_stage", "plugins"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.islands is not None:
             object.__setattr__(self, "islands", tuple(self.islands))
         if self.frames_kept is not None:
             object.__setattr__(self, "frames_kept", tuple(map(tuple, self.frames_kept)))
+        if self.frame_counts is not None:
+            object.__setattr__(self, "frame_counts", tuple(self.frame_counts))
         self._check_counts()
         for name in self.files:
-            if not _is_file_name(name):
+            if not is_file_name(name):
                 raise EngineError(f"manifest lists a file named {name!r}, which is no plain file name: {REBUILD}")
         if self.compression == "plugin" and self.backend != "tensorrt":
             raise EngineError(f"manifest contradicts itself: compression is plugin, {self.backend} has none: {REBUILD}")
@@ -207,45 +148,93 @@ class Manifest:
         for name in self.stage_files(BACKENDS[self.backend]):
             if name not in self.files:
                 raise EngineError(f"manifest lists no {name}, which {self.backend} needs: {REBUILD}")
+        for frames in self.counts[:-1]:
+            self.at(frames)  # checks that count as this did the most
 
     @property
     def adaptive(self) -> bool:
         """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
         return EarlyTomConfig.from_dict(self.earlytom).schedule == "adaptive"
 
-    def stage_files(self, name: str) -> tuple[str, ...]:
-        """`name`, or where this is a chain that file of every stage."""
-        return (
-            tuple(stage_file(name, stage) for stage in range(len(self.frames_per_stage))) if self.adaptive else (name,)
+    @property
+    def in_stages(self) -> bool:
+        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        return self.adaptive or self.chunk is not None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The frame counts that the engine takes, ascending."""
+        return self.frame_counts or (self.frames,)
+
+    def at(self, frames: int) -> Manifest:
+        """The manifest of one of the frame counts: its counts, the names of its files, its Polygraphy line.
+
+        Raises:
+            EngineError: the engine does not take that many.
+        """
+        if frames not in self.counts:
+            raise EngineError(
+                f"engine {self.name} takes {' or '.join(map(str, self.counts))} frames, not {frames}: name one of "
+                f"them, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, frames})))}"
+            )
+        if self.counts == (frames,):
+            return self
+        config = EarlyTomConfig.from_dict(self.earlytom)
+        rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
+        graph = count_file(ONNX_FILE, frames)
+        return dataclasses.replace(
+            self,
+            frames=frames,
+            frames_per_stage=frames_per_stage(frames, **rule),
+            tokens=token_count(frames, self.tokens_per_frame, config.retention_ratio, **rule),
+            tokens_full=frames * self.tokens_per_frame,
+            frame_counts=(frames,),
+            polygraphy=next((line for line in self.polygraphy.split(AND) if graph in line.split()), ""),
         )
+
+    def file(self, name: str) -> str:
+        """The name that a file has in this folder: `name`, with the frame count in it where there are several."""
+        return name if self.frame_counts is None else count_file(name, self.frames)
+
+    def stage_files(self, name: str) -> tuple[str, ...]:
+        """That file (of the most frames, where there are several counts), or where there are stages that of each.
+
+        The files of another count are those of `at`.
+        """
+        if self.in_stages:
+            stages = len(self.frames_per_stage) if self.adaptive else CHUNK_STAGES
+            return tuple(stage_file(name, stage) for stage in range(stages))
+        return (self.file(name),)
 
     def _check_types(self) -> None:
         texts = ("name", "project_version", "backend_version")
-        counts = ("frames", "tokens", "tokens_per_frame", "tokens_full", "dim")
+        counts = ("frames", "tokens", "tokens_per_frame", "tokens_full", "dim", "batch")
         mappings = ("earlytom", "files", "figures")
         rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-            (texts, _is_text, "a text"),
-            (counts, _is_count, "a positive whole number"),
+            (texts, is_text, "a text"),
+            (counts, is_count, "a positive whole number"),
             (mappings, lambda v: isinstance(v, Mapping), "an object"),
-            (("key",), _is_hex, "hex digits"),
-            (("created",), _is_time, "an ISO 8601 time"),
-            (("frames_per_stage",), lambda v: isinstance(v, (list, tuple)) and all(map(_is_count, v)), "frame counts"),
+            (("key",), is_hex, "hex digits"),
+            (("created",), is_time, "an ISO 8601 time"),
+            (("frames_per_stage",), lambda v: isinstance(v, (list, tuple)) and all(map(is_count, v)), "frame counts"),
             (("dtype",), lambda v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
-            (("target",), lambda v: _matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
+            (("target",), lambda v: matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
             (("backend",), lambda v: isinstance(v, str) and v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
-            (("plugins",), _is_plugins, "plugin records"),
+            (("plugins",), is_plugins, "plugin records"),
             (("polygraphy",), lambda v: isinstance(v, str), "a text"),
-            (("islands",), _is_words, "null or a list of words"),
-            (("frames_kept",), _is_kept, "null or least, median and most of every stage"),
-            (("verification",), _is_verification, 'null or an object with "passed": true or false'),
+            (("islands",), is_words, "null or a list of words"),
+            (("frames_kept",), is_kept, "null or least, median and most of every stage"),
+            (("frame_counts",), is_ascending, "null or ascending frame counts"),
+            (("chunk",), lambda v: v is None or is_count(v), "null or a positive whole number"),
+            (("verification",), is_verification, 'null or an object with "passed": true or false'),
         ]
         for names, good, expected in rules:
             for name in names:
-                _check(good(getattr(self, name)), name, expected, getattr(self, name))
-        _check(isinstance(self.model, ModelRecord), "model", "an object", self.model)
-        _check(all(isinstance(v, FileRecord) for v in self.files.values()), "files", "file records", self.files)
-        _check(all(map(_is_number, self.figures.values())), "figures", "finite numbers", self.figures)
+                check(good(getattr(self, name)), name, expected, getattr(self, name))
+        check(isinstance(self.model, ModelRecord), "model", "an object", self.model)
+        check(all(isinstance(v, FileRecord) for v in self.files.values()), "files", "file records", self.files)
+        check(all(map(is_number, self.figures.values())), "figures", "finite numbers", self.figures)
 
     def _check_counts(self) -> None:
         """The counts must be those that `earlytom.budget` gives for the recorded settings."""
@@ -268,7 +257,28 @@ class Manifest:
         for name, value in expected.items():
             if (got := getattr(self, name)) != value:
                 raise EngineError(f"manifest contradicts itself: {name} is {got}, its settings give {value}: {REBUILD}")
+        if self.frames != self.counts[-1]:
+            raise EngineError(
+                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {self.counts} it must be the "
+                f"last: {REBUILD}"
+            )
+        if self.frame_counts is not None and isinstance(config.frame_budget, tuple):
+            raise EngineError(
+                f"manifest contradicts itself: frame_budget {config.frame_budget} fits one frame count, frame_counts "
+                f"is {self.frame_counts}: {REBUILD}"
+            )
+        whole = self.batch == 1 and self.frame_counts is None and config.schedule == "budget"
+        if self.chunk is not None and not (whole and self.frames % self.chunk == 0):
+            raise EngineError(
+                f"manifest contradicts itself: chunk is {self.chunk}, which is for one video of one frame count in the "
+                f"budget schedule and divides its {self.frames} frames: {REBUILD}"
+            )
         if config.schedule == "adaptive":
+            if self.batch > 1 or self.frame_counts is not None:
+                raise EngineError(
+                    f"manifest contradicts itself: an adaptive engine takes one video of one frame count, batch is "
+                    f"{self.batch} and frame_counts {self.frame_counts}: {REBUILD}"
+                )
             kept = self.frames_kept or ()
             fits = len(kept) == merges + 1 and kept[0] == (self.frames,) * 3
             if not fits or any(most > self.frames for _, _, most in kept):
@@ -280,8 +290,8 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the schema version first; `from_dict` is its inverse."""
         values = {"schema": SCHEMA, **json.loads(json.dumps(dataclasses.asdict(self)))}
-        for name in _OPTIONAL:
-            if getattr(self, name) is None:
+        for name, usual in _OPTIONAL.items():
+            if values[name] == usual:
                 del values[name]
         return values
 
@@ -298,27 +308,30 @@ class Manifest:
         if schema != SCHEMA:
             remedy = f"update this project or {REBUILD}" if schema > SCHEMA else REBUILD
             raise EngineError(f"manifest has schema {schema}, this version reads {SCHEMA}: {remedy}")
-        rest: dict[str, Any] = dict.fromkeys(_OPTIONAL) | {
-            name: value for name, value in values.items() if name != "schema"
-        }
+        rest: dict[str, Any] = _OPTIONAL | {name: value for name, value in values.items() if name != "schema"}
+        if isinstance(counts := rest["frame_counts"], list) and len(counts) < 2:
+            check(False, "frame_counts", "null or several frame counts", counts)  # one alone is for `at`
         if isinstance(rest.get("model"), Mapping):
             model = dict(rest["model"])
-            model["preprocessing"] = _build(
+            model["preprocessing"] = record_of(
                 PreprocessingRecord, model.get("preprocessing"), "manifest: model: preprocessing"
             )
-            rest["model"] = _build(ModelRecord, model, "manifest: model")
+            rest["model"] = record_of(ModelRecord, model, "manifest: model")
         if isinstance(rest.get("files"), Mapping):
-            rest["files"] = {n: _build(FileRecord, v, f"manifest: files: {n!r}") for n, v in rest["files"].items()}
+            rest["files"] = {n: record_of(FileRecord, v, f"manifest: files: {n!r}") for n, v in rest["files"].items()}
         if isinstance(rest.get("plugins"), list):
-            rest["plugins"] = tuple(_build(PluginRecord, v, "manifest: plugins") for v in rest["plugins"])
-        return _build(cls, rest, "manifest")
+            rest["plugins"] = tuple(record_of(PluginRecord, v, "manifest: plugins") for v in rest["plugins"])
+        return record_of(cls, rest, "manifest")
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write `manifest.json` into `folder`, all of it or nothing, and return its path.
 
         Raises:
+            EngineError: this is the manifest of one count of several (`at`), of which there is no folder.
             OSError: no space, read-only, no permission; no temporary file is left behind.
         """
+        if len(self.frame_counts or ()) == 1:
+            raise EngineError(f"{self.name}: a manifest has all frame counts of its folder, not {self.counts[0]} alone")
         values = self.to_dict()
         text = json.dumps({**values, _SEAL: _seal(values)}, indent=2, allow_nan=False) + "\n"
         target = Path(folder) / MANIFEST_FILE
@@ -411,87 +424,5 @@ def _seal(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _build(cls: type[T], values: Any, where: str) -> T:
-    """`cls(**values)` with exactly the fields of the dataclass."""
-    _check(isinstance(values, Mapping), where, "an object", values)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for names, what in ((known - set(values), "lacks"), (set(values) - known, "has an unknown key")):
-        if names:
-            raise EngineError(f"{where} {what} {min(names)!r}: it was written by another version; {REBUILD}")
-    return cls(**values)
-
-
-def _check(good: bool, where: str, expected: object, got: object) -> None:
-    if not good:
-        shown = repr(got) if len(repr(got)) <= 60 else repr(got)[:57] + "..."
-        raise EngineError(
-            f"manifest field {where.removeprefix('manifest: ')} must be {expected}, got {shown}: {REBUILD}"
-        )
-
-
-def _plain(name: str, value: Any) -> Any:
-    """A copy of `value` in plain JSON types (tuples become lists), so that what is read equals what was written."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise EngineError(f"manifest field {name} cannot be written as JSON ({error})") from error
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_count(value: Any, low: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _matches(pattern: str, value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def _is_hex(value: Any) -> bool:
-    return _matches(r"[0-9a-f]+", value)
-
-
-def _is_plugins(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(v, PluginRecord) for v in value)
-
-
-def _is_verification(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and isinstance(value.get("passed"), bool))
-
-
-def _is_words(value: Any) -> bool:
-    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_text, value)))
-
-
-def _is_kept(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(row, (list, tuple)) and len(row) == 3 and all(map(_is_count, row)) and list(row) == sorted(row)
-        for row in value
-    )
-
-
-def _is_time(value: Any) -> bool:
-    try:
-        datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _is_file_name(name: Any) -> bool:
-    """A file directly in the folder: no separators of any system, no "..", no drive, no control characters."""
-    if not _is_text(name) or not name.isprintable() or any(c in name for c in "/\\:"):
-        return False
-    return PurePosixPath(name).name == name and name not in ("..", MANIFEST_FILE)

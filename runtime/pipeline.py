@@ -1,110 +1,160 @@
-"""From a video and a question to an answer: the compiled vision engine chained with the LLM decoder.
+"""From a video and a question to an answer: the compiled vision engine chained with the LLM decoder, for many callers.
 
     with Pipeline.load("engines/...") as pipeline:
         for delta in pipeline.stream("clip.mp4", "What happens?"):
             print(delta.text, end="")
 
-The stages of one request: decode and resize the frames, run the vision engine, splice its tokens into the prompt,
-prefill, decode token by token. Everything is loaded once. One request at a time: a second one is refused, not queued,
-because its caller alone knows whether to wait, and a stream that somebody forgot to close would block it for ever.
+Everything is loaded once. Requests come from any number of threads and wait in a bounded line; one worker decodes and
+resizes the next video while another answers the request before it (`runtime.scheduler`, `runtime.answering`). A caller
+that reads slowly, or not at all, holds up nobody.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import threading
-import time
+import weakref
 from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import contract
+from runtime.answering import (
+    MAX_NEW_TOKENS,
+    WATCH_BYTES,
+    Answer,
+    Answering,
+    Delta,
+    Ready,
+    Remembered,
+    Seen,
+    Video,
+    Work,
+)
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
-from runtime.decoder import GREEDY, Decoder, Finish, InnerMerge, Sampling
+from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
+from runtime.job import Job
 from runtime.manifest import Manifest
-from runtime.prompt import build_prompt, check_length, splice, stop_token_ids
-from runtime.text import TextStream
-from runtime.video import Clip, clip_from_frames, load_clip
+from runtime.prefix_cache import PrefixCache
+from runtime.prompt import stop_token_ids
+from runtime.sampling import GREEDY, Sampling
+from runtime.scheduler import Scheduler, check_waiting
+from runtime.watch import Watched
 
 if TYPE_CHECKING:
     from runtime.decoder_compiler import Compiler
+    from runtime.live_video import LiveVideo
 
-MAX_NEW_TOKENS = 128
+WAITING = 8  # requests in line, if nothing else is asked for
 DECODERS = ("torch", "torch-tensorrt")
+_ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one request. On a GPU the stages overlap the host; `vision` is then measured by events on the device.
+class Options(TypedDict, total=False):
+    """Keywords of `Pipeline.submit`, `stream` and `ask`; see `submit`."""
 
-    Attributes:
-        decode: opening and decoding the video; preprocess: resizing its frames. Both are 0 for a `Clip`: it is ready.
-        vision: copy to the device, the vision engine.
-        prefill: splice, prefill and the first token.
-        first_token: from the first `next` to the first token (TTFT): the stages above and making the prompt.
-        per_token: mean time of each further token (TPOT), without the caller's own between them; 0 when there is none.
-        total: from the first `next` to the end of the answer, the caller's time included.
+    deadline: float | None
+    max_new_tokens: int
+    sampling: Sampling
+    system: str | None
+    frames: int | None
+
+
+class Request:
+    """A request that was submitted: iterate over its deltas, or wait for its answer, from any thread.
+
+    Its deltas are kept until they are read, each for one reader; the next one is there as soon as its token exists.
+    Leaving its `with` block, or letting go of the last reference to it, cancels it.
     """
 
-    decode: float
-    preprocess: float
-    vision: float
-    prefill: float
-    first_token: float
-    per_token: float
-    total: float
+    def __init__(self, job: Job[Delta], pipeline: Pipeline) -> None:
+        self._job = job
+        self._pipeline = pipeline  # which would end its requests if it were let go
 
+    def __iter__(self) -> Request:
+        return self
 
-@dataclass(frozen=True)
-class Delta:
-    """What one more token brought.
+    def __next__(self) -> Delta:
+        """The next delta, waited for. Raises what `Pipeline.submit` lists, after the deltas that came before it."""
+        return next(self._job)
 
-    `text` may be empty while a character is unfinished. The last delta has `finish` and `answer`, and no token.
-    """
+    def result(self, timeout: float | None = None) -> Answer:
+        """The answer, waited for, whether or not the deltas are read.
 
-    text: str
-    token: int | None = None
-    finish: Finish | None = None
-    answer: Answer | None = None
+        Raises:
+            TimeoutError: there is none after `timeout` seconds; the request goes on.
+            see `Pipeline.submit`.
+        """
+        last = self._job.last(timeout)
+        assert last is not None  # the last delta has it
+        assert last.answer is not None
+        return last.answer
 
+    def cancel(self) -> None:
+        """End it, unless it has ended: at once while it waits, else before its next token. What waits for it gets
+        `Cancelled`."""
+        self._job.cancel()
 
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
+    @property
+    def done(self) -> bool:
+        """It was answered, or has ended in another way."""
+        return self._job.done
 
-    text: str
-    tokens: tuple[int, ...]
-    finish: Finish
-    timings: Timings
-    visual_tokens: int
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        self._job.abandon()  # no lock: the garbage collector may call this anywhere
 
 
 class Pipeline:
-    """One engine and one decoder; made by `load`. Closing it frees both."""
+    """One engine and one decoder, and the line of those who ask; made by `load`. Any thread may call anything.
+
+    Closing it frees engine and decoder. One that is let go without that ends its requests and its threads by itself.
+    """
 
     def __init__(
-        self, manifest: Manifest, vision: VisionBackend, decoder: Decoder, newline: Tensor, tokenizer: Any, stops: Any
+        self,
+        manifest: Manifest,
+        vision: VisionBackend,
+        decoder: Decoder,
+        newline: Tensor,
+        tokenizer: Any,
+        stops: Any,
+        *,
+        waiting: int = WAITING,
+        watch_bytes: int = WATCH_BYTES,
     ) -> None:
         self.manifest = manifest
         self.vision = vision
-        self.decoder: Decoder | None = decoder  # None once closed
-        self._newline = newline
-        self._tokenizer = tokenizer
-        self._stops = stops
-        self._busy = threading.Lock()
+        self._core = core = Answering(manifest, vision, decoder, newline, tokenizer, stops, watch_bytes=watch_bytes)
+        # The workers know the core and not this object, so that it can be let go while they wait.
+        self._scheduler: Scheduler[Work, Ready, Delta] = Scheduler(
+            core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch
+        )
+        weakref.finalize(self, self._scheduler.abandon).atexit = False  # the scheduler sees to that
+
+    @property
+    def watched(self) -> PrefixCache[Remembered, Seen]:
+        """What `watch` keeps: its counters, its limit."""
+        return self._core.watched
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """None once closed."""
+        return self._core.decoder
 
     @classmethod
     def load(
@@ -117,6 +167,8 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         decoder: str = "torch",
         inner: InnerMerge | None = None,
+        waiting: int = WAITING,
+        watch_bytes: int = WATCH_BYTES,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -129,13 +181,19 @@ class Pipeline:
             decoder: "torch", or "torch-tensorrt" to compile the decoder; the first call takes minutes then, and what it
                 compiled is kept in the engine's folder.
             inner: merge visual tokens inside the decoder, too (with decoder "torch").
+            waiting: requests that may wait behind the one that is answered; more are refused.
+            watch_bytes: memory on the decoder's device for videos that are watched; see `watch`.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
                 decoder cannot be compiled here.
-            UserError: the checkpoint cannot be loaded, there is no such device, or `inner` does not fit the decoder.
+            UserError: the checkpoint cannot be loaded, there is no such device, `inner` does not fit the decoder, or
+                `waiting` or `watch_bytes` is below 0.
             OSError: the compiled decoder cannot be written.
         """
+        check_waiting(waiting)
+        if watch_bytes < 0:
+            raise UserError(f"watch_bytes must be 0 or more, got {watch_bytes}")
         if inner is not None and decoder != "torch":
             raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -156,127 +214,116 @@ class Pipeline:
         precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
         make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner)
-        return cls(manifest, vision, *_load_decoder(checkpoint, where, precision, make))
+        return cls(
+            manifest,
+            vision,
+            *_load_decoder(checkpoint, where, precision, make),
+            waiting=waiting,
+            watch_bytes=watch_bytes,
+        )
 
-    def stream(
+    def submit(
         self,
-        video: str | Path | Tensor | NDArray[Any] | Clip,
+        video: Video | Remembered,
         prompt: str,
         *,
+        deadline: float | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
         system: str | None = None,
-    ) -> Generator[Delta, None, None]:
-        """Answer a question about a video, token by token.
+        frames: int | None = None,
+    ) -> Request:
+        """Put a question about a video in line; returns at once.
 
         Args:
-            video: a file, decoded frames (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), or a `Clip`.
+            video: a file, decoded frames (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), which must not change before
+                the request has ended, or a `Clip`.
             prompt: the question.
+            deadline: seconds from now after which the request ends without its answer, whether it is in line, being
+                prepared or being answered.
             max_new_tokens, sampling: of the decoder.
             system: a system message before the question.
-
-        Yields:
-            a `Delta` per token, then one with `finish` and `answer`. Closing the generator ends the request.
+            frames: one of the engine's frame counts; by default the one that suits the video.
 
         Raises:
-            UserError: while iterating: a video or a prompt that cannot be used.
-            RuntimeError: while iterating: another stream has neither ended nor been closed, or the pipeline is closed.
+            UserError: here, what is wrong with the question or the deadline; by the request, with the video.
+            Overloaded (a UserError): as many requests wait as may wait.
+            Closed: the pipeline is closed; by the request, it was closed before the answer.
+            DeadlineExceeded (a UserError), Cancelled: by the request.
         """
-        # The engine's and the decoder's buffers are used again by every request.
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                "this pipeline is answering another request: finish or close that stream first, let threads take turns "
-                "with a lock of yours, or load one pipeline for each"
-            )
+        if isinstance(video, Remembered):
+            if frames is not None or system not in (None, video.system):
+                raise UserError("frames and system message of a watched video are those it is watched with")
+            system = video.system
+        question = self._core.question(
+            prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames
+        )
+        return Request(self._scheduler.submit(Work(video, question, frames), deadline=deadline), self)
+
+    def stream(self, video: Video, prompt: str, **how: Unpack[Options]) -> Generator[Delta, None, None]:
+        """Answer a question about a video, token by token: `submit` at the first `next`, and its deltas.
+
+        Arguments and errors as there; errors come while iterating.
+
+        Yields:
+            a `Delta` per token, then one with `finish` and `answer`. Closing the generator cancels the request.
+        """
+        request = self.submit(video, prompt, **how)
         try:
-            yield from self._answer(video, prompt, max_new_tokens, sampling, system)
+            yield from request
         finally:
-            self._busy.release()
+            request._job.abandon()  # as in `Request.__del__`, which an exception that is still held would put off
 
-    def _answer(
-        self,
-        video: str | Path | Tensor | NDArray[Any] | Clip,
-        prompt: str,
-        max_new_tokens: int,
-        sampling: Sampling,
-        system: str | None,
-    ) -> Generator[Delta, None, None]:
-        """One request, by its only holder."""
-        decoder = self.decoder
-        if decoder is None:
-            raise RuntimeError("this pipeline is closed")
-        started = time.perf_counter()
-        words = build_prompt(self._tokenizer, prompt, system=system)
-        check_length(
-            words,
-            visual_tokens=self.manifest.tokens + 1,
-            new_tokens=max_new_tokens,
-            context=decoder.limit,
-        )
-        clip = self._clip(video)
-        vision = _Stopwatch(decoder.device)
-        tokens, _ = self.vision.encode(clip.frames)
-        vision.stop()
-        embeds = splice(words, tokens.to(decoder.device), self._newline, decoder.embed)
-        source = decoder.stream(
-            embeds,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self._stops,
-            sampling=sampling,
-            visual=words.visual_span(len(tokens) + 1),
-        )
-        text = TextStream(self._tokenizer)
-        ids: list[int] = []
-        parts: list[str] = []
-        steps: list[tuple[float, float]] = []  # begin and end of each; between two of them the caller has its time
-        finish: Finish = "length"
-        with closing(source):  # and not left to the garbage: a traceback would keep it, and so the decoder busy
-            while True:
-                begun = time.perf_counter()
-                try:
-                    token = next(source)
-                except StopIteration as end:
-                    finish = end.value
-                    break
-                finally:
-                    steps.append((begun, time.perf_counter()))
-                ids.append(token)
-                parts.append(text.push(token))
-                yield Delta(parts[-1], token)
-        parts.append(text.finish())
-        first, further = steps[0][1], steps[1 : len(ids)]
-        timings = Timings(
-            decode=clip.decode_seconds,
-            preprocess=clip.preprocess_seconds,
-            vision=vision.seconds(),
-            prefill=first - vision.started - vision.seconds(),
-            first_token=first - started,
-            per_token=sum(end - begun for begun, end in further) / len(further) if further else 0.0,
-            total=time.perf_counter() - started,
-        )
-        answer = Answer("".join(parts), tuple(ids), finish, timings, len(tokens))
-        yield Delta(parts[-1], None, finish, answer)
+    def ask(self, video: Video, prompt: str, **how: Unpack[Options]) -> Answer:
+        """`submit`, waited for: arguments and errors as there. Interrupted (Ctrl-C), it cancels the request."""
+        with self.submit(video, prompt, **how) as request:
+            return request.result()
 
-    def ask(
-        self,
-        video: str | Path | Tensor | NDArray[Any] | Clip,
-        prompt: str,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
-        system: str | None = None,
-    ) -> Answer:
-        """`stream`, waited for. Arguments and errors as there."""
-        answer: Answer | None = None
-        for delta in self.stream(video, prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system):
-            answer = delta.answer
-        assert answer is not None  # the last delta has it
-        return answer
+    def watch(
+        self, video: Video, *, system: str | None = None, frames: int | None = None, deadline: float | None = None
+    ) -> Watched:
+        """Encode and read a video once, to ask about it many times; waits for that.
 
-    def close(self) -> None:
-        """Free the engine and the decoder; a stream under way may finish. A second call does nothing."""
-        self.vision.close()
-        self.decoder = None
+        Args:
+            video, system, frames, deadline: as in `submit`. The video must stay as it is while it is watched: where
+                memory is short it is read again.
+
+        Raises:
+            UserError: a video that cannot be used, one that does not fit into `watch_bytes`, or inner merging, which
+                needs the question first; otherwise as `submit` and its request.
+        """
+        remembered = Remembered(video, system, frames)
+        question = self._core.question(_ANY_QUESTION, max_new_tokens=1, system=system, frames=frames)
+        job = self._scheduler.submit(Work(remembered, question, read_only=True), deadline=deadline)
+        try:
+            job.last()
+        finally:
+            job.cancel()
+        return Watched(self, remembered)
+
+    def open_stream(self, *, total: int | None = None, limit: int | None = None) -> LiveVideo:
+        """A video that comes frame by frame, from a camera or a download, and is encoded while it comes.
+
+        Args:
+            total: how many frames will come, where that is known: the sample is then exactly a file's.
+            limit: the most frames that may come where it is not, by default four times as many as the engine takes.
+
+        Raises:
+            EngineError: the engine takes whole clips only: build one with --chunk.
+            UserError: a total or limit that makes no sense.
+            RuntimeError: the pipeline is closed.
+        """
+        from runtime.live import LiveClip
+        from runtime.live_video import LiveVideo
+
+        device = getattr(self.vision, "device", "cpu")
+        return LiveVideo(self, LiveClip(self.vision, total=total, limit=limit, device=device))  # type: ignore[arg-type]
+
+    def close(self, *, drain: bool = False) -> None:
+        """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and
+        the decoder once the answer that is under way is finished. A second call does nothing."""
+        self._scheduler.close(drain=drain)
+        self._core.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -284,37 +331,9 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        if error is not None:  # whoever is interrupted does not want to wait for the end of an answer
+            self._scheduler.abort()
         self.close()
-
-    def _clip(self, video: str | Path | Tensor | NDArray[Any] | Clip) -> Clip:
-        if isinstance(video, Clip):  # decoded before this request
-            return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
-        size = self.manifest.model.preprocessing.size
-        if isinstance(video, (str, Path)):
-            return load_clip(video, self.manifest.frames, size)
-        return clip_from_frames(video, self.manifest.frames, size)
-
-
-class _Stopwatch:
-    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.events: list[Any] = []
-        self.started = self.stopped = time.perf_counter()
-        if device.type == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-
-    def stop(self) -> None:
-        self.stopped = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-
-    def seconds(self) -> float:
-        """Valid once the host has waited for the device, as it does for every token."""
-        if self.events:
-            return self.events[0].elapsed_time(self.events[1]) / 1000
-        return self.stopped - self.started
 
 
 def _open_vision(
@@ -322,10 +341,9 @@ def _open_vision(
 ) -> VisionBackend:
     if backend != "torch":
         return open_backend(backend, folder, manifest)
-    from runtime.backends.torch import TorchVision
+    from runtime.backends.torch import open_torch
 
-    shape = (manifest.frames, 3, *manifest.model.preprocessing.size)
-    return TorchVision(checkpoint, EarlyTomConfig.from_dict(manifest.earlytom), shape, device=device, dtype=dtype)
+    return open_torch(checkpoint, manifest, device=device, dtype=dtype)
 
 
 def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:

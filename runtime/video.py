@@ -17,7 +17,7 @@ the start instead, and the number of frames that then come out is the one that i
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from earlytom.errors import UserError
 from runtime.errors import VideoError
 
+_WIDENED = 8  # frames that are fp32 at a time
 MIN_FRAMES = 2  # the method compares neighbouring frames, so one frame is not a video
 
 # Decoding may start at any keyframe of these and gives the same pixels as decoding from the start of the file.
@@ -59,9 +60,10 @@ class Clip:
     preprocess_seconds: float  # resizing
 
 
-def load_clip(path: str | os.PathLike[str], frames: int, size: tuple[int, int]) -> Clip:
+def load_clip(path: str | os.PathLike[str], frames: int | Sequence[int], size: tuple[int, int]) -> Clip:
     """Sample `frames` frames uniformly over the whole video file and resize each to `size` = (H, W).
 
+    Of several counts in `frames` the one that suits the length of the video is taken (`frames_for`).
     Rotation and mirroring asked for by the file are applied; the aspect ratio is not kept (nor does the model keep it).
     Memory is that of the result, one source frame and what the decoder holds, however long the video is.
 
@@ -80,7 +82,7 @@ def load_clip(path: str | os.PathLike[str], frames: int, size: tuple[int, int]) 
             f"{_name(source)} cannot be read as a video ({reason}); give a file that FFmpeg reads"
         ) from error
     seconds = _seconds(pts, packets)
-    chosen = sample_indices(len(pts), frames)
+    chosen = sample_indices(len(pts), frames_for(len(pts), frames))
     return Clip(
         frames=sample.result(chosen),
         timestamps=tuple(seconds[chosen].tolist()),
@@ -92,21 +94,28 @@ def load_clip(path: str | os.PathLike[str], frames: int, size: tuple[int, int]) 
 
 
 def clip_from_frames(
-    pixels: Tensor | NDArray[np.uint8], frames: int, size: tuple[int, int], *, fps: float | None = None
+    pixels: Tensor | NDArray[np.uint8],
+    frames: int | Sequence[int],
+    size: tuple[int, int],
+    *,
+    fps: float | None = None,
+    device: torch.device | str | None = None,
 ) -> Clip:
     """Sample and resize frames that were decoded elsewhere.
 
     pixels: uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit), n >= 2, in time order.
+    frames: how many; of several counts the one that suits n is taken (`frames_for`).
     fps: frames a second of `pixels`; without it the clip has no timestamps and its duration is 0.0.
+    device: where frames are resized and stay; default the CPU.
     Only the sampled frames are touched. Raises UserError for anything else than that.
     """
     _check_request(frames, size)
     if fps is not None and not 0 < fps < float("inf"):
         raise UserError(f"fps is {fps}; give the frames per second of the source, above 0, or leave it out")
     started = time.perf_counter()
-    planar = _channels_first(pixels)  # [n, 3, h, w]
-    chosen = sample_indices(len(planar), frames)
-    resized = resize_frames(planar[torch.from_numpy(chosen).to(planar.device)].cpu(), size)
+    planar = channels_first(pixels)  # [n, 3, h, w]
+    chosen = sample_indices(len(planar), frames_for(len(planar), frames))
+    resized = resize_frames(planar[torch.from_numpy(chosen).to(planar.device)], size, device or "cpu")
     return Clip(
         frames=resized.contiguous(),
         timestamps=() if fps is None else tuple((chosen / fps).tolist()),
@@ -117,17 +126,44 @@ def clip_from_frames(
     )
 
 
-def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_frames(frames: Tensor, size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
     """uint8 [F, 3, h, w] -> uint8 [F, 3, H, W]: bicubic with antialias, the aspect ratio not kept.
 
-    The same operation as in the model's own video processor, which resizes uint8 tensors with torch's bicubic kernel.
+    device: where to resize, and where the result is; default where the frames are.
+
+    On a CPU this is torch's kernel for uint8, whose weights are whole numbers. The model's own video processor resizes
+    as torchvision does, which uses the same kernel where the CPU has it and elsewhere widens to fp32, resizes, rounds
+    and clamps; torch has nothing else on a GPU, so there it is done here. On the drawn clip the two differ by less than
+    1/255 on average; compared were that second operation and Pillow's bicubic resizing, as the processor itself cannot
+    be loaded without torchvision.
+
     Frames that have the size already are returned as they are. Raises UserError for another dtype or shape.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
         raise UserError(f"frames are {_kind(frames)}; give RGB frames as uint8 [F, 3, height, width]")
+    frames = frames if device is None else frames.to(device)
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
-    return F.interpolate(frames, tuple(size), mode="bicubic", align_corners=False, antialias=True)
+    if frames.device.type == "cpu":
+        return F.interpolate(frames, tuple(size), mode="bicubic", align_corners=False, antialias=True)
+    return resize_in_float(frames, size)
+
+
+def resize_in_float(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `resize_frames` does where torch has no kernel for uint8, on any device; a few frames at a time, being four
+    times as large meanwhile."""
+    resized = (
+        F.interpolate(some.float(), tuple(size), mode="bicubic", align_corners=False, antialias=True)
+        for some in frames.split(_WIDENED)
+    )
+    return torch.cat([some.round_().clamp_(0, 255).to(torch.uint8) for some in resized])
+
+
+def frames_for(source: int, frames: int | Sequence[int]) -> int:
+    """How many frames to show of a video of `source`: of several counts the least that shows all, else the most."""
+    if isinstance(frames, int | np.integer):
+        return int(frames)
+    return min((count for count in frames if count >= source), default=max(frames))
 
 
 def sample_indices(count: int, frames: int) -> NDArray[np.int64]:
@@ -243,11 +279,13 @@ def _plan(packets: _Packets, chosen: NDArray[np.int64]) -> list[_Span] | None:
 # --------------------------------------------------------------------------------------------------------- decoding
 
 
-def _decode(source: Path, packets: _Packets, frames: int, size: tuple[int, int]) -> tuple["_Sample", list[int | None]]:
+def _decode(
+    source: Path, packets: _Packets, frames: int | Sequence[int], size: tuple[int, int]
+) -> tuple["_Sample", list[int | None]]:
     """The sampled frames and the times (pts) of all frames of the video, sampled or not."""
     count = sum(packets.shown)
     if count >= MIN_FRAMES:
-        chosen = np.unique(sample_indices(count, frames))
+        chosen = np.unique(sample_indices(count, frames_for(count, frames)))
         spans = _plan(packets, chosen)
         if spans is not None:
             sample = _Sample(len(chosen), size)
@@ -259,7 +297,7 @@ def _decode(source: Path, packets: _Packets, frames: int, size: tuple[int, int])
                 shown = [pts or 0 for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
                 return sample, [*sorted(shown)]
     for _ in range(2):  # once more if the packets were no measure of the frames
-        chosen = np.unique(sample_indices(max(count, 1), frames))
+        chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames)))
         sample = _Sample(len(chosen), size)
         pts = _decode_all(source, {index: row for row, index in enumerate(chosen.tolist())}, sample.put)
         if len(pts) < MIN_FRAMES:
@@ -418,15 +456,19 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
     return source
 
 
-def _check_request(frames: int, size: tuple[int, int]) -> None:
-    if isinstance(frames, bool) or not isinstance(frames, int | np.integer) or frames < 1:
-        raise UserError(f"frames is {frames!r}; give a whole number of frames of at least 1")
+def _check_request(frames: int | Sequence[int], size: tuple[int, int]) -> None:
+    counts = frames if isinstance(frames, tuple | list) and frames else (frames,)
+    if any(isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1 for count in counts):
+        raise UserError(f"frames is {frames!r}; give a whole number of frames of at least 1, or several of them")
     if len(size) != 2 or not all(isinstance(side, int | np.integer) and side >= 1 for side in size):
         raise UserError(f"size is {size!r}; give (height, width) in pixels, each at least 1")
 
 
-def _channels_first(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
-    """Check frames from outside and return them as uint8 [n, 3, h, w]; a view."""
+def channels_first(pixels: Tensor | NDArray[np.uint8], least: int = MIN_FRAMES) -> Tensor:
+    """Check frames from outside, at least so many, and return them as uint8 [n, 3, h, w]; a view.
+
+    Raises UserError for anything but uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit).
+    """
     wanted = "give RGB frames as uint8 [n, 3, height, width] or [n, height, width, 3]"
     if not isinstance(pixels, Tensor | np.ndarray):
         raise UserError(f"frames are a {type(pixels).__name__}; {wanted}, as a torch tensor or a numpy array")
@@ -434,7 +476,7 @@ def _channels_first(pixels: Tensor | NDArray[np.uint8]) -> Tensor:
         raise UserError(f"frames are {_kind(pixels)}; {wanted}, values 0 to 255")
     if pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[3]) or 0 in pixels.shape:
         raise UserError(f"frames are {_kind(pixels)}; {wanted}")
-    if len(pixels) < MIN_FRAMES:
+    if len(pixels) < least:
         raise UserError(f"got {len(pixels)} frame; a video has at least {MIN_FRAMES} frames")
     # torch knows no negative strides, which a flipped numpy array has
     planar = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.ascontiguousarray(pixels))

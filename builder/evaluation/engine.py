@@ -16,7 +16,7 @@ from builder.evaluation.methods import Method, Visual
 from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
 from earlytom.micro.data.scene import FRAMES
-from runtime.backends import choose_backend, open_backend
+from runtime.backends import choose_backend, encode_one, open_backend
 from runtime.backends.chain import ChainVision
 from runtime.checkpoint import Checkpoint
 from runtime.errors import EngineError
@@ -55,22 +55,22 @@ def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
             f"engine {manifest.name} was built from other weights than those of --model {checkpoint.source}: build one "
             f"with python -m builder.build --model {checkpoint.source}, or let --engine {AUTO} do it"
         )
-    if manifest.frames != FRAMES:
+    if FRAMES not in manifest.counts:
         raise EngineError(
-            f"engine {manifest.name} takes {manifest.frames} frames and the task's clips have {FRAMES}: build one with "
-            f"--frames {FRAMES}, or let --engine {AUTO} do it"
+            f"engine {manifest.name} takes {' or '.join(map(str, manifest.counts))} frames and the task's clips have "
+            f"{FRAMES}: build one with --frames {FRAMES}, or let --engine {AUTO} do it"
         )
-    return manifest
+    return manifest.at(FRAMES)
 
 
 def engine_methods(folder: str) -> list[Method]:
     """The engine in a folder that `check_engine` accepted, and its twin."""
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder).at(FRAMES)
     config = EarlyTomConfig.from_dict(manifest.earlytom)
     backend = open_backend(_BACKEND, folder, manifest)
 
     def engine(clip: ClipPasses, ratio: float) -> Visual:
-        tokens, _ = backend.encode(clip.frames)
+        tokens, _ = encode_one(backend, clip.frames)
         # The tokens belong to the backend, which will write over them.
         stages = backend.frames_per_stage if isinstance(backend, ChainVision) else manifest.frames_per_stage
         return Visual(tokens.float().clone(), stages, config.merge_layers)

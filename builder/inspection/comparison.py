@@ -21,6 +21,8 @@ SET_BY = {
     "earlytom.schedule": "--schedule",
     "earlytom.frame_budget": "--frame-budget",
     "frames": "--frames",
+    "frame_counts": "--frames",
+    "batch": "--batch",
     "dtype": "--fp16, --bf16, --fp32",
     "target": "--target",
     "compression": "--compression",
@@ -103,5 +105,9 @@ def _differences(one: Any, other: Any, name: str = "") -> list[Record]:
 def _by_check(values: Any) -> Any:
     """The checks of the gate are a list: by what they check."""
     if isinstance(values, list) and values and all(isinstance(value, dict) and "what" in value for value in values):
-        return {value["what"]: {k: v for k, v in value.items() if k != "what"} for value in values}
+        return {_check_name(value): {k: v for k, v in value.items() if k not in ("what", "frames")} for value in values}
     return values
+
+
+def _check_name(check: Record) -> str:
+    return f"{check['what']} ({check['frames']} frames)" if "frames" in check else str(check["what"])

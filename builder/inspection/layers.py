@@ -41,17 +41,24 @@ def _listed(path: Path) -> tuple[str, list[Layer], LayerSummary]:
 
 
 def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
-    """What the stages of a chain are made of, in one list; names begin with the stage, flops are of the median clip."""
+    """What the stages that a clip runs through are made of, in one list; names begin with the stage.
+
+    Flops are those of the median clip; where clips come in chunks, those of a whole clip.
+    """
     names = manifest.stage_files(contract.ONNX_FILE if manifest.backend == "onnx" else contract.LAYERS_FILE)
     if not all(name in manifest.files for name in names):
         return None
     source, every, unfused = "", [], []
-    for stage, (name, (_, usual, _)) in enumerate(zip(names, manifest.frames_kept or (), strict=True)):
+    calls = 1 if manifest.chunk is None else manifest.frames // manifest.chunk
+    kept = manifest.frames_kept if manifest.adaptive else ((1, 1, 1),) * len(names)  # these have no dynamic sizes
+    for stage, (name, (_, usual, _)) in enumerate(zip(names, kept or (), strict=True)):
         if manifest.backend == "onnx":
             source, layers, summary = _graph(folder / name, usual)
         else:
             source, layers, summary = _listed(folder / name)
             layers = [_for_frames(layer, usual) for layer in layers]
+        if stage == 0:
+            layers = [dataclasses.replace(layer, flops=layer.flops * calls) for layer in layers]
         every += [_in_stage(layer, stage) for layer in layers]
         unfused += [f"{stage}: {node}" for node in summary.attention_unfused]
     summary = dataclasses.replace(summarise(every), attention_unfused=tuple(unfused))

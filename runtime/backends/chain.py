@@ -90,10 +90,13 @@ class ChainVision:
     Attributes:
         shape: [F, 3, H, W] of the frames it takes.
         frames_per_stage: frames before the first merge and after each one, of the last clip.
+        batch: always 1.
 
     Raises:
         EngineError: the tensors are not those of `runtime.contract`, or do not fit from one stage to the next.
     """
+
+    batch = 1
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class ChainVision:
         self._closed = False
         for stage, (path, tensors) in enumerate(zip(paths, graphs, strict=True)):
             _check_names(path, stage, self.stages, tensors)
-        self.shape = _fixed(paths[0], FRAMES, *graphs[0][FRAMES], (FRAMES_DTYPE,), rank=4)
+        self.shape = fixed(paths[0], FRAMES, *graphs[0][FRAMES], (FRAMES_DTYPE,), rank=4)
         if self.shape[0] != room.frames:
             raise EngineError(f"{paths[0]} takes {self.shape[0]} frames, the manifest says {room.frames}: {REBUILD}")
         self._buffers = {
@@ -196,8 +199,8 @@ def _check_names(path: Path, stage: int, stages: int, tensors: Tensors) -> None:
 def _buffers(paths: Sequence[Path], graphs: Sequence[Tensors], room: Room) -> Tensors:
     """Shape and dtype of every buffer, by the names `ChainVision._views` uses."""
     last = len(graphs) - 1
-    _, width = _fixed(paths[last], TOKENS, *graphs[last][TOKENS], _FLOATS, rank=2, first=room.most)
-    _fixed(paths[last], POSITIONS, *graphs[last][POSITIONS], (POSITIONS_DTYPE,), rank=1, first=room.most)
+    _, width = fixed(paths[last], TOKENS, *graphs[last][TOKENS], _FLOATS, rank=2, first=room.most)
+    fixed(paths[last], POSITIONS, *graphs[last][POSITIONS], (POSITIONS_DTYPE,), rank=1, first=room.most)
     wanted = {
         TOKENS: ((room.most, width), graphs[last][TOKENS][1]),
         POSITIONS: ((room.most,), POSITIONS_DTYPE),
@@ -205,12 +208,12 @@ def _buffers(paths: Sequence[Path], graphs: Sequence[Tensors], room: Room) -> Te
     }
     between: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for path, tensors in zip(paths, graphs, strict=True):
-        _fixed(path, COUNT, *tensors[COUNT], (torch.int64,), rank=1)
+        fixed(path, COUNT, *tensors[COUNT], (torch.int64,), rank=1)
         for name, kept_as, rank, allowed in _BETWEEN:
             if name not in tensors:
                 continue
             shape, dtype = tensors[name]
-            found = (_fixed(path, name, shape, dtype, allowed, rank=rank, first=room.frames), dtype)
+            found = (fixed(path, name, shape, dtype, allowed, rank=rank, first=room.frames), dtype)
             if (other := between.setdefault(kept_as, found)) != found:
                 raise EngineError(
                     f"{path}: {name} is {dtype} {list(found[0])}, another stage has {other[1]} {list(other[0])}: they "
@@ -221,7 +224,7 @@ def _buffers(paths: Sequence[Path], graphs: Sequence[Tensors], room: Room) -> Te
     return wanted | between
 
 
-def _fixed(
+def fixed(
     path: Path,
     name: str,
     shape: tuple[int, ...],

@@ -14,13 +14,26 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.contract import DTYPES, FRAMES, FRAMES_DTYPE, OUTPUTS, POSITIONS, POSITIONS_DTYPE, TOKENS, check_frames
+from runtime.contract import (
+    DTYPES,
+    FRAMES,
+    FRAMES_DTYPE,
+    OUTPUTS,
+    POSITIONS,
+    POSITIONS_DTYPE,
+    TOKENS,
+    batch_of,
+    check_clips,
+    check_frames,
+)
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD
 
@@ -42,7 +55,8 @@ class OnnxRuntimeVision:
         threads: threads of the session; as many as torch uses by default, since the decoder follows on the same cores.
 
     Attributes:
-        shape: [F, 3, H, W] of the frames it takes.
+        shape: [F, 3, H, W] of the frames it takes, of B > 1 videos at once [B, F, 3, H, W].
+        batch: B.
 
     Raises:
         EngineError: onnxruntime is missing, or the file is missing, damaged, needs kernels that the CPU does not have,
@@ -64,10 +78,13 @@ class OnnxRuntimeVision:
                 f"{self._path} takes {sorted(inputs)} and returns {sorted(outputs)}, expected {FRAMES} and "
                 f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
             )
-        self.shape = _static(self._path, inputs[FRAMES], 4)
+        several = len(inputs[FRAMES].shape) == 5  # a leading B everywhere
+        self.shape = _static(self._path, inputs[FRAMES], 4 + several)
+        self.batch = batch_of(self.shape)
         dtype_of(self._path, inputs[FRAMES], FRAMES_DTYPE)
-        self._tokens = _empty(self._path, outputs[TOKENS], 2, *DTYPES.values())  # [N, D]
-        self._positions = _empty(self._path, outputs[POSITIONS], 1, POSITIONS_DTYPE)  # [N]
+        self._tokens = _empty(self._path, outputs[TOKENS], 2 + several, *DTYPES.values())  # [N, D]
+        self._positions = _empty(self._path, outputs[POSITIONS], 1 + several, POSITIONS_DTYPE)  # [N]
+        self._stack = torch.zeros(self.shape, dtype=FRAMES_DTYPE) if several else None  # of `encode_several`
         self._binding = self._session.io_binding()
         for name, tensor in ((TOKENS, self._tokens), (POSITIONS, self._positions)):
             self._binding.bind_output(name, **memory_of(tensor))
@@ -75,7 +92,8 @@ class OnnxRuntimeVision:
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Visual tokens [N, D] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
 
-        Both are valid until the next call, which writes over them.
+        All three have a leading B where the graph takes several videos. Both are valid until the next call, which
+        writes over them.
 
         Raises:
             EngineError: frames of another shape or dtype, or onnxruntime failed.
@@ -83,19 +101,41 @@ class OnnxRuntimeVision:
         """
         check_frames(frames, self.shape)
         frames = frames.cpu().contiguous()  # both are no-ops for frames as `runtime.video` gives them
+        with self._turn():
+            self._run(frames)
+        return self._tokens, self._positions
+
+    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Visual tokens [N, D] and positions int64 [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run.
+
+        What is left of B is filled with the last clip. Valid as those of `encode`; errors as there.
+        """
+        check_clips(clips, self.shape)
+        if self._stack is None:
+            return [self.encode(clips[0])]
+        with self._turn():
+            for place in range(self.batch):
+                self._stack[place].copy_(clips[min(place, len(clips) - 1)])
+            self._run(self._stack)
+        return [(self._tokens[place], self._positions[place]) for place in range(len(clips))]
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
         try:
             if self._session is None:
                 raise RuntimeError("this vision backend is closed")
-            self._binding.bind_input(FRAMES, **memory_of(frames))
-            try:
-                self._session.run_with_iobinding(self._binding)
-            except Exception as error:  # onnxruntime's errors share no base class
-                raise EngineError(f"onnxruntime failed on {self._path}: {first_line(error)}") from error
+            yield
         finally:
             self._lock.release()
-        return self._tokens, self._positions
+
+    def _run(self, frames: Tensor) -> None:
+        self._binding.bind_input(FRAMES, **memory_of(frames))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise EngineError(f"onnxruntime failed on {self._path}: {first_line(error)}") from error
 
     def close(self) -> None:
         """Free the session. Tensors returned before stay readable."""

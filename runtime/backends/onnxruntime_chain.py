@@ -38,7 +38,7 @@ class OnnxRuntimeChain(ChainVision):
             raise EngineError(f"threads must be at least 1, got {threads}")
         self._paths = [Path(folder) / stage_file(ONNX_FILE, stage) for stage in range(room.merges + 1)]
         self._sessions: list[Any] = [open_session(path, threads or torch.get_num_threads()) for path in self._paths]
-        graphs = [_tensors(path, session) for path, session in zip(self._paths, self._sessions, strict=True)]
+        graphs = [session_tensors(path, session) for path, session in zip(self._paths, self._sessions, strict=True)]
         super().__init__("onnxruntime", self._paths, graphs, room)
         self._bindings: list[Any] = [session.io_binding() for session in self._sessions]
 
@@ -61,7 +61,7 @@ class OnnxRuntimeChain(ChainVision):
         self._sessions, self._bindings = [], []
 
 
-def _tensors(path: Path, session: Any) -> Tensors:
+def session_tensors(path: Path, session: Any) -> Tensors:
     allowed = {*DTYPES.values(), FRAMES_DTYPE, POSITIONS_DTYPE}
     return {
         value.name: (

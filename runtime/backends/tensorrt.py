@@ -1,8 +1,10 @@
 """The vision engine on an NVIDIA GPU, through either TensorRT flavour.
 
 The caller has checked the manifest; here the engine is deserialised, its context is made once, every buffer is
-allocated once, and one warm-up run takes the flavour's own set-up (kernel compilation on the GPU with tensorrt-rtx) out
-of the first request. After that `encode` allocates no tensor and returns before the GPU has run:
+allocated once, and warm-up runs take the flavour's own set-up (kernel compilation on the GPU with tensorrt-rtx) out of
+the first request. As shapes and addresses never change, the engine's kernels are then captured as a CUDA graph and a
+call replays it; where that cannot be captured, each call launches them (`unreplayed` says why). After that `encode`
+allocates no tensor and returns before the GPU has run:
 
     caller's stream ──wait──> engine's stream: copy frames in, run ──event──> caller's stream goes on
 
@@ -15,6 +17,8 @@ Written for a GPU and unverified without one: what a test on a CPU can reach is 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,19 @@ import torch
 from torch import Tensor
 
 from runtime import trt as seam
-from runtime.contract import FRAMES, FRAMES_DTYPE, OUTPUTS, POSITIONS, POSITIONS_DTYPE, TOKENS, check_frames
+from runtime.contract import (
+    FRAMES,
+    FRAMES_DTYPE,
+    OUTPUTS,
+    POSITIONS,
+    POSITIONS_DTYPE,
+    TOKENS,
+    batch_of,
+    check_clips,
+    check_frames,
+)
 from runtime.errors import EngineError
+from runtime.graphs import Replay
 from runtime.manifest import REBUILD
 
 # By the names of `DataType`, which both flavours share.
@@ -46,7 +61,9 @@ class TensorRTVision:
         device: the CUDA device to run on, default the current one.
 
     Attributes:
-        shape: [F, 3, H, W] of the frames it takes.
+        shape: [F, 3, H, W] of the frames it takes, of B > 1 videos at once [B, F, 3, H, W].
+        batch: B.
+        unreplayed: why the engine's kernels are launched one by one and not as a CUDA graph; None where they are.
 
     Raises:
         EngineError: no such file, no GPU that torch can use, the flavour is missing, the engine was built by another
@@ -73,6 +90,7 @@ class TensorRTVision:
     def _prepare(self, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Allocate everything a call needs, tell the context where it is, run once."""
         self.shape = tensors[FRAMES][0]
+        self.batch = batch_of(self.shape)
         self._buffers = {
             name: torch.zeros(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in tensors.items()
         }
@@ -83,6 +101,8 @@ class TensorRTVision:
         for name, buffer in self._buffers.items():
             if not self._context.set_tensor_address(name, buffer.data_ptr()):
                 raise EngineError(f"{self.name} refused a buffer for tensor {name}: {self._complaint()}; {REBUILD}")
+        self._replay = Replay(self._device)
+        self._replay.prepare(self.shape, self._execute, lambda: None)
         self.encode(self._staging)
         torch.cuda.synchronize(self._device)
 
@@ -94,48 +114,92 @@ class TensorRTVision:
 
         Returns:
             tokens [N, D] and positions int64 [N] on the GPU, ready for work queued on the caller's current stream and
-            valid until the next call.
+            valid until the next call. All three have a leading B where the engine takes several videos.
 
         Raises:
             EngineError: frames of another shape or dtype or on another device, or TensorRT refused to run.
             RuntimeError: called while another call is under way, or after `close`.
         """
         check_frames(frames, self.shape)
+        self._check_device(frames)
+        with self._turn():
+            self._queue([(frames, self._staging, self._buffers[FRAMES])])
+            return self._buffers[TOKENS], self._buffers[POSITIONS]
+
+    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Visual tokens [N, D] and positions int64 [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run.
+
+        What is left of B is filled with the last clip. Places, validity and errors as those of `encode`.
+        """
+        check_clips(clips, self.shape)
+        if self.batch == 1:
+            return [self.encode(clips[0])]
+        for clip in clips:
+            self._check_device(clip)
+        filled = [*clips, *[clips[-1]] * (self.batch - len(clips))]
+        with self._turn():
+            self._queue(list(zip(filled, self._staging.unbind(), self._buffers[FRAMES].unbind(), strict=True)))
+            outputs = zip(self._buffers[TOKENS].unbind(), self._buffers[POSITIONS].unbind(), strict=True)
+            return list(outputs)[: len(clips)]
+
+    def _check_device(self, frames: Tensor) -> None:
         if frames.device.type != "cpu" and frames.device != self._device:
             raise EngineError(
                 f"frames are on {frames.device} and the engine is on {self._device}: move the frames there"
             )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
         try:
             if self._context is None:
                 raise RuntimeError("this vision backend is closed")
-            self._queue(frames)
+            yield
         finally:
             self._lock.release()
-        return self._buffers[TOKENS], self._buffers[POSITIONS]
 
-    def _queue(self, frames: Tensor) -> None:
-        """Queue copy and run on the engine's stream, between what the caller's stream has and will get."""
+    def _queue(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Queue copies and run on the engine's stream, between what the caller's stream has and will get.
+
+        `parts`: what is to be copied, its place in the pinned buffer, and its place in the engine's.
+        """
         caller = torch.cuda.current_stream(self._device)
-        if frames.device.type == "cpu":
+        if any(frames.device.type == "cpu" for frames, _, _ in parts):
             # Waits for the previous call's copy out of the pinned buffer, which comes before that call's engine run.
             self._staged.synchronize()
-            frames = self._staging.copy_(frames)
+            parts = [
+                (pinned.copy_(frames) if frames.device.type == "cpu" else frames, pinned, entering)
+                for frames, pinned, entering in parts
+            ]
         # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
-            self._buffers[FRAMES].copy_(frames, non_blocking=True)
+            for frames, _, entering in parts:
+                entering.copy_(frames, non_blocking=True)
             self._staged.record(self._stream)
-            started = self._context.execute_async_v3(self._stream.cuda_stream)
+            self._replay(self.shape, self._execute)
             self._finished.record(self._stream)
-        if frames.is_cuda:
-            frames.record_stream(self._stream)  # the caller may drop them before the copy has run
-        if not started:
-            raise EngineError(f"{self.name} refused to run the engine: {self._complaint()}")
+        for frames, _, _ in parts:
+            if frames.is_cuda:
+                frames.record_stream(self._stream)  # the caller may drop them before the copy has run
         caller.wait_event(self._finished)
         for name in OUTPUTS:
             self._buffers[name].record_stream(caller)  # `close` may drop them while the caller's stream reads them
+
+    def _execute(self) -> None:
+        """Launch the engine's kernels on the current stream."""
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+            raise EngineError(f"{self.name} refused to run the engine: {self._complaint()}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where frames had best be, so that nothing is copied between."""
+        return self._device
+
+    @property
+    def unreplayed(self) -> str | None:
+        return self._replay.reason
 
     def close(self) -> None:
         """Wait for what is running and free the engine; a second call does nothing."""
@@ -143,7 +207,8 @@ class TensorRTVision:
             if self._context is None:
                 return
             self._stream.synchronize()
-            # In this order: a context must not outlive its engine, nor an engine its runtime.
+            # In this order: the graph runs the context's kernels; that must not outlive its engine, nor it its runtime.
+            self._replay.clear()
             self._context = None
             self._engine = None
             self._runtime = None
@@ -210,6 +275,10 @@ def engine_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], 
             f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
         )
     tensors = {name: tensor_of(path, engine, name) for name in names}
+    several = len(tensors[FRAMES][0]) == 5  # a leading B everywhere
+    for name, rank in ((FRAMES, 4 + several), (TOKENS, 2 + several), (POSITIONS, 1 + several)):
+        if len(tensors[name][0]) != rank:
+            raise EngineError(f"{path}: {name} has shape {list(tensors[name][0])}, expected {rank} sizes; {REBUILD}")
     for name, (shape, dtype) in tensors.items():
         if min(shape, default=1) < 1:
             kind = next(kind for kind, known in _DTYPES.items() if known == dtype)

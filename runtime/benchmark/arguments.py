@@ -34,6 +34,8 @@ examples:
       a mid-size model with random weights, minutes on two cores
   python -m runtime.bench --model random:llava-onevision-qwen2-7b-ov --device cuda --scale-frames 8,32,128 --plot plots
       full size; needs a GPU
+  python -m runtime.bench --engine engines/NAME --soak 10000
+      whether memory stays steady over many requests, minutes on two cores
 """
 
 N = TypeVar("N", int, float)
@@ -64,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: PyTorch's)")
     how.add_argument("--warmup", type=int, default=2, metavar="N", help="requests not counted (default: 2)")
     how.add_argument("--repeats", type=int, default=10, metavar="N", help="requests of each variant (default: 10)")
-    how.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="of every answer (default: 16)")
+    how.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="of every answer, at least 2 (default: 16, with --soak 2)"
+    )
     how.add_argument(
         "--concurrency", type=counts, default=(1, 2, 4, 8), metavar="LIST", help="clients, or none (default: 1,2,4,8)"
     )
@@ -76,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
         "--scale-ratios", type=ratios, metavar="LIST", help="or none (default: 0.05,0.1,0.3,1 with the bundled model)"
     )
     how.add_argument("--scale-repeats", type=int, default=3, metavar="N", help="requests of each point (default: 3)")
+    soak = p.add_argument_group("instead of all that: memory over many requests")
+    soak.add_argument(
+        "--soak", type=int, metavar="N", help="N requests on one engine (default: the newest under engines/)"
+    )
+    soak.add_argument("--soak-clients", type=int, default=4, metavar="N", help="that ask at a time (default: 4)")
     out = p.add_argument_group("output")
     out.add_argument("--plot", type=Path, metavar="DIR", help="draw ttft.png and scaling.png there (needs matplotlib)")
     out.add_argument("--json", action="store_true", help="print the JSON line alone")
@@ -91,11 +100,15 @@ def check(options: argparse.Namespace) -> None:
     """
     for name, least in (
         ("repeats", 1), ("warmup", 0), ("requests", 1), ("scale_repeats", 1), ("max_new_tokens", 2), ("threads", 1),
-        ("frames", MIN_FRAMES),
+        ("frames", MIN_FRAMES), ("soak", 1), ("soak_clients", 1),
     ):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if options.max_new_tokens is None:
+        options.max_new_tokens = 16 if options.soak is None else 2
+    if options.soak is not None and len(options.engine) > 1:
+        raise UserError(f"--soak measures one engine, got {len(options.engine)}: give --engine once")
     bundled = options.model in (None, "micro")
     if options.scale_frames is None:
         options.scale_frames = (8, 16, 32) if bundled else ()

@@ -51,6 +51,11 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> Memory:
     return Memory(rss, max(0, rss - before), cuda)
 
 
+def resident() -> int | None:
+    """Bytes that the process has in memory now; None where that cannot be measured."""
+    return _status("VmRSS") if _STATUS.is_file() else None
+
+
 def _restart() -> int | None:
     """Give freed memory back, reset the high-water mark, return what is resident; None where that is not offered."""
     # glibc keeps freed memory, which a later call would take unseen; with another C library the growth may be too small

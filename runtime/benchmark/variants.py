@@ -26,7 +26,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode_video
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
-from runtime.backends import VisionBackend, choose_backend, open_backend
+from runtime.backends import VisionBackend, choose_backend, encode_one, open_backend
 from runtime.benchmark.naive import encode_naive
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder import Decoder
@@ -180,7 +180,7 @@ class Bench:
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
         def see(frames: Tensor) -> Seen:
-            tokens = vision.encode(frames)[0].to(self.device)
+            tokens = encode_one(vision, frames)[0].to(self.device)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
             return Seen(tokens, False, tuple(stages))
 
@@ -231,7 +231,7 @@ class Bench:
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
-    """The manifest of an engine folder.
+    """The manifest of an engine folder, of several frame counts that of `frames`.
 
     Raises:
         EngineError: no such folder, a broken one, an engine of another model or for another number of frames.
@@ -242,12 +242,13 @@ def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
             f"engine {manifest.name} was built from {manifest.model.source}, with other weights than "
             f"{checkpoint.source}: give that with --model, or leave --engine out"
         )
-    if manifest.frames != frames:
+    if frames not in manifest.counts:
+        counts = " or ".join(map(str, manifest.counts))
         raise EngineError(
-            f"engine {manifest.name} takes {manifest.frames} frames and {frames} are measured: use --frames "
-            f"{manifest.frames}, or build one with python -m builder.build --frames {frames}"
+            f"engine {manifest.name} takes {counts} frames and {frames} are measured: use --frames {counts}, or build "
+            f"one with python -m builder.build --frames {frames}"
         )
-    return manifest
+    return manifest.at(frames)
 
 
 def full_tokens(checkpoint: Checkpoint, frames: int) -> int:

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
-from builder import build, verify
+from builder import build, gate, verify
 from builder.arguments import parse
 from builder.config import project_version
 from earlytom.budget import frames_per_stage, token_count
@@ -325,20 +326,21 @@ def test_decoder_is_loaded_for_the_gate_only_where_its_text_means_something(
         asked.append(checkpoint.source)
         raise UserError("stop here")
 
-    monkeypatch.setattr(build, "NextTokens", next_tokens)
-    monkeypatch.setattr(build, "vision_graph", lambda *args: None)
-    monkeypatch.setattr(build.verify, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
+    monkeypatch.setattr(gate, "NextTokens", next_tokens)
+    monkeypatch.setattr(verify, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
+    clips = {FRAMES: {"clip": torch.zeros(FRAMES, 3, 72, 72, dtype=torch.uint8)}}
+    screen = cli.Screen(json_only=True)
     for limit, words, loads in (
         (0, [], 0),
-        (build.SMALL_DECODER, [], 1),
-        (build.SMALL_DECODER, ["--no-verify-text"], 0),
+        (gate.SMALL_DECODER, [], 1),
+        (gate.SMALL_DECODER, ["--no-verify-text"], 0),
         (0, ["--verify-text"], 1),
     ):
         options, config, _ = parse([*build_arguments, *words])
-        monkeypatch.setattr(build, "SMALL_DECODER", limit)
+        monkeypatch.setattr(gate, "SMALL_DECODER", limit)
         asked.clear()
         with pytest.raises(UserError, match="stop here" if loads else "gate"):
-            build.check(config, tmp_path, {}, options, build.Stages(cli.Screen(json_only=True)))
+            gate.check_each(config, cast(Any, None), [tmp_path], clips, screen, with_text=options.verify_text)
         assert len(asked) == loads
 
 

@@ -26,7 +26,7 @@ from runtime.pipeline import Pipeline
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTION = "What happens?"
-STAGES = ("decode", "preprocess", "vision", "prefill", "first_token", "per_token", "total")
+STAGES = ("waiting", "decode", "preprocess", "vision", "prefill", "first_token", "per_token", "total")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -99,6 +99,7 @@ def test_the_answer_the_times_and_one_json_line(run: Run, engine: Path, drawn_cl
     assert (record["engine"], record["backend"]) == (engine.name, "onnxruntime")
     assert tuple(record["seconds"]) == STAGES
     for stage in (
+        "waiting",
         "decode video",
         "preprocess",
         "vision engine",
@@ -109,6 +110,21 @@ def test_the_answer_the_times_and_one_json_line(run: Run, engine: Path, drawn_cl
     ):
         assert any(re.match(rf"{stage}\b.* \d+\.\d$", line) for line in lines), stage
     assert any("not trained" in line for line in lines) == (not pipeline.manifest.model.trained)
+
+
+def test_several_questions_about_one_video(run: Run, engine: Path, drawn_clip: Path) -> None:
+    other = "How many balls are there?"
+    status, out, err = run(other, QUESTION)
+    assert (status, err) == (0, "")
+    record = json.loads(out.splitlines()[-1])
+    with Pipeline.load(engine, device="cpu") as pipeline:
+        wanted = {q: pipeline.ask(drawn_clip, q, max_new_tokens=6).text for q in (QUESTION, other)}
+    assert wanted[QUESTION] != wanted[other]
+    assert [one["question"] for one in record["answers"]] == [QUESTION, other, QUESTION]
+    assert [one["answer"] for one in record["answers"]] == [wanted[QUESTION], wanted[other], wanted[QUESTION]]
+    assert [one["seconds"]["vision"] for one in record["answers"]] == [0, 0, 0]
+    assert out.index(f"> {QUESTION}") < out.index(wanted[QUESTION]) < out.index(f"> {other}")
+    assert re.search(r"^first token .*( +\d+\.\d){3} *$", out, re.MULTILINE)
 
 
 def test_the_answer_comes_bit_by_bit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

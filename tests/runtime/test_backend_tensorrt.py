@@ -16,6 +16,7 @@ from runtime import trt as seam
 from runtime.backends import tensorrt as backend
 from runtime.backends.tensorrt import TensorRTVision, engine_tensors
 from runtime.errors import EngineError
+from runtime.graphs import Replay
 
 SHAPES = {"frames": ((2, 3, 4, 4), "UINT8"), "tokens": ((5, 8), "HALF"), "positions": ((5,), "INT64")}
 
@@ -84,20 +85,23 @@ def stand_ins(monkeypatch, engine, log):
         def synchronize(self):
             log.append(f"host waits for event of {self.stream}")
 
+    current = [Stream("caller")]
+
     @contextlib.contextmanager
     def on(stream):
         log.append("{")
+        current.append(stream)
         yield
+        current.pop()
         log.append("}")
 
-    caller = Stream("caller")
     cuda = SimpleNamespace(
         is_available=lambda: True,
         device=lambda device: contextlib.nullcontext(),
         Stream=lambda device: Stream("engine"),
         Event=Event,
         stream=on,
-        current_stream=lambda device: caller,
+        current_stream=lambda device: current[-1],
         synchronize=lambda device: log.append("host waits for all"),
     )
     monkeypatch.setattr(
@@ -183,6 +187,106 @@ def test_frames_on_another_device(opened):
     assert log == []
 
 
+SEVERAL = {"frames": ((3, 2, 3, 4, 4), "UINT8"), "tokens": ((3, 5, 8), "HALF"), "positions": ((3, 5), "INT64")}
+
+
+@pytest.fixture
+def opened_for_three(monkeypatch, engine_file):
+    """As `opened`, of an engine for three videos at once."""
+    log = []
+    stand_ins(monkeypatch, Engine(SEVERAL, Context(log)), log)
+    vision = TensorRTVision(engine_file, "tensorrt-rtx")
+    log.clear()
+    return vision, log
+
+
+def test_several_clips_are_one_run_each_in_its_place(opened_for_three):
+    vision, log = opened_for_three
+    assert (vision.batch, vision.shape) == (3, (3, 2, 3, 4, 4))
+    vision._buffers["positions"].copy_(torch.arange(15).view(3, 5))
+    for values, entered in (((4, 5, 6), [4, 5, 6]), ((7, 8), [7, 8, 8]), ((9,), [9, 9, 9])):
+        log.clear()
+        found = vision.encode_several([frames(value) for value in values])
+        assert log.count("run on engine") == 1
+        assert log.count("host waits for event of engine") == 1
+        assert log.index("engine waits for caller") < log.index("run on engine") < log.index("}")
+        assert vision._buffers["frames"][:, 0, 0, 0, 0].tolist() == entered
+        assert [where.tolist()[0] for _, where in found] == [0, 5, 10][: len(values)]
+        addresses = [tokens.data_ptr() for tokens, _ in found]
+        assert addresses == [tokens.data_ptr() for tokens in vision._buffers["tokens"]][: len(values)]
+    tokens, positions = vision.encode(torch.stack([frames(value) for value in (1, 2, 3)]))
+    assert vision._buffers["frames"][:, 0, 0, 0, 0].tolist() == [1, 2, 3]
+    assert (tokens.shape, positions.shape) == ((3, 5, 8), (3, 5))
+
+
+def test_clips_that_do_not_fit_are_refused_before_anything_is_queued(opened_for_three):
+    vision, log = opened_for_three
+    for clips, message in (
+        ([], "takes 1 to 3 clips at once, got 0"),
+        ([frames()] * 4, "takes 1 to 3 clips at once, got 4"),
+        ([frames(), frames()[:1]], "this engine takes frames of shape"),
+        ([frames(), frames().to("meta")], "frames are on meta and the engine"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            vision.encode_several(clips)
+    with pytest.raises(EngineError, match="2 frames of each of 3 videos"):
+        vision.encode(frames())
+    assert log == []
+    vision.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        vision.encode_several([frames()])
+
+
+def test_an_engine_for_one_video_takes_one_clip(opened):
+    vision, _, _ = opened
+    assert vision.batch == 1
+    ((tokens, _),) = vision.encode_several([frames(7)])
+    assert tokens.data_ptr() == vision._buffers["tokens"].data_ptr()
+    with pytest.raises(EngineError, match="takes 1 to 1 clips at once, got 2"):
+        vision.encode_several([frames()] * 2)
+
+
+class RecordedGraph(Replay):
+    """A graph whose replay is written down."""
+
+    log: list
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.reason = None
+
+    def _capture(self, function, rewind):
+        function()
+        self.log.append("captured")
+        return lambda: self.log.append("replayed")
+
+
+def test_a_call_replays_the_graph_that_was_captured_once(monkeypatch, engine_file):
+    log = []
+    monkeypatch.setattr(backend, "Replay", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "log", log, raising=False)
+    stand_ins(monkeypatch, Engine(SHAPES, Context(log)), log)
+    vision = TensorRTVision(engine_file, "tensorrt-rtx")
+    assert vision.unreplayed is None
+    assert log.count("captured") == 1
+    log.clear()
+    for value in (3, 4):
+        vision.encode(frames(value))
+        assert vision._buffers["frames"].unique().tolist() == [value]  # where the graph reads
+    assert log.count("replayed") == 2
+    assert not any("run on" in line or line == "captured" for line in log)
+    vision.close()
+    assert vision._replay.reason is not None  # nothing is left to replay on an engine that is gone
+    assert (2, 3, 4, 4) not in vision._replay
+
+
+def test_where_no_graph_can_be_captured_each_call_launches_the_engine(opened):
+    vision, _, log = opened
+    assert "CUDA graphs need a GPU" in vision.unreplayed
+    vision.encode(frames())
+    assert "run on engine" in log
+
+
 def test_a_run_that_is_refused(opened):
     vision, context, _ = opened
     context.succeeds = False
@@ -225,6 +329,8 @@ def test_an_engine_that_does_not_load(monkeypatch, engine_file, engine, message)
         ({"tokens": ((5, 8), "FP8")}, "tokens is FP8"),
         ({"frames": ((2, 3, 4, 4), "HALF")}, "frames is torch.float16, expected torch.uint8"),
         ({"positions": ((5,), "INT32")}, "positions is torch.int32, expected torch.int64"),
+        ({"frames": ((3, 2, 3, 4, 4), "UINT8")}, r"tokens has shape \[5, 8\], expected 3 sizes"),
+        ({"tokens": ((1, 5, 8), "HALF")}, r"tokens has shape \[1, 5, 8\], expected 2 sizes"),
     ],
 )
 def test_tensors_that_are_not_the_contract(tmp_path, change, message):
@@ -320,6 +426,7 @@ def test_on_a_gpu(tmp_path):
         target=torch.cuda.get_device_capability(),
     )
     vision = TensorRTVision(tmp_path / "vision.engine", FLAVOUR)
+    assert vision.unreplayed is None
     generator = torch.Generator().manual_seed(0)
     for call in range(20):
         clip = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
@@ -329,4 +436,59 @@ def test_on_a_gpu(tmp_path):
             got = (tokens.cpu(), positions.cpu())
         torch.testing.assert_close(got[0], means @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-2)
         assert got[1].tolist() == means.max(1).values.long().tolist()
+    vision.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(FLAVOUR is None, reason=WHY_NOT)
+def test_several_clips_on_a_gpu(tmp_path):
+    """Token i of a clip is row i of its frames' channel means times a matrix, whatever lies beside it in the batch."""
+    onnx = pytest.importorskip("onnx")
+    from builder.compile import compile_engine
+
+    matrix = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    helper, proto = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Cast", ["frames"], ["pixels"], to=proto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("MatMul", ["means", "matrix"], ["tokens"]),
+        helper.make_node("ReduceMax", ["means", "last"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["positions"], to=proto.INT64),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "means",
+        [helper.make_tensor_value_info("frames", proto.UINT8, (3, 4, 3, 16, 16))],
+        [
+            helper.make_tensor_value_info("tokens", proto.FLOAT, (3, 4, 8)),
+            helper.make_tensor_value_info("positions", proto.INT64, (3, 4)),
+        ],
+        [
+            onnx.numpy_helper.from_array(matrix, "matrix"),
+            helper.make_tensor("axes", proto.INT64, (2,), (3, 4)),
+            helper.make_tensor("last", proto.INT64, (1,), (2,)),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, tmp_path / "vision.onnx")
+    compile_engine(
+        tmp_path / "vision.onnx",
+        tmp_path / "vision.engine",
+        flavour=FLAVOUR,
+        dtype="fp32",
+        target=torch.cuda.get_device_capability(),
+    )
+    vision = TensorRTVision(tmp_path / "vision.engine", FLAVOUR)
+    assert vision.batch == 3
+    generator = torch.Generator().manual_seed(0)
+    for call in range(12):
+        clips = list(torch.randint(0, 256, (1 + call % 3, 4, 3, 16, 16), generator=generator, dtype=torch.uint8))
+        where = [clip.cuda() if (call + place) % 2 else clip for place, clip in enumerate(clips)]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [(tokens.cpu(), positions.cpu()) for tokens, positions in vision.encode_several(where)]
+        assert len(found) == len(clips)
+        for clip, (tokens, positions) in zip(clips, found, strict=True):
+            means = clip.float().mean((2, 3))
+            torch.testing.assert_close(tokens, means @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-2)
+            assert positions.tolist() == means.max(1).values.long().tolist()
     vision.close()

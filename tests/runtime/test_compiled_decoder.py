@@ -25,11 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from earlytom.errors import UserError
 from runtime import ask, cli, decoder_compiler, trt
 from runtime.compiled_decoder import CompiledDecoder, Size, default_size
-from runtime.decoder import GREEDY, Decoder, Sampling
+from runtime.decoder import Decoder
 from runtime.decoder_compiler import TorchTensorRT
 from runtime.errors import EngineError
 from runtime.pipeline import DECODER_FOLDER, Pipeline
 from runtime.program_store import PROGRAM_FILE, ProgramStore
+from runtime.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (Size(16, 24), Size(32, 64), Size(16, 64))
@@ -143,6 +144,22 @@ def test_stop_ids_and_limits_end_an_answer(decoder: CompiledDecoder) -> None:
     with pytest.raises(StopIteration) as end:
         next(stream)
     assert end.value.value == "stop"
+
+
+def test_a_prefix_is_refused_at_once(decoder: CompiledDecoder, eager: Decoder) -> None:
+    for refused in (
+        lambda: decoder.prefill(prompt(5)),
+        lambda: decoder.stream(prompt(5), max_new_tokens=3, prefix=eager.prefill(prompt(5))),
+    ):
+        with pytest.raises(UserError, match="use --decoder torch, or ask without a prefix"):
+            refused()
+
+
+def test_a_warm_up_of_any_length_is_none(decoder: CompiledDecoder) -> None:
+    """What loads a decoder need not know which: no size holds the last of these."""
+    before = dict(decoder._programs)
+    decoder.warm_up([10, 64, 128])
+    assert decoder._programs == before
 
 
 def test_nothing_leaks_into_the_next_request(decoder: CompiledDecoder, eager: Decoder) -> None:

@@ -110,6 +110,73 @@ def test_unverified_and_uncompressed_manifests_are_valid(tmp_path: Path) -> None
     assert Manifest.read(tmp_path / "e") == manifest
 
 
+def several(folder: Path, **changes: Any) -> Manifest:
+    """A folder for 8 and for 16 frames."""
+    folder.mkdir(exist_ok=True)
+    for name in ("vision.f8.engine", "vision.f16.engine"):
+        (folder / name).write_bytes(name.encode())
+    lines = [f"polygraphy run vision.f{frames}.onnx --onnxrt" for frames in (8, 16)]
+    return make(folder, **({"frame_counts": (8, 16), "polygraphy": " && ".join(lines)} | changes))
+
+
+def test_several_frame_counts_and_videos_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = several(tmp_path / "e", batch=4)
+    written.write(tmp_path / "e")
+    manifest = Manifest.read(tmp_path / "e")
+    assert manifest == written
+    assert (manifest.frames, manifest.counts, manifest.batch) == (16, (8, 16), 4)
+    least = manifest.at(8)
+    assert (least.frames, least.frames_per_stage, least.tokens, least.tokens_full) == (8, (8, 6, 4, 3), 39, 128)
+    assert least.stage_files("vision.engine") == ("vision.f8.engine",)
+    assert least.polygraphy == "polygraphy run vision.f8.onnx --onnxrt"
+    assert manifest.at(16).tokens == manifest.tokens
+    assert manifest.stage_files("vision.engine") == ("vision.f16.engine",)
+    with pytest.raises(EngineError, match="takes 8 or 16 frames, not 12"):
+        manifest.at(12)
+
+
+def test_one_video_and_one_frame_count_are_not_written(tmp_path: Path) -> None:
+    plain = make(tmp_path / "e")
+    assert not {"batch", "frame_counts"} & plain.to_dict().keys()
+    assert (plain.batch, plain.counts) == (1, (16,))
+    assert plain.at(16) is plain
+    assert plain.stage_files("vision.engine") == ("vision.engine",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"frame_counts": (8, 12)}, "frames is 16, of frame_counts"),
+        ({"frame_counts": (4, 8, 16)}, r"lists no vision\.f4\.engine"),
+        ({"frame_counts": (16, 8)}, "ascending frame counts"),
+        ({"batch": 0}, "batch must be a positive whole number"),
+        ({"batch": True}, "batch must be a positive whole number"),
+        ({"frame_counts": "8"}, "ascending frame counts"),
+        ({"tokens": 78}, "tokens is 78"),
+    ],
+)
+def test_counts_that_disagree_are_refused(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(EngineError, match=match):
+        several(tmp_path / "e", **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda values: values.update(frame_counts=[16]), "null or several frame counts"),
+        (lambda values: values["files"].pop("vision.f8.engine"), r"lists no vision\.f8\.engine"),
+        (lambda values: values["earlytom"].update(frame_budget=[12, 9, 7]), "frame_budget .* fits one frame count"),
+        (lambda values: values["earlytom"].update(schedule="adaptive"), "frames_per_stage is|takes one video"),
+    ],
+)
+def test_files_that_disagree_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], match: str
+) -> None:
+    several(tmp_path / "e").write(tmp_path / "e")
+    edit(tmp_path / "e", change)
+    refused(tmp_path / "e", match)
+
+
 PLUGIN = PluginRecord(
     name="earlytom::FramePlan",
     version="1",

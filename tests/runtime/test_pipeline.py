@@ -21,14 +21,16 @@ from torch import Tensor
 from transformers import SiglipVisionModel
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
-from runtime import pipeline as module
+from runtime import answering
+from runtime.answering import Answer, Delta, Ready
 from runtime.checkpoint import describe, load_model, load_tokenizer
 from runtime.clip import draw_clip
-from runtime.decoder import InnerMerge, Sampling
+from runtime.decoder import InnerMerge
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import FileRecord, Manifest, describe_files
-from runtime.pipeline import Answer, Delta, Pipeline
+from runtime.pipeline import Pipeline
 from runtime.prompt import build_prompt, splice
+from runtime.sampling import Sampling
 from runtime.video import Clip, load_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,18 +228,18 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_it(
     pipeline: Pipeline, frames: Tensor, answer: Answer, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = next(token for token in answer.tokens if token != answer.tokens[0])
-    monkeypatch.setattr(pipeline, "_stops", (stop,))
+    monkeypatch.setattr(pipeline._core, "stops", (stop,))
     got = pipeline.ask(frames, QUESTION, max_new_tokens=TOKENS)
     assert got.finish == "stop"
     assert got.tokens == answer.tokens[: answer.tokens.index(stop)] == generate(frames, QUESTION, eos_token_id=[stop])
-    monkeypatch.setattr(pipeline, "_stops", (answer.tokens[0],))
+    monkeypatch.setattr(pipeline._core, "stops", (answer.tokens[0],))
     nothing = pipeline.ask(frames, QUESTION)
     assert (nothing.text, nothing.tokens, nothing.finish) == ("", (), "stop")
     assert nothing.timings.first_token > 0
 
 
 def test_stop_tokens_are_those_of_the_checkpoint(pipeline: Pipeline, generate: Generate) -> None:
-    assert list(pipeline._stops) == generate.model.generation_config.eos_token_id
+    assert list(pipeline._core.stops) == generate.model.generation_config.eos_token_id
 
 
 def test_sampling_is_reproducible_with_a_seed(pipeline: Pipeline, frames: Tensor, answer: Answer) -> None:
@@ -255,7 +257,7 @@ def test_sampling_is_reproducible_with_a_seed(pipeline: Pipeline, frames: Tensor
 def test_times_add_up(pipeline: Pipeline, drawn_clip: Path) -> None:
     times = pipeline.ask(drawn_clip, QUESTION, max_new_tokens=4).timings
     assert all(seconds > 0 for seconds in dataclasses.asdict(times).values())
-    assert times.decode + times.preprocess + times.vision + times.prefill <= times.first_token
+    assert times.waiting + times.decode + times.preprocess + times.vision + times.prefill <= times.first_token
     assert times.first_token + 3 * times.per_token <= times.total
 
 
@@ -271,11 +273,12 @@ def test_the_time_of_a_token_is_not_the_reader_s(
     pipeline: Pipeline, drawn_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that ticks once at every look, and 1000 times while the caller has a delta."""
-    clip = ready(pipeline, drawn_clip)
+    core = pipeline._core
+    clip, question = core.prepare(drawn_clip), core.question(QUESTION, max_new_tokens=4)
     now = itertools.count()
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    monkeypatch.setattr(answering, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
     answer = None
-    for delta in pipeline.stream(clip, QUESTION, max_new_tokens=4):
+    for delta in core.answer(Ready(clip, question)):
         answer = delta.answer
         now = itertools.count(next(now) + 1000)
     assert answer is not None
@@ -284,54 +287,21 @@ def test_the_time_of_a_token_is_not_the_reader_s(
     assert answer.timings.total > 4000
 
 
-# One request at a time
+# Requests of one caller (those of many: test_pipeline_callers.py)
 
 
-def test_a_second_request_is_refused_while_one_streams(pipeline: Pipeline, frames: Tensor, answer: Answer) -> None:
-    """In the same thread, where waiting would never end, and in another one; the first goes on undisturbed."""
-    stream = pipeline.stream(frames, QUESTION, max_new_tokens=TOKENS)
-    deltas = [next(stream)]
-    with pytest.raises(RuntimeError, match="finish or close"):
-        next(pipeline.stream(frames, QUESTION))
-    refused: list[BaseException] = []
-
-    def other() -> None:
-        try:
-            pipeline.ask(frames, QUESTION)
-        except RuntimeError as error:
-            refused.append(error)
-
-    thread = threading.Thread(target=other, daemon=True)
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert "answering another request" in str(refused[0])
-    deltas += stream
+def test_a_second_request_is_answered_while_one_streams(pipeline: Pipeline, frames: Tensor, answer: Answer) -> None:
+    """In the same thread; each goes on undisturbed."""
+    first = pipeline.stream(frames, QUESTION, max_new_tokens=TOKENS)
+    deltas = [next(first)]
+    second = pipeline.stream(frames.flip(0), QUESTION, max_new_tokens=TOKENS)
+    other = [next(second)]
+    assert pipeline.ask(frames, QUESTION, max_new_tokens=2).tokens == answer.tokens[:2]
+    deltas += first
+    other += second
     assert deltas[-1].answer is not None
-    assert deltas[-1].answer.tokens == answer.tokens
-    assert pipeline.ask(frames, QUESTION, max_new_tokens=TOKENS).tokens == answer.tokens  # and it is free again
-
-
-def test_threads_that_take_turns_get_their_own_answers(
-    pipeline: Pipeline, clips: list[Path], generate: Generate
-) -> None:
-    turn, got, failed = threading.Lock(), {}, []
-
-    def work(clip: Path) -> None:
-        try:
-            for _ in range(2):
-                with turn:
-                    got[clip] = pipeline.ask(clip, QUESTION, max_new_tokens=TOKENS).tokens
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=work, args=(clip,), daemon=True) for clip in clips[:4]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not failed
-    assert got == {clip: generate(clip, QUESTION) for clip in clips[:4]}
+    assert other[-1].answer is not None
+    assert deltas[-1].answer.tokens == answer.tokens != other[-1].answer.tokens
 
 
 def test_a_stream_may_move_to_another_thread(pipeline: Pipeline, frames: Tensor, answer: Answer) -> None:
@@ -554,9 +524,9 @@ def test_inner_merging_is_an_option_of_the_pipeline(engine: Path, frames: Tensor
     inner = InnerMerge(layer=1, ratio=0.7)
     with load(engine) as plain, load(engine, inner=inner) as merging:
         assert merging.decoder is not None
-        words = build_prompt(merging._tokenizer, QUESTION)
+        words = build_prompt(merging._core.tokenizer, QUESTION)
         visual = merging.vision.encode(frames)[0].clone()
-        embeds = splice(words, visual, merging._newline, merging.decoder.embed)
+        embeds = splice(words, visual, merging._core.newline, merging.decoder.embed)
         span = range(len(words.prefix_ids), embeds.shape[1] - len(words.suffix_ids))
         expected = list(merging.decoder.stream(embeds, max_new_tokens=TOKENS, visual=span))
         got = merging.ask(frames, QUESTION, max_new_tokens=TOKENS)

@@ -16,7 +16,14 @@ import torch
 from earlytom.errors import UserError
 from runtime import video
 from runtime.errors import VideoError
-from runtime.video import apply_display_matrix, clip_from_frames, load_clip, resize_frames, sample_indices
+from runtime.video import (
+    apply_display_matrix,
+    clip_from_frames,
+    load_clip,
+    resize_frames,
+    resize_in_float,
+    sample_indices,
+)
 
 HEIGHT, WIDTH, BITS = 48, 80, 10
 SIZE = (HEIGHT, WIDTH)
@@ -757,3 +764,82 @@ def test_a_relative_name_with_a_colon(tmp_path, monkeypatch):
     write(tmp_path / "plain.mp4", 6).rename(tmp_path / "http:clip.mp4")
     monkeypatch.chdir(tmp_path)
     assert barcodes(load_clip("http:clip.mp4", 2, SIZE).frames) == [0, 5]
+
+
+# ------------------------------------------------------------------------------------- the model's own video processor
+
+
+@pytest.fixture(scope="module")
+def drawn_frames(drawn_clip):
+    """uint8 [16, 3, 240, 320]: frames of the demo's clip as they are."""
+    return load_clip(drawn_clip, 16, (240, 320)).frames
+
+
+def processor_resize(frames, size):
+    """What transformers' video processor documents, torchvision's resize of uint8: widen, resize, round, clamp."""
+    wide = torch.nn.functional.interpolate(frames.float(), size, mode="bicubic", align_corners=False, antialias=True)
+    return wide.round().clamp(0, 255)
+
+
+def pillow_resize(frames, size):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    height, width = size
+    resized = [
+        np.asarray(image.fromarray(frame).resize((width, height), image.Resampling.BICUBIC))
+        for frame in frames.permute(0, 2, 3, 1).numpy()
+    ]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
+
+
+def mean_difference(a, b):
+    return float((a.float() - b.float()).abs().mean())
+
+
+@pytest.mark.parametrize("reference", [processor_resize, pillow_resize])
+@pytest.mark.parametrize("size", [(72, 72), (384, 384)])
+def test_resizing_matches_the_models_own_processor(drawn_frames, reference, size):
+    """Within 1 of 255 on average, on real frames; the processor itself needs torchvision."""
+    assert mean_difference(resize_frames(drawn_frames, size), reference(drawn_frames, size)) < 0.5
+    bilinear = torch.nn.functional.interpolate(drawn_frames.float(), size, mode="bilinear", antialias=True)
+    coarse = torch.nn.functional.interpolate(drawn_frames.float(), size, mode="bicubic")
+    shifted = reference(drawn_frames.roll(1, dims=3), size)
+    least = min(mean_difference(other, reference(drawn_frames, size)) for other in (bilinear, coarse, shifted))
+    assert least > mean_difference(resize_frames(drawn_frames, size), reference(drawn_frames, size))
+
+
+@pytest.mark.parametrize("size", [(72, 72), (384, 384), (240, 320)])
+def test_resizing_without_a_kernel_for_uint8(drawn_frames, size):
+    """What runs on a GPU: the same within 1 of 255 on average, and of any number of frames at a time."""
+    wide = resize_in_float(drawn_frames, size)
+    assert wide.dtype == torch.uint8
+    assert wide.shape == (16, 3, *size)
+    assert mean_difference(wide, resize_frames(drawn_frames, size)) < 0.5
+    assert torch.equal(wide, processor_resize(drawn_frames, size).to(torch.uint8))
+    assert torch.equal(resize_in_float(drawn_frames[3:4], size), wide[3:4])
+
+
+def test_overshoot_is_clamped():
+    """Bicubic overshoots at an edge of black and white: without the clamp, 255 and more would wrap round to black."""
+    edge = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
+    edge[..., 20:] = 255
+    wide = resize_in_float(edge, (60, 60))
+    assert mean_difference(wide, resize_frames(edge, (60, 60))) < 1
+    assert (wide[..., 45:] == 255).all()
+
+
+def test_frames_are_resized_where_they_are_asked_to_be(drawn_frames):
+    assert torch.equal(resize_frames(drawn_frames, (72, 72), "cpu"), resize_frames(drawn_frames, (72, 72)))
+    assert resize_frames(drawn_frames[:2], (240, 320), "meta").device.type == "meta"
+    assert resize_frames(drawn_frames[:2], (72, 72), "meta").shape == (2, 3, 72, 72)
+    clip = clip_from_frames(drawn_frames, 4, (72, 72), device="meta")
+    assert (clip.frames.device.type, clip.frames.dtype) == ("meta", torch.uint8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_resizing_on_a_gpu(drawn_frames):
+    for size in ((72, 72), (384, 384)):
+        resized = resize_frames(drawn_frames, size, "cuda")
+        assert resized.is_cuda
+        assert mean_difference(resized.cpu(), resize_frames(drawn_frames, size)) < 1
+        assert torch.equal(resize_frames(drawn_frames[2:3], size, "cuda"), resized[2:3])

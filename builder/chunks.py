@@ -1,0 +1,127 @@
+"""The budget schedule as two graphs, cut at the first merge, for clips whose frames come one after the other.
+
+    head    frames [C, 3, H, W] -> the layers up to the first merge -> hidden [C, T, D]
+    rest    hidden [F, T, D] -> the merge, the remaining layers, projector, pooling, selection -> tokens, positions
+
+A clip of F frames runs the head F / C times and the rest once. Where the first merge is the last, or there is none, the
+head also takes received attention [C, S]. Each graph holds its own layers, so no weight is there twice; both have
+static shapes. Files and tensors are named in `runtime.contract`; values keep the names of the encoder's trace.
+
+Notation: F frames, C frames of a chunk, T = S + prefix tokens a frame inside the tower, D its width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from builder.config import check_chunk
+from builder.export import ExportedGraph, SymbolicDecisions, VisionGraph, budget_body, save, trace
+from earlytom.encoder import head, layer_spans, rest, trace_names
+from runtime import contract
+
+
+class HeadGraph(nn.Module):
+    """For the exporter: uint8 frames [C, 3, H, W] to the values of the head by name."""
+
+    def __init__(self, whole: VisionGraph) -> None:
+        super().__init__()
+        self.whole = whole
+        self.span = layer_spans(whole.config, whole.layers)[0]
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        whole = self.whole
+        _, received = head(
+            whole.tower, whole.pixels(frames), whole.config, whole.layers, lambda **found: values.update(found), True
+        )
+        return values if received is None else values | {contract.RECEIVED: received}
+
+    @property
+    def last(self) -> str:
+        """The name of the last layer's result."""
+        return f"hidden_{self.span[-1]}"
+
+    @property
+    def received(self) -> bool:
+        """Whether the head has the layer that received attention is taken from."""
+        return len(self.whole.config.merge_layers) <= 1
+
+    @property
+    def names(self) -> list[str]:
+        """The keys of what `forward` returns, in its order."""
+        return [*(f"hidden_{layer}" for layer in self.span), *([contract.RECEIVED] if self.received else [])]
+
+
+class RestGraph(nn.Module):
+    """For the exporter: what the head made of all F frames to the other values of the encoder's trace."""
+
+    def __init__(self, whole: VisionGraph) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, hidden: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        whole = self.whole
+        rest(
+            whole.tower,
+            whole.projector,
+            hidden,
+            received,
+            whole.config,
+            SymbolicDecisions(whole.config, whole.similarity_dtype),
+            whole.layers,
+            lambda **found: values.update(found),
+            True,
+        )
+        return values | {contract.TOKENS: values[contract.TOKENS].to(whole.dtype)}
+
+    @property
+    def names(self) -> list[str]:
+        """The keys of what `forward` returns, in its order."""
+        layers = self.whole.layers
+        before = {f"hidden_{layer}" for layer in layer_spans(self.whole.config, layers)[0]}
+        return [name for name in trace_names(self.whole.config, layers) if name not in before]
+
+
+def export_chunks(
+    graph: VisionGraph, frames: int, chunk: int, size: tuple[int, int], folder: Path
+) -> tuple[ExportedGraph, ExportedGraph]:
+    """Write the head and the rest (and, where its weights are large, a file of them beside each).
+
+    Args:
+        graph: from `VisionGraph`, in the precision of the engine.
+        frames: F.
+        chunk: C.
+        size: (H, W) of a frame.
+        folder: where the files go, see `runtime.contract.stage_file`.
+
+    Raises:
+        UserError: the adaptive schedule, or chunks that do not fill a clip.
+    """
+    check_chunk(chunk, frames, graph.config.schedule)
+    first, second = HeadGraph(graph), RestGraph(graph)
+    paths = [folder / contract.stage_file(contract.ONNX_FILE, stage) for stage in range(contract.CHUNK_STAGES)]
+    (_, between), (_, outputs) = (contract.chunk_tensors(stage, first.received) for stage in range(len(paths)))
+    some = torch.zeros(chunk, 3, *size, dtype=torch.uint8)
+    model = trace(first, {contract.FRAMES: some}, first.names)
+    _name_output(model, first.last, contract.HIDDEN)
+    written = save(model, paths[0], between, lambda node: budget_body(node, graph.config, frames))
+    with torch.no_grad():
+        values = first(some[:1])
+    values = {contract.HIDDEN: values[first.last], **values}
+    entering = {name: torch.cat([values[name]] * frames) for name in between}
+    model = trace(second, entering, second.names)
+    return written, save(model, paths[1], outputs, lambda node: budget_body(node, graph.config, frames))
+
+
+def _name_output(model: ir.Model, value: str, name: str) -> None:
+    """Return a value of the graph under another name, so that it also keeps its own."""
+    (found,) = (output for output in model.graph.outputs if output.name == value)
+    node = ir.node("Identity", [found])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, found.type, found.shape
+    model.graph.append(node)
+    model.graph.outputs.append(node.outputs[0])

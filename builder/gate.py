@@ -1,0 +1,89 @@
+"""The verify stage of a build: the gate (`builder.verify`) for every frame count, on real frames.
+
+What it leaves in the folder is the reference, in Polygraphy's format, beside each graph. Whether a build goes on is for
+the caller to say: here is only measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from builder import verify
+from builder.batches import fill
+from builder.config import BuildConfig
+from builder.export import VisionGraph
+from builder.kept_reference import save_reference
+from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
+from runtime import cli, contract
+
+
+def check_each(
+    config: BuildConfig,
+    reference: VisionGraph,
+    paths: Sequence[Path],
+    clips: Mapping[int, dict[str, Tensor]],
+    screen: cli.Screen,
+    *,
+    with_text: bool | None = None,
+) -> dict[int, verify.Report]:
+    """Run the gate for every frame count; returns a report of each.
+
+    Args:
+        reference: the vision part in fp32.
+        paths: the graph of each frame count, or those of the chain.
+        clips: of each frame count, by name.
+        with_text: whether to run the last step, which loads the decoder; default where that is small.
+    """
+    if with_text is None:
+        with_text = decoder_parameters(config.model.text_config) <= SMALL_DECODER
+    text = NextTokens(config.checkpoint) if with_text else None
+    graphs: Sequence[Path | Sequence[Path]] = [paths] if config.in_stages else paths
+    reports = {}
+    for one, graph in zip(config.each, graphs, strict=True):
+        if config.frame_counts is not None:
+            screen.line(f"  {one.frames} frames:")
+        reports[one.frames] = check(one, reference, graph, clips[one.frames], text, screen)
+    return reports
+
+
+def check(
+    config: BuildConfig,
+    reference: VisionGraph,
+    graph: Path | Sequence[Path],
+    clips: Mapping[str, Tensor],
+    text: NextTokens | None,
+    screen: cli.Screen,
+) -> verify.Report:
+    """Run the gate for one frame count and show what it measured; leaves the reference beside the graph.
+
+    `graph`: the file, or those of a chain.
+    """
+    clips = fill(clips, config.batch)
+    report, wanted = verify.verify(
+        graph,
+        reference,
+        clips,
+        config.dtype,
+        batch=config.batch,
+        text=text,
+        text_with_equal_decisions=not config.checkpoint.trained,
+        say=lambda note: screen.line(f"  {note}"),
+    )
+    place = (graph if isinstance(graph, Path) else graph[0]).parent
+    inputs, outputs = (
+        place / config.file(name) for name in (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)
+    )
+    save_reference(inputs, outputs, list(clips.values()), wanted, config.batch)
+    screen.table(
+        ("step", "what", "value", "limit", ""),
+        [
+            (line.step, line.what, f"{line.value:.8g}", f"{line.limit:.6g}", "ok" if line.passed else "FAILED")
+            for line in report.checks
+        ],
+    )
+    for note in report.notes:
+        screen.line(f"  {note}")
+    return report

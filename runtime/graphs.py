@@ -1,0 +1,137 @@
+"""CUDA graphs of functions that work in fixed buffers, and a number's way back to the host.
+
+A function that is to be replayed takes nothing, returns nothing, and reads and writes the same tensors each time: a
+graph is a recording of kernels and addresses, so Python does not run again. What it leaves in those tensors follows
+what it found there.
+
+    replay = Replay(device)
+    replay.prepare("step", step, rewind)  # warms up and captures
+    replay("step", step)                  # replays; without a capture (on a CPU, say) it calls `step`
+
+Nothing here knows of decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP_RUNS = 2  # the first loads kernels and chooses algorithms, the second finds all of that done
+
+
+class CaptureError(Exception):
+    """A capture failed; the message is the reason."""
+
+
+class Replay:
+    """Graphs by key, captured once each; the functions themselves where that cannot be done.
+
+    Calls may come from several threads, one at a time.
+
+    Attributes:
+        reason: why functions are called and not replayed; None while nothing speaks against graphs. The first one
+            stands until `clear`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._graphs: dict[Hashable, Callable[[], None]] = {}
+        self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
+        self.reason: str | None = None
+        self.clear()
+
+    def prepare(self, key: Hashable, function: Callable[[], None], rewind: Callable[[], None]) -> None:
+        """Capture `function` under `key`, if that was not done and nothing speaks against it.
+
+        Args:
+            key: whatever distinguishes functions, and the buffers that they work in.
+            function: see the module's docstring. It is run a few times.
+            rewind: puts back what `function` changes; called before each run. What the last run changed stays.
+
+        Raises:
+            Exception: what `function` raises when it is called as usual. A capture that fails is no error, but a
+                `reason`.
+        """
+        if key in self._graphs or self.reason is not None:
+            return
+        try:
+            self._graphs[key] = self._capture(function, rewind)
+        except CaptureError as failure:
+            self.refuse(str(failure))
+
+    def __call__(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Replay what was captured under `key`, on the current stream; call `function` if nothing was."""
+        self._graphs.get(key, function)()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def refuse(self, reason: str) -> None:
+        """Capture nothing from now on, because of `reason`; what was captured is replayed all the same."""
+        if self.reason is None:
+            self.reason = reason
+
+    def clear(self) -> None:
+        """Forget all graphs and any reason, as one must when buffers or weights have moved."""
+        self._graphs = {}
+        self._pool = self._side = None
+        self.reason = None if self.device.type == "cuda" else f"CUDA graphs need a GPU, and this runs on {self.device}"
+
+    def _capture(self, function: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
+        """A callable that does what `function` does. Raises CaptureError if it cannot be captured."""
+        if self._side is None:
+            # One stream and one pool for all graphs: libraries keep workspaces for each stream, and as one graph runs
+            # at a time and leaves nothing in the pool, they may take turns there.
+            self._side, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            self._side.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(self._side):
+                    self._record(graph, function, rewind)
+            finally:
+                torch.cuda.current_stream().wait_stream(self._side)
+        return graph.replay
+
+    def _record(self, graph: torch.cuda.CUDAGraph, function: Callable[[], None], rewind: Callable[[], None]) -> None:
+        """On the side stream: warm up, since libraries may not be set up while capturing, then capture."""
+        for _ in range(WARM_UP_RUNS):
+            rewind()
+            function()
+        rewind()
+        try:
+            # Other threads may allocate meanwhile: that is none of this capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+                function()
+        except Exception as error:  # the warm-up was fine, so whatever is wrong now is wrong with capturing
+            # The end of a capture that broke off fails, too, and says less.
+            origin = error.__context__ if isinstance(error.__context__, Exception) else error
+            words = str(origin).strip().splitlines() or [type(origin).__name__]
+            raise CaptureError(f"the capture of a CUDA graph failed: {words[0]}") from error
+
+
+class ToHost:
+    """One int64 read from the device. On a GPU the host waits for that number and nothing after it.
+
+    Nothing is allocated: the number lands in the same pinned memory each time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._landing: Tensor | None = None
+        if device.type == "cuda":
+            self._landing = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._arrived = torch.cuda.Event()
+
+    @torch.inference_mode()
+    def __call__(self, number: Tensor) -> int:
+        """The value of `number`, int64 [] on the device, as of now on the current stream."""
+        if self._landing is None:
+            return int(number)
+        self._landing.copy_(number, non_blocking=True)
+        self._arrived.record()
+        self._arrived.synchronize()
+        return int(self._landing)

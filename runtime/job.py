@@ -1,0 +1,108 @@
+"""What a caller holds of a job in a `runtime.scheduler.Scheduler`: its items as they come, its end, a way to cancel it.
+
+Its state belongs to the scheduler and is guarded by the scheduler's lock; readers only take items out of it. The clock
+that deadlines go by is the scheduler's, too.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+from runtime.errors import Cancelled
+
+if TYPE_CHECKING:
+    from runtime.scheduler import Scheduler
+
+# How long a wait in the main thread may be at a time: Ctrl-C in the instant before one would not be seen until its end.
+SIGNAL_SECONDS = 1.0
+
+Item = TypeVar("Item")
+Phase = Literal["waiting in line", "being prepared", "being served"]
+
+
+class Job(Generic[Item]):
+    """One job, for its callers: iterate over its items, or wait for its end. Any thread may call anything.
+
+    Each item goes to one reader; those who wait for the next get it as soon as it exists. Made by `Scheduler.submit`.
+    """
+
+    def __init__(self, scheduler: Scheduler[Any, Any, Item], given: Any, deadline: float | None) -> None:
+        self._scheduler = scheduler
+        self._given, self._ready = given, cast(Any, None)
+        self._arrived = threading.Condition(scheduler._lock)  # an item, or the end
+        self._finished = threading.Condition(scheduler._lock)
+        self._items: deque[Item] = deque()  # not read yet
+        self._last: Item | None = None
+        self._ended = False
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._phase: Phase = "waiting in line"
+        self._submitted = self._since = scheduler._clock()  # `_since`: of the wait that it is in
+        self._waited = 0.0
+        self._deadline = math.inf if deadline is None else deadline
+
+    def __iter__(self) -> Job[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        """The next item, waited for.
+
+        Raises:
+            StopIteration: the job was served to its end.
+            BaseException: what ended it before that, after the items that came first.
+        """
+        with self._scheduler._lock:
+            self._wait(self._arrived, lambda: bool(self._items) or self._ended, None)
+            if self._items:
+                return self._items.popleft()
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
+
+    def last(self, timeout: float | None = None) -> Item | None:
+        """Wait for the end; the last item (None if there was none), whether or not a reader has had it.
+
+        Raises:
+            TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            BaseException: what ended it.
+        """
+        with self._scheduler._lock:
+            self._wait(self._finished, lambda: self._ended, timeout)
+            if self._error is not None:
+                raise self._error
+            return self._last
+
+    @property
+    def done(self) -> bool:
+        """It has ended, in whichever way."""
+        with self._scheduler._lock:
+            return self._scheduler._is_over(self)
+
+    def cancel(self) -> None:
+        """End it with `Cancelled`, unless it has ended: at once for its readers and while it waits, within one item
+        for the worker that serves it. Items that nobody has read are dropped."""
+        with self._scheduler._lock:
+            if not self._ended:
+                self._items.clear()
+                self._scheduler._end(self, Cancelled("this request was cancelled"))
+
+    def abandon(self) -> None:
+        """Cancel it from where no lock may be taken; nobody must wait for it any more. Its place in the line is free
+        when the next job asks for one."""
+        self._abandoned = True
+
+    def _wait(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
+        """Wait on a condition, whose lock is held, until `over` or the deadline, which ends the job."""
+        clock = self._scheduler._clock
+        limit = math.inf if timeout is None else clock() + timeout
+        most = SIGNAL_SECONDS if threading.current_thread() is threading.main_thread() else math.inf
+        while not over() and not self._scheduler._is_over(self):
+            now = clock()
+            if now >= limit:
+                raise TimeoutError(f"no answer within {timeout:g} s; the request goes on, ask for its result again")
+            left = min(limit, self._submitted + self._deadline) - now
+            condition.wait(None if min(left, most) == math.inf else min(left, most, threading.TIMEOUT_MAX))

@@ -1,0 +1,95 @@
+"""A video that is still coming, to be asked about as soon as it ends.
+
+    with pipeline.open_stream(total=300) as video:
+        for frame in camera:
+            video.push(frame)
+        answer = video.ask("What happened?")
+    print(video.timings.after_last_frame)
+
+The vision encoder works while frames come (`runtime.live`), beside whatever else the pipeline answers. The first
+question ends the video; it and all others get the tokens that are then there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Unpack
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.answering import Answer, Arrived, Delta
+from runtime.live import LiveClip, LiveTimings
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Options, Pipeline, Request
+    from runtime.watch import Watched
+
+
+class LiveVideo:
+    """One video that comes frame by frame; made by `Pipeline.open_stream`. Leaving its `with` block closes it.
+
+    Attributes:
+        timings: what it took, once it has ended; None before.
+    """
+
+    def __init__(self, pipeline: Pipeline, clip: LiveClip) -> None:
+        self._pipeline = pipeline
+        self._clip = clip
+        self._lock = threading.Lock()
+        self._arrived: Arrived | None = None
+        self.timings: LiveTimings | None = None
+
+    def push(self, frames: Tensor | NDArray[Any]) -> None:
+        """Take the next frames: `runtime.live.LiveClip.push`, with its arguments and errors."""
+        self._clip.push(frames)
+
+    def finish(self) -> LiveTimings:
+        """End the video, if that was not done: no more frames will come. Waits for its tokens.
+
+        Raises:
+            UserError: fewer frames came than were promised, or than a video has; more may be pushed then.
+            Exception: what the encoder failed with.
+            RuntimeError: it was closed before it ended.
+        """
+        with self._lock:
+            if self._arrived is None or self.timings is None:
+                tokens, _, self.timings = self._clip.finish()
+                self._arrived = Arrived(tokens)
+            return self.timings
+
+    def submit(self, prompt: str, **how: Unpack[Options]) -> Request:
+        """`finish`, and `Pipeline.submit` about this video; errors of both."""
+        self.finish()
+        assert self._arrived is not None
+        return self._pipeline.submit(self._arrived, prompt, **how)
+
+    def stream(self, prompt: str, **how: Unpack[Options]) -> Generator[Delta, None, None]:
+        """`Pipeline.stream` about this video; arguments and errors as `submit`."""
+        with self.submit(prompt, **how) as request:
+            yield from request
+
+    def ask(self, prompt: str, **how: Unpack[Options]) -> Answer:
+        """`Pipeline.ask` about this video; arguments and errors as `submit`."""
+        with self.submit(prompt, **how) as request:
+            return request.result()
+
+    def watch(self, *, system: str | None = None) -> Watched:
+        """`finish`, and `Pipeline.watch` this video; errors of both."""
+        self.finish()
+        assert self._arrived is not None
+        return self._pipeline.watch(self._arrived, system=system)
+
+    def close(self) -> None:
+        """Stop encoding, drop what came; questions under way are answered. A second call does nothing."""
+        self._clip.close()
+
+    def __enter__(self) -> LiveVideo:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,65 @@
+"""Frames on their way to a GPU, while the request before theirs computes.
+
+    upload = Upload(device)
+    arriving = upload(clip.frames)   # in the thread that prepares: copies to pinned memory, queues the copy to the GPU
+    frames = arriving.take()         # in the thread that serves: its stream waits for that copy, the host does not
+
+Pinned memory is allocated once for each shape; the frames on the device come from torch's cache of device memory, which
+asks the driver for more only until as many requests are under way as ever will be. On a CPU frames stay as they are.
+
+Written for a GPU and unverified without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """Frames that may still be being copied. `frames`: where they will be; `copied`: the event of that, if any."""
+
+    frames: Tensor
+    copied: Any = None
+
+    def take(self) -> Tensor:
+        """The frames, for work that is queued on the current stream of their device."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.frames.device)
+            stream.wait_event(self.copied)
+            self.frames.record_stream(stream)  # they were allocated on another one
+        return self.frames
+
+
+class Upload:
+    """Copies of frames to `device`, on a stream of their own; for one thread at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned: dict[torch.Size, Tensor] = {}
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._copied = torch.cuda.Event()
+
+    def __call__(self, frames: Tensor) -> Arriving:
+        """Start to copy frames of any shape; they may be written over at once. Frames on the device stay theirs."""
+        if self._device.type != "cuda":
+            return Arriving(frames)
+        arrived = torch.cuda.Event()
+        if frames.is_cuda:  # resized there, on this thread's stream
+            arrived.record(torch.cuda.current_stream(frames.device))
+            return Arriving(frames, arrived)
+        pinned = self._pinned.get(frames.shape)
+        if pinned is None:
+            pinned = self._pinned[frames.shape] = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+        self._copied.synchronize()  # the copy before this one, out of the same memory
+        pinned.copy_(frames)
+        with torch.cuda.stream(self._stream):
+            there = pinned.to(self._device, non_blocking=True)
+            self._copied.record(self._stream)
+            arrived.record(self._stream)
+        return Arriving(there, arrived)
