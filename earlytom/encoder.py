@@ -198,7 +198,13 @@ def head(
     every_layer: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The layers up to the first merge, on any frames: pixels [n, 3, H, W] to what `run_span` returns of them."""
-    return run_span(tower, layer_spans(config, depth)[0], embed(tower, pixels), config, note, every_layer)
+    hidden = embed(tower, pixels)
+    if config.merge_layers:
+        # A convolution leaves them channels first, and sums keep the layout of their first term: every layer up to the
+        # first merge would stride through memory, and comparing frames took 36 times as long. With merging off the
+        # layers stay those of the untouched tower to the last bit.
+        hidden = hidden.contiguous()
+    return run_span(tower, layer_spans(config, depth)[0], hidden, config, note, every_layer)
 
 
 def rest(
@@ -253,9 +259,7 @@ def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
 def embed(tower: Tower, pixels: Tensor) -> Tensor:
     """Normalised pixels [F, 3, H, W] to the hidden states [F, T, D] that enter the first layer."""
     hidden = tower.embed(pixels)
-    # A convolution leaves them channels first. Sums keep the layout of their first term, so that every layer up to the
-    # first merge would stride through memory; comparing frames took 36 times as long.
-    return hidden.to(tower.residual_dtype or hidden.dtype).contiguous()
+    return hidden.to(tower.residual_dtype or hidden.dtype)
 
 
 def run_span(

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
         decoder=options.decoder,
         inner=None if options.inner_layer is None else InnerMerge(options.inner_layer, options.inner_ratio),
+        warm_up=False,  # there is one request, and it would only come later
     ) as pipeline:
         manifest = pipeline.manifest
         screen.line(f"engine: {manifest.name} ({pipeline.vision.name})")

@@ -5,7 +5,8 @@ request by request, after a warm-up that is not counted. Then, each apart: peak 
 scaling over frames and over the retention ratio, the cost of the compression itself. Answers have a fixed length, so
 that all variants decode equally many tokens. Ends with one JSON line.
 
-`--soak N` measures something else: N requests on one engine through the `Pipeline` (`runtime.benchmark.soak`).
+Two more measure an engine through the `Pipeline`: `--service` what a service sees of it, watched and live videos and
+many callers included (`runtime.benchmark.service`), `--soak N` its memory over N requests (`runtime.benchmark.soak`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.benchmark import arguments, plot, report, soak
+from runtime.benchmark import arguments, plot, report, service, soak
 from runtime.benchmark.measure import Runner, interleaved, matmul_rate, under_load
 from runtime.benchmark.memory import peak_memory
 from runtime.benchmark.overhead import compression_share
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if options.soak is not None:
                 screen.result(soak.measure(options, video, screen))
+                return 0
+            if options.service:
+                screen.result(service.measure(options, video, screen))
                 return 0
             record = measure(options, video, screen)
         except torch.OutOfMemoryError as error:

@@ -12,8 +12,10 @@ that reads slowly, or not at all, holds up nobody.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -45,6 +47,7 @@ from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Scheduler, check_waiting
+from runtime.video import Clip
 from runtime.watch import Watched
 
 if TYPE_CHECKING:
@@ -169,6 +172,7 @@ class Pipeline:
         inner: InnerMerge | None = None,
         waiting: int = WAITING,
         watch_bytes: int = WATCH_BYTES,
+        warm_up: bool | None = None,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -183,6 +187,7 @@ class Pipeline:
             inner: merge visual tokens inside the decoder, too (with decoder "torch").
             waiting: requests that may wait behind the one that is answered; more are refused.
             watch_bytes: memory on the decoder's device for videos that are watched; see `watch`.
+            warm_up: answer a question about a black clip first, see `warm_up`; by default on a GPU.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
@@ -214,13 +219,34 @@ class Pipeline:
         precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
         make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner)
-        return cls(
+        made = cls(
             manifest,
             vision,
             *_load_decoder(checkpoint, where, precision, make),
             waiting=waiting,
             watch_bytes=watch_bytes,
         )
+        try:
+            if where.type == "cuda" if warm_up is None else warm_up:
+                made.warm_up()
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def warm_up(self) -> None:
+        """Answer a question about a black clip of each frame count, as far as the second token, so that the first
+        request finds memory allocated, kernels loaded and CUDA graphs captured.
+
+        Raises:
+            UserError: the model cannot answer in this precision; otherwise as `submit` and its request.
+        """
+        size = self.manifest.model.preprocessing.size
+        for count in self.manifest.counts:
+            black = Clip(torch.zeros(count, 3, *size, dtype=torch.uint8), (), count, 0.0, 0.0, 0.0)
+            with closing(self.stream(black, _ANY_QUESTION, frames=count)) as deltas:
+                for _ in itertools.islice(deltas, 2):
+                    pass
 
     def submit(
         self,

@@ -171,7 +171,7 @@ def test_every_preset_of_the_readme_exists() -> None:
 def test_the_imports_of_the_code_exist(code: str) -> None:
     tree = ast.parse(code)
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert imports
+    assert imports or code in continued()
     exec(compile(ast.Module(imports, []), "README.md", "exec"), {})
 
 
@@ -189,6 +189,35 @@ def test_the_runtime_s_code_runs(engine: Path, drawn_clip: Path, capsys: pytest.
     answer = values["answer"]
     assert printed.endswith(f"{answer.text} {answer.visual_tokens}\n")  # type: ignore[attr-defined]
     assert last.endswith(" 126")
+
+
+def continued() -> list[str]:
+    """Blocks that go on with the pipeline of the first one."""
+    return [block for block in blocks("python") if "import" not in block and "pipeline." in block]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_code_that_goes_on_with_a_pipeline_runs(
+    build_engine: Callable[..., Path], drawn_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runtime.pipeline import Pipeline
+    from runtime.video import load_clip
+
+    assert len(continued()) == 3
+    frames = load_clip(drawn_clip, 30, (72, 72)).frames
+    with Pipeline.load(
+        build_engine(*["--frames", "8", "--chunk", "2", "--ratio", "0.3", "--fp32", "--no-verify"])
+    ) as pipeline:
+        answers = [pipeline.ask(video, "What happens?").text for video in (drawn_clip, frames)]
+        for code in continued():
+            code = code.replace('"clip.mp4"', repr(str(drawn_clip))).replace("deadline=2.0", "deadline=100.0")
+            code = code.replace("total=900", "total=30")
+            exec(compile(code, "README.md", "exec"), {"pipeline": pipeline, "source": frames})
+            printed = capsys.readouterr().out
+            assert printed
+            assert "submit" not in code or printed == answers[0]
+            assert "watch" not in code or printed.startswith(answers[0])
+            assert "open_stream" not in code or float(printed.split()[-1]) > 0
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -34,6 +34,8 @@ examples:
       a mid-size model with random weights, minutes on two cores
   python -m runtime.bench --model random:llava-onevision-qwen2-7b-ov --device cuda --scale-frames 8,32,128 --plot plots
       full size; needs a GPU
+  python -m runtime.bench --engine engines/NAME --service
+      what a service sees: watched and live videos, many callers
   python -m runtime.bench --engine engines/NAME --soak 10000
       whether memory stays steady over many requests, minutes on two cores
 """
@@ -80,9 +82,14 @@ def parser() -> argparse.ArgumentParser:
         "--scale-ratios", type=ratios, metavar="LIST", help="or none (default: 0.05,0.1,0.3,1 with the bundled model)"
     )
     how.add_argument("--scale-repeats", type=int, default=3, metavar="N", help="requests of each point (default: 3)")
-    soak = p.add_argument_group("instead of all that: memory over many requests")
+    soak = p.add_argument_group("instead of all that: one engine, as a service uses it")
     soak.add_argument(
-        "--soak", type=int, metavar="N", help="N requests on one engine (default: the newest under engines/)"
+        "--service",
+        action="store_true",
+        help="first token of fresh, watched and live videos, and many callers (default: the newest under engines/)",
+    )
+    soak.add_argument(
+        "--soak", type=int, metavar="N", help="memory over N requests (default: the newest under engines/)"
     )
     soak.add_argument("--soak-clients", type=int, default=4, metavar="N", help="that ask at a time (default: 4)")
     out = p.add_argument_group("output")
@@ -107,8 +114,11 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if options.max_new_tokens is None:
         options.max_new_tokens = 16 if options.soak is None else 2
-    if options.soak is not None and len(options.engine) > 1:
-        raise UserError(f"--soak measures one engine, got {len(options.engine)}: give --engine once")
+    if options.soak is not None and options.service:
+        raise UserError("--soak and --service measure different things: give one of them")
+    if (options.soak is not None or options.service) and len(options.engine) > 1:
+        what = "--service" if options.service else "--soak"
+        raise UserError(f"{what} measures one engine, got {len(options.engine)}: give --engine once")
     bundled = options.model in (None, "micro")
     if options.scale_frames is None:
         options.scale_frames = (8, 16, 32) if bundled else ()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from runtime.answering import Answer, Delta, Question, Ready, Seen
+from runtime.answering import Answer, Answering, Delta, Question, Ready, Seen
 from runtime.backends import VisionBackend
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
 from runtime.pipeline import Pipeline
@@ -519,3 +519,32 @@ def test_a_video_that_was_read_after_another_text_is_refused(pipeline: Pipeline,
     assert pipeline.ask(read, QUESTION, system="Answer briefly.", max_new_tokens=1).tokens
     with pytest.raises(UserError, match="same system message"):
         pipeline.ask(read, QUESTION)
+
+
+# Before the first request
+
+
+def test_a_warm_up_leaves_nothing_to_do_for_the_first_request(engine: Path, clip: Clip, answer: Answer) -> None:
+    with Pipeline.load(engine, device="cpu", warm_up=True) as warm:
+        assert warm.decoder is not None
+        caches = dict(warm.decoder._caches)
+        assert warm.ask(clip, QUESTION, max_new_tokens=TOKENS).tokens == answer.tokens
+        assert warm.decoder._caches == caches != {}
+
+
+def test_on_a_cpu_the_first_request_is_the_warm_up(engine: Path) -> None:
+    with Pipeline.load(engine, device="cpu") as cold:
+        assert cold.decoder is not None
+        assert cold.decoder._caches == {}
+
+
+def test_a_warm_up_that_fails_leaves_no_thread_behind(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+
+    def fail(self: Any, works: Any) -> Any:
+        raise EngineError("the engine broke")
+
+    monkeypatch.setattr(Answering, "answer_turns", fail)
+    with pytest.raises(EngineError, match="the engine broke"):
+        Pipeline.load(engine, device="cpu", warm_up=True)
+    assert set(threading.enumerate()) <= before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,14 +34,16 @@ class Fake:
     def __init__(self, clients: int, *, leak: int = 0, fails_at: int | None = None) -> None:
         self.decoder = SimpleNamespace(device=torch.device("cpu"))
         self.asked: list[str] = []
-        self.kept: list[bytes] = []
+        self.kept: list[mmap.mmap] = []
         self.met = threading.Barrier(clients)
         self.leak, self.fails_at = leak, fails_at
 
     def ask(self, clip: Clip, question: str, *, max_new_tokens: int) -> None:
         self.met.wait(30)  # nobody comes through alone
         self.asked.append(question)
-        self.kept.append(b"\x01" * self.leak)
+        if self.leak:  # pages of its own: a heap may have some to spare
+            self.kept.append(mmap.mmap(-1, self.leak))
+            self.kept[-1].write(b"\x01" * self.leak)
         if self.fails_at is not None and len(self.asked) >= self.fails_at:
             raise Overloaded("full")
 
