@@ -209,7 +209,7 @@ class Answering:
         self.stops = stops
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
-        self._upload = Upload(getattr(vision, "device", torch.device("cpu")))
+        self._upload = Upload(vision.device)
 
     def question(
         self,

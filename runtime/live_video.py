@@ -13,14 +13,14 @@ question ends the video; it and all others get the tokens that are then there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.answering import Answer, Arrived, Delta
+from runtime.answering import Arrived
+from runtime.asking import Askable
 from runtime.live import LiveClip, LiveTimings
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runtime.watch import Watched
 
 
-class LiveVideo:
+class LiveVideo(Askable):
     """One video that comes frame by frame; made by `Pipeline.open_stream`. Leaving its `with` block closes it.
 
     Attributes:
@@ -65,16 +65,6 @@ class LiveVideo:
         self.finish()
         assert self._arrived is not None
         return self._pipeline.submit(self._arrived, prompt, **how)
-
-    def stream(self, prompt: str, **how: Unpack[Options]) -> Generator[Delta, None, None]:
-        """`Pipeline.stream` about this video; arguments and errors as `submit`."""
-        with self.submit(prompt, **how) as request:
-            yield from request
-
-    def ask(self, prompt: str, **how: Unpack[Options]) -> Answer:
-        """`Pipeline.ask` about this video; arguments and errors as `submit`."""
-        with self.submit(prompt, **how) as request:
-            return request.result()
 
     def watch(self, *, system: str | None = None) -> Watched:
         """`finish`, and `Pipeline.watch` this video; errors of both."""

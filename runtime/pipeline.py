@@ -342,8 +342,8 @@ class Pipeline:
         from runtime.live import LiveClip
         from runtime.live_video import LiveVideo
 
-        device = getattr(self.vision, "device", "cpu")
-        return LiveVideo(self, LiveClip(self.vision, total=total, limit=limit, device=device))  # type: ignore[arg-type]
+        clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device)  # type: ignore[arg-type]
+        return LiveVideo(self, clip)
 
     def close(self, *, drain: bool = False) -> None:
         """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and

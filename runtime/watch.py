@@ -14,18 +14,18 @@ An answer is that of a fresh `Pipeline.ask`, to rounding: the prompt's sums run 
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
-from runtime.answering import Answer, Delta, Remembered
+from runtime.answering import Remembered
+from runtime.asking import Askable
 from runtime.scheduler import Closed
 
 if TYPE_CHECKING:
     from runtime.pipeline import Options, Pipeline, Request
 
 
-class Watched:
+class Watched(Askable):
     """One watched video; made by `Pipeline.watch`. Any thread may call anything.
 
     Leaving its `with` block, or closing it, frees its memory. That of one that is let go is free for the next video.
@@ -44,16 +44,6 @@ class Watched:
         if self._remembered.closed:
             raise Closed("this video is not watched any more: watch it again")
         return self._pipeline.submit(self._remembered, prompt, **how)
-
-    def stream(self, prompt: str, **how: Unpack[Options]) -> Generator[Delta, None, None]:
-        """`Pipeline.stream` about this video; arguments and errors as `submit`."""
-        with self.submit(prompt, **how) as request:
-            yield from request
-
-    def ask(self, prompt: str, **how: Unpack[Options]) -> Answer:
-        """`Pipeline.ask` about this video; arguments and errors as `submit`."""
-        with self.submit(prompt, **how) as request:
-            return request.result()
 
     @property
     def held(self) -> bool:

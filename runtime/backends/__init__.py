@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
-from torch import Tensor, cuda  # not `import torch`: in this package that name is the backend's module
+# Not `import torch`: in this package that name is the backend's module.
+from torch import Tensor, cuda
+from torch import device as Device
 
 from runtime.contract import ENGINE_FILE, ONNX_FILE
 from runtime.errors import EngineError
@@ -27,7 +29,8 @@ BACKENDS = ("auto", *ENGINE_BACKENDS, "torch")
 class VisionBackend(Protocol):
     """One loaded vision engine; tensors as in `runtime.contract`.
 
-    `batch` is B, the videos that it takes at once; where that is more than 1 it is a `BatchedVision`.
+    `batch` is B, the videos that it takes at once; where that is more than 1 it is a `BatchedVision`. Frames may be on
+    the CPU, or on `device`, where it runs.
 
     The tensors that `encode` returns belong to the backend: they are valid until the next `encode` or `close`, which
     writes over them. Splice them into the prompt (a copy anyway) or clone them before that. One call at a time: a
@@ -36,6 +39,7 @@ class VisionBackend(Protocol):
 
     name: str
     batch: int
+    device: Device
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Visual tokens of one clip.

@@ -22,7 +22,7 @@ class ByFrames:
         backends: by the frames of the clips that each takes; at least one, all of the same library and batch.
 
     Attributes:
-        name, batch: those of the backends.
+        name, batch, device: those of the backends.
         counts: the frame counts, ascending.
     """
 
@@ -31,6 +31,7 @@ class ByFrames:
         first = next(iter(self._backends.values()))
         self.name = first.name
         self.batch = first.batch
+        self.device = first.device
         self.counts = tuple(self._backends)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:

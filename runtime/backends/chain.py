@@ -91,6 +91,7 @@ class ChainVision:
         shape: [F, 3, H, W] of the frames it takes.
         frames_per_stage: frames before the first merge and after each one, of the last clip.
         batch: always 1.
+        device: as given.
 
     Raises:
         EngineError: the tensors are not those of `runtime.contract`, or do not fit from one stage to the next.
@@ -107,6 +108,7 @@ class ChainVision:
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
+        self.device = torch.device(device)
         self.room = room
         self.stages = len(graphs)
         self.frames_per_stage: tuple[int, ...] = ()

@@ -160,11 +160,9 @@ class ChunkedVision:
         device: where the head's frames are.
 
     Attributes:
-        name, shape, chunk: as given.
+        name, shape, chunk, device: as given.
         batch: always 1.
     """
-
-    batch = 1
 
     batch = 1
 
@@ -176,6 +174,7 @@ class ChunkedVision:
         self.name = name
         self.shape = shape
         self.chunk = chunk
+        self.device = torch.device(device)
         self._entering = torch.zeros((chunk, *shape[1:]), dtype=FRAMES_DTYPE, device=device)
         self._turn, self._whole = threading.Lock(), threading.Lock()
         self._rooms: list[Room] = []  # that no clip has

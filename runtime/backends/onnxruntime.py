@@ -64,6 +64,7 @@ class OnnxRuntimeVision:
     """
 
     name = "onnxruntime"
+    device = torch.device("cpu")
 
     def __init__(self, onnx_path: str | os.PathLike[str], threads: int | None = None) -> None:
         if threads is not None and threads < 1:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from runtime.backends.chain import DYNAMIC, ChainVision, Room, Tensors
-from runtime.backends.onnxruntime import dtype_of, first_line, memory_of, open_session
-from runtime.contract import DTYPES, FRAMES_DTYPE, ONNX_FILE, POSITIONS_DTYPE, stage_file, stage_tensors
-from runtime.errors import EngineError
+from runtime.backends.chain import ChainVision, Room
+from runtime.backends.onnxruntime_stages import Stages
+from runtime.contract import ONNX_FILE, stage_file, stage_tensors
 
 
 class OnnxRuntimeChain(ChainVision):
@@ -34,39 +31,15 @@ class OnnxRuntimeChain(ChainVision):
     """
 
     def __init__(self, folder: str | os.PathLike[str], room: Room, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads must be at least 1, got {threads}")
-        self._paths = [Path(folder) / stage_file(ONNX_FILE, stage) for stage in range(room.merges + 1)]
-        self._sessions: list[Any] = [open_session(path, threads or torch.get_num_threads()) for path in self._paths]
-        graphs = [session_tensors(path, session) for path, session in zip(self._paths, self._sessions, strict=True)]
-        super().__init__("onnxruntime", self._paths, graphs, room)
-        self._bindings: list[Any] = [session.io_binding() for session in self._sessions]
+        paths = [Path(folder) / stage_file(ONNX_FILE, stage) for stage in range(room.merges + 1)]
+        self._stages = Stages(paths, threads)
+        super().__init__("onnxruntime", paths, self._stages.tensors, room)
 
     def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         return super()._encode(frames.cpu().contiguous())  # both are no-ops for frames as `runtime.video` gives them
 
     def _run(self, stage: int, tensors: Mapping[str, Tensor]) -> None:
-        binding = self._bindings[stage]
-        inputs, outputs = stage_tensors(stage, self.stages)
-        for name in inputs:
-            binding.bind_input(name, **memory_of(tensors[name]))
-        for name in outputs:
-            binding.bind_output(name, **memory_of(tensors[name]))
-        try:
-            self._sessions[stage].run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors share no base class
-            raise EngineError(f"onnxruntime failed on {self._paths[stage]}: {first_line(error)}") from error
+        self._stages.run(stage, *stage_tensors(stage, self.stages), tensors)
 
     def _free(self) -> None:
-        self._sessions, self._bindings = [], []
-
-
-def session_tensors(path: Path, session: Any) -> Tensors:
-    allowed = {*DTYPES.values(), FRAMES_DTYPE, POSITIONS_DTYPE}
-    return {
-        value.name: (
-            tuple(size if isinstance(size, int) else DYNAMIC for size in value.shape),
-            dtype_of(path, value, *sorted(allowed, key=str)),
-        )
-        for value in (*session.get_inputs(), *session.get_outputs())
-    }
+        self._stages.free()

@@ -9,16 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from runtime.backends.chunked_engine import ChunkedEngine
-from runtime.backends.onnxruntime import first_line, memory_of, open_session
-from runtime.backends.onnxruntime_chain import session_tensors
+from runtime.backends.onnxruntime_stages import Stages
 from runtime.contract import CHUNK_STAGES, ONNX_FILE, chunk_tensors, stage_file
-from runtime.errors import EngineError
 
 
 class OnnxRuntimeChunked(ChunkedEngine):
@@ -35,25 +31,12 @@ class OnnxRuntimeChunked(ChunkedEngine):
     """
 
     def __init__(self, folder: str | os.PathLike[str], frames: int, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads must be at least 1, got {threads}")
-        self._paths = [Path(folder) / stage_file(ONNX_FILE, stage) for stage in range(CHUNK_STAGES)]
-        self._sessions: list[Any] = [open_session(path, threads or torch.get_num_threads()) for path in self._paths]
-        graphs = [session_tensors(path, session) for path, session in zip(self._paths, self._sessions, strict=True)]
-        super().__init__("onnxruntime", self._paths, graphs, frames)
-        self._bindings: list[Any] = [session.io_binding() for session in self._sessions]
+        paths = [Path(folder) / stage_file(ONNX_FILE, stage) for stage in range(CHUNK_STAGES)]
+        self._stages = Stages(paths, threads)
+        super().__init__("onnxruntime", paths, self._stages.tensors, frames)
 
     def _run(self, stage: int, tensors: Mapping[str, Tensor]) -> None:
-        binding = self._bindings[stage]
-        inputs, outputs = chunk_tensors(stage, self._received)
-        for name in inputs:
-            binding.bind_input(name, **memory_of(tensors[name]))
-        for name in outputs:
-            binding.bind_output(name, **memory_of(tensors[name]))
-        try:
-            self._sessions[stage].run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors share no base class
-            raise EngineError(f"onnxruntime failed on {self._paths[stage]}: {first_line(error)}") from error
+        self._stages.run(stage, *chunk_tensors(stage, self._received), tensors)
 
     def _free(self) -> None:
-        self._sessions, self._bindings = [], []
+        self._stages.free()

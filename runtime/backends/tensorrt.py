@@ -63,6 +63,7 @@ class TensorRTVision:
     Attributes:
         shape: [F, 3, H, W] of the frames it takes, of B > 1 videos at once [B, F, 3, H, W].
         batch: B.
+        device: as given.
         unreplayed: why the engine's kernels are launched one by one and not as a CUDA graph; None where they are.
 
     Raises:
@@ -94,17 +95,17 @@ class TensorRTVision:
         self._buffers = {
             name: torch.zeros(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in tensors.items()
         }
-        self._device = self._buffers[FRAMES].device
+        self.device = self._buffers[FRAMES].device
         self._staging = torch.zeros(self.shape, dtype=FRAMES_DTYPE, pin_memory=True)
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = torch.cuda.Stream(self.device)
         self._staged, self._finished = torch.cuda.Event(), torch.cuda.Event()
         for name, buffer in self._buffers.items():
             if not self._context.set_tensor_address(name, buffer.data_ptr()):
                 raise EngineError(f"{self.name} refused a buffer for tensor {name}: {self._complaint()}; {REBUILD}")
-        self._replay = Replay(self._device)
+        self._replay = Replay(self.device)
         self._replay.prepare(self.shape, self._execute, lambda: None)
         self.encode(self._staging)
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Run the engine on one clip.
@@ -143,9 +144,9 @@ class TensorRTVision:
             return list(outputs)[: len(clips)]
 
     def _check_device(self, frames: Tensor) -> None:
-        if frames.device.type != "cpu" and frames.device != self._device:
+        if frames.device.type != "cpu" and frames.device != self.device:
             raise EngineError(
-                f"frames are on {frames.device} and the engine is on {self._device}: move the frames there"
+                f"frames are on {frames.device} and the engine is on {self.device}: move the frames there"
             )
 
     @contextmanager
@@ -164,7 +165,7 @@ class TensorRTVision:
 
         `parts`: what is to be copied, its place in the pinned buffer, and its place in the engine's.
         """
-        caller = torch.cuda.current_stream(self._device)
+        caller = torch.cuda.current_stream(self.device)
         if any(frames.device.type == "cpu" for frames, _, _ in parts):
             # Waits for the previous call's copy out of the pinned buffer, which comes before that call's engine run.
             self._staged.synchronize()
@@ -189,13 +190,8 @@ class TensorRTVision:
 
     def _execute(self) -> None:
         """Launch the engine's kernels on the current stream."""
-        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise EngineError(f"{self.name} refused to run the engine: {self._complaint()}")
-
-    @property
-    def device(self) -> torch.device:
-        """Where frames had best be, so that nothing is copied between."""
-        return self._device
 
     @property
     def unreplayed(self) -> str | None:
@@ -274,7 +270,7 @@ def engine_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], 
             f"{path} takes {inputs} and returns {sorted(set(names) - set(inputs))}, expected {FRAMES} and "
             f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
         )
-    tensors = {name: tensor_of(path, engine, name) for name in names}
+    tensors = all_tensors(path, engine)
     several = len(tensors[FRAMES][0]) == 5  # a leading B everywhere
     for name, rank in ((FRAMES, 4 + several), (TOKENS, 2 + several), (POSITIONS, 1 + several)):
         if len(tensors[name][0]) != rank:
@@ -287,6 +283,11 @@ def engine_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], 
         if tensors[name][1] != dtype:
             raise EngineError(f"{path}: {name} is {tensors[name][1]}, expected {dtype}; {REBUILD}")
     return tensors
+
+
+def all_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """`tensor_of` each tensor of an engine, by name."""
+    return {name: tensor_of(path, engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
 
 
 def tensor_of(path: Path, engine: Any, name: str) -> tuple[tuple[int, ...], torch.dtype]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from runtime import trt as seam
 from runtime.backends.chain import ChainVision, Room
-from runtime.backends.tensorrt import complaint, load_engine, make_context, require_gpu, tensor_of
+from runtime.backends.tensorrt import all_tensors, complaint, load_engine, make_context, require_gpu
 from runtime.contract import COUNT, ENGINE_FILE, FRAMES_DTYPE, stage_file, stage_tensors
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD
@@ -59,13 +59,7 @@ class TensorRTChain(ChainVision):
         with torch.cuda.device(device):
             self._loaded = [load_engine(path, flavour, trt, self._logger) for path in self._paths]
             engines = [engine for _, engine in self._loaded]
-            graphs = [
-                {
-                    name: tensor_of(path, engine, name)
-                    for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
-                }
-                for path, engine in zip(self._paths, engines, strict=True)
-            ]
+            graphs = [all_tensors(path, engine) for path, engine in zip(self._paths, engines, strict=True)]
             super().__init__(flavour, self._paths, graphs, room, device)
             self._contexts: list[Any] = [
                 make_context(path, flavour, engine, self._logger)

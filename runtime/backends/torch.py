@@ -37,6 +37,7 @@ class TorchVision:
 
     Attributes:
         batch: B.
+        device: as given.
 
     Raises:
         UserError: as `runtime.checkpoint.load_vision`; several videos in the adaptive schedule.
@@ -61,7 +62,7 @@ class TorchVision:
             EachVideo(Decisions(config), self.batch)  # refuses what cannot be
         self.depth = feature_depth(checkpoint.config)
         self.part: VisionPart | None = part or load_vision(checkpoint, dtype).to(device)  # None once closed
-        self.dtype = dtype
+        self.device, self.dtype = torch.device(device), dtype
         pixels = checkpoint.preprocessing
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
         self.scale, self.shift = 1 / (255 * std), -mean / std

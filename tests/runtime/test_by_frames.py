@@ -19,6 +19,7 @@ class Recorded:
     """A backend that tells what it was asked, and answers with its number of frames."""
 
     name = "recorded"
+    device = torch.device("cpu")
 
     def __init__(self, frames: int, batch: int = 1) -> None:
         self.frames, self.batch = frames, batch

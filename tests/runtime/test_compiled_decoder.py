@@ -32,23 +32,11 @@ from runtime.pipeline import DECODER_FOLDER, Pipeline
 from runtime.program_store import PROGRAM_FILE, ProgramStore
 from runtime.sampling import GREEDY, Sampling
 
+from .tiny_decoder import TEXT, WIDTH
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (Size(16, 24), Size(32, 64), Size(16, 64))
 CPU = torch.device("cpu")
-WIDTH = 32
-TEXT = {
-    "vocab_size": 101,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.4,  # large enough for answers that depend on the whole prompt
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 
 
 class ExportOnly:

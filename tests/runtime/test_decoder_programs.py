@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from runtime.decoder_programs import (
     DecoderProgram,
@@ -19,24 +18,10 @@ from runtime.decoder_programs import (
     weights_digest,
 )
 
+from .tiny_decoder import WIDTH, make_qwen
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 PREFILL, DECODE = ProgramSize(cache=24, tokens=16), ProgramSize(cache=24, tokens=1)
-WIDTH = 32
-TEXT = {
-    "vocab_size": 101,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.4,  # large enough for answers that depend on the whole prompt
-}
-
-
-def make_qwen(**changes: object) -> Any:
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(**(TEXT | changes))).eval()
 
 
 def parts(model: Any) -> tuple[Any, Any]:

@@ -181,7 +181,7 @@ class Several:
 
     def __init__(self, vision: VisionBackend) -> None:
         self._vision = vision
-        self.name = vision.name
+        self.name, self.device = vision.name, vision.device
         self.calls: list[int] = []
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
