@@ -233,7 +233,7 @@ class Answering:
         return Question(words, max_new_tokens, sampling)
 
     def prepare(self, video: str | Path | Tensor | NDArray[Any] | Clip, frames: int | None = None) -> Clip:
-        """Decode and resize a video: a file, decoded frames, or a clip, which is ready.
+        """Decode and resize a video: a file, decoded frames, or a clip, which is ready. Resized where the engine runs.
 
         Args:
             frames: one of the engine's frame counts; by default the one that suits the video.
@@ -246,8 +246,8 @@ class Answering:
         size = self.manifest.model.preprocessing.size
         counts = self.manifest.counts if frames is None else (frames,)
         if isinstance(video, (str, Path)):
-            return load_clip(video, counts, size)
-        return clip_from_frames(video, counts, size)
+            return load_clip(video, counts, size, device=self.vision.device)
+        return clip_from_frames(video, counts, size, device=self.vision.device)
 
     def prepare_work(self, work: Work) -> Ready:
         """The first stage of a request, for a scheduler."""
@@ -258,8 +258,9 @@ class Answering:
         assert not isinstance(video, Remembered)
         if isinstance(video, (Seen, Arrived)):
             return Ready(video, work.question, None, remembered, work.read_only)
-        clip = self.prepare(video, frames)
-        return Ready(clip, work.question, self._upload(clip.frames), remembered, work.read_only)
+        with self._upload.working():
+            clip = self.prepare(video, frames)
+            return Ready(clip, work.question, self._upload(clip.frames), remembered, work.read_only)
 
     def answer_turns(self, turns: Sequence[Turn[Ready]]) -> list[Generator[Delta, None, None]]:
         """The second stage of some requests, for a scheduler: their answers, to be run one after another.

@@ -12,6 +12,7 @@ Written for a GPU and unverified without one.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,10 @@ class Upload:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             self._copied = torch.cuda.Event()
+
+    def working(self) -> AbstractContextManager[Any]:
+        """Within the block what this thread asks of the device goes on that stream, and not behind what computes."""
+        return torch.cuda.stream(self._stream) if self._device.type == "cuda" else nullcontext()
 
     def __call__(self, frames: Tensor) -> Arriving:
         """Start to copy frames of any shape; they may be written over at once. Frames on the device stay theirs."""

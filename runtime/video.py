@@ -60,10 +60,17 @@ class Clip:
     preprocess_seconds: float  # resizing
 
 
-def load_clip(path: str | os.PathLike[str], frames: int | Sequence[int], size: tuple[int, int]) -> Clip:
+def load_clip(
+    path: str | os.PathLike[str],
+    frames: int | Sequence[int],
+    size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+) -> Clip:
     """Sample `frames` frames uniformly over the whole video file and resize each to `size` = (H, W).
 
-    Of several counts in `frames` the one that suits the length of the video is taken (`frames_for`).
+    Of several counts in `frames` the one that suits the length of the video is taken (`frames_for`). Frames are resized
+    on `device`, and stay there.
     Rotation and mirroring asked for by the file are applied; the aspect ratio is not kept (nor does the model keep it).
     Memory is that of the result, one source frame and what the decoder holds, however long the video is.
 
@@ -75,7 +82,7 @@ def load_clip(path: str | os.PathLike[str], frames: int | Sequence[int], size: t
     started = time.perf_counter()
     try:
         packets = _read_packets(source)
-        sample, pts = _decode(source, packets, frames, size)
+        sample, pts = _decode(source, packets, frames, size, torch.device(device))
     except av.error.FFmpegError as error:
         reason = error.strerror or type(error).__name__
         raise VideoError(
@@ -280,7 +287,7 @@ def _plan(packets: _Packets, chosen: NDArray[np.int64]) -> list[_Span] | None:
 
 
 def _decode(
-    source: Path, packets: _Packets, frames: int | Sequence[int], size: tuple[int, int]
+    source: Path, packets: _Packets, frames: int | Sequence[int], size: tuple[int, int], device: torch.device
 ) -> tuple["_Sample", list[int | None]]:
     """The sampled frames and the times (pts) of all frames of the video, sampled or not."""
     count = sum(packets.shown)
@@ -288,7 +295,7 @@ def _decode(
         chosen = np.unique(sample_indices(count, frames_for(count, frames)))
         spans = _plan(packets, chosen)
         if spans is not None:
-            sample = _Sample(len(chosen), size)
+            sample = _Sample(len(chosen), size, device)
             try:
                 _decode_spans(source, packets, spans, sample.put)
             except _ContradictionError:
@@ -298,7 +305,7 @@ def _decode(
                 return sample, [*sorted(shown)]
     for _ in range(2):  # once more if the packets were no measure of the frames
         chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames)))
-        sample = _Sample(len(chosen), size)
+        sample = _Sample(len(chosen), size, device)
         pts = _decode_all(source, {index: row for row, index in enumerate(chosen.tolist())}, sample.put)
         if len(pts) < MIN_FRAMES:
             what = "1 frame" if pts else "no frame that can be decoded"
@@ -379,8 +386,9 @@ def _decode_all(source: Path, rows: dict[int, int], put: Callable[[int, av.Video
 class _Sample:
     """Collects sampled frames in any order, each brought to RGB, upright and to its final size at once."""
 
-    def __init__(self, count: int, size: tuple[int, int]) -> None:
-        self.frames = np.empty((count, 3, *size), dtype=np.uint8)
+    def __init__(self, count: int, size: tuple[int, int], device: torch.device) -> None:
+        self.size = size
+        self.frames = torch.empty(count, 3, *size, dtype=torch.uint8, device=device)
         self.resize_seconds = 0.0
         self._reformatter = VideoReformatter()  # one for all frames: it keeps its tables
         self._rotation: int | None = None  # degrees
@@ -403,15 +411,19 @@ class _Sample:
             image = apply_display_matrix(image, self._matrix)
         upright = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)  # [3, h, w]
         started = time.perf_counter()
-        # Copied by numpy: torch would spread the copy over threads and, on busy cores, wait longer than it takes.
-        self.frames[row] = resize_frames(upright[None], self.frames.shape[2:])[0].numpy()
+        resized = resize_frames(upright[None], self.size, self.frames.device)[0]
+        if resized.device.type == "cpu":
+            # Copied by numpy: torch would spread the copy over threads and, on busy cores, wait longer than it takes.
+            self.frames.numpy()[row] = resized.numpy()
+        else:
+            self.frames[row] = resized
         self.resize_seconds += time.perf_counter() - started
 
     def result(self, chosen: NDArray[np.int64]) -> Tensor:
         """The frames at the indices `chosen`, in which an index may come several times: uint8 [F, 3, H, W]."""
         if len(chosen) == len(self.frames):
-            return torch.from_numpy(self.frames)
-        return torch.from_numpy(self.frames[np.unique(chosen, return_inverse=True)[1]])
+            return self.frames
+        return self.frames[torch.from_numpy(np.unique(chosen, return_inverse=True)[1]).to(self.frames.device)]
 
 
 def _seconds(pts: list[int | None], packets: _Packets) -> NDArray[np.float64]:
