@@ -15,7 +15,6 @@ import dataclasses
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,153 +27,27 @@ from runtime.backends import BatchedVision, VisionBackend, encode_one
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
 from runtime.manifest import Manifest
-from runtime.prefix import Prefix
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import Prompt, build_prompt, check_length, splice
+from runtime.requests import (
+    Answer,
+    Arrived,
+    Delta,
+    Question,
+    Ready,
+    Remembered,
+    Seen,
+    Timings,
+    Work,
+)
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Turn
-from runtime.staging import Arriving, Upload
+from runtime.staging import Upload
 from runtime.text import TextStream
 from runtime.video import Clip, clip_from_frames, load_clip
 
 MAX_NEW_TOKENS = 128
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one request. On a GPU the stages overlap the host; `vision` is then measured by events on the device.
-
-    Attributes:
-        waiting: in line, behind other requests.
-        decode: opening and decoding the video; preprocess: resizing its frames. Both are 0 for a `Clip`: it is ready.
-        vision: copy to the device, the vision engine (of all videos, where it takes several at once).
-        prefill: splice, prefill and the first token.
-        first_token: from the request to the first token (TTFT): the stages above and what is between them.
-        per_token: mean time of each further token (TPOT); 0 when there is none.
-        total: from the request to the end of the answer.
-    """
-
-    waiting: float
-    decode: float
-    preprocess: float
-    vision: float
-    prefill: float
-    first_token: float
-    per_token: float
-    total: float
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one more token brought.
-
-    `text` may be empty while a character is unfinished. The last delta has `finish` and `answer`, and no token.
-    """
-
-    text: str
-    token: int | None = None
-    finish: Finish | None = None
-    answer: Answer | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: Finish
-    timings: Timings
-    visual_tokens: int
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt that was found good, and how to answer it."""
-
-    words: Prompt
-    max_new_tokens: int
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A video that the decoder has read before: its prefix, which ends with the video, and what it was made of."""
-
-    prefix: Prefix
-    before: tuple[int, ...]  # ids of the text before the video
-    visual_tokens: int
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        return self.prefix.bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Arrived:
-    """A video that was encoded while it came: its visual tokens [N, D], which nobody writes over."""
-
-    tokens: Tensor
-
-
-Video = str | Path | Tensor | NDArray[Any] | Clip | Seen | Arrived
-
-
-@dataclass(eq=False)
-class Remembered:
-    """A video that is asked more than once, as a key of the cache of what was read: how to read it again.
-
-    Attributes:
-        video, frames: as in `Work`.
-        system: the message before its questions.
-        closed: it is not to be kept any more.
-    """
-
-    video: Video
-    system: str | None
-    frames: int | None
-    closed: bool = False
-
-    def __repr__(self) -> str:
-        return f"video {str(self.video)!r}" if isinstance(self.video, (str, Path)) else "a watched video"
-
-
-@dataclass(frozen=True)
-class Work:
-    """A request.
-
-    Attributes:
-        video: what it is about.
-        question: what is asked.
-        frames: the frames to sample; None: as many as suit the video.
-        read_only: read a remembered video, and answer nothing.
-    """
-
-    video: Video | Remembered
-    question: Question
-    frames: int | None = None
-    read_only: bool = False
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A request whose video is there.
-
-    Attributes:
-        shown: the video.
-        question: what is asked.
-        arriving: the frames of `shown`, on their way to the device, if that is another one.
-        remembered: what `shown` is to be read and kept for.
-        read_only: as in `Work`.
-    """
-
-    shown: Clip | Seen | Arrived
-    question: Question
-    arriving: Arriving | None = None
-    remembered: Remembered | None = None
-    read_only: bool = False
 
 
 class Answering:

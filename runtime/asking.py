@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Unpack
 
-from runtime.answering import Answer, Delta
+from runtime.requests import Answer, Delta
 
 if TYPE_CHECKING:
     from runtime.pipeline import Options, Request

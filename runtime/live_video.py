@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.answering import Arrived
 from runtime.asking import Askable
 from runtime.live import LiveClip, LiveTimings
+from runtime.requests import Arrived
 
 if TYPE_CHECKING:
     from runtime.pipeline import Options, Pipeline, Request

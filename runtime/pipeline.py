@@ -25,18 +25,7 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from runtime import contract
-from runtime.answering import (
-    MAX_NEW_TOKENS,
-    WATCH_BYTES,
-    Answer,
-    Answering,
-    Delta,
-    Ready,
-    Remembered,
-    Seen,
-    Video,
-    Work,
-)
+from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
 from runtime.decoder import Decoder, InnerMerge
@@ -45,6 +34,7 @@ from runtime.job import Job
 from runtime.manifest import Manifest
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
+from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Scheduler, check_waiting
 from runtime.video import Clip

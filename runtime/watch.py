@@ -17,8 +17,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
-from runtime.answering import Remembered
 from runtime.asking import Askable
+from runtime.requests import Remembered
 from runtime.scheduler import Closed
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from runtime import cli
-from runtime.answering import Answer
 from runtime.ask import ENGINES, newest_engine
 from runtime.backends.chunked import ChunkedVision
 from runtime.benchmark.measure import median, percentiles
 from runtime.contract import DTYPES
 from runtime.pipeline import Pipeline
+from runtime.requests import Answer
 from runtime.video import Clip, load_clip
 
 STAGES = ("decode", "preprocess", "vision", "prefill", "first_token")

@@ -22,7 +22,6 @@ from transformers import SiglipVisionModel
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from runtime import answering
-from runtime.answering import Answer, Delta, Ready
 from runtime.checkpoint import describe, load_model, load_tokenizer
 from runtime.clip import draw_clip
 from runtime.decoder import InnerMerge
@@ -30,6 +29,7 @@ from runtime.errors import EngineError, VideoError
 from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.prompt import build_prompt, splice
+from runtime.requests import Answer, Delta, Ready
 from runtime.sampling import Sampling
 from runtime.video import Clip, load_clip
 

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from runtime.answering import Answer, Answering, Delta, Question, Ready, Seen
+from runtime.answering import Answering
 from runtime.backends import VisionBackend
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
 from runtime.pipeline import Pipeline
 from runtime.prompt import splice
+from runtime.requests import Answer, Delta, Question, Ready, Seen
 from runtime.video import Clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,11 +15,11 @@ import torch
 
 from earlytom.errors import UserError
 from runtime import bench, cli
-from runtime.answering import Delta
 from runtime.benchmark.memory import resident
 from runtime.benchmark.soak import Sample, Soak, soak
 from runtime.errors import EngineError, Overloaded
 from runtime.pipeline import Pipeline
+from runtime.requests import Delta
 from runtime.video import Clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -843,3 +843,13 @@ def test_resizing_on_a_gpu(drawn_frames):
         assert resized.is_cuda
         assert mean_difference(resized.cpu(), resize_frames(drawn_frames, size)) < 1
         assert torch.equal(resize_frames(drawn_frames[2:3], size, "cuda"), resized[2:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("frames", [8, 400])
+def test_a_file_resized_on_a_gpu(drawn_clip, frames):
+    there, here = (load_clip(drawn_clip, frames, (72, 72), device=device) for device in ("cuda", "cpu"))
+    assert there.frames.is_cuda
+    assert there.timestamps == here.timestamps
+    assert mean_difference(there.frames.cpu(), here.frames) < 1
