@@ -14,7 +14,7 @@ A source of known length (`total`) has a known sample: no other frame is looked 
 frames have to be kept. Its first F are encoded as they come, for if no more follow they are the sample; if more do,
 those that the sample has are used as they are, and the others of the sample are encoded at the end.
 
-This module knows sampling and resizing (of `runtime.video`), not what encodes.
+This module knows sampling and resizing (`runtime.video`, `runtime.frames`), not what encodes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from torch import Tensor
 from earlytom.errors import UserError
 from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
-from runtime.video import MIN_FRAMES, channels_first, resize_frames, sample_indices
+from runtime.frames import MIN_FRAMES, channels_first, resize_frames
+from runtime.video import sample_indices
 
 _CLOSED = "this live clip was finished or closed: open another one"
 LIMIT = 4  # times F: how many frames a clip of unknown length may have, if nothing else is asked for

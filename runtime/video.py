@@ -1,6 +1,6 @@
 """A video file, or frames that the caller has decoded already, becomes the engine's input: uint8 RGB at its resolution.
 
-Knows FFmpeg (through PyAV, and nothing else does), sampling and resizing. Knows nothing of models, tokens or engines.
+Knows FFmpeg (through PyAV, and nothing else does) and sampling. Knows nothing of models, tokens or engines.
 
 Sampling goes by frame index over the whole clip, `np.linspace(0, n - 1, F, dtype=int)`, as the released LLaVA-OneVision
 code does. In a clip of variable rate, neighbours in the sample are therefore the same number of frames apart, not the
@@ -29,13 +29,10 @@ import torch
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from earlytom.errors import UserError
 from runtime.errors import VideoError
-
-_WIDENED = 8  # frames that are fp32 at a time
-MIN_FRAMES = 2  # the method compares neighbouring frames, so one frame is not a video
+from runtime.frames import MIN_FRAMES, channels_first, resize_frames
 
 # Decoding may start at any keyframe of these and gives the same pixels as decoding from the start of the file.
 _EXACT_FROM_KEYFRAME = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
@@ -131,39 +128,6 @@ def clip_from_frames(
         decode_seconds=0.0,
         preprocess_seconds=time.perf_counter() - started,
     )
-
-
-def resize_frames(frames: Tensor, size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-    """uint8 [F, 3, h, w] -> uint8 [F, 3, H, W]: bicubic with antialias, the aspect ratio not kept.
-
-    device: where to resize, and where the result is; default where the frames are.
-
-    On a CPU this is torch's kernel for uint8, whose weights are whole numbers. The model's own video processor resizes
-    as torchvision does, which uses the same kernel where the CPU has it and elsewhere widens to fp32, resizes, rounds
-    and clamps; torch has nothing else on a GPU, so there it is done here. On the drawn clip the two differ by less than
-    1/255 on average; compared were that second operation and Pillow's bicubic resizing, as the processor itself cannot
-    be loaded without torchvision.
-
-    Frames that have the size already are returned as they are. Raises UserError for another dtype or shape.
-    """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
-        raise UserError(f"frames are {_kind(frames)}; give RGB frames as uint8 [F, 3, height, width]")
-    frames = frames if device is None else frames.to(device)
-    if tuple(frames.shape[-2:]) == tuple(size):
-        return frames
-    if frames.device.type == "cpu":
-        return F.interpolate(frames, tuple(size), mode="bicubic", align_corners=False, antialias=True)
-    return resize_in_float(frames, size)
-
-
-def resize_in_float(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """What `resize_frames` does where torch has no kernel for uint8, on any device; a few frames at a time, being four
-    times as large meanwhile."""
-    resized = (
-        F.interpolate(some.float(), tuple(size), mode="bicubic", align_corners=False, antialias=True)
-        for some in frames.split(_WIDENED)
-    )
-    return torch.cat([some.round_().clamp_(0, 255).to(torch.uint8) for some in resized])
 
 
 def frames_for(source: int, frames: int | Sequence[int]) -> int:
@@ -474,29 +438,6 @@ def _check_request(frames: int | Sequence[int], size: tuple[int, int]) -> None:
         raise UserError(f"frames is {frames!r}; give a whole number of frames of at least 1, or several of them")
     if len(size) != 2 or not all(isinstance(side, int | np.integer) and side >= 1 for side in size):
         raise UserError(f"size is {size!r}; give (height, width) in pixels, each at least 1")
-
-
-def channels_first(pixels: Tensor | NDArray[np.uint8], least: int = MIN_FRAMES) -> Tensor:
-    """Check frames from outside, at least so many, and return them as uint8 [n, 3, h, w]; a view.
-
-    Raises UserError for anything but uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit).
-    """
-    wanted = "give RGB frames as uint8 [n, 3, height, width] or [n, height, width, 3]"
-    if not isinstance(pixels, Tensor | np.ndarray):
-        raise UserError(f"frames are a {type(pixels).__name__}; {wanted}, as a torch tensor or a numpy array")
-    if pixels.dtype not in (torch.uint8, np.dtype(np.uint8)):
-        raise UserError(f"frames are {_kind(pixels)}; {wanted}, values 0 to 255")
-    if pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[3]) or 0 in pixels.shape:
-        raise UserError(f"frames are {_kind(pixels)}; {wanted}")
-    if len(pixels) < least:
-        raise UserError(f"got {len(pixels)} frame; a video has at least {MIN_FRAMES} frames")
-    # torch knows no negative strides, which a flipped numpy array has
-    planar = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.ascontiguousarray(pixels))
-    return planar if planar.shape[1] == 3 else planar.permute(0, 3, 1, 2)
-
-
-def _kind(pixels: Tensor | NDArray[Any]) -> str:
-    return f"{str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}"
 
 
 def _name(source: Path) -> str:

@@ -16,12 +16,11 @@ import torch
 from earlytom.errors import UserError
 from runtime import video
 from runtime.errors import VideoError
+from runtime.frames import resize_frames, resize_in_float
 from runtime.video import (
     apply_display_matrix,
     clip_from_frames,
     load_clip,
-    resize_frames,
-    resize_in_float,
     sample_indices,
 )
 
