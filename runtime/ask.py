@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(options.questions) == 1:
             answers = [say(screen, pipeline.stream(options.video, options.questions[0], **how, **video))]
         else:
-            answers = []
+            answers, started = [], time.perf_counter()
             with pipeline.watch(options.video, **video) as watched:
+                screen.line(f"encoded and read the video in {1000 * (time.perf_counter() - started):.1f} ms")
                 for question in options.questions:
                     screen.line(f"> {question}")
                     answers.append(say(screen, watched.stream(question, **how)))
@@ -198,8 +200,6 @@ def show_times(screen: cli.Screen, answers: Sequence[Answer], manifest: Manifest
     }
     rows = [(name, *(f"{1000 * of(answer.timings):.1f}" for answer in answers)) for name, of in stages.items()]
     screen.table(("stage", *["ms"] * len(answers)), rows)
-    if len(answers) > 1:
-        screen.line("the video was encoded and read before the first question")
     full = full_tokens(answers[0], manifest)
     share = answers[0].visual_tokens / full
     counts = ", ".join(f"{len(answer.tokens)} tokens answered ({answer.finish})" for answer in answers)

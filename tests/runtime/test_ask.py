@@ -123,6 +123,7 @@ def test_several_questions_about_one_video(run: Run, engine: Path, drawn_clip: P
     assert [one["question"] for one in record["answers"]] == [QUESTION, other, QUESTION]
     assert [one["answer"] for one in record["answers"]] == [wanted[QUESTION], wanted[other], wanted[QUESTION]]
     assert [one["seconds"]["vision"] for one in record["answers"]] == [0, 0, 0]
+    assert re.search(r"^encoded and read the video in \d+\.\d ms$", out, re.MULTILINE)
     assert out.index(f"> {QUESTION}") < out.index(wanted[QUESTION]) < out.index(f"> {other}")
     assert re.search(r"^first token .*( +\d+\.\d){3} *$", out, re.MULTILINE)
 
