@@ -91,7 +91,7 @@ class ChainVision:
         shape: [F, 3, H, W] of the frames it takes.
         frames_per_stage: frames before the first merge and after each one, of the last clip.
         batch: always 1.
-        device: as given.
+        device: where it runs.
 
     Raises:
         EngineError: the tensors are not those of `runtime.contract`, or do not fit from one stage to the next.
@@ -108,7 +108,6 @@ class ChainVision:
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
-        self.device = torch.device(device)
         self.room = room
         self.stages = len(graphs)
         self.frames_per_stage: tuple[int, ...] = ()
@@ -123,6 +122,7 @@ class ChainVision:
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in _buffers(paths, graphs, room).items()
         }
+        self.device = self._buffers[COUNT].device
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Visual tokens [N, E] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].

@@ -160,7 +160,8 @@ class ChunkedVision:
         device: where the head's frames are.
 
     Attributes:
-        name, shape, chunk, device: as given.
+        name, shape, chunk: as given.
+        device: where it runs.
         batch: always 1.
     """
 
@@ -174,8 +175,8 @@ class ChunkedVision:
         self.name = name
         self.shape = shape
         self.chunk = chunk
-        self.device = torch.device(device)
         self._entering = torch.zeros((chunk, *shape[1:]), dtype=FRAMES_DTYPE, device=device)
+        self.device = self._entering.device
         self._turn, self._whole = threading.Lock(), threading.Lock()
         self._rooms: list[Room] = []  # that no clip has
         self._own: OpenClip | None = None  # of `encode`

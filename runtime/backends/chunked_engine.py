@@ -83,12 +83,11 @@ class ChunkedEngine(ChunkedVision):
         super().__init__(name, (frames, *image), chunk, device)  # type: ignore[arg-type]
         self._received = received
         self._graphs = [dict(tensors) for tensors in graphs]
-        self._device = self._entering.device
         self._out = {tensor: self._buffer(0, tensor) for tensor in chunk_tensors(0, received)[1]}
 
     def _buffer(self, stage: int, name: str) -> Tensor:
         shape, dtype = self._graphs[stage][name]
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _make_room(self) -> Room:
         buffers = {name: self._buffer(1, name) for name in self._graphs[1]}

@@ -65,22 +65,21 @@ class TensorRTChain(ChainVision):
                 make_context(path, flavour, engine, self._logger)
                 for path, engine in zip(self._paths, engines, strict=True)
             ]
-            self._device = self._buffers[COUNT].device
             self._frames = torch.zeros(self.shape, dtype=FRAMES_DTYPE, device=device)
             self._staging = torch.zeros(self.shape, dtype=FRAMES_DTYPE, pin_memory=True)
             self._count = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = torch.cuda.Stream(self.device)
             self.encode(self._staging)  # takes the flavour's own set-up out of the first request
 
     def _encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        if frames.device.type != "cpu" and frames.device != self._device:
+        if frames.device.type != "cpu" and frames.device != self.device:
             raise EngineError(
-                f"frames are on {frames.device} and the engine is on {self._device}: move the frames there"
+                f"frames are on {frames.device} and the engine is on {self.device}: move the frames there"
             )
         if frames.device.type == "cpu":
             frames = self._staging.copy_(frames)  # the last call waited, so nothing reads it any more
         # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self._frames.copy_(frames, non_blocking=True)
             return super()._encode(self._frames)

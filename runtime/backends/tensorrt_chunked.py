@@ -67,7 +67,7 @@ class TensorRTChunked(ChunkedEngine):
                 for path, engine in zip(self._paths, engines, strict=True)
             ]
             self._staging = torch.zeros((self.chunk, *self.shape[1:]), dtype=FRAMES_DTYPE, pin_memory=True)
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = torch.cuda.Stream(self.device)
             self._staged, self._finished = torch.cuda.Event(), torch.cuda.Event()
             # Takes the flavour's own set-up out of the first request.
             self.encode(torch.zeros(self.shape, dtype=FRAMES_DTYPE))
@@ -82,7 +82,7 @@ class TensorRTChunked(ChunkedEngine):
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        caller = torch.cuda.current_stream(self._device)
+        caller = torch.cuda.current_stream(self.device)
         # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
@@ -98,9 +98,9 @@ class TensorRTChunked(ChunkedEngine):
             self._entering.copy_(self._staging, non_blocking=True)
             self._staged.record(self._stream)
             return
-        if frames.device != self._device:
+        if frames.device != self.device:
             raise EngineError(
-                f"frames are on {frames.device} and the engine is on {self._device}: move the frames there"
+                f"frames are on {frames.device} and the engine is on {self.device}: move the frames there"
             )
         super()._enter(frames)
         frames.record_stream(self._stream)  # the caller may drop them before the copy has run
