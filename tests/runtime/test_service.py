@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from runtime import bench, cli
+from runtime.backends.chunked import ChunkedVision
 from runtime.benchmark.service import Service
+from runtime.live import LiveClip
 from runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +55,7 @@ def test_the_command(chunked: Path, drawn_clip: Path, capsys: pytest.CaptureFixt
     assert min(ready["vision"], watched["prefill"]) > 0
     assert record["watched_bytes"] > 0
     assert record["live"]["after_last_frame"] < record["live"]["first_token_after_last_frame"]
-    assert record["live"]["share_before"] == 0.75  # of 8 frames all but the last chunk of 2
+    assert 0 <= record["live"]["share_before"] <= 0.75  # how far the encoder came is the machine's affair
     assert [(one["callers"], one["requests"]) for one in record["callers"]] == [(1, 3), (2, 3)]
     assert all(one["requests_per_second"] > 0 for one in record["callers"])
     text = "\n".join(lines)
@@ -66,6 +69,22 @@ def test_all_kinds_of_requests_get_the_same_answer(service: Service) -> None:
     assert {answer.tokens for answer in (service.ready(), *watched)} == {fresh.tokens}
     assert kept > 0
     assert len(service.pipeline.watched) == 0  # and nothing stays behind
+
+
+def test_live_frames_are_encoded_while_others_come(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LiveClip.push
+
+    def push(clip: LiveClip, frames: Tensor) -> None:
+        plain(clip, frames)
+        assert clip._worker is not None
+        clip._worker.submit(int).result(120)  # what was pushed is encoded, however slow the machine
+
+    monkeypatch.setattr(LiveClip, "push", push)
+    vision = service.pipeline.vision
+    assert isinstance(vision, ChunkedVision)
+    found = service.live(vision, 2)
+    assert (found["chunk"], found["share_before"]) == (2, 0.75)  # of 8 frames all but the last chunk
+    assert found["after_last_frame"] < found["first_token_after_last_frame"]
 
 
 def test_so_many_callers_ask_so_often(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
