@@ -25,6 +25,7 @@ from earlytom.budget import kept_tokens
 from earlytom.errors import UserError
 from earlytom.inner import plan_inner
 from earlytom.restorable import Restorable
+from earlytom.transfers import to_device
 
 
 @dataclass
@@ -224,7 +225,7 @@ class AppliedInner(Restorable):
         copies = len(hidden) // len(prompt.visual)  # beams, say: generate repeats each prompt
         plans = []
         for row, tokens in enumerate(hidden):
-            visual = prompt.visual[row // copies].to(hidden.device, non_blocking=True)
+            visual = to_device(prompt.visual[row // copies], hidden.device)
             plans.append(plan_inner(tokens, received[row], visual, kept_tokens(len(visual), self.ratio)))
         longest = max(len(plan.kept) for plan in plans)
         missing = [longest - len(plan.kept) for plan in plans]
@@ -234,7 +235,7 @@ class AppliedInner(Restorable):
         kept = torch.stack([F.pad(plan.kept, (pad, 0)) for plan, pad in zip(plans, missing, strict=True)])
         real = None
         if any(missing):
-            pads = torch.tensor(missing, device=hidden.device)
+            pads = to_device(torch.tensor(missing), hidden.device)
             real = torch.arange(longest, device=hidden.device) >= pads[:, None]
         return merged, Held(hidden.shape[1], kept, real)
 

@@ -205,7 +205,7 @@ class CompiledDecoder(Decoder):
             request.size = self._size(length, request.positions)
             assert request.size is not None  # `stream` has looked
             request.caches = self._empty[request.size.cache]
-            request.last = torch.tensor([length - 1], device=self.device)
+            request.last = torch.full((1,), length - 1, device=self.device)
             embeds = nn.functional.pad(embeds, (0, 0, 0, request.size.prompt - length))
         else:
             request.last = request.last + 1  # on the device: nothing is copied to it in a step

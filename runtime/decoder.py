@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from earlytom.errors import UserError
 from earlytom.inner_decoder import Prompt as InnerPrompt
 from earlytom.inner_decoder import apply_inner
+from earlytom.transfers import to_device
 from runtime.graphs import Replay, ToHost
 from runtime.prefix import Prefix
 from runtime.sampling import GREEDY, Picker, Sampling, pick_best
@@ -120,7 +121,7 @@ class Decoder:
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of token ids int64 [...]; placeholder ids for video tokens are the caller's business."""
         with torch.no_grad():  # no inference tensors: the caller may write the video's tokens into the result
-            return self._embedding(ids.to(self.device))
+            return self._embedding(to_device(ids, self.device))
 
     def warm_up(self, lengths: Iterable[int]) -> None:
         """Allocate caches, capture decode steps and run each once, so that no request pays for it.
@@ -163,13 +164,14 @@ class Decoder:
                 f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
                 f"{self.limit} positions: use an engine with fewer frames or tokens"
             )
-        if not bool(torch.isfinite(inputs_embeds).all()):  # found later it would be blamed on the model
-            raise UserError(_BROKEN_PROMPT)
-        with self._alone():
+        with self._alone(), torch.inference_mode():
             cache = self._cleared_cache(length)
+            finite = torch.isfinite(inputs_embeds).all()  # if not, whoever asks would be told that the model is broken
             self._hidden(inputs_embeds.to(self.device, self.dtype), cache, None, 0)
-            with torch.inference_mode():
-                return cache.take(length, self._mark)
+            prefix = cache.take(length, self._mark)
+            if not bool(finite):  # read when all is queued, since the host waits here
+                raise UserError(_BROKEN_PROMPT)
+            return prefix
 
     def stream(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from earlytom.errors import UserError
+from earlytom.transfers import to_device
 from runtime.checkpoint_files import first_line
 
 VIDEO_TOKEN = "<video>"
@@ -106,7 +107,7 @@ def splice(prompt: Prompt, visual: Tensor, newline: Tensor | None, embed: Callab
     """
     parts = [visual] if newline is None else [visual, newline.to(visual)[None]]
     before, after = (
-        embed(torch.tensor([ids], dtype=torch.int64, device=visual.device))
+        embed(to_device(torch.tensor([ids], dtype=torch.int64), visual.device))
         for ids in (prompt.prefix_ids, prompt.suffix_ids)
     )
     video = torch.cat(parts).to(before)[None]  # [1, N + 1, D]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from runtime.decoder import Decoder
 from runtime.graphs import Replay, ToHost
+from runtime.prompt import Prompt, splice
 from runtime.sampling import GREEDY, Picker, Sampling
 
-from .tiny_decoder import BUCKETS, answer, make_llama, make_qwen, prompt
+from .tiny_decoder import BUCKETS, WIDTH, answer, make_llama, make_qwen, prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,6 +123,21 @@ def test_the_host_waits_for_nothing_but_the_token(decoder: Decoder, sampling: Sa
                 decoder._choose(pick)
     with pytest.raises(RuntimeError, match="synchroniz"), no_synchronisation():
         decoder._chosen.item()  # negative control
+
+
+def test_text_is_embedded_without_waiting_for_the_video(decoder: Decoder) -> None:
+    words, newline = Prompt((1, 2, 3), (4, 5), 9), torch.zeros(WIDTH, device="cuda")
+    visual = torch.randn(10, WIDTH, device="cuda")
+    for _ in range(2):  # the first call asks the driver for pinned memory, which waits
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # the vision engine
+        with no_synchronisation():
+            whole = splice(words, visual, newline, decoder.embed)
+            rest = decoder.embed(torch.tensor([[4, 5]]))
+        busy = not torch.cuda.current_stream().query()
+    assert busy
+    assert torch.equal(whole[:, -2:], rest)
+    assert torch.equal(whole[0, 3:13], visual)
 
 
 def test_numbers_are_read_as_of_now() -> None:
