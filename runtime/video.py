@@ -43,6 +43,8 @@ _UNREFERENCED_IS_MARKED = {"h264"}
 # packets longer than what is there (mov, which is also mp4), or a length in the header that is missed by far.
 _CUT_SHOWS_IN_PACKETS = {"avi", "flv", "matroska", "mov"}
 _CUT_SHOWS_IN_LENGTH = {"flv", "matroska"}
+# Tags are not used, so any encoding will do; before version 19 PyAV has to be told.
+_TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,8 +407,8 @@ def _seconds(pts: list[int | None], packets: _Packets) -> NDArray[np.float64]:
 @contextmanager
 def _open(source: Path) -> Iterator[tuple[Any, Any]]:
     """The opened file and its main video stream, ready for threaded decoding."""
-    # "file:" keeps FFmpeg from taking a name with a colon for an address. Tags are not used: any encoding will do.
-    with av.open(f"file:{source}", metadata_errors="ignore") as container:
+    # "file:" keeps FFmpeg from taking a name with a colon for an address.
+    with av.open(f"file:{source}", **_TAGS) as container:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
             raise VideoError(f"{_name(source)} has no video stream; give a file with moving pictures")

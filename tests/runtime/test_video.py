@@ -428,6 +428,21 @@ def test_odd_sizes(tmp_path, height, width):
     assert load_clip(path, 3, (31, 57)).frames.shape == (3, 3, 31, 57)
 
 
+def test_tags_may_be_in_any_encoding(tmp_path):
+    """Files of old cameras name themselves in whatever was usual there."""
+    path = tmp_path / "old.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Kueche"
+        stream = container.add_stream("mpeg4", rate=24, width=64, height=48)
+        for index in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(index)[:48, :64], format="rgb24")))
+        container.mux(stream.encode(None))
+    content = path.read_bytes()
+    assert content.count(b"Kueche") == 1
+    path.write_bytes(content.replace(b"Kueche", b"K\xfcche "))  # Latin-1, as long as before
+    assert load_clip(path, 4, (48, 64)).source_frames == 4
+
+
 def write_colour(path, colour, matrix, full_range, tagged=True):
     image = np.broadcast_to(np.array(colour, dtype=np.uint8), (48, 64, 3)).copy()
     space, swscale = {"601": (6, "itu601"), "709": (1, "itu709"), "2020": (9, "bt2020")}[matrix]
