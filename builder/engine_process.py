@@ -252,6 +252,8 @@ def _configure(trt: Any, builder: Any, request: Request) -> Any:
         capability = getattr(trt.ComputeCapability, "SM{}{}".format(*request.target))
         if not config.set_compute_capability(capability, 0):
             raise EngineError(f"tensorrt-rtx refused compute capability {request.target}: choose another --target")
+        # A CUDA graph holds addresses: memory that the library took while running could be somewhere else next time.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     elif request.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     return config

@@ -132,6 +132,8 @@ class Answering:
         if isinstance(video, (Seen, Arrived)):
             return Ready(video, work.question, None, remembered, work.read_only)
         with self._upload.working():
+            if work.given is not None:
+                work.given.take()
             clip = self.prepare(video, frames)
             return Ready(clip, work.question, self._upload(clip.frames), remembered, work.read_only)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import re
@@ -41,6 +42,7 @@ def run(main: Callable[[A], int | None], args: A) -> int:
 
     `args` is whatever `main` takes: parsed arguments, or the list that it parses itself (argparse exits with 2 too).
     """
+    _open_streams()
     try:
         status = main(args)
         sys.stdout.flush()  # here, so that a full disk or a closed pipe behind stdout is reported like any other
@@ -59,6 +61,19 @@ def run(main: Callable[[A], int | None], args: A) -> int:
         _settle(sys.stdout)
         return _fail(line)
     return OK if status is None else status
+
+
+def _open_streams() -> None:
+    """Make standard output and error take every text.
+
+    Closed by whoever started the command (`>&-`), they are None: what is written there is nobody's. A character that
+    standard output's encoding does not have is escaped, as on standard error, for want of a better way to show it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str) -> int:

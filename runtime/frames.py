@@ -26,15 +26,17 @@ def channels_first(pixels: Tensor | NDArray[np.uint8], least: int = MIN_FRAMES) 
     """
     wanted = "give RGB frames as uint8 [n, 3, height, width] or [n, height, width, 3]"
     if not isinstance(pixels, Tensor | np.ndarray):
-        raise UserError(f"frames are a {type(pixels).__name__}; {wanted}, as a torch tensor or a numpy array")
+        raise UserError(
+            f"the video is a {type(pixels).__name__}; {wanted}, as a torch tensor or a numpy array, or the path of a "
+            "file, as a str or a Path"
+        )
     if pixels.dtype not in (torch.uint8, np.dtype(np.uint8)):
         raise UserError(f"frames are {_kind(pixels)}; {wanted}, values 0 to 255")
     if pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[3]) or 0 in pixels.shape:
         raise UserError(f"frames are {_kind(pixels)}; {wanted}")
     if len(pixels) < least:
         raise UserError(f"got {len(pixels)} frame; a video has at least {MIN_FRAMES} frames")
-    # torch knows no negative strides, which a flipped numpy array has
-    planar = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.ascontiguousarray(pixels))
+    planar = pixels if isinstance(pixels, Tensor) else _tensor(pixels)
     return planar if planar.shape[1] == 3 else planar.permute(0, 3, 1, 2)
 
 
@@ -69,6 +71,11 @@ def resize_in_float(frames: Tensor, size: tuple[int, int]) -> Tensor:
         for some in frames.split(_WIDENED)
     )
     return torch.cat([some.round_().clamp_(0, 255).to(torch.uint8) for some in resized])
+
+
+def _tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """An array as a tensor: a view, or a copy where torch knows no such thing (negative strides, read-only memory)."""
+    return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 
 def _kind(pixels: Tensor | NDArray[Any]) -> str:

@@ -128,10 +128,10 @@ class ToHost:
 
     @torch.inference_mode()
     def __call__(self, number: Tensor) -> int:
-        """The value of `number`, int64 [] on the device, as of now on the current stream."""
+        """The value of `number`, int64 [] on the device, as of now on its current stream."""
         if self._landing is None:
             return int(number)
         self._landing.copy_(number, non_blocking=True)
-        self._arrived.record()
+        self._arrived.record(torch.cuda.current_stream(number.device))  # of that device, whatever this thread's is
         self._arrived.synchronize()
         return int(self._landing)

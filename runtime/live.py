@@ -14,16 +14,22 @@ A source of known length (`total`) has a known sample: no other frame is looked 
 frames have to be kept. Its first F are encoded as they come, for if no more follow they are the sample; if more do,
 those that the sample has are used as they are, and the others of the sample are encoded at the end.
 
+On a GPU frames are resized on one stream and encoded on another, both shared by all clips: on the stream that threads
+have by default a push would wait for the encoder, and the encoder for whatever else is asked of the GPU. Frames go from
+one thread to the other when they are there, so that no stream has to wait for another.
+
 This module knows sampling and resizing (`runtime.video`, `runtime.frames`), not what encodes.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -34,6 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.transfers import to_device
 from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
 from runtime.frames import MIN_FRAMES, channels_first, resize_frames
@@ -95,7 +102,7 @@ class LiveClip:
             whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
             if count is not None and (not whole or count < MIN_FRAMES):
                 raise UserError(f"{name} is {count!r}; give a whole number of frames of at least {MIN_FRAMES}")
-        self._device = device
+        self._device = torch.device(device)
         # How often the sample has each frame of the source; where that may end at any time, the first F once each.
         self._times = Counter(range(self.frames) if total is None else sample_indices(total, self.frames).tolist())
         self._reuse = total is None and vision.rows_alike
@@ -108,6 +115,9 @@ class LiveClip:
         self._error: BaseException | None = None  # of the worker
         self._lock = threading.Lock()
         self._clip = vision.begin()
+        self._resizing, self._encoding = _stream(self._device, "resize"), _stream(self._clip.device, "encode")
+        if self._encoding is not None:  # the clip's memory is being cleared on this thread's stream
+            self._encoding.wait_stream(torch.cuda.current_stream(self._clip.device))
         self._worker: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="live-clip")
 
     def push(self, frames: Tensor | NDArray[Any]) -> None:
@@ -133,8 +143,8 @@ class LiveClip:
             self._arrived = indices.stop
             if not wanted:
                 return
-            rows = torch.tensor([index - indices.start for index in wanted], device=planar.device)
-            for index, frame in zip(wanted, self._resize(planar[rows]), strict=True):
+            rows = [index - indices.start for index in wanted]
+            for index, frame in zip(wanted, self._resize(planar, rows), strict=True):
                 self._waiting += [frame] * self._times[index]
                 if self.total is None:
                     self._kept.append(frame)
@@ -202,21 +212,26 @@ class LiveClip:
                 "number of frames that will come), push fewer, or raise limit"
             )
 
-    def _resize(self, planar: Tensor) -> Tensor:
-        """[n, 3, h, w] to [n, 3, H, W], which the caller has no hold on, `planar` being a copy."""
-        resized = resize_frames(planar, self.size, self._device)
-        _wait(resized.device)  # the worker has a stream of its own
+    def _resize(self, planar: Tensor, rows: Sequence[int]) -> Tensor:
+        """These rows of [n, 3, h, w], as [r, 3, H, W] on which the caller has no hold."""
+        if self._resizing is not None and planar.is_cuda:  # they may still be being made
+            self._resizing.wait_stream(torch.cuda.current_stream(planar.device))
+        with _on(self._resizing):
+            copied = planar[to_device(torch.tensor(rows), planar.device)]
+            resized = resize_frames(copied, self.size, self._device)
+            _wait(resized.device)  # the worker has a stream of its own
         return resized
 
     # What the worker does, one call after the other.
 
-    def _encode(self, chunk: Tensor) -> None:
+    def _encode(self, frames: list[Tensor]) -> None:
         if self._error is not None:  # of an earlier chunk
             return
         started = time.perf_counter()
         try:
-            self._clip.push(chunk)
-            _wait(self._clip.device)
+            with _on(self._encoding):
+                self._clip.push(torch.stack(frames))
+                _wait(self._clip.device)  # before `frames` are let go
         except BaseException as error:  # for the caller's thread, which raises it
             self._error = error
         self._seconds += time.perf_counter() - started
@@ -226,13 +241,17 @@ class LiveClip:
         if self._error is not None:
             raise self._error
         plan = self._plan()
-        self._clip.arrange(plan.keep)
         missing = self._waiting if self.total is not None else [self._kept[index] for index in plan.add]
-        while missing:
-            self._clip.push(_take(missing, self._chunk))
-        self._clip.arrange(plan.rows)
-        tokens, positions = (value.clone() for value in self._clip.finish())
-        _wait(tokens.device)
+        with _on(self._encoding):
+            self._clip.arrange(plan.keep)
+            for first in range(0, len(missing), self._chunk):
+                self._clip.push(torch.stack(missing[first : first + self._chunk]))
+            self._clip.arrange(plan.rows)
+            tokens, positions = (value.clone() for value in self._clip.finish())
+            _wait(tokens.device)
+        for value in (tokens, positions):
+            if value.is_cuda:  # where they are likely to be read when they are let go
+                value.record_stream(torch.cuda.default_stream(value.device))
         encoded, seconds, came = self._before
         return tokens, positions, LiveTimings(time.perf_counter() - came, seconds, plan.ahead(encoded) / self.frames)
 
@@ -281,11 +300,22 @@ def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Comple
     return Completion(range(same), sample[same:], range(len(sample)))
 
 
-def _take(frames: list[Tensor], chunk: int) -> Tensor:
-    """The first chunk of `frames` or what there is of one, [c, 3, H, W]; they are removed."""
-    taken = torch.stack(frames[:chunk])
+def _take(frames: list[Tensor], chunk: int) -> list[Tensor]:
+    """The first `chunk` of `frames`; they are removed."""
+    taken = frames[:chunk]
     del frames[:chunk]
     return taken
+
+
+@functools.cache
+def _stream(device: torch.device, purpose: str) -> Any:
+    """The stream of a GPU for this purpose; None on a CPU. One for all clips, as torch keeps memory for each stream."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _on(stream: Any) -> AbstractContextManager[Any]:
+    """Within the block what this thread asks of the GPU goes on that stream, if there is one."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _wait(device: torch.device) -> None:

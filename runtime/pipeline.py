@@ -37,6 +37,7 @@ from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Scheduler, check_waiting
+from runtime.staging import Arriving, as_of_now
 from runtime.video import Clip
 from runtime.watch import Watched
 
@@ -191,7 +192,7 @@ class Pipeline:
             raise UserError(f"watch_bytes must be 0 or more, got {watch_bytes}")
         if inner is not None and decoder != "torch":
             raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where = _device(device)
         compiler = _open_compiler(decoder, where)  # first: it wants to, and refuses before anything large is loaded
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
@@ -274,7 +275,8 @@ class Pipeline:
         question = self._core.question(
             prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames
         )
-        return Request(self._scheduler.submit(Work(video, question, frames), deadline=deadline), self)
+        work = Work(video, question, frames, given=_given(video))
+        return Request(self._scheduler.submit(work, deadline=deadline), self)
 
     def stream(self, video: Video, prompt: str, **how: Unpack[Options]) -> Generator[Delta, None, None]:
         """Answer a question about a video, token by token: `submit` at the first `next`, and its deltas.
@@ -310,7 +312,7 @@ class Pipeline:
         """
         remembered = Remembered(video, system, frames)
         question = self._core.question(_ANY_QUESTION, max_new_tokens=1, system=system, frames=frames)
-        job = self._scheduler.submit(Work(remembered, question, read_only=True), deadline=deadline)
+        job = self._scheduler.submit(Work(remembered, question, read_only=True, given=_given(video)), deadline=deadline)
         try:
             job.last()
         finally:
@@ -337,7 +339,10 @@ class Pipeline:
 
     def close(self, *, drain: bool = False) -> None:
         """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and
-        the decoder once the answer that is under way is finished. A second call does nothing."""
+        the decoder once the answer that is under way is finished. A second call does nothing, nor does
+        one in a fork of the process."""
+        if self._scheduler.forked():
+            return  # an engine cannot be freed without its threads
         self._scheduler.close(drain=drain)
         self._core.close()
 
@@ -352,6 +357,13 @@ class Pipeline:
         self.close()
 
 
+def _given(video: Video | Remembered) -> Arriving | None:
+    """Its frames and when they are there, if they are on a GPU: the workers have other streams than who made them."""
+    shown = video.video if isinstance(video, Remembered) else video
+    frames = shown.frames if isinstance(shown, Clip) else shown
+    return as_of_now(frames) if isinstance(frames, Tensor) else None
+
+
 def _open_vision(
     folder: Path, manifest: Manifest, backend: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> VisionBackend:
@@ -360,6 +372,14 @@ def _open_vision(
     from runtime.backends.torch import open_torch
 
     return open_torch(checkpoint, manifest, device=device, dtype=dtype)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """Where the decoder runs. Raises UserError for what is no device."""
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device is {name!r}: give cpu or cuda") from error
 
 
 def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:

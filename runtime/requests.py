@@ -128,12 +128,14 @@ class Work:
         question: what is asked.
         frames: the frames to sample; None: as many as suit the video.
         read_only: read a remembered video, and answer nothing.
+        given: frames of the video that somebody gave on a GPU, and when they are there.
     """
 
     video: Video | Remembered
     question: Question
     frames: int | None = None
     read_only: bool = False
+    given: Arriving | None = None
 
 
 @dataclass(frozen=True)

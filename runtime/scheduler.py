@@ -22,6 +22,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import os
 import threading
 import time
 import weakref
@@ -93,6 +94,7 @@ class Scheduler(Generic[Given, Ready, Item]):
         self._prepare, self._serve = prepare, serve
         self.waiting, self.batch = waiting, batch
         self._clock = clock
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._line: deque[Job[Item]] = deque()
         self._preparing: Job[Item] | None = None
@@ -119,11 +121,13 @@ class Scheduler(Generic[Given, Ready, Item]):
 
         Raises:
             Overloaded: the line is full.
-            Closed: it takes no more.
+            Closed: it takes no more, or this is a fork of the process that has its workers.
             UserError: a deadline that is not a positive number.
         """
         if deadline is not None and not 0 < deadline < math.inf:
             raise UserError(f"the deadline must be a positive number of seconds, got {deadline:g}")
+        if self.forked():
+            raise Closed("this pipeline was loaded before the process forked, which copies no threads: load one after")
         with self._lock:
             self._sweep()
             if self._closing:
@@ -144,8 +148,9 @@ class Scheduler(Generic[Given, Ready, Item]):
         The job that is being served is served to its end; those behind it are served too with `drain`, else they end
         with `Closed`. Any number of calls, from any thread; one without `drain` ends the line for all of them.
         """
-        self._shut(drain=drain, abort=False)
-        self._join(None)
+        if not self.forked():
+            self._shut(drain=drain, abort=False)
+            self._join(None)
 
     def abort(self, timeout: float | None = None) -> None:
         """`close`, and the job that is being served ends with `Closed` before its next item.
@@ -153,13 +158,19 @@ class Scheduler(Generic[Given, Ready, Item]):
         Args:
             timeout: seconds to wait for each worker, which may be in a long call.
         """
-        self._shut(drain=False, abort=True)
-        self._join(timeout)
+        if not self.forked():
+            self._shut(drain=False, abort=True)
+            self._join(timeout)
 
     def abandon(self) -> None:
         """`abort` without a lock or a wait, for a finalizer."""
         self._abandoned = True
         self._ring()
+
+    def forked(self) -> bool:
+        """Whether the workers are in another process: a fork has a copy of everything but threads, and of the lock as
+        it was, held or not."""
+        return os.getpid() != self._process
 
     def _shut(self, *, drain: bool, abort: bool) -> None:
         with self._lock:

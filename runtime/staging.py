@@ -22,18 +22,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Arriving:
-    """Frames that may still be being copied. `frames`: where they will be; `copied`: the event of that, if any."""
+    """Frames that may still be being copied or made: where they will be, and the event of that, if any."""
 
     frames: Tensor
-    copied: Any = None
+    done: Any = None
 
     def take(self) -> Tensor:
         """The frames, for work that is queued on the current stream of their device."""
-        if self.copied is not None:
+        if self.done is not None:
             stream = torch.cuda.current_stream(self.frames.device)
-            stream.wait_event(self.copied)
+            stream.wait_event(self.done)
             self.frames.record_stream(stream)  # they were allocated on another one
         return self.frames
+
+
+def as_of_now(frames: Tensor) -> Arriving | None:
+    """Frames on a GPU that somebody gave, which the current stream may still be making; None on a CPU."""
+    if not frames.is_cuda:
+        return None
+    made = torch.cuda.Event()
+    made.record(torch.cuda.current_stream(frames.device))
+    return Arriving(frames, made)
 
 
 class Upload:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -182,6 +182,7 @@ class ChunkedVision:
         self._own: OpenClip | None = None  # of `encode`
         self._closed = False
         self._alike: bool | None = None
+        self._worked = torch.cuda.Event() if self.device.type == "cuda" else None
 
     def begin(self) -> OpenClip:
         """A new clip. Raises RuntimeError when the backend is closed."""
@@ -268,9 +269,18 @@ class ChunkedVision:
         self._entering[: len(frames)].copy_(frames)
         self._entering[len(frames) :].copy_(frames[-1:].expand(self.chunk - len(frames), -1, -1, -1))
 
-    def _working(self) -> AbstractContextManager[None]:
-        """Around everything that runs or touches a room."""
-        return nullcontext()
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Around everything that runs or touches a room: in the order of the turns, whatever streams they are on."""
+        if self._worked is None:
+            yield
+            return
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._worked)
+        try:
+            yield
+        finally:
+            self._worked.record(stream)
 
     def _make_room(self) -> Room:
         raise NotImplementedError

@@ -103,6 +103,10 @@ class TensorRTVision:
             if not self._context.set_tensor_address(name, buffer.data_ptr()):
                 raise EngineError(f"{self.name} refused a buffer for tensor {name}: {self._complaint()}; {REBUILD}")
         self._replay = Replay(self.device)
+        # tensorrt-rtx says so beforehand, and a capture that breaks off leaves torch before 2.13 in disorder.
+        capturable = getattr(self._context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(self._stream.cuda_stream):
+            self._replay.refuse(f"{self.name} says that this engine's kernels cannot be captured as a CUDA graph")
         self._replay.prepare(self.shape, self._execute, lambda: None)
         self.encode(self._staging)
         torch.cuda.synchronize(self.device)

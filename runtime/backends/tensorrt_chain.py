@@ -13,17 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime import trt as seam
 from runtime.backends.chain import ChainVision, Room
-from runtime.backends.tensorrt import all_tensors, complaint, load_engine, make_context, require_gpu
+from runtime.backends.tensorrt_stages import Stages
 from runtime.contract import COUNT, ENGINE_FILE, FRAMES_DTYPE, stage_file, stage_tensors
 from runtime.errors import EngineError
-from runtime.manifest import REBUILD
 
 
 class TensorRTChain(ChainVision):
@@ -48,23 +45,10 @@ class TensorRTChain(ChainVision):
         *,
         device: torch.device | str = "cuda",
     ) -> None:
-        self._paths = [Path(folder) / stage_file(ENGINE_FILE, stage) for stage in range(room.merges + 1)]
-        for path in self._paths:
-            if not path.is_file():
-                raise EngineError(f"{path} is missing: {REBUILD}")
-        require_gpu(flavour)
-        trt = seam.load(flavour)
-        self._logger = seam.collecting_logger(trt)
-        self._closed = True  # until it is open
+        paths = [Path(folder) / stage_file(ENGINE_FILE, stage) for stage in range(room.merges + 1)]
+        self._engines = Stages(paths, flavour, device)
         with torch.cuda.device(device):
-            self._loaded = [load_engine(path, flavour, trt, self._logger) for path in self._paths]
-            engines = [engine for _, engine in self._loaded]
-            graphs = [all_tensors(path, engine) for path, engine in zip(self._paths, engines, strict=True)]
-            super().__init__(flavour, self._paths, graphs, room, device)
-            self._contexts: list[Any] = [
-                make_context(path, flavour, engine, self._logger)
-                for path, engine in zip(self._paths, engines, strict=True)
-            ]
+            super().__init__(flavour, paths, self._engines.tensors, room, device)
             self._frames = torch.zeros(self.shape, dtype=FRAMES_DTYPE, device=device)
             self._staging = torch.zeros(self.shape, dtype=FRAMES_DTYPE, pin_memory=True)
             self._count = torch.zeros(1, dtype=torch.int64, pin_memory=True)
@@ -79,24 +63,17 @@ class TensorRTChain(ChainVision):
         if frames.device.type == "cpu":
             frames = self._staging.copy_(frames)  # the last call waited, so nothing reads it any more
         # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
             self._frames.copy_(frames, non_blocking=True)
-            return super()._encode(self._frames)
+            outputs = super()._encode(self._frames)
+        for output in outputs:
+            output.record_stream(caller)  # `close` may drop them while the caller's stream reads them
+        return outputs
 
     def _run(self, stage: int, tensors: Mapping[str, Tensor]) -> None:
-        context = self._contexts[stage]
-        for name in stage_tensors(stage, self.stages)[0]:
-            if not context.set_input_shape(name, tuple(tensors[name].shape)):
-                raise EngineError(
-                    f"{self.name} refused {name} {list(tensors[name].shape)} of stage {stage}: "
-                    f"{complaint(self._logger)}; {REBUILD}"
-                )
-        for name, tensor in tensors.items():
-            if not context.set_tensor_address(name, tensor.data_ptr()):
-                raise EngineError(f"{self.name} refused a buffer for {name}: {complaint(self._logger)}; {REBUILD}")
-        if not context.execute_async_v3(self._stream.cuda_stream):
-            raise EngineError(f"{self.name} refused to run stage {stage}: {complaint(self._logger)}")
+        self._engines.run(stage, tensors, self._stream, stage_tensors(stage, self.stages)[0])
 
     def _read_count(self) -> int:
         self._count.copy_(self._buffers[COUNT], non_blocking=True)
@@ -105,7 +82,4 @@ class TensorRTChain(ChainVision):
 
     def _free(self) -> None:
         self._stream.synchronize()
-        # In this order: a context must not outlive its engine, nor an engine its runtime.
-        self._contexts = []
-        self._loaded = [(runtime, None) for runtime, _ in self._loaded]
-        self._loaded.clear()
+        self._engines.free()

@@ -14,18 +14,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime import trt as seam
 from runtime.backends.chunked import Room
 from runtime.backends.chunked_engine import ChunkedEngine
-from runtime.backends.tensorrt import all_tensors, complaint, load_engine, make_context, require_gpu
+from runtime.backends.tensorrt_stages import Stages
 from runtime.contract import CHUNK_STAGES, ENGINE_FILE, FRAMES_DTYPE, stage_file
 from runtime.errors import EngineError
-from runtime.manifest import REBUILD
 
 
 class TensorRTChunked(ChunkedEngine):
@@ -50,22 +47,10 @@ class TensorRTChunked(ChunkedEngine):
         *,
         device: torch.device | str = "cuda",
     ) -> None:
-        self._paths = [Path(folder) / stage_file(ENGINE_FILE, stage) for stage in range(CHUNK_STAGES)]
-        for path in self._paths:
-            if not path.is_file():
-                raise EngineError(f"{path} is missing: {REBUILD}")
-        require_gpu(flavour)
-        trt = seam.load(flavour)
-        self._logger = seam.collecting_logger(trt)
+        paths = [Path(folder) / stage_file(ENGINE_FILE, stage) for stage in range(CHUNK_STAGES)]
+        self._engines = Stages(paths, flavour, device)
         with torch.cuda.device(device):
-            self._loaded = [load_engine(path, flavour, trt, self._logger) for path in self._paths]
-            engines = [engine for _, engine in self._loaded]
-            graphs = [all_tensors(path, engine) for path, engine in zip(self._paths, engines, strict=True)]
-            super().__init__(flavour, self._paths, graphs, frames, device)
-            self._contexts: list[Any] = [
-                make_context(path, flavour, engine, self._logger)
-                for path, engine in zip(self._paths, engines, strict=True)
-            ]
+            super().__init__(flavour, paths, self._engines.tensors, frames, device)
             self._staging = torch.zeros((self.chunk, *self.shape[1:]), dtype=FRAMES_DTYPE, pin_memory=True)
             self._stream = torch.cuda.Stream(self.device)
             self._staged, self._finished = torch.cuda.Event(), torch.cuda.Event()
@@ -75,6 +60,7 @@ class TensorRTChunked(ChunkedEngine):
 
     def _make_room(self) -> Room:
         room = super()._make_room()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # it is being cleared there
         for buffer in (room.hidden, room.received, room.tokens, room.positions):
             if buffer is not None:
                 buffer.record_stream(self._stream)  # a clip that nobody closed may go while its work is under way
@@ -106,16 +92,8 @@ class TensorRTChunked(ChunkedEngine):
         frames.record_stream(self._stream)  # the caller may drop them before the copy has run
 
     def _run(self, stage: int, tensors: Mapping[str, Tensor]) -> None:
-        context = self._contexts[stage]
-        for name, tensor in tensors.items():
-            if not context.set_tensor_address(name, tensor.data_ptr()):
-                raise EngineError(f"{self.name} refused a buffer for {name}: {complaint(self._logger)}; {REBUILD}")
-        if not context.execute_async_v3(self._stream.cuda_stream):
-            raise EngineError(f"{self.name} refused to run stage {stage}: {complaint(self._logger)}")
+        self._engines.run(stage, tensors, self._stream)
 
     def _free(self) -> None:
         self._stream.synchronize()
-        # In this order: a context must not outlive its engine, nor an engine its runtime.
-        self._contexts = []
-        self._loaded = [(runtime, None) for runtime, _ in self._loaded]
-        self._loaded.clear()
+        self._engines.free()

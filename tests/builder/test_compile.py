@@ -194,13 +194,14 @@ def test_the_other_precisions(tmp_path, dtype, fused):
 
 
 @needs_rtx
-def test_tf32_is_off_and_the_network_is_strongly_typed(tmp_path, monkeypatch):
+def test_the_settings_and_a_strongly_typed_network(tmp_path, monkeypatch):
     trt = seam.load("tensorrt-rtx")
     builder = trt.Builder(seam.collecting_logger(trt))
     request = Request("", "", "", "tensorrt-rtx", (8, 6), "fp32", False, 2**30)
     assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)  # the library's default
     config = engine_process._configure(trt, builder, request)
     assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or the runtime cannot capture a CUDA graph
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM86
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 2**30
     networks = []

@@ -18,6 +18,8 @@ from runtime.backends.tensorrt import TensorRTVision, engine_tensors
 from runtime.errors import EngineError
 from runtime.graphs import Replay
 
+from .gpu_flavour import FLAVOUR, WHY_NOT
+
 SHAPES = {"frames": ((2, 3, 4, 4), "UINT8"), "tokens": ((5, 8), "HALF"), "positions": ((5,), "INT64")}
 
 
@@ -287,6 +289,23 @@ def test_where_no_graph_can_be_captured_each_call_launches_the_engine(opened):
     assert "run on engine" in log
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_an_engine_that_says_it_cannot_be_captured_is_not(monkeypatch, engine_file, capturable):
+    log = []
+    context = Context(log)
+    context.is_stream_capturable = lambda stream: log.append(f"asked about {stream}") or capturable
+    monkeypatch.setattr(backend, "Replay", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "log", log, raising=False)
+    stand_ins(monkeypatch, Engine(SHAPES, context), log)
+    vision = TensorRTVision(engine_file, "tensorrt-rtx")
+    assert log.count("asked about engine") == 1
+    assert log.count("captured") == capturable
+    log.clear()
+    vision.encode(frames())
+    assert ("replayed" in log, "run on engine" in log) == (capturable, not capturable)
+    assert (vision.unreplayed is None) == capturable
+
+
 def test_a_run_that_is_refused(opened):
     vision, context, _ = opened
     context.succeeds = False
@@ -367,117 +386,87 @@ def test_a_gpu_but_no_library(monkeypatch, engine_file):
         TensorRTVision(engine_file, "tensorrt")
 
 
-def _flavour_for_this_gpu():
-    """The flavour that can build and run here, or the reason why there is none."""
-    if not torch.cuda.is_available():
-        return None, "no NVIDIA GPU that torch can use"
-    usable = seam.flavours()
-    if "tensorrt" in usable:
-        return "tensorrt", ""
-    major, minor = torch.cuda.get_device_capability()
-    if "tensorrt-rtx" not in usable:
-        return None, "a GPU, but neither tensorrt nor tensorrt-rtx is installed"
-    if not hasattr(seam.load("tensorrt-rtx").ComputeCapability, f"SM{major}{minor}"):
-        return None, f"tensorrt-rtx does not compile for compute capability {major}.{minor}"
-    return "tensorrt-rtx", ""
+MATRIX = np.random.default_rng(0).standard_normal((768, 64)).astype(np.float32)
 
 
-FLAVOUR, WHY_NOT = _flavour_for_this_gpu()
+def compile_products(folder, flavour, *videos, target):
+    """An engine for `videos` (none: one) at once. A frame's token is its pixels, as one row, times `MATRIX`, which is
+    large enough for a kernel that shows as a matrix product; its position is its largest pixel."""
+    onnx = pytest.importorskip("onnx")
+    from builder.compile import compile_engine
+
+    helper, proto, rank = onnx.helper, onnx.TensorProto, len(videos)
+    nodes = [
+        helper.make_node("Cast", ["frames"], ["pixels"], to=proto.FLOAT),
+        helper.make_node("Reshape", ["pixels", "sizes"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "matrix"], ["tokens"], "product"),
+        helper.make_node("ReduceMax", ["rows", "last"], ["largest"], keepdims=0),
+        helper.make_node("Cast", ["largest"], ["positions"], to=proto.INT64),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("frames", proto.UINT8, (*videos, 4, 3, 16, 16))],
+        [
+            helper.make_tensor_value_info("tokens", proto.FLOAT, (*videos, 4, 64)),
+            helper.make_tensor_value_info("positions", proto.INT64, (*videos, 4)),
+        ],
+        [
+            onnx.numpy_helper.from_array(MATRIX, "matrix"),
+            helper.make_tensor("sizes", proto.INT64, (rank + 2,), (*videos, 4, 768)),
+            helper.make_tensor("last", proto.INT64, (1,), (rank + 1,)),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    onnx.save(model, folder / "vision.onnx")
+    return compile_engine(
+        folder / "vision.onnx", folder / "vision.engine", flavour=flavour, dtype="fp32", target=target
+    )
+
+
+def check_products(clip, tokens, positions):
+    rows = clip.flatten(1).double()
+    torch.testing.assert_close(tokens.double(), rows @ torch.from_numpy(MATRIX).double(), rtol=1e-4, atol=0.1)
+    assert positions.tolist() == rows.max(1).values.long().tolist()
+
+
+@pytest.mark.parametrize("videos", [(), (3,)])
+def test_the_engines_of_the_tests_on_a_gpu_can_be_built(tmp_path, videos):
+    """As far as a machine without one can tell: their precision is proved, and the products are right."""
+    if "tensorrt-rtx" not in seam.flavours():
+        pytest.skip("tensorrt-rtx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    report = compile_products(tmp_path, "tensorrt-rtx", *videos, target=(8, 0))
+    assert report.layers.flop_shares == {"fp32": 1.0}
+    clips = torch.randint(0, 256, (*videos, 4, 3, 16, 16), dtype=torch.uint8)
+    tokens, positions = onnxruntime.InferenceSession(tmp_path / "vision.onnx").run(None, {"frames": clips.numpy()})
+    each = (clips.view(-1, 4, 3, 16, 16), tokens.reshape(-1, 4, 64), positions.reshape(-1, 4))
+    for clip, *found in zip(*each, strict=True):
+        check_products(clip, *map(torch.from_numpy, found))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(FLAVOUR is None, reason=WHY_NOT)
 def test_on_a_gpu(tmp_path):
-    """Token i is row i of the frames' channel means times a matrix; calls on two streams do not disturb each other."""
-    onnx = pytest.importorskip("onnx")
-    from builder.compile import compile_engine
-
-    rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((3, 8)).astype(np.float32)
-    helper, proto = onnx.helper, onnx.TensorProto
-    nodes = [
-        helper.make_node("Cast", ["frames"], ["pixels"], to=proto.FLOAT),
-        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
-        helper.make_node("MatMul", ["means", "matrix"], ["tokens"]),
-        helper.make_node("ReduceMax", ["means", "last"], ["largest"], keepdims=0),
-        helper.make_node("Cast", ["largest"], ["positions"], to=proto.INT64),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "means",
-        [helper.make_tensor_value_info("frames", proto.UINT8, (4, 3, 16, 16))],
-        [
-            helper.make_tensor_value_info("tokens", proto.FLOAT, (4, 8)),
-            helper.make_tensor_value_info("positions", proto.INT64, (4,)),
-        ],
-        [
-            onnx.numpy_helper.from_array(matrix, "matrix"),
-            helper.make_tensor("axes", proto.INT64, (2,), (2, 3)),
-            helper.make_tensor("last", proto.INT64, (1,), (1,)),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    onnx.save(model, tmp_path / "vision.onnx")
-    compile_engine(
-        tmp_path / "vision.onnx",
-        tmp_path / "vision.engine",
-        flavour=FLAVOUR,
-        dtype="fp32",
-        target=torch.cuda.get_device_capability(),
-    )
+    """Calls on several streams, of frames here and there, do not disturb each other."""
+    compile_products(tmp_path, FLAVOUR, target=torch.cuda.get_device_capability())
     vision = TensorRTVision(tmp_path / "vision.engine", FLAVOUR)
     assert vision.unreplayed is None
     generator = torch.Generator().manual_seed(0)
     for call in range(20):
         clip = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        means = clip.float().mean((2, 3))
         with torch.cuda.stream(torch.cuda.Stream()):
             tokens, positions = vision.encode(clip if call % 2 else clip.cuda(non_blocking=True))
             got = (tokens.cpu(), positions.cpu())
-        torch.testing.assert_close(got[0], means @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-2)
-        assert got[1].tolist() == means.max(1).values.long().tolist()
+        check_products(clip, *got)
     vision.close()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(FLAVOUR is None, reason=WHY_NOT)
 def test_several_clips_on_a_gpu(tmp_path):
-    """Token i of a clip is row i of its frames' channel means times a matrix, whatever lies beside it in the batch."""
-    onnx = pytest.importorskip("onnx")
-    from builder.compile import compile_engine
-
-    matrix = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
-    helper, proto = onnx.helper, onnx.TensorProto
-    nodes = [
-        helper.make_node("Cast", ["frames"], ["pixels"], to=proto.FLOAT),
-        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
-        helper.make_node("MatMul", ["means", "matrix"], ["tokens"]),
-        helper.make_node("ReduceMax", ["means", "last"], ["largest"], keepdims=0),
-        helper.make_node("Cast", ["largest"], ["positions"], to=proto.INT64),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "means",
-        [helper.make_tensor_value_info("frames", proto.UINT8, (3, 4, 3, 16, 16))],
-        [
-            helper.make_tensor_value_info("tokens", proto.FLOAT, (3, 4, 8)),
-            helper.make_tensor_value_info("positions", proto.INT64, (3, 4)),
-        ],
-        [
-            onnx.numpy_helper.from_array(matrix, "matrix"),
-            helper.make_tensor("axes", proto.INT64, (2,), (3, 4)),
-            helper.make_tensor("last", proto.INT64, (1,), (2,)),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    onnx.save(model, tmp_path / "vision.onnx")
-    compile_engine(
-        tmp_path / "vision.onnx",
-        tmp_path / "vision.engine",
-        flavour=FLAVOUR,
-        dtype="fp32",
-        target=torch.cuda.get_device_capability(),
-    )
+    """Each clip has its own tokens, whatever lies beside it in the batch."""
+    compile_products(tmp_path, FLAVOUR, 3, target=torch.cuda.get_device_capability())
     vision = TensorRTVision(tmp_path / "vision.engine", FLAVOUR)
     assert vision.batch == 3
     generator = torch.Generator().manual_seed(0)
@@ -488,7 +477,5 @@ def test_several_clips_on_a_gpu(tmp_path):
             found = [(tokens.cpu(), positions.cpu()) for tokens, positions in vision.encode_several(where)]
         assert len(found) == len(clips)
         for clip, (tokens, positions) in zip(clips, found, strict=True):
-            means = clip.float().mean((2, 3))
-            torch.testing.assert_close(tokens, means @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-2)
-            assert positions.tolist() == means.max(1).values.long().tolist()
+            check_products(clip, tokens, positions)
     vision.close()

@@ -22,7 +22,7 @@ from earlytom import EarlyTomConfig, encode_video
 from earlytom.model import feature_depth
 from runtime import contract
 from runtime import trt as seam
-from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chain
+from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chain, tensorrt_stages
 from runtime.backends.chain import Room
 from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
 from runtime.backends.tensorrt_chain import TensorRTChain
@@ -331,14 +331,21 @@ class Opened:
         stand_in = SimpleNamespace(
             cuda=cuda, int64=torch.int64, zeros=lambda *shape, pin_memory=False, **kind: torch.zeros(*shape, **kind)
         )
-        for module in (tensorrt, tensorrt_chain):
+        for module in (tensorrt, tensorrt_chain, tensorrt_stages):
             monkeypatch.setattr(module, "torch", stand_in)
+        self.recorded: list[tuple[int, object]] = []
+        monkeypatch.setattr(
+            torch.Tensor,
+            "record_stream",
+            lambda tensor, stream: self.recorded.append((tensor.data_ptr(), stream)),
+        )
         monkeypatch.setattr(seam, "load", lambda flavour: library)
         monkeypatch.setattr(seam, "errors_of", lambda logger: ["out of memory"])
         for stage in range(2):
             (folder / contract.stage_file(contract.ENGINE_FILE, stage)).write_bytes(b"plan")
         self.vision = TensorRTChain(folder, Room(4, 3, 0.5, 1), "tensorrt-rtx", device="cpu")
         self.log.clear()
+        self.recorded.clear()
 
 
 @pytest.fixture
@@ -359,6 +366,9 @@ def test_tensorrt_runs_stage_by_stage_and_reads_each_count(opened: Opened) -> No
         "host waits for engine",
     ]
     assert opened.vision.frames_per_stage == (4, 3)
+    assert opened.recorded == [
+        (output.data_ptr(), "caller") for output in (tokens, positions)
+    ]  # who may still read them
     assert tokens.shape == (2, 7)
     assert tokens.dtype == torch.float16
     assert positions.shape == (2,)

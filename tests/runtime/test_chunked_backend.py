@@ -16,7 +16,7 @@ from runtime.backends.torch import TorchChunked, TorchVision
 from runtime.checkpoint import describe
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
-from runtime.video import load_clip
+from runtime.video import clip_from_frames, load_clip
 
 from .chunked_vision import SIDE, TinyVision, Toy, tiny_chunked
 
@@ -207,3 +207,32 @@ def test_torch_in_chunks_on_a_gpu(drawn_clip: Path) -> None:
             tokens, positions, _ = clip.finish()
         assert torch.equal(tokens, wanted)
         assert torch.equal(positions, where)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("total", [8, None])
+def test_frames_as_they_come_wait_for_nothing_else_on_a_gpu(drawn_clip: Path, total: int | None) -> None:
+    """Pushed from a stream of the caller's, resized there, and encoded while the stream of all threads is busy."""
+    from runtime.live import LiveClip
+
+    checkpoint, cuda = describe(None), torch.device("cuda")
+    size = checkpoint.preprocessing.size
+    config = EarlyTomConfig(merge_layers=(2, 5), retention_ratio=0.3, schedule="budget")
+    vision = TorchChunked(TorchVision(checkpoint, config, (8, 3, *size), device=cuda, dtype=torch.float16), 4)
+    drawn = load_clip(drawn_clip, 8, (120, 160)).frames
+    wanted, where = (value.clone() for value in vision.encode(clip_from_frames(drawn, 8, size, device=cuda).frames))
+    for _ in range(2):  # the first round asks the driver for memory, which may wait
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()), LiveClip(vision, total=total, device=cuda) as clip:
+            torch.cuda._sleep(20_000_000)  # the frames are still being made when they are pushed
+            frames = drawn.cuda(non_blocking=True)
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                torch.cuda._sleep(2_000_000_000)  # an answer
+            for some in frames.split(3):
+                clip.push(some)
+            tokens, positions, _ = clip.finish()
+            busy = not torch.cuda.default_stream().query()
+        assert torch.equal(tokens, wanted)
+        assert torch.equal(positions, where)
+    assert busy

@@ -19,7 +19,7 @@ from torch import Tensor
 from earlytom.config import EarlyTomConfig
 from runtime import contract
 from runtime import trt as seam
-from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chunked
+from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chunked, tensorrt_stages
 from runtime.backends.onnxruntime_chunked import OnnxRuntimeChunked
 from runtime.backends.tensorrt_chunked import TensorRTChunked
 from runtime.backends.torch import TorchChunked, open_torch
@@ -29,6 +29,8 @@ from runtime.live import LiveClip
 from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.video import clip_from_frames, load_clip
+
+from .gpu_flavour import FLAVOUR, WHY_NOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,7 +313,7 @@ class Opened:
         stand_in = SimpleNamespace(
             cuda=cuda, zeros=lambda *shape, pin_memory=False, **kind: torch.zeros(*shape, **kind)
         )
-        for module in (tensorrt, tensorrt_chunked):
+        for module in (tensorrt, tensorrt_chunked, tensorrt_stages):
             monkeypatch.setattr(module, "torch", stand_in)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         monkeypatch.setattr(seam, "load", lambda flavour: library)
@@ -340,6 +342,8 @@ PUSHED = [
 
 def test_tensorrt_orders_every_call_between_the_callers_work(opened: Opened) -> None:
     with opened.vision.begin() as clip:
+        assert opened.log == ["engine waits for caller"]  # on whose stream the clip's memory is being cleared
+        opened.log.clear()
         clip.push(CLIP[:2])
         assert opened.log == PUSHED
         clip.push(CLIP[2:])
@@ -426,21 +430,18 @@ def test_tensorrt_without_what_it_needs(opened: Opened, tmp_path: Path, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(FLAVOUR is None, reason=WHY_NOT)
 @pytest.mark.parametrize("merges", ["2,5", "4"])
 def test_tensorrt_on_a_gpu(tmp_path: Path, frames: Tensor, merges: str) -> None:
     """Tokens are PyTorch's within half precision; streamed, and with frames on the GPU, they are exactly the same."""
     from builder import build
 
-    flavour = next((name for name in ("tensorrt", "tensorrt-rtx") if name in seam.flavours()), None)
-    if flavour is None:
-        pytest.skip("neither tensorrt nor tensorrt-rtx is installed")
     target = ".".join(map(str, torch.cuda.get_device_capability()))
-    words = f"--frames {FRAMES} --ratio 0.3 --fp16 --merge-layers {merges} --chunk 4 --backend {flavour}".split()
+    words = f"--frames {FRAMES} --ratio 0.3 --fp16 --merge-layers {merges} --chunk 4 --backend {FLAVOUR}".split()
     build.main([*words, "--target", target, "--no-verify", "--out", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
     manifest = Manifest.read(folder)
-    vision = open_backend(flavour, folder, manifest)
+    vision = open_backend(str(FLAVOUR), folder, manifest)
     assert isinstance(vision, TensorRTChunked)
     clip = sampled(frames)
     wanted, where = (value.clone() for value in vision.encode(clip))
@@ -453,7 +454,7 @@ def test_tensorrt_on_a_gpu(tmp_path: Path, frames: Tensor, merges: str) -> None:
     assert torch.equal(vision.encode(clip.cuda())[0], wanted)
     with torch.cuda.stream(torch.cuda.Stream()):
         for total in (len(frames), None):
-            with LiveClip(vision, total=total) as live:
+            with LiveClip(vision, total=total, limit=len(frames)) as live:
                 for some in frames.split(7):
                     live.push(some)
                 tokens, positions, _ = live.finish()

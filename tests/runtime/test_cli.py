@@ -185,3 +185,27 @@ def test_json_never_says_nan() -> None:
 def test_output_goes_to_stdout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cli.Screen().line(str(tmp_path))
     assert capsys.readouterr().out == f"{tmp_path}\n"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_a_stream_that_was_closed_takes_everything(descriptor: int) -> None:
+    code = (
+        "import sys; from runtime import cli; from earlytom import UserError\n"
+        "def main(args):\n    cli.Screen().line('text'); raise UserError('got 0: give 1')\n"
+        "sys.exit(cli.run(main, None))"
+    )
+    command = f'exec "{sys.executable}" -c "$0" {descriptor}>&-'
+    done = subprocess.run(["sh", "-c", command, code], capture_output=True, text=True, check=False)
+    said = {1: ("", "error: got 0: give 1\n"), 2: ("text\n", "")}[descriptor]
+    assert (done.returncode, done.stdout, done.stderr) == (2, *said)
+
+
+def test_what_standard_output_cannot_encode_is_escaped() -> None:
+    code = "import sys; from runtime import cli; sys.exit(cli.run(lambda args: cli.Screen().line('caf\\u00e9'), None))"
+    said = []
+    for encoding in ("ascii", "utf-8"):
+        given = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=given, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        said.append(done.stdout.decode())
+    assert said == ["caf\\xe9\n", "café\n"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earlytom.errors import UserError
+from runtime import live as live_module
 from runtime.backends.chunked import ChunkedVision
 from runtime.errors import EngineError
 from runtime.live import LiveClip, completion
@@ -311,7 +313,7 @@ def test_a_backend_that_takes_whole_clips() -> None:
         (torch.zeros(2, 4, 4, 4, dtype=torch.uint8), r"frames are uint8 \[2, 4, 4, 4\]"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), r"frames are uint8 \[0, 3, 4, 4\]"),
         (torch.zeros(4, 4, dtype=torch.uint8), r"frames are uint8 \[4, 4\]"),
-        ([1, 2], "frames are a list"),
+        ([1, 2], "the video is a list"),
         (np.zeros((4, 4, 4), np.uint8), r"frames are uint8 \[1, 4, 4, 4\]"),
     ],
 )
@@ -453,3 +455,54 @@ def test_a_backend_that_is_closed_meanwhile(vision: Watched) -> None:
             clip.finish()
     with pytest.raises(RuntimeError, match="vision backend is closed"):
         LiveClip(vision, total=4)
+
+
+@pytest.mark.parametrize("total", [9, None])
+def test_on_a_gpu_each_thread_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch, total: int | None) -> None:
+    """On stand-ins, that write down on which stream each thing is asked: waiting for the GPU comes last on each."""
+    log: list[str] = []
+    places = threading.local()
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        places.stream = stream
+        yield
+        del places.stream
+
+    def here() -> Stream:
+        return getattr(places, "stream", Stream("caller"))
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            log.append(f"{name} on {here().name}")
+            return function(*arguments)
+
+        return call
+
+    vision, frames = Toy(4, 2), source(9)
+    wanted, _ = whole(vision, frames)
+    assert vision.rows_alike
+    monkeypatch.setattr(live_module, "_stream", lambda device, purpose: Stream(purpose))
+    monkeypatch.setattr(live_module, "_wait", noted("wait", lambda device: None))
+    monkeypatch.setattr(live_module, "resize_frames", noted("resize", live_module.resize_frames))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here())
+    monkeypatch.setattr(vision, "_head", noted("head", vision._head))
+    monkeypatch.setattr(vision, "_rest", noted("rest", vision._rest))
+    tokens, _, _ = live(vision, split(frames, {4}), total=total)
+    assert torch.equal(tokens, wanted)
+    assert log[0] == "encode waits for caller"  # on whose stream the clip's memory was made
+    pushed = [line for line in log if "resize" in line]
+    assert pushed == ["resize on resize", "wait on resize"] * 2
+    encoded = [line for line in log[1:] if "encode" in line]
+    heads = encoded.count("head on encode")
+    assert heads >= 2
+    assert encoded[-2:] == ["rest on encode", "wait on encode"]
+    assert len(log) == 1 + len(pushed) + len(encoded)

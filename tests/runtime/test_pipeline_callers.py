@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
+from runtime import pipeline as pipeline_module
 from runtime.answering import Answering
 from runtime.backends import VisionBackend
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
@@ -69,6 +70,21 @@ def clips(clip: Clip) -> list[Clip]:
 @pytest.fixture(scope="module")
 def answer(pipeline: Pipeline, clip: Clip) -> Answer:
     return pipeline.ask(clip, QUESTION, max_new_tokens=TOKENS)
+
+
+def test_frames_on_a_gpu_are_taken_before_they_are_read(
+    pipeline: Pipeline, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here nothing is on a GPU: what `as_of_now` would give stands for it."""
+    told: list[str] = []
+    prepare = pipeline._core.prepare
+    monkeypatch.setattr(pipeline_module, "as_of_now", lambda frames: SimpleNamespace(take=lambda: told.append("taken")))
+    monkeypatch.setattr(pipeline._core, "prepare", lambda *given: told.append("read") or prepare(*given))
+    for video in (clip, clip.frames):
+        pipeline.ask(video, QUESTION, max_new_tokens=1)
+        with pipeline.watch(video) as watched:
+            watched.ask(QUESTION, max_new_tokens=1)
+    assert told == ["taken", "read"] * 4
 
 
 class Gate:

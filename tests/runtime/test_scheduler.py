@@ -890,3 +890,16 @@ def test_callers_that_come_and_go_as_they_like(bench: Bench) -> None:
     assert set(ends) - {"overloaded"} == {"answered", "cancel", "abandon", "late", "failed"}
     scheduler.close(drain=True)
     assert scheduler._occupied() == 0
+
+
+def test_a_fork_is_told_that_the_workers_stayed_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the number of the process differs in here: what matters is that nothing waits for threads that are gone."""
+    scheduler = bench.scheduler()
+    scheduler.submit(bench.work("a")).last(LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.scheduler.os.getpid", lambda: -1)
+        with scheduler._lock:  # as a fork may find it
+            scheduler.close()
+            with pytest.raises(Closed, match="load one after"):
+                scheduler.submit(bench.work("b"))
+    assert scheduler.submit(bench.work("c")).last(LONG) is not None
