@@ -49,7 +49,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     options = parser().parse_args(argv)
     for clip in options.calibration:
         if not clip.is_file():
-            raise UserError(f"--calibration {clip}: no such file; give video files that FFmpeg reads")
+            what = "not a file" if clip.exists() else "no such file"
+            raise UserError(f"--calibration {clip}: {what}; give video files that FFmpeg reads")
+    if options.verify_text and not options.verify:
+        raise UserError("--verify-text is a step of the gate, which --no-verify leaves out: give one of the two")
+    try:
+        str(options.out).encode()
+    except UnicodeEncodeError as error:  # ONNX takes no other names
+        raise UserError(
+            f"--out {str(options.out)!r} is not UTF-8: choose another folder, or set the locale with LC_ALL=C.UTF-8"
+        ) from error
     if not 0 < options.workspace < math.inf:
         raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
     target = parse_target(options.target)

@@ -89,14 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.result(islands.record(config))
         return 0
     show_plan(screen, config)
+    if config.backend != "onnx" and not (options.dry_run and config.backend == "tensorrt"):  # plans need no GPU
+        check_target(config.backend, config.target, config.hardware_compatible)
     if options.dry_run:
         if config.dtype != "fp32":
             islands.show(screen, config)
         screen.line(f"key: {key}\nfolder: {folder}\nnothing was built (--dry-run)")
         screen.result(summary(config, key, folder, None, cached=False))
         return 0
-    if config.backend != "onnx":
-        check_target(config.backend, config.target, config.hardware_compatible)
     checks = {"verified": options.verify, "text": bool(options.verify_text)}
     if not options.force and (found := cache.find(folder, key, **checks)):
         screen.line(f"unchanged: {folder} was built {found.created} and is used as it is (--force builds it again)")

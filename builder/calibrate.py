@@ -37,7 +37,7 @@ class FramesKept:
     @property
     def ranges(self) -> tuple[tuple[int, int, int], ...]:
         """Least, median (of an even number of clips the larger one in the middle) and most, of each stage."""
-        return tuple((min(counts), _rank(counts, 0.5), max(counts)) for counts in self._stages())
+        return tuple((min(counts), _median(counts), max(counts)) for counts in self._stages())
 
     def budget(self, share: float = AUTO_SHARE) -> tuple[int, ...]:
         """Frames to keep after each merge so that they are enough for at least `share` of the clips, merge by merge."""
@@ -57,8 +57,8 @@ class FramesKept:
         return list(zip(*self.clips.values(), strict=True))
 
 
-def _rank(counts: tuple[int, ...], share: float) -> int:
-    return sorted(counts)[min(int(share * len(counts)), len(counts) - 1)]
+def _median(counts: tuple[int, ...]) -> int:
+    return sorted(counts)[len(counts) // 2]
 
 
 def _percentile(counts: tuple[int, ...], share: float) -> int:

@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import onnx
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-from polygraphy.comparator import IterationResult, RunResults
-
-from builder.runners import Arrays, write_tapped
+from builder.runners import Arrays, run_each, values_of
 from earlytom.errors import UserError
 from runtime import contract
 
 
-def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> RunResults:
+def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> list[Arrays]:
     """The outputs and the values `names` of a chain for every feed.
 
     Args:
@@ -34,29 +29,11 @@ def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Array
     """
     results: list[Arrays] = [{} for _ in feeds]
     entering = list(feeds)
-    for stage, path in enumerate(paths):
-        wanted = [name for name in names if name in _values(path)]
-        tapped = write_tapped(path, wanted, rounded=rounded)
-        try:
-            with OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner:
-                for clip, feed in enumerate(entering):
-                    out = {name: np.asarray(value) for name, value in runner.infer(feed).items()}
-                    entering[clip] = _cut(out, stage, len(paths), len(next(iter(feed.values()))))
-                    results[clip] |= {name: value for name, value in out.items() if name in (*names, *contract.OUTPUTS)}
-        finally:
-            tapped.unlink()
-    missing = [name for name in names if name not in results[0]]
-    if missing:
-        raise UserError(
-            f"no graph of {paths[0].parent} has a value named {missing[0]}, so another version exported them: build "
-            "again with --force"
-        )
-    return RunResults([("onnxruntime", [IterationResult(out, runner_name="onnxruntime") for out in results])])
-
-
-def _values(path: Path) -> set[str]:
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return {value.name for value in (*graph.output, *graph.value_info)}
+    for stage, (path, wanted) in enumerate(zip(paths, values_of(paths, names), strict=True)):
+        for clip, out in enumerate(run_each(path, wanted, entering, rounded=rounded)):
+            entering[clip] = _cut(out, stage, len(paths), len(next(iter(entering[clip].values()))))
+            results[clip] |= {name: value for name, value in out.items() if name in (*names, *contract.OUTPUTS)}
+    return results
 
 
 def _cut(out: Arrays, stage: int, stages: int, arrived: int) -> Arrays:

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-from polygraphy.comparator import IterationResult, RunResults
 
-from builder.runners import Arrays, write_tapped
-from earlytom.errors import UserError
+from builder.runners import Arrays, run_each, values_of
 from runtime import contract
 
 
@@ -24,7 +21,7 @@ def is_chunked(paths: Sequence[Path]) -> bool:
     return contract.HIDDEN in outputs
 
 
-def run_chunks(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> RunResults:
+def run_chunks(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> list[Arrays]:
     """The outputs and the values `names` of the two graphs for every feed.
 
     Args:
@@ -36,36 +33,19 @@ def run_chunks(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arra
     Raises:
         UserError: neither graph has a value of that name.
     """
-    graphs = [onnx.load(str(path), load_external_data=False).graph for path in paths]
-    (frames,) = graphs[0].input
-    chunk = frames.type.tensor_type.shape.dim[0].dim_value
-    had = [{value.name for value in (*graph.output, *graph.value_info)} for graph in graphs]
-    missing = [name for name in names if not any(name in one for one in had)]
-    if missing:
-        raise UserError(
-            f"no graph of {paths[0].parent} has a value named {missing[0]}, so another version exported them: build "
-            "again with --force"
-        )
-    ofs = [[name for name in names if name in one] for one in had]
+    of_head, of_rest = values_of(paths, names)
+    inputs = [onnx.load(str(path), load_external_data=False).graph.input for path in paths]
+    chunk = inputs[0][0].type.tensor_type.shape.dim[0].dim_value
     clips = [np.split(feed[contract.FRAMES], len(feed[contract.FRAMES]) // chunk) for feed in feeds]
-    parts = iter(_run(paths[0], ofs[0], [{contract.FRAMES: some} for clip in clips for some in clip], rounded))
+    chunks = [{contract.FRAMES: some} for clip in clips for some in clip]
+    parts = iter(run_each(paths[0], of_head, chunks, rounded=rounded))
     heads = [_joined([next(parts) for _ in clip]) for clip in clips]
-    entering = [value.name for value in graphs[1].input]
-    rests = _run(paths[1], ofs[1], [{name: head[name] for name in entering} for head in heads], rounded)
-    results = [
+    entering = [{value.name: head[value.name] for value in inputs[1]} for head in heads]
+    rests = run_each(paths[1], of_rest, entering, rounded=rounded)
+    return [
         {name: value for name, value in (head | rest).items() if name in (*names, *contract.OUTPUTS)}
         for head, rest in zip(heads, rests, strict=True)
     ]
-    return RunResults([("onnxruntime", [IterationResult(out, runner_name="onnxruntime") for out in results])])
-
-
-def _run(path: Path, names: Sequence[str], feeds: Sequence[Arrays], rounded: bool) -> list[Arrays]:
-    tapped = write_tapped(path, names, rounded=rounded)
-    try:
-        with OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner:
-            return [{name: np.array(value) for name, value in runner.infer(feed).items()} for feed in feeds]
-    finally:
-        tapped.unlink()
 
 
 def _joined(parts: Sequence[Arrays]) -> Arrays:

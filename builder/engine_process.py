@@ -261,8 +261,8 @@ def _configure(trt: Any, builder: Any, request: Request) -> Any:
 
 def _refusal(trt: Any, logger: Any, request: Request) -> str:
     reason = next(iter(seam.errors_of(logger)), "it gave no reason")
-    limit = request.workspace_bytes / 2**30
-    return f"{request.flavour} {trt.__version__} cannot build this graph within {limit:g} GiB of workspace: {reason}"
+    room = f" within {request.workspace_bytes / 2**30:.4g} GiB (--workspace)" if "workspace" in reason.lower() else ""
+    return f"{request.flavour} {trt.__version__} cannot build this graph{room}: {reason}"
 
 
 def _throttled(say: Say, interval: float = 0.1) -> Callable[[str, int, int], None]:

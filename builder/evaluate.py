@@ -29,8 +29,9 @@ from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
 from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
 from builder.evaluation.timing import measure_times
 from builder.verify import GATES
+from earlytom.micro.card import write_card
 from runtime import cli
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint import MICRO, Checkpoint
 from runtime.manifest import Manifest
 
 AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on its benchmarks
@@ -52,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = replace(job, engine=str(folder))
     bench = Bench(job)
     settings = bench.settings
+    many = "" if len(settings) == 1 else "s"
     screen.line(
-        f"{options.clips} clips of the {job.split} split, {len(settings)} settings, {options.workers} "
+        f"{options.clips} clips of the {job.split} split, {len(settings)} setting{many}, {options.workers} "
         f"process{'es' if options.workers > 1 else ''}"
     )
     with progress(screen, "answers", options.clips) as advance:
@@ -158,7 +160,7 @@ def full_record(
     return {
         "model": checkpoint.source,
         "trained": checkpoint.trained,
-        "weights": record.weights_digest() if checkpoint.source == "micro" else None,
+        "weights": record.weights_digest() if checkpoint.source == MICRO else None,
         "split": job.split,
         "seed": job.seed,
         "clips": options.clips,
@@ -183,7 +185,8 @@ def save(
         screen.line(f"figures: {options.json}")
     if options.record:
         record.write(record.PATH, whole)
-        screen.line(f"record: {record.PATH}")
+        write_card(record.PATH.parent)
+        screen.line(f"record: {record.PATH}, and the model card beside it")
     if options.plot is not None:
         caption = f"{whole['questions']:,} questions about {whole['clips']:,} clips, 95 % intervals"
         plot.draw(found, options.plot, caption=caption, chance=None if blind is None else blind.accuracy.value)

@@ -86,12 +86,15 @@ class VisionGraph(nn.Module):
 
     Args:
         vision_tower, projector: Hugging Face modules, already in the precision of the graph (`builder.precision`).
-        config: the method's settings, budget schedule.
+        config: the method's settings.
         mean, std: the model's normalisation, per channel, for pixels in [0, 1].
         depth: encoder layers to run.
-        decisions: who decides; the reference in PyTorch by default.
         dtype: of the graph; that of the projector by default.
-        islands: what is fp32 in it, as far as it has no weights.
+        islands: what is fp32 in it; here for the values that have no weights to take a dtype from.
+
+    Attributes:
+        decisions: who decides; the reference in PyTorch unless set otherwise.
+        every_layer: whether `forward` returns the values of every layer, not only those of the merge layers.
     """
 
     def __init__(
@@ -103,7 +106,6 @@ class VisionGraph(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         depth: int | None = None,
-        decisions: Decisions | None = None,
         dtype: torch.dtype | None = None,
         islands: Islands = DEFAULT,
     ) -> None:
@@ -112,10 +114,10 @@ class VisionGraph(nn.Module):
         self.projector = projector
         self.config = config
         self.depth = depth
-        self.decisions = decisions or Decisions(config)
+        self.decisions = Decisions(config)
         self.dtype = dtype or next(projector.parameters()).dtype
         self.islands = islands
-        self.every_layer = False  # whether the trace holds every layer
+        self.every_layer = False
         scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
         self.scale = nn.Buffer(scale.float().view(1, 3, 1, 1), persistent=False)
@@ -275,17 +277,20 @@ def save(
     # The exporter notes the Python source of every node: file names of this machine, and other bytes at every export.
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "earlytom-engine-builder", None
+    data = None
     if shared is not None:
         shared.move(model)
-        ir.save(model, path)
-        onnx.checker.check_model(str(path), full_check=True)
-        return ExportedGraph(path, (path.name, shared.path.name))
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    external = sum(tensor.nbytes for tensor in tensors if tensor is not None) >= EXTERNAL_DATA_BYTES
-    data = f"{path.name}.data" if external else None
+    elif _weight_bytes(model) >= EXTERNAL_DATA_BYTES:
+        data = f"{path.name}.data"
     ir.save(model, path, external_data=data)
     onnx.checker.check_model(str(path), full_check=True)
-    return ExportedGraph(path, (path.name, data) if data else (path.name,))
+    beside = data if shared is None else shared.path.name
+    return ExportedGraph(path, (path.name,) if beside is None else (path.name, beside))
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def budget_body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:

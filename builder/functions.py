@@ -295,7 +295,8 @@ def select_tokens(*, per_frame: int, places: int, opset: int) -> ir.Function:
 
 
 def adaptive_select_tokens(*, frames: int, per_frame: int, ratio: float, opset: int) -> ir.Function:
-    """The body of AdaptiveSelectTokens for up to `frames` frames of `per_frame` tokens: `Decisions.select_varying`."""
+    """The body of AdaptiveSelectTokens for up to `frames` frames of `per_frame` tokens. Mirrors
+    `earlytom.select.select_varying`."""
     b = Body()
     features, received, static = (ir.Value(name=name) for name in ("features", "received", "static"))
     effective = [effective_ratio(ratio, frames, max(n, 1)) for n in range(frames + 1)]

@@ -101,6 +101,8 @@ def describe(path: Path, frames: int | None = None) -> Record:
             count that the engine does not take.
     """
     folder = path.parent if path.is_file() else path
+    if path.is_file() and not (folder / contract.MANIFEST_FILE).is_file():
+        raise EngineError(f"{path} is no file of an engine folder: name one that python -m builder.build wrote")
     manifest = Manifest.read(folder)
     if path.is_file() and path.name not in (contract.MANIFEST_FILE, *manifest.files):
         raise EngineError(f"{path} is no file of the engine in {folder}: name the folder or its manifest.json")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
@@ -202,31 +203,36 @@ class Costs:
 
     def _stage_share(self, stage: int, islands: Islands) -> float:
         span, frames, size = self.spans[stage], self.stages[stage], self.tokens * self.width
+        products, wide = self._layers(span, islands)
         parts = [("similarity" in islands, 2 * frames**2 * size)]
-        for name in LAYERED:
-            chosen = getattr(islands, name)
-            parts += [(layer in chosen, getattr(self, f"_{name}")(layer).products) for layer in span]
         if stage == 0:
             parts.append(("embeddings" in islands, self._embeddings().products))
         if stage < len(self.spans) - 1:
             parts.append(("residual" in islands, 2 * frames**2 * size))  # the merge, padded
         else:
             parts.append(("projector" in islands, self._projector().products))
-        wide = sum(products for chosen, products in parts if chosen)
-        if "logits" in islands and self.deciding in span and self.deciding not in islands.attention:
-            wide += self._logits().products
-        return 1 - wide / sum(products for _, products in parts)
+        products += sum(count for _, count in parts)
+        wide += sum(count for chosen, count in parts if chosen)
+        return 1 - wide / products
 
     def chunk_shares(self, islands: Islands) -> tuple[float, float]:
         """`half_share` of the head, which has the layers up to the first merge, and of the rest."""
-        parts = [("embeddings" in islands, self._embeddings().products)]
-        for name in LAYERED:
-            chosen = getattr(islands, name)
-            parts += [(layer in chosen, getattr(self, f"_{name}")(layer).products) for layer in self.spans[0]]
-        products, wide = (sum(n for chosen, n in parts if chosen or every) for every in (True, False))
-        if "logits" in islands and self.deciding in self.spans[0] and self.deciding not in islands.attention:
-            wide += self._logits().products
+        products, wide = self._layers(self.spans[0], islands)
+        products += self._embeddings().products
+        wide += self._embeddings().products * ("embeddings" in islands)
         return 1 - wide / products, 1 - (self.total(islands).products - wide) / (self.products - products)
+
+    def _layers(self, span: range, islands: Islands) -> tuple[int, int]:
+        """Flops of the matrix products of some encoder layers: of all, and of those in fp32."""
+        products = wide = 0
+        for name in LAYERED:
+            for layer in span:
+                count = getattr(self, f"_{name}")(layer).products
+                products += count
+                wide += count * (layer in getattr(islands, name))
+        if "logits" in islands and self.deciding in span and self.deciding not in islands.attention:
+            wide += self._logits().products
+        return products, wide
 
     @property
     def products(self) -> int:
@@ -266,7 +272,7 @@ class Costs:
 
     def _residual(self) -> Cost:
         size = self.tokens * self.width
-        merges = sum(2 * a * b * size for a, b in zip(self.stages, self.stages[1:], strict=False))
+        merges = sum(2 * a * b * size for a, b in pairwise(self.stages))
         adds = 2 * sum(map(self._hidden, range(self.depth)))
         kept = self.stages[0] * size + adds + sum(self.stages[1:]) * size
         return Cost(merges, adds, 0, _EXTRA * kept)

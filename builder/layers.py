@@ -27,7 +27,9 @@ from earlytom.errors import UserError
 # ("Row major linear FP16 format"), newer ones words.
 _DTYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Double": "fp64", "FP8": "fp8"}
 _SENTENCE_DTYPES = {"FP16": "fp16", "FP32": "fp32", "BF16": "bf16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
-_FLOATING = ("fp8", "fp16", "bf16", "fp32", "fp64")  # narrow to wide
+BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+"""The floating dtypes, narrow to wide, with the bytes of an element."""
+_FLOATING = tuple(BYTES)
 
 _RECORD = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>[^,]+),(?P<rest>.*)$", re.MULTILINE)
 _SECTION = re.compile(r"\b(?P<section>Inputs|Constants|Outputs): \[(?P<body>\s*|.*?\})\](?=, [A-Z]|$)")
@@ -190,7 +192,7 @@ def _attention(inputs: Sequence[LayerTensor], outputs: Sequence[LayerTensor]) ->
     query, key, value = matrices[:3]
     batch = math.prod(map(abs, query.shape[:-2]))
     rows, width = abs(query.shape[-2]), abs(query.shape[-1])
-    keys = _elements(key) // (batch * width)
+    keys = elements(key) // (batch * width)
     return (query, key, value), 2 * batch * rows * keys * (width + abs(outputs[0].shape[-1]))
 
 
@@ -198,10 +200,10 @@ def _convolution(
     inputs: Sequence[LayerTensor], constants: Sequence[LayerTensor], outputs: Sequence[LayerTensor]
 ) -> _Sized:
     """Kernel [O, I, kh, kw], output [F, O, h, w]: every output element is a product of length I*kh*kw."""
-    kernel = max((t for t in constants if len(t.shape) >= 3), key=_elements, default=None)
+    kernel = max((t for t in constants if len(t.shape) >= 3), key=elements, default=None)
     if kernel is None or not outputs:
         return tuple(inputs[:1]), 0
-    return (*inputs[:1], kernel), 2 * _elements(outputs[0]) * (_elements(kernel) // abs(kernel.shape[0]))
+    return (*inputs[:1], kernel), 2 * elements(outputs[0]) * (elements(kernel) // abs(kernel.shape[0]))
 
 
 def _product(inputs: Sequence[LayerTensor], constants: Sequence[LayerTensor], outputs: Sequence[LayerTensor]) -> _Sized:
@@ -210,25 +212,26 @@ def _product(inputs: Sequence[LayerTensor], constants: Sequence[LayerTensor], ou
     |A| |B| / |C| is K squared (times a shared batch), whatever way round each is stored, so a pair is accepted where
     that is a square whose root is a dimension of both. Weights are tried first: a fused residual is an input too.
     """
-    weights = sorted((t for t in constants if _is_matrix(t)), key=_elements, reverse=True)
+    weights = sorted((t for t in constants if _is_matrix(t)), key=elements, reverse=True)
     activations = [t for t in inputs if _is_matrix(t)]
     pairs = [(a, b) for b in weights for a in activations]
     pairs += [(a, b) for i, a in enumerate(activations) for b in activations[i + 1 :]]
     for result in outputs:
         for a, b in pairs:
             batch = min(math.prod(map(abs, t.shape[:-2])) for t in (a, b))
-            square, remainder = divmod(_elements(a) * _elements(b), _elements(result) * batch)
+            square, remainder = divmod(elements(a) * elements(b), elements(result) * batch)
             k = math.isqrt(square)
             if remainder == 0 and k * k == square and k in map(abs, a.shape) and k in map(abs, b.shape):
-                return (a, b), 2 * _elements(result) * k
+                return (a, b), 2 * elements(result) * k
     return (*activations[:1], *weights[:1]), 0
 
 
 def _is_matrix(tensor: LayerTensor) -> bool:
-    return len(tensor.shape) >= 2 and tensor.dtype in _FLOATING and _elements(tensor) > 1
+    return len(tensor.shape) >= 2 and tensor.dtype in _FLOATING and elements(tensor) > 1
 
 
-def _elements(tensor: LayerTensor) -> int:
+def elements(tensor: LayerTensor) -> int:
+    """How many elements a tensor has; a dynamic dimension counts as 1."""
     return math.prod(map(abs, tensor.shape))
 
 
@@ -256,8 +259,7 @@ def summarise(
             flops[layer.precision] = flops.get(layer.precision, 0) + layer.flops
     for tensor in (t for layer in layers for t in layer.constants):
         if tensor.dtype in _FLOATING:
-            size = _elements(tensor) * {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}[tensor.dtype]
-            weights[tensor.dtype] = weights.get(tensor.dtype, 0) + size
+            weights[tensor.dtype] = weights.get(tensor.dtype, 0) + elements(tensor) * BYTES[tensor.dtype]
     return LayerSummary(
         layers=sum(bool(layer.inputs or layer.constants or layer.outputs) for layer in layers),
         attention_fused=tuple(layer.name for layer in fused),

@@ -23,7 +23,7 @@ SMALL_DECODER = 600_000_000
 
 
 def decoder_parameters(text: Any) -> int:
-    """Parameters of a Qwen2-like text config, embeddings and head included."""
+    """Weights of the matrices of a Qwen2-like text config, embeddings and head included (norms and biases are few)."""
     width, keys = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     layer = 2 * width * width + 2 * width * keys + 3 * width * text.intermediate_size
     tables = 1 if text.tie_word_embeddings else 2

@@ -39,11 +39,13 @@ def round_results(model: onnx.ModelProto) -> None:
         for index, name in enumerate(node.output):
             if kinds.get(name) not in NARROW:
                 continue
-            made = f"{name}__{'rounded' if node.op_type in ('Cast', 'Constant') else 'exact'}"
-            node.output[index] = made
-            if made.endswith("exact"):
-                nodes.append(_cast(made, f"{name}__rounded", kinds[name]))
-            nodes.append(_cast(f"{name}__rounded", name, TensorProto.FLOAT))
+            exact, rounded = f"{name}__exact", f"{name}__rounded"
+            if node.op_type in ("Cast", "Constant"):  # they name their own dtype, so their result is rounded already
+                node.output[index] = rounded
+            else:
+                node.output[index] = exact
+                nodes.append(_cast(exact, rounded, kinds[name]))
+            nodes.append(_cast(rounded, name, TensorProto.FLOAT))
     for value in [*graph.input, *graph.value_info, *graph.output]:  # an input comes from a graph that rounded it
         if value.type.tensor_type.elem_type in NARROW:
             value.type.tensor_type.elem_type = TensorProto.FLOAT

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, IterationResult, RunResults
+from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
@@ -96,28 +96,46 @@ def run_tapped(
         from builder.chain_run import run_chain
         from builder.chunk_run import is_chunked, run_chunks
 
-        onnxruntime.set_default_logger_severity(3)
         run_stages = run_chunks if is_chunked(onnx_path) else run_chain
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):
-            return run_stages(onnx_path, names, feeds, rounded=rounded)
+        results = run_stages(onnx_path, names, feeds, rounded=rounded)
+    elif batch == 1:
+        results = run_each(onnx_path, names, feeds, rounded=rounded)
+    else:
+        stacked = stack([feed[contract.FRAMES] for feed in feeds], batch)
+        together = run_each(onnx_path, names, [{contract.FRAMES: clips} for clips in stacked], rounded=rounded)
+        results = [one for values in together for one in split(values, batch)]
+    return RunResults([("onnxruntime", [IterationResult(one, runner_name="onnxruntime") for one in results])])
+
+
+def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, rounded: bool) -> list[Arrays]:
+    """The outputs and the values `names` of one graph for every feed."""
     tapped = write_tapped(onnx_path, names, rounded=rounded)
+    onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
     try:
-        onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):
-            runner = OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime")
-            if batch == 1:
-                return Comparator.run([runner], data_loader=feeds)
-            stacked = stack([feed[contract.FRAMES] for feed in feeds], batch)
-            ((name, together),) = Comparator.run([runner], data_loader=[{contract.FRAMES: clips} for clips in stacked])
-            return RunResults([(name, [one for iteration in together for one in _apart(iteration, batch)])])
+        with (
+            G_LOGGER.verbosity(G_LOGGER.ERROR),
+            OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner,
+        ):
+            return [{name: np.asarray(value) for name, value in runner.infer(feed).items()} for feed in feeds]
     finally:
         tapped.unlink()
 
 
-def _apart(iteration: Any, batch: int) -> list[IterationResult]:
-    """The results of each video of a batch."""
-    values = {name: np.asarray(iteration[name]) for name in iteration}
-    return [IterationResult(one, runner_name=iteration.runner_name) for one in split(values, batch)]
+def values_of(paths: Sequence[Path], names: Sequence[str]) -> list[list[str]]:
+    """Of graphs that run one after the other: which of the values `names` each of them has.
+
+    Raises:
+        UserError: none of them has one of the values.
+    """
+    graphs = [onnx.load(str(path), load_external_data=False).graph for path in paths]
+    had = [{value.name for value in (*graph.output, *graph.value_info)} for graph in graphs]
+    missing = [name for name in names if not any(name in one for one in had)]
+    if missing:
+        raise UserError(
+            f"no graph of {paths[0].parent} has a value named {missing[0]}, so another version exported them: build "
+            "again with --force"
+        )
+    return [[name for name in names if name in one] for one in had]
 
 
 def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Path:

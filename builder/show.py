@@ -89,27 +89,24 @@ def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | No
         "target": ".".join(map(str, config.target)),
         "dtype": config.dtype,
         "islands": [] if config.dtype == "fp32" else list(config.islands.words),
-        "frames_per_stage": list(config.stages),
+        **_sizes(config),
         "frames_kept": None if manifest is None or manifest.frames_kept is None else list(manifest.frames_kept),
+        "batch": config.batch,
+        "chunk": config.chunk,
+        "counts": [{"frames": one.frames, **_sizes(one)} for one in config.each],
+        "verified": None if manifest is None or manifest.verification is None else manifest.verification["passed"],
+        "figures": {} if manifest is None else manifest.figures,
+    }
+
+
+def _sizes(config: BuildConfig) -> dict[str, Any]:
+    """What follows from one frame count."""
+    return {
+        "frames_per_stage": list(config.stages),
         "tokens": config.tokens,
         "tokens_full": config.frames * config.tokens_per_frame,
         "flops": config.flops,
         "expected_bytes": config.expected_bytes,
-        "batch": config.batch,
-        "chunk": config.chunk,
-        "counts": [
-            {
-                "frames": one.frames,
-                "frames_per_stage": list(one.stages),
-                "tokens": one.tokens,
-                "tokens_full": one.frames * one.tokens_per_frame,
-                "flops": one.flops,
-                "expected_bytes": one.expected_bytes,
-            }
-            for one in config.each
-        ],
-        "verified": None if manifest is None or manifest.verification is None else manifest.verification["passed"],
-        "figures": {} if manifest is None else manifest.figures,
     }
 
 

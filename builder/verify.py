@@ -387,10 +387,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.polygraphy is None and not options.layers:
         raise UserError(f"nothing to do with {options.engine}: give --polygraphy DIR or --layers")
+    if not options.layers and (options.video is not None or options.model is not None):
+        raise UserError("--video and --model are for --layers, which was not asked for: add it, or leave them out")
     if options.polygraphy is not None:
+        if options.polygraphy.exists() and not options.polygraphy.is_dir():
+            raise UserError(f"--polygraphy {options.polygraphy} is a file: give a folder, which need not exist")
         script = keep_reference(options.engine, options.polygraphy, options.frames)
         screen = cli.Screen(json_only=options.json)
         screen.line(f"compare a graph with this reference: sh {shlex.quote(str(script))} VISION.ONNX")
+        if not options.layers:
+            screen.result({"engine": str(options.engine), "reference": str(options.polygraphy), "script": str(script)})
     if options.layers:
         drift.run(options)
     return 0

@@ -86,8 +86,9 @@ def token_count(
         ratio: retention ratio in (0, 1].
         schedule: "budget" (a pure function of the arguments) or "adaptive".
         merges, frame_budget: budget schedule: number of merge layers and share (or counts) kept at each.
-        frames_out, static_frames: adaptive schedule: how many frames the video was merged to, and how many of them are
-            static. Known only once the video has been seen.
+        frames_out: frames left after merging. Adaptive schedule: known only once the video has been seen. Budget
+            schedule: default from `merges` and `frame_budget`.
+        static_frames: adaptive schedule: how many of those are static.
 
     Raises:
         UserError: a ratio outside (0, 1], a count that makes no sense, or the adaptive schedule without the two
@@ -127,12 +128,12 @@ def most_tokens(frames: int, tokens_per_frame: int, ratio: float, *, merges: int
     return max(token_count(frames, tokens_per_frame, ratio, "adaptive", frames_out=n, static_frames=0) for n in left)
 
 
+def kept_tokens(tokens: int, inner_ratio: float) -> int:
+    """Inner merging: how many of `tokens` visual tokens stay, `round(L * (1 - ratio))`, half-even, and at least one."""
+    return min(tokens, max(1, round(tokens * (1 - inner_ratio))))
+
+
 def _at_least_one(what: str, count: int, flag: str = "") -> None:
     if isinstance(count, bool) or not isinstance(count, SupportsIndex) or count < 1:
         remedy = f": set it with {flag}" if flag else ""
         raise UserError(f"{what} must be a whole number of at least 1, got {count!r}{remedy}")
-
-
-def kept_tokens(tokens: int, inner_ratio: float) -> int:
-    """How many of `tokens` visual tokens stay: `round(L * (1 - ratio))`, half-even, and one at least to fold into."""
-    return min(tokens, max(1, round(tokens * (1 - inner_ratio))))

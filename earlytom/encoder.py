@@ -26,7 +26,7 @@ from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, p
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.merge import apply_weights, segments_of
-from earlytom.select import keep_mask
+from earlytom.select import select_varying
 from earlytom.towers import Tower, grid_side, tower_of
 
 
@@ -84,9 +84,7 @@ class Decisions:
         self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
     ) -> tuple[Tensor, Tensor]:
         """`places` tokens of a dynamic frame, `windows` of a static one: tokens [N, E], positions [N]. Waits."""
-        mask = keep_mask(received, static, places, windows)
-        positions = mask.flatten().nonzero().squeeze(1)
-        return features.flatten(0, 1)[positions], positions
+        return select_varying(features, received, static, places, windows)
 
 
 class EachVideo(Decisions):
@@ -161,8 +159,8 @@ def encode(
     """The method, against an adapter and a decision maker.
 
     Arguments as in `encode_video`; `trace` is filled with the named intermediate tensors of `trace_names`, of every
-    layer if `every_layer` is set. With `EachVideo` for decisions, `pixels` are its videos' [B * F, 3, H, W], and
-    what it gives a leading B has that in the result and in the trace.
+    layer if `every_layer` is set. With `EachVideo` for decisions, `pixels` are [B * F, 3, H, W], the videos one after
+    the other; what `EachVideo` gives a leading B has it in the result and in the trace.
     """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")

@@ -123,7 +123,7 @@ class AppliedInner(Restorable):
         if not 1 <= self.layer < depth:
             raise UserError(
                 f"inner layer {self.layer} does not exist: the language model has layers 0 to {depth - 1}, and tokens "
-                f"can be merged before layers 1 to {depth - 1}; set inner_layer to one of them"
+                f"can be merged before layers 1 to {depth - 1}; set inner_layer (--inner-layer) to one of them"
             )
         if "sliding_attention" in config.layer_types[self.layer - 1 :]:
             raise UserError(

@@ -86,9 +86,11 @@ def segment_frames(hidden: Tensor, *, tau: float, max_window: int, ema: float) -
 
     Returns:
         [G, 2] int64: first and last frame of each segment, inclusive, in time order.
+
+    Raises:
+        UserError: `hidden` is not [F, S, D] with F >= 1.
     """
-    start, _ = segment_bounds(frame_similarity(hidden), tau=tau, max_window=max_window, ema=ema)
-    return segments_of(start)
+    return plan_frames(hidden, tau=tau, max_window=max_window, ema=ema).segments
 
 
 def segments_of(start: Tensor) -> Tensor:

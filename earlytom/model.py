@@ -57,10 +57,8 @@ class AppliedEarlyTom(Restorable):
     def features(self, pixel_values_videos: Tensor) -> list[Tensor]:
         """Visual tokens of each video of [B, F, 3, H, W], the closing newline included: B tensors [N + 1, E]."""
         newline = self.inner.image_newline
-        return [torch.cat([tokens, newline[None].to(tokens)]) for tokens in self._tokens(pixel_values_videos)]
-
-    def _tokens(self, pixel_values_videos: Tensor) -> list[Tensor]:
-        return [self.encode(pixels).tokens for pixels in pixel_values_videos]
+        each = (self.encode(pixels).tokens for pixels in pixel_values_videos)
+        return [torch.cat([tokens, newline[None].to(tokens)]) for tokens in each]
 
     def shorten(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor

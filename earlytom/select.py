@@ -66,9 +66,7 @@ def select_tokens(
     static = ((first[:, None] < index) & (index < last[:, None])).any(0)
     if schedule == "budget":
         return select_fixed(features, received, static, places)
-    mask = keep_mask(received, static, places, static_tokens(per_frame, effective))
-    positions = mask.flatten().nonzero().squeeze(1)
-    return features.flatten(0, 1)[positions], positions
+    return select_varying(features, received, static, places, static_tokens(per_frame, effective))
 
 
 def select_fixed(features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
@@ -85,6 +83,21 @@ def select_fixed(features: Tensor, received: Tensor, static: Tensor, places: int
     cells = torch.argsort(~mask, dim=1, stable=True)[:, :places]  # raster order: kept cells first
     offset = torch.arange(frames, device=features.device)[:, None] * per_frame
     positions = (cells + offset).flatten()
+    return features.flatten(0, 1)[positions], positions
+
+
+def select_varying(
+    features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
+) -> tuple[Tensor, Tensor]:
+    """Keep `places` tokens of a dynamic frame and `windows` of a static one; on a GPU the host waits for how many.
+
+    Args:
+        features: [F', P, D]; received: [F', P]; static: [F'] bool.
+
+    Returns:
+        tokens [N, D] and positions [N] int64.
+    """
+    positions = keep_mask(received, static, places, windows).flatten().nonzero().squeeze(1)
     return features.flatten(0, 1)[positions], positions
 
 

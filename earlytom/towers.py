@@ -27,14 +27,11 @@ class Tower:
     Attributes:
         layers: the encoder layers, in order.
         prefix: number of leading tokens that are not patches (class token).
-        grid: patches along one side of a frame, or None when it depends on the input.
-
-    Three dtypes of what has no weights to take one from. None: that of what goes in.
-
-    Attributes:
         residual_dtype: of the hidden states between the branches, from the embeddings on.
         logits_dtype: of query and key of the explicit attention matrix.
         matrix_dtype: of that matrix, after the logits.
+
+    A dtype of None stands for that of the input.
     """
 
     prefix = 0

@@ -27,6 +27,7 @@ from runtime.requests import Answer, Delta, Timings
 from runtime.sampling import Sampling
 
 ENGINES = Path("engines")
+INNER_RATIO = 0.5
 EXAMPLES = """
 examples:
   python -m runtime.ask clip.mp4 "What colour is the ball?"
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = cli.Screen(json_only=options.json)
     check_request(options)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (0, 1):
+        raise UserError("--top-k and --top-p are for sampling, and --temperature 0 samples nothing: raise it")
     folder = options.engine or newest_engine(ENGINES)
     if options.decoder != "torch":
         screen.line("note: a decoder that was not used before is compiled first, which takes minutes")
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.backend,
         device=options.device,
         decoder=options.decoder,
-        inner=None if options.inner_layer is None else InnerMerge(options.inner_layer, options.inner_ratio),
+        inner=inner_merge(options),
         warm_up=False,  # there is one request, and it would only come later
     ) as pipeline:
         manifest = pipeline.manifest
@@ -97,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         description="Ask a question about a video, with an engine that python -m builder.build made.",
         epilog=EXAMPLES,
     )
-    p.add_argument("video", type=Path, metavar="VIDEO", help="any video file that FFmpeg reads")
+    p.add_argument("video", metavar="VIDEO", help="any video file that FFmpeg reads")
     p.add_argument(
         "questions", nargs="+", metavar="QUESTION", help="what to ask; for several the video is encoded and read once"
     )
@@ -125,7 +128,10 @@ def parser() -> argparse.ArgumentParser:
         help="merge visual tokens inside the language model before layer K (the method's: 18; default: off)",
     )
     p.add_argument(
-        "--inner-ratio", type=float, default=0.5, metavar="R", help="share that is folded away there (default: 0.5)"
+        "--inner-ratio",
+        type=float,
+        metavar="R",
+        help=f"share that is folded away there (default: {INNER_RATIO})",
     )
     p.add_argument(
         "--frames",
@@ -136,10 +142,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"default: {MAX_NEW_TOKENS}")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     p.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: all)"
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="with a --temperature: sample from the K likeliest tokens (default: all)",
     )
     p.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that sum to P"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="with a --temperature: sample from the likeliest tokens that sum to P (default: all)",
     )
     p.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: another each time)")
     p.add_argument("--system", metavar="TEXT", help="a system message before the question")
@@ -153,13 +167,25 @@ def check_request(options: argparse.Namespace) -> None:
     Raises:
         UserError: no such video, no question, no tokens.
     """
-    if not options.video.is_file():
-        what = "is not a file" if options.video.exists() else "does not exist"
-        raise VideoError(f"video {str(options.video)!r} {what}; give the path of a video file")
+    if not Path(options.video).is_file():
+        if "://" in options.video:
+            raise VideoError(f"video {options.video!r} is an address; download it and give the path of the file")
+        what = "is not a file" if options.video and Path(options.video).exists() else "does not exist"
+        raise VideoError(f"video {options.video!r} {what}; give the path of a video file")
     if not all(question.strip() for question in options.questions):
         raise UserError("the question is empty; give a text, as in: python -m runtime.ask VIDEO 'What happens?'")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    for name, value in (("--max-new-tokens", options.max_new_tokens), ("--frames", options.frames)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if options.inner_ratio is not None and options.inner_layer is None:
+        raise UserError(f"--inner-ratio {options.inner_ratio} needs --inner-layer, the layer to merge before")
+
+
+def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
+    """What --inner-layer and --inner-ratio ask for."""
+    if options.inner_layer is None:
+        return None
+    return InnerMerge(options.inner_layer, INNER_RATIO if options.inner_ratio is None else options.inner_ratio)
 
 
 def newest_engine(root: Path) -> Path:
@@ -199,11 +225,14 @@ def show_times(screen: cli.Screen, answers: Sequence[Answer], manifest: Manifest
         "total": lambda times: times.total,
     }
     rows = [(name, *(f"{1000 * of(answer.timings):.1f}" for answer in answers)) for name, of in stages.items()]
+    further = [len(answer.tokens) > 1 for answer in answers]  # without one there is no time for each
+    at = list(stages).index("per further token")
+    rows[at] = (rows[at][0], *(cell if there else "-" for cell, there in zip(rows[at][1:], further, strict=True)))
     screen.table(("stage", *["ms"] * len(answers)), rows)
     full = full_tokens(answers[0], manifest)
     share = answers[0].visual_tokens / full
-    counts = ", ".join(f"{len(answer.tokens)} tokens answered ({answer.finish})" for answer in answers)
-    screen.line(f"{answers[0].visual_tokens} of {full} visual tokens ({share:.1%}), {counts}")
+    counts = ", ".join(f"{len(answer.tokens)} ({answer.finish})" for answer in answers)
+    screen.line(f"{answers[0].visual_tokens} of {full} visual tokens ({share:.1%}); tokens answered: {counts}")
 
 
 def full_tokens(answer: Answer, manifest: Manifest) -> int:

@@ -17,7 +17,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from earlytom.errors import UserError
 from earlytom.micro.data import Question, labelled_clip
-from runtime.cli import run
+from runtime.cli import Parser, run
 from runtime.errors import VideoError
 
 Image = NDArray[np.float32]  # [h, w, 3], 0 to 255
@@ -35,6 +35,16 @@ Plane = NDArray[np.floating[Any]]  # [h, w]
 
 NOISE = 2.5  # standard deviation of the sensor noise, of 255
 _ENLARGED, _REPEATED = 4, 3  # sides and frames of a test clip
+_LARGEST = 8192  # pixels a side
+EXAMPLES = """
+examples:
+  python -m runtime.clip clip.mp4
+      three scenes, to try any model on
+  python -m runtime.clip engines/demo.mp4 --test-clip 3
+      a clip that the bundled model understands, with questions and their right answers
+
+The exit status is 0 when the file is there, 2 when it cannot be written, 130 after Ctrl-C.
+"""
 # The first of these that is there. x264's macroblock tree gives other bits each time even on one thread, so it is off.
 _ENCODERS = {
     "libx264": {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0"},
@@ -71,8 +81,8 @@ def draw_clip(
     height, width = size
     if not 0 < seconds < float("inf") or fps < 1 or round(seconds * fps) < 2:
         raise UserError(f"{seconds} seconds at {fps} frames per second is no clip; give at least 2 frames in all")
-    if height < 16 or width < 16 or height % 2 or width % 2:
-        raise UserError(f"size is {width}x{height}; give an even width and height of at least 16 pixels")
+    if not (16 <= height <= _LARGEST and 16 <= width <= _LARGEST) or height % 2 or width % 2:
+        raise UserError(f"size is {width}x{height}; give an even width and height of 16 to {_LARGEST} pixels")
     return write_clip(path, _frames(round(seconds * fps), height, width, seed), fps, size)
 
 
@@ -93,8 +103,10 @@ def write_clip(
 ) -> Path:
     """Write frames [height, width, 3] uint8 RGB of `size` = (height, width) to `path`, as `draw_clip` does."""
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
+    # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
+    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
+        there = "is a folder" if target.is_dir() else "is a device or a pipe"
+        what = there if target.exists() else "is in a folder that does not exist"
         raise VideoError(f"{str(target)!r} {what}; give the path of the mp4 file to write")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -293,12 +305,16 @@ def _size(text: str) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    result = argparse.ArgumentParser(prog="python -m runtime.clip", description="Draw a video clip of three scenes.")
+    result = Parser(
+        prog="python -m runtime.clip",
+        description="Draw a video clip of three scenes, or one of the bundled model's world to ask about.",
+        epilog=EXAMPLES,
+    )
     result.add_argument("out", metavar="OUT.mp4", help="file to write; one that exists is replaced")
-    result.add_argument("--seconds", type=float, default=6.0, help="length (default: 6)")
-    result.add_argument("--fps", type=int, default=24, help="frames per second (default: 24)")
+    result.add_argument("--seconds", type=float, default=6.0, metavar="S", help="length (default: 6)")
+    result.add_argument("--fps", type=int, default=24, metavar="N", help="frames per second (default: 24)")
     result.add_argument("--size", type=_size, default=(240, 320), metavar="WxH", help="even sides (default: 320x240)")
-    result.add_argument("--seed", type=int, default=0, help="other seeds draw other clips (default: 0)")
+    result.add_argument("--seed", type=int, default=0, metavar="N", help="other seeds draw other clips (default: 0)")
     result.add_argument(
         "--test-clip",
         type=int,
@@ -308,7 +324,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _main(args: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
+    args = parser().parse_args(argv)
     if args.test_clip is not None:
         path, asked = write_test_clip(args.out, args.test_clip)
         print(f"{path}: clip {args.test_clip} of the test set; one can ask, and right is:")
@@ -321,4 +339,4 @@ def _main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(_main, parser().parse_args()))
+    sys.exit(run(main, sys.argv[1:]))

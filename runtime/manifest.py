@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
@@ -174,8 +174,8 @@ class Manifest:
         """
         if frames not in self.counts:
             raise EngineError(
-                f"engine {self.name} takes {' or '.join(map(str, self.counts))} frames, not {frames}: name one of "
-                f"them, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, frames})))}"
+                f"engine {self.name} takes {' or '.join(map(str, self.counts))} frames, not {frames}: "
+                f"{self._offer(frames)}"
             )
         if self.counts == (frames,):
             return self
@@ -191,6 +191,13 @@ class Manifest:
             frame_counts=(frames,),
             polygraphy=next((line for line in self.polygraphy.split(AND) if graph in line.split()), ""),
         )
+
+    def _offer(self, frames: object) -> str:
+        """What whoever wanted `frames` may do."""
+        given = "leave the number out" if len(self.counts) == 1 else "give one of them"
+        if not is_count(frames):
+            return given
+        return f"{given}, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, cast(int, frames)})))}"
 
     def file(self, name: str) -> str:
         """The name that a file has in this folder: `name`, with the frame count in it where there are several."""

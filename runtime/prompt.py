@@ -10,6 +10,7 @@ the embeddings that the model makes of them. n counts the closing `image_newline
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +53,14 @@ def build_prompt(
 ) -> Prompt:
     """The prompt that asks `question` about one video, with an optional `system` message before it.
 
-    The texts are used as they are, not stripped. Raises `UserError` if the question is empty, if a text is not valid
-    Unicode or contains one of the tokenizer's control tokens (`<video>`, `<|im_end|>`, ...), which would be taken for
-    the token itself and change the prompt's structure, or if the chat template does not place exactly one video.
+    The texts are used as they are, not stripped. Raises `UserError` if the question is empty, if a text is no str, is
+    not valid Unicode or contains one of the tokenizer's control tokens (`<video>`, `<|im_end|>`, ...), which would be
+    taken for the token itself and change the prompt's structure, or if the chat template does not place exactly one
+    video.
     """
+    for what, given in (("question", question), ("system message", "" if system is None else system)):
+        if not isinstance(given, str):
+            raise UserError(f"the {what} is a {type(given).__name__}, not a text: give a str")
     if not question.strip():
         raise UserError("the question is empty; expected a text, as in: python -m runtime.ask VIDEO 'What happens?'")
     _refuse_unusable(tokenizer, question, "question")
@@ -71,7 +76,7 @@ def build_prompt(
             f"the chat template cannot render a video and a text ({first_line(error)}); use a template for video"
         ) from error
     video_token_id = tokenizer.get_vocab().get(video_token)
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
     if video_token_id is None or ids.count(video_token_id) != 1:
         count = 0 if video_token_id is None else ids.count(video_token_id)
         raise UserError(
@@ -83,6 +88,8 @@ def build_prompt(
 
 def check_length(prompt: Prompt, *, visual_tokens: int, new_tokens: int, context: int) -> None:
     """Raise `UserError` unless prompt, visual and new tokens together fit into the decoder's `context` of tokens."""
+    if not isinstance(new_tokens, numbers.Integral):
+        raise UserError(f"max_new_tokens is {new_tokens!r}: give a whole number of at least 1")
     total = prompt.length(visual_tokens) + new_tokens
     if total > context:
         text = len(prompt.prefix_ids) + len(prompt.suffix_ids)

@@ -141,10 +141,11 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
     chosen(methods(config, depth), options.methods)
     targets = [options.plot, None if options.json in (None, "-") else Path(options.json)]
     for path in targets:
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(
-                f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
-            )
+        # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
+        if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
+            there = "it is a folder" if path.is_dir() else "it is a device or a pipe"
+            what = there if path.exists() else "its folder does not exist"
+            raise UserError(f"cannot write {path}: {what}; give the path of a file")
     if options.plot is not None:
         plot.require_matplotlib()
     if options.record:

@@ -14,9 +14,10 @@ from typing import Any
 
 from earlytom import micro
 from earlytom.errors import UserError
+from earlytom.micro.card import ACCURACY_FILE
 from runtime.checkpoint import MICRO, Checkpoint
 
-PATH = micro.PATH / "accuracy.json"
+PATH = micro.PATH / ACCURACY_FILE
 # A record is of the default table, and of this many clips at least.
 CLIPS = 2000
 _WEIGHTS = "model.safetensors"

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from builder.inspection import Record
-from builder.layers import Layer, LayerSummary, LayerTensor, summarise
+from builder.layers import BYTES, Layer, LayerSummary, LayerTensor, elements, summarise
 from runtime import contract
 from runtime.manifest import Manifest
 
 BIGGEST = 5
-_BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 _ONNX_DTYPES = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
 _ONNX_WORK = {"Attention": "attention", "Conv": "convolution", "MatMul": "product", "Gemm": "product"}
 
@@ -117,7 +115,7 @@ def _node_layer(node: Any, known: dict[str, LayerTensor], weights: set[str]) -> 
         name=node.name or node.op_type,
         kind=f"{node.domain}::{node.op_type}" if node.domain else node.op_type,
         work=work,
-        precision=max((t.dtype for t in touched if t.dtype in _BYTES), key=_BYTES.__getitem__, default=""),
+        precision=max((t.dtype for t in touched if t.dtype in BYTES), key=BYTES.__getitem__, default=""),
         flops=0 if work == "other" else _flops(node.op_type, operands[0], operands[1], outputs[0]),
         tactic="",
         inputs=tuple(t for t in operands if t.name not in weights),
@@ -130,14 +128,10 @@ def _node_layer(node: Any, known: dict[str, LayerTensor], weights: set[str]) -> 
 def _flops(operator: str, a: LayerTensor, b: LayerTensor, out: LayerTensor) -> int:
     """Two a multiply-add. Attention: a is Q [.., S, d], b is K [.., T, d]; two products."""
     if operator == "Attention":
-        return 2 * abs(b.shape[-2]) * (_elements(a) + _elements(out))
+        return 2 * abs(b.shape[-2]) * (elements(a) + elements(out))
     if operator == "Conv":
-        return 2 * _elements(out) * (_elements(b) // abs(b.shape[0]))
-    return 2 * _elements(out) * (_elements(a) // abs(out.shape[0]) if operator == "Gemm" else abs(a.shape[-1]))
-
-
-def _elements(tensor: LayerTensor) -> int:
-    return math.prod(map(abs, tensor.shape))
+        return 2 * elements(out) * (elements(b) // abs(b.shape[0]))
+    return 2 * elements(out) * (elements(a) // abs(out.shape[0]) if operator == "Gemm" else abs(a.shape[-1]))
 
 
 def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Record:
@@ -171,5 +165,5 @@ def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Re
 def _cost(layers: Iterable[Layer]) -> dict[str, int]:
     """Flops of the matrix products, and bytes of the weights by name: what several layers read counts once."""
     layers = list(layers)
-    weights = {t.name: _elements(t) * _BYTES.get(t.dtype, 0) for layer in layers for t in layer.constants}
+    weights = {t.name: elements(t) * BYTES.get(t.dtype, 0) for layer in layers for t in layer.constants}
     return {"flops": sum(layer.flops for layer in layers), "weight_bytes": sum(weights.values())}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers, trainers
-from transformers import GenerationConfig, LlavaOnevisionConfig, Qwen2Tokenizer
+from transformers import LlavaOnevisionConfig, Qwen2Tokenizer
 
 from earlytom.micro.card import ACCURACY_FILE, TRAINING_FILE, write_card
 from earlytom.micro.corpus import sentences
@@ -20,6 +20,7 @@ from earlytom.micro.random_model import (
     SPECIAL_TOKENS,
     STOP,
     VIDEO,
+    greedy,
     make_tokenizer,
 )
 
@@ -151,14 +152,8 @@ def write_checkpoint(out: Path, model: Any, training: dict[str, Any], *, trained
         training: how it was trained, for the model card (`training.json`).
         trained: False marks weights that are not worth asking.
     """
-    text: Any = model.config.text_config
     model.config.earlytom_trained = trained
-    model.generation_config = GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=[text.eos_token_id, text.bos_token_id],
-        pad_token_id=text.pad_token_id,
-        do_sample=False,
-    )
+    model.generation_config = greedy(model.config)
     with without_progress_bars():
         model.half().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only

@@ -46,8 +46,6 @@ class Packer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        video = tokenizer.get_vocab()[VIDEO]
-        stop = tokenizer.eos_token_id
         content = [{"type": "video"}, {"type": "text", "text": "{question}"}]
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -56,7 +54,7 @@ class Packer:
         self._before_question, self._after_question = after.split("{question}")
         self.prefix = torch.tensor(tokenizer(before)["input_ids"], dtype=torch.int64)
         """[L] int64: the tokens before the video."""
-        self._stop, self._video = stop, video
+        self._stop = tokenizer.eos_token_id
 
     def pack(self, pairs: Sequence[tuple[str, str]]) -> Pack:
         """The blocks of (question, answer) pairs about one clip."""

@@ -98,14 +98,19 @@ def random_model(
         model = LlavaOnevisionForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=random_state(shapes, dtype, seed=seed), dtype=dtype
         )
+    model.generation_config = greedy(config)
+    return model.eval()
+
+
+def greedy(config: LlavaOnevisionConfig) -> GenerationConfig:
+    """How the models of this package generate: greedily, up to the end of a turn or of the text."""
     text: Any = config.text_config
-    model.generation_config = GenerationConfig(
+    return GenerationConfig(
         bos_token_id=text.bos_token_id,
         eos_token_id=[text.eos_token_id, text.bos_token_id],
         pad_token_id=text.pad_token_id,
         do_sample=False,
     )
-    return model.eval()
 
 
 def make_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], context: int) -> Qwen2Tokenizer:

@@ -14,7 +14,7 @@ import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -99,16 +99,61 @@ def train(work: Path, device: torch.device, scale: float, workers: int, display:
     return model.cpu().eval(), {**about, "python": platform.python_version()}
 
 
+EXAMPLES = """
+examples:
+  python -m earlytom.micro.train --scale 0.001 --out /tmp/micro
+      see that every stage runs
+  python -m earlytom.micro.train --out mine
+      the whole training; after Ctrl-C the same command goes on where it stopped
+
+The last line is JSON. The exit status is 0 when the checkpoint is there, 2 when something asked for cannot be done, 130
+after Ctrl-C.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """What is mistyped is one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m earlytom.micro.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=PATH, help="folder to write the checkpoint to (default: bundled)")
-    parser.add_argument(
-        "--work", type=Path, default=Path("micro-training"), help="folder of the stages' states, to resume from"
+    parser = _Parser(
+        prog="python -m earlytom.micro.train",
+        description="Train the bundled model from nothing: its vision tower first, then the answers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scale", type=float, default=1.0, help="part of every stage's steps to run (default: all)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw clips")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=PATH,
+        metavar="DIR",
+        help="folder to write the checkpoint to (default: the bundled model's own, which it replaces)",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("micro-training"),
+        metavar="DIR",
+        help="folder of the stages' states, to resume from (default: micro-training)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: the GPU if there is one)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="PART",
+        help="part of every stage's steps to run, in (0, 1]; below 1 with --out (default: 1)",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that draw clips (default: 1)")
     return parser
 
 
@@ -130,8 +175,8 @@ def check(args: argparse.Namespace) -> torch.device:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         device = check(args)
         args.work.mkdir(parents=True, exist_ok=True)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.work}: {error.strerror}", file=sys.stderr)
+        where = error.filename or args.work
+        print(f"error: {where}: {error.strerror}; choose other folders with --out and --work", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {args.work}", file=sys.stderr)

@@ -40,6 +40,8 @@ examples:
       whether memory stays steady over many requests, minutes on two cores
 """
 
+# What only the comparison knows, of the options that are None where they were not given.
+_COMPARISON = ("frames", "merge_layers", "scale_frames", "scale_ratios", "plot")
 N = TypeVar("N", int, float)
 
 
@@ -119,6 +121,12 @@ def check(options: argparse.Namespace) -> None:
     if (options.soak is not None or options.service) and len(options.engine) > 1:
         what = "--service" if options.service else "--soak"
         raise UserError(f"{what} measures one engine, got {len(options.engine)}: give --engine once")
+    if options.soak is not None or options.service:
+        ignored = [name for name in _COMPARISON if getattr(options, name) is not None]
+        if ignored:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            what = "--service" if options.service else "--soak"
+            raise UserError(f"{what} measures one engine, as it was built, and draws nothing: leave out {flags}")
     bundled = options.model in (None, "micro")
     if options.scale_frames is None:
         options.scale_frames = (8, 16, 32) if bundled else ()

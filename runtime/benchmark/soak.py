@@ -167,9 +167,7 @@ def _line(record: dict[str, Any]) -> str:
     for name, kind in (("resident", "rss"), ("on the GPU", "cuda")):
         if (found := record[kind]) is not None:
             first, last, peak = (found[key] / 2**20 for key in ("first", "last", "peak"))
-            growth = found["growth_per_thousand"] / 2**10
-            parts.append(
-                f"{name} {first:.1f} MiB at first, {last:.1f} at last, {peak:.1f} at most, "
-                f"{growth:+.1f} KiB in a thousand requests"
-            )
+            parts.append(f"{name} {first:.1f} MiB at first, {last:.1f} at last, {peak:.1f} at most")
+            if record["soak"] >= 1000:  # of fewer it would be a guess
+                parts[-1] += f", {found['growth_per_thousand'] / 2**10:+.1f} KiB in a thousand requests"
     return "; ".join(parts)

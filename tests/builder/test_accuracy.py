@@ -16,15 +16,15 @@ import torch
 from builder.evaluation import record
 from builder.evaluation.bench import Bench, Job, run
 from builder.evaluation.statistics import Estimate, accuracy
-from earlytom import micro
 from earlytom.config import EarlyTomConfig
+from runtime.checkpoint import describe
 
 CLIPS = 240
 MARGIN = 0.01
 RECORDED = [("full", None), ("budget", 0.25)]
 
 pytestmark = pytest.mark.skipif(
-    not micro.is_trained(), reason="the bundled model's weights are not trained (python -m earlytom.micro.train)"
+    not describe().trained, reason="the bundled model's weights are not trained (python -m earlytom.micro.train)"
 )
 
 

@@ -81,7 +81,9 @@ CASES = [
     ("--workspace inf", ["--workspace", "inf"]),
     ("--workspace nan", ["--workspace", "nan"]),
     ("--calibration {place}/none.mp4", ["--calibration", "{place}/none.mp4", "no such file"]),
-    ("--calibration {place}", ["--calibration", "{place}", "video files"]),
+    ("--calibration {place}", ["--calibration", "{place}", "not a file", "video files"]),
+    ("--no-verify --verify-text", ["--verify-text", "--no-verify", "one of the two"]),
+    ("--out {place}/caf\udce9", ["--out", "UTF-8", "LC_ALL"]),
     ("--calibration {place}/text.mp4", ["text.mp4", "FFmpeg"]),
     ("--calibration {place}/one.mp4", ["one.mp4", "1 frame", "at least 2"]),
     ("--calibration {place}/empty.mp4", ["empty.mp4", "empty", "copy or download it again"]),
@@ -141,6 +143,7 @@ def test_missing_tensorrt_says_how_to_get_it(tmp_path: Path, capsys: pytest.Capt
     [
         ("--hardware-compatible", ["--hardware-compatible", "--backend tensorrt", "tensorrt-rtx"]),
         ("--target 7.0", ["7.0", "8.0", "--target"]),
+        ("--target 99.9 --dry-run", ["99.9", "8.0", "--target"]),
         ("--compression plugin", ["--compression", "tensorrt-rtx has no plugins", "--backend tensorrt", "native"]),
     ],
 )

@@ -233,7 +233,7 @@ def test_values_are_named_and_joined(chunked: Chunked, chain: Chain, clips: dict
     chunked.reference.decisions = Decisions(chunked.config.earlytom)  # its own, not those that the gate forced on it
     try:
         names = chunked.reference.trace_names
-        ((_, results),) = run_chunks(chunked.paths, names, feeds, rounded=False)
+        results = run_chunks(chunked.paths, names, feeds, rounded=False)
         for result, feed in zip(results, feeds, strict=True):
             wanted = chunked.reference(torch.from_numpy(feed[contract.FRAMES]))
             assert set(result) == set(wanted)

@@ -11,25 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from builder import arguments as build_arguments
 from builder import build, evaluate
 from builder.evaluation import bench as bench_module
-from builder.evaluation import record, report
-from builder.evaluation.bench import Answers, Bench, Job, run
-from builder.evaluation.blind import Blind, questions_of
+from builder.evaluation import record
+from builder.evaluation.bench import Bench, Job
+from builder.evaluation.blind import questions_of
 from builder.evaluation.engine import TWIN, build_engine, check_engine
 from builder.evaluation.methods import Method
-from builder.evaluation.results import Result, comparisons, results
-from builder.evaluation.timing import Prefill
-from earlytom import flops, micro
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.errors import UserError
-from earlytom.micro.data import KINDS, Question, labelled_clip
+from earlytom.micro.data import KINDS
 from runtime import cli
 from runtime.checkpoint import describe
 from runtime.errors import EngineError
@@ -51,13 +46,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return status, captured.out, captured.err
 
     return start
-
-
-@pytest.fixture(scope="module")
-def answered() -> tuple[Bench, Answers]:
-    """Three clips in a few settings."""
-    bench = Bench(Job("micro", BASE, ("budget", "merging", "adaptive", "frames"), (0.1, 0.5)))
-    return bench, bench.measure(range(3))
 
 
 def last_line(stdout: str) -> dict[str, Any]:
@@ -166,6 +154,7 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "nowhere/at/all"], "--model nowhere/at/all: no such folder"),
         (["--json", "no/such/folder/a.json"], "its folder does not exist"),
         (["--plot", "."], "it is a folder"),
+        (["--json", "/dev/null"], "it is a device or a pipe"),
         (["--engine", "no/such/engine"], "no/such/engine"),
         (["--record", "--clips", "10"], "--record is for the "),
         (["--record", "--model", "nowhere/at/all"], "no such folder"),
@@ -191,140 +180,6 @@ def test_a_plot_without_matplotlib(command: Command, monkeypatch: pytest.MonkeyP
     status, _, stderr = command(*SMALL, "--plot", str(tmp_path / "plot.png"))
     assert status == 2
     assert 'pip install "earlytom-engine-builder[plot]"' in stderr
-
-
-# Measurement
-
-
-def test_equal_settings_are_asked_once(answered: tuple[Bench, Answers], monkeypatch: pytest.MonkeyPatch) -> None:
-    """At ratio 0.5 the budget schedule keeps every token of its frames."""
-    bench, answers = answered
-    rows = {(one.method.name, one.ratio): row for row, one in enumerate(bench.settings)}
-    assert (answers.right[rows["budget", 0.5]] == answers.right[rows["merging", None]]).all()
-    asked: list[int] = []
-    real = bench.scorer.score
-
-    def score(visual: Any, packs: Any) -> Any:
-        asked.append(len(visual))
-        return real(visual, packs)
-
-    monkeypatch.setattr(bench.scorer, "score", score)
-    again = bench.measure(range(3))
-    assert len(bench.settings) - 2 <= len(asked) < len(bench.settings)
-    assert (again.right == answers.right).all()
-
-
-def test_every_question_is_asked_of_its_clip(answered: tuple[Bench, Answers]) -> None:
-    _, answers = answered
-    kinds = [[question.kind for question in labelled_clip("test", index).questions] for index in range(3)]
-    assert [list(KINDS)[kind] for kind in answers.kind] == [kind for row in kinds for kind in row]
-    assert answers.asked().tolist() == [len(row) for row in kinds]
-    assert answers.asked(0).tolist() == [row.count("colour") for row in kinds]
-    assert (answers.correct(0) <= answers.asked()).all()
-
-
-def test_costs_are_those_of_the_shapes(answered: tuple[Bench, Answers]) -> None:
-    bench, answers = answered
-    config: Any = bench.checkpoint.config
-    rows = {(one.method.name, one.ratio): row for row, one in enumerate(bench.settings)}
-    for name, ratio, stages, layers, tokens in (
-        ("full", None, (16,), (), 400),
-        ("budget", 0.1, (16, 12, 9, 7), (2, 4, 6), 42),
-        ("frames", 0.1, (2,), (), 50),
-    ):
-        row = rows[name, ratio]
-        wanted = flops.vision_encoder(config.vision_config, stages, layers, 8) + flops.projector(config, stages[-1])
-        assert answers.vision[row].tolist() == [wanted] * 3
-        assert answers.prefill[row].tolist() == [flops.prefill(config.text_config, tokens)] * 3
-        assert answers.tokens[row].tolist() == [tokens] * 3
-        assert answers.frames[row].tolist() == [stages[-1]] * 3
-
-
-def test_clips_may_be_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In whatever portions, the answers are the same, in the same order."""
-    job = Job("micro", BASE, ("random",), (0.1,), "validation", 1)
-    whole = Bench(job).measure(range(5))
-    monkeypatch.setattr(bench_module, "CLIPS_AT_ONCE", 2)
-    for workers in (1, 2):
-        done: list[int] = []
-        spread = run(job, 5, workers, done.append)
-        assert done == [2, 4, 5]
-        for name in Answers.__dataclass_fields__:
-            assert np.array_equal(getattr(spread, name), getattr(whole, name)), (workers, name)
-
-
-def test_the_decoders_first_token_is_the_scorers(answered: tuple[Bench, Answers]) -> None:
-    """The prefill that is timed is the one that is scored."""
-    bench, _ = answered
-    clip, known = bench.clip(0)
-    questions = known.questions
-    tokens = bench.settings[0].visual(clip).tokens
-    prefill = Prefill(bench.model, bench.tokenizer)
-    (outcomes,) = bench.scorer.score([tokens], [bench.scorer.pack(questions)])
-    assert [prefill(tokens, question.text) for question in questions] == [outcome.said[0] for outcome in outcomes]
-
-
-def test_guessing_without_video() -> None:
-    blind = Blind(300, 0)
-    learned = [question for index in range(300) for question in questions_of("train", index, 0)]
-    share = blind.right(learned).mean()
-    assert 0.25 < share < 0.75  # it has seen these
-    counts = {answer: sum(q.answer == answer for q in learned if q.text == "What color is the dot?") for answer in "ab"}
-    assert not any(counts.values())  # no such colours
-    for text in ("What color is the dot?", "How many shapes appeared?"):
-        answers = [question.answer for question in learned if question.text == text]
-        guessed = blind.answer(Question("dot", text, ""))
-        assert answers.count(guessed) == max(map(answers.count, answers))
-    assert blind.answer(Question("dot", "never asked?", "")) in {q.answer for q in learned if q.kind == "dot"}
-    assert blind.answer(Question("no such kind", "never asked?", "")) == ""
-
-
-# Figures
-
-
-def fake(right: list[list[bool]], clips: list[int]) -> Answers:
-    """Answers of settings that were right as given, about questions that belong to these clips."""
-    rows, total = len(right), max(clips) + 1
-    ones = np.ones((rows, total), np.int64)
-    kind = np.arange(len(clips)) % len(KINDS)
-    nothing = np.zeros(0, np.bool_)
-    return Answers(np.array(clips), kind, np.array(right), nothing, ones, ones, ones, ones, np.full(total, 0.5))
-
-
-def test_figures_and_comparisons(answered: tuple[Bench, Answers]) -> None:
-    settings = [one for one in answered[0].settings if one.ratio in (None, 0.1)]
-    names = [one.method.name for one in settings]
-    assert names == ["full", "budget", "adaptive", "merging", "frames"]
-    clips = [clip for clip in range(40) for _ in range(5)]
-    full = [True] * 190 + [False] * 10
-    worse = [place % 5 != 0 for place in range(200)]
-    answers = fake([full, full, worse, full, worse], clips)
-    found = {result.name: result for result in results(answers, settings, None)}
-    assert found["full"].accuracy.value == pytest.approx(0.95)
-    assert found["budget"].relative is not None
-    assert found["budget"].relative.value == 1
-    assert found["adaptive"].accuracy.value == pytest.approx(0.8)
-    pairs = {(one.name, one.to): one for one in comparisons(answers, settings, 0)}
-    assert set(pairs) == {
-        *((name, "full") for name in names[1:]),
-        ("budget", "adaptive"),
-        ("budget", "frames"),
-        ("adaptive", "frames"),
-    }
-    assert (pairs["budget", "full"].difference.value, pairs["budget", "full"].p) == (0, 1)
-    assert pairs["budget", "frames"].difference.value == pytest.approx(0.15)
-    assert pairs["budget", "frames"].difference.low > 0
-    assert pairs["budget", "frames"].p < 0.001
-    assert pairs["adaptive", "frames"].p == 1
-
-
-def test_the_ratio_of_the_short_tables() -> None:
-    def at(*ratios: float | None) -> list[Result]:
-        return [Result("budget", "", "earlytom", ratio, *[None] * 8) for ratio in ratios]  # type: ignore[arg-type]
-
-    assert report.main_ratio(at(0.05, 0.1, 0.5, None)) == 0.1
-    assert report.main_ratio(at(0.3, 0.25)) == 0.25
-    assert report.main_ratio(at(None)) is None
 
 
 # Engines
@@ -413,52 +268,3 @@ def test_the_twin_has_the_engines_settings(build_engine: Callable[..., Path]) ->
     torch.testing.assert_close(seen["engine"].tokens, seen[TWIN].tokens, rtol=1e-3, atol=1e-3)
     assert seen["engine"].merge_layers == seen[TWIN].merge_layers == (2, 4, 6)
     assert seen["engine"].stages == seen[TWIN].stages == (16, 12, 9, 7)
-
-
-# The record
-
-
-def test_a_record_is_of_the_whole_table_of_the_trained_model() -> None:
-    trained = replace(describe(None), trained=True)
-    whole: dict[str, Any] = {"split": "test", "seed": 0, "clips": record.CLIPS, "whole": True}
-    record.check_recordable(trained, **whole)
-    with pytest.raises(UserError, match="not trained"):
-        record.check_recordable(replace(trained, trained=False), **whole)
-    with pytest.raises(UserError, match="those of elsewhere"):
-        record.check_recordable(replace(trained, source="elsewhere"), **whole)
-    for change in ({"split": "validation"}, {"seed": 1}, {"clips": record.CLIPS - 1}, {"whole": False}):
-        with pytest.raises(UserError, match="whole table"):
-            record.check_recordable(trained, **(whole | change))
-
-
-def test_a_record_can_be_read_again_and_compared_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "accuracy.json"
-    whole: dict[str, Any] = {
-        "weights": "w",
-        "none": None,
-        "results": [{"a": [1 / 3, 2]}, {"b": {"c": "é"}}],
-        "empty": [],
-    }
-    record.write(path, whole)
-    assert json.loads(path.read_text()) == whole | {"results": [{"a": [0.333333, 2]}, {"b": {"c": "é"}}]}
-    assert len(path.read_text().splitlines()) == 9
-    for bad in (float("nan"), [float("inf")]):
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            record.write(path, {"value": bad})
-    assert json.loads(path.read_text())["weights"] == "w"
-
-
-def test_a_record_of_other_weights_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes((micro.PATH / "model.safetensors").read_bytes())
-    path = tmp_path / "accuracy.json"
-    with pytest.raises(UserError, match=r"builder.evaluate --record"):
-        record.read(path)
-    record.write(path, {"weights": record.weights_digest()})
-    assert record.read(path) == {"weights": record.weights_digest()}
-    assert not list(tmp_path.glob("*.part"))
-    (tmp_path / "model.safetensors").write_bytes(b"others")
-    with pytest.raises(UserError, match="record of other weights"):
-        record.read(path)
-    path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        record.read(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -225,12 +226,23 @@ def test_what_has_no_reference_is_refused(
         (half, tmp_path / "out", "build with --fp16"),
         (tmp_path / "nothing", tmp_path / "out", "does not exist"),
         (accepted, accepted, "name another folder with --polygraphy"),
-        (accepted, tmp_path / "file", "file exists"),
+        (accepted, tmp_path / "file", "is a file: give a folder"),
     ):
         capsys.readouterr()
         assert cli.run(verify.main, [str(engine), "--polygraphy", str(out)]) == 2
         captured = capsys.readouterr()
         assert says in captured.err
         assert (captured.out, captured.err.count("\n")) == ("", 1)
+    for option in ("--video", "--model"):
+        assert cli.run(verify.main, [str(accepted), "--polygraphy", str(tmp_path / "out"), option, "x"]) == 2
+        assert "are for --layers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     Manifest.read(accepted)
+    assert cli.run(verify.main, [str(accepted), "--polygraphy", str(tmp_path / "out"), "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line == {
+        "engine": str(accepted),
+        "reference": str(tmp_path / "out"),
+        "script": str(tmp_path / "out" / "compare.sh"),
+    }
+    assert Path(line["script"]).is_file()

@@ -441,5 +441,6 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (4, 8), (1, 4, 3, 8)])
 def test_hidden_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"\[frames, tokens, width\]"):
-        plan_frames(torch.zeros(shape), tau=0.8, max_window=6, ema=0.9)
+    for decide in (plan_frames, segment_frames):
+        with pytest.raises(UserError, match=r"\[frames, tokens, width\]"):
+            decide(torch.zeros(shape), tau=0.8, max_window=6, ema=0.9)

@@ -125,16 +125,9 @@ def test_writing_it_again_gives_the_same_weights_bit_for_bit(again: Path) -> Non
 
 def test_its_weights_are_trained_ones(model: Any) -> None:
     assert read(micro.PATH / "config.json")["earlytom_trained"] is True
-    assert micro.is_trained()
     before, after = new_model().state_dict(), model.state_dict()
     assert not any(torch.equal(before[name].half(), after[name].half()) for name in after if after[name].dim() > 1)
     assert all(tensor.isfinite().all() for tensor in after.values())
-
-
-@pytest.mark.parametrize(("field", "trained"), [({"earlytom_trained": False}, False), ({}, True)])
-def test_a_folder_says_whether_it_is_trained(field: dict[str, bool], trained: bool, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(field))
-    assert micro.is_trained(tmp_path) == trained
 
 
 def test_the_records_are_of_the_whole_training_and_the_card_shows_them() -> None:

@@ -28,6 +28,7 @@ from earlytom.micro.data.splits import draw
 from earlytom.micro.packing import Packer
 from earlytom.micro.training import answering, loop, see
 from earlytom.micro.training.answering import Stage, motion_head, train_answering
+from runtime.checkpoint import describe
 
 OFTEN = ("exists",)
 GLIMPSES = Stage("glimpses", seed=11, steps=4, clips=4, frames=2, rate=1e-3, kept=6, stretched=0.5, often=OFTEN)
@@ -109,10 +110,10 @@ def test_transformers_loads_what_is_written_without_a_missing_tensor(made: Path)
 
 
 def test_half_a_training_is_not_called_trained(made: Path, tmp_path: Path) -> None:
-    assert not micro.is_trained(made)
+    assert not describe(made).trained
     model: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(made, dtype=torch.float32)
     write_checkpoint(tmp_path / "whole", model, json.loads((made / "training.json").read_text()))
-    assert micro.is_trained(tmp_path / "whole")
+    assert describe(tmp_path / "whole").trained
     assert same(*(load_file(folder / "model.safetensors") for folder in (made, tmp_path / "whole")))
 
 
@@ -316,11 +317,11 @@ def test_half_of_the_clips_of_a_step_were_seen_before(
 
 def test_the_rate_rises_and_falls() -> None:
     layer = nn.Linear(2, 1)
-    optimizers = loop.Optimizers([([layer], 0.5)], 100)
+    optimizer = loop.Optimizer([layer], 0.5, 100)
     rates = []
     for step in range(100):
-        optimizers.step(layer(torch.ones(1, 2)).sum(), step)
-        rates += [group["lr"] for group in optimizers.state_dict()[0]["param_groups"][:1]]
+        optimizer.step(layer(torch.ones(1, 2)).sum(), step)
+        rates += [group["lr"] for group in optimizer.state_dict()["param_groups"][:1]]
     assert rates[0] == pytest.approx(0.05)
     assert max(rates) == pytest.approx(0.5)
     assert rates.index(max(rates)) in (9, 10)
@@ -382,3 +383,12 @@ def test_a_step_has_new_clips_of_the_training_split(tokenizer: Any) -> None:
         times = answering.choose_times(GLIMPSES.frames, random)
         drawn = labelled_clip("train", index, seed=GLIMPSES.seed, times=times)
         assert np.array_equal(drawn.frames, one.visual.numpy())
+
+
+def test_the_help_teaches_and_what_is_mistyped_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    text = train.parser().format_help()
+    for action in train.parser()._actions:
+        assert action.help, action.dest
+    assert "examples:" in text
+    assert train.main(["--scale", "x"]) == 2
+    assert capsys.readouterr().err == "error: --scale: invalid float value: 'x' (--help lists the options)\n"

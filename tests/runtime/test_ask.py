@@ -140,6 +140,17 @@ def test_the_answer_comes_bit_by_bit(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert "".join(pieces) == json.loads(out)["answer"]
 
 
+def test_one_token_has_no_time_for_each_further_one(run: Run) -> None:
+    cells = []
+    for tokens in ("1", "2"):
+        status, out, err = run("--max-new-tokens", tokens)
+        assert (status, err) == (0, "")
+        assert f"tokens answered: {tokens} (length)" in out
+        cells.append(next(line.split()[-1] for line in out.splitlines() if line.startswith("per further token")))
+    assert cells[0] == "-"
+    assert float(cells[1]) > 0
+
+
 def test_json_prints_one_line(run: Run) -> None:
     status, out, err = run("--json")
     assert (status, err, out.count("\n")) == (0, "", 1)
@@ -191,6 +202,11 @@ def test_no_such_video(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "does not exist" in refused(video=tmp_path / "none.mp4")
 
 
+def test_an_address_is_no_path(refused: Callable[..., str], run: Run, engine: Path) -> None:
+    assert "'https://a.org/b.mp4' is an address; download it" in refused(video="https://a.org/b.mp4")
+    assert "video '' does not exist" in refused(video="")
+
+
 def test_a_text_file_called_mp4(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
     assert "cannot be read as a video" in refused(video=tmp_path / "text.mp4")
@@ -236,8 +252,13 @@ def test_a_question_that_spells_a_control_token(refused: Callable[..., str]) -> 
         (("--temperature", "inf"), "got inf"),
         (("--top-p", "0"), "top-p"),
         (("--top-p", "nan"), "top-p"),
-        (("--top-k", "-1"), "top-k"),
+        (("--top-k", "-1"), "top-k must be"),
+        (("--top-k", "5"), "--temperature 0 samples nothing"),
+        (("--top-p", "0.5"), "--temperature 0 samples nothing"),
+        (("--frames", "0"), "--frames must be at least 1, got 0"),
+        (("--inner-ratio", "0.9"), "needs --inner-layer"),
         (("--seed", "-1"), "seed"),
+        (("--inner-layer", "99"), "set inner_layer (--inner-layer) to one of them"),
         (("--model", "random:no-such"), "random:llava-onevision-qwen2-7b-ov"),
         (("--model", "./no/such/folder"), "no such folder"),
         (("--model", "random:llava-onevision-qwen2-0.5b-ov"), "give the model it was built from with --model"),

@@ -440,6 +440,8 @@ def test_json_prints_the_line_alone_and_lists_can_be_empty(
         (("--scale-frames", "100000"), "context"),
         (("--question", " "), "the question is empty"),
         (("--nonsense",), "--nonsense"),
+        (("--service", "--plot", "plots", "--frames", "8"), "leave out --frames, --plot"),
+        (("--soak", "5", "--scale-ratios", "0.1"), "leave out --scale-ratios"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

@@ -1,5 +1,6 @@
 """The drawn clip: the same every time, three scenes as promised, and never half a file."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,10 +217,11 @@ def test_command_with_a_bad_target(tmp_path):
     [(["--size", "64"], "WIDTHxHEIGHT"), (["--size", "axb"], "WIDTHxHEIGHT"), (["--fps", "fast"], "--fps")],
 )
 def test_command_with_bad_flags(tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as caught:
-        clip.parser().parse_args([str(tmp_path / "clip.mp4"), *arguments])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    assert run(clip.main, [str(tmp_path / "clip.mp4"), *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert message in line
 
 
 def test_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
@@ -227,8 +229,7 @@ def test_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(clip.os, "replace", full)
-    arguments = clip.parser().parse_args([str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "32x32"])
-    assert run(clip._main, arguments) == 2
+    assert run(clip.main, [str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "32x32"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")
     assert "no space" in line
@@ -244,3 +245,19 @@ def test_a_test_clip_comes_back_frame_by_frame(tmp_path):
     assert np.abs(read - shown.frames).mean() < 8  # what encoding and colour subsampling take away
     assert np.abs(read - other.frames).mean() > 16
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_plain_file_is_replaced(tmp_path):
+    pipe, plain = tmp_path / "pipe.mp4", tmp_path / "plain.mp4"
+    os.mkfifo(pipe)
+    plain.write_text("what was there")
+    with pytest.raises(VideoError, match=r"pipe\.mp4' is a device or a pipe"):
+        draw_clip(pipe, 1, 4, (32, 32))
+    assert pipe.is_fifo()
+    assert draw_clip(plain, 1, 4, (32, 32)).stat().st_size > 100
+    assert sorted(tmp_path.iterdir()) == [pipe, plain]
+
+
+def test_a_size_that_memory_does_not_hold_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"100000x100000.*16 to 8192"):
+        draw_clip(tmp_path / "clip.mp4", 1, 4, (100000, 100000))

@@ -508,3 +508,13 @@ def test_writing_again_replaces_the_manifest(folder: Path) -> None:
     changed.write(folder)
     assert Manifest.read(folder) == changed
     assert sorted(path.name for path in folder.iterdir()) == sorted([*CONTENTS, "manifest.json"])
+
+
+def test_a_frame_count_that_is_none_is_not_offered_to_build(engine: Path) -> None:
+    manifest = Manifest.read(engine)
+    other = manifest.frames + 1
+    with pytest.raises(EngineError, match=rf"not {other}: leave the number out.*--frames {manifest.frames},{other}"):
+        manifest.at(other)
+    for nonsense in (0, -1, "x"):
+        with pytest.raises(EngineError, match=rf"not {nonsense}: leave the number out$"):
+            manifest.at(nonsense)  # type: ignore[arg-type]

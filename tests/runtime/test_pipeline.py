@@ -510,6 +510,8 @@ def test_a_device_that_is_not_there_is_one_line(engine: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cpu"):
         Pipeline.load(engine, device="cuda")
+    with pytest.raises(UserError, match="device is 'gpu': give cpu or cuda"):
+        Pipeline.load(engine, device="gpu")
 
 
 def test_a_manifest_without_a_good_record_cannot_be_written(engine: Path, tmp_path: Path) -> None:

@@ -178,3 +178,37 @@ def test_no_stop_token_is_an_error() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no stop token"):
         stop_token_ids(GenerationConfig(), tokenizer)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"What happens?", ["What happens?"]])
+def test_a_text_that_is_no_str_is_refused(tokenizer: Any, given: Any) -> None:
+    with pytest.raises(UserError, match=f"the question is a {type(given).__name__}"):
+        build_prompt(tokenizer, given)
+    if given is not None:
+        with pytest.raises(UserError, match=f"the system message is a {type(given).__name__}"):
+            build_prompt(tokenizer, "What happens?", system=given)
+
+
+@pytest.mark.parametrize("given", [None, 1.5, "3"])
+def test_a_count_of_new_tokens_that_is_no_whole_number_is_refused(tokenizer: Any, given: Any) -> None:
+    prompt = build_prompt(tokenizer, "What happens?")
+    check_length(prompt, visual_tokens=1, new_tokens=3, context=4096)
+    with pytest.raises(UserError, match="max_new_tokens is"):
+        check_length(prompt, visual_tokens=1, new_tokens=given, context=4096)
+
+
+def test_a_long_question_is_no_warning_of_the_tokenizer_s(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    words = "word " * (tokenizer.model_max_length + 1)
+    logging.enable_propagation()
+    try:
+        prompt = build_prompt(tokenizer, words)
+        quiet = not caplog.records
+        tokenizer(words + "again")
+    finally:
+        logging.disable_propagation()
+    assert quiet
+    assert "longer than" in caplog.text  # it does speak otherwise
+    with pytest.raises(UserError, match="shorten the question"):
+        check_length(prompt, visual_tokens=1, new_tokens=1, context=4096)

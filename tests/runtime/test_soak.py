@@ -16,7 +16,7 @@ import torch
 from earlytom.errors import UserError
 from runtime import bench, cli
 from runtime.benchmark.memory import resident
-from runtime.benchmark.soak import Sample, Soak, soak
+from runtime.benchmark.soak import Sample, Soak, _line, soak
 from runtime.errors import EngineError, Overloaded
 from runtime.pipeline import Pipeline
 from runtime.requests import Delta
@@ -102,7 +102,8 @@ def test_the_command(engine: Path, drawn_clip: Path, capsys: pytest.CaptureFixtu
     assert record["engine"] == engine.name
     assert record["cuda"] is None
     assert f"{record['requests_per_second']:.1f} requests/s; resident " in line
-    assert "in a thousand requests" in line
+    assert "in a thousand requests" not in line  # twelve tell nothing of that
+    assert "KiB in a thousand requests" in _line(record | {"soak": 1000})
     assert command(engine, drawn_clip, *words, "--json") == 0
     assert capsys.readouterr().out.count("\n") == 1
 

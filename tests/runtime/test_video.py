@@ -867,3 +867,11 @@ def test_a_file_resized_on_a_gpu(drawn_clip, frames):
     assert there.frames.is_cuda
     assert there.timestamps == here.timestamps
     assert mean_difference(there.frames.cpu(), here.frames) < 1
+
+
+def test_an_array_that_is_read_only_is_taken_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    want = clip_from_frames(pixels, 4, (8, 8)).frames
+    pixels.flags.writeable = False
+    assert torch.equal(clip_from_frames(pixels, 4, (8, 8)).frames, want)
+    assert not list(recwarn)

@@ -123,8 +123,7 @@ def _order(scene: Scene, random: Generator) -> tuple[str, str] | None:
 
 def _where(scene: Scene, random: Generator) -> tuple[str, str] | None:
     def clear(shape: Shape) -> bool:
-        end = shape.last - 1
-        return min(abs(shape.x[end] - _MIDDLE), abs(shape.y[end] - _MIDDLE)) >= _CLEAR
+        return min(abs(shape.x[-1] - _MIDDLE), abs(shape.y[-1] - _MIDDLE)) >= _CLEAR
 
     shape = _pick([shape for shape in _steady(scene) if shape.last == FRAMES and clear(shape)], random)
     if shape is None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from earlytom.micro.data.scene import COLOURS, DOT_RADIUS, SIDE, Scene, Shape
+from earlytom.micro.data.scene import COLOURS, DOT_RADIUS, FRAMES, SIDE, Scene, Shape
 
 Array = NDArray[np.float32]
 
@@ -39,7 +39,7 @@ def render(scene: Scene, random: Generator, times: NDArray[np.intp]) -> tuple[ND
         for at, time in enumerate(times):
             if dot.first <= time < dot.last:
                 _blit(picture[at], owner[at], dot.x, dot.y, _disc, DOT_RADIUS, COLOURS[dot.colour], DOT)
-    gain = 1 + random.uniform(-0.12, 0.12) * np.linspace(-1, 1, 16)[times] + random.uniform(-0.08, 0.08)
+    gain = 1 + random.uniform(-0.12, 0.12) * np.linspace(-1, 1, FRAMES)[times] + random.uniform(-0.08, 0.08)
     picture *= gain[:, None, None, None].astype(np.float32)
     noise = random.standard_normal(picture.shape, np.float32)
     picture += noise * np.float32(random.uniform(2, 7))
@@ -57,7 +57,7 @@ def _background(scene: Scene, random: Generator, times: NDArray[np.intp]) -> Arr
         phase = random.uniform(0, 2 * np.pi, _GRATINGS)
         strength = random.uniform(-14, 14, (_GRATINGS, 3))
         velocity = random.uniform(-0.4, 0.4, 2)
-        chosen = np.flatnonzero((times >= (scene.cut if scene.cut is not None else len(times) + 99)) == after)
+        chosen = np.flatnonzero(scene.after_cut(times) == after)
         kx, ky = wave * np.cos(angle), wave * np.sin(angle)
         moved = times[chosen, None] * (velocity + scene.drift)  # [F'', 2]
         shift = phase - kx * moved[:, :1] - ky * moved[:, 1:]  # [F'', G]
@@ -75,14 +75,15 @@ def _background(scene: Scene, random: Generator, times: NDArray[np.intp]) -> Arr
 def _draw_shape(
     picture: Array, owner: NDArray[np.int8], scene: Scene, shape: Shape, index: int, times: NDArray[np.intp]
 ) -> None:
+    x, y = scene.centre(shape, times)
+    after = scene.after_cut(times)
     for at, time in enumerate(times):
         if not shape.first <= time < shape.last:
             continue
-        colour = shape.colour if scene.cut is None or time < scene.cut else shape.later_colour
-        x, y = shape.x[time] + scene.drift[0] * (time - 7.5), shape.y[time] + scene.drift[1] * (time - 7.5)
-        _blit(picture[at], owner[at], x, y, _SILHOUETTES[shape.shape], shape.radius, COLOURS[colour], index)
+        colour = shape.later_colour if after[at] else shape.colour
+        _blit(picture[at], owner[at], x[at], y[at], _SILHOUETTES[shape.shape], shape.radius, COLOURS[colour], index)
         if shape.digit is not None and shape.digit_first <= time < shape.digit_last:
-            _write(picture[at], x, y, shape.digit, (250.0 if colour in _DARK else 10.0))
+            _write(picture[at], x[at], y[at], shape.digit, (250.0 if colour in _DARK else 10.0))
 
 
 def _blit(

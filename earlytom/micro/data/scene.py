@@ -111,6 +111,15 @@ class Scene:
     cut: int | None
     drift: tuple[float, float]
 
+    def after_cut(self, times: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which of the frames `times` come after the cut; none, if there is no cut."""
+        return times >= (FRAMES if self.cut is None else self.cut)
+
+    def centre(self, shape: Shape, times: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Where a shape is seen at the frames `times`, x and y: in its place, moved by the camera."""
+        since = times - (FRAMES - 1) / 2
+        return shape.x[times] + self.drift[0] * since, shape.y[times] + self.drift[1] * since
+
 
 def draw_cast(random: Generator, accepted: Callable[[Cast], bool]) -> Cast:
     """An accepted cast. Every count, colour, shape and digit is as likely as any other, as far as `accepted` allows.

@@ -30,7 +30,7 @@ from earlytom.micro.data.scene import FRAMES, Scene
 from earlytom.micro.data.splits import labelled_clip
 from earlytom.micro.packing import IGNORE, Pack, Packer, batch, logits
 from earlytom.micro.training.labels import MOTION, cell_motion
-from earlytom.micro.training.loop import Optimizers, Progress, Report, made_ahead
+from earlytom.micro.training.loop import Optimizer, Progress, Report, made_ahead
 from earlytom.micro.training.see import normalised
 
 _DRAWS, _QUESTIONS = 6, 12
@@ -146,8 +146,8 @@ def train_answering(
     """Run one stage in place, from where `work` says that a run stopped. Returns the seconds that all steps took."""
     torch.manual_seed(stage.seed)
     newline = nn.ParameterList([model.model.image_newline])
-    optimizers = Optimizers([([model.model.language_model, newline, head], stage.rate)], stage.steps)
-    modules, others = {"model": model, "head": head}, {"optimizers": optimizers}
+    optimizer = Optimizer([model.model.language_model, newline, head], stage.rate, stage.steps)
+    modules, others = {"model": model, "head": head}, {"optimizer": optimizer}
     progress = Progress(work / f"{stage.name}.pt", modules, others, repr(stage), model.device)
     kept: deque[Example] = deque(maxlen=stage.kept)
     maker = ClipMaker(stage, packer)
@@ -162,7 +162,7 @@ def train_answering(
         again = random.integers(len(kept), size=stage.clips - len(examples))
         examples = examples + [kept[i] for i in again]
         loss, right = answer_loss(model, head, packer, examples, _stretch(len(examples), stage.stretched, random))
-        optimizers.step(loss, step)
+        optimizer.step(loss, step)
         report(stage.name, step + 1, stage.steps, loss.detach(), right)
         progress.done(step + 1, stage.steps)
     return progress.seconds

@@ -138,10 +138,7 @@ def cell_motion(scene: Scene, owner_of_pixel: NDArray[np.int8], times: NDArray[n
         place = np.stack((shape.x[times[seen]], shape.y[times[seen]]), -1)
         done[seen, index, :2] = (place - place[:1]) / (SIDE / 4)
         done[seen[1:], index, 2] = np.abs(np.diff(place, axis=0)).sum(-1) > 0.5
-        if scene.cut is not None:
-            done[seen, index, 3] = (times[seen] >= scene.cut) & (shape.later_colour != shape.colour)
-        else:
-            done[seen, index, 3] = 0
+        done[seen, index, 3] = scene.after_cut(times[seen]) & (shape.later_colour != shape.colour)
         before = times[seen] - FRAMES // 4
         known = before >= shape.first
         then = np.stack((shape.x[before[known]], shape.y[before[known]]), -1)
@@ -157,14 +154,12 @@ def _members(scene: Scene, times: NDArray[np.intp]) -> NDArray[np.float64]:
     members = np.zeros((len(times), len(scene.shapes) + 1, 6))
     members[..., 2] = len(DIGITS)
     for index, shape in enumerate(scene.shapes):
-        after = times >= (scene.cut if scene.cut is not None else 1 << 30)
         colours = COLOUR_NAMES.index(shape.colour), COLOUR_NAMES.index(shape.later_colour)
         written = (shape.digit_first <= times) & (times < shape.digit_last)
-        members[:, index, 0] = np.where(after, colours[1], colours[0])
+        members[:, index, 0] = np.where(scene.after_cut(times), colours[1], colours[0])
         members[:, index, 1] = LOOKS.index(shape.shape)
         members[:, index, 2] = np.where(written, DIGITS.index(shape.digit) if shape.digit else 0, len(DIGITS))
-        members[:, index, 3] = shape.x[times] + scene.drift[0] * (times - 7.5)
-        members[:, index, 4] = shape.y[times] + scene.drift[1] * (times - 7.5)
+        members[:, index, 3], members[:, index, 4] = scene.centre(shape, times)
         members[:, index, 5] = shape.radius
     if scene.dot is not None:
         dot = scene.dot

@@ -57,8 +57,8 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def optimizer_of(modules: list[nn.Module], rate: float) -> AdamW:
-    """AdamW with weight decay on matrices only."""
+def optimizer_of(modules: Iterable[nn.Module], rate: float) -> AdamW:
+    """AdamW with weight decay on matrices only; a parameter that several modules share is in it once."""
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
@@ -67,35 +67,32 @@ def optimizer_of(modules: list[nn.Module], rate: float) -> AdamW:
     return AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
 
-class Optimizers:
-    """One optimizer for each set of modules and its peak learning rate; they step together."""
+class Optimizer:
+    """`optimizer_of` some modules, with a learning rate that rises to `rate` and falls again within `steps`."""
 
-    def __init__(self, sets: list[tuple[list[nn.Module], float]], steps: int) -> None:
-        self._pairs = [(optimizer_of(modules, rate), rate) for modules, rate in sets]
-        self._steps = steps
+    def __init__(self, modules: Iterable[nn.Module], rate: float, steps: int) -> None:
+        self._adam = optimizer_of(modules, rate)
+        self._rate, self._steps = rate, steps
 
     def step(self, loss: Tensor, step: int) -> None:
         """One update: a linear start, then half a cosine down to a fiftieth of the peak; gradients clipped to 1."""
         warmup = min(_WARMUP, max(1, self._steps // 10))
         done = max(0.0, (step - warmup) / max(1, self._steps - warmup))
         share = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
-        for optimizer, _ in self._pairs:
-            optimizer.zero_grad(set_to_none=True)
+        self._adam.zero_grad(set_to_none=True)
         loss.backward()
-        for optimizer, peak in self._pairs:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * share
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-            optimizer.step()
+        for group in self._adam.param_groups:
+            group["lr"] = self._rate * share
+        nn.utils.clip_grad_norm_([p for group in self._adam.param_groups for p in group["params"]], 1.0)
+        self._adam.step()
 
-    def state_dict(self) -> list[Any]:
-        """The states, in order."""
-        return [optimizer.state_dict() for optimizer, _ in self._pairs]
+    def state_dict(self) -> dict[str, Any]:
+        """Its state, for `load_state_dict`."""
+        return self._adam.state_dict()
 
-    def load_state_dict(self, states: list[Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        for (optimizer, _), state in zip(self._pairs, states, strict=True):
-            optimizer.load_state_dict(state)
+        self._adam.load_state_dict(state)
 
 
 class Progress:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from earlytom.encoder import pool
-from earlytom.micro.data.scene import DIGITS
+from earlytom.micro.data.scene import DIGITS, SIDE
 from earlytom.micro.training.labels import CELL_WORDS, COLOUR_NAMES, IGNORE, LOOKS, PATCH
 
 _COLOUR_LEVELS = 3
@@ -84,7 +84,7 @@ def perception_loss(
         }
         right["words"] = (logits[positive] > 0).float().mean()
         right["false_words"] = (logits[negative] > 0).float().mean()
-        right["place_px"] = (heads.place(cells)[placed] - labels["place"][placed])[:, :2].abs().mean() * 72
+        right["place_px"] = (heads.place(cells)[placed] - labels["place"][placed])[:, :2].abs().mean() * SIDE
     return sum(parts.values(), torch.zeros(())), right
 
 

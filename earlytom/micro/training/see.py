@@ -15,7 +15,7 @@ from earlytom.micro.data.render import render
 from earlytom.micro.data.scene import DIGIT_SHAPES, DIGITS, FRAMES, Scene, Shape, casts_of
 from earlytom.micro.data.splits import draw, split_of
 from earlytom.micro.training.labels import frame_labels
-from earlytom.micro.training.loop import Optimizers, Progress, Report, made_ahead
+from earlytom.micro.training.loop import Optimizer, Progress, Report, made_ahead
 from earlytom.micro.training.perception import PerceptionHeads, perception_loss, word_embeddings
 
 NAME = "perception"
@@ -68,15 +68,15 @@ def train_perception(model: Any, tokenizer: Any, steps: int, work: Path, report:
     heads = PerceptionHeads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size).to(device)
     embeddings = model.get_input_embeddings()
     parts = {"tower": tower, "projector": projector, "embeddings": embeddings, "heads": heads}
-    optimizers = Optimizers([([*parts.values()], RATE)], steps)
-    progress = Progress(work / f"{NAME}.pt", parts, {"optimizers": optimizers}, f"{NAME} {steps}", device)
+    optimizer = Optimizer(parts.values(), RATE, steps)
+    progress = Progress(work / f"{NAME}.pt", parts, {"optimizer": optimizer}, f"{NAME} {steps}", device)
     for step, made in made_ahead(make_batch, progress.step, steps, workers):
         labels = {name: tensor.to(device) for name, tensor in made.items()}
         pixels = normalised(labels.pop("frames"))
         hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
         words = word_embeddings(model, tokenizer)
         loss, right = perception_loss(hidden, projector(hidden), words, heads, pixels, labels)
-        optimizers.step(loss, step)
+        optimizer.step(loss, step)
         report(NAME, step + 1, steps, loss.detach(), right)
         progress.done(step + 1, steps)
     return progress.seconds
