@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options = parser().parse_args(argv)
     screen = cli.Screen(json_only=options.json)
-    targets = [parse_target(text) for text in options.target]
+    targets = dict.fromkeys(parse_target(text) for text in options.target)  # each once
     wanted = list(calls(options))
     triton = load_triton()
     rows, records = [], []
@@ -77,6 +77,8 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
     """
     if options.merges < 0 or options.width < 1:
         raise UserError(f"--merges must be 0 or more and --width 1 or more, got {options.merges} and {options.width}")
+    if options.tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {options.tokens}")
     if options.frames > MAX_FRAMES:
         raise UserError(f"--frames must be between 1 and {MAX_FRAMES}, got {options.frames}")
     stages = frames_per_stage(options.frames, merges=options.merges, frame_budget=options.frame_budget)

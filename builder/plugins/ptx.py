@@ -96,7 +96,10 @@ def compile_launch(launch: Launch, pointers: Sequence[str], target: Capability) 
     triton = load_triton()
     if target not in PTX_VERSIONS:
         asked = ".".join(map(str, target))
-        raise EngineError(f"there are plugin kernels for compute capability {GPUS} only, not for {asked}: {NATIVE}")
+        raise EngineError(
+            f"there are plugin kernels for compute capability {GPUS} only, not for {asked}: choose another "
+            f"--target, or {NATIVE}"
+        )
     arch = 10 * target[0] + target[1]
     compiled = triton.compile(
         _source(triton, launch, pointers),

@@ -25,7 +25,6 @@ from builder.compile import compile_engine
 from builder.config import MAX_BATCH
 from earlytom.errors import UserError
 from runtime import ask, cli, contract
-from runtime import trt as seam
 from runtime.backends import encode_one, open_backend
 from runtime.backends.onnxruntime import OnnxRuntimeVision
 from runtime.backends.torch import TorchVision, open_torch
@@ -34,10 +33,8 @@ from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
 from .conftest import FRAMES, Exported
+from .needed import needs_rtx
 
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in seam.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
 B = 3
 BATCH = ("--ratio", "0.3", "--batch", str(B))
 SINGLE = ("--ratio", "0.3")

@@ -22,11 +22,12 @@ from builder.arguments import parse
 from builder.config import project_version
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
-from runtime import cli, contract, trt
+from runtime import cli, contract
 from runtime.clip import draw_clip
 from runtime.manifest import Manifest
 
 from .conftest import FRAMES
+from .needed import needs_rtx
 
 ROOT = Path(build.__file__).resolve().parents[1]
 FILES = {
@@ -36,9 +37,6 @@ FILES = {
     contract.REFERENCE_OUTPUTS_FILE,
     contract.REPORT_FILE,
 }
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in trt.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
 Command = Callable[..., tuple[int, str, str]]
 
 

@@ -14,15 +14,12 @@ from builder import build, calibrate, inspect, verify
 from builder.compile import compile_engine
 from earlytom.errors import UserError
 from runtime import ask, cli, contract
-from runtime import trt as seam
 from runtime.backends.chain import Room
 from runtime.manifest import Manifest
 
 from .conftest import FRAMES, TAU, Chain
+from .needed import needs_rtx
 
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in seam.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
 STAGES = [contract.stage_file(contract.ONNX_FILE, stage) for stage in range(3)]
 
 

@@ -29,20 +29,16 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import Decisions
 from earlytom.errors import UserError
 from runtime import ask, cli, contract
-from runtime import trt as seam
 from runtime.backends.onnxruntime_chunked import OnnxRuntimeChunked
 from runtime.manifest import Manifest
 
 from ..earlytom.tiny import PATCH, tiny_projector, tiny_tower
 from .conftest import FRAMES, TAU, Chain, Exported, reference_of
+from .needed import needs_rtx
 
 CHUNK = 4
 FILES = [contract.stage_file(contract.ONNX_FILE, stage) for stage in range(2)]
 MERGES = {"usual": "1,2", "one merge": "2", "none": "none", "first layer": "0,1"}
-
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in seam.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
 
 
 @dataclasses.dataclass(frozen=True)

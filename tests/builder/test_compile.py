@@ -24,9 +24,8 @@ from earlytom.errors import UserError
 from runtime import trt as seam
 from runtime.errors import EngineError
 
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in seam.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
+from .needed import needs_rtx
+
 F, SIDE, PATCH, GRID, D, HEADS = 2, 36, 4, 9, 64, 2
 S = GRID * GRID
 NUMPY = {"fp16": np.float16, "fp32": np.float32}

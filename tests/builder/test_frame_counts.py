@@ -29,7 +29,6 @@ from builder.layers import summarise
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
 from runtime import ask, cli, contract
-from runtime import trt as seam
 from runtime.backends import choose_backend, open_backend
 from runtime.backends.by_frames import ByFrames
 from runtime.backends.onnxruntime import OnnxRuntimeVision
@@ -41,12 +40,10 @@ from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
 
 from .conftest import TAU
+from .needed import needs_rtx
 
 COUNTS = (4, 8)
 WORDS = f"--ratio 0.3 --tau {TAU} --backend onnx --frames 8,4".split()
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in seam.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
 
 
 @pytest.fixture(scope="module")

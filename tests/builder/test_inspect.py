@@ -17,17 +17,15 @@ from onnx import TensorProto, helper, numpy_helper
 from builder import build, inspect
 from builder.inspection.comparison import compare
 from builder.inspection.layers import BIGGEST, graph_layers
-from runtime import contract, trt
+from runtime import contract
 from runtime.manifest import Manifest, PluginRecord
 
 from .conftest import FRAMES, Exported
 from .engine_folders import Command, copy_of, drop, edit_json, inspect_command, look_compiled, seal
+from .needed import needs_rtx
 
 ROOT = Path(inspect.__file__).resolve().parents[1]
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "polygraphy")
-needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in trt.flavours(), reason="tensorrt-rtx is not installed (pip install .[rtx])"
-)
 
 
 @pytest.fixture

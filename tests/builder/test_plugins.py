@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import re
 import stat
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +26,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from builder import build, engine_process, functions, plugins
+from builder import build, engine_process, functions
 from builder import compile as compiler
 from builder.compile import CompileReport, compile_engine
-from builder.plugins import __main__ as command
-from builder.plugins import choose, graph, ptx, registry
-from builder.plugins.registry import PLUGINS, Plugins, plain, shortest_decimal
+from builder.plugins import graph, ptx
+from builder.plugins.registry import PLUGINS, plain
 from earlytom import merge, select
 from earlytom.errors import UserError
 from runtime import cli, contract
@@ -52,9 +47,6 @@ ROOT = Path(build.__file__).resolve().parents[1]
 STUB = Path(stand_in.__file__).parent
 OPSET = 23
 needs_bindings = pytest.mark.skipif(stand_in.missing() is not None, reason=str(stand_in.missing()))
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install .[plugin])"
-)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ((8, 0), (9, 0))
 ONNX_TYPES = {
@@ -507,73 +499,6 @@ def test_a_network_with_other_layers_than_calls_is_refused(layers: list[str]) ->
     engine_process._check_network(trt, network, layers.count("PLUGIN_V3"))
 
 
-# ------------------------------------------------------------------------------------------------------ which of both
-
-
-@pytest.mark.parametrize(
-    ("asked", "backend", "target", "chosen"),
-    [
-        ("auto", "tensorrt", (8, 0), "plugin"),
-        ("auto", "tensorrt", (7, 5), "native"),
-        ("auto", "tensorrt-rtx", (8, 0), "native"),
-        ("auto", "onnx", (8, 0), "native"),
-        ("plugin", "tensorrt", (9, 0), "plugin"),
-        ("native", "tensorrt", (8, 0), "native"),
-        ("native", "tensorrt-rtx", (8, 0), "native"),
-        ("native", "onnx", (7, 5), "native"),
-    ],
-)
-def test_which_of_both(
-    monkeypatch: pytest.MonkeyPatch, asked: str, backend: str, target: tuple[int, int], chosen: str
-) -> None:
-    monkeypatch.setattr(plugins.importlib.util, "find_spec", lambda name: object())
-    choice = choose(asked, backend, target)
-    assert choice.compression == chosen
-    assert choice.reason
-    assert "\n" not in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("backend", "target", "message"),
-    [
-        ("tensorrt-rtx", (8, 0), r"tensorrt-rtx has no plugins.*parser.*--compression native, or --backend tensorrt"),
-        ("onnx", (8, 0), r"ONNX file holds no kernels.*--compression native, or --backend tensorrt"),
-        ("tensorrt", (7, 5), r"8\.0, .*not for 7\.5; use --compression native$"),
-    ],
-)
-def test_plugins_that_there_are_none(backend: str, target: tuple[int, int], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        choose("plugin", backend, target)
-    assert "\n" not in str(error.value)
-
-
-def test_the_adaptive_schedule_has_no_plugins() -> None:
-    assert choose("auto", "tensorrt", (8, 0), "adaptive").compression == "native"
-    with pytest.raises(UserError, match=r"static shapes, and --schedule adaptive has not; use --compression native$"):
-        choose("plugin", "tensorrt", (8, 0), "adaptive")
-
-
-@pytest.mark.parametrize("asked", ["auto", "plugin"])
-def test_triton_is_missing(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-    monkeypatch.setattr(plugins.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'needs Triton: pip install "earlytom-engine-builder\[plugin\]"') as error:
-        choose(asked, "tensorrt", (8, 0))
-    assert "--compression native" in str(error.value)
-    monkeypatch.setattr(plugins.metadata, "packages_distributions", dict)
-    with pytest.raises(UserError, match="needs Triton"):
-        plugins.triton_version()
-
-
-def test_an_unknown_word() -> None:
-    with pytest.raises(UserError, match="'fast': expected one of auto, plugin, native"):
-        choose("fast", "tensorrt", (8, 0))
-
-
-def test_a_hardware_compatible_engine_has_kernels_for_the_oldest_gpu() -> None:
-    assert plugins.kernel_target((9, 0), True) == (8, 0)
-    assert plugins.kernel_target((9, 0), False) == (9, 0)
-
-
 @pytest.mark.parametrize("flavour", ["tensorrt-rtx", "onnx"])
 def test_the_compiler_refuses_plugins_before_it_starts_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str
@@ -585,311 +510,3 @@ def test_the_compiler_refuses_plugins_before_it_starts_anything(
         compile_engine(
             tmp_path / "vision.onnx", tmp_path / "engine", flavour=flavour, dtype="fp16", compression="plugin"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- PTX
-
-PTX = """//
-.version 8.0
-.target sm_80
-.address_size 64
-
-	// .globl	toy                     // -- Begin function toy
-.visible .entry toy(
-	.param .u64 .ptr .global .align 1 toy_param_0,
-	.param .u64 .ptr .global .align 1 toy_param_1,
-	.param .u64 .ptr .global .align 1 toy_param_2,
-	.param .u64 .ptr .global .align 1 toy_param_3
-)
-.reqntid 128
-{
-	.reg .b32 	%r<4>;
-	.reg .b64 	%rd<3>;
-	.loc	1 3 0                           // toy.py:3:0
-$L__func_begin0:
-	ld.param.b64 	%rd1, [toy_param_0];
-	ld.param.b64 	%rd2, [toy_param_1];
-$L__tmp0:
-	ld.global.b32 	%r1, [%rd1];
-	mul.rn.f32 	%r2, %r1, 0f3F000000;
-	add.rn.f32 	%r3, %r2, 0f3F800000;
-	st.global.b32 	[%rd2], %r3;
-	ret;
-$L__tmp1:
-$L__func_end0:
-                                        // -- End function
-}
-	.file	1 "/somewhere/toy.py"
-	.section	.debug_abbrev
-	{
-.b8 1                                   // Abbreviation Code }
-	}
-	.section	.debug_macinfo	{	}
-"""
-
-
-def test_hidden_parameters_and_traces_go() -> None:
-    text = ptx.embeddable(PTX, "toy", 2)
-    assert text.count(".param .u64") == 2
-    assert "toy_param_1\n)" in text
-    assert not re.search(r"param_[23]|toy\.py|\$L__|debug|//", text)
-    assert "add.rn.f32 	%r3, %r2, 0f3F800000;" in text
-    if importlib.util.find_spec("triton"):
-        registers, shared, spills = ptx.assemble(text, 80)
-        assert (registers > 0, shared, spills) == (True, 0, 0)
-
-
-def test_nothing_hidden_is_nothing_removed() -> None:
-    assert ptx.embeddable(PTX, "toy", 4).count(".param .u64") == 4
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("[toy_param_1]", "[toy_param_2]", r"uses Triton's hidden parameter toy_param_2"),
-        ("[toy_param_1]", "[toy_param_3+4]", r"uses Triton's hidden parameter toy_param_3"),
-        ("mul.rn.f32", "mul.f32", r"has mul\.f32, which need not round as PyTorch does"),
-        ("add.rn.f32", "add.ftz.f32", r"has add\.ftz\.f32, which"),
-        ("mul.rn.f32", "div.full.f32", r"has div\.full, which"),
-        (".visible .entry toy(", ".visible .entry other(", "not one kernel named toy"),
-        (".visible .entry toy(", ".visible .func toy(", "not one kernel named toy"),
-        (",\n\t.param .u64 .ptr .global .align 1 toy_param_1", "", "1 parameters in PTX, expected 2"),
-    ],
-)
-def test_ptx_that_must_not_be_embedded(old: str, new: str, message: str) -> None:
-    """Negative control: the same text with one thing wrong."""
-    assert old in PTX
-    text = PTX.replace(old, new)
-    if "expected 2" in message:
-        text = re.sub(r",\n\t\.param [^\n]*toy_param_[23]", "", text)
-    with pytest.raises(EngineError, match=message) as error:
-        ptx.embeddable(text, "toy", 2)
-    assert "--compression native" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@needs_triton
-def test_the_assembler_has_the_last_word() -> None:
-    text = ptx.embeddable(PTX, "toy", 2)
-    with pytest.raises(EngineError, match=r"assembler refused .* for sm_80 \(.*error.*\)") as error:
-        ptx.assemble(text.replace("st.global.b32", "st.nowhere.b32"), 80)
-    assert "\n" not in str(error.value)
-    with pytest.raises(EngineError, match=r"assembler refused .* for sm_80 \(.+\)") as error:
-        ptx.assemble(".version 8.0\n.target sm_80\n.address_size 64\n", 80)  # valid, and no kernel
-    assert "\n" not in str(error.value)
-
-
-@needs_triton
-def test_spills_are_seen() -> None:
-    """Negative control: many values alive at once in a kernel that may use few registers."""
-    count = 120
-    loads = "".join(f"\tld.volatile.global.b32 %r{i}, [%rd1+{4 * i}];\n" for i in range(count))
-    stores = "".join(f"\tst.volatile.global.b32 [%rd2+{4 * i}], %r{i};\n" for i in range(count))
-    text = ptx.embeddable(PTX, "toy", 2)
-    head, _ = text.split("\tld.global.b32", 1)
-    head = head.replace("%r<4>", f"%r<{count}>").replace(".reqntid 128", ".reqntid 128\n.maxnreg 32")
-    _, _, spills = ptx.assemble(f"{head}{loads}{stores}\tret;\n}}\n", 80)
-    assert spills > 0
-
-
-class Compiled:
-    """Triton's answer to `triton.compile`, with some of its metadata changed."""
-
-    def __init__(self, **changes: Any) -> None:
-        plain_launch = {
-            "name": "toy",
-            "shared": 64,
-            "num_ctas": 1,
-            "global_scratch_size": 0,
-            "profile_scratch_size": 0,
-            "launch_cooperative_grid": False,
-            "launch_pdl": False,
-            "tmem_size": 0,
-        }
-        self.metadata = SimpleNamespace(**(plain_launch | changes))
-        self.asm = {"ptx": PTX}
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ptx.CompiledKernel]:
-    """`toy(shared=...)`: compile_launch of a kernel for which Triton answers `Compiled(shared=...)`."""
-    asked: dict[str, Any] = {}
-
-    def compile_toy(
-        target: tuple[int, int] = (8, 0), pointers: Sequence[str] = ("*fp32", "*fp32"), **changes: Any
-    ) -> Any:
-        def triton_compile(source: Any, target: Any, options: dict[str, Any]) -> Compiled:
-            asked.update(options, arch=target.arch)
-            return Compiled(**changes)
-
-        source = SimpleNamespace(ASTSource=lambda **source: source)
-        monkeypatch.setattr(ptx, "load_triton", lambda: SimpleNamespace(compile=triton_compile, compiler=source))
-        kernel = SimpleNamespace(arg_names=["x", "y", "SIZE"])
-        launch = SimpleNamespace(kernel=kernel, grid=(3, 2, 1), constants={"SIZE": 4}, num_warps=4, num_stages=1)
-        made = ptx.compile_launch(launch, pointers, target)  # type: ignore[arg-type]
-        assert asked == {
-            "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False, "ptx_version": 80, "arch": 80,
-        }  # fmt: skip
-        return made
-
-    return compile_toy
-
-
-@needs_triton
-def test_a_kernel_as_tensorrt_gets_it(toy: Callable[..., ptx.CompiledKernel]) -> None:
-    made = toy()
-    assert (made.name, made.grid, made.threads, made.shared_bytes, made.spill_bytes) == ("toy", (3, 2, 1), 128, 64, 0)
-    assert made.ptx == ptx.embeddable(PTX, "toy", 2)
-    assert len(made.sha256) == 64
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"shared": 48 * 1024 + 1}, "49153 bytes of shared memory, a TensorRT plugin can have 49152"),
-        ({"global_scratch_size": 8}, "needs scratch memory"),
-        ({"profile_scratch_size": 8}, "needs scratch memory"),
-        ({"num_ctas": 2, "launch_pdl": True}, "needs a cluster of blocks, a dependent launch"),
-        ({"launch_cooperative_grid": True}, "a cooperative launch"),
-        ({"target": (7, 5)}, r"compute capability 8\.0, .* only, not for 7\.5"),
-    ],
-)
-def test_kernels_that_a_plugin_cannot_have(
-    toy: Callable[..., ptx.CompiledKernel], changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(EngineError, match=message) as error:
-        toy(**changes)
-    assert "--compression native" in str(error.value)
-
-
-@needs_triton
-def test_as_many_types_as_tensors(toy: Callable[..., ptx.CompiledKernel]) -> None:
-    with pytest.raises(ValueError, match=r"takes 2 tensors \(x, y\), got 3 types"):
-        toy(pointers=["*fp32"] * 3)
-
-
-def test_triton_must_be_there_and_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(UserError, match="TRITON_INTERPRET is set, so Triton compiles nothing: unset it"):
-        ptx.load_triton()
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-    def without(name: str) -> Any:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(ptx.importlib, "import_module", without)
-    with pytest.raises(UserError, match=r"needs Triton: pip install .*\[plugin\].*--compression native"):
-        ptx.load_triton()
-
-    def broken(name: str) -> Any:
-        raise ImportError("libtriton.so: cannot open\nshared object file")
-
-    monkeypatch.setattr(ptx.importlib, "import_module", broken)
-    with pytest.raises(UserError, match=r"cannot be loaded \(libtriton.so: cannot open shared object file\)"):
-        ptx.load_triton()
-
-
-# ------------------------------------------------------------------------------------------------ attributes, records
-
-
-@given(st.integers(-(10**6), 10**6), st.integers(0, 6))
-@settings(deadline=None, max_examples=200)
-def test_decimals_survive_fp32(digits: int, places: int) -> None:
-    number = digits / 10**places
-    assert shortest_decimal(float(np.float32(number))) == number
-
-
-@pytest.mark.parametrize("number", [0.1, 0.8, 1 / 3, 1e-45, 3.4e38, float("inf")])
-def test_the_shortest_decimal_is_the_same_fp32_number(number: float) -> None:
-    once = float(np.float32(number))
-    assert np.float32(shortest_decimal(once)) == np.float32(once)
-    assert shortest_decimal(shortest_decimal(once)) == shortest_decimal(once)
-
-
-def test_one_kernel_for_equal_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def compile_one(launch: Any, pointers: Sequence[str], target: tuple[int, int]) -> ptx.CompiledKernel:
-        asked.append((launch, tuple(pointers), target))
-        return ptx.CompiledKernel("toy", PTX + str(len(asked)), tuple(pointers), (1, 1, 1), 128, 0, 8, 0)
-
-    monkeypatch.setattr(registry, "compile_launch", compile_one)
-    both = Plugins((8, 9))
-
-    def launch(shapes: Sequence[tuple[int, ...]], attributes: Any) -> Any:
-        return tuple(shapes), attributes["tau"]
-
-    plugin = dataclasses.replace(registry.FRAME_PLAN, launch=launch)
-    types = ("FP32", "FP32", "BOOL")
-    attributes = SMALL["budget"].attributes
-    first = both.kernel(plugin, types, [(12, 12)], attributes)
-    assert both.kernel(plugin, types, [(12, 12)], dict(attributes)) is first
-    other = both.kernel(plugin, types, [(12, 12)], attributes | {"tau": 0.5})
-    assert other is not first
-    assert asked[0] == ((((12, 12),), 0.8), ("*fp32", "*fp32", "*i1"), (8, 9))
-    assert [record.tensors for record in both.records] == ["fp32 [12, 12] -> fp32 [9, 12], bool [12]"] * 2
-    assert both.records[0].ptx_sha256 != both.records[1].ptx_sha256
-    with pytest.raises(EngineError, match=r"static shapes, similarity has \[12, -1\]"):
-        both.kernel(plugin, types, [(12, -1)], attributes)
-
-
-# ------------------------------------------------------------------------------------------------------- the command
-
-
-@needs_triton
-def test_the_command_shows_what_kernels_cost() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    words = "--frames 3 --merges 1 --tokens 4 --width 8 --ratio 0.5 --dtype bf16 --target 8.0 8.9"
-    done = subprocess.run(
-        [sys.executable, "-m", "builder.plugins", *words.split()],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    record = json.loads(done.stdout.splitlines()[-1])
-    kernels = record["kernels"]
-    assert [(k["target"], k["tensors"]) for k in kernels] == [
-        (target, tensors)
-        for target in ("8.0", "8.9")
-        for tensors in (
-            "fp32 [3, 3] -> fp32 [2, 3], bool [3]",
-            "fp32 [2, 2] -> fp32 [2, 2], bool [2]",
-            "bf16 [2, 4, 8], fp32 [2, 4], bool [2] -> bf16 [6, 8], int64 [6]",
-        )
-    ]
-    assert all(kernel["spill_bytes"] == 0 for kernel in kernels)
-    for kernel in kernels:
-        assert kernel["ptx_sha256"][:12] in done.stdout.splitlines()[1 + kernels.index(kernel)]
-    assert len({kernel["ptx_sha256"] for kernel in kernels}) == len(kernels)
-
-
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("--frames 0", "number of frames"),
-        ("--frames 129", "between 1 and 128"),
-        ("--frames x", "--frames"),
-        ("--merges -1", "--merges must be 0 or more"),
-        ("--width 0", "--width 1 or more"),
-        ("--ratio 1.5", "retention ratio must be in (0, 1]"),
-        ("--frame-budget 2", "--frame-budget"),
-        ("--target h200", "--target 'h200'"),
-        ("--dtype int8", "--dtype"),
-    ],
-)
-def test_numbers_that_make_no_sense(typed: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(command.main, typed.split()) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert said in captured.err
-
-
-def test_an_engine_that_selects_nothing_has_no_selection() -> None:
-    calls = list(command.calls(command.parser().parse_args(["--ratio", "1", "--merges", "0"])))
-    assert [call[0].name for call in calls] == [functions.FRAME_PLAN]
