@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from earlytom.errors import UserError
+from earlytom.numbers import real, whole
 
 Schedule = Literal["adaptive", "budget"]
 Trailing = Literal["released", "keep"]
@@ -90,17 +91,17 @@ class EarlyTomConfig:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the class is frozen; values are normalised once, here
-        set_(self, "retention_ratio", _number("retention_ratio", self.retention_ratio, 0, 1, low_open=True))
-        set_(self, "tau", _number("tau", self.tau, -1, 1))
-        set_(self, "ema", _number("ema", self.ema, 0, 1, low_open=True))
-        set_(self, "max_window", _integer("max_window", self.max_window, 1))
+        set_(self, "retention_ratio", real("retention_ratio", self.retention_ratio, 0, 1, low_open=True))
+        set_(self, "tau", real("tau", self.tau, -1, 1))
+        set_(self, "ema", real("ema", self.ema, 0, 1, low_open=True))
+        set_(self, "max_window", whole("max_window", self.max_window, 1))
         set_(self, "merge_layers", _layers(self.merge_layers))
         _choice("trailing", self.trailing, TRAILINGS)
         _choice("schedule", self.schedule, SCHEDULES)
         set_(self, "frame_budget", _frame_budget(self.frame_budget, len(self.merge_layers)))
         if self.inner_layer is not None:
-            set_(self, "inner_layer", _integer("inner_layer", self.inner_layer, 1))
-        set_(self, "inner_ratio", _number("inner_ratio", self.inner_ratio, 0, 1, high_open=True))
+            set_(self, "inner_layer", whole("inner_layer", self.inner_layer, 1))
+        set_(self, "inner_ratio", real("inner_ratio", self.inner_ratio, 0, 1, high_open=True))
 
     @classmethod
     def preset(cls, benchmark: str, retention_ratio: float, **changes: Any) -> EarlyTomConfig:
@@ -109,7 +110,7 @@ class EarlyTomConfig:
         Raises:
             UserError: there is no such benchmark, or it was not released at this ratio.
         """
-        wanted = _number("retention_ratio", retention_ratio, 0, 1, low_open=True)
+        wanted = real("retention_ratio", retention_ratio, 0, 1, low_open=True)
         name = str(benchmark).lower().replace("-", "").replace("_", "")
         if name not in PRESETS:
             raise UserError(f"preset {benchmark!r} is not known: choose one of {', '.join(PRESETS)}")
@@ -173,24 +174,6 @@ class EarlyTomConfig:
         return cls(**given)
 
 
-def _number(
-    name: str, value: Any, low: float, high: float, *, low_open: bool = False, high_open: bool = False
-) -> float:
-    span = f"in {'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{name} must be a number {span}, got {value!r}")
-    above, below = low < value if low_open else low <= value, value < high if high_open else value <= high
-    if not (above and below):  # a NaN is neither
-        raise UserError(f"{name} must be {span}, got {value!r}")
-    return float(value)
-
-
-def _integer(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    return value
-
-
 def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -199,7 +182,7 @@ def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def _layers(value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise UserError(f"merge_layers must be a list of layer numbers, got {value!r}")
-    layers = tuple(_integer("each of merge_layers", layer, 0) for layer in value)
+    layers = tuple(whole("each of merge_layers", layer, 0) for layer in value)
     if list(layers) != sorted(set(layers)):
         raise UserError(f"merge_layers must be different and ascending, got {value!r}")
     return layers
@@ -207,7 +190,7 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 def _frame_budget(value: Any, merges: int) -> float | tuple[int, ...]:
     if isinstance(value, (list, tuple)):
-        counts = tuple(_integer("each of frame_budget", count, 1) for count in value)
+        counts = tuple(whole("each of frame_budget", count, 1) for count in value)
         if len(counts) != merges:
             raise UserError(
                 f"frame_budget names {len(counts)} frame counts for {merges} merge layers: give one count per "
@@ -216,4 +199,4 @@ def _frame_budget(value: Any, merges: int) -> float | tuple[int, ...]:
         if list(counts) != sorted(counts, reverse=True):
             raise UserError(f"frame_budget must not grow from one merge layer to the next, got {list(counts)}")
         return counts
-    return _number("frame_budget", value, 0, 1, low_open=True)
+    return real("frame_budget", value, 0, 1, low_open=True)
