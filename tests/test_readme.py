@@ -1,4 +1,4 @@
-"""What the README, the Makefile and CI tell people to type works, and no tracked file names a machine."""
+"""What the README files, the Makefile and CI tell people to type works, and no tracked file names a machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from runtime import ask, cli, clip
 from runtime.benchmark import arguments as bench_arguments
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = ("README.md", "builder/README.md", "earlytom/README.md", "engines/README.md", "runtime/README.md")
+READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README = "\n".join(READMES.values())  # what people are told, wherever it stands
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -133,7 +135,7 @@ def test_a_command_that_would_not_work_is_noticed(line: str) -> None:
 
 
 def dry_run() -> Words:
-    (words,) = (words for words in commands() if "--dry-run" in words)
+    (words,) = (words for words in commands(READMES["README.md"]) if "--dry-run" in words)
     return words[3:]
 
 
@@ -242,26 +244,35 @@ def test_the_method_s_code_runs() -> None:
 # Files
 
 
-def links(text: str) -> set[str]:
+def links(text: str) -> set[tuple[str, str]]:
+    """Links to files, and to headings in them, as (path, heading)."""
     found = re.findall(r"\[[^]]*\]\(([^)\s]+)\)", text)
-    return {link.split("#")[0] for link in found if not re.match(r"https?://", link)} - {""}
+    return {(link.partition("#")[0], link.partition("#")[2]) for link in found if not re.match(r"https?://", link)}
 
 
-@pytest.mark.parametrize("name", ["README.md", "engines/README.md"])
+def headings(text: str) -> set[str]:
+    """What a link to a heading is called."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name: str) -> None:
-    path = ROOT / name
-    for link in links(path.read_text(encoding="utf-8")):
-        assert (path.parent / link).exists(), link
+    for link, anchor in links(READMES[name]):
+        target = (ROOT / name).parent / link if link else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), f"{link}#{anchor}"
 
 
 def test_links_are_found() -> None:
     """Negative control."""
-    assert {"engines/README.md", "LICENSE"} <= links(README)
-    assert links("[a](b.md#c) [d](https://example.org) [e](#f)") == {"b.md"}
+    assert {("engines/README.md", ""), ("LICENSE", "")} <= links(READMES["README.md"])
+    assert links("[a](b.md#c) [d](https://example.org) [e](#f)") == {("b.md", "c"), ("", "f")}
+    assert headings("# A `b` c\n## D, e-f\n") == {"a-b-c", "d-e-f"}
 
 
 def test_the_layout_is_complete() -> None:
-    layout = README.split("## Layout")[1]
+    layout = READMES["README.md"].split("## Layout")[1]
     for folder in ("earlytom", "runtime", "builder", "engines", "tests"):
         assert f"`{folder}/`" in layout
         assert (ROOT / folder).is_dir()
