@@ -36,7 +36,7 @@ from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work
 from runtime.sampling import GREEDY, Sampling
-from runtime.scheduler import Scheduler, check_waiting
+from runtime.scheduler import Scheduler
 from runtime.staging import Arriving, as_of_now
 from runtime.video import Clip
 from runtime.watch import Watched
@@ -341,7 +341,7 @@ class Pipeline:
         """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and
         the decoder once the answer that is under way is finished. A second call does nothing, nor does
         one in a fork of the process."""
-        if self._scheduler.forked():
+        if self._scheduler.home.left:
             return  # an engine cannot be freed without its threads
         self._scheduler.close(drain=drain)
         self._core.close()
