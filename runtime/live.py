@@ -34,19 +34,21 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
+from runtime.forks import Home
 from runtime.frames import MIN_FRAMES, channels_first, resize_frames
 from runtime.video import sample_indices
 
 _CLOSED = "this live clip was finished or closed: open another one"
+MOST = 10**9  # frames of a clip: a year, so that a number that is no count is told from one
 LIMIT = 4  # times F: how many frames a clip of unknown length may have, if nothing else is asked for
 
 
@@ -96,12 +98,8 @@ class LiveClip:
             )
         self.frames = vision.shape[0]
         self.size = vision.shape[2:]
-        self.total = total
-        self.limit = LIMIT * self.frames if limit is None else limit
-        for name, count in (("total", total), ("limit", self.limit)):
-            whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
-            if count is not None and (not whole or count < MIN_FRAMES):
-                raise UserError(f"{name} is {count!r}; give a whole number of frames of at least {MIN_FRAMES}")
+        self.total = total = None if total is None else whole("total", total, MIN_FRAMES, MOST)
+        self.limit = LIMIT * self.frames if limit is None else whole("limit", limit, MIN_FRAMES, MOST)
         self._device = torch.device(device)
         # How often the sample has each frame of the source; where that may end at any time, the first F once each.
         self._times = Counter(range(self.frames) if total is None else sample_indices(total, self.frames).tolist())
@@ -113,6 +111,7 @@ class LiveClip:
         self._seconds = 0.0  # that the worker ran the head
         self._before = (0, 0.0, 0.0)  # when the last frame came: frames encoded, these seconds, the clock
         self._error: BaseException | None = None  # of the worker
+        self._home = Home("this live clip")
         self._lock = threading.Lock()
         self._clip = vision.begin()
         self._resizing, self._encoding = _stream(self._device, "resize"), _stream(self._clip.device, "encode")
@@ -133,6 +132,7 @@ class LiveClip:
             RuntimeError: the clip was finished or closed.
         """
         came = time.perf_counter()
+        self._home.check()
         with self._lock:
             worker = self._running()
             planar = channels_first(frames[None] if getattr(frames, "ndim", 4) == 3 else frames, 1)  # [n, 3, h, w]
@@ -161,6 +161,7 @@ class LiveClip:
             Exception: what the worker failed with.
             RuntimeError: the clip was finished or closed.
         """
+        self._home.check()
         with self._lock:
             worker = self._running()
             if self.total is not None and self._arrived != self.total:
@@ -180,7 +181,10 @@ class LiveClip:
         return tokens, positions, timings
 
     def close(self) -> None:
-        """Drop what is not encoded yet, wait for the chunk that is, free the memory; a second call does nothing."""
+        """Drop what is not encoded yet, wait for the chunk that is, free the memory; a second call does nothing, nor
+        does one in a fork of the process."""
+        if self._home.left:
+            return
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.shutdown(cancel_futures=True)
@@ -222,10 +226,14 @@ class LiveClip:
             _wait(resized.device)  # the worker has a stream of its own
         return resized
 
-    # What the worker does, one call after the other.
+    def _wanted(self) -> bool:
+        """Whether anybody waits: not once it is closed, nor when the interpreter waits at its exit for this thread."""
+        return self._worker is not None and threading.main_thread().is_alive()
+
+    # What the worker does, one call after the other, asking before each whether it is still wanted.
 
     def _encode(self, frames: list[Tensor]) -> None:
-        if self._error is not None:  # of an earlier chunk
+        if self._error is not None or not self._wanted():  # of an earlier chunk
             return
         started = time.perf_counter()
         try:
@@ -245,6 +253,8 @@ class LiveClip:
         with _on(self._encoding):
             self._clip.arrange(plan.keep)
             for first in range(0, len(missing), self._chunk):
+                if not self._wanted():
+                    raise RuntimeError(_CLOSED)
                 self._clip.push(torch.stack(missing[first : first + self._chunk]))
             self._clip.arrange(plan.rows)
             tokens, positions = (value.clone() for value in self._clip.finish())

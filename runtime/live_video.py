@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.asking import Askable
+from runtime.forks import Home
 from runtime.live import LiveClip, LiveTimings
 from runtime.requests import Arrived
 
@@ -38,6 +39,7 @@ class LiveVideo(Askable):
     def __init__(self, pipeline: Pipeline, clip: LiveClip) -> None:
         self._pipeline = pipeline
         self._clip = clip
+        self._home = Home("this live video")
         self._lock = threading.Lock()
         self._arrived: Arrived | None = None
         self.timings: LiveTimings | None = None
@@ -54,6 +56,7 @@ class LiveVideo(Askable):
             Exception: what the encoder failed with.
             RuntimeError: it was closed before it ended.
         """
+        self._home.check()
         with self._lock:
             if self._arrived is None or self.timings is None:
                 tokens, _, self.timings = self._clip.finish()

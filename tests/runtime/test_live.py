@@ -289,10 +289,12 @@ def test_a_completion_is_the_sample(frames: int, count: int, encoded: int, chunk
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"total": 1}, r"total is 1; give a whole number of frames of at least 2"),
-        ({"total": 2.5}, r"total is 2\.5"),
-        ({"total": True}, r"total is True"),
-        ({"limit": 0}, r"limit is 0"),
+        ({"total": 1}, r"total must be a whole number between 2 and 1000000000, got 1"),
+        ({"total": 2.5}, r"total must .*, got 2\.5"),
+        ({"total": True}, r"total must .*, got True"),
+        ({"total": 10**30}, r"total must .*, got 1000"),
+        ({"limit": 0}, r"limit must .*, got 0"),
+        ({"limit": "9"}, r"limit must .*, got '9'"),
     ],
 )
 def test_bad_counts(vision: Watched, arguments: dict[str, Any], line: str) -> None:
