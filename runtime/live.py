@@ -43,8 +43,8 @@ from earlytom.errors import UserError
 from earlytom.transfers import to_device
 from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
-from runtime.frames import MIN_FRAMES, channels_first, resize_frames
 from runtime.video import sample_indices
+from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames
 
 _CLOSED = "this live clip was finished or closed: open another one"
 LIMIT = 4  # times F: how many frames a clip of unknown length may have, if nothing else is asked for
