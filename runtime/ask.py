@@ -22,7 +22,8 @@ from runtime.backends import BACKENDS
 from runtime.decoder import InnerMerge
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
-from runtime.pipeline import DECODERS, Pipeline
+from runtime.options import DECODERS
+from runtime.pipeline import Pipeline
 from runtime.requests import Answer, Delta, Timings
 from runtime.sampling import Sampling
 

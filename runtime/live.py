@@ -18,7 +18,7 @@ On a GPU frames are resized on one stream and encoded on another, both shared by
 have by default a push would wait for the encoder, and the encoder for whatever else is asked of the GPU. Frames go from
 one thread to the other when they are there, so that no stream has to wait for another.
 
-This module knows sampling and resizing (`runtime.video`, `runtime.frames`), not what encodes.
+This module knows sampling and resizing (`runtime.video`), not what encodes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -44,8 +45,8 @@ from earlytom.transfers import to_device
 from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
 from runtime.forks import Home
-from runtime.frames import MIN_FRAMES, channels_first, resize_frames
 from runtime.video import sample_indices
+from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames, stack_frames
 
 _CLOSED = "this live clip was finished or closed: open another one"
 MOST = 10**9  # frames of a clip: a year, so that a number that is no count is told from one
@@ -124,7 +125,8 @@ class LiveClip:
 
         Args:
             frames: uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit), or one frame of them,
-                in time order, of any size. They are copied.
+                in time order, of any size; or a list of single frames or of PIL images, or one of these. They are
+                copied.
 
         Raises:
             UserError: anything else, or more frames than `total` or `limit`, of which none is taken then.
@@ -135,7 +137,7 @@ class LiveClip:
         self._home.check()
         with self._lock:
             worker = self._running()
-            planar = channels_first(frames[None] if getattr(frames, "ndim", 4) == 3 else frames, 1)  # [n, 3, h, w]
+            planar = _planar(frames)  # [n, 3, h, w]
             indices = range(self._arrived, self._arrived + len(planar))
             self._check_count(indices.stop)
             self._before = (self._clip.encoded, self._seconds, came)
@@ -308,6 +310,15 @@ def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Comple
     while same + chunk <= encoded and list(sample[same : same + chunk]) == list(range(same, same + chunk)):
         same += chunk
     return Completion(range(same), sample[same:], range(len(sample)))
+
+
+def _planar(frames: Any) -> Tensor:
+    """What was pushed as uint8 [n, 3, h, w]. Raises UserError for what cannot be that."""
+    if isinstance(frames, list | tuple) or hasattr(frames, "getbands"):  # the latter is PIL's, which is not needed here
+        return stack_frames(frames if isinstance(frames, list | tuple) else [frames])
+    plain = getattr(frames, "layout", torch.strided) is torch.strided and not getattr(frames, "is_nested", False)
+    single = isinstance(frames, Tensor | np.ndarray) and plain and frames.ndim == 3
+    return channels_first(frames[None] if single else frames, 1)
 
 
 def _take(frames: list[Tensor], chunk: int) -> list[Tensor]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from earlytom.errors import UserError
@@ -75,7 +75,9 @@ def build_prompt(
                 "'What happens?'"
             )
         _refuse_unusable(tokenizer, given, what)
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
+    ]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     try:
@@ -191,7 +193,8 @@ def _refuse_long(tokenizer: PreTrainedTokenizerBase, text: str, most_bytes: int,
         text = normalizer.normalize_str(text)  # it may make a text shorter: the tokens stand for what it leaves
     if (size := len(text.encode())) > most_bytes:
         what = max(texts, key=lambda name: len(texts[name]))
+        argument = "prompt" if what == "question" else "system"
         raise UserError(
-            f"the {what} ({'prompt' if what == 'question' else 'system'}) has {len(texts[what])} characters: a prompt of "
-            f"{size} bytes cannot fit into the model's context, which holds {most_bytes} at most; shorten the {what}"
+            f"the {what} ({argument}) has {len(texts[what])} characters: {size} bytes of text cannot fit into "
+            f"the model's context, which holds {most_bytes} at most; shorten the {what}"
         )

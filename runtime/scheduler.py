@@ -132,7 +132,7 @@ class Scheduler(Generic[Given, Ready, Item]):
             Closed: it takes no more, or this is a fork of the process that has its workers.
             UserError: a deadline that is not a positive number.
         """
-        seconds = math.inf if deadline is None else real("deadline (seconds)", deadline, 0, low_open=True)
+        seconds = _seconds(deadline)
         self.home.check()
         with self._lock:
             self._admit()
@@ -142,8 +142,9 @@ class Scheduler(Generic[Given, Ready, Item]):
             self._open.add(job)
         return job
 
-    def check_room(self) -> None:
+    def check_room(self, deadline: float | None = None) -> None:
         """Raise what `submit` would raise now: for a caller who has much to do before."""
+        _seconds(deadline)
         self.home.check()
         with self._lock:
             self._admit()
@@ -421,6 +422,10 @@ class Scheduler(Generic[Given, Ready, Item]):
             if item is not None:
                 job._put(item)
             return True
+
+
+def _seconds(deadline: float | None) -> float:
+    return math.inf if deadline is None else real("deadline (seconds)", deadline, 0, low_open=True)
 
 
 def _hush(bell: SimpleQueue[None]) -> None:

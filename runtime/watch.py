@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
 from runtime.asking import Askable
-from runtime.requests import Remembered
 from runtime.errors import Closed
+from runtime.requests import Remembered
 
 if TYPE_CHECKING:
     from runtime.pipeline import Options, Pipeline, Request
