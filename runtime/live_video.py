@@ -13,6 +13,7 @@ question ends the video; it and all others get the tokens that are then there.
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.asking import Askable
+from runtime.errors import DeadlineExceeded
 from runtime.forks import Home
 from runtime.live import LiveClip, LiveTimings
 from runtime.requests import Arrived
@@ -64,9 +66,20 @@ class LiveVideo(Askable):
             return self.timings
 
     def submit(self, prompt: str, **how: Unpack[Options]) -> Request:
-        """`finish`, and `Pipeline.submit` about this video; errors of both."""
+        """`finish`, and `Pipeline.submit` about this video; errors of both. What is wrong with the question is said
+        before the video ends for it, and the deadline counts from now."""
+        began = time.perf_counter()
+        if self._arrived is None:
+            self._pipeline.check(prompt, **how)
         self.finish()
         assert self._arrived is not None
+        if (deadline := how.get("deadline")) is not None:
+            how["deadline"] = left = deadline - (time.perf_counter() - began)
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"the end of the video was being encoded when the deadline of {deadline:g} s passed: give it more "
+                    "time"
+                )
         return self._pipeline.submit(self._arrived, prompt, **how)
 
     def watch(self, *, system: str | None = None) -> Watched:

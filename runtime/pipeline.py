@@ -292,6 +292,12 @@ class Pipeline:
         work = Work(taken, question, frames, given=_given(taken))
         return Request(self._scheduler.submit(work, deadline=deadline), self)
 
+    def check(self, prompt: str, *, deadline: float | None = None, **how: Any) -> None:
+        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it."""
+        self._scheduler.home.check()
+        self._core.question(prompt, **how)
+        self._scheduler.check_room(deadline)
+
     def stream(
         self, video: Video | Seen | Arrived, prompt: str, **how: Unpack[Options]
     ) -> Generator[Delta, None, None]:

@@ -315,7 +315,12 @@ def test_a_backend_that_takes_whole_clips() -> None:
         (torch.zeros(2, 4, 4, 4, dtype=torch.uint8), r"frames are uint8 \[2, 4, 4, 4\]"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), r"frames are uint8 \[0, 3, 4, 4\]"),
         (torch.zeros(4, 4, dtype=torch.uint8), r"frames are uint8 \[4, 4\]"),
-        ([1, 2], "the video is a list"),
+        ([1, 2], "frame 0 is a int, 1; give each frame"),
+        ([], "empty list of frames"),
+        (None, "the video is a NoneType"),
+        ("clip.mp4", "the video is a str"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse(), "frames are a sparse tensor"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta"), "frames are a meta tensor"),
         (np.zeros((4, 4, 4), np.uint8), r"frames are uint8 \[1, 4, 4, 4\]"),
     ],
 )
