@@ -47,7 +47,7 @@ from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Turn
 from runtime.staging import Upload
 from runtime.text import TextStream
-from runtime.video import Clip, Limits, Spooled, clip_from_frames, load_clip, take_video
+from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
 
 MAX_NEW_TOKENS = 128
@@ -125,7 +125,11 @@ class Answering:
         Raises:
             UserError: it cannot be a video, or is larger than the limits allow.
         """
-        return video if isinstance(video, Seen | Arrived) else take_video(video, self.limits)
+        if isinstance(video, Seen | Arrived):
+            return video
+        if isinstance(video, Clip):
+            channels_first(video.frames)
+        return take_video(video, self.limits)
 
     def prepare(
         self,

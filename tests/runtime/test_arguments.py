@@ -5,6 +5,7 @@ The tables are (argument, values); what must be taken stands beside them as the 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -335,3 +336,6 @@ def test_limits_are_those_of_the_pipeline(engine: Path, drawn_clip: Path) -> Non
 def test_a_clip_of_the_caller_s(pipeline: Pipeline) -> None:
     clip = Clip(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), (), 2, 0.0, 0.0, 0.0)
     assert "frames" in refused(lambda: pipeline.ask(clip, QUESTION))
+    for frames in (None, [1], torch.zeros(2, 3, 8, 8), FRAMES.to_sparse()):
+        odd = dataclasses.replace(clip, frames=frames)  # type: ignore[arg-type]
+        assert "frames" in refused(lambda odd=odd: pipeline.submit(odd, QUESTION))  # type: ignore[misc]
