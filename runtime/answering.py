@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.numbers import shown, whole
 from runtime.backends import BatchedVision, VisionBackend, encode_one
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
 from runtime.manifest import Manifest
 from runtime.prefix_cache import PrefixCache
-from runtime.prompt import Prompt, build_prompt, check_length, splice
+from runtime.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
 from runtime.requests import (
     Answer,
     Arrived,
@@ -37,14 +38,17 @@ from runtime.requests import (
     Ready,
     Remembered,
     Seen,
+    Taken,
     Timings,
+    Video,
     Work,
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Turn
 from runtime.staging import Upload
 from runtime.text import TextStream
-from runtime.video import Clip, clip_from_frames, load_clip
+from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
+from runtime.video.limits import DEFAULT_LIMITS
 
 MAX_NEW_TOKENS = 128
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
@@ -55,6 +59,7 @@ class Answering:
 
     Args:
         watch_bytes: what videos that were read, to be asked more than once, may take together.
+        limits: the largest video that is read.
 
     Attributes:
         batch: videos that the engine encodes at once.
@@ -72,14 +77,17 @@ class Answering:
         stops: Any,
         *,
         watch_bytes: int = WATCH_BYTES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.manifest = manifest
+        self.limits = limits
         self.vision = vision
         self.batch = vision.batch
         self.decoder: Decoder | None = decoder
         self.newline = newline
         self.tokenizer = tokenizer
         self.stops = stops
+        self._bytes_per_token = bytes_per_token(tokenizer)
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
         self._upload = Upload(vision.device)
@@ -89,27 +97,51 @@ class Answering:
         prompt: str,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = GREEDY,
         system: str | None = None,
         frames: int | None = None,
     ) -> Question:
         """Check what can be checked of a question before its video is there.
 
         Raises:
-            UserError: an unusable prompt, one that is too long for the decoder, a frame count the engine does not have.
+            UserError: an unusable prompt, one that is too long for the decoder, a frame count the engine does not have,
+                a number of new tokens that is none, another thing than a `Sampling` (None: greedy).
             Closed: after `close`.
         """
         context = self._open_decoder().limit
-        least = self.manifest.at(self.manifest.counts[0] if frames is None else frames)
-        words = build_prompt(self.tokenizer, prompt, system=system)
-        check_length(words, visual_tokens=least.tokens + 1, new_tokens=max_new_tokens, context=context)
-        return Question(words, max_new_tokens, sampling)
+        least = self.manifest.at(self.manifest.counts[0] if frames is None else whole("frames", frames, 1))
+        new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling must be a Sampling, got {shown(sampling)}: give Sampling(temperature=...)")
+        # A longer text has more tokens than there are positions.
+        most = None if self._bytes_per_token is None else context * self._bytes_per_token
+        words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
+        check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
+        return Question(words, new_tokens, sampling or GREEDY)
 
-    def prepare(self, video: str | Path | Tensor | NDArray[Any] | Clip, frames: int | None = None) -> Clip:
+    def take(self, video: Video | Seen | Arrived) -> Taken:
+        """What a caller gives as a video, checked and brought to one form; its content is copied, nothing is decoded.
+
+        Raises:
+            UserError: it cannot be a video, or is larger than the limits allow.
+        """
+        if isinstance(video, Seen | Arrived):
+            return video
+        if isinstance(video, Clip):
+            channels_first(video.frames)
+        return take_video(video, self.limits)
+
+    def prepare(
+        self,
+        video: str | Path | Spooled | Tensor | NDArray[Any] | Clip,
+        frames: int | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Clip:
         """Decode and resize a video: a file, decoded frames, or a clip, which is ready. Resized where the engine runs.
 
         Args:
             frames: one of the engine's frame counts; by default the one that suits the video.
+            check: called again and again while a file is read; what it raises ends that.
 
         Raises:
             UserError: a video that cannot be used.
@@ -118,11 +150,11 @@ class Answering:
             return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
         size = self.manifest.model.preprocessing.size
         counts = self.manifest.counts if frames is None else (frames,)
-        if isinstance(video, (str, Path)):
-            return load_clip(video, counts, size, device=self.vision.device)
+        if isinstance(video, str | Path | Spooled):
+            return load_clip(video, counts, size, device=self.vision.device, limits=self.limits, check=check)
         return clip_from_frames(video, counts, size, device=self.vision.device)
 
-    def prepare_work(self, work: Work) -> Ready:
+    def prepare_work(self, work: Work, check: Callable[[], None] | None = None) -> Ready:
         """The first stage of a request, for a scheduler."""
         remembered = work.video if isinstance(work.video, Remembered) else None
         if remembered is not None and (seen := self.watched.get(remembered)) is not None:
@@ -134,7 +166,7 @@ class Answering:
         with self._upload.working():
             if work.given is not None:
                 work.given.take()
-            clip = self.prepare(video, frames)
+            clip = self.prepare(video, frames, check)
             return Ready(clip, work.question, self._upload(clip.frames), remembered, work.read_only)
 
     def answer_turns(self, turns: Sequence[Turn[Ready]]) -> list[Generator[Delta, None, None]]:

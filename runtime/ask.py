@@ -16,15 +16,18 @@ from typing import Any
 import torch
 
 from earlytom.errors import UserError
+from earlytom.numbers import real, whole
 from runtime import cli
 from runtime.answering import MAX_NEW_TOKENS
 from runtime.backends import BACKENDS
 from runtime.decoder import InnerMerge
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
-from runtime.pipeline import DECODERS, Pipeline
+from runtime.options import DECODERS
+from runtime.pipeline import Pipeline
 from runtime.requests import Answer, Delta, Timings
 from runtime.sampling import Sampling
+from runtime.video import Limits
 
 ENGINES = Path("engines")
 INNER_RATIO = 0.5
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)  # questions may stand on both sides of options
     screen = cli.Screen(json_only=options.json)
     check_request(options)
+    limits = limits_of(options)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (0, 1):
         raise UserError("--top-k and --top-p are for sampling, and --temperature 0 samples nothing: raise it")
@@ -58,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
         decoder=options.decoder,
         inner=inner_merge(options),
+        limits=limits,
         warm_up=False,  # there is one request, and it would only come later
     ) as pipeline:
         manifest = pipeline.manifest
@@ -157,8 +162,37 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: another each time)")
     p.add_argument("--system", metavar="TEXT", help="a system message before the question")
+    add_limits(p)
     p.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
     return p
+
+
+def add_limits(p: argparse.ArgumentParser) -> None:
+    """A flag for each field of `Limits`."""
+    for field in dataclasses.fields(Limits):
+        what = field.name.removeprefix("max_")
+        p.add_argument(
+            _flag(field.name),
+            type=float if field.name == "max_seconds" else int,
+            default=field.default,
+            metavar="N",
+            help=f"refuse a video of more {what} than this (default: {field.default:.0f})",
+        )
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """What those flags ask for. Raises UserError, by the flag, for one that is no limit."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)}
+    for name, value in values.items():
+        if isinstance(value, float):
+            real(_flag(name), value, 0, low_open=True)
+        else:
+            whole(_flag(name), value, 1)
+    return Limits(**values)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def check_request(options: argparse.Namespace) -> None:

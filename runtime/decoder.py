@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from earlytom.errors import UserError
 from earlytom.inner_decoder import Prompt as InnerPrompt
 from earlytom.inner_decoder import apply_inner
+from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
 from runtime.graphs import Replay, ToHost
 from runtime.prefix import Prefix
@@ -52,6 +53,11 @@ class InnerMerge:
 
     layer: int
     ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no number; which ones fit, the decoder knows."""
+        object.__setattr__(self, "layer", whole("inner layer (--inner-layer)", self.layer))
+        object.__setattr__(self, "ratio", real("inner ratio (--inner-ratio)", self.ratio))
 
 
 class Decoder:
@@ -209,10 +215,7 @@ class Decoder:
             RuntimeError: while iterating, another stream of this decoder has not ended.
         """
         length = self._checked_length(inputs_embeds)
-        if max_new_tokens < 1:
-            raise UserError(
-                f"the number of new tokens must be at least 1, got {max_new_tokens}: raise --max-new-tokens"
-            )
+        max_new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
         before = ""
         if prefix is not None:
             if prefix.maker is not self._mark:

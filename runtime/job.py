@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
+from earlytom.numbers import real
 from runtime.errors import Cancelled
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ class Job(Generic[Item]):
     """One job, for its callers: iterate over its items, or wait for its end. Any thread may call anything.
 
     Each item goes to one reader; those who wait for the next get it as soon as it exists. Made by `Scheduler.submit`.
+    In a fork of the process every call but `abandon` raises `Closed`.
     """
 
-    def __init__(self, scheduler: Scheduler[Any, Any, Item], given: Any, deadline: float | None) -> None:
+    def __init__(self, scheduler: Scheduler[Any, Any, Item], given: Any, deadline: float) -> None:
         self._scheduler = scheduler
         self._given, self._ready = given, cast(Any, None)
         self._arrived = threading.Condition(scheduler._lock)  # an item, or the end
@@ -43,7 +45,7 @@ class Job(Generic[Item]):
         self._phase: Phase = "waiting in line"
         self._submitted = self._since = scheduler._clock()  # `_since`: of the wait that it is in
         self._waited = 0.0
-        self._deadline = math.inf if deadline is None else deadline
+        self._deadline = deadline  # seconds since `_submitted`, or infinity
 
     def __iter__(self) -> Job[Item]:
         return self
@@ -55,6 +57,7 @@ class Job(Generic[Item]):
             StopIteration: the job was served to its end.
             BaseException: what ended it before that, after the items that came first.
         """
+        self._scheduler.home.check()
         with self._scheduler._lock:
             self._wait(self._arrived, lambda: bool(self._items) or self._ended, None)
             if self._items:
@@ -67,9 +70,13 @@ class Job(Generic[Item]):
         """Wait for the end; the last item (None if there was none), whether or not a reader has had it.
 
         Raises:
-            TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            TimeoutError: it has not ended after `timeout` seconds (at once if they are 0 or fewer); it goes on.
+            UserError: `timeout` is no number.
             BaseException: what ended it.
         """
+        self._scheduler.home.check()
+        if timeout is not None:
+            timeout = real("timeout (seconds)", timeout)
         with self._scheduler._lock:
             self._wait(self._finished, lambda: self._ended, timeout)
             if self._error is not None:
@@ -79,12 +86,15 @@ class Job(Generic[Item]):
     @property
     def done(self) -> bool:
         """It has ended, in whichever way."""
+        self._scheduler.home.check()
         with self._scheduler._lock:
             return self._scheduler._is_over(self)
 
     def cancel(self) -> None:
         """End it with `Cancelled`, unless it has ended: at once for its readers and while it waits, within one item
-        for the worker that serves it. Items that nobody has read are dropped."""
+        for the worker that serves it, at the next check for the one that prepares it. Items that nobody has read are
+        dropped."""
+        self._scheduler.home.check()
         with self._scheduler._lock:
             if not self._ended:
                 self._items.clear()
@@ -95,8 +105,24 @@ class Job(Generic[Item]):
         when the next job asks for one."""
         self._abandoned = True
 
+    # With the lock held
+
+    def _put(self, item: Item) -> None:
+        """One more item for its readers."""
+        self._last = item
+        self._items.append(item)
+        self._arrived.notify_all()
+
+    def _end(self, error: BaseException | None) -> None:
+        """Its end, for the scheduler: it was served (None), or what its readers are told."""
+        self._ended, self._error = True, error
+        if self._phase == "waiting in line":  # else a worker is about to take it, and lets it go itself
+            self._given = self._ready = None
+        self._arrived.notify_all()
+        self._finished.notify_all()
+
     def _wait(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
-        """Wait on a condition, whose lock is held, until `over` or the deadline, which ends the job."""
+        """Wait on a condition until `over` or the deadline, which ends the job."""
         clock = self._scheduler._clock
         limit = math.inf if timeout is None else clock() + timeout
         most = SIGNAL_SECONDS if threading.current_thread() is threading.main_thread() else math.inf

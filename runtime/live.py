@@ -18,7 +18,7 @@ On a GPU frames are resized on one stream and encoded on another, both shared by
 have by default a push would wait for the encoder, and the encoder for whatever else is asked of the GPU. Frames go from
 one thread to the other when they are there, so that no stream has to wait for another.
 
-This module knows sampling and resizing (`runtime.video`, `runtime.frames`), not what encodes.
+This module knows sampling and resizing (`runtime.video`), not what encodes.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
-from runtime.frames import MIN_FRAMES, channels_first, resize_frames
+from runtime.forks import Home
 from runtime.video import sample_indices
+from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames, stack_frames
 
 _CLOSED = "this live clip was finished or closed: open another one"
+MOST = 10**9  # frames of a clip: a year, so that a number that is no count is told from one
 LIMIT = 4  # times F: how many frames a clip of unknown length may have, if nothing else is asked for
 
 
@@ -96,12 +99,8 @@ class LiveClip:
             )
         self.frames = vision.shape[0]
         self.size = vision.shape[2:]
-        self.total = total
-        self.limit = LIMIT * self.frames if limit is None else limit
-        for name, count in (("total", total), ("limit", self.limit)):
-            whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
-            if count is not None and (not whole or count < MIN_FRAMES):
-                raise UserError(f"{name} is {count!r}; give a whole number of frames of at least {MIN_FRAMES}")
+        self.total = total = None if total is None else whole("total", total, MIN_FRAMES, MOST)
+        self.limit = LIMIT * self.frames if limit is None else whole("limit", limit, MIN_FRAMES, MOST)
         self._device = torch.device(device)
         # How often the sample has each frame of the source; where that may end at any time, the first F once each.
         self._times = Counter(range(self.frames) if total is None else sample_indices(total, self.frames).tolist())
@@ -113,6 +112,7 @@ class LiveClip:
         self._seconds = 0.0  # that the worker ran the head
         self._before = (0, 0.0, 0.0)  # when the last frame came: frames encoded, these seconds, the clock
         self._error: BaseException | None = None  # of the worker
+        self._home = Home("this live clip")
         self._lock = threading.Lock()
         self._clip = vision.begin()
         self._resizing, self._encoding = _stream(self._device, "resize"), _stream(self._clip.device, "encode")
@@ -125,7 +125,8 @@ class LiveClip:
 
         Args:
             frames: uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit), or one frame of them,
-                in time order, of any size. They are copied.
+                in time order, of any size; or a list of single frames or of PIL images, or one of these. They are
+                copied.
 
         Raises:
             UserError: anything else, or more frames than `total` or `limit`, of which none is taken then.
@@ -133,9 +134,10 @@ class LiveClip:
             RuntimeError: the clip was finished or closed.
         """
         came = time.perf_counter()
+        self._home.check()
         with self._lock:
             worker = self._running()
-            planar = channels_first(frames[None] if getattr(frames, "ndim", 4) == 3 else frames, 1)  # [n, 3, h, w]
+            planar = _planar(frames)  # [n, 3, h, w]
             indices = range(self._arrived, self._arrived + len(planar))
             self._check_count(indices.stop)
             self._before = (self._clip.encoded, self._seconds, came)
@@ -161,6 +163,7 @@ class LiveClip:
             Exception: what the worker failed with.
             RuntimeError: the clip was finished or closed.
         """
+        self._home.check()
         with self._lock:
             worker = self._running()
             if self.total is not None and self._arrived != self.total:
@@ -180,7 +183,10 @@ class LiveClip:
         return tokens, positions, timings
 
     def close(self) -> None:
-        """Drop what is not encoded yet, wait for the chunk that is, free the memory; a second call does nothing."""
+        """Drop what is not encoded yet, wait for the chunk that is, free the memory; a second call does nothing, nor
+        does one in a fork of the process."""
+        if self._home.left:
+            return
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.shutdown(cancel_futures=True)
@@ -222,10 +228,14 @@ class LiveClip:
             _wait(resized.device)  # the worker has a stream of its own
         return resized
 
-    # What the worker does, one call after the other.
+    def _wanted(self) -> bool:
+        """Whether anybody waits: not once it is closed, nor when the interpreter waits at its exit for this thread."""
+        return self._worker is not None and threading.main_thread().is_alive()
+
+    # What the worker does, one call after the other, asking before each whether it is still wanted.
 
     def _encode(self, frames: list[Tensor]) -> None:
-        if self._error is not None:  # of an earlier chunk
+        if self._error is not None or not self._wanted():  # of an earlier chunk
             return
         started = time.perf_counter()
         try:
@@ -245,6 +255,8 @@ class LiveClip:
         with _on(self._encoding):
             self._clip.arrange(plan.keep)
             for first in range(0, len(missing), self._chunk):
+                if not self._wanted():
+                    raise RuntimeError(_CLOSED)
                 self._clip.push(torch.stack(missing[first : first + self._chunk]))
             self._clip.arrange(plan.rows)
             tokens, positions = (value.clone() for value in self._clip.finish())
@@ -298,6 +310,15 @@ def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Comple
     while same + chunk <= encoded and list(sample[same : same + chunk]) == list(range(same, same + chunk)):
         same += chunk
     return Completion(range(same), sample[same:], range(len(sample)))
+
+
+def _planar(frames: Any) -> Tensor:
+    """What was pushed as uint8 [n, 3, h, w]. Raises UserError for what cannot be that."""
+    if isinstance(frames, list | tuple) or hasattr(frames, "getbands"):  # the latter is PIL's, which is not needed here
+        return stack_frames(frames if isinstance(frames, list | tuple) else [frames])
+    plain = getattr(frames, "layout", torch.strided) is torch.strided and not getattr(frames, "is_nested", False)
+    single = isinstance(frames, Tensor | np.ndarray) and plain and frames.ndim == 3
+    return channels_first(frames[None] if single else frames, 1)
 
 
 def _take(frames: list[Tensor], chunk: int) -> list[Tensor]:

@@ -13,6 +13,7 @@ question ends the video; it and all others get the tokens that are then there.
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.asking import Askable
+from runtime.errors import DeadlineExceeded
+from runtime.forks import Home
 from runtime.live import LiveClip, LiveTimings
 from runtime.requests import Arrived
 
@@ -38,6 +41,7 @@ class LiveVideo(Askable):
     def __init__(self, pipeline: Pipeline, clip: LiveClip) -> None:
         self._pipeline = pipeline
         self._clip = clip
+        self._home = Home("this live video")
         self._lock = threading.Lock()
         self._arrived: Arrived | None = None
         self.timings: LiveTimings | None = None
@@ -54,6 +58,7 @@ class LiveVideo(Askable):
             Exception: what the encoder failed with.
             RuntimeError: it was closed before it ended.
         """
+        self._home.check()
         with self._lock:
             if self._arrived is None or self.timings is None:
                 tokens, _, self.timings = self._clip.finish()
@@ -61,9 +66,20 @@ class LiveVideo(Askable):
             return self.timings
 
     def submit(self, prompt: str, **how: Unpack[Options]) -> Request:
-        """`finish`, and `Pipeline.submit` about this video; errors of both."""
+        """`finish`, and `Pipeline.submit` about this video; errors of both. What is wrong with the question is said
+        before the video ends for it, and the deadline counts from now."""
+        began = time.perf_counter()
+        if self._arrived is None:
+            self._pipeline.check(prompt, **how)
         self.finish()
         assert self._arrived is not None
+        if (deadline := how.get("deadline")) is not None:
+            how["deadline"] = left = deadline - (time.perf_counter() - began)
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"the end of the video was being encoded when the deadline of {deadline:g} s passed: give it more "
+                    "time"
+                )
         return self._pipeline.submit(self._arrived, prompt, **how)
 
     def watch(self, *, system: str | None = None) -> Watched:

@@ -18,27 +18,30 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.numbers import whole
 from runtime import contract
 from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
-from runtime.backends import VisionBackend, choose_backend, open_backend
+from runtime.backends import BACKENDS, VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
 from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
 from runtime.job import Job
 from runtime.manifest import Manifest
+from runtime.options import DECODERS, Options, device_of, dtype_of, engine_folder, instance, model_source
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
-from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work
+from runtime.requests import Answer, Arrived, Delta, Ready, Remembered, Seen, Taken, Video, Work
 from runtime.sampling import GREEDY, Sampling
-from runtime.scheduler import Scheduler, check_waiting
+from runtime.scheduler import Scheduler
 from runtime.staging import Arriving, as_of_now
-from runtime.video import Clip
+from runtime.video import Clip, Limits
+from runtime.video.limits import DEFAULT_LIMITS
 from runtime.watch import Watched
 
 if TYPE_CHECKING:
@@ -46,19 +49,8 @@ if TYPE_CHECKING:
     from runtime.live_video import LiveVideo
 
 WAITING = 8  # requests in line, if nothing else is asked for
-DECODERS = ("torch", "torch-tensorrt")
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
-
-
-class Options(TypedDict, total=False):
-    """Keywords of `Pipeline.submit`, `stream` and `ask`; see `submit`."""
-
-    deadline: float | None
-    max_new_tokens: int
-    sampling: Sampling
-    system: str | None
-    frames: int | None
 
 
 class Request:
@@ -84,6 +76,7 @@ class Request:
 
         Raises:
             TimeoutError: there is none after `timeout` seconds; the request goes on.
+            UserError: `timeout` is no number.
             see `Pipeline.submit`.
         """
         last = self._job.last(timeout)
@@ -92,8 +85,8 @@ class Request:
         return last.answer
 
     def cancel(self) -> None:
-        """End it, unless it has ended: at once while it waits, else before its next token. What waits for it gets
-        `Cancelled`."""
+        """End it, unless it has ended: at once while it waits, else before the next packet of its video or its next
+        token. What waits for it gets `Cancelled`."""
         self._job.cancel()
 
     @property
@@ -107,7 +100,8 @@ class Request:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.cancel()
+        if not self._pipeline.forked:  # a fork has nothing to cancel, and an error of its own to show
+            self.cancel()
 
     def __del__(self) -> None:
         self._job.abandon()  # no lock: the garbage collector may call this anywhere
@@ -130,10 +124,13 @@ class Pipeline:
         *,
         waiting: int = WAITING,
         watch_bytes: int = WATCH_BYTES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.manifest = manifest
         self.vision = vision
-        self._core = core = Answering(manifest, vision, decoder, newline, tokenizer, stops, watch_bytes=watch_bytes)
+        self._core = core = Answering(
+            manifest, vision, decoder, newline, tokenizer, stops, watch_bytes=watch_bytes, limits=limits
+        )
         # The workers know the core and not this object, so that it can be let go while they wait.
         self._scheduler: Scheduler[Work, Ready, Delta] = Scheduler(
             core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch
@@ -144,6 +141,11 @@ class Pipeline:
     def watched(self) -> PrefixCache[Remembered, Seen]:
         """What `watch` keeps: its counters, its limit."""
         return self._core.watched
+
+    @property
+    def forked(self) -> bool:
+        """This is a fork of the process that loaded it: every call for an answer ends with `Closed`."""
+        return self._scheduler.home.left
 
     @property
     def decoder(self) -> Decoder | None:
@@ -164,6 +166,7 @@ class Pipeline:
         waiting: int = WAITING,
         watch_bytes: int = WATCH_BYTES,
         warm_up: bool | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -179,24 +182,29 @@ class Pipeline:
             waiting: requests that may wait behind the one that is answered; more are refused.
             watch_bytes: memory on the decoder's device for videos that are watched; see `watch`.
             warm_up: answer a question about a black clip first, see `warm_up`; by default on a GPU.
+            limits: the largest video that is read.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
                 decoder cannot be compiled here.
-            UserError: the checkpoint cannot be loaded, there is no such device, `inner` does not fit the decoder, or
-                `waiting` or `watch_bytes` is below 0.
+            UserError: an argument that makes no sense, before anything is loaded; the checkpoint cannot be loaded,
+                there is no such device, `inner` does not fit the decoder.
             OSError: the compiled decoder cannot be written.
         """
-        check_waiting(waiting)
-        if watch_bytes < 0:
-            raise UserError(f"watch_bytes must be 0 or more, got {watch_bytes}")
+        folder, model, where, dtype = engine_folder(engine), model_source(model), device_of(device), dtype_of(dtype)
+        waiting, watch_bytes = whole("waiting", waiting, 0), whole("watch_bytes", watch_bytes, 0)
+        instance("backend", backend, str, f"one of {', '.join(BACKENDS)}")
+        instance("decoder", decoder, str, f"one of {', '.join(DECODERS)}")
+        instance("limits", limits, Limits, "Limits(max_seconds=...)")
+        if inner is not None:
+            instance("inner", inner, InnerMerge, "InnerMerge(layer, ratio)")
+        if warm_up is not None:
+            instance("warm_up", warm_up, bool, "True or False")
         if inner is not None and decoder != "torch":
             raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
-        where = _device(device)
         compiler = _open_compiler(decoder, where)  # first: it wants to, and refuses before anything large is loaded
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
-        folder = Path(engine)
         manifest = Manifest.read(folder)
         choice = choose_backend(backend, manifest)
         checkpoint = describe(manifest.model.source if model is None else model)
@@ -216,6 +224,7 @@ class Pipeline:
             *_load_decoder(checkpoint, where, precision, make),
             waiting=waiting,
             watch_bytes=watch_bytes,
+            limits=limits,
         )
         try:
             if where.type == "cuda" if warm_up is None else warm_up:
@@ -241,33 +250,36 @@ class Pipeline:
 
     def submit(
         self,
-        video: Video | Remembered,
+        video: Video | Seen | Arrived | Remembered,
         prompt: str,
         *,
         deadline: float | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = GREEDY,
         system: str | None = None,
         frames: int | None = None,
     ) -> Request:
         """Put a question about a video in line; returns at once.
 
         Args:
-            video: a file, decoded frames (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), which must not change before
-                the request has ended, or a `Clip`.
+            video: a file, its content (bytes, or a file opened in binary mode, which are copied here), decoded frames
+                (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), which must not change before the request has ended, a list
+                of single frames or PIL images, or a `Clip`.
             prompt: the question.
             deadline: seconds from now after which the request ends without its answer, whether it is in line, being
                 prepared or being answered.
-            max_new_tokens, sampling: of the decoder.
+            max_new_tokens, sampling: of the decoder; None samples greedily.
             system: a system message before the question.
             frames: one of the engine's frame counts; by default the one that suits the video.
 
         Raises:
-            UserError: here, what is wrong with the question or the deadline; by the request, with the video.
+            UserError: here, an argument that makes no sense or cannot be a video; by the request, a video that cannot
+                be read.
             Overloaded (a UserError): as many requests wait as may wait.
             Closed: the pipeline is closed; by the request, it was closed before the answer.
             DeadlineExceeded (a UserError), Cancelled: by the request.
         """
+        self._scheduler.home.check()  # a fork may wait for ever for a lock of what is asked next
         if isinstance(video, Remembered):
             if frames is not None or system not in (None, video.system):
                 raise UserError("frames and system message of a watched video are those it is watched with")
@@ -275,10 +287,20 @@ class Pipeline:
         question = self._core.question(
             prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames
         )
-        work = Work(video, question, frames, given=_given(video))
+        self._scheduler.check_room(deadline)  # before a video's content is copied
+        taken = video if isinstance(video, Remembered) else self._core.take(video)
+        work = Work(taken, question, frames, given=_given(taken))
         return Request(self._scheduler.submit(work, deadline=deadline), self)
 
-    def stream(self, video: Video, prompt: str, **how: Unpack[Options]) -> Generator[Delta, None, None]:
+    def check(self, prompt: str, *, deadline: float | None = None, **how: Any) -> None:
+        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it."""
+        self._scheduler.home.check()
+        self._core.question(prompt, **how)
+        self._scheduler.check_room(deadline)
+
+    def stream(
+        self, video: Video | Seen | Arrived, prompt: str, **how: Unpack[Options]
+    ) -> Generator[Delta, None, None]:
         """Answer a question about a video, token by token: `submit` at the first `next`, and its deltas.
 
         Arguments and errors as there; errors come while iterating.
@@ -292,27 +314,35 @@ class Pipeline:
         finally:
             request._job.abandon()  # as in `Request.__del__`, which an exception that is still held would put off
 
-    def ask(self, video: Video, prompt: str, **how: Unpack[Options]) -> Answer:
+    def ask(self, video: Video | Seen | Arrived, prompt: str, **how: Unpack[Options]) -> Answer:
         """`submit`, waited for: arguments and errors as there. Interrupted (Ctrl-C), it cancels the request."""
         with self.submit(video, prompt, **how) as request:
             return request.result()
 
     def watch(
-        self, video: Video, *, system: str | None = None, frames: int | None = None, deadline: float | None = None
+        self,
+        video: Video | Seen | Arrived,
+        *,
+        system: str | None = None,
+        frames: int | None = None,
+        deadline: float | None = None,
     ) -> Watched:
         """Encode and read a video once, to ask about it many times; waits for that.
 
         Args:
-            video, system, frames, deadline: as in `submit`. The video must stay as it is while it is watched: where
-                memory is short it is read again.
+            video, system, frames, deadline: as in `submit`. A file or frames must stay as they are while they are
+                watched: where memory is short they are read again.
 
         Raises:
             UserError: a video that cannot be used, one that does not fit into `watch_bytes`, or inner merging, which
                 needs the question first; otherwise as `submit` and its request.
         """
-        remembered = Remembered(video, system, frames)
+        self._scheduler.home.check()
         question = self._core.question(_ANY_QUESTION, max_new_tokens=1, system=system, frames=frames)
-        job = self._scheduler.submit(Work(remembered, question, read_only=True, given=_given(video)), deadline=deadline)
+        self._scheduler.check_room(deadline)
+        remembered = Remembered(self._core.take(video), system, frames)
+        work = Work(remembered, question, read_only=True, given=_given(remembered))
+        job = self._scheduler.submit(work, deadline=deadline)
         try:
             job.last()
         finally:
@@ -329,8 +359,9 @@ class Pipeline:
         Raises:
             EngineError: the engine takes whole clips only: build one with --chunk.
             UserError: a total or limit that makes no sense.
-            RuntimeError: the pipeline is closed.
+            RuntimeError: the pipeline is closed, or was loaded before the process forked.
         """
+        self._scheduler.home.check()
         from runtime.live import LiveClip
         from runtime.live_video import LiveVideo
 
@@ -341,7 +372,8 @@ class Pipeline:
         """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and
         the decoder once the answer that is under way is finished. A second call does nothing, nor does
         one in a fork of the process."""
-        if self._scheduler.forked():
+        instance("drain", drain, bool, "True or False")
+        if self._scheduler.home.left:
             return  # an engine cannot be freed without its threads
         self._scheduler.close(drain=drain)
         self._core.close()
@@ -357,7 +389,7 @@ class Pipeline:
         self.close()
 
 
-def _given(video: Video | Remembered) -> Arriving | None:
+def _given(video: Taken | Remembered) -> Arriving | None:
     """Its frames and when they are there, if they are on a GPU: the workers have other streams than who made them."""
     shown = video.video if isinstance(video, Remembered) else video
     frames = shown.frames if isinstance(shown, Clip) else shown
@@ -372,14 +404,6 @@ def _open_vision(
     from runtime.backends.torch import open_torch
 
     return open_torch(checkpoint, manifest, device=device, dtype=dtype)
-
-
-def _device(name: str | torch.device | None) -> torch.device:
-    """Where the decoder runs. Raises UserError for what is no device."""
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"device is {name!r}: give cpu or cuda") from error
 
 
 def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:

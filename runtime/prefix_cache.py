@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from earlytom.errors import UserError
+from runtime.forks import Home
 
 
 class Sized(Protocol):
@@ -51,6 +52,8 @@ class Counters:
 class PrefixCache(Generic[K, V]):
     """Values by key; together they never take more than `limit` bytes.
 
+    In a fork of the process every method raises `Closed`.
+
     Raises:
         ValueError: a limit below 0.
     """
@@ -59,12 +62,14 @@ class PrefixCache(Generic[K, V]):
         if limit < 0:
             raise ValueError(f"a cache's limit is a number of bytes, got {limit}")
         self.limit = limit
+        self._home = Home("this cache of watched videos")
         self._lock = threading.Lock()
         self._held: OrderedDict[K, tuple[V, int]] = OrderedDict()  # with the size it came with, used last at the end
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     def get(self, key: K) -> V | None:
         """The value of a key, which counts as used now; None if there is none (any more)."""
+        self._home.check()
         with self._lock:
             if key not in self._held:
                 self._misses += 1
@@ -79,6 +84,7 @@ class PrefixCache(Generic[K, V]):
         Raises:
             UserError: it is larger than the whole cache; nothing has changed then.
         """
+        self._home.check()
         size = value.bytes
         if size > self.limit:
             raise UserError(
@@ -97,12 +103,14 @@ class PrefixCache(Generic[K, V]):
 
     def drop(self, key: K) -> bool:
         """Forget a key; whether there was something to forget."""
+        self._home.check()
         with self._lock:
             gone = self._remove(key)
         return gone is not None
 
     def clear(self) -> None:
         """Forget everything; the counters go on."""
+        self._home.check()
         with self._lock:
             gone, self._held = self._held, OrderedDict()
             self._bytes = 0
@@ -110,12 +118,14 @@ class PrefixCache(Generic[K, V]):
 
     def keys(self) -> tuple[K, ...]:
         """What is in it, the next to go first."""
+        self._home.check()
         with self._lock:
             return tuple(self._held)
 
     @property
     def counters(self) -> Counters:
         """All of one moment."""
+        self._home.check()
         with self._lock:
             return Counters(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
 

@@ -10,16 +10,18 @@ the embeddings that the model makes of them. n counts the closing `image_newline
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
 
-import numbers
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from earlytom.errors import UserError
+from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.checkpoint_files import first_line
 
@@ -49,25 +51,34 @@ class Prompt:
 
 
 def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str, *, system: str | None = None, video_token: str = VIDEO_TOKEN
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    system: str | None = None,
+    video_token: str = VIDEO_TOKEN,
+    most_bytes: int | None = None,
 ) -> Prompt:
     """The prompt that asks `question` about one video, with an optional `system` message before it.
 
-    The texts are used as they are, not stripped. Raises `UserError` if the question is empty, if a text is no str, is
-    not valid Unicode or contains one of the tokenizer's control tokens (`<video>`, `<|im_end|>`, ...), which would be
-    taken for the token itself and change the prompt's structure, or if the chat template does not place exactly one
-    video.
+    The texts are used as they are, not stripped. Raises `UserError` if a text is empty, no str, not valid Unicode or
+    contains one of the tokenizer's control tokens (`<video>`, `<|im_end|>`, ...), which would be taken for the token
+    itself and change the prompt's structure, if the chat template does not place exactly one video, or if the rendered
+    text has more than `most_bytes` bytes (see `bytes_per_token`), which is looked at before it is tokenized.
     """
-    for what, given in (("question", question), ("system message", "" if system is None else system)):
+    texts = {"question": question} if system is None else {"question": question, "system message": system}
+    for (what, given), argument in zip(texts.items(), ("prompt", "system"), strict=False):
         if not isinstance(given, str):
-            raise UserError(f"the {what} is a {type(given).__name__}, not a text: give a str")
-    if not question.strip():
-        raise UserError("the question is empty; expected a text, as in: python -m runtime.ask VIDEO 'What happens?'")
-    _refuse_unusable(tokenizer, question, "question")
-    user = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
-    messages: list[dict[str, Any]] = [user]
+            raise UserError(f"the {what} is a {type(given).__name__}, not a text: give {argument} a str")
+        if not given.strip():
+            raise UserError(
+                f"the {what} is empty ({argument}={given[:9]!r}); expected a text, as in: python -m runtime.ask VIDEO "
+                "'What happens?'"
+            )
+        _refuse_unusable(tokenizer, given, what)
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
+    ]
     if system is not None:
-        _refuse_unusable(tokenizer, system, "system message")
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -75,6 +86,8 @@ def build_prompt(
         raise UserError(
             f"the chat template cannot render a video and a text ({first_line(error)}); use a template for video"
         ) from error
+    if most_bytes is not None:
+        _refuse_long(tokenizer, str(text), most_bytes, texts)
     video_token_id = tokenizer.get_vocab().get(video_token)
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
     if video_token_id is None or ids.count(video_token_id) != 1:
@@ -86,11 +99,35 @@ def build_prompt(
     return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), video_token_id)
 
 
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most bytes of a normalised text that one token can stand for; None where there may be no such number.
+
+    A byte-level BPE loses nothing: each byte is a symbol of its vocabulary, so a token stands for as many bytes as its
+    name has symbols, and a text of more than n times the longest has more than n tokens. Other tokenizers may drop
+    what they split at, or make one token of all that they do not know; of those nothing is promised.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ != "BPE" or backend.pre_tokenizer is None:
+        return None
+    splitter = json.loads(backend.pre_tokenizer.__getstate__())
+    steps = splitter.get("pretokenizers", [splitter])
+    keeps = all(
+        step["type"] in ("ByteLevel", "Digits") or (step["type"] == "Split" and step["behavior"] != "Removed")
+        for step in steps
+    )
+    symbols = backend.get_vocab(with_added_tokens=False)
+    whole_bytes = symbols.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    added = tokenizer.added_tokens_decoder.values()
+    swallows = any(token.lstrip or token.rstrip for token in added)  # any number of spaces beside it
+    if not keeps or not whole_bytes or swallows or not any(step["type"] == "ByteLevel" for step in steps):
+        return None
+    return max(*map(len, symbols), *(len(token.content.encode()) for token in added))
+
+
 def check_length(prompt: Prompt, *, visual_tokens: int, new_tokens: int, context: int) -> None:
-    """Raise `UserError` unless prompt, visual and new tokens together fit into the decoder's `context` of tokens."""
-    if not isinstance(new_tokens, numbers.Integral):
-        raise UserError(f"max_new_tokens is {new_tokens!r}: give a whole number of at least 1")
-    total = prompt.length(visual_tokens) + new_tokens
+    """Raise `UserError` unless prompt, visual and new tokens together fit into the decoder's `context` of tokens, and
+    these are a whole number of at least 1."""
+    total = prompt.length(visual_tokens) + whole("max_new_tokens (--max-new-tokens)", new_tokens, 1)
     if total > context:
         text = len(prompt.prefix_ids) + len(prompt.suffix_ids)
         raise UserError(
@@ -145,3 +182,19 @@ def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -
             raise UserError(
                 f"the {what} contains {token.content!r}, a control token of the model; write it differently"
             )
+
+
+def _refuse_long(tokenizer: PreTrainedTokenizerBase, text: str, most_bytes: int, texts: dict[str, str]) -> None:
+    """Refuse a rendered text that is too long for certain, in less time than tokenizing it would take."""
+    if len(text) * 4 <= most_bytes:
+        return
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is not None and not (text.isascii() and json.loads(normalizer.__getstate__())["type"] == "NFC"):
+        text = normalizer.normalize_str(text)  # it may make a text shorter: the tokens stand for what it leaves
+    if (size := len(text.encode())) > most_bytes:
+        what = max(texts, key=lambda name: len(texts[name]))
+        argument = "prompt" if what == "question" else "system"
+        raise UserError(
+            f"the {what} ({argument}) has {len(texts[what])} characters: {size} bytes of text cannot fit into "
+            f"the model's context, which holds {most_bytes} at most; shorten the {what}"
+        )

@@ -3,9 +3,11 @@ between the two. Nothing here does anything."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,7 +17,7 @@ from runtime.prefix import Prefix
 from runtime.prompt import Prompt
 from runtime.sampling import Sampling
 from runtime.staging import Arriving
-from runtime.video import Clip
+from runtime.video import Clip, Spooled
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,11 @@ class Arrived:
     tokens: Tensor
 
 
-Video = str | Path | Tensor | NDArray[Any] | Clip | Seen | Arrived
+# What callers may give, and what becomes of it when it is taken (`runtime.video.take_video`).
+Video = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Tensor | NDArray[Any] | Sequence[Any] | Clip
+)
+Taken = Path | Spooled | Tensor | NDArray[Any] | Clip | Seen | Arrived
 
 
 @dataclass(eq=False)
@@ -110,13 +116,13 @@ class Remembered:
         closed: it is not to be kept any more.
     """
 
-    video: Video
+    video: Taken
     system: str | None
     frames: int | None
     closed: bool = False
 
     def __repr__(self) -> str:
-        return f"video {str(self.video)!r}" if isinstance(self.video, (str, Path)) else "a watched video"
+        return f"video {str(self.video)!r}" if isinstance(self.video, Path) else "a watched video"
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Work:
         given: frames of the video that somebody gave on a GPU, and when they are there.
     """
 
-    video: Video | Remembered
+    video: Taken | Remembered
     question: Question
     frames: int | None = None
     read_only: bool = False

@@ -5,15 +5,16 @@ Knows tensors only. Nothing here waits for the device: the id stays there until 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.numbers import real, whole
 
 MIN_TEMPERATURE = 1e-6  # smaller ones are greedy in float32, or zero
+_HOTTEST = 1e30  # all are alike then; larger ones are infinite in float32, and an id that is ruled out would be NaN
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sampling:
         seed: the same seed gives the same tokens on the same device; None takes a new one each time.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value that is no number, or out of range.
     """
 
     temperature: float = 0.0
@@ -36,14 +37,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-            raise UserError(f"the temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise UserError(f"top-k must be 0 (off) or more, got {self.top_k}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"the seed must be in [0, 2**63), got {self.seed}")
+        temperature = real("temperature (--temperature)", self.temperature, 0)
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise UserError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
+        top_p = real("top_p (--top-p)", self.top_p, 0, 1, low_open=True)
+        top_k = whole("top_k (--top-k)", self.top_k, 0)
+        seed = None if self.seed is None else whole("seed (--seed)", self.seed, 0, 2**63 - 1)
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k), ("seed", seed)):
+            object.__setattr__(self, name, value)  # plain numbers, whatever kind came
 
     @property
     def greedy(self) -> bool:
@@ -91,7 +92,8 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
     `sampling` must not be greedy.
     """
-    logits = (logits - logits.max()) / sampling.temperature  # the best one is 0, so that none grows to infinity
+    heat = min(sampling.temperature, _HOTTEST)
+    logits = (logits - logits.max()) / heat  # the best one is 0, so that none grows to infinity
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -99,7 +101,9 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         ranked, order = logits.sort(descending=True)
         shares = ranked.softmax(-1)
         before = shares.cumsum(-1) - shares  # what the more likely tokens have; 0 for the first, which always stays
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        late = before >= sampling.top_p
+        late[:1].fill_(False)  # in fp32 a sum that is tiny is 0, which is "reached" by nothing
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, late)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 

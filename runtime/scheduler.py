@@ -4,13 +4,15 @@
     job = scheduler.submit(given, deadline=2.0)
     for item in job: ...
 
-`prepare(given)` makes what a job needs; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of
+`prepare(given, check)` makes what a job needs, and calls `check()` as often as it likes, which raises once nobody waits
+for the job any more; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of
 items (not None) for each, which are run one after another, each to its end. Jobs are served in the order in which they
 came. Items are kept for their reader, so a reader that is slow, or never comes, holds up nobody.
 
 A job ends in one of five ways, and its reader gets what came before: served to the end, an error of `prepare` or
 `serve` (that very exception), `Cancelled`, `DeadlineExceeded`, `Closed`. A worker looks at a job before it prepares it,
-before it serves it and between items, and never in the midst of a call.
+at each check, before it serves it and between items, and never in the midst of a call. If a worker itself fails,
+outside those calls, every job ends with `Closed`, and so does every `submit` from then on.
 
 Knows nothing of what it runs: no tensors, no models. One lock guards everything; it is held for a few instructions at a
 time and never while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`) takes
@@ -22,7 +24,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
-import os
 import threading
 import time
 import weakref
@@ -32,8 +33,9 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from earlytom.errors import UserError
+from earlytom.numbers import real, shown, whole
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
+from runtime.forks import Home
 from runtime.job import Item, Job
 
 EXIT_SECONDS = 10.0  # that the interpreter, at its exit, waits for a worker to come to the end of a call
@@ -57,17 +59,16 @@ class Turn(Generic[Ready]):
     waited: float
 
 
-def check_waiting(waiting: int) -> None:
-    """Raise UserError if so many jobs cannot wait in line."""
-    if waiting < 0:
-        raise UserError(f"waiting must be 0 or more requests, got {waiting}")
+class UnwantedError(Exception):
+    """Raised by a check: the job has ended, or is about to. Its reader is told why, and never sees this."""
 
 
 class Scheduler(Generic[Given, Ready, Item]):
     """The line and its workers, which are daemons and start at once.
 
     Args:
-        prepare: runs in one thread; up to `batch` jobs are prepared ahead of those that are served.
+        prepare: runs in one thread, with what was given and the job's check, which takes no lock; up to `batch` jobs
+            are prepared ahead of those that are served.
         serve: runs in the other thread, as do the generators that it returns, one for each turn. If it raises, all the
             jobs that it was given end with that.
         waiting: jobs that may wait behind the one that is served.
@@ -75,41 +76,48 @@ class Scheduler(Generic[Given, Ready, Item]):
         clock: seconds.
 
     Raises:
-        UserError: `waiting` is below 0.
+        UserError: `waiting` is no whole number of at least 0.
         ValueError: `batch` is below 1.
     """
 
     def __init__(
         self,
-        prepare: Callable[[Given], Ready],
+        prepare: Callable[[Given, Callable[[], None]], Ready],
         serve: Callable[[Sequence[Turn[Ready]]], Sequence[Generator[Item, None, Any]]],
         *,
         waiting: int,
         batch: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        check_waiting(waiting)
+        waiting = whole("waiting", waiting, 0)
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self._prepare, self._serve = prepare, serve
         self.waiting, self.batch = waiting, batch
         self._clock = clock
-        self._process = os.getpid()
+        self.home = Home("this pipeline")
         self._lock = threading.Lock()
+        self._open: set[Job[Item]] = set()  # that have not ended, wherever they are
         self._line: deque[Job[Item]] = deque()
         self._preparing: Job[Item] | None = None
         self._prepared: deque[Job[Item]] = deque()
         self._group: list[Job[Item]] = []  # given to `serve` and not through yet
         self._serving: Job[Item] | None = None  # the one of them that has the worker
         self._closing = self._aborting = self._abandoned = False
+        self._broken: str | None = None  # why no worker goes on
+        self._unheard = False  # a worker may sleep on: it could not be told that
         # Rung when something has changed for a worker. A queue and no condition: a finalizer may ring it.
         self._bells: tuple[SimpleQueue[None], SimpleQueue[None]] = (SimpleQueue(), SimpleQueue())
         self._workers = [
-            threading.Thread(target=work, name=f"earlytom-{name}", daemon=True)
+            threading.Thread(target=self._work, args=(work,), name=f"earlytom-{name}", daemon=True)
             for name, work in (("prepare", self._prepare_all), ("serve", self._serve_all))
         ]
-        for worker in self._workers:
-            worker.start()
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:  # no more threads: the one that has started is not to wait for ever
+            self.abandon()
+            raise
         _running.add(self)
 
     def submit(self, given: Given, *, deadline: float | None = None) -> Job[Item]:
@@ -124,23 +132,22 @@ class Scheduler(Generic[Given, Ready, Item]):
             Closed: it takes no more, or this is a fork of the process that has its workers.
             UserError: a deadline that is not a positive number.
         """
-        if deadline is not None and not 0 < deadline < math.inf:
-            raise UserError(f"the deadline must be a positive number of seconds, got {deadline:g}")
-        if self.forked():
-            raise Closed("this pipeline was loaded before the process forked, which copies no threads: load one after")
+        seconds = _seconds(deadline)
+        self.home.check()
         with self._lock:
-            self._sweep()
-            if self._closing:
-                raise Closed("this pipeline is closed: load another one")
-            if (occupied := self._occupied()) > self.waiting:
-                raise Overloaded(
-                    f"{occupied} requests are unanswered, and the limit is one that is answered and {self.waiting} "
-                    f"that wait: try again when one has ended, or raise the limit with Pipeline.load(waiting=...)"
-                )
-            job: Job[Item] = Job(self, given, deadline)
+            self._admit()
+            job: Job[Item] = Job(self, given, seconds)
+            self._ring()  # first: whoever hears it waits for the lock, and if it fails nothing has changed
             self._line.append(job)
-        self._ring()
+            self._open.add(job)
         return job
+
+    def check_room(self, deadline: float | None = None) -> None:
+        """Raise what `submit` would raise now: for a caller who has much to do before."""
+        _seconds(deadline)
+        self.home.check()
+        with self._lock:
+            self._admit()
 
     def close(self, *, drain: bool = False) -> None:
         """Take no more jobs, and return when the workers have ended.
@@ -148,7 +155,7 @@ class Scheduler(Generic[Given, Ready, Item]):
         The job that is being served is served to its end; those behind it are served too with `drain`, else they end
         with `Closed`. Any number of calls, from any thread; one without `drain` ends the line for all of them.
         """
-        if not self.forked():
+        if not self.home.left:
             self._shut(drain=drain, abort=False)
             self._join(None)
 
@@ -158,7 +165,7 @@ class Scheduler(Generic[Given, Ready, Item]):
         Args:
             timeout: seconds to wait for each worker, which may be in a long call.
         """
-        if not self.forked():
+        if not self.home.left:
             self._shut(drain=False, abort=True)
             self._join(timeout)
 
@@ -166,11 +173,6 @@ class Scheduler(Generic[Given, Ready, Item]):
         """`abort` without a lock or a wait, for a finalizer."""
         self._abandoned = True
         self._ring()
-
-    def forked(self) -> bool:
-        """Whether the workers are in another process: a fork has a copy of everything but threads, and of the lock as
-        it was, held or not."""
-        return os.getpid() != self._process
 
     def _shut(self, *, drain: bool, abort: bool) -> None:
         with self._lock:
@@ -183,13 +185,24 @@ class Scheduler(Generic[Given, Ready, Item]):
     def _join(self, timeout: float | None) -> None:
         for worker in self._workers:
             if worker is not threading.current_thread():
-                worker.join(timeout)
+                worker.join(EXIT_SECONDS if timeout is None and self._unheard else timeout)
 
     def _ring(self) -> None:
         for bell in self._bells:
             bell.put(None)
 
     # With the lock held
+
+    def _admit(self) -> None:
+        """Raise unless one more job may come."""
+        self._sweep()
+        if self._closing:
+            raise Closed(self._broken or "this pipeline is closed: load another one")
+        if (occupied := self._occupied()) > self.waiting:
+            raise Overloaded(
+                f"{occupied} requests are unanswered, and the limit is one that is answered and {self.waiting} "
+                f"that wait: try again when one has ended, or raise the limit with Pipeline.load(waiting=...)"
+            )
 
     def _occupied(self) -> int:
         """Places taken: a job that has ended has given its place back, unless it still has the worker that serves."""
@@ -233,15 +246,51 @@ class Scheduler(Generic[Given, Ready, Item]):
         """Only the first end counts."""
         if job._ended:
             return
-        job._ended, job._error = True, error
-        if job._phase == "waiting in line":  # else a worker is about to take it, and lets it go itself
-            job._given = job._ready = None
+        job._end(error)
+        self._open.discard(job)
         for line in (self._line, self._prepared):
             if job in line:
                 line.remove(job)
-        job._arrived.notify_all()
-        job._finished.notify_all()
         self._ring()
+
+    # Both workers
+
+    def _work(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException as error:  # of the loop itself: those of the stages are the jobs'
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Everybody is told that it does not go on; with nothing that may be what has failed."""
+        reason = f"a worker of this pipeline failed with {shown(error)}: load another one, and report this"
+        with self._lock:
+            self._closing = self._aborting = True
+            self._broken = self._broken or reason
+            for job in self._open:
+                closed = Closed(reason)
+                closed.__cause__ = error
+                job._end(closed)
+            self._open.clear()
+            self._line.clear()
+            self._prepared.clear()
+        try:
+            for bell in self._bells:
+                bell.put(None)
+        except BaseException:
+            self._unheard = True
+
+    def _check(self, job: Job[Item]) -> Callable[[], None]:
+        """What raises `UnwantedError` once nobody waits for a job; called for every packet of a video, so no lock."""
+        clock, limit = self._clock, job._submitted + job._deadline
+        found = weakref.ref(job)  # an error that the job keeps knows the frames that have this
+
+        def check() -> None:
+            job = found()
+            if job is None or job._ended or job._abandoned or self._abandoned or clock() >= limit:
+                raise UnwantedError
+
+        return check
 
     # The worker that prepares
 
@@ -269,10 +318,11 @@ class Scheduler(Generic[Given, Ready, Item]):
         ready: Ready | None = None
         error: BaseException | None = None
         try:
-            ready = self._prepare(job._given)
+            ready = self._prepare(job._given, self._check(job))
         except BaseException as caught:
             error = caught
         with self._lock:
+            self._sweep()  # before its error: where it is a check's, here is why
             self._preparing = job._given = None
             if error is not None:
                 self._end(job, error)
@@ -304,7 +354,7 @@ class Scheduler(Generic[Given, Ready, Item]):
                         job._waited += self._clock() - job._since
                     self._group, self._serving = list(group), group[0]
                     break
-                if self._closing and not self._line and self._preparing is None:
+                if self._closing and not self._line and (self._preparing is None or self._broken is not None):
                     return []
             self._bells[1].get()
         self._ring()  # there is room for another prepared one
@@ -312,14 +362,17 @@ class Scheduler(Generic[Given, Ready, Item]):
 
     def _serve_group(self, group: list[Job[Item]]) -> None:
         try:
-            for number, stream in enumerate(self._begin(group)):
-                self._serve_one(group[number], stream)
+            streams = self._begin(group)
         except BaseException as error:
             with self._lock:
                 self._group, self._serving = [], None
                 for one in group:
                     self._end(one, error)
                     del one
+        else:
+            for number, stream in enumerate(streams):
+                self._serve_one(group[number], stream)
+                del stream
         finally:
             del group  # as in `_prepare_one`
 
@@ -337,22 +390,26 @@ class Scheduler(Generic[Given, Ready, Item]):
             del group, job, turns
 
     def _serve_one(self, job: Job[Item], stream: Generator[Item, None, Any]) -> None:
-        error: BaseException | None = None
         with self._lock:
             self._serving = job
+        error: BaseException | None = None
+        item: Item | None = None
         try:
-            with contextlib.closing(stream):
-                goes_on = self._goes_on(job)
-                while goes_on:
-                    goes_on = self._goes_on(job, next(stream))
-        except StopIteration:
-            pass
-        except BaseException as caught:
-            error = caught
+            while error is None and self._goes_on(job, item):
+                try:
+                    item = next(stream)
+                except BaseException as caught:
+                    error = caught
+        finally:
+            item = None
+            try:
+                stream.close()
+            except BaseException as caught:
+                error = caught
         with self._lock:  # at once, so that who has the answer finds the place free
             self._group.remove(job)
             self._serving = None
-            self._end(job, error)
+            self._end(job, None if isinstance(error, StopIteration) else error)
         del job, error
 
     def _goes_on(self, job: Job[Item], item: Item | None = None) -> bool:
@@ -363,10 +420,12 @@ class Scheduler(Generic[Given, Ready, Item]):
             if self._is_over(job):
                 return False
             if item is not None:
-                job._last = item
-                job._items.append(item)
-                job._arrived.notify_all()
+                job._put(item)
             return True
+
+
+def _seconds(deadline: float | None) -> float:
+    return math.inf if deadline is None else real("deadline (seconds)", deadline, 0, low_open=True)
 
 
 def _hush(bell: SimpleQueue[None]) -> None:

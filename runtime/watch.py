@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
 from runtime.asking import Askable
+from runtime.errors import Closed
 from runtime.requests import Remembered
-from runtime.scheduler import Closed
 
 if TYPE_CHECKING:
     from runtime.pipeline import Options, Pipeline, Request
@@ -53,7 +53,8 @@ class Watched(Askable):
     def close(self) -> None:
         """Forget it; requests under way are answered. A second call does nothing."""
         self._remembered.closed = True
-        self._pipeline.watched.drop(self._remembered)
+        if not self._pipeline.forked:  # in a fork there is nothing of it to free
+            self._pipeline.watched.drop(self._remembered)
 
     def __enter__(self) -> Watched:
         return self

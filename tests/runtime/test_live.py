@@ -289,10 +289,12 @@ def test_a_completion_is_the_sample(frames: int, count: int, encoded: int, chunk
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"total": 1}, r"total is 1; give a whole number of frames of at least 2"),
-        ({"total": 2.5}, r"total is 2\.5"),
-        ({"total": True}, r"total is True"),
-        ({"limit": 0}, r"limit is 0"),
+        ({"total": 1}, r"total must be a whole number between 2 and 1000000000, got 1"),
+        ({"total": 2.5}, r"total must .*, got 2\.5"),
+        ({"total": True}, r"total must .*, got True"),
+        ({"total": 10**30}, r"total must .*, got 1000"),
+        ({"limit": 0}, r"limit must .*, got 0"),
+        ({"limit": "9"}, r"limit must .*, got '9'"),
     ],
 )
 def test_bad_counts(vision: Watched, arguments: dict[str, Any], line: str) -> None:
@@ -313,7 +315,12 @@ def test_a_backend_that_takes_whole_clips() -> None:
         (torch.zeros(2, 4, 4, 4, dtype=torch.uint8), r"frames are uint8 \[2, 4, 4, 4\]"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), r"frames are uint8 \[0, 3, 4, 4\]"),
         (torch.zeros(4, 4, dtype=torch.uint8), r"frames are uint8 \[4, 4\]"),
-        ([1, 2], "the video is a list"),
+        ([1, 2], "frame 0 is a int, 1; give each frame"),
+        ([], "empty list of frames"),
+        (None, "the video is a NoneType"),
+        ("clip.mp4", "the video is a str"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse(), "frames are a sparse tensor"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta"), "frames are a meta tensor"),
         (np.zeros((4, 4, 4), np.uint8), r"frames are uint8 \[1, 4, 4, 4\]"),
     ],
 )

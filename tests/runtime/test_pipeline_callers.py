@@ -270,7 +270,7 @@ def test_a_full_line(opened: Pipeline, clip: Clip, gate: Gate) -> None:
     [
         ({"prompt": " "}, "question is empty"),
         ({"max_new_tokens": 10**9}, "context of 4096"),
-        ({"deadline": 0}, "positive number of seconds"),
+        ({"deadline": 0}, r"deadline \(seconds\) must be above 0, got 0"),
         ({"frames": 7}, "7"),
     ],
 )
@@ -287,7 +287,7 @@ def test_a_bad_question_is_refused_before_it_takes_a_place(
 
 
 def test_a_line_that_makes_no_sense_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(UserError, match="waiting must be 0 or more requests, got -1"):
+    with pytest.raises(UserError, match="waiting must be a whole number of at least 0, got -1"):
         Pipeline.load("no/such/engine", waiting=-1)
 
 
@@ -302,11 +302,17 @@ def test_the_worker_computes_on_the_decoder_s_gpu(pipeline: Pipeline, monkeypatc
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_a_bad_video_is_the_error_of_its_own_request(pipeline: Pipeline, clip: Clip, answer: Answer) -> None:
-    bad = pipeline.submit("no-such.mp4", QUESTION)
+def test_a_bad_video_is_the_error_of_its_own_request(
+    pipeline: Pipeline, clip: Clip, answer: Answer, tmp_path: Path
+) -> None:
+    with pytest.raises(VideoError, match=r"no-such\.mp4"):
+        pipeline.submit("no-such.mp4", QUESTION)
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    bad = pipeline.submit(text, QUESTION)
     odd = pipeline.submit(dataclasses.replace(clip, frames=clip.frames[:2]), QUESTION)
     good = pipeline.submit(clip, QUESTION, max_new_tokens=TOKENS)
-    with pytest.raises(VideoError, match=r"no-such\.mp4"):
+    with pytest.raises(VideoError, match=r"text\.mp4"):
         next(bad)
     with pytest.raises(EngineError, match="frames"):
         odd.result()

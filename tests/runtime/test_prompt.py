@@ -1,17 +1,22 @@
 """Prompts: what transformers' processor makes of one video and one text, and texts that would break it."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from transformers import GenerationConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from earlytom.errors import UserError
 from runtime.checkpoint import VisionPart, load_model, load_tokenizer
-from runtime.prompt import Prompt, build_prompt, check_length, splice, stop_token_ids
+from runtime.prompt import Prompt, _refuse_long, build_prompt, bytes_per_token, check_length, splice, stop_token_ids
 
 QUESTION = "What colour is the big circle?"
 FRAMES, GRID, CELLS = 3, 9, 25
@@ -20,6 +25,11 @@ VISUAL = FRAMES * CELLS + 1
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
+    return load_tokenizer()
+
+
+@functools.cache
+def shared_tokenizer() -> Any:
     return load_tokenizer()
 
 
@@ -189,11 +199,11 @@ def test_a_text_that_is_no_str_is_refused(tokenizer: Any, given: Any) -> None:
             build_prompt(tokenizer, "What happens?", system=given)
 
 
-@pytest.mark.parametrize("given", [None, 1.5, "3"])
+@pytest.mark.parametrize("given", [None, 1.5, "3", True, 0, -1, float("nan")])
 def test_a_count_of_new_tokens_that_is_no_whole_number_is_refused(tokenizer: Any, given: Any) -> None:
     prompt = build_prompt(tokenizer, "What happens?")
     check_length(prompt, visual_tokens=1, new_tokens=3, context=4096)
-    with pytest.raises(UserError, match="max_new_tokens is"):
+    with pytest.raises(UserError, match=r"max_new_tokens .* must be a whole number of at least 1, got"):
         check_length(prompt, visual_tokens=1, new_tokens=given, context=4096)
 
 
@@ -214,3 +224,91 @@ def test_a_long_question_is_no_warning_of_the_tokenizer_s(caplog: pytest.LogCapt
     assert "longer than" in caplog.text  # it does speak otherwise
     with pytest.raises(UserError, match="shorten the question"):
         check_length(prompt, visual_tokens=1, new_tokens=1, context=4096)
+
+
+# A text that is too long for certain
+
+
+def test_a_token_stands_for_so_many_bytes(tokenizer: Any) -> None:
+    found = bytes_per_token(tokenizer)
+    assert found is not None
+    for token, index in tokenizer.get_vocab().items():
+        assert len(tokenizer.decode([index]).encode("utf-8", "replace")) <= max(found, 3), token
+
+
+@given(st.text(alphabet=st.sampled_from("ab e\u0301\u00e9\u212b\u1fbe\u0308\U0001d160 \n1"), max_size=60))
+def test_no_text_that_fits_is_refused(text: str) -> None:
+    """Its tokens times the bytes of the longest are never fewer than its bytes, once it is normalised."""
+    tokenizer = shared_tokenizer()
+    reach = bytes_per_token(tokenizer)
+    assert reach is not None
+    ids = tokenizer(text)["input_ids"]
+    _refuse_long(tokenizer, text, len(ids) * reach, {"question": text})
+
+
+def test_a_long_text_is_refused_before_it_is_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach = bytes_per_token(tokenizer)
+    assert reach is not None
+    texts = {"ascii": "x" * 1_000_000, "composed": "e\u0301" * 400_000}
+
+    def tokenize(*args: Any, **how: Any) -> Any:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(type(tokenizer), "__call__", tokenize)
+    for text in texts.values():
+        for how, name in (((text, None), r"question \(prompt\)"), ((QUESTION, text), r"system message \(system\)")):
+            with pytest.raises(UserError, match=rf"the {name} has {len(text)} characters.*shorten") as caught:
+                build_prompt(tokenizer, how[0], system=how[1], most_bytes=4096 * reach)
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 300
+    with pytest.raises(AssertionError, match="it was tokenized"):  # negative control
+        build_prompt(tokenizer, QUESTION, most_bytes=4096 * reach)
+
+
+def test_a_text_that_just_fits_is_taken(tokenizer: Any) -> None:
+    """The longest token, again and again, as much as the bound allows: a bound that is one byte lower refuses it."""
+    names = {token: len(token) for token in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)}
+    word = tokenizer.decode([tokenizer.get_vocab()[max(names, key=names.__getitem__)]])
+    text = word * 200
+    size = len(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}],
+            tokenize=False,
+            add_generation_prompt=True,
+        ).encode()
+    )
+    assert build_prompt(tokenizer, text, most_bytes=size) == build_prompt(tokenizer, text)
+    with pytest.raises(UserError, match="cannot fit"):
+        build_prompt(tokenizer, text, most_bytes=size - 1)
+
+
+def test_tokenizers_that_may_lose_text_promise_nothing() -> None:
+    def fast(model: Any, splitter: Any, **how: Any) -> Any:
+        made = tokenizers.Tokenizer(model)
+        made.pre_tokenizer = splitter
+        return PreTrainedTokenizerFast(tokenizer_object=made, **how)
+
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    whole, part = models.BPE(letters, []), models.BPE({"a": 0, "b": 1}, [])
+    level = pre_tokenizers.ByteLevel()
+    assert bytes_per_token(fast(whole, level)) == 1  # negative control
+    dropping = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), level])
+    spaced = tokenizers.AddedToken("<gap>", lstrip=True)
+    for odd in (
+        fast(part, level),
+        fast(whole, dropping),
+        fast(whole, pre_tokenizers.Whitespace()),
+        fast(models.WordLevel({"a": 0}, unk_token="a"), level),
+        fast(whole, level, additional_special_tokens=[spaced]),
+        SimpleNamespace(),
+    ):
+        assert bytes_per_token(odd) is None
+
+
+def test_a_normalizer_that_shortens_a_text_is_asked_first() -> None:
+    tokenizer: Any = load_tokenizer()
+    text = "a" + " " * 5000 + "b"
+    with pytest.raises(UserError, match="cannot fit"):
+        build_prompt(tokenizer, text, most_bytes=1000)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    assert build_prompt(tokenizer, text, most_bytes=1000) == build_prompt(tokenizer, "a b")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from earlytom.errors import UserError
@@ -85,3 +87,38 @@ def test_picking_does_not_wait_for_the_device(sampling: Sampling) -> None:
         torch.inference_mode(),
     ):  # negative control: an index is asked for
         logits[chosen]
+
+
+LOGIT = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
+    [-float("inf"), 0.0, 3.4e38, -3.4e38]
+)
+
+
+@given(
+    st.lists(LOGIT, min_size=1, max_size=12).filter(lambda logits: max(logits) > -float("inf")),
+    st.floats(1e-6, 1e308),
+    st.floats(0, 1, exclude_min=True),
+    st.integers(0, 20) | st.just(2**70),
+    st.integers(0, 3),
+)
+def test_the_best_token_always_stays(
+    logits: list[float], temperature: float, top_p: float, top_k: int, seed: int
+) -> None:
+    """Whatever is asked for: what is sampled from are numbers, the best of them is one of the best before, and what was
+    ruled out is not drawn."""
+    values, sampling = torch.tensor(logits), Sampling(temperature, top_p, top_k, seed)
+    filtered = filter_logits(values, sampling)
+    assert not filtered.isnan().any()
+    assert filtered.max() == 0
+    assert (filtered[values == values.max()] == 0).any()
+    assert bool((filtered[values == -torch.inf] == -torch.inf).all())
+    chosen = int(Picker(sampling, CPU)(values))
+    assert 0 <= chosen < len(logits)
+    assert filtered[chosen] > -torch.inf
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 5e-324, 1e-45])
+def test_a_sum_that_is_nothing_in_fp32_leaves_the_best(top_p: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    kept = filter_logits(logits, Sampling(1.0, top_p=top_p)).isfinite()
+    assert kept.nonzero().flatten().tolist() == [int(logits.argmax())]

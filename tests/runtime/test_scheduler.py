@@ -79,7 +79,7 @@ class Stages:
         self.groups: list[list[str]] = []
         self.serve_fails: BaseException | None = None
 
-    def prepare(self, work: Work) -> Work:
+    def prepare(self, work: Work, check: Callable[[], None]) -> Work:
         self.log.append(("prepare", work.name))
         work.preparing.set()
         assert work.may_prepare.wait(LONG)
@@ -317,13 +317,13 @@ def test_a_full_line_refuses_in_one_line(bench: Bench, waiting: int) -> None:
 
 
 def test_values_that_make_no_sense(bench: Bench) -> None:
-    with pytest.raises(UserError, match="0 or more requests, got -1"):
+    with pytest.raises(UserError, match="waiting must be a whole number of at least 0, got -1"):
         bench.scheduler(-1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         bench.scheduler(batch=0)
     scheduler = bench.scheduler()
     for deadline in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="positive number of seconds"):
+        with pytest.raises(UserError, match=r"deadline \(seconds\) must be above 0, got"):
             scheduler.submit(bench.work(), deadline=deadline)
     assert bench.stages.log == []
 
@@ -567,7 +567,7 @@ def test_an_error_at_the_begin_of_serving(bench: Bench) -> None:
 
 
 def test_stages_that_break_their_promise_are_an_error_of_the_job() -> None:
-    scheduler: Scheduler[int, int, int] = Scheduler(lambda given: given, lambda turns: [], waiting=1)
+    scheduler: Scheduler[int, int, int] = Scheduler(lambda given, check: given, lambda turns: [], waiting=1)
     with pytest.raises(ValueError, match="1 turns and returned 0"):
         scheduler.submit(1).last(LONG)
     with pytest.raises(ValueError, match="1 turns and returned 0"):
@@ -755,7 +755,7 @@ def serve(turns):
             yield 1
     return [run() for _ in turns]
 
-made = scheduler.Scheduler(lambda given: given, serve, waiting=3)
+made = scheduler.Scheduler(lambda given, check: given, serve, waiting=3)
 jobs = [made.submit(n) for n in range(3)]
 begun.wait()
 scheduler.EXIT_SECONDS = 0.1
@@ -897,9 +897,9 @@ def test_a_fork_is_told_that_the_workers_stayed_behind(bench: Bench, monkeypatch
     scheduler = bench.scheduler()
     scheduler.submit(bench.work("a")).last(LONG)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.scheduler.os.getpid", lambda: -1)
+        patch.setattr("runtime.forks.os.getpid", lambda: -1)
         with scheduler._lock:  # as a fork may find it
             scheduler.close()
-            with pytest.raises(Closed, match="load one after"):
+            with pytest.raises(Closed, match="load a pipeline after it"):
                 scheduler.submit(bench.work("b"))
     assert scheduler.submit(bench.work("c")).last(LONG) is not None

@@ -14,15 +14,9 @@ import pytest
 import torch
 
 from earlytom.errors import UserError
-from runtime import video
 from runtime.errors import VideoError
-from runtime.frames import resize_frames, resize_in_float
-from runtime.video import (
-    apply_display_matrix,
-    clip_from_frames,
-    load_clip,
-    sample_indices,
-)
+from runtime.video import apply_display_matrix, clip_from_frames, decode, load, load_clip, sample_indices
+from runtime.video.frames import resize_frames, resize_in_float
 
 HEIGHT, WIDTH, BITS = 48, 80, 10
 SIZE = (HEIGHT, WIDTH)
@@ -92,15 +86,15 @@ def no_full_decode(monkeypatch):
     def refuse(*_):
         raise AssertionError("decoded the whole file")
 
-    monkeypatch.setattr(video, "_decode_all", refuse)
+    monkeypatch.setattr(decode, "decode_all", refuse)
 
 
 @pytest.fixture
 def full_decodes(monkeypatch):
     """Counts the times that a whole file was decoded."""
     calls = []
-    original = video._decode_all
-    monkeypatch.setattr(video, "_decode_all", lambda *args: calls.append(1) or original(*args))
+    original = decode.decode_all
+    monkeypatch.setattr(decode, "decode_all", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -201,14 +195,14 @@ def test_decoding_parts_gives_the_pixels_of_decoding_everything(tmp_path, name, 
 def decoded(monkeypatch):
     """The pts of all frames that were decoded."""
     decoded = []
-    original = video._span_frames
+    original = decode.span_frames
 
     def counted(*args):
         for frame in original(*args):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video, "_span_frames", counted)
+    monkeypatch.setattr(decode, "span_frames", counted)
     return decoded
 
 
@@ -232,14 +226,14 @@ def test_pictures_that_nobody_needs_are_not_decoded(tmp_path, decoded, no_full_d
 def test_keyframes_that_are_none_are_found_out(tmp_path, monkeypatch, full_decodes, name):
     """A file that calls every packet a keyframe would have frames built on nothing; they are not believed."""
     path = write(tmp_path / name, 90, **EXACT[name])
-    original = video._read_packets
+    original = load.read_packets
 
     def lie(source):
         packets = original(source)
         packets.key = [True] * len(packets.key)
         return packets
 
-    monkeypatch.setattr(video, "_read_packets", lie)
+    monkeypatch.setattr(load, "read_packets", lie)
     clip = load_clip(path, 8, SIZE)
     assert full_decodes
     assert torch.equal(clip.frames, every_frame(path)[sample_indices(90, 8)])
@@ -248,7 +242,7 @@ def test_keyframes_that_are_none_are_found_out(tmp_path, monkeypatch, full_decod
 def test_packets_that_give_no_frame_are_not_counted(tmp_path, monkeypatch, full_decodes):
     """The decoder has the last word on how many frames there are."""
     path = write(tmp_path / "hollow.mkv", 90, codec="mpeg4", options={"b": "2M"})
-    original = video._read_packets
+    original = load.read_packets
 
     def lie(source):
         packets = original(source)
@@ -257,7 +251,7 @@ def test_packets_that_give_no_frame_are_not_counted(tmp_path, monkeypatch, full_
         packets.shown.extend([True] * 10)
         return packets
 
-    monkeypatch.setattr(video, "_read_packets", lie)
+    monkeypatch.setattr(load, "read_packets", lie)
     clip = load_clip(path, 8, SIZE)
     assert len(full_decodes) == 2  # once by the wrong count, once by the right one
     assert clip.source_frames == 90
@@ -339,22 +333,22 @@ def test_frames_that_an_edit_list_cuts_away_are_not_shown(tmp_path, frames, no_f
 
 def test_timestamps_that_run_backwards_are_not_believed(tmp_path, monkeypatch):
     path = write(tmp_path / "clip.mp4", 30)
-    original = video._decode_all
-    monkeypatch.setattr(video, "_plan", lambda *_: None)
-    monkeypatch.setattr(video, "_decode_all", lambda *args: [pts // 1500 % 3 for pts in original(*args)])
+    original = decode.decode_all
+    monkeypatch.setattr(decode, "plan", lambda *_: None)
+    monkeypatch.setattr(decode, "decode_all", lambda *args: [pts // 1500 % 3 for pts in original(*args)])
     assert load_clip(path, 4, SIZE).timestamps == pytest.approx([0, 9 / 24, 19 / 24, 29 / 24])
 
 
 def test_packets_without_different_times_are_decoded_in_order(tmp_path, monkeypatch, full_decodes):
     path = write(tmp_path / "clip.mp4", 30)
-    original = video._read_packets
+    original = load.read_packets
 
     def lie(source):
         packets = original(source)
         packets.pts[3] = packets.pts[4]
         return packets
 
-    monkeypatch.setattr(video, "_read_packets", lie)
+    monkeypatch.setattr(load, "read_packets", lie)
     assert barcodes(load_clip(path, 5, SIZE).frames) == sample_indices(30, 5).tolist()
     assert full_decodes
 
@@ -599,7 +593,7 @@ def test_the_same_frames_from_file_and_from_memory_give_the_same_clip(tmp_path):
         (np.zeros((4, 3, 0, 8), np.uint8), r"\[4, 3, 0, 8\]"),
         (np.zeros((1, 3, 8, 8), np.uint8), "1 frame; a video has at least 2"),
         (np.zeros((0, 3, 8, 8), np.uint8), r"\[0, 3, 8, 8\]"),
-        ([picture(0), picture(1)], "list"),
+        ({0: picture(0)}, "dict"),
     ],
 )
 def test_bad_frames_from_outside(given, message):

@@ -1,0 +1,91 @@
+"""What callers say to a `Pipeline`, checked where they say it: what is wrong ends in one line that names the argument,
+before anything is loaded. Numbers are checked by `earlytom.numbers`, videos by `runtime.video`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+import torch
+
+from earlytom.errors import UserError
+from earlytom.numbers import shown
+from runtime.checkpoint import Checkpoint, Source
+from runtime.sampling import Sampling
+
+DECODERS = ("torch", "torch-tensorrt")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+T = TypeVar("T")
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `Pipeline.submit`, `stream` and `ask`; see `submit`."""
+
+    deadline: float | None
+    max_new_tokens: int
+    sampling: Sampling | None
+    system: str | None
+    frames: int | None
+
+
+def instance(name: str, value: Any, kind: type[T], remedy: str) -> T:
+    """`value`, if it is a `kind`; a bool is one only where that is asked for."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} must be a {kind.__name__}, got {shown(value)}: give {remedy}")
+    return value
+
+
+def engine_folder(engine: Any) -> Path:
+    """An engine's folder, from its path."""
+    path = _path(engine)
+    if path is None:
+        raise UserError(f"engine must be the path of an engine folder, a str or a Path, got {shown(engine)}")
+    return Path(path)
+
+
+def model_source(model: Any) -> Source:
+    """Where a checkpoint is: as it was given, or as a str."""
+    if model is None or isinstance(model, Checkpoint):
+        return model
+    path = _path(model)
+    if path is None:
+        raise UserError(f"model must be the path or the name of a checkpoint, a str or a Path, got {shown(model)}")
+    return path if isinstance(model, str) else Path(path)
+
+
+def device_of(device: Any) -> torch.device:
+    """Where the decoder runs; by default the GPU, if torch can use one. Whether there is one is not asked here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refused = UserError(f"device is {shown(device)}: give cpu or cuda")
+    if not isinstance(device, str | torch.device):
+        raise refused
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise refused from error
+    if found.type not in ("cpu", "cuda"):
+        raise refused
+    if found.type == "cuda" and torch.cuda.is_available() and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is {shown(device)}, and there are {torch.cuda.device_count()} GPUs: give a lower number"
+        )
+    return found
+
+
+def dtype_of(dtype: Any) -> torch.dtype | None:
+    """What the decoder computes in; None where the engine decides."""
+    if dtype is not None and not any(dtype is known for known in _DTYPES):
+        names = ", ".join(map(str, _DTYPES))
+        raise UserError(f"dtype must be one of {names}, got {shown(dtype)}: give one of them, or leave it out")
+    return dtype
+
+
+def _path(value: Any) -> str | None:
+    """The text of a path, if it is one and not empty."""
+    if isinstance(value, os.PathLike):
+        value = value.__fspath__()
+    return value if isinstance(value, str) and value and "\0" not in value else None

@@ -1,0 +1,56 @@
+"""When each frame is shown, by the clock of the file where that can be believed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.video.packets import Packets
+
+_LOCAL = 16  # frames within which times that are out of order are in order again
+_JOINTS = 0.1  # share of steps backwards from which on a clock is none
+_JUMP = 10.0  # seconds without a frame, above which a format that allows joints has one; FFmpeg's own measure
+
+
+def seconds_of(pts: list[int | None], packets: Packets) -> tuple[NDArray[np.float64], float]:
+    """Seconds of every frame after the first, never falling, and the length of the whole. pts: in the order shown.
+
+    Where recordings were joined the clock starts again, or jumps: what was recorded counts, not what lies between.
+    Without a clock the file's frame rate is taken.
+    """
+    count = len(pts)
+    if None in pts or not packets.tick:
+        return _even(count, 1 / packets.rate)
+    ticks = np.array(pts, dtype=np.int64)
+    steps = np.diff(ticks)
+    forward = steps[steps > 0]
+    if not forward.size:
+        return _even(count, 1 / packets.rate)
+    if packets.decode_times:  # the same times, given to the wrong frames: in order they are right
+        ticks = np.sort(ticks)
+        step = float(np.median(np.diff(ticks)))
+        if np.abs(ticks - ticks[0] - step * np.arange(count)).max() <= step:
+            return _even(count, step * packets.tick)
+        steps = np.diff(ticks)
+    elif (steps < 0).sum() >= _JOINTS * count:
+        return _even(count, 1 / packets.rate)
+    elif (steps < 0).any() or packets.joints:
+        ticks = _joined(ticks, _JUMP / packets.tick if packets.joints else np.inf, int(np.median(forward)))
+    seconds = (ticks - ticks[0]).astype(np.float64) * packets.tick
+    return seconds, float(seconds[-1] * count / (count - 1))  # the last frame stays for the mean time of the others
+
+
+def _even(count: int, step: float) -> tuple[NDArray[np.float64], float]:
+    return np.arange(count, dtype=np.float64) * step, count * step
+
+
+def _joined(ticks: NDArray[np.int64], jump: float, step: int) -> NDArray[np.int64]:
+    """The times of recordings that were joined, as of one, `step` from each to the next."""
+    ticks = ticks.copy()
+    steps = np.diff(ticks)
+    for at in (np.flatnonzero((steps < 0) | (steps > jump)) + 1).tolist():
+        before = ticks[:at].max() if at else 0
+        if steps[at - 1] < 0 and ticks[at : at + _LOCAL].max() > before:  # a few frames out of order
+            continue
+        ticks[at:] += before + step - ticks[at]
+    return np.maximum.accumulate(ticks)

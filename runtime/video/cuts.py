@@ -1,0 +1,84 @@
+"""Whether a file was cut off: copied in part, or its recording ended before it was closed.
+
+A length in a header proves nothing: it may be the wall clock's, or that of the recording from which this file is a
+piece, and it may or may not count from the first frame. What proves it is the structure: a packet that ends in the
+middle, a list of packets longer than what is there, an element that says it is larger than the file. The length counts
+only where the structure is short, or says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import av
+
+from runtime.video.opening import Opened
+from runtime.video.source import Spooled
+
+_SHOWS_IN_LAST_PACKET = {"avi", "flv", "matroska", "mov"}
+_SEGMENT = 0x18538067  # the id of the Matroska element that holds all others
+_HEADER = 12  # bytes of a Matroska element's id and size at most
+_METADATA = 8192  # bytes at the beginning of an FLV file, in which its metadata is
+
+
+def is_cut_off(opened: Opened, read: int, end: float, torn: bool) -> bool:
+    """read: packets of the video that were read; end: second at which the last of all packets ends; torn: the video's
+    last packet ends in the middle."""
+    kinds = opened.kinds
+    if torn and kinds & _SHOWS_IN_LAST_PACKET:
+        return True
+    if "mov" in kinds:
+        return len(getattr(opened.stream, "index_entries", ())) > read
+    if not kinds & {"matroska", "flv"}:
+        return False
+    path = Path(opened.source.path) if isinstance(opened.source, Spooled) else opened.source
+    short = _matroska_is_short(path) if "matroska" in kinds else _flv_is_short(path)
+    length = (opened.container.duration or 0) / av.time_base
+    return short is not False and (length - end > max(0.1 * length, 0.5) or (short is True and not length))
+
+
+def _matroska_is_short(path: Path) -> bool | None:
+    """Whether an element is larger than the rest of the file; None where the file does not say how large they are."""
+    whole = path.stat().st_size
+    with path.open("rb") as file:
+        position = 0
+        while position < whole:
+            file.seek(position)
+            kind, size, header = _element(file.read(_HEADER))
+            if kind is None or header is None:
+                return None
+            if size is not None and position + header + size > whole:
+                return True
+            if kind == _SEGMENT and size is None:  # it goes on to the end: look at what is in it
+                position += header
+            elif size is None:
+                return None
+            else:
+                position += header + size
+    return False
+
+
+def _element(head: bytes) -> tuple[int | None, int | None, int | None]:
+    """Of a Matroska element: its id, its size, and the bytes that say so. None for what is unknown or not there."""
+    first = 9 - head[0].bit_length() if head and head[0] else 0
+    if not 1 <= first <= 4 or len(head) <= first or not head[first]:
+        return None, None, None
+    bits = 9 - head[first].bit_length()
+    kind = int.from_bytes(head[:first])
+    content = head[first : first + bits]
+    if len(content) < bits:
+        return kind, None, None
+    size = int.from_bytes(content) & ((1 << 7 * bits) - 1)
+    return kind, None if size == (1 << 7 * bits) - 1 else size, first + bits
+
+
+def _flv_is_short(path: Path) -> bool | None:
+    """Whether the file is smaller than its metadata says; None where that says nothing."""
+    with path.open("rb") as file:
+        head = file.read(_METADATA)
+    at = head.find(b"filesize\0")  # its name, and the mark of a number
+    number = head[at + 9 : at + 17] if at >= 0 else b""
+    said = struct.unpack(">d", number)[0] if len(number) == 8 else 0.0
+    return os.path.getsize(path) < said if said > 0 else None

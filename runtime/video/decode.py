@@ -1,0 +1,191 @@
+"""From packets to sampled frames: only what they need is decoded where that is safe, everything elsewhere.
+
+A span is fed to the decoder from a keyframe on; the packets in between are read and dropped, which lands exactly in
+every container, where a seek is only as exact as the container's index. What comes out is held against the packets; at
+the first contradiction everything is decoded from the start instead, and the number of frames that then come out is the
+one that is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from runtime.errors import VideoError
+from runtime.video.frames import MIN_FRAMES
+from runtime.video.limits import remedy
+from runtime.video.opening import Opened, Opener
+from runtime.video.packets import Packets, Span, plan
+from runtime.video.sample import Sample, frames_for, sample_indices
+
+# H.264 marks the pictures that no other refers to: where nobody asked for them either, they need no decoding.
+# HEVC's like-named mark only speaks of the picture's own temporal layer, so there it would not be exact.
+_UNREFERENCED_IS_MARKED = {"h264"}
+# Nothing in files of these kinds tells whether their last picture is there in full.
+_OPEN_ENDED = {"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"}
+
+Put = Callable[[int, av.VideoFrame], bool]
+
+
+class _ContradictionError(Exception):
+    """The decoder gave something else than the packets promised."""
+
+
+def decode(
+    opener: Opener, packets: Packets, frames: int | Sequence[int], size: tuple[int, int], device: torch.device
+) -> tuple[Sample, list[int | None]]:
+    """The sampled frames and the times (pts) of all frames of the video, sampled or not."""
+    if packets.kinds & _OPEN_ENDED and len(packets.pts) > MIN_FRAMES and _last_is_torn(opener, packets):
+        packets.drop_last()
+    count = sum(packets.shown)
+    if count >= MIN_FRAMES:
+        chosen = np.unique(sample_indices(count, frames_for(count, frames)))
+        spans = plan(packets, chosen)
+        if spans is not None:
+            sample = Sample(len(chosen), size, device)
+            try:
+                decode_spans(opener, packets, spans, sample.put)
+                if not sample.missing:
+                    shown = [pts or 0 for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
+                    return sample, [*sorted(shown)]
+            except _ContradictionError:
+                pass  # decode everything and believe only what comes out
+    for _ in range(2):  # once more if the packets were no measure of the frames
+        chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames)))
+        sample = Sample(len(chosen), size, device)
+        rows = {index: row for row, index in enumerate(chosen.tolist())}
+        pts = decode_all(opener, len(packets.pts), rows, sample.put)
+        if len(pts) < MIN_FRAMES:
+            what = "1 frame" if pts else "no frame that can be decoded"
+            raise VideoError(f"{opener.label} has {what}; give a video of at least {MIN_FRAMES} frames")
+        if len(pts) == count and not sample.missing:
+            return sample, pts
+        count = len(pts)
+    raise VideoError(f"{opener.label} decodes to another number of frames each time; re-encode it")
+
+
+def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put) -> None:
+    """Decode the spans only, checking all that the decoder returns. Raises _ContradictionError."""
+    times = packets.times() or []
+    may_skip = packets.codec in _UNREFERENCED_IS_MARKED
+    with opener() as opened:
+        reader = enumerate(packet for packet in opened.packets(opened.stream) if packet.size)
+        for span in spans:
+            start = times[span.first]
+            rows = {times[position]: row for position, row in span.wanted.items()}
+            seen: list[int] = []
+            for frame in span_frames(opened, reader, span, may_skip):
+                if frame.pts is None:
+                    raise _ContradictionError
+                if frame.pts < start:
+                    continue  # leans on frames before the span, which were not decoded
+                if frame.pts == start and not frame.key_frame:
+                    raise _ContradictionError  # the container calls it a keyframe, the decoder does not
+                seen.append(frame.pts)
+                opener.check_pixels(frame.width, frame.height)
+                if frame.pts in rows and not put(rows[frame.pts], frame):
+                    raise _ContradictionError  # twice
+
+            # Every frame of the span came out once, in the order of time; of H.264 at least those that were asked for.
+            covered = [i for i in range(span.first, span.last + 1) if packets.shown[i] and times[i] >= start]
+            if may_skip:
+                came = set(seen)
+                covered = [i for i in covered if times[i] in came or i in span.asked or i == span.first]
+            if seen != sorted(times[i] for i in covered):
+                raise _ContradictionError
+
+
+def span_frames(
+    opened: Opened, reader: Iterator[tuple[int, Any]], span: Span, may_skip: bool
+) -> Iterator[av.VideoFrame]:
+    """Read on to the span, feed it to the decoder and drain it, so that the next span meets an empty decoder."""
+    decoder = opened.stream.codec_context
+    for position, packet in reader:
+        if position < span.first:
+            continue
+        asked = position == span.first or position in span.asked
+        decoder.skip_frame = "NONREF" if may_skip and not asked else "DEFAULT"
+        yield from _frames_or_contradiction(decoder, packet)
+        if position == span.last:
+            break
+    yield from _frames_or_contradiction(decoder, None)
+    decoder.flush_buffers()  # after the drain it takes packets again
+
+
+def _frames_or_contradiction(decoder: Any, packet: Any) -> list[av.VideoFrame]:
+    try:
+        return decoder.decode(packet)
+    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+        raise _ContradictionError from error
+
+
+def decode_all(opener: Opener, packets: int, rows: dict[int, int], put: Put) -> list[int | None]:
+    """Decode that many packets, hand on the frames whose index is in `rows`, return the pts of all.
+
+    Broken packets are skipped.
+    """
+    pts: list[int | None] = []
+    with opener() as opened:
+        for frame in _all_frames(opener, opened, packets):
+            opener.check_pixels(frame.width, frame.height)
+            if len(pts) in rows:
+                put(rows[len(pts)], frame)
+            pts.append(frame.pts)
+    return pts
+
+
+def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.VideoFrame]:
+    decoder = opened.stream.codec_context
+    left = packets
+    reader = (packet for packet in opened.packets(opened.stream) if packet.size)
+    while True:
+        packet = next(reader, None) if left > 0 else None
+        left -= 1
+        try:
+            decoded = decoder.decode(packet)
+        except av.error.InvalidDataError:
+            decoded = []
+        except av.error.ArgumentError as error:  # what the decoder says of a size above its limit
+            limit = opener.limits.max_pixels
+            if limit is None:
+                raise
+            raise VideoError(
+                f"{opener.label} has a frame of more than {limit} pixels (max_pixels), or a broken one; "
+                f"{remedy('max_pixels')}"
+            ) from error
+        for frame in decoded:
+            if opener.check is not None:
+                opener.check()
+            yield frame
+        if packet is None:
+            return
+
+
+def _last_is_torn(opener: Opener, packets: Packets) -> bool:
+    """Whether the frame of the last packet is not there in full: a recording that was ended at any byte.
+
+    The last group is decoded for that on one thread: where frames are decoded side by side the decoder returns the last
+    one before it knows. Where the group cannot be found alone nothing is left out.
+    """
+    last, torn = packets.pts[-1], False
+    with opener() as opened:
+        opened.stream.thread_type = "NONE"
+        if packets.last_group:
+            opened.container.seek(packets.last_group, stream=opened.stream, unsupported_byte_offset=True)
+        decoder = opened.stream.codec_context
+        reader = iter(packet for packet in opened.packets(opened.stream) if packet.size)
+        packet: Any = True
+        while packet is not None:
+            packet = next(reader, None)
+            try:
+                decoded = decoder.decode(packet)
+            except av.error.InvalidDataError:
+                continue
+            for frame in decoded:
+                if last is None or frame.pts == last:
+                    torn = frame.is_corrupt
+    return torn

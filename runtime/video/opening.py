@@ -1,0 +1,197 @@
+"""Opening a file with FFmpeg and reading its packets, so that no file can do more than be refused.
+
+The one module that opens a container. Only formats that hold a video by themselves are opened, and nothing but the file
+itself: a playlist, a script or a reference inside a file would read other files or addresses, and a live playlist waits
+for ever. Nothing is decoded while FFmpeg looks for the streams unless the limit on pixels holds there too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+
+from runtime.errors import VideoError
+from runtime.video.limits import Limits, remedy
+from runtime.video.source import Spooled, label_of
+
+# What FFmpeg may take a file for. Those without pictures are here so that the message can say so.
+_FORMATS = (
+    "3dostr,4xm,aac,ac3,aiff,amv,apng,asf,avi,avs2,avs3,caf,cavsvideo,dhav,dirac,dnxhd,dv,evc,ffm,filmstrip,flac,flic,"
+    "flv,gif,gxf,h261,h263,h264,hevc,ingenient,ivf,kux,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mp3,mp4,mpeg,mpegts,"
+    "mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,pva,rm,roq,smjpeg,swf,ty,vc1,vc1test,viv,vvc,w64,wav,webm,wtv,yuv4mpegpipe"
+)
+# Formats whose streams come to light while they are read. There the limit on pixels cannot be handed to the decoders
+# with which FFmpeg looks for the streams, so it gets none: the pictures' sizes come from the parsers.
+_STREAMS_LATE = {"dhav", "flv", "kux", "live_flv", "mpeg", "mpegts", "nsv", "swf", "ty", "wtv"}
+_NO_DECODING = {"codec_whitelist": "none"}
+# Where a stream begins late, more of the file is looked at than FFmpeg's 5 MB and 5 seconds.
+_LOOK_FURTHER = {"probesize": str(64 << 20), "analyzeduration": str(10 * 60 * 1_000_000)}
+_TIMEOUT = 8.0  # seconds to open, and to read a packet: a guard against formats that wait, far above what a disk needs
+# Tags are not used, so any encoding will do; before version 19 PyAV has to be told.
+_TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+_TEXTS = (  # how a file begins that speaks of others -> what it is
+    (b"#extm3u", "a playlist"),
+    (b"[playlist]", "a playlist"),
+    (b"<smil", "a playlist"),
+    (b"<asx", "a playlist"),
+    (b"ffconcat", "a script that joins files"),
+    (b"<mpd", "a DASH manifest"),
+    (b"v=0", "a description of a session (SDP)"),
+)
+_PICTURES = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"P3\n",
+    b"P5\n",
+    b"P6\n",
+    b"8BPS",
+    b"qoif",
+    b"\0\0\0\x0cJXL ",
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open container and the stream that is the video."""
+
+    container: Any
+    stream: Any
+    kinds: frozenset[str]  # FFmpeg's names of the format
+    source: Path | Spooled
+    check: Callable[[], object] | None
+
+    def packets(self, *streams: Any) -> Iterator[Any]:
+        """The packets of `streams`, or of all, in the order of the file; empty ones too, where AVI dropped a frame.
+
+        An error of the format ends them, as the end of the file does, unless it comes before the first. Raises what
+        `check` raises.
+        """
+        reader = self.container.demux(*streams)
+        some = False
+        while True:
+            if self.check is not None:
+                self.check()
+            try:
+                packet = next(reader, None)
+            except (av.error.InvalidDataError, IndexError) as error:
+                # An IndexError is PyAV's own where a stream came to light that was not there at the beginning.
+                if not some and isinstance(error, av.error.FFmpegError):
+                    raise
+                return
+            if packet is None:
+                return
+            if packet.size or packet.dts is not None:  # not one of those with which PyAV marks the end
+                some = True
+                yield packet
+
+
+class Opener:
+    """Opens a source as often as needed."""
+
+    def __init__(self, source: Path | Spooled, limits: Limits, check: Callable[[], object] | None) -> None:
+        self.source, self.limits, self.check = source, limits, check
+        self.label = label_of(source)
+        self._options: dict[str, str] | None = None  # how FFmpeg looks for the streams; None until the format is known
+
+    @contextmanager
+    def __call__(self) -> Iterator[Opened]:
+        """The opened file and its main video stream, ready for threaded decoding, within the limit on pixels."""
+        if self.check is not None:
+            self.check()
+        with self._container() as container:
+            kinds = frozenset(container.format.name.split(","))
+            stream = _main_stream(container)
+            self._check_stream(stream)
+            pixels = self.limits.max_pixels
+            if pixels is not None:
+                context = stream.codec_context
+                self.check_pixels(context.width, context.height)
+                context.options = {"max_pixels": str(min(pixels, 2**31 - 1))}
+            stream.thread_type = "AUTO"
+            yield Opened(container, stream, kinds, self.source, self.check)
+
+    def check_pixels(self, width: int, height: int) -> None:
+        """Raises VideoError for a frame above the limit."""
+        limit = self.limits.max_pixels
+        if limit is not None and width * height > limit:
+            raise VideoError(
+                f"{self.label} has frames of {width}x{height}, more than {limit} pixels (max_pixels); "
+                f"{remedy('max_pixels')}"
+            )
+
+    @contextmanager
+    def _container(self) -> Iterator[Any]:
+        if self._options is None:
+            with self._open(_NO_DECODING) as container:
+                self._options = self._ways(container)
+        with self._open(self._options) as container:
+            yield container
+
+    def _ways(self, container: Any) -> dict[str, str]:
+        """How to open this file from now on. Its first look decodes nothing."""
+        late = bool(_STREAMS_LATE & set(container.format.name.split(",")))
+        stream = _main_stream(container)
+        if late:
+            return _NO_DECODING if stream is not None else _NO_DECODING | _LOOK_FURTHER
+        if stream is not None and stream.codec_context is not None:
+            self.check_pixels(stream.codec_context.width, stream.codec_context.height)
+        pixels = self.limits.max_pixels
+        return {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
+
+    @contextmanager
+    def _open(self, options: dict[str, str]) -> Iterator[Any]:
+        safe = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "enable_drefs": "0"}
+        path = self.source.path if isinstance(self.source, Spooled) else os.fspath(self.source)
+        try:
+            # "file:" keeps FFmpeg from taking a name with a colon for an address.
+            container: Any = av.open(f"file:{path}", options=safe | options, timeout=(_TIMEOUT, _TIMEOUT), **_TAGS)
+        except av.error.ExitError as error:
+            raise VideoError(f"{self.label} takes longer than {_TIMEOUT:g} s to open; convert it to MP4") from error
+        except av.error.FFmpegError as error:
+            self._explain(error)
+            raise
+        with container:
+            yield container
+
+    def _explain(self, error: Exception) -> None:
+        """Raises VideoError if the beginning of the file tells why it cannot be opened."""
+        path = self.source.path if isinstance(self.source, Spooled) else os.fspath(self.source)
+        try:
+            with open(path, "rb") as file:
+                head = file.read(4096)
+        except OSError:  # which FFmpeg has said already
+            return
+        text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        for start, what in _TEXTS:
+            if text.startswith(start) or (start[:1] == b"<" and text.startswith(b"<") and start in text):
+                raise VideoError(
+                    f"{self.label} is {what}, which is not followed; give the video file itself, or the segments "
+                    "joined into one file"
+                ) from error
+        if head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+            raise VideoError(f"{self.label} is a picture, 1 frame; give a video of at least 2 frames") from error
+        if b"\0" not in head and sum(byte < 9 or 13 < byte < 32 for byte in head) == 0:
+            raise VideoError(
+                f"{self.label} cannot be read as a video: it is a text file; give a video file that FFmpeg reads"
+            ) from error
+
+    def _check_stream(self, stream: Any) -> None:
+        if stream is None:
+            raise VideoError(f"{self.label} has no video stream; give a file with moving pictures")
+        if stream.codec_context is None:
+            raise VideoError(f"{self.label} uses a codec that this FFmpeg cannot decode; convert it to H.264")
+
+
+def _main_stream(container: Any) -> Any:
+    stream = container.streams.best("video")
+    cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic  # of a song
+    return None if cover else stream

@@ -1,0 +1,179 @@
+"""What a file says of its frames without decoding one, and the plan of what to decode, made from that.
+
+One cheap pass reads the packets (0.4 s for an hour at 30 frames per second) and tells how many frames there are, which
+packet holds which, and where the keyframes are. A plan is only made where the packets leave no doubt of the order in
+which the decoder will return the frames; everywhere else everything is decoded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import VideoError
+from runtime.video.cuts import is_cut_off
+from runtime.video.limits import Limits, remedy
+from runtime.video.opening import Opened, Opener
+
+# Decoding may start at any keyframe of these and gives the same pixels as decoding from the start of the file.
+_EXACT_FROM_KEYFRAME = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
+_REORDERED = 16  # frames that an encoder holds back at most, so by how many places packets and frames differ
+_JUMP = 10.0  # seconds without a frame, above which a format that allows joints has one; FFmpeg's own measure
+
+
+@dataclass
+class Packets:
+    """All packets of the video, in the order of the file, which is that of decoding."""
+
+    codec: str
+    rate: float  # frames per second, for streams without timestamps
+    tick: float  # seconds in one unit of pts
+    joints: bool = False  # the format allows the clock to jump
+    pts: list[int | None] = field(default_factory=list)
+    key: list[bool] = field(default_factory=list)
+    shown: list[bool] = field(default_factory=list)  # False where an edit list cuts a frame away: decoded, not shown
+    last_group: int | None = None  # where the last keyframe's packet lies, in bytes
+    kinds: frozenset[str] = frozenset()  # FFmpeg's names of the format
+    steady: bool = True  # the times of decoding never step back
+    seconds: float = 0.0  # by the times of decoding, without the jumps at joints
+    decode_times: bool = False  # the format has no times of showing, so its pts are those of decoding
+    read: int = 0  # with the empty ones, which are frames that the file leaves out
+
+    def drop_last(self) -> None:
+        """Leave the last packet out: it is torn."""
+        for column in (self.pts, self.key, self.shown):
+            column.pop()
+
+    def times(self) -> list[int] | None:
+        """The pts of every packet, or None where they do not tell one frame from another."""
+        known = [pts for pts in self.pts if pts is not None]
+        return known if len(set(known)) == len(self.pts) else None
+
+
+@dataclass
+class Span:
+    """A stretch of packets to decode without a gap, from a keyframe on."""
+
+    first: int  # position of the keyframe's packet
+    last: int
+    wanted: dict[int, int]  # position of a sampled frame's packet -> its row in the sample
+    asked: set[int] = field(default_factory=set)  # positions whose frames have to come out, so that the order shows
+
+
+def read_packets(opener: Opener) -> Packets:
+    """Read the file once without decoding.
+
+    Raises VideoError if it has no video stream, is cut off, or is above a limit.
+    """
+    limits = opener.limits
+    with opener() as opened:
+        stream = opened.stream
+        # 25 frames per second is FFmpeg's own guess for a bare stream
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        table = Packets(
+            stream.codec_context.codec.canonical_name,
+            rate,
+            float(stream.time_base or 0),
+            joints=bool(opened.container.format.flags & av.format.Flags.ts_discont.value),
+            kinds=opened.kinds,
+        )
+        ends, torn = _fill(table, opened, limits, opener.label)
+        table.decode_times = "avi" in opened.kinds
+        if is_cut_off(opened, table.read, ends, torn):
+            raise VideoError(f"{opener.label} is cut off: it ends before its length; copy it again in full")
+    return table
+
+
+def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> tuple[float, bool]:
+    """Read all packets. Returns the second at which the last ends, and whether the video's last is torn."""
+    bases = [float(stream.time_base or 0) for stream in opened.container.streams]
+    ends = [0] * len(bases)  # pts; the sound may outlast the picture
+    index, torn, before = opened.stream.index, False, None
+    longest, most = limits.max_seconds, limits.max_frames
+    jump = _JUMP if table.joints else float("inf")
+    for packet in opened.packets():
+        at = packet.stream_index
+        table.read += at == index
+        if not packet.size:
+            continue
+        if packet.pts is not None:
+            ends[at] = max(ends[at], packet.pts + (packet.duration or 0))
+        if at != index:
+            continue
+        table.pts.append(packet.pts)
+        table.key.append(packet.is_keyframe)
+        table.shown.append(not packet.is_discard)
+        if packet.is_keyframe:
+            table.last_group = packet.pos
+        torn = packet.is_corrupt
+        dts = packet.dts
+        if dts is not None:
+            step = 0.0 if before is None else (dts - before) * table.tick
+            table.steady &= step >= 0
+            table.seconds += step if 0 <= step <= jump else 0.0
+            before = dts
+        if most is not None and len(table.pts) > most:
+            raise VideoError(f"{label} has more than {most} frames (max_frames); {remedy('max_frames')}")
+        if longest is not None and table.seconds > longest:
+            raise VideoError(f"{label} is longer than {longest:g} seconds (max_seconds); {remedy('max_seconds')}")
+    return max((end * base for end, base in zip(ends, bases, strict=True)), default=0.0), torn
+
+
+def plan(packets: Packets, chosen: NDArray[np.int64]) -> list[Span] | None:
+    """What to decode for the frames `chosen` (distinct, ascending), or None when everything has to be."""
+    times = packets.times()
+    if times is None or not packets.steady or packets.codec not in _EXACT_FROM_KEYFRAME:
+        return None
+    keys = [i for i, key in enumerate(packets.key) if key]
+    everything = sorted(range(len(times)), key=times.__getitem__)
+    if not _in_order(times, keys, everything):
+        return None
+    order = [i for i in everything if packets.shown[i]]
+    spans: list[Span] = []
+    for row, index in enumerate(chosen.tolist()):
+        position = order[index]
+        # A frame shown before the keyframe that precedes it in the file leans on the group before (an open group).
+        at = bisect_right(keys, position) - 1
+        while at >= 0 and times[position] < times[keys[at]]:
+            at -= 1
+        if at < 0:
+            return None
+        asked = _out_of_line(times, position)
+        last = max(asked, default=position)
+        if spans and keys[at] <= spans[-1].last + 1:
+            spans[-1].last = max(spans[-1].last, last)
+        else:
+            spans.append(Span(keys[at], last, {}))
+        spans[-1].wanted[position] = row
+        spans[-1].asked |= asked
+    return spans
+
+
+def _in_order(times: list[int], keys: list[int], everything: list[int]) -> bool:
+    """Whether the order of the times can be the decoder's: groups follow one another, frames move by a few places.
+
+    A clock that jumps or steps back, or one rotten time, breaks that.
+    """
+    if not keys or keys[0] != 0:
+        return False
+    if np.abs(np.array(everything) - np.arange(len(everything))).max() > _REORDERED:
+        return False
+    ticks = np.array(times, np.int64)
+    least, most = np.minimum.reduceat(ticks, keys), np.maximum.reduceat(ticks, keys)  # of each group
+    return bool((least[1:] > most[:-1]).all())
+
+
+def _out_of_line(times: list[int], position: int) -> set[int]:
+    """The packets near `position`, and itself, that come before it in the file and after it in time, or the reverse.
+
+    Only their frames can show that the decoder's order is another; the reach is what `_in_order` holds them to.
+    """
+    time = times[position]
+    reach = 2 * _REORDERED
+    earlier = range(max(0, position - reach), position)
+    later = range(position + 1, min(len(times), position + reach + 1))
+    return {position, *(i for i in earlier if times[i] > time), *(i for i in later if times[i] < time)}

@@ -1,0 +1,110 @@
+"""Which frames of a video are shown, and their way from the decoder to the model's size.
+
+Sampling goes by frame index over the whole clip, `np.linspace(0, n - 1, F, dtype=int)`, as the released LLaVA-OneVision
+code does. In a clip of variable rate, neighbours in the sample are therefore the same number of frames apart, not the
+same number of seconds. A clip of fewer than F frames repeats some of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from earlytom.errors import UserError
+from runtime.video.frames import resize_frames
+
+
+def frames_for(source: int, frames: int | Sequence[int]) -> int:
+    """How many frames to show of a video of `source`: of several counts the least that shows all, else the most."""
+    if isinstance(frames, int | np.integer):
+        return int(frames)
+    return min((count for count in frames if count >= source), default=max(frames))
+
+
+def sample_indices(count: int, frames: int) -> NDArray[np.int64]:
+    """Which of `count` frames are shown: int64 [frames], ascending, from the first to the last one.
+
+    Fractions are rounded down, by numpy itself, so that every index is the one the released code takes.
+    """
+    return np.linspace(0, count - 1, frames, dtype=np.int64)
+
+
+def apply_display_matrix(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Turn and mirror `image` [h, w, 3] as a container's display matrix [9] asks; a view, [h, w, 3] or [w, h, 3].
+
+    The matrix maps a pixel at (x, y) to (a*x + c*y, b*x + d*y), y downwards. Only quarter turns and mirrors exist in
+    practice; any other angle is taken as the nearest one of them.
+    """
+    a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, flip_rows, flip_columns = image.transpose(1, 0, 2), b < 0, c < 0
+    else:
+        flip_rows, flip_columns = d < 0, a < 0
+    return image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+
+def check_request(frames: int | Sequence[int], size: tuple[int, int]) -> None:
+    """Raises UserError for a number of frames, or a size, that makes no sense."""
+    counts = frames if isinstance(frames, tuple | list) and frames else (frames,)
+    if any(isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1 for count in counts):
+        raise UserError(f"frames is {frames!r}; give a whole number of frames of at least 1, or several of them")
+    if len(size) != 2 or not all(isinstance(side, int | np.integer) and side >= 1 for side in size):
+        raise UserError(f"size is {size!r}; give (height, width) in pixels, each at least 1")
+
+
+class Sample:
+    """Collects sampled frames in any order, each brought to RGB, upright and to its final size at once."""
+
+    def __init__(self, count: int, size: tuple[int, int], device: torch.device) -> None:
+        self.size = size
+        self.frames = torch.empty(count, 3, *size, dtype=torch.uint8, device=device)
+        self.missing = set(range(count))  # rows that nobody has written
+        self.resize_seconds = 0.0
+        self._reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+        self._rotation: int | None = None  # degrees
+        self._matrix: NDArray[np.int32] | None = None
+
+    def put(self, row: int, frame: av.VideoFrame) -> bool:
+        """Write a row. False, and nothing else, where it was written before."""
+        if row not in self.missing:
+            return False
+        # The matrix and the range of the file's colours are the frame's own; swscale takes untagged ones as BT.601.
+        rgb = self._reformatter.reformat(frame, format="rgb24")
+        plane: Any = rgb.planes[0]
+        shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
+        image: NDArray[np.uint8] = np.ndarray(shape, np.uint8, buffer=plane, strides=strides)
+        # A frame whose side data was looked at is in a reference cycle and lives until the next garbage collection, so
+        # the matrix is read again only where the rotation changes.
+        if frame.rotation != self._rotation:
+            side_data: Any = frame.side_data
+            matrix = side_data.get("DISPLAYMATRIX")
+            self._rotation = frame.rotation
+            self._matrix = None if matrix is None else np.frombuffer(matrix, np.int32).copy()
+        if self._matrix is not None:
+            image = apply_display_matrix(image, self._matrix)
+        upright = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)  # [3, h, w]
+        started = time.perf_counter()
+        resized = resize_frames(upright[None], self.size, self.frames.device)[0]
+        if resized.device.type == "cpu":
+            # Copied by numpy: torch would spread the copy over threads and, on busy cores, wait longer than it takes.
+            self.frames.numpy()[row] = resized.numpy()
+        else:
+            self.frames[row] = resized
+        self.resize_seconds += time.perf_counter() - started
+        self.missing.remove(row)
+        return True
+
+    def result(self, chosen: NDArray[np.int64]) -> Tensor:
+        """The frames at the indices `chosen`, in which an index may come several times: uint8 [F, 3, H, W]."""
+        assert not self.missing  # the memory of a row that nobody wrote holds another video's frames
+        if len(chosen) == len(self.frames):
+            return self.frames
+        return self.frames[torch.from_numpy(np.unique(chosen, return_inverse=True)[1]).to(self.frames.device)]
