@@ -15,6 +15,8 @@ from earlytom.errors import UserError
 from runtime import contract
 from runtime.manifest import Manifest
 
+from ..processes import HANG_SECONDS
+
 
 def quiet() -> None:
     """Nobody is waited for in most tests."""
@@ -109,7 +111,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=HANG_SECONDS)
     assert not overlaps
     assert turns == [1] * 24
     assert not list(tmp_path.iterdir())
@@ -121,19 +123,22 @@ def test_builders_of_different_things_do_not_wait(tmp_path: Path) -> None:
 
 
 def test_who_waits_says_so_once(tmp_path: Path) -> None:
-    folder, said, inside = tmp_path / "engine", [], threading.Event()
+    folder, said, waits, inside = tmp_path / "engine", [], threading.Event(), threading.Event()
+
+    def say() -> None:
+        said.append("waiting")
+        waits.set()
 
     def second() -> None:
-        with cache.staging(folder, lambda: said.append("waiting")):
+        with cache.staging(folder, say):
             inside.set()
 
     with cache.staging(folder, quiet):
         thread = threading.Thread(target=second)
         thread.start()
-        while not said:
-            time.sleep(0.001)
+        assert waits.wait(HANG_SECONDS)
         assert not inside.is_set()
-    thread.join(timeout=60)
+    thread.join(timeout=HANG_SECONDS)
     assert inside.is_set()
     assert said == ["waiting"]
 

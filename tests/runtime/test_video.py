@@ -24,6 +24,8 @@ from runtime.video import (
     sample_indices,
 )
 
+from ..processes import HANG_SECONDS
+
 HEIGHT, WIDTH, BITS = 48, 80, 10
 SIZE = (HEIGHT, WIDTH)
 X264 = {"bf": "2", "x264-params": "scenecut=0:b-adapt=0:bframes=2:b-pyramid=1"}
@@ -305,7 +307,12 @@ print(grown(lambda: list(av.open({str(path)!r}).decode(video=0))))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANG_SECONDS,
     )
     ours, everything = map(float, output.stdout.split())
     assert everything > 60  # MiB: 250 frames of 640x360 are 82 MiB as YUV and 165 MiB as RGB
