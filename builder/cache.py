@@ -8,9 +8,10 @@ whatever engine it is (`runtime.staged`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from earlytom.errors import UserError
 from runtime import staged
@@ -31,8 +32,12 @@ def find(folder: Path, key: str, *, verified: bool, text: bool = False) -> Manif
     except EngineError:
         return None
     gate = manifest.verification
-    passed = gate is not None and gate["passed"] and (not text or "text" in gate.get("steps", ()))
+    passed = gate is not None and gate["passed"] and (not text or _ran_text(gate.get("steps")))
     return manifest if manifest.key == key and (passed or not verified) else None
+
+
+def _ran_text(steps: Any) -> bool:
+    return isinstance(steps, Mapping) and "text" in steps
 
 
 @contextmanager
