@@ -238,6 +238,7 @@ class _Source:
     ) -> None:
         self._language_model, self._lm_head = language_model, lm_head
         self._compiler, self._store, self._spare = compiler, store, spare
+        self._said = False  # that they cannot be kept
         weight = next(language_model.parameters())
         self._identity: dict[str, str | int] = {
             "weights": weights_digest(language_model, lm_head),

@@ -291,8 +291,8 @@ class Manifest:
                 )
         if self.frames != self.counts[-1]:
             raise EngineError(
-                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {shown(self.counts)} it must be "
-                f"the last: {REBUILD}"
+                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {shown(self.counts)} it must "
+                f"be the last: {REBUILD}"
             )
         if self.frame_counts is not None and isinstance(config.frame_budget, tuple):
             raise EngineError(

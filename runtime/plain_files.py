@@ -41,11 +41,10 @@ def open_plain(path: Path, remedy: str) -> io.FileIO:
         if error.errno in _NOT_THE_FILE:
             raise
         raise EngineError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
-    file = io.FileIO(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise EngineError(f"{path} is no plain file: {remedy}")
-    return file
+    return io.FileIO(descriptor, "rb")
 
 
 def read_json(path: Path, remedy: str, most_bytes: int = MIB) -> Any:
