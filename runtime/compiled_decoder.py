@@ -259,9 +259,9 @@ class _Source:
         except OSError as error:
             if error.errno not in _READ_ONLY:
                 raise
-            _log.warning(
-                "%s cannot be written (%s): compiled programs are not kept", self._store.folder, error.strerror
-            )
+            if not self._said:
+                _log.warning("%s cannot be written (%s): programs are not kept", self._store.folder, error.strerror)
+            self._said = True
         return self._made(self._spare, identity, size)
 
     def _made(self, store: ProgramStore, identity: Identity, size: ProgramSize) -> Path:
