@@ -2,21 +2,19 @@
 
 A build works in a hidden staging folder under a lock, and its folder takes its final name in one step, with everything
 in it verified. So a folder that carries an engine's name is complete, two builds of one thing do not do the work twice,
-and an interrupted one leaves nothing behind (a killed one leaves its staging folder, which the next build of the same
-thing clears).
+and an interrupted one leaves nothing behind. What a killed one leaves, the next build in the same place clears, of
+whatever engine it is (`runtime.staged`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from earlytom.errors import UserError
+from runtime import staged
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
@@ -34,13 +32,19 @@ def find(folder: Path, key: str, *, verified: bool, text: bool = False) -> Manif
     except EngineError:
         return None
     gate = manifest.verification
-    passed = gate is not None and gate["passed"] and (not text or "text" in gate.get("steps", ()))
+    passed = gate is not None and gate["passed"] and (not text or _ran_text(gate.get("steps")))
     return manifest if manifest.key == key and (passed or not verified) else None
+
+
+def _ran_text(steps: Any) -> bool:
+    return isinstance(steps, Mapping) and "text" in steps
 
 
 @contextmanager
 def staging(folder: Path, waiting: Callable[[], None]) -> Iterator[Path]:
     """A fresh folder to build in, beside `folder`, under its lock; removed on the way out unless `publish` took it.
+
+    What killed builds left in that place, of any engine, is cleared first.
 
     Args:
         folder: the final folder.
@@ -49,40 +53,17 @@ def staging(folder: Path, waiting: Callable[[], None]) -> Iterator[Path]:
     Raises:
         UserError: the folder's parent cannot be written.
     """
-    place = folder.with_name(f".building-{folder.name}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    with ExitStack() as held:
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            waiting()
-            lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder.parent}: {error.strerror or error}; choose another folder with --out"
-        ) from error
-    try:
-        shutil.rmtree(place, ignore_errors=True)  # of a build that was killed
-        place.mkdir()
+            place = held.enter_context(staged.locked(folder, "building", waiting))
+            place.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {folder.parent}: {error.strerror or error}; choose another folder with --out"
+            ) from error
         yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def publish(place: Path, folder: Path) -> None:
     """Give the staging folder its final name, in place of whatever had it."""
-    old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(place, folder)
-    except BaseException:  # a Ctrl-C between the two must not cost the engine that was there
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    staged.publish(place, folder)

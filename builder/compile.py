@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from earlytom.errors import UserError
 from runtime import trt as seam
 from runtime.errors import EngineError
 from runtime.manifest import PluginRecord
+from runtime.partial import partial
 
 # Far above what a tower needs (0.1 GB of scratch for 8 frames of SigLIP-so400m), well below an A100: a graph that would
 # materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other bytes.
@@ -130,28 +132,23 @@ def compile_engine(
         raise UserError(f"workspace must be more than 0 GiB, got {workspace_gib}")
     check_target(flavour, target, hardware_compatible)
     kernel = kernel_target(target, hardware_compatible)
-    partial = {p: p.with_name(f".{p.name}.{os.getpid()}.partial") for p in (engine_path, layers_path)}
-    request = Request(
-        onnx=str(onnx_path.resolve()),
-        engine=str(partial[engine_path].resolve()),
-        layers=str(partial[layers_path].resolve()),
-        flavour=flavour,
-        target=target,
-        dtype=dtype,
-        hardware_compatible=hardware_compatible,
-        workspace_bytes=int(workspace_gib * 2**30),
-        compression=choose(compression, flavour, kernel, "budget" if profile is None else "adaptive").compression,
-        expected_share=expected_share,
-        profile=profile,
-    )
+    chosen = choose(compression, flavour, kernel, "budget" if profile is None else "adaptive").compression
     started = time.monotonic()
-    try:
+    with partial(layers_path) as layers, partial(engine_path) as engine:
+        request = Request(
+            onnx=str(onnx_path.resolve()),
+            engine=str(engine.resolve()),
+            layers=str(layers.resolve()),
+            flavour=flavour,
+            target=target,
+            dtype=dtype,
+            hardware_compatible=hardware_compatible,
+            workspace_bytes=int(workspace_gib * 2**30),
+            compression=chosen,
+            expected_share=expected_share,
+            profile=profile,
+        )
         answer = _run(request, progress, started)
-        for final, temporary in partial.items():
-            os.replace(temporary, final)
-    finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
     answer["seconds"]["total"] = time.monotonic() - started
     summary = LayerSummary.from_dict(answer.pop("layers"))
     warnings = tuple(answer.pop("warnings"))
@@ -163,7 +160,7 @@ def compile_engine(
         hardware_compatible=hardware_compatible,
         warnings=warnings,
         layers=summary,
-        compression=request.compression,
+        compression=chosen,
         plugins=plugins,
         **answer,
     )
@@ -252,10 +249,11 @@ def _messages(process: subprocess.Popen[str], request: str) -> Iterator[dict[str
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        process.stdin.write(request)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # it died before it could read: its exit status says more than this error
+        process.stdin.write(request + "\n")
+        process.stdin.flush()  # and not closed: the child ends with us (`builder.child`)
+    except BrokenPipeError:  # it died before it could read: its exit status says more than this error
+        with suppress(BrokenPipeError):
+            process.stdin.close()
     while True:
         try:
             line = lines.get(timeout=1.0)

@@ -1,8 +1,9 @@
 """The process in which `builder.compile` lets TensorRT build: one request in, progress and one answer out.
 
-Reads a `Request` as JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done", "steps"}`, then
-one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (a traceback of ours). Writes the
-engine and the layer list to the temporary paths of the request; removing or publishing them is the caller's business.
+Reads a `Request` as a line of JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done",
+"steps"}`, then one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (a traceback of
+ours). Writes the engine and the layer list to the temporary paths of the request; removing or publishing them is the
+caller's business. The caller keeps its end of a pipe to stdin open: where that closes, this process ends.
 
     python -c "import sys; from builder.engine_process import serve; sys.exit(serve())" < request.json
 """
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from builder.child import end_with_parent
 from builder.layers import LayerSummary, check_precision, parse_layers, summarise
 from builder.plugins import NATIVE, kernel_target
 from earlytom.errors import UserError
@@ -52,13 +54,14 @@ class Request:
 
 def serve() -> int:
     """Read a request from stdin, write progress and one answer as JSON lines. Returns the exit status."""
-    request = Request(**json.load(sys.stdin))
+    request = Request(**json.loads(sys.stdin.readline()))
     # The library may print; the channel is for us alone, so whatever is written to stdout goes to stderr.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     # Ctrl-C reaches this process too: end at once instead of raising inside a callback. The same when the caller dies.
     for number in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
+    end_with_parent(sys.stdin.fileno())
     lock = threading.Lock()
 
     def say(message: dict[str, Any]) -> None:

@@ -30,15 +30,17 @@ from rich.filesize import decimal
 
 from builder.inspection import Record
 from builder.inspection.comparison import compare
-from builder.inspection.layers import chain_layers, compiled_layers, graph_layers
+from builder.inspection.layers import MOST_BYTES, chain_layers, compiled_layers, graph_layers
 from runtime import cli, contract
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
+from runtime.manifest_records import cut
+from runtime.plain_files import read_json
 
 WIDTH = 60  # of a value in a table
 # Fields of the manifest that have a place of their own on the screen.
 _COUNTS = ("frames_per_stage", "tokens", "tokens_per_frame", "tokens_full")
-_APART = ("frames_kept", "schema", "name", "files", "figures", "verification", "polygraphy", "plugins", *_COUNTS)
+_APART = ("frames_kept", "schema", "name", "files", "figures", "verification", "polygraphy", "plugins", "programs")
 _KERNEL = ("name", "version", "kernel", "tensors", "registers", "shared_bytes", "spill_bytes", "ptx_sha256")
 
 
@@ -112,7 +114,7 @@ def describe(path: Path, frames: int | None = None) -> Record:
         record = {"folder": str(folder), "manifest": manifest.to_dict(), **about}
         return dict(json.loads(json.dumps(record, allow_nan=False)))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = f"{type(error).__name__}: {cut(error)}"
         raise EngineError(f"{folder} was not written by this version of the builder ({why}): {REBUILD}") from error
 
 
@@ -123,7 +125,7 @@ def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
     """
     report: Record = {}
     if contract.REPORT_FILE in manifest.files:
-        report = json.loads((folder / contract.REPORT_FILE).read_bytes())
+        report = read_json(folder / contract.REPORT_FILE, REBUILD, MOST_BYTES)
     compiled = report.get("compile")
     for found in _reports(compiled):
         found["warnings"] = list(map(str, found["warnings"]))
@@ -210,12 +212,16 @@ def show(screen: cli.Screen, record: Record) -> None:
         screen.line(f"warning of the compiler: {warning}")
     screen.line()
     screen.table(("file", "size"), [(name, decimal(file["bytes"])) for name, file in manifest["files"].items()])
+    if programs := manifest.get("programs"):
+        screen.line()
+        sizes = [(name, decimal(program["bytes"])) for name, program in programs.items()]
+        screen.table(("compiled program of the decoder", "size"), sizes)
 
 
 def _about(values: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The fields of a manifest that nothing else shows, those of its parts by their path."""
     for name, value in values.items():
-        if not prefix and name in _APART:
+        if not prefix and name in (*_APART, *_COUNTS):
             continue
         if isinstance(value, dict):
             yield from _about(value, f"{prefix}{name}.")

@@ -40,6 +40,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 from runtime import contract
 from runtime.manifest import Manifest
+from runtime.partial import partial
 
 COMPARE_FILE = "compare.sh"
 _SCRIPT = """\
@@ -103,8 +104,10 @@ def keep_reference(engine: Path, place: Path, frames: int | None = None) -> Path
     place.mkdir(parents=True, exist_ok=True)
     line = manifest.polygraphy.replace(manifest.file(contract.ONNX_FILE), '"$1"')
     for name in map(manifest.file, (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)):
-        shutil.copyfile(engine / name, place / name)
+        with partial(place / name) as copy:
+            shutil.copyfile(engine / name, copy)
         line = line.replace(name, f'"$(dirname "$0")/{name}"')
     script = place / COMPARE_FILE
-    script.write_text(_SCRIPT.format(manifest=manifest, line=line), encoding="utf-8")
+    with partial(script) as text:
+        text.write_text(_SCRIPT.format(manifest=manifest, line=line), encoding="utf-8")
     return script

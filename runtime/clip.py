@@ -29,6 +29,7 @@ from earlytom.errors import UserError
 from earlytom.micro.data import Question, labelled_clip
 from runtime.cli import Parser, run
 from runtime.errors import VideoError
+from runtime.partial import partial
 
 Image = NDArray[np.float32]  # [h, w, 3], 0 to 255
 Plane = NDArray[np.floating[Any]]  # [h, w]
@@ -108,18 +109,15 @@ def write_clip(
         there = "is a folder" if target.is_dir() else "is a device or a pipe"
         what = there if target.exists() else "is in a folder that does not exist"
         raise VideoError(f"{str(target)!r} {what}; give the path of the mp4 file to write")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        _encode(partial, frames, fps, size)
-        os.replace(partial, target)
+        with partial(target) as path:
+            _encode(path, frames, fps, size)
     except OSError as error:  # about the name that the caller knows
         raise OSError(error.errno, error.strerror, str(target)) from error
     except av.error.FFmpegError as error:
         raise VideoError(
             f"{str(target)!r} cannot be written ({error.strerror}); try another --size or --fps"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -17,6 +17,9 @@ Compilation itself is unverified without a GPU: tests on a CPU run the exported 
 
 from __future__ import annotations
 
+import errno
+import logging
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
@@ -58,6 +61,9 @@ _NO_PREFIX = (
     "without a prefix"
 )
 
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+_log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()  # torch exports and loads programs in one thread only: they keep global state
 
 
@@ -122,7 +128,8 @@ class CompiledDecoder(Decoder):
         Raises:
             EngineError: another family of models; a program that cannot be compiled, or computes something else.
             ValueError: no size, or one that does not fit the model's context.
-            OSError: the store cannot be written.
+            OSError: the store has no room. One that may not be written is said (`logging`), and its programs are not
+                kept.
         """
         language_model, lm_head = model.get_decoder().eval(), model.get_output_embeddings().eval()
         config = language_model.config
@@ -134,8 +141,8 @@ class CompiledDecoder(Decoder):
                     f"a size needs 2 <= prompt < cache <= {config.max_position_embeddings}, got {tuple(size)}"
                 )
         wanted = sorted({ProgramSize(size.cache, tokens) for size in sizes for tokens in (size.prompt, 1)})
-        with _one_at_a_time:
-            source = _Source(language_model, lm_head, compiler, store)
+        with _one_at_a_time, tempfile.TemporaryDirectory(prefix="programs-") as spare:
+            source = _Source(language_model, lm_head, compiler, store, ProgramStore(Path(spare)))
             files = {size: source.file(size) for size in wanted}
             language_model.to("cpu")  # first: a large model and two copies of it may be more than the GPU holds
             lm_head.to("cpu")
@@ -216,11 +223,22 @@ class CompiledDecoder(Decoder):
 
 
 class _Source:
-    """Where the programs of one model come from: the store, else the compiler."""
+    """Where the programs of one model come from: the store, else the compiler.
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module, compiler: Compiler, store: ProgramStore) -> None:
+    `spare`: a store for this time alone, for programs that cannot be kept.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        lm_head: nn.Module,
+        compiler: Compiler,
+        store: ProgramStore,
+        spare: ProgramStore,
+    ) -> None:
         self._language_model, self._lm_head = language_model, lm_head
-        self._compiler, self._store = compiler, store
+        self._compiler, self._store, self._spare = compiler, store, spare
+        self._said = False  # that they cannot be kept
         weight = next(language_model.parameters())
         self._identity: dict[str, str | int] = {
             "weights": weights_digest(language_model, lm_head),
@@ -236,10 +254,23 @@ class _Source:
         identity: Identity = {"kind": size.kind, "tokens": size.tokens, "cache": size.cache, **self._identity}
         if (file := self._store.find(identity)) is not None:  # without the lock: the store may be read-only
             return file
-        with self._store.locked(identity):
-            if (file := self._store.find(identity)) is not None:  # another process has made it meanwhile
+        try:
+            return self._made(self._store, identity, size)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            if not self._said:
+                _log.warning("%s cannot be written (%s): programs are not kept", self._store.folder, error.strerror)
+            self._said = True
+        return self._made(self._spare, identity, size)
+
+    def _made(self, store: ProgramStore, identity: Identity, size: ProgramSize) -> Path:
+        with store.locked(identity):
+            if (file := store.find(identity)) is not None:  # another process has made it meanwhile
                 return file
-            return self._store.add(identity, lambda file: self._make(size, file))
+            if (place := store.path(identity)).exists():
+                _log.warning("%s is not the program that was recorded: it is compiled again, not loaded", place)
+            return store.add(identity, lambda file: self._make(size, file))
 
     def _make(self, size: ProgramSize, file: Path) -> dict[str, float]:
         """Write the program's file and check what can be read back from it."""

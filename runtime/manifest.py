@@ -3,7 +3,8 @@
 JSON, never pickle. A `Manifest` is checked when it is made, so a builder cannot write one that a runtime would refuse,
 and `Manifest.read` compares every listed file with its recorded size and SHA-256 before anything is deserialised. The
 manifest carries a digest of itself, so damage to any byte of the folder is noticed. This guards against accidents (a
-torn copy, a bad disk, files of two builds mixed), not against somebody who can write to the folder.
+torn copy, a bad disk, files of two builds mixed), not against somebody who can write to the folder. The compiled
+programs that a runtime adds later (`runtime.program_store`) are recorded here, too.
 
 Everything wrong is an `EngineError` of one line that names the file and says how to get a good folder.
 """
@@ -22,15 +23,19 @@ from typing import Any, cast
 from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.numbers import shown
 from runtime.contract import CHUNK_STAGES, DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
 from runtime.errors import EngineError
 from runtime.manifest_records import (
+    MOST_FRAMES,
     REBUILD,
     FileRecord,
     ModelRecord,
     PluginRecord,
     PreprocessingRecord,
+    ProgramRecord,
     check,
+    cut,
     is_ascending,
     is_count,
     is_file_name,
@@ -38,6 +43,7 @@ from runtime.manifest_records import (
     is_kept,
     is_number,
     is_plugins,
+    is_programs,
     is_text,
     is_time,
     is_verification,
@@ -46,6 +52,8 @@ from runtime.manifest_records import (
     plain,
     record_of,
 )
+from runtime.partial import partial
+from runtime.plain_files import MIB, open_plain, read_json
 
 SCHEMA = 2
 # backend -> the file it cannot run without (there may be several of it: see `Manifest.stage_files`)
@@ -54,10 +62,18 @@ BACKENDS = {"onnx": ONNX_FILE, "tensorrt": ENGINE_FILE, "tensorrt-rtx": ENGINE_F
 COMPRESSIONS = ("native", "plugin")
 BUILD = "build one with python -m builder.build"
 
+_MOST_BYTES = MIB  # of a manifest, which has a few kilobytes
 _BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the calls, takes the time
 _SEAL = "manifest_sha256"
 # Fields that are not written where they have this value.
-_OPTIONAL: dict[str, Any] = {"islands": None, "frames_kept": None, "frame_counts": None, "batch": 1, "chunk": None}
+_OPTIONAL: dict[str, Any] = {
+    "islands": None,
+    "frames_kept": None,
+    "frame_counts": None,
+    "batch": 1,
+    "chunk": None,
+    "programs": {},
+}
 AND = " && "  # between the Polygraphy lines of several frame counts
 
 
@@ -94,6 +110,8 @@ class Manifest:
         frame_counts: the frame counts it takes, ascending, each with files of its own (`at`); None (and not written)
             for one count. What `at` returns has that count alone.
         chunk: `C`, frames of a chunk where clips come in chunks; None (and not written) where they come whole.
+        programs: the compiled programs of the decoder that runtimes have added, by the names of their folders; none
+            (and not written) when the engine is built.
     """
 
     name: str
@@ -123,6 +141,7 @@ class Manifest:
     batch: int = 1
     frame_counts: tuple[int, ...] | None = None
     chunk: int | None = None
+    programs: dict[str, ProgramRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise EngineError unless every field is of its type and the fields agree with each other."""
@@ -131,6 +150,7 @@ class Manifest:
             object.__setattr__(self, name, plain(name, getattr(self, name)))
         for name in ("frames_per_stage", "plugins"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "programs", dict(self.programs))
         if self.islands is not None:
             object.__setattr__(self, "islands", tuple(self.islands))
         if self.frames_kept is not None:
@@ -140,7 +160,7 @@ class Manifest:
         self._check_counts()
         for name in self.files:
             if not is_file_name(name):
-                raise EngineError(f"manifest lists a file named {name!r}, which is no plain file name: {REBUILD}")
+                raise EngineError(f"manifest lists a file named {shown(name)}, which is no plain file name: {REBUILD}")
         if self.compression == "plugin" and self.backend != "tensorrt":
             raise EngineError(f"manifest contradicts itself: compression is plugin, {self.backend} has none: {REBUILD}")
         if self.plugins and self.compression != "plugin":
@@ -214,12 +234,14 @@ class Manifest:
         return (self.file(name),)
 
     def _check_types(self) -> None:
-        texts = ("name", "project_version", "backend_version")
-        counts = ("frames", "tokens", "tokens_per_frame", "tokens_full", "dim", "batch")
+        texts = ("project_version", "backend_version")
+        counts = ("tokens", "tokens_per_frame", "tokens_full", "dim", "batch")
         mappings = ("earlytom", "files", "figures")
         rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
             (texts, is_text, "a text"),
+            (("name",), lambda v: is_text(v) and len(v) <= 255, "a text of at most 255 characters"),
             (counts, is_count, "a positive whole number"),
+            (("frames",), lambda v: is_count(v, 1, MOST_FRAMES), f"a positive whole number up to {MOST_FRAMES}"),
             (mappings, lambda v: isinstance(v, Mapping), "an object"),
             (("key",), is_hex, "hex digits"),
             (("created",), is_time, "an ISO 8601 time"),
@@ -235,6 +257,7 @@ class Manifest:
             (("frame_counts",), is_ascending, "null or ascending frame counts"),
             (("chunk",), lambda v: v is None or is_count(v), "null or a positive whole number"),
             (("verification",), is_verification, 'null or an object with "passed": true or false'),
+            (("programs",), is_programs, "program records by the names of their folders"),
         ]
         for names, good, expected in rules:
             for name in names:
@@ -260,19 +283,21 @@ class Manifest:
                     self.frames, self.tokens_per_frame, config.retention_ratio, merges=merges
                 )
         except UserError as error:
-            raise EngineError(f"manifest has EarlyTom settings that make no sense ({error}): {REBUILD}") from error
+            raise EngineError(f"manifest has EarlyTom settings that make no sense ({cut(error)}): {REBUILD}") from error
         for name, value in expected.items():
             if (got := getattr(self, name)) != value:
-                raise EngineError(f"manifest contradicts itself: {name} is {got}, its settings give {value}: {REBUILD}")
+                raise EngineError(
+                    f"manifest contradicts itself: {name} is {shown(got)}, its settings give {shown(value)}: {REBUILD}"
+                )
         if self.frames != self.counts[-1]:
             raise EngineError(
-                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {self.counts} it must be the "
-                f"last: {REBUILD}"
+                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {shown(self.counts)} it must "
+                f"be the last: {REBUILD}"
             )
         if self.frame_counts is not None and isinstance(config.frame_budget, tuple):
             raise EngineError(
-                f"manifest contradicts itself: frame_budget {config.frame_budget} fits one frame count, frame_counts "
-                f"is {self.frame_counts}: {REBUILD}"
+                f"manifest contradicts itself: frame_budget {shown(config.frame_budget)} fits one frame count, "
+                f"frame_counts is {shown(self.frame_counts)}: {REBUILD}"
             )
         whole = self.batch == 1 and self.frame_counts is None and config.schedule == "budget"
         if self.chunk is not None and not (whole and self.frames % self.chunk == 0):
@@ -284,14 +309,14 @@ class Manifest:
             if self.batch > 1 or self.frame_counts is not None:
                 raise EngineError(
                     f"manifest contradicts itself: an adaptive engine takes one video of one frame count, batch is "
-                    f"{self.batch} and frame_counts {self.frame_counts}: {REBUILD}"
+                    f"{self.batch} and frame_counts {shown(self.frame_counts)}: {REBUILD}"
                 )
             kept = self.frames_kept or ()
             fits = len(kept) == merges + 1 and kept[0] == (self.frames,) * 3
             if not fits or any(most > self.frames for _, _, most in kept):
                 raise EngineError(
-                    f"manifest contradicts itself: frames_kept is {self.frames_kept}, its settings give {merges + 1} "
-                    f"stages of at most {self.frames} frames: {REBUILD}"
+                    f"manifest contradicts itself: frames_kept is {shown(self.frames_kept)}, its settings give "
+                    f"{merges + 1} stages of at most {self.frames} frames: {REBUILD}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -314,7 +339,7 @@ class Manifest:
             raise EngineError(f"manifest has no schema version, expected {SCHEMA}: {REBUILD}")
         if schema != SCHEMA:
             remedy = f"update this project or {REBUILD}" if schema > SCHEMA else REBUILD
-            raise EngineError(f"manifest has schema {schema}, this version reads {SCHEMA}: {remedy}")
+            raise EngineError(f"manifest has schema {shown(schema)}, this version reads {SCHEMA}: {remedy}")
         rest: dict[str, Any] = _OPTIONAL | {name: value for name, value in values.items() if name != "schema"}
         if isinstance(counts := rest["frame_counts"], list) and len(counts) < 2:
             check(False, "frame_counts", "null or several frame counts", counts)  # one alone is for `at`
@@ -325,9 +350,14 @@ class Manifest:
             )
             rest["model"] = record_of(ModelRecord, model, "manifest: model")
         if isinstance(rest.get("files"), Mapping):
-            rest["files"] = {n: record_of(FileRecord, v, f"manifest: files: {n!r}") for n, v in rest["files"].items()}
+            rest["files"] = {
+                n: record_of(FileRecord, v, f"manifest: files: {shown(n)}") for n, v in rest["files"].items()
+            }
         if isinstance(rest.get("plugins"), list):
             rest["plugins"] = tuple(record_of(PluginRecord, v, "manifest: plugins") for v in rest["plugins"])
+        if isinstance(rest["programs"], Mapping):
+            found = rest["programs"].items()
+            rest["programs"] = {n: record_of(ProgramRecord, v, f"manifest: programs: {shown(n)}") for n, v in found}
         return record_of(cls, rest, "manifest")
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
@@ -341,16 +371,13 @@ class Manifest:
             raise EngineError(f"{self.name}: a manifest has all frame counts of its folder, not {self.counts[0]} alone")
         values = self.to_dict()
         text = json.dumps({**values, _SEAL: _seal(values)}, indent=2, allow_nan=False) + "\n"
+        if len(text) > _MOST_BYTES:
+            raise EngineError(f"{self.name}: a manifest has at most {_MOST_BYTES} bytes, this one has {len(text)}")
         target = Path(folder) / MANIFEST_FILE
-        temporary = target.with_name(f".{MANIFEST_FILE}.{os.getpid()}")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with partial(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         if os.name == "posix":  # the new name itself is durable only once the folder is
             descriptor = os.open(target.parent, os.O_RDONLY)
             try:
@@ -376,10 +403,7 @@ class Manifest:
             raise EngineError(f"engine folder {path} {what}: {BUILD}")
         if not (path / MANIFEST_FILE).is_file():
             raise EngineError(f"{path} is no engine folder, it has no {MANIFEST_FILE}: {BUILD}")
-        try:
-            values = json.loads((path / MANIFEST_FILE).read_bytes(), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise EngineError(f"{path / MANIFEST_FILE} is not valid JSON ({error}): {REBUILD}") from error
+        values = read_json(path / MANIFEST_FILE, REBUILD, _MOST_BYTES)
         seal = values.pop(_SEAL, None) if isinstance(values, dict) else None
         try:
             manifest = cls.from_dict(values)
@@ -415,21 +439,27 @@ class Manifest:
 def describe_files(folder: str | os.PathLike[str]) -> dict[str, FileRecord]:
     """Records of every file in `folder` but the manifest, by name; so that no external data file is forgotten."""
     paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name != MANIFEST_FILE)
-    return {path.name: FileRecord(path.stat().st_size, _sha256(path)) for path in paths}
+    return {path.name: describe_file(path) for path in paths}
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Record of one file; EngineError if it is no plain one."""
+    with open_plain(path, REBUILD) as file:
+        size = os.fstat(file.fileno()).st_size
+    return FileRecord(size, _sha256(path))
 
 
 def _sha256(path: Path) -> str:
+    """Digest of a plain file as far as it reached when it was opened, and of a byte more if it grows."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
+    with open_plain(path, REBUILD) as file:
+        left = os.fstat(file.fileno()).st_size + 1
+        while left > 0 and (count := file.readinto(block[: min(left, _BLOCK)])):
             digest.update(block[:count])
+            left -= count
     return digest.hexdigest()
 
 
 def _seal(values: Mapping[str, Any]) -> str:
     """Digest of the content, whatever the order and layout of the file."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")

@@ -16,10 +16,15 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from earlytom.numbers import shown
 from runtime.contract import MANIFEST_FILE
 from runtime.errors import EngineError
 
 REBUILD = "rebuild it with python -m builder.build --force"
+MOST_FRAMES = 100_000  # a video has fewer, and what is counted for each is counted quickly
+MOST_COUNTS = 256  # frame counts of one engine
+_TEXT = 4096  # characters of a name or a path
+_WORDS = 200  # characters of another message
 
 T = TypeVar("T")
 
@@ -111,24 +116,53 @@ class PluginRecord:
             check(is_count(getattr(self, name), low), f"plugins: {name}", "a whole number", getattr(self, name))
 
 
+@dataclass(frozen=True)
+class ProgramRecord:
+    """One compiled program that a runtime added to the folder: what made it, and size and SHA-256 of its file."""
+
+    bytes: int
+    sha256: str
+    identity: dict[str, str | int]
+
+    def __post_init__(self) -> None:
+        check(is_count(self.bytes, 0), "programs: bytes", "a whole number", self.bytes)
+        check(is_hex(self.sha256) and len(self.sha256) == 64, "programs: sha256", "64 hex digits", self.sha256)
+        known = self.identity
+        good = isinstance(known, Mapping) and all(
+            is_text(k) and (is_text(v) or is_count(v, 0)) for k, v in known.items()
+        )
+        check(good, "programs: identity", "an object of texts and whole numbers", known)
+        object.__setattr__(self, "identity", dict(known))
+
+
 def check(good: bool, where: str, expected: object, got: object) -> None:
     if not good:
-        shown = repr(got) if len(repr(got)) <= 60 else repr(got)[:57] + "..."
         raise EngineError(
-            f"manifest field {where.removeprefix('manifest: ')} must be {expected}, got {shown}: {REBUILD}"
+            f"manifest field {where.removeprefix('manifest: ')} must be {expected}, got {shown(got)}: {REBUILD}"
         )
 
 
+def cut(text: object) -> str:
+    """Words of another message in one of ours: one line, and no more of a long value than tells what it is."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _WORDS else line[: _WORDS - 3] + "..."
+
+
 def is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    return isinstance(value, str) and 0 < len(value) <= _TEXT and "\0" not in value
 
 
-def is_count(value: Any, low: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def is_count(value: Any, low: int = 1, high: int = 2**53) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def matches(pattern: str, value: Any) -> bool:
@@ -146,7 +180,7 @@ def is_plugins(value: Any) -> bool:
 def is_ascending(value: Any) -> bool:
     if value is None:
         return True
-    good = isinstance(value, (list, tuple)) and bool(value) and all(map(is_count, value))
+    good = isinstance(value, (list, tuple)) and 0 < len(value) <= MOST_COUNTS and all(map(is_count, value))
     return good and list(value) == sorted(set(value))
 
 
@@ -167,6 +201,12 @@ def is_kept(value: Any) -> bool:
     )
 
 
+def is_programs(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        is_file_name(name) and isinstance(record, ProgramRecord) for name, record in value.items()
+    )
+
+
 def is_time(value: Any) -> bool:
     try:
         datetime.fromisoformat(value)
@@ -177,7 +217,7 @@ def is_time(value: Any) -> bool:
 
 def is_file_name(name: Any) -> bool:
     """A file directly in the folder: no separators of any system, no "..", no drive, no control characters."""
-    if not is_text(name) or not name.isprintable() or any(c in name for c in "/\\:"):
+    if not is_text(name) or not name.isprintable() or any(c in name for c in "/\\:") or len(name.encode()) > 255:
         return False
     return PurePosixPath(name).name == name and name not in ("..", MANIFEST_FILE)
 
@@ -188,7 +228,8 @@ def record_of(cls: type[T], values: Any, where: str) -> T:
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for names, what in ((known - set(values), "lacks"), (set(values) - known, "has an unknown key")):
         if names:
-            raise EngineError(f"{where} {what} {min(names)!r}: it was written by another version; {REBUILD}")
+            name = shown(min(names, key=str))
+            raise EngineError(f"{where} {what} {name}: it was written by another version; {REBUILD}")
     return cls(**values)
 
 
@@ -196,5 +237,5 @@ def plain(name: str, value: Any) -> Any:
     """A copy of `value` in plain JSON types (tuples become lists), so that what is read equals what was written."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise EngineError(f"manifest field {name} cannot be written as JSON ({error})") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EngineError(f"manifest field {name} cannot be written as JSON ({cut(error)})") from error

@@ -5,28 +5,34 @@ would make another program: weights, sizes, versions, GPU), the file's size and 
 carries a digest of the identity, so programs for other weights, versions or GPUs stand side by side; nobody deletes
 them. A folder whose manifest or file is not what was written counts as missing, and is replaced by the next `add`.
 
+A store in an engine folder is sealed by it: the engine's own manifest, which carries a digest of itself, gets a record
+of every program that is added, and a program without one, or another than the recorded one, counts as missing too.
+
 It knows nothing of programs: `add` is given a function that writes the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock
-
+from runtime import staged
 from runtime.contract import MANIFEST_FILE
-from runtime.manifest import describe_files
+from runtime.errors import EngineError
+from runtime.manifest import FileRecord, Manifest, ProgramRecord, describe_file
+from runtime.plain_files import read_json
 
 SCHEMA = 1
 PROGRAM_FILE = "program.pt2"
+_WORD = "writing"
+_REMEDY = "delete the folder"
 
 Identity = Mapping[str, str | int]
 
@@ -51,14 +57,19 @@ class ProgramStore:
         """
         place = self.path(identity)
         try:
-            manifest = json.loads((place / MANIFEST_FILE).read_bytes())
-            record = describe_files(place).get(PROGRAM_FILE)
-        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+            manifest = read_json(place / MANIFEST_FILE, _REMEDY)
+            sealed = self._seal(place.name)
+            size = (place / PROGRAM_FILE).stat().st_size
+            if sealed is not None and (sealed.identity, sealed.bytes) != (dict(identity), size):
+                return None
+            record = describe_file(place / PROGRAM_FILE)
+        except (EngineError, FileNotFoundError, NotADirectoryError):
             return None
-        if record is None or not isinstance(manifest, dict):
+        if sealed is not None and sealed.sha256 != record.sha256:
             return None
         expected = {"schema": SCHEMA, "identity": dict(identity), "file": dataclasses.asdict(record)}
-        return place / PROGRAM_FILE if expected.items() <= manifest.items() else None
+        good = isinstance(manifest, dict) and expected.items() <= manifest.items()
+        return place / PROGRAM_FILE if good else None
 
     @contextmanager
     def locked(self, identity: Identity) -> Iterator[None]:
@@ -67,9 +78,9 @@ class ProgramStore:
         Raises:
             OSError: the store cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        place = self.path(identity)
-        with FileLock(place.with_name(f".{place.name}.lock")):
+        with staged.locked(self.path(identity), _WORD):
+            if self._engine is not None and not os.access(self._engine, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._engine))
             yield
 
     def add(self, identity: Identity, write: Callable[[Path], Mapping[str, float]]) -> Path:
@@ -87,28 +98,54 @@ class ProgramStore:
             OSError: no space, read-only, no permission.
         """
         place = self.path(identity)
-        staging, old = (place.with_name(f".{word}-{place.name}") for word in ("writing", "old"))
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        staging = place.with_name(f".{_WORD}-{place.name}")
         staging.mkdir()
         try:
             figures = dict(write(staging / PROGRAM_FILE))
+            record = describe_file(staging / PROGRAM_FILE)
             manifest = {
                 "schema": SCHEMA,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "identity": dict(identity),
-                "file": dataclasses.asdict(describe_files(staging)[PROGRAM_FILE]),
+                "file": dataclasses.asdict(record),
                 "figures": figures,
             }
             text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
             (staging / MANIFEST_FILE).write_text(text, encoding="utf-8")
-            shutil.rmtree(old, ignore_errors=True)
-            if place.exists():
-                os.replace(place, old)
-            os.replace(staging, place)
+            staged.publish(staging, place)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            staged.remove(staging)
+        self._record(place.name, identity, record)
         return place / PROGRAM_FILE
+
+    @property
+    def _engine(self) -> Path | None:
+        """The engine folder that the store is in."""
+        engine = self.folder.parent
+        return engine if (engine / MANIFEST_FILE).is_file() else None
+
+    def _seal(self, name: str) -> ProgramRecord | None:
+        """What the engine's manifest records of a program; None where there is no engine.
+
+        Raises:
+            EngineError: it records nothing, or cannot be read.
+        """
+        if self._engine is None:
+            return None
+        recorded = Manifest.read(self._engine, verify_files=False).programs.get(name)
+        if recorded is None:
+            raise EngineError(f"{self._engine} has no record of {name}: {_REMEDY}")
+        return recorded
+
+    def _record(self, name: str, identity: Identity, file: FileRecord) -> None:
+        """Put a program that is in its place now into the engine's manifest, and let go of those that are gone."""
+        if self._engine is None:
+            return
+        with staged.locked(self.folder / MANIFEST_FILE, _WORD):  # two programs may be added at once
+            manifest = Manifest.read(self._engine, verify_files=False)
+            programs = {known: record for known, record in manifest.programs.items() if (self.folder / known).is_dir()}
+            programs[name] = ProgramRecord(file.bytes, file.sha256, dict(identity))
+            dataclasses.replace(manifest, programs=programs).write(self._engine)
 
 
 def _digest(identity: Identity) -> str:

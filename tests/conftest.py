@@ -23,12 +23,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tokenizers import pre_tokenizers
 
 from earlytom.micro.checkpoint import architecture, write_checkpoint
 from earlytom.micro.random_model import SPECIAL_TOKENS, random_model
 from runtime.clip import draw_clip
+
+# What is slow is so because the machine is busy: no example fails for that.
+_ANY_SPEED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("any speed", **_ANY_SPEED)
+hypothesis.settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session", autouse=True)

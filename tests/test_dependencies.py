@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from .processes import HANG_SECONDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("earlytom", "runtime", "builder")
 FORBIDDEN = {"earlytom": {"runtime", "builder"}, "runtime": {"builder"}, "builder": set()}
@@ -142,7 +144,7 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 def run_blocked(statement: str) -> subprocess.CompletedProcess[str]:
     code = BLOCKED.format(optional=OPTIONAL, statement=statement)
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
 
 

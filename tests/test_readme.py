@@ -25,6 +25,8 @@ from earlytom.micro import train
 from runtime import ask, cli, clip
 from runtime.benchmark import arguments as bench_arguments
 
+from .processes import HANG_SECONDS
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "builder/README.md", "earlytom/README.md", "engines/README.md", "runtime/README.md")
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
@@ -298,6 +300,7 @@ def dry_make(target: str) -> list[Words]:
         env={
             name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON", "MAKEFLAGS", "MFLAGS")
         },
+        timeout=HANG_SECONDS,
     )
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
@@ -352,7 +355,7 @@ MACHINE = re.compile(
 def tracked() -> list[Path]:
     """The text files under version control and those about to be."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True) if shutil.which("git") else None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=HANG_SECONDS) if shutil.which("git") else None
     if done is None or done.returncode:
         pytest.skip("no git, or no checkout that it trusts, so there is no list of the project's own files")
     paths = [ROOT / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from builder.child import end_with_parent
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
 from builder.evaluation.methods import Method, Visual, chosen, methods
 from builder.evaluation.passes import ClipPasses, Vision
@@ -252,6 +253,9 @@ _bench: Bench | None = None  # of a worker process
 def _start(job: Job) -> None:
     global _bench
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; the parent reports it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    end_with_parent(parent.sentinel)
     torch.set_num_threads(1)
     _bench = Bench(job)
 

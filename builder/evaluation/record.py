@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from earlytom import micro
 from earlytom.errors import UserError
 from earlytom.micro.card import ACCURACY_FILE
 from runtime.checkpoint import MICRO, Checkpoint
+from runtime.partial import partial
 
 PATH = micro.PATH / ACCURACY_FILE
 # A record is of the default table, and of this many clips at least.
@@ -55,10 +55,9 @@ def write(path: Path, record: dict[str, Any]) -> None:
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    staging = path.with_name(f".{path.name}.part")
     fields = ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in record.items())
-    staging.write_text(f"{{\n{fields}\n}}\n", encoding="utf-8")
-    os.replace(staging, path)
+    with partial(path) as staging:
+        staging.write_text(f"{{\n{fields}\n}}\n", encoding="utf-8")
 
 
 def _lines(value: Any) -> str:

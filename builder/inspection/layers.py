@@ -9,7 +9,6 @@ anything here: the caller turns that into one line.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from typing import Any
 from builder.inspection import Record
 from builder.layers import BYTES, Layer, LayerSummary, LayerTensor, elements, summarise
 from runtime import contract
-from runtime.manifest import Manifest
+from runtime.manifest import REBUILD, Manifest
+from runtime.plain_files import MIB, read_json
 
 BIGGEST = 5
+MOST_BYTES = 64 * MIB  # of a list of layers, or of a report: a few for a tower of 26 layers
 _ONNX_DTYPES = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
 _ONNX_WORK = {"Attention": "attention", "Conv": "convolution", "MatMul": "product", "Gemm": "product"}
 
@@ -30,7 +31,7 @@ def compiled_layers(path: Path) -> Record:
 
 
 def _listed(path: Path) -> tuple[str, list[Layer], LayerSummary]:
-    document = json.loads(path.read_bytes())
+    document = read_json(path, REBUILD, MOST_BYTES)
     layers = []
     for values in document["layers"]:
         tensors = {name: tuple(LayerTensor(**t) for t in values[name]) for name in ("inputs", "constants", "outputs")}

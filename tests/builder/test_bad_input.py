@@ -16,6 +16,8 @@ from builder import build
 from earlytom import micro
 from runtime import cli, trt
 
+from ..processes import HANG_SECONDS
+
 ROOT = Path(build.__file__).resolve().parents[1]
 ONNX = ["--backend", "onnx"]
 
@@ -158,6 +160,6 @@ def test_what_tensorrt_rtx_cannot_do(
 def test_as_a_process(tmp_path: Path) -> None:
     """The real command, once: exit status, one line on stderr, nothing on stdout."""
     words = [sys.executable, "-m", "builder.build", "--ratio", "1.5", "--out", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --ratio must be in (0, 1], got 1.5\n"

@@ -32,6 +32,7 @@ from runtime.checkpoint import describe
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
+from ..processes import HANG_SECONDS
 from .conftest import FRAMES, Exported
 from .needed import needs_rtx
 
@@ -336,7 +337,7 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     def paste(place: Path) -> int:
         environment = {**os.environ, "PATH": path}
         return subprocess.run(
-            shlex.split(line), cwd=place, env=environment, capture_output=True, check=False
+            shlex.split(line), cwd=place, env=environment, capture_output=True, check=False, timeout=HANG_SECONDS
         ).returncode
 
     assert paste(folder) == 0

@@ -26,6 +26,7 @@ from runtime import cli, contract
 from runtime.clip import draw_clip
 from runtime.manifest import Manifest
 
+from ..processes import HANG_SECONDS
 from .conftest import FRAMES
 from .needed import needs_rtx
 
@@ -209,7 +210,7 @@ def test_two_builds_of_one_thing_do_the_work_once(build_arguments: list[str], ou
     words = [*build_arguments, "--out", str(out), "--json"]
     records = []
     for process in [start(words), start(words)]:
-        stdout, stderr = process.communicate(timeout=300)
+        stdout, stderr = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, stderr
         assert stdout.count("\n") == 1
         assert stderr == ""
@@ -235,7 +236,7 @@ def test_an_interrupted_build_leaves_nothing_behind(
             break
     assert list(out.iterdir())  # it works there
     process.send_signal(number)
-    rest, stderr = process.communicate(timeout=120)
+    rest, stderr = process.communicate(timeout=HANG_SECONDS)
     # A Python that was interrupted inside exec() of a string (torch and dataclasses do that) ends by SIGINT itself once
     # everything is cleaned up; a shell reports 130 for both.
     assert process.returncode in (cli.INTERRUPTED, -signal.SIGINT)
@@ -275,7 +276,10 @@ def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pyt
 def test_a_disk_that_is_really_full(build_arguments: list[str], out: Path) -> None:
     """A file system of 1 MiB in a namespace of its own, where this system lets us have one."""
     probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(out)]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(probe, capture_output=True, check=False, timeout=HANG_SECONDS).returncode
+    ):
         pytest.skip("no file system can be mounted here (user namespaces are off)")
     script = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && "$@"; status=$?; ls -A "$OUT"; exit $status'
     words = [sys.executable, "-m", "builder.build", *build_arguments, "--out", str(out)]
@@ -286,6 +290,7 @@ def test_a_disk_that_is_really_full(build_arguments: list[str], out: Path) -> No
         capture_output=True,
         text=True,
         check=False,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 2, done.stderr[-500:]
     assert done.stderr.count("\n") == 1

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,10 @@ from builder import cache
 from earlytom.errors import UserError
 from runtime import contract
 from runtime.manifest import Manifest
+
+from ..processes import HANG_SECONDS
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def quiet() -> None:
@@ -109,7 +117,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=HANG_SECONDS)
     assert not overlaps
     assert turns == [1] * 24
     assert not list(tmp_path.iterdir())
@@ -121,19 +129,22 @@ def test_builders_of_different_things_do_not_wait(tmp_path: Path) -> None:
 
 
 def test_who_waits_says_so_once(tmp_path: Path) -> None:
-    folder, said, inside = tmp_path / "engine", [], threading.Event()
+    folder, said, waits, inside = tmp_path / "engine", [], threading.Event(), threading.Event()
+
+    def say() -> None:
+        said.append("waiting")
+        waits.set()
 
     def second() -> None:
-        with cache.staging(folder, lambda: said.append("waiting")):
+        with cache.staging(folder, say):
             inside.set()
 
     with cache.staging(folder, quiet):
         thread = threading.Thread(target=second)
         thread.start()
-        while not said:
-            time.sleep(0.001)
+        assert waits.wait(HANG_SECONDS)
         assert not inside.is_set()
-    thread.join(timeout=60)
+    thread.join(timeout=HANG_SECONDS)
     assert inside.is_set()
     assert said == ["waiting"]
 
@@ -173,3 +184,159 @@ def test_an_unverified_engine_is_no_verified_one(copy: Path) -> None:
     Manifest.from_dict(values).write(copy)
     assert cache.find(copy, manifest.key, verified=True) is None
     assert cache.find(copy, manifest.key, verified=False) is not None
+
+
+# Builds that are killed
+
+
+def leave(folder: Path, name: str) -> None:
+    """What a killed build of `name` leaves."""
+    (folder / f".building-{name}" / "deep").mkdir(parents=True)
+    (folder / f".building-{name}" / "deep" / ".vision.engine.12ab.partial").touch()
+    (folder / f".{name}.lock").touch()
+
+
+def test_leftovers_of_every_engine_are_cleared(tmp_path: Path) -> None:
+    leave(tmp_path, "another")
+    (tmp_path / ".third.lock").touch()
+    (tmp_path / ".building-fourth").mkdir()
+    (tmp_path / ".report.json.12ab.partial").touch()
+    finished = tmp_path / "another"
+    finished.mkdir()
+    with cache.staging(tmp_path / "engine", quiet) as place:
+        assert sorted(os.listdir(tmp_path)) == [place.name, ".engine.lock", "another"]
+    assert os.listdir(tmp_path) == ["another"]
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    (tmp_path / ".other.lock").write_text("a lock of another program, with content")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "building-x").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with cache.staging(tmp_path / "engine", quiet):
+        pass
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_live_build_is_not_disturbed(tmp_path: Path) -> None:
+    with cache.staging(tmp_path / "one", quiet) as first:
+        (first / "half").touch()
+        with cache.staging(tmp_path / "two", quiet):
+            assert os.listdir(first) == ["half"]
+            assert (tmp_path / ".one.lock").exists()
+    assert not os.listdir(tmp_path)
+
+
+def test_an_engine_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    """Killed between the two moves of `publish`."""
+    for name in ("engine", "another"):
+        (tmp_path / f".old-{name}").mkdir()
+        (tmp_path / f".old-{name}" / "vision.onnx").touch()
+        leave(tmp_path, name)
+    (tmp_path / ".old-third").mkdir()
+    (tmp_path / "third").mkdir()  # killed after them
+    with cache.staging(tmp_path / "engine", quiet):
+        assert os.listdir(tmp_path / "engine") == os.listdir(tmp_path / "another") == ["vision.onnx"]
+    assert sorted(os.listdir(tmp_path)) == ["another", "engine", "third"]
+
+
+def test_links_named_like_ours_are_not_followed(tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    out.mkdir()
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    for name in ("engine", "another"):
+        (out / f".building-{name}").symlink_to(mine)
+        (out / f".old-{name}").symlink_to(mine)
+        (out / f".{name}.lock").symlink_to(mine / "file")
+    (out / ".vision.onnx.12ab.partial").symlink_to(mine / "file")
+    (out / ".third.lock").symlink_to(out / ".third.lock")
+    with cache.staging(out / "engine", quiet) as place:
+        (place / "half").touch()
+    assert (mine / "file").read_text() == "mine"
+    assert os.listdir(mine) == ["file"]
+    assert not (out / ".building-engine").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, Path.mkdir])
+def test_anything_may_have_the_names_of_leftovers(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    for name in (".building-engine", ".building-other", ".old-other", ".vision.onnx.12ab.partial"):
+        make(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    with cache.staging(tmp_path / "engine", quiet) as place:
+        assert not os.listdir(place)
+    assert "other" in os.listdir(tmp_path)
+    assert ".building-other" not in os.listdir(tmp_path)
+
+
+def test_leftovers_without_write_permission_are_cleared(tmp_path: Path) -> None:
+    leave(tmp_path, "engine")
+    leave(tmp_path, "another")
+    for name in ("engine", "another"):
+        os.chmod(tmp_path / f".building-{name}" / "deep", 0o500)
+        os.chmod(tmp_path / f".building-{name}", 0o000)
+    with cache.staging(tmp_path / "engine", quiet) as place:
+        assert not os.listdir(place)
+    assert not os.listdir(tmp_path)
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from builder import cache
+from earlytom.errors import UserError
+os.setgid(65534)
+os.setuid(65534)
+out = Path(sys.argv[1])
+with cache.staging(out / "engine", lambda: None) as place:
+    (place / "half").touch()
+os.chmod(out / "mine", 0o500)
+try:
+    with cache.staging(out / "taken", lambda: None) as place:
+        print("not reached")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
+def test_leftovers_of_another_user_stay_and_disturb_nobody(tmp_path: Path) -> None:
+    """In a folder for everybody, such as /tmp, in which each may remove their own only."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name)
+        os.chmod(out, 0o1777)
+        leave(out, "another")
+        leave(out, "taken")
+        (out / "mine").mkdir()
+        os.chown(out / "mine", 65534, 65534)
+        (out / ".third.lock").touch()
+        before = sorted(os.listdir(out))
+        done = subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, name],
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+            env=ENVIRONMENT,
+        )
+        assert done.stderr == ""
+        assert "cannot write to" in done.stdout
+        assert done.stdout.count("\n") == 1
+        assert sorted(os.listdir(out)) == before
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_builds_that_are_killed_at_any_point(tmp_path: Path, seed: int) -> None:
+    out, watch = tmp_path / "out", tmp_path / "watch"
+    out.mkdir()
+    watch.mkdir()
+    program = [sys.executable, str(Path(__file__).with_name("killed_builds.py")), str(out), str(watch), str(seed)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=HANG_SECONDS, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.read_text() for path in watch.glob("wrong-*")] == []
+    names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    assert names
+    with cache.staging(out / "last", quiet) as place:
+        cache.publish(place, out / "last")
+    assert {*names, "last"} <= set(os.listdir(out)) <= {"one", "two", "three", "last"}
+    for name in set(os.listdir(out)) - {"last"}:
+        assert (out / name / "whole").read_text() == (out / name / "deep" / "token").read_text()

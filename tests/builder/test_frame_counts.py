@@ -39,6 +39,7 @@ from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
 
+from ..processes import HANG_SECONDS
 from .conftest import TAU
 from .needed import needs_rtx
 
@@ -306,7 +307,14 @@ def test_the_references_of_every_count(folder: Path, manifest: Manifest, tmp_pat
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     done = subprocess.run(
-        manifest.polygraphy, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        manifest.polygraphy,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout[-800:] + done.stderr[-800:]
     assert done.stdout.count("PASSED | Runtime") == len(COUNTS)
@@ -314,7 +322,7 @@ def test_the_references_of_every_count(folder: Path, manifest: Manifest, tmp_pat
         script = keep_reference(folder, tmp_path / f"kept{frames}{graph}", frames)
         assert {p.name for p in script.parent.iterdir()} >= {COMPARE_FILE, f"reference_inputs.f{frames or 8}.json"}
         words = ["sh", str(script), str(folder / f"vision.f{graph}.onnx")]
-        ran = subprocess.run(words, env=environment, capture_output=True, check=False)
+        ran = subprocess.run(words, env=environment, capture_output=True, check=False, timeout=HANG_SECONDS)
         assert bool(ran.returncode) == bool(status)
 
 

@@ -20,6 +20,7 @@ from builder.inspection.layers import BIGGEST, graph_layers
 from runtime import contract
 from runtime.manifest import Manifest, PluginRecord
 
+from ..processes import HANG_SECONDS
 from .conftest import FRAMES, Exported
 from .engine_folders import Command, copy_of, drop, edit_json, inspect_command, look_compiled, seal
 from .needed import needs_rtx
@@ -252,7 +253,9 @@ sys.exit(cli.run(inspect.main, sys.argv[1:]))
 
 def run_without(names: tuple[str, ...], *words: object) -> subprocess.CompletedProcess[str]:
     code = [sys.executable, "-c", BLOCKED.format(names=names)]
-    return subprocess.run([*code, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*code, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
 
 
 def test_it_needs_no_library_that_runs_engines(compiled: Path, engine: Path) -> None:

@@ -14,6 +14,7 @@ from builder import build, functions
 from builder.plugins import __main__ as command
 from runtime import cli
 
+from ..processes import HANG_SECONDS
 from .needed import needs_triton
 
 ROOT = Path(build.__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ def test_the_command_shows_what_kernels_cost() -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=HANG_SECONDS,
     )
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout.splitlines()[-1])

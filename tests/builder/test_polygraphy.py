@@ -23,6 +23,8 @@ from earlytom.budget import most_tokens
 from runtime import cli, contract
 from runtime.manifest import Manifest, describe_files
 
+from ..processes import HANG_SECONDS
+
 ROOT = Path(verify.__file__).resolve().parents[1]
 Edit = Callable[[onnx.ModelProto], None]
 
@@ -39,7 +41,9 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     command = ["sh", "-ec", line]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from runtime import contract
 from runtime.checkpoint import describe
 from runtime.manifest import Manifest
 
+from ..processes import HANG_SECONDS
 from .conftest import FRAMES, Exported
 
 Make = Callable[..., Exported]
@@ -315,7 +316,14 @@ def paste(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line in a folder as somebody would who pasted it into a shell with the environment activated."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        line, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        line,
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
 
 

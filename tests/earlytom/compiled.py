@@ -15,6 +15,8 @@ from pathlib import Path
 
 from earlytom.kernels.launch import Launch
 
+from ..processes import HANG_SECONDS
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -92,6 +94,7 @@ def resources(starts: Sequence[tuple[Launch, list[str]]], aligned: Sequence[bool
         check=False,
         env=environment,
         cwd=Path(__file__).parents[2],
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return [Resources(**found) for found in json.loads(done.stdout)]

@@ -23,6 +23,7 @@ from transformers import (
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from earlytom.inner_decoder import AppliedInner, Held, Prompt, apply_inner, later_mask
 
+from ..processes import HANG_SECONDS
 from .slow_decoder import Model, slow_answer, slow_logits
 from .tiny import VIDEO_TOKEN, VOCABULARY, made_video, randomise, tiny_llava, video_prompt
 
@@ -395,7 +396,7 @@ def test_two_threads_do_not_see_each_others_prompts(qwen: Model) -> None:
     with apply_inner(qwen, 2) as inner, inner.prompt(visual):
         thread = threading.Thread(target=lambda: found.append(qwen(ids).logits))
         thread.start()
-        thread.join()
+        thread.join(HANG_SECONDS)
         assert not torch.equal(qwen(ids).logits[:, -1], want[:, -1])
     assert torch.equal(found[0], want)
 

@@ -23,6 +23,8 @@ from runtime.clip import draw_clip
 from runtime.manifest import Manifest, describe_files
 from runtime.pipeline import Pipeline
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTION = "What happens?"
@@ -412,14 +414,14 @@ def test_usage_errors_are_one_line_too(words: tuple[str, ...], says: str, capsys
 
 def test_the_command_itself(engine: Path, drawn_clip: Path) -> None:
     process = start(str(drawn_clip), QUESTION, "--engine", str(engine), "--max-new-tokens", "3")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["tokens"] == 3
 
 
 def test_a_refusal_by_the_command_itself() -> None:
     process = start("none.mp4", QUESTION)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: video 'none.mp4' does not exist")
 
@@ -433,12 +435,12 @@ def streaming(engine: Path, drawn_clip: Path) -> Iterator[subprocess.Popen[str]]
     assert process.stdout.readline().startswith("engine: ")
     yield process
     process.kill()
-    process.communicate()
+    process.communicate(timeout=HANG_SECONDS)
 
 
 def test_ctrl_c(streaming: subprocess.Popen[str]) -> None:
     streaming.send_signal(signal.SIGINT)
-    out, err = streaming.communicate(timeout=120)
+    out, err = streaming.communicate(timeout=HANG_SECONDS)
     assert (streaming.returncode, err.splitlines()[-1]) == (130, "interrupted")
     assert "Traceback" not in err
     assert '"answer"' not in out
@@ -448,7 +450,7 @@ def test_a_reader_that_goes_away(streaming: subprocess.Popen[str]) -> None:
     assert streaming.stdout is not None
     streaming.stdout.close()
     assert streaming.stderr is not None
-    assert streaming.wait(120) == 141
+    assert streaming.wait(HANG_SECONDS) == 141
     assert "Traceback" not in streaming.stderr.read()
 
 

@@ -25,6 +25,8 @@ from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -146,7 +148,9 @@ def test_opening_torch_takes_nothing_from_the_choice(engine: Path) -> None:
         "files = {**manifest.files, 'vision.engine': manifest.files['vision.onnx']}\n"
         "print(choose_backend('auto', dataclasses.replace(manifest, backend='tensorrt-rtx', files=files)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(engine)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(engine)], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ("tensorrt-rtx" if torch.cuda.is_available() else "onnxruntime")
 

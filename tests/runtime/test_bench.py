@@ -30,6 +30,8 @@ from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
 from runtime.video import load_clip
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
@@ -298,13 +300,12 @@ def test_a_client_that_fails_ends_the_others(
     made = runner.clip(variants["budget"])
     failing = Runner(loaded, runner.video, TOKENS)
     monkeypatch.setattr(failing, "clip", clip)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(VideoError, match="no such video"):
         under_load(failing, variants["budget"], clients=4, requests=8)
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and thread.name.startswith("Thread-"):
-            thread.join(timeout=10)
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(HANG_SECONDS)
+    assert set(threading.enumerate()) <= before
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:

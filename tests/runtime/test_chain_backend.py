@@ -32,6 +32,8 @@ from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.video import load_clip
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FRAMES = 16
@@ -143,7 +145,7 @@ def test_two_chains_run_side_by_side(folder: Path, manifest: Manifest, clips: di
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(HANG_SECONDS)
     assert found == wanted
 
 

@@ -18,6 +18,7 @@ from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.video import clip_from_frames, load_clip
 
+from ..processes import HANG_SECONDS
 from .chunked_vision import SIDE, TinyVision, Toy, tiny_chunked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,7 +185,7 @@ def test_clips_of_several_threads_take_turns() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(HANG_SECONDS)
     assert all(len(mine) == 5 for mine in found)
     assert all(torch.equal(one, want) for mine, want in zip(found, wanted, strict=True) for one in mine)
 

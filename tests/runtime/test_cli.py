@@ -16,6 +16,8 @@ from earlytom.errors import UserError
 from runtime import cli
 from runtime.errors import EngineError
 
+from ..processes import HANG_SECONDS
+
 
 def failing(error: BaseException) -> Callable[[object], int]:
     def main(args: object) -> int:
@@ -102,14 +104,14 @@ def test_a_closed_pipe_is_quiet() -> None:
     child.stdout.close()
     assert child.stderr.read() == ""
     child.stderr.close()
-    assert child.wait(60) == cli.BROKEN_PIPE
+    assert child.wait(HANG_SECONDS) == cli.BROKEN_PIPE
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a file that is always full, is a Linux device")
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, "3"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+            [sys.executable, "-c", PROGRAM, "3"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS
         )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: no space is left")
@@ -195,7 +197,9 @@ def test_a_stream_that_was_closed_takes_everything(descriptor: int) -> None:
         "sys.exit(cli.run(main, None))"
     )
     command = f'exec "{sys.executable}" -c "$0" {descriptor}>&-'
-    done = subprocess.run(["sh", "-c", command, code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sh", "-c", command, code], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
     said = {1: ("", "error: got 0: give 1\n"), 2: ("text\n", "")}[descriptor]
     assert (done.returncode, done.stdout, done.stderr) == (2, *said)
 
@@ -205,7 +209,9 @@ def test_what_standard_output_cannot_encode_is_escaped() -> None:
     said = []
     for encoding in ("ascii", "utf-8"):
         given = os.environ | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=given, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=given, check=False, timeout=HANG_SECONDS
+        )
         assert (done.returncode, done.stderr) == (0, b"")
         said.append(done.stdout.decode())
     assert said == ["caf\\xe9\n", "café\n"]

@@ -17,6 +17,8 @@ from runtime.clip import draw_clip, draw_frames, write_test_clip
 from runtime.errors import VideoError
 from runtime.video import load_clip
 
+from ..processes import HANG_SECONDS
+
 
 def changes(frames):
     """Mean absolute difference of each frame to the next, of 255: [n - 1]."""
@@ -186,6 +188,7 @@ def command(*arguments):
         capture_output=True,
         text=True,
         cwd=Path(clip.__file__).parents[1],
+        timeout=HANG_SECONDS,
     )
 
 

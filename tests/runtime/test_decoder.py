@@ -18,6 +18,7 @@ from earlytom.errors import UserError
 from runtime.decoder import Decoder, InnerMerge
 from runtime.sampling import GREEDY, Sampling
 
+from ..processes import HANG_SECONDS
 from .tiny_decoder import BUCKETS, CONTEXT, TEXT, WIDTH, answer, make_qwen, prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,7 +172,7 @@ def test_second_stream_from_another_thread_is_refused(decoder: Decoder) -> None:
 
     thread = threading.Thread(target=other)
     thread.start()
-    thread.join()
+    thread.join(HANG_SECONDS)
     assert len(errors) == 1
     first.close()
 

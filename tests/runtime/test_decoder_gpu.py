@@ -16,6 +16,7 @@ from runtime.graphs import Replay, ToHost
 from runtime.prompt import Prompt, splice
 from runtime.sampling import GREEDY, Picker, Sampling
 
+from ..processes import HANG_SECONDS
 from .tiny_decoder import BUCKETS, WIDTH, answer, make_llama, make_qwen, prompt
 
 pytestmark = [
@@ -192,6 +193,6 @@ def test_another_thread_may_allocate_during_a_capture(decoder: Decoder, model: A
         decoder.warm_up(BUCKETS)
     finally:
         done.set()
-        thread.join()
+        thread.join(HANG_SECONDS)
     assert decoder.replay.reason is None
     assert answer(decoder, on_gpu(40)) == answer(called(model), on_gpu(40))

@@ -25,9 +25,8 @@ from runtime.errors import EngineError
 from runtime.live import LiveClip, completion
 from runtime.video import clip_from_frames, sample_indices
 
+from ..processes import HANG_SECONDS as WAIT
 from .chunked_vision import TinyVision, Toy, tiny_chunked
-
-WAIT = 60  # seconds, for what happens at once or never
 
 
 @pytest.fixture(autouse=True)

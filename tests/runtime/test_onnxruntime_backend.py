@@ -17,6 +17,8 @@ from runtime.backends.onnxruntime import OnnxRuntimeVision
 from runtime.errors import EngineError
 from runtime.manifest import FileRecord, Manifest, ModelRecord, PreprocessingRecord
 
+from ..processes import HANG_SECONDS
+
 SHAPE = (2, 3, 4, 4)
 TOKENS, WIDTH = 6, 5
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
@@ -122,16 +124,16 @@ def test_a_second_call_at_the_same_time_is_refused(vision: OnnxRuntimeVision, mo
     class Slow:
         def run_with_iobinding(self, binding: object) -> None:
             running.set()
-            assert done.wait(30)
+            assert done.wait(HANG_SECONDS)
 
     monkeypatch.setattr(vision, "_session", Slow())
     thread = threading.Thread(target=vision.encode, args=(clip(),))
     thread.start()
-    assert running.wait(30)
+    assert running.wait(HANG_SECONDS)
     with pytest.raises(RuntimeError, match="busy"):
         vision.encode(clip())
     done.set()
-    thread.join()
+    thread.join(HANG_SECONDS)
     vision.encode(clip())  # free again
 
 

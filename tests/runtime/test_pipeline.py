@@ -33,6 +33,8 @@ from runtime.requests import Answer, Delta, Ready
 from runtime.sampling import Sampling
 from runtime.video import Clip, load_clip
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTION = "What happens?"
@@ -309,7 +311,7 @@ def test_a_stream_may_move_to_another_thread(pipeline: Pipeline, frames: Tensor,
     deltas = [next(stream)]
     thread = threading.Thread(target=lambda: deltas.extend(stream), daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(HANG_SECONDS)
     assert deltas[-1].answer is not None
     assert deltas[-1].answer.tokens == answer.tokens
     assert pipeline.ask(frames, QUESTION, max_new_tokens=TOKENS).tokens == answer.tokens

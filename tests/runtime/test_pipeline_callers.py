@@ -32,12 +32,13 @@ from runtime.prompt import splice
 from runtime.requests import Answer, Delta, Question, Ready, Seen
 from runtime.video import Clip
 
+from ..processes import HANG_SECONDS as LONG
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTION = "What happens?"
 TOKENS = 6
 ROUNDS = 3  # of each of 16 callers; with more the test of the line has them
-LONG = 120.0  # seconds until a test that hangs fails
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +510,7 @@ print(next(stream).token is not None)
 def test_the_interpreter_ends_though_nobody_closed_it(engine: Path, drawn_clip: Path) -> None:
     words = [sys.executable, "-c", EXIT, str(engine), str(drawn_clip)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LONG, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from earlytom.errors import UserError
 from runtime.prefix_cache import Counters, PrefixCache
 
+from ..processes import HANG_SECONDS
+
 LIMIT = 10
 
 
@@ -181,7 +183,7 @@ def test_a_value_whose_end_comes_back_to_the_cache_does_not_hang_it(way: str) ->
 
     thread = threading.Thread(target=end, daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(HANG_SECONDS)
     assert not thread.is_alive()
     assert seen == [6 if way in ("evict", "replace") else 0]
 
@@ -208,7 +210,7 @@ def test_many_threads_leave_it_consistent() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(HANG_SECONDS)
     assert not wrong
     counted = cache.counters
     asked = sum(1 for step in range(500) if step % 5 != 0 and step % 17 != 0)

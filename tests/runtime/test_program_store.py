@@ -10,6 +10,8 @@ import pytest
 
 from runtime.program_store import PROGRAM_FILE, ProgramStore
 
+from ..processes import HANG_SECONDS
+
 IDENTITY = {"kind": "decode", "tokens": 1, "cache": 64, "weights": "ab" * 32, "torch": "2.13.0"}
 CONTENT = b"a program" * 1000
 
@@ -152,5 +154,5 @@ def test_one_at_a_time_inside_the_lock(store: ProgramStore) -> None:
         assert not entered.wait(0.3)
         with store.locked(IDENTITY | {"cache": 128}):  # another program's lock is another lock
             pass
-    assert entered.wait(10)
-    thread.join()
+    assert entered.wait(HANG_SECONDS)
+    thread.join(HANG_SECONDS)

@@ -15,6 +15,8 @@ from runtime.benchmark.service import Service
 from runtime.live import LiveClip
 from runtime.pipeline import Pipeline
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = [
@@ -77,7 +79,7 @@ def test_live_frames_are_encoded_while_others_come(service: Service, monkeypatch
     def push(clip: LiveClip, frames: Tensor) -> None:
         plain(clip, frames)
         assert clip._worker is not None
-        clip._worker.submit(int).result(120)  # what was pushed is encoded, however slow the machine
+        clip._worker.submit(int).result(HANG_SECONDS)  # what was pushed is encoded, however slow the machine
 
     monkeypatch.setattr(LiveClip, "push", push)
     vision = service.pipeline.vision

@@ -22,6 +22,8 @@ from runtime.pipeline import Pipeline
 from runtime.requests import Delta
 from runtime.video import Clip
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIB = 2**20
@@ -39,7 +41,7 @@ class Fake:
         self.leak, self.fails_at = leak, fails_at
 
     def ask(self, clip: Clip, question: str, *, max_new_tokens: int) -> None:
-        self.met.wait(30)  # nobody comes through alone
+        self.met.wait(HANG_SECONDS)  # nobody comes through alone
         self.asked.append(question)
         if self.leak:  # pages of its own: a heap may have some to spare
             self.kept.append(mmap.mmap(-1, self.leak))

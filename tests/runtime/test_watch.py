@@ -19,6 +19,8 @@ from runtime.errors import Closed, VideoError
 from runtime.pipeline import Pipeline
 from runtime.video import Clip, load_clip
 
+from ..processes import HANG_SECONDS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTIONS = ("What happens?", "How many balls are there?", "Which digit is on the circle?")
@@ -142,7 +144,7 @@ def test_many_threads(pipeline: Pipeline, clip: Clip, backwards: Clip) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(HANG_SECONDS)
     assert wrong == []
 
 

@@ -18,6 +18,8 @@ from runtime.errors import VideoError
 from runtime.video import apply_display_matrix, clip_from_frames, decode, load, load_clip, sample_indices
 from runtime.video.frames import resize_frames, resize_in_float
 
+from ..processes import HANG_SECONDS
+
 HEIGHT, WIDTH, BITS = 48, 80, 10
 SIZE = (HEIGHT, WIDTH)
 X264 = {"bf": "2", "x264-params": "scenecut=0:b-adapt=0:bframes=2:b-pyramid=1"}
@@ -299,7 +301,12 @@ print(grown(lambda: list(av.open({str(path)!r}).decode(video=0))))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANG_SECONDS,
     )
     ours, everything = map(float, output.stdout.split())
     assert everything > 60  # MiB: 250 frames of 640x360 are 82 MiB as YUV and 165 MiB as RGB

@@ -1,0 +1,87 @@
+"""Files that are written beside their place and moved there whole; what a killed process left of them is removed.
+
+    with partial(target) as path:
+        write(path)
+
+While it is written, a file is locked by its writer, and the system lets go of the lock however the writer ends. So a
+partial file that can be locked is nobody's any more, whatever process, container or machine it was of, and whoever
+writes next in that folder removes it. Names are `.NAME.TOKEN.partial`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_NAME = re.compile(r"\.(?P<target>.+)\.[^.]+\.partial")
+
+
+@contextmanager
+def partial(target: Path) -> Iterator[Path]:
+    """An empty file beside `target` to write to; moved there at the end, removed if anything is raised.
+
+    It is there already, and stays the file that it is: write to it, do not replace it.
+
+    Raises:
+        OSError: it cannot be made or moved; names `target`.
+    """
+    clear(target.parent, target.name)
+    try:
+        path, descriptor = _make(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    try:
+        yield path
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        with suppress(OSError):  # it is not there, or the folder is gone or read-only by now
+            path.unlink()
+        os.close(descriptor)
+
+
+def clear(folder: Path, name: str | None = None) -> None:
+    """Remove the partial files in `folder` that nobody writes any more, those of the file `name` alone if it is given.
+
+    What is no plain file, or may not be opened or removed, stays.
+    """
+    with suppress(OSError):
+        for found in os.listdir(folder):
+            match = _NAME.fullmatch(found)
+            if match is not None and name in (None, match["target"]):
+                _remove_dead(folder / found)
+
+
+def _make(target: Path) -> tuple[Path, int]:
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return path, descriptor
+        except BaseException:
+            os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            raise
+        os.close(descriptor)  # somebody cleared it before it was locked
+
+
+def _remove_dead(path: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        finally:
+            os.close(descriptor)
