@@ -26,13 +26,13 @@ from torch import Tensor
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
 from builder.evaluation.methods import Method, Visual, chosen, methods
 from builder.evaluation.passes import ClipPasses, Vision
+from builder.micro.labels import object_cells
+from builder.micro.scoring import Outcome, Scorer
 from earlytom import flops
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.scene import SIDE
-from earlytom.micro.scoring import Outcome, Scorer
-from earlytom.micro.training.labels import object_cells
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
 
 CLIPS_AT_ONCE = 8
@@ -205,7 +205,7 @@ def task_checkpoint(source: str | None) -> Checkpoint:
     if (height, width) != (SIDE, SIDE):
         raise UserError(
             f"--model {checkpoint.source}: it takes frames of {height} x {width}, and the task's clips are {SIDE} x "
-            f"{SIDE}; use the bundled model, or one trained with python -m earlytom.micro.train"
+            f"{SIDE}; use the bundled model, or one trained with python -m builder.micro.train"
         )
     return checkpoint
 
