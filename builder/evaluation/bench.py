@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
-from builder.evaluation.methods import Method, Visual, chosen, methods
+from builder.evaluation.methods import Row, Visual, chosen, methods
 from builder.evaluation.passes import ClipPasses, Vision
 from builder.micro.labels import object_cells
 from builder.micro.scoring import Outcome, Scorer
 from earlytom import flops
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.families import family_of
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.scene import SIDE
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
@@ -64,7 +65,7 @@ class Job:
 class Setting:
     """A method at a ratio (None where the ratio does not matter)."""
 
-    method: Method
+    method: Row
     ratio: float | None
 
     def visual(self, clip: ClipPasses) -> Visual:
@@ -180,9 +181,8 @@ class Bench:
     def cost(self, visual: Visual) -> tuple[int, int, int, int]:
         """Tokens, frames at the tower's end, and operations of the vision part and of the prefill (see `flops`)."""
         config: Any = self.checkpoint.config
-        frames, tokens = visual.stages[-1], len(visual.tokens)
-        tower = flops.vision_encoder(config.vision_config, visual.stages, visual.merge_layers, self.vision.depth)
-        return tokens, frames, tower + flops.projector(config, frames), flops.prefill(config.text_config, tokens)
+        tokens, vision = len(visual.tokens), family_of(config).vision_flops(config, visual.stages, visual.merge_layers)
+        return tokens, visual.stages[-1], vision, flops.prefill(config.text_config, tokens)
 
     def _same(self, outcomes: list[list[list[Outcome]]]) -> NDArray[np.bool_]:
         """Whether the engine said what its twin said."""

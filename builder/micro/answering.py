@@ -28,7 +28,7 @@ from builder.micro.labels import MOTION, cell_motion
 from builder.micro.loop import Optimizer, Progress, Report, made_ahead
 from builder.micro.packing import IGNORE, Pack, Packer, batch, logits
 from builder.micro.see import normalised
-from earlytom.encoder import pool
+from earlytom.families.llava_onevision import pool
 from earlytom.micro.data.questions import Question, questions
 from earlytom.micro.data.scene import FRAMES, Scene
 from earlytom.micro.data.splits import labelled_clip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builder.micro.labels import CELL_WORDS, COLOUR_NAMES, IGNORE, LOOKS, PATCH
-from earlytom.encoder import pool
+from earlytom.families.llava_onevision import pool
 from earlytom.micro.data.scene import DIGITS, SIDE
 
 _COLOUR_LEVELS = 3

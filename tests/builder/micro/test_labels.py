@@ -24,7 +24,7 @@ from builder.micro.labels import (
     object_cells,
     pooling_matrix,
 )
-from earlytom.encoder import pool
+from earlytom.families.llava_onevision import pool
 from earlytom.micro.data import labelled_clip
 from earlytom.micro.data.render import DOT, NOBODY, render
 from earlytom.micro.data.scene import COLOURS, DIGITS, DOT_RADIUS, FRAMES, SHAPES, SIDE, Scene
