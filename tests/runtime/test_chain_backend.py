@@ -85,11 +85,10 @@ def test_it_says_what_pytorch_says(vision: OnnxRuntimeChain, manifest: Manifest,
     checkpoint = describe(manifest.model.source)
     part, config = load_vision(checkpoint, torch.float32), EarlyTomConfig.from_dict(manifest.earlytom)
     counts = set()
+    depth = geometry(checkpoint.config).depth
     for frames in clips.values():
         pixels = frames.float() / 127.5 - 1
-        wanted = encode_video(
-            part.vision_tower, part.projector, pixels, config, depth=geometry(checkpoint.config).depth
-        )
+        wanted = encode_video(part.vision_tower, part.projector, pixels, config, depth=depth)
         tokens, positions = vision.encode(frames)
         assert vision.frames_per_stage == wanted.frames_per_stage
         assert torch.equal(positions, wanted.positions)

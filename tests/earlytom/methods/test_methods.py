@@ -107,7 +107,7 @@ def test_settings_stand_for_earlytom_and_a_method_for_itself() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(UserError, match="no method named .magic.: choose one of earlytom, random,"):
+    with pytest.raises(UserError, match="no method named 'magic': choose one of earlytom, random,"):
         by_name("magic", {})
 
 
