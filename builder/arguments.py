@@ -16,7 +16,7 @@ from builder.config import BuildConfig, parse_target
 from builder.plugins import COMPRESSIONS, choose, kernel_target
 from earlytom.config import PRESETS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.model import feature_depth
+from earlytom.families import geometry
 from runtime import cli, trt
 from runtime.checkpoint import describe
 
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
         raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
     kernel = kernel_target(target, options.hardware_compatible)
     kernels = choose(options.compression, choice.backend, kernel, options.schedule)
-    depth = feature_depth(checkpoint.config)
+    depth = geometry(checkpoint.config).depth
     counts = _counts(options.frames, checkpoint.frames)
     if len(counts) > 1 and options.frame_budget == AUTO:
         raise UserError(

@@ -40,6 +40,7 @@ from builder.plugins import choose, kernel_target
 from builder.precision import set_vision_precision
 from builder.shared_weights import SharedWeights
 from builder.show import progress_line, show_kept, show_plan, show_result, summary
+from earlytom.families import family_of
 from runtime import cli, contract
 from runtime.checkpoint import load_vision
 from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
@@ -192,6 +193,7 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
         depth=config.depth,
         dtype=dtype,
         islands=config.islands,
+        family=family_of(config.model),
     )
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from builder.export import VisionGraph
-from earlytom.encoder import Decisions, encode
+from earlytom.encoder import encode
+from earlytom.methods.earlytom import EarlyTom
 from runtime.clip import draw_clip
 from runtime.video import load_clip
 
@@ -75,10 +76,10 @@ def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
     """
     config = graph.config.replace(schedule="adaptive")
     depth = config.merge_layers[-1] + 1 if config.merge_layers else 1
-    decisions, tower = Decisions(config), graph.tower
+    method, vision = EarlyTom(config), graph.vision
     found = {}
     for name, frames in clips.items():
-        visual = encode(tower, graph.projector, graph.pixels(frames), config, decisions, depth=depth)
+        visual = encode(vision, graph.pixels(frames), method, depth=depth)
         found[name] = visual.frames_per_stage
     return FramesKept(found)
 

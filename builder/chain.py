@@ -29,6 +29,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import embed, layer_spans, project, run_span
 from earlytom.errors import UserError
 from earlytom.merge import apply_weights, frame_similarity
+from earlytom.methods.earlytom import EarlyTom
 from runtime import contract
 
 # Frames of the example that is traced: not 1, which exporters take for a constant.
@@ -49,7 +50,7 @@ class StageGraph(nn.Module):
         self.whole = whole  # "graph" is taken: the exporter has an attribute of that name
         self.stage = stage
         self.frames = frames
-        self.spans = layer_spans(whole.config, whole.layers)
+        self.spans = layer_spans(whole.config.merge_layers, whole.layers)
 
     def forward(self, entering: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -57,7 +58,13 @@ class StageGraph(nn.Module):
         hidden = entering if self.stage else embed(tower, self.whole.pixels(entering))
         static = None if received is None else self._plan(self._similarity(hidden))[1]
         hidden, column = run_span(
-            tower, self.spans[self.stage], hidden, self.whole.config, lambda **found: values.update(found), True
+            tower,
+            self.spans[self.stage],
+            hidden,
+            EarlyTom(self.whole.config),
+            self.whole.layers,
+            lambda **found: values.update(found),
+            True,
         )
         if not last:
             return values | self._merge(hidden, column)
@@ -65,10 +72,11 @@ class StageGraph(nn.Module):
             received, static = column, self._plan(self._similarity(hidden))[1]
         assert received is not None
         values["static"] = static
-        features, relevance = project(
-            self.whole.projector, hidden[:, tower.prefix :], received, lambda **found: values.update(found), True
+        seen = project(
+            self.whole.vision, hidden[:, tower.prefix :], received, lambda **found: values.update(found), True
         )
-        tokens, positions, count = self._select(features, relevance, static)
+        assert seen.relevance is not None
+        tokens, positions, count = self._select(seen.features, seen.relevance, static)
         outputs = (tokens.to(self.whole.dtype), positions, count)
         return values | dict(zip((*contract.OUTPUTS, contract.COUNT), outputs, strict=True))
 
@@ -142,7 +150,7 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         contract.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
         contract.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
     }
-    stages = len(layer_spans(graph.config, graph.layers))
+    stages = len(layer_spans(graph.config.merge_layers, graph.layers))
     return tuple(_export_stage(StageGraph(graph, stage, frames), stages, examples, folder) for stage in range(stages))
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from builder.config import check_chunk
-from builder.export import ExportedGraph, SymbolicDecisions, VisionGraph, budget_body, save, trace
-from earlytom.encoder import head, layer_spans, rest, trace_names
+from builder.export import ExportedGraph, VisionGraph, form_of, save, trace
+from earlytom.encoder import head, layer_spans, rest
+from earlytom.methods.earlytom import EarlyTom, trace_names
 from runtime import contract
 
 
@@ -30,13 +31,14 @@ class HeadGraph(nn.Module):
     def __init__(self, whole: VisionGraph) -> None:
         super().__init__()
         self.whole = whole
-        self.span = layer_spans(whole.config, whole.layers)[0]
+        self.span = layer_spans(whole.config.merge_layers, whole.layers)[0]
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         whole = self.whole
+        method = EarlyTom(whole.config)
         _, received = head(
-            whole.tower, whole.pixels(frames), whole.config, whole.layers, lambda **found: values.update(found), True
+            whole.tower, whole.pixels(frames), method, whole.layers, lambda **found: values.update(found), True
         )
         return values if received is None else values | {contract.RECEIVED: received}
 
@@ -67,12 +69,10 @@ class RestGraph(nn.Module):
         values: dict[str, Tensor] = {}
         whole = self.whole
         rest(
-            whole.tower,
-            whole.projector,
+            whole.vision,
             hidden,
             received,
-            whole.config,
-            SymbolicDecisions(whole.config, whole.similarity_dtype),
+            form_of(whole.decisions).calls(whole),
             whole.layers,
             lambda **found: values.update(found),
             True,
@@ -83,7 +83,7 @@ class RestGraph(nn.Module):
     def names(self) -> list[str]:
         """The keys of what `forward` returns, in its order."""
         layers = self.whole.layers
-        before = {f"hidden_{layer}" for layer in layer_spans(self.whole.config, layers)[0]}
+        before = {f"hidden_{layer}" for layer in layer_spans(self.whole.config.merge_layers, layers)[0]}
         return [name for name in trace_names(self.whole.config, layers) if name not in before]
 
 
@@ -103,19 +103,19 @@ def export_chunks(
         UserError: the adaptive schedule, or chunks that do not fill a clip.
     """
     check_chunk(chunk, frames, graph.config.schedule)
-    first, second = HeadGraph(graph), RestGraph(graph)
+    first, second, form = HeadGraph(graph), RestGraph(graph), form_of(graph.decisions)
     paths = [folder / contract.stage_file(contract.ONNX_FILE, stage) for stage in range(contract.CHUNK_STAGES)]
     (_, between), (_, outputs) = (contract.chunk_tensors(stage, first.received) for stage in range(len(paths)))
     some = torch.zeros(chunk, 3, *size, dtype=torch.uint8)
     model = trace(first, {contract.FRAMES: some}, first.names)
     _name_output(model, first.last, contract.HIDDEN)
-    written = save(model, paths[0], between, lambda node: budget_body(node, graph.config, frames))
+    written = save(model, paths[0], between, lambda node: form.body(node, graph.config, frames))
     with torch.no_grad():
         values = first(some[:1])
     values = {contract.HIDDEN: values[first.last], **values}
     entering = {name: torch.cat([values[name]] * frames) for name in between}
     model = trace(second, entering, second.names)
-    return written, save(model, paths[1], outputs, lambda node: budget_body(node, graph.config, frames))
+    return written, save(model, paths[1], outputs, lambda node: form.body(node, graph.config, frames))
 
 
 def _name_output(model: ir.Model, value: str, name: str) -> None:

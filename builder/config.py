@@ -20,10 +20,10 @@ from builder.compile import WORKSPACE_GIB
 from builder.islands import DEFAULT, Costs, Islands
 from builder.plugins import triton_version
 from earlytom import flops
-from earlytom.budget import frames_per_stage, most_tokens, pooled_side, token_count
+from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.model import feature_depth
+from earlytom.families import Geometry, family_of
 from runtime import contract
 from runtime.checkpoint import Checkpoint
 
@@ -160,9 +160,14 @@ class BuildConfig:
         return self.checkpoint.config
 
     @property
+    def geometry(self) -> Geometry:
+        """Frames on their way to the LLM."""
+        return family_of(self.model).geometry(self.model)
+
+    @property
     def depth(self) -> int:
         """Encoder layers that run."""
-        return feature_depth(self.model)
+        return self.geometry.depth
 
     @property
     def adaptive(self) -> bool:
@@ -185,8 +190,7 @@ class BuildConfig:
     @property
     def tokens_per_frame(self) -> int:
         """P, tokens of a whole frame after pooling."""
-        vision = self.model.vision_config
-        return pooled_side(vision.image_size // vision.patch_size) ** 2
+        return self.geometry.tokens_per_frame
 
     @property
     def tokens(self) -> int:
@@ -212,12 +216,11 @@ class BuildConfig:
             stages: frames before the first merge and after each one.
             tokens: that reach the LLM.
         """
-        config, layers = self.model, self.earlytom.merge_layers
-        vision, text = config.vision_config, config.text_config
+        config, family = self.model, family_of(self.model)
+        text = config.text_config
         return {
-            "vision_full": flops.vision_encoder(vision, (self.frames,), (), self.depth)
-            + flops.projector(config, self.frames),
-            "vision": flops.vision_encoder(vision, stages, layers, self.depth) + flops.projector(config, stages[-1]),
+            "vision_full": family.vision_flops(config, (self.frames,), ()),
+            "vision": family.vision_flops(config, stages, self.earlytom.merge_layers),
             "prefill_full": flops.prefill(text, self.frames * self.tokens_per_frame),
             "prefill": flops.prefill(text, tokens),
         }
@@ -225,19 +228,12 @@ class BuildConfig:
     @property
     def expected_bytes(self) -> dict[str, int]:
         """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
-        config = self.model
-        vision, width = config.vision_config, config.text_config.hidden_size
-        size = contract.DTYPES[self.dtype].itemsize
-        hidden, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-        layer = 4 * hidden * hidden + 2 * hidden * inner + 9 * hidden + inner  # products, biases, two layer norms
-        grid = vision.image_size // patch
-        embeddings = hidden * (3 * patch * patch + 1 + grid * grid)
-        projector = width * (hidden + width + 2)
+        size, (height, width) = contract.DTYPES[self.dtype].itemsize, self.geometry.size
         wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
         return {
-            "weights": size * (self.depth * layer + embeddings + projector) + wider,
-            "input": self.batch * self.frames * 3 * vision.image_size**2,
-            "output": self.batch * self.tokens * (width * size + 8),
+            "weights": size * family_of(self.model).vision_weights(self.model) + wider,
+            "input": self.batch * self.frames * 3 * height * width,
+            "output": self.batch * self.tokens * (self.geometry.llm_width * size + 8),
         }
 
     @property
@@ -318,8 +314,7 @@ def _code_digest() -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     others = ("drift.py", "evaluate.py", "inspect.py")  # they look at engines, as builder/evaluation and inspection do
     paths = [path for path in (root / "builder").glob("*.py") if path.name not in others]
-    paths += [
-        path for folder in ("builder/plugins", "earlytom", "earlytom/kernels") for path in (root / folder).glob("*.py")
-    ]
+    folders = ("builder/plugins", "earlytom", "earlytom/families", "earlytom/kernels", "earlytom/methods")
+    paths += [path for folder in folders for path in (root / folder).glob("*.py")]
     paths += [root / "runtime" / f"{name}.py" for name in ("checkpoint", "checkpoint_files", "contract", "trt")]
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}

@@ -40,8 +40,8 @@ from builder.export import VisionGraph
 from builder.runners import Arrays, ForcedDecisions, run_tapped
 from builder.verify import GATES
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions
 from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom
 from runtime import cli, contract
 from runtime.checkpoint import describe
 from runtime.clip import draw_clip
@@ -109,7 +109,7 @@ def measure(
         for clip, one in zip(clips, each, strict=True):
             # Decisions taken from NaN are none; then the reference takes its own.
             sane = all(np.isfinite(one[f"weights_{layer}"]).all() for layer in config.merge_layers)
-            reference.decisions = ForcedDecisions(config, one) if sane else Decisions(config)
+            reference.decisions = ForcedDecisions(config, one) if sane else EarlyTom(config)
             found.append(reference(clip))
         got = {name: np.concatenate([one[name] for one in each]) for name in _taps(names)}
         wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}

@@ -28,8 +28,8 @@ from builder.evaluation.engine import AUTO, ENGINE, build_engine, check_engine
 from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
 from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
 from builder.evaluation.timing import measure_times
+from builder.micro.card import write_card
 from builder.verify import GATES
-from earlytom.micro.card import write_card
 from runtime import cli
 from runtime.checkpoint import MICRO, Checkpoint
 from runtime.manifest import Manifest

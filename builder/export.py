@@ -26,9 +26,11 @@ from builder import functions
 from builder.islands import DEFAULT, Islands
 from builder.shared_weights import SharedWeights
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, EachVideo, encode, trace_names
+from earlytom.encoder import Method, encode
 from earlytom.errors import UserError
+from earlytom.families import LLAVA_ONEVISION, Family, Vision
 from earlytom.merge import frame_similarity
+from earlytom.methods.earlytom import EachVideo, EarlyTom, trace_names
 from earlytom.towers import Tower, tower_of
 from runtime import contract
 
@@ -38,7 +40,7 @@ OPSET = 23
 EXTERNAL_DATA_BYTES = 256 * 2**20
 
 
-class SymbolicDecisions(Decisions):
+class SymbolicDecisions(EarlyTom):
     """Calls of the ONNX functions in place of the computation; the similarity is standard operators."""
 
     def __init__(self, config: EarlyTomConfig, similarity_dtype: torch.dtype = torch.float32) -> None:
@@ -91,6 +93,7 @@ class VisionGraph(nn.Module):
         depth: encoder layers to run.
         dtype: of the graph; that of the projector by default.
         islands: what is fp32 in it; here for the values that have no weights to take a dtype from.
+        family: of the model.
 
     Attributes:
         decisions: who decides; the reference in PyTorch unless set otherwise.
@@ -108,13 +111,15 @@ class VisionGraph(nn.Module):
         depth: int | None = None,
         dtype: torch.dtype | None = None,
         islands: Islands = DEFAULT,
+        family: Family = LLAVA_ONEVISION,
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower
         self.projector = projector
         self.config = config
         self.depth = depth
-        self.decisions = Decisions(config)
+        self.decisions: Method = EarlyTom(config)
+        self.family = family
         self.dtype = dtype or next(projector.parameters()).dtype
         self.islands = islands
         self.every_layer = False
@@ -140,6 +145,11 @@ class VisionGraph(nn.Module):
         return tower
 
     @property
+    def vision(self) -> Vision:
+        """The vision part as the encoder runs it, in the precision of the graph."""
+        return self.family.vision(self.tower, self.projector)
+
+    @property
     def layers(self) -> int:
         """Encoder layers that run."""
         return len(self.tower.layers) if self.depth is None else self.depth
@@ -152,10 +162,8 @@ class VisionGraph(nn.Module):
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         trace: dict[str, Tensor] = {}
         encode(
-            self.tower,
-            self.projector,
+            self.vision,
             self.pixels(frames),
-            self.config,
             self.decisions,
             depth=self.depth,
             trace=trace,
@@ -170,6 +178,26 @@ class VisionGraph(nn.Module):
     def trace_names(self) -> list[str]:
         """The keys of what `forward` returns."""
         return trace_names(self.config, self.layers if self.every_layer else None)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a method is exported.
+
+    Attributes:
+        calls: of a graph: its method with calls of ONNX functions for the steps that depend on the video.
+        body: the body of the function that a node calls, given the method's settings and F.
+    """
+
+    calls: Callable[[VisionGraph], EarlyTom]
+    body: Callable[[ir.Node, EarlyTomConfig, int], ir.Function]
+
+
+def form_of(method: Method) -> Form:
+    """Raises UserError for a method that has no form in ONNX."""
+    if method.name not in FORMS:
+        raise UserError(f"method {method.name!r} cannot be built into an engine: only {', '.join(FORMS)} can")
+    return FORMS[method.name]
 
 
 @dataclass(frozen=True)
@@ -208,8 +236,8 @@ def export_onnx(
             "a single engine needs static shapes, so the schedule must be budget, not "
             f"{graph.config.schedule}: build with --schedule budget (builder.chain exports the adaptive one)"
         )
-    kept = graph.decisions, graph.every_layer
-    calls = SymbolicDecisions(graph.config, graph.similarity_dtype)
+    kept, form = (graph.decisions, graph.every_layer), form_of(graph.decisions)
+    calls = form.calls(graph)
     graph.decisions = EachVideo(calls, batch) if batch > 1 else calls
     graph.every_layer = True  # so that all values have their names
     shape = (frames, 3, *size) if batch == 1 else (batch, frames, 3, *size)
@@ -217,7 +245,7 @@ def export_onnx(
         model = trace(graph, {contract.FRAMES: torch.zeros(shape, dtype=torch.uint8)}, graph.trace_names)
     finally:
         graph.decisions, graph.every_layer = kept
-    return save(model, path, contract.OUTPUTS, lambda node: budget_body(node, graph.config, frames), shared)
+    return save(model, path, contract.OUTPUTS, lambda node: form.body(node, graph.config, frames), shared)
 
 
 def trace(
@@ -311,3 +339,9 @@ def tokens_per_frame(node: ir.Node) -> int:
     per_frame = features.shape[1]
     assert isinstance(per_frame, int)  # only the number of frames is dynamic, if anything
     return per_frame
+
+
+FORMS: dict[str, Form] = {
+    EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body)
+}
+"""The methods that can be exported, by name."""

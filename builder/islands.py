@@ -18,6 +18,7 @@ Notation: F frames, T tokens a frame, D width, I width inside the MLP, H heads, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 from earlytom import flops
 from earlytom.encoder import layer_spans
 from earlytom.errors import UserError
+from earlytom.families import family_of
+from earlytom.methods.earlytom import EarlyTom
 from runtime import cli
 
 if TYPE_CHECKING:
@@ -167,15 +170,15 @@ class Costs:
 
     def __init__(self, config: BuildConfig, stages: Sequence[int] | None = None) -> None:
         vision, layers = config.model.vision_config, config.earlytom.merge_layers
-        self.width, self.inner = vision.hidden_size, vision.intermediate_size
-        self.heads, self.llm = vision.num_attention_heads, config.model.text_config.hidden_size
-        self.patch, self.side = vision.patch_size, vision.image_size
-        self.tokens = (self.side // self.patch) ** 2
+        frame = config.geometry
+        self.width, self.inner, self.llm = frame.width, vision.intermediate_size, frame.llm_width
+        self.heads, self.patch = vision.num_attention_heads, frame.patch
+        self.size, self.tokens = frame.size, frame.patches
         self.pooled, self.stages, self.depth = config.tokens_per_frame, stages or config.stages, config.depth
-        self.spans = layer_spans(config.earlytom, self.depth)
+        self.spans = layer_spans(layers, self.depth)
         self.frames = [self.stages[sum(merge < layer for merge in layers)] for layer in range(self.depth)]
-        self.deciding = layers[-1] if layers else self.depth - 1
-        self.projector_flops = flops.projector(config.model, self.stages[-1])
+        self.deciding = EarlyTom(config.earlytom).watched(self.depth)
+        self.projector_flops = family_of(config.model).projector_flops(config.model, self.stages[-1])
 
     def of(self, name: str) -> Cost:
         """The cost of one island; of a layered one, in all layers."""
@@ -244,7 +247,7 @@ class Costs:
         return self.frames[layer] * self.tokens * self.width  # elements that enter the layer
 
     def _pixels(self) -> Cost:
-        elements = self.stages[0] * 3 * self.side**2
+        elements = self.stages[0] * 3 * math.prod(self.size)
         return Cost(0, _PIXEL * elements, 0, _EXTRA * elements)
 
     def _norms(self) -> Cost:

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from earlytom import attention, merge, ops, select
-from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, pooled_side
+from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, encode, pool
+from earlytom.encoder import encode
 from earlytom.errors import UserError
-from earlytom.towers import tower_of
+from earlytom.families.llava_onevision import LLAVA_ONEVISION, pool, pooled_side
+from earlytom.methods.earlytom import EarlyTom
 from runtime import cli
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -239,7 +240,7 @@ class Path:
     every merge layer, query and key of the last one, and pooled features with their received attention."""
 
     def __init__(self, size: Size, config: EarlyTomConfig) -> None:
-        self.size, self.decisions = size, Decisions(config)
+        self.size, self.decisions = size, EarlyTom(config)
         self.stages = frames_per_stage(size.frames, merges=len(config.merge_layers), frame_budget=config.frame_budget)
         effective = effective_ratio(config.retention_ratio, size.frames, self.stages[-1])
         self.places = dynamic_tokens(size.cells, effective)
@@ -286,7 +287,7 @@ def measure_path(size: Size, config: EarlyTomConfig, dtype: torch.dtype, clock: 
     pixels = [(torch.randn(size.frames, 3, side, side, device=clock.device).to(dtype),) for _ in range(INPUTS)]
 
     def whole(x: Tensor) -> Tensor:
-        return encode(tower_of(tower), projector, x, config, Decisions(config)).tokens
+        return encode(LLAVA_ONEVISION.vision(tower, projector), x, EarlyTom(config)).tokens
 
     if clock.device.type == "cuda":
         return clock(graphed(path, inputs), inputs), clock(graphed(whole, pixels), pixels)

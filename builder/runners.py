@@ -31,14 +31,15 @@ from builder.batches import split, stack
 from builder.export import VisionGraph
 from builder.rounding import round_results
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions
+from earlytom.encoder import Method
 from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom
 from runtime import contract
 
 Arrays = dict[str, NDArray[Any]]
 
 
-class ForcedDecisions(Decisions):
+class ForcedDecisions(EarlyTom):
     """Takes the decisions that a run of the graph took, in their order."""
 
     def __init__(self, config: EarlyTomConfig, taken: Arrays) -> None:
@@ -68,7 +69,7 @@ class ForcedDecisions(Decisions):
 class TorchRunner(BaseRunner):
     """The PyTorch reference as a Polygraphy runner; `decisions[i]` decides in iteration i."""
 
-    def __init__(self, graph: VisionGraph, decisions: Sequence[Decisions], frames: tuple[int, ...], name: str) -> None:
+    def __init__(self, graph: VisionGraph, decisions: Sequence[Method], frames: tuple[int, ...], name: str) -> None:
         super().__init__(name=name, prefix="pytorch")
         self.graph = graph
         self.decisions = iter(decisions)

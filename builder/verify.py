@@ -49,8 +49,8 @@ from builder.export import VisionGraph
 from builder.kept_reference import COMPARE_FILE, keep_reference
 from builder.runners import Arrays, ForcedDecisions, TorchRunner, run_tapped
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, select, trace_names
 from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom, trace_names
 from runtime import cli, contract
 
 # Of weights computed from equal similarities by two runtimes.
@@ -184,7 +184,7 @@ def verify(
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
         say("running the PyTorch reference")
         free = Comparator.run(
-            [TorchRunner(reference, [Decisions(config)] * len(feeds), shape, "reference")], data_loader=feeds
+            [TorchRunner(reference, [EarlyTom(config)] * len(feeds), shape, "reference")], data_loader=feeds
         )
         own = [_arrays(iteration) for iteration in free[0][1]]
         if all(_same_decisions(config, a, b) for a, b in zip(outputs, own, strict=True)):
@@ -317,7 +317,7 @@ def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) ->
 
     The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
     """
-    rule = Decisions(config)
+    rule = EarlyTom(config)
     plans, places = [0.0], []
     for out in got:
         for layer in config.merge_layers:
@@ -328,7 +328,7 @@ def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) ->
             plans.append(_finite(float((weights - taken).abs().max()), 1.0) if same_count else 1.0)
         features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
         positions = out[contract.POSITIONS]
-        _, repeated = select(features, relevance, static, frames, config, rule)
+        _, repeated = rule.keep(features, relevance, static, frames)
         same_count = len(repeated) == len(positions)
         places.append(float(np.mean(repeated.numpy() == positions)) if same_count else 0.0)
     worst, same = max(plans), min(places)

@@ -9,11 +9,11 @@ The method: *EarlyTom: Early Token Compression Completes Fast Video Understandin
 
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import VisualTokens, encode_video
+from earlytom.encoder import VisualTokens
 from earlytom.errors import UserError
 from earlytom.inner_decoder import apply_inner
 from earlytom.merge import FramePlan, plan_frames, segment_frames
-from earlytom.model import apply_earlytom
+from earlytom.model import apply_earlytom, encode_video
 from earlytom.select import select_tokens
 
 __all__ = [

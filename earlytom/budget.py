@@ -13,11 +13,6 @@ from typing import SupportsIndex
 from earlytom.errors import UserError
 
 
-def pooled_side(grid: int) -> int:
-    """Side of the token grid after the model's 2x pooling of a `grid` x `grid` frame (27 -> 14)."""
-    return math.ceil(grid / 2)
-
-
 def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequence[int] = 0.75) -> tuple[int, ...]:
     """Budget schedule: frames before the first merge and after each one, for example (32, 24, 18, 14).
 

@@ -1,12 +1,11 @@
-"""The vision encoder with EarlyTom inside: pixels of a video in, the tokens that reach the LLM out.
+"""The vision encoder with a method inside: pixels of a video in, the tokens that reach the LLM out.
 
-One function, `encode`, is the method; PyTorch and the exported graph both run it. What differs between them is only who
-takes the data-dependent decisions (`Decisions`): here the operators of `earlytom.ops`, in the exporter nodes that name
-ONNX functions. `encode_video` is `encode` on Hugging Face modules.
+`encode` runs a model's vision part (`earlytom.families.Vision`) and asks a `Method` which frames and which tokens stay.
+PyTorch and the exported graph both run it; what differs between them is how the method's steps are computed.
 
-It has two parts. Up to the first merge no frame knows of another, so `head` can run on any of a clip's frames as they
-come; `rest` needs them all. Both also take the frames of several videos: the layers run on all of them at once, and
-each video gets decisions of its own (`EachVideo`).
+It has two parts. Up to the first layer at which the method acts no frame knows of another, so `head` can run on any of
+a clip's frames as they come; `rest` needs them all. Both also take the frames of several videos, one video after the
+other: the layers run on all of them at once, and the method decides about each.
 
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens
 after pooling, D tower width, E LLM width, N tokens kept.
@@ -14,20 +13,22 @@ after pooling, D tower width, E LLM width, N tokens kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from earlytom import ops
-from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, pooled_side, static_tokens
-from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.merge import apply_weights, segments_of
-from earlytom.select import select_varying
-from earlytom.towers import Tower, grid_side, tower_of
+from earlytom.families import Features, Vision
+from earlytom.merge import segments_of
+from earlytom.towers import Tower
+
+Note = Callable[..., None]
+"""Told intermediate tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class VisualTokens:
     """A video as the LLM will see it (without the closing newline).
 
     Attributes:
-        tokens: [N, E] projected tokens, in time order, raster order within a frame.
+        tokens: [N, E] projected tokens, in the method's order: time, then raster order within a frame.
         positions: [N] int64, `frame * P + cell`, frame counted among the F' frames.
         hidden: [F', S, D] patch hidden states after the last layer run.
-        received: [F', S] fp32 received attention of the last merge layer, merged like the frames.
+        received: [F', S] fp32 received attention of the layer that the method watches, merged like the frames; [F', 0]
+            if it watches none.
         segment_start: [F'] int64, first frame of each remaining frame's final segment.
         frames_per_stage: frames before the first merge and after each one.
         frame_weights: [F', F] fp32, what each remaining frame is made of; rows sum to one.
@@ -58,200 +60,241 @@ class VisualTokens:
         return segments_of(self.segment_start)
 
 
-class Decisions:
-    """What the method decides by, and its two data-dependent steps, as the operators of `earlytom.ops`."""
+@dataclass(frozen=True)
+class Counts:
+    """What is known of a video's tokens before it is seen.
 
-    def __init__(self, config: EarlyTomConfig) -> None:
-        self.config = config
-
-    def similarity(self, hidden: Tensor) -> Tensor:
-        """`hidden [F, S, D]` to [F, F] fp32."""
-        return ops.frame_similarity(hidden)
-
-    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`similarity [F, F]` to weights [F', F], segment start [F], static [F] bool. `None` frames: adaptive."""
-        c = self.config
-        weights, static, start, count = ops.frame_plan(similarity, frames_out, c.tau, c.max_window, c.ema, c.trailing)
-        if frames_out is None:
-            weights = weights[: int(count)]  # the adaptive schedule's one wait for the device
-        return weights, start, static
-
-    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        """Exactly `places` tokens of every frame: tokens [F' * places, E], positions [F' * places]."""
-        return ops.select_tokens(features, received, static, places)
-
-    def select_varying(
-        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
-    ) -> tuple[Tensor, Tensor]:
-        """`places` tokens of a dynamic frame, `windows` of a static one: tokens [N, E], positions [N]. Waits."""
-        return select_varying(features, received, static, places, windows)
-
-
-class EachVideo(Decisions):
-    """The decisions of several videos whose frames lie one video after the other, each as `decisions` takes them.
-
-    Frame counts are those of one video. What belongs to a video has a leading B: similarity [B, F, F], weights
-    [B, F', F], segment start and static [B, F], tokens [B, N, E], positions [B, N].
+    Attributes:
+        stages: frames before the first merge and after each one.
+        tokens: N.
     """
 
-    def __init__(self, decisions: Decisions, videos: int) -> None:
-        if decisions.config.schedule != "budget":
-            raise UserError(
-                f"several videos at once keep equal numbers of frames, so the schedule must be budget, not "
-                f"{decisions.config.schedule}"
-            )
-        super().__init__(decisions.config)
-        self.decisions = decisions
-        self.videos = videos
-
-    def similarity(self, hidden: Tensor) -> Tensor:
-        return torch.stack([self.decisions.similarity(one) for one in self._each(hidden)])
-
-    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        weights, start, static = zip(*(self.decisions.plan(one, frames_out) for one in similarity), strict=True)
-        return torch.stack(weights), torch.stack(start), torch.stack(static)
-
-    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        each = zip(self._each(features), self._each(received), static, strict=True)
-        tokens, positions = zip(*(self.decisions.select(*one, places) for one in each), strict=True)
-        return torch.stack(tokens), torch.stack(positions)
-
-    def _each(self, values: Tensor) -> Tensor:
-        """[B * F, ...] to [B, F, ...], a view."""
-        return values.unflatten(0, (self.videos, -1))
+    stages: tuple[int, ...]
+    tokens: int
 
 
-def encode_video(
-    vision_model: nn.Module,
-    projector: nn.Module,
-    pixels: Tensor,
-    config: EarlyTomConfig,
-    *,
-    depth: int | None = None,
-) -> VisualTokens:
-    """Encode one video.
+@dataclass
+class State:
+    """What has become of one run's frames so far. A method that has to remember more extends it.
 
-    Args:
-        vision_model: a Hugging Face vision tower with an adapter in `earlytom.towers`, for example SiglipVisionModel.
-        projector: maps [F', S, D] to [F', S, E].
-        pixels: [F, 3, H, W] normalised pixels in the tower's dtype.
-        config: the method's settings.
-        depth: how many layers to run; default all (the post layer norm is never applied).
-
-    Raises:
-        UserError: no frames, not four dimensions, or a depth or merge layer that the tower does not have.
+    Attributes:
+        vision: the vision part that runs.
+        stages: frames of a video before the first merge and after each one so far.
+        frame_weights: [F', F] fp32, what each frame left is made of.
+        cells: (rows, columns) of the tokens of a frame; known from the projector on.
+        start: [F'] int64, first frame of each remaining frame's final segment; None for a method without segments.
+        static: [F'] bool, the frames strictly inside their segment; None likewise.
     """
-    return encode(tower_of(vision_model), projector, pixels, config, Decisions(config), depth=depth)
+
+    vision: Vision
+    stages: list[int]
+    frame_weights: Tensor
+    cells: tuple[int, int] = (0, 0)
+    start: Tensor | None = None
+    static: Tensor | None = None
+
+    @property
+    def frames(self) -> int:
+        """F, that entered the tower."""
+        return self.stages[0]
+
+
+class Method(ABC):
+    """Who decides which frames and which tokens of a video the LLM sees.
+
+    A method is made of frozen settings and holds nothing of a video; `begin` gives the state that its hooks are handed.
+    The hooks, in the order in which `encode` calls them: `frames` before the tower, `after_layer` behind each of
+    `layers`, `look` once received attention is known, `choose` after the projector. By default none does anything but
+    `choose`, which every method must have.
+
+    Attributes:
+        name: in `earlytom.methods.METHODS`.
+        layers: the encoder layers, ascending, after which `after_layer` is called.
+        videos: B, about how many videos at once it decides.
+        inner: the layer of the language model before which visual tokens are merged, and the share that is folded away
+            there (see `earlytom.inner`); None leaves the language model alone.
+    """
+
+    name: ClassVar[str]
+    layers: tuple[int, ...] = ()
+    videos: int = 1
+    inner: tuple[int, float] | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The method with these settings. Raises UserError for what is no setting of it, or makes no sense."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings in plain JSON types; inverse of `from_dict`."""
+
+    @abstractmethod
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
+        """What it keeps of a video of `frames` frames; None if only the video tells."""
+
+    @abstractmethod
+    def tower_key(self) -> Hashable:
+        """Equal for two methods that do the same up to `choose`, so that one pass over a video serves both."""
+
+    def check(self, depth: int) -> None:  # noqa: B027  (a hook)
+        """Raise UserError if it cannot act in a tower of which `depth` layers run."""
+
+    def watched(self, depth: int) -> int | None:
+        """The layer, of `depth` that run, whose received attention it needs; None if it needs none."""
+        return None
+
+    def frames(self, count: int) -> Sequence[int]:
+        """Before the tower: which of a video's `count` frames enter it, ascending."""
+        return range(count)
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        """The state of a new run on videos of `frames` frames each."""
+        return State(vision, [frames], torch.eye(frames, device=device))
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        """Inside the tower, after one of `layers`: merge frames.
+
+        Args:
+            hidden: [F', T, D] of all frames left.
+            received: [F', S] fp32 received attention, if this is the layer that is watched.
+            state: of the run; brought up to date.
+            note: told what it decides by.
+
+        Returns:
+            What is left of both.
+        """
+        return hidden, received
+
+    def look(self, hidden: Tensor, state: State) -> None:  # noqa: B027  (a hook)
+        """Once, behind the layer that is watched and what the method does there: `hidden [F', T, D]` of the frames."""
+
+    @abstractmethod
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        """After the projector: `features [F', P, E]` and `relevance [F', P]` to tokens [N, E] and positions [N]."""
 
 
 @torch.no_grad()
 def encode(
-    tower: Tower,
-    projector: nn.Module,
+    vision: Vision,
     pixels: Tensor,
-    config: EarlyTomConfig,
-    decisions: Decisions,
+    method: Method,
     *,
     depth: int | None = None,
     trace: dict[str, Tensor] | None = None,
     every_layer: bool = False,
 ) -> VisualTokens:
-    """The method, against an adapter and a decision maker.
+    """One video through a model's vision part, as a method has it.
 
-    Arguments as in `encode_video`; `trace` is filled with the named intermediate tensors of `trace_names`, of every
-    layer if `every_layer` is set. With `EachVideo` for decisions, `pixels` are [B * F, 3, H, W], the videos one after
-    the other; what `EachVideo` gives a leading B has it in the result and in the trace.
+    Args:
+        vision: from `earlytom.families.Family.vision`.
+        pixels: [F, 3, H, W] normalised pixels in the tower's dtype. Of B videos that the method decides about at once
+            [B * F, 3, H, W], one after the other; tokens and positions then have a leading B.
+        method: who decides.
+        depth: how many layers to run; default all (the post layer norm is never applied).
+        trace: filled with the intermediate tensors by name, hidden states of every layer if `every_layer` is set.
+
+    Raises:
+        UserError: no frames, not four dimensions, or a depth or a layer of the method's that the tower does not have.
     """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
-    depth = checked_depth(tower, config, depth)
+    depth = checked_depth(vision.tower, method, depth)
 
     def note(**values: Tensor) -> None:
         if trace is not None:
             trace.update(values)
 
-    hidden, received = head(tower, pixels, config, depth, note, every_layer)
-    return rest(tower, projector, hidden, received, config, decisions, depth, note, every_layer)
+    frames = pixels.shape[0] // method.videos
+    entering = list(method.frames(frames))
+    if len(entering) < frames:
+        pixels = pixels.unflatten(0, (method.videos, frames))[:, entering].flatten(0, 1)
+    hidden, received = head(vision.tower, pixels, method, depth, note, every_layer)
+    seen = rest(vision, hidden, received, method, depth, note, every_layer)
+    if len(entering) < frames:
+        chosen = torch.eye(frames, device=pixels.device)[entering]
+        seen = replace(seen, frame_weights=seen.frame_weights @ chosen)
+    return seen
 
 
-def checked_depth(tower: Tower, config: EarlyTomConfig, depth: int | None) -> int:
+def checked_depth(tower: Tower, method: Method, depth: int | None) -> int:
     """How many layers run, default all.
 
     Raises:
-        UserError: a depth or a merge layer that the tower does not have.
+        UserError: a depth or a layer of the method's that the tower does not have.
     """
     available = len(list(tower.layers))
     if depth is not None and not 1 <= depth <= available:
         raise UserError(f"depth must be between 1 and {available} (the tower's layers), got {depth}")
-    config.check_layers(depth or available)
+    method.check(depth or available)
     return depth or available
 
 
 def head(
     tower: Tower,
     pixels: Tensor,
-    config: EarlyTomConfig,
+    method: Method,
     depth: int,
-    note: Callable[..., None] = lambda **_: None,
+    note: Note = lambda **_: None,
     every_layer: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The layers up to the first merge, on any frames: pixels [n, 3, H, W] to what `run_span` returns of them."""
+    """The layers up to the method's first, on any frames: pixels [n, 3, H, W] to what `run_span` returns of them."""
     hidden = embed(tower, pixels)
-    if config.merge_layers:
+    if method.layers:
         # A convolution leaves them channels first, and sums keep the layout of their first term: every layer up to the
         # first merge would stride through memory, and comparing frames took 36 times as long. With merging off the
         # layers stay those of the untouched tower to the last bit.
         hidden = hidden.contiguous()
-    return run_span(tower, layer_spans(config, depth)[0], hidden, config, note, every_layer)
+    return run_span(tower, layer_spans(method.layers, depth)[0], hidden, method, depth, note, every_layer)
 
 
 def rest(
-    tower: Tower,
-    projector: nn.Module,
+    vision: Vision,
     hidden: Tensor,
     received: Tensor | None,
-    config: EarlyTomConfig,
-    decisions: Decisions,
+    method: Method,
     depth: int,
-    note: Callable[..., None] = lambda **_: None,
+    note: Note = lambda **_: None,
     every_layer: bool = False,
 ) -> VisualTokens:
-    """Everything from the first merge on: what `head` made of all frames, [F, T, D] and [F, S], to visual tokens."""
-    videos = decisions.videos if isinstance(decisions, EachVideo) else 1
-    frames = hidden.shape[0] // videos
-    stages = planned_frames(frames, config)
-    frame_weights = torch.eye(frames, device=hidden.device)
-    counts = [frames]
-    for stage, span in enumerate(layer_spans(config, depth)):
+    """Everything from the method's first layer on: what `head` made of all frames, [F, T, D] and [F, S], to visual
+    tokens."""
+    tower = vision.tower
+    state = method.begin(vision, hidden.shape[0] // method.videos, hidden.device)
+    kept: Tensor | None = None
+    for stage, span in enumerate(layer_spans(method.layers, depth)):
         column = received if stage == 0 else None
         if stage > 0:
-            hidden, column = run_span(tower, span, hidden, config, note, every_layer)
-        if stage < len(config.merge_layers):
-            layer = config.merge_layers[stage]
-            similarity = decisions.similarity(hidden[:, tower.prefix :])
-            weights, _, _ = decisions.plan(similarity, stages[len(counts)])
-            note(**{f"similarity_{layer}": similarity, f"weights_{layer}": weights})
-            hidden = apply_weights(weights, hidden)
-            frame_weights = weights @ frame_weights
-            counts.append(weights.shape[-2])
-            column = None if column is None else apply_weights(weights, column)
+            hidden, column = run_span(tower, span, hidden, method, depth, note, every_layer)
+        if stage < len(method.layers):
+            hidden, column = method.after_layer(method.layers[stage], hidden, column, state, note)
         if column is not None:
             kept = column
-            # The final segments are those of the merged frames.
-            final = decisions.similarity(hidden[:, tower.prefix :])
-            _, start, static = decisions.plan(final, counts[-1])
+            method.look(hidden, state)
 
     hidden = hidden[:, tower.prefix :]
-    note(static=static)
-    features, relevance = project(projector, hidden, kept, note, every_layer)
-    tokens, positions = select(features, relevance, static, frames, config, decisions)
+    if state.static is not None:
+        note(static=state.static)
+    found = project(vision, hidden, kept, note, every_layer)
+    state.cells = found.cells
+    tokens, positions = method.choose(found.features, found.relevance, state)
     note(tokens=tokens, positions=positions)
-    return VisualTokens(tokens, positions, hidden, kept, start, tuple(counts), frame_weights)
+    return VisualTokens(
+        tokens,
+        positions,
+        hidden,
+        hidden.new_empty(len(hidden), 0) if kept is None else kept,
+        torch.arange(len(hidden), device=hidden.device) if state.start is None else state.start,
+        tuple(state.stages),
+        state.frame_weights,
+    )
 
 
-def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
-    """The layers between the merges of a tower of which `depth` run: all spans but the last end with a merge layer."""
-    return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in config.merge_layers), depth))]
+def layer_spans(layers: Sequence[int], depth: int) -> list[range]:
+    """The layers between those of a method, in a tower of which `depth` run: all spans but the last end with one."""
+    return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in layers), depth))]
 
 
 def embed(tower: Tower, pixels: Tensor) -> Tensor:
@@ -264,90 +307,37 @@ def run_span(
     tower: Tower,
     span: range,
     hidden: Tensor,
-    config: EarlyTomConfig,
-    note: Callable[..., None] = lambda **_: None,
+    method: Method,
+    depth: int,
+    note: Note = lambda **_: None,
     every_layer: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One of `layer_spans` on `hidden [F, T, D]`, without the merge at its end.
+    """One of `layer_spans` on `hidden [F, T, D]`, without what the method does at its end.
 
-    Returns the new hidden states and, if this span ends with the layer that the selection goes by (the last merge
-    layer; with merging off the last layer), its received attention [F, S].
+    Returns the new hidden states and, if the method watches a layer of this span, its received attention [F, S].
     """
-    received = None
+    received, watched = None, method.watched(depth)
     for index in span:
         layer = tower.layers[index]
-        last = index == span[-1]
-        if last and not config.merge_layers:
-            # Beside the layer rather than within, so that with merging off every layer runs as in the untouched tower.
+        inside = index == watched and index in method.layers
+        if index == watched and not inside:
+            # Beside the layer rather than within, so that where nothing is merged it runs as in the untouched tower.
             received = tower.received(layer, hidden)
-        hidden, column = tower.run_layer(layer, hidden, receive=index == max(config.merge_layers, default=None))
+        hidden, column = tower.run_layer(layer, hidden, receive=inside)
         received = received if column is None else column
-        if every_layer or index in config.merge_layers:
+        if every_layer or index in method.layers:
             note(**{f"hidden_{index}": hidden})
     return hidden, received
 
 
 def project(
-    projector: nn.Module,
-    hidden: Tensor,
-    received: Tensor,
-    note: Callable[..., None] = lambda **_: None,
-    every_layer: bool = False,
-) -> tuple[Tensor, Tensor]:
+    vision: Vision, hidden: Tensor, received: Tensor | None, note: Note = lambda **_: None, every_layer: bool = False
+) -> Features:
     """Patch hidden states [F', S, D] and received attention [F', S] to features [F', P, E] and relevance [F', P]."""
-    projected = projector(hidden)  # [F', S, E]
-    features = pool(projected)
-    relevance = pool(received[:, :, None])[:, :, 0]
+    found = vision.features(hidden, received)
     if every_layer:
-        note(projected=projected)
-    note(features=features, relevance=relevance)
-    return features, relevance
-
-
-def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
-    """The keys of a trace that `encode` fills, in the order in which they are computed.
-
-    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
-    """
-    names: list[str] = []
-    for layer in config.merge_layers if layers is None else range(layers):
-        names.append(f"hidden_{layer}")
-        if layer in config.merge_layers:
-            names += [f"similarity_{layer}", f"weights_{layer}"]
-    names.append("static")
-    if layers is not None:
-        names.append("projected")
-    return [*names, "features", "relevance", "tokens", "positions"]
-
-
-def planned_frames(frames: int, config: EarlyTomConfig) -> tuple[int | None, ...]:
-    """Frames before the first merge and after each one; None where only the video will tell (adaptive schedule)."""
-    merges = len(config.merge_layers)
-    if config.schedule == "adaptive":
-        return (frames, *([None] * merges))
-    return frames_per_stage(frames, merges=merges, frame_budget=config.frame_budget)
-
-
-def pool(features: Tensor) -> Tensor:
-    """The model's own 2x pooling: bilinear, g x g to ceil(g/2) x ceil(g/2), on [F, g*g, E]. Returns [F, P, E]."""
-    side = grid_side(features.shape[1])
-    out = pooled_side(side)
-    grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous()
-    return nn.functional.interpolate(grid, size=(out, out), mode="bilinear").flatten(2).transpose(1, 2)
-
-
-def select(
-    features: Tensor, relevance: Tensor, static: Tensor, frames: int, config: EarlyTomConfig, decisions: Decisions
-) -> tuple[Tensor, Tensor]:
-    """The tokens that stay of a video of `frames` frames, which are [F'] now: tokens [N, E], positions [N] int64."""
-    kept, per_frame = static.shape[-1], features.shape[1]
-    effective = effective_ratio(config.retention_ratio, frames, kept)
-    places = dynamic_tokens(per_frame, effective)
-    windows = places if config.schedule == "budget" else static_tokens(per_frame, effective)
-    if places == windows == per_frame:  # nothing to leave out
-        positions = torch.arange(kept * per_frame, device=features.device)
-        tokens = features.reshape(*static.shape[:-1], len(positions), features.shape[2])
-        return tokens, positions.expand(tokens.shape[:-1])
-    if config.schedule == "budget":
-        return decisions.select(features, relevance, static, places)
-    return decisions.select_varying(features, relevance, static, places, windows)
+        note(projected=found.projected)
+    note(features=found.features)
+    if found.relevance is not None:
+        note(relevance=found.relevance)
+    return found

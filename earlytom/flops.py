@@ -1,9 +1,9 @@
 """How much arithmetic a video costs, with and without compression: exact counts from shapes, nothing measured.
 
 A multiply-add is two floating-point operations. Counted are the matrix products (patches, projections, attention, MLP,
-projector, LLM prefill); norms, softmax and the compression itself are left out (they are bound by memory, not
-arithmetic). The 26 layers of SigLIP-so400m at 384 pixels come to 641 GFLOP a frame; the tower on 32 frames to 20.5
-TFLOP, and with the projector of LLaVA-OneVision-7B to 21.3.
+LLM prefill; a projector is counted by its family, see `earlytom.families`); norms, softmax and the compression itself
+are left out (they are bound by memory, not arithmetic). The 26 layers of SigLIP-so400m at 384 pixels come to 641 GFLOP
+a frame; the tower on 32 frames to 20.5 TFLOP, and with the projector of LLaVA-OneVision-7B to 21.3.
 """
 
 from __future__ import annotations
@@ -21,27 +21,22 @@ def encoder_layer(tokens: int, width: int, intermediate: int) -> int:
     return projections + attention + 4 * tokens * width * intermediate
 
 
-def vision_encoder(config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int], depth: int) -> int:
+def vision_encoder(
+    config: Any, tokens: int, frames_per_stage: Sequence[int], merge_layers: Sequence[int], depth: int
+) -> int:
     """The vision tower on a video.
 
     Args:
-        config: a Hugging Face vision config (hidden_size, intermediate_size, image_size, patch_size).
+        config: a Hugging Face vision config (hidden_size, intermediate_size, patch_size).
+        tokens: patches of a frame.
         frames_per_stage: frames before the first merge and after each one, as `budget.frames_per_stage` gives them.
         merge_layers: after which layers the frames are merged.
         depth: how many layers run.
     """
-    tokens = (config.image_size // config.patch_size) ** 2
     patches = 2 * tokens * 3 * config.patch_size**2 * config.hidden_size * frames_per_stage[0]
     layer = encoder_layer(tokens, config.hidden_size, config.intermediate_size)
     stages = (sum(merged < index for merged in merge_layers) for index in range(depth))
     return patches + layer * sum(frames_per_stage[stage] for stage in stages)
-
-
-def projector(config: Any, frames: int) -> int:
-    """The two-layer projector of a LLaVA-OneVision config on `frames` frames (before pooling)."""
-    vision, width = config.vision_config, config.text_config.hidden_size
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    return 2 * frames * tokens * (vision.hidden_size * width + width * width)
 
 
 def prefill(

@@ -15,25 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlytom.budget import pooled_side
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import VisualTokens, encode_video
+from earlytom.encoder import Method, VisualTokens, encode
 from earlytom.errors import UserError
+from earlytom.families import FAMILIES, LLAVA_ONEVISION, Family, family_of
 from earlytom.inner_decoder import AppliedInner, apply_inner
+from earlytom.methods import method_of
 from earlytom.restorable import Restorable
-from earlytom.towers import TOWERS, tower_of
 
 
 class AppliedEarlyTom(Restorable):
     """A model that runs with EarlyTom until `restore()` is called or the `with` block ends."""
 
-    def __init__(self, model: nn.Module, config: EarlyTomConfig) -> None:
+    def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
         self.model: Any = model
-        self.config = config
-        self.depth = feature_depth(self.model.config)
-        config.check_layers(self.depth)
-        tower_of(self.inner.vision_tower)  # refuses a family without an adapter now, not at the first video
+        self.method = method
+        self.family = family_of(self.model.config)
+        self.depth = self.family.geometry(self.model.config).depth
+        method.check(self.depth)
+        self.family.vision_of(self.inner)  # refuses a tower without an adapter now, not at the first video
         self._merging: AppliedInner | None = None
         self._install()
 
@@ -50,15 +51,15 @@ class AppliedEarlyTom(Restorable):
 
     def encode(self, pixels: Tensor) -> VisualTokens:
         """One video, [F, 3, H, W] normalised pixels."""
-        return encode_video(
-            self.inner.vision_tower, self.inner.multi_modal_projector, pixels, self.config, depth=self.depth
-        )
+        return encode(self.family.vision_of(self.inner), pixels, self.method, depth=self.depth)
 
     def features(self, pixel_values_videos: Tensor) -> list[Tensor]:
-        """Visual tokens of each video of [B, F, 3, H, W], the closing newline included: B tensors [N + 1, E]."""
-        newline = self.inner.image_newline
+        """Visual tokens of each video of [B, F, 3, H, W], with what closes them: B tensors [N + 1, E]."""
+        closing = self.family.closing(self.inner)
         each = (self.encode(pixels).tokens for pixels in pixel_values_videos)
-        return [torch.cat([tokens, newline[None].to(tokens)]) for tokens in each]
+        if closing is None:
+            return list(each)
+        return [torch.cat([tokens, closing[None].to(tokens)]) for tokens in each]
 
     def shorten(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor
@@ -76,7 +77,7 @@ class AppliedEarlyTom(Restorable):
         Raises:
             UserError: the placeholders do not fit the videos.
         """
-        placeholder = input_ids == self.model.config.video_token_id
+        placeholder = input_ids == self._video_token_id
         full = self._placeholders_per_video(placeholder, pixel_values_videos)
         videos = self.features(pixel_values_videos)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -85,16 +86,20 @@ class AppliedEarlyTom(Restorable):
         lengths = torch.tensor([len(video) for video in videos], device=input_ids.device)
         stays = ~placeholder | (order % full < lengths[order.div(full, rounding_mode="floor").clamp_min(0)])
         length = int(stays.sum(1).max())
-        padding = self.model.config.video_token_id  # any id: masked out, its embedding is overwritten by zeros
+        padding = self._video_token_id  # any id: masked out, its embedding is overwritten by zeros
         ids = input_ids.new_full((len(input_ids), length), padding)
         short_mask = mask.new_zeros(ids.shape)
         target = torch.arange(length, device=ids.device) >= length - stays.sum(1, keepdim=True)  # [B, L'] right-aligned
         ids[target], short_mask[target] = input_ids[stays], mask[stays]
         embeds = self.model.get_input_embeddings()(ids)
         embeds[~target] = 0
-        visual = target & (ids == self.model.config.video_token_id)
+        visual = target & (ids == self._video_token_id)
         embeds = embeds.masked_scatter(visual[..., None], torch.cat(videos).to(embeds))
         return ids, short_mask, embeds
+
+    @property
+    def _video_token_id(self) -> int:
+        return self.family.video_token_id(self.model.config)
 
     def _placeholders_per_video(self, placeholder: Tensor, pixel_values_videos: Tensor) -> int:
         """`F * P + 1`, once it is certain that every prompt has that many for each of its videos."""
@@ -104,8 +109,7 @@ class AppliedEarlyTom(Restorable):
                 f"{list(pixel_values_videos.shape)}: make them with the model's own processor"
             )
         videos, frames = pixel_values_videos.shape[:2]
-        vision = self.model.config.vision_config
-        full = frames * pooled_side(vision.image_size // vision.patch_size) ** 2 + 1
+        full = self.family.placeholders(self.model.config, frames)
         counts = placeholder.sum(1).tolist()
         if sum(counts) != full * videos or any(count % full for count in counts):
             raise UserError(
@@ -135,7 +139,7 @@ class AppliedEarlyTom(Restorable):
         """Tell the language model which tokens of a shortened prompt are visual, if it is to merge them."""
         if self._merging is None:
             return nullcontext()
-        return self._merging.prompt((ids == self.model.config.video_token_id) & mask.bool())
+        return self._merging.prompt((ids == self._video_token_id) & mask.bool())
 
     def _install(self) -> None:
         model, inner = self.model, self.inner
@@ -180,9 +184,8 @@ class AppliedEarlyTom(Restorable):
             pooled = torch.stack(videos) if even else torch.cat(videos)[None]
             return BaseModelOutputWithPooling(pooler_output=pooled)
 
-        if self.config.merges_inside:
-            assert self.config.inner_layer is not None  # that is what merges_inside says
-            self._merging = apply_inner(inner.language_model, self.config.inner_layer, self.config.inner_ratio)
+        if self.method.inner is not None:
+            self._merging = apply_inner(inner.language_model, *self.method.inner)
         self.replace(model, "generate", generate)
         self.replace(inner, "forward", forward)
         self.replace(inner, "get_video_features", get_video_features)
@@ -200,30 +203,35 @@ def _with_prompt(out: Any, prompt: Tensor, shortened: int) -> Any:
     return out
 
 
-def feature_depth(config: Any) -> int:
-    """How many encoder layers a LLaVA-OneVision configuration runs before the projector.
+def encode_video(
+    vision_model: nn.Module,
+    projector: nn.Module,
+    pixels: Tensor,
+    config: EarlyTomConfig | Method,
+    *,
+    depth: int | None = None,
+    family: Family = LLAVA_ONEVISION,
+) -> VisualTokens:
+    """Encode one video.
+
+    Args:
+        vision_model: a Hugging Face vision tower with an adapter in `earlytom.towers`, for example SiglipVisionModel.
+        projector: maps [F', S, D] to [F', S, E].
+        pixels: [F, 3, H, W] normalised pixels in the tower's dtype.
+        config: EarlyTom's settings, or another method (`earlytom.methods`).
+        depth: how many layers to run; default all (the post layer norm is never applied).
+        family: says how projector and pooling go together.
 
     Raises:
-        UserError: several feature layers, a layer that does not exist, or a selection that does not give all patches.
+        UserError: no frames, not four dimensions, or a depth or merge layer that the tower does not have.
     """
-    layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    if not isinstance(layer, int):
-        raise UserError(f"vision_feature_layer must be one layer, got {layer!r}: EarlyTom merges frames of one stream")
-    depth = layer if layer >= 0 else layers + 1 + layer
-    if not 1 <= depth <= layers:
-        raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {layers} layers")
-    family = config.vision_config.model_type
-    strategy = "default" if family in TOWERS and TOWERS[family].prefix else "full"
-    if config.vision_feature_select_strategy != strategy:
-        raise UserError(
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not give the patches of a "
-            f"{family} tower, all of them and nothing else: set it to {strategy!r} in the model's configuration"
-        )
-    return depth
+    return encode(family.vision(vision_model, projector), pixels, method_of(config), depth=depth)
 
 
-def apply_earlytom(model: nn.Module, config: EarlyTomConfig) -> AppliedEarlyTom:
-    """Make a Hugging Face LLaVA-OneVision model generate from compressed visual tokens.
+def apply_earlytom(model: nn.Module, config: EarlyTomConfig | Method) -> AppliedEarlyTom:
+    """Make a Hugging Face model of a supported family generate from compressed visual tokens.
+
+    `config` are EarlyTom's settings, or another method (`earlytom.methods`).
 
     Works as a plain call (`restore()` on the result undoes it) and as a context manager. With retention ratio 1 and no
     merge layers the result is bit-identical to the untouched model (with its default attention, sdpa).
@@ -235,10 +243,10 @@ def apply_earlytom(model: nn.Module, config: EarlyTomConfig) -> AppliedEarlyTom:
         UserError: another model family, a merge layer the tower lacks, an inner layer the language model lacks, or
             EarlyTom is applied already.
     """
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family != "llava_onevision" or not hasattr(model, "lm_head"):
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in FAMILIES or not hasattr(model, "lm_head"):
         raise UserError(
-            f"{type(model).__name__} ({family}) is not supported: apply_earlytom takes "
-            "LlavaOnevisionForConditionalGeneration"
+            f"{type(model).__name__} ({model_type}) is not supported: apply_earlytom takes "
+            f"{', '.join(family.model_class for family in FAMILIES.values())}"
         )
-    return AppliedEarlyTom(model, config)
+    return AppliedEarlyTom(model, method_of(config))

@@ -9,7 +9,6 @@ Notation: F frames, S = g*g patch tokens, T = S + prefix tokens, D width, H head
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,11 +177,3 @@ def tower_of(vision_model: nn.Module) -> Tower:
             "(an adapter is one class in earlytom.towers)"
         )
     return TOWERS[family](vision_model)
-
-
-def grid_side(tokens: int) -> int:
-    """Patches along one side of a square frame. Raises UserError when the frame is not square."""
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise UserError(f"frames must be square: a frame has {tokens} patch tokens, which is not a square number")
-    return side

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.micro.weights import canonical_name
+from earlytom.families.llava_onevision import canonical_name
 
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -18,10 +18,10 @@ import pytest
 
 from builder import arguments, build, inspect, kernels, verify
 from builder.evaluation import arguments as evaluation_arguments
+from builder.micro import train
 from builder.plugins import __main__ as plugins
 from earlytom import UserError
 from earlytom.config import PRESETS
-from earlytom.micro import train
 from runtime import ask, cli, clip
 from runtime.benchmark import arguments as bench_arguments
 
@@ -55,7 +55,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "builder.kernels": kernels.parser,
     "builder.plugins": plugins.parser,
     "builder.verify": verify.parser,
-    "earlytom.micro.train": train.parser,
+    "builder.micro.train": train.parser,
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,

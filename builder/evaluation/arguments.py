@@ -15,8 +15,8 @@ from builder.evaluation.methods import chosen, methods
 from earlytom.budget import frames_per_stage
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.families import geometry
 from earlytom.micro.data.scene import FRAMES
-from earlytom.model import feature_depth
 from runtime import cli
 from runtime.checkpoint import Checkpoint
 
@@ -136,7 +136,7 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
     for ratio in options.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios must be in (0, 1], got {ratio}")
-    depth = feature_depth(checkpoint.config)
+    depth = geometry(checkpoint.config).depth
     config = settings_of(options, depth)
     chosen(methods(config, depth), options.methods)
     targets = [options.plot, None if options.json in (None, "-") else Path(options.json)]

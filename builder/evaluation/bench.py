@@ -25,15 +25,16 @@ from torch import Tensor
 
 from builder.child import end_with_parent
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
-from builder.evaluation.methods import Method, Visual, chosen, methods
+from builder.evaluation.methods import Row, Visual, chosen, methods
 from builder.evaluation.passes import ClipPasses, Vision
+from builder.micro.labels import object_cells
+from builder.micro.scoring import Outcome, Scorer
 from earlytom import flops
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.families import family_of
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.scene import SIDE
-from earlytom.micro.scoring import Outcome, Scorer
-from earlytom.micro.training.labels import object_cells
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
 
 CLIPS_AT_ONCE = 8
@@ -65,7 +66,7 @@ class Job:
 class Setting:
     """A method at a ratio (None where the ratio does not matter)."""
 
-    method: Method
+    method: Row
     ratio: float | None
 
     def visual(self, clip: ClipPasses) -> Visual:
@@ -181,9 +182,8 @@ class Bench:
     def cost(self, visual: Visual) -> tuple[int, int, int, int]:
         """Tokens, frames at the tower's end, and operations of the vision part and of the prefill (see `flops`)."""
         config: Any = self.checkpoint.config
-        frames, tokens = visual.stages[-1], len(visual.tokens)
-        tower = flops.vision_encoder(config.vision_config, visual.stages, visual.merge_layers, self.vision.depth)
-        return tokens, frames, tower + flops.projector(config, frames), flops.prefill(config.text_config, tokens)
+        tokens, vision = len(visual.tokens), family_of(config).vision_flops(config, visual.stages, visual.merge_layers)
+        return tokens, visual.stages[-1], vision, flops.prefill(config.text_config, tokens)
 
     def _same(self, outcomes: list[list[list[Outcome]]]) -> NDArray[np.bool_]:
         """Whether the engine said what its twin said."""
@@ -206,7 +206,7 @@ def task_checkpoint(source: str | None) -> Checkpoint:
     if (height, width) != (SIDE, SIDE):
         raise UserError(
             f"--model {checkpoint.source}: it takes frames of {height} x {width}, and the task's clips are {SIDE} x "
-            f"{SIDE}; use the bundled model, or one trained with python -m earlytom.micro.train"
+            f"{SIDE}; use the bundled model, or one trained with python -m builder.micro.train"
         )
     return checkpoint
 

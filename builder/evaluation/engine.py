@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder import build
-from builder.evaluation.methods import Method, Visual
+from builder.evaluation.methods import Row, Visual
 from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
+from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data.scene import FRAMES
 from runtime.backends import choose_backend, encode_one, open_backend
 from runtime.backends.chain import ChainVision
@@ -63,7 +64,7 @@ def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
     return manifest.at(FRAMES)
 
 
-def engine_methods(folder: str) -> list[Method]:
+def engine_methods(folder: str) -> list[Row]:
     """The engine in a folder that `check_engine` accepted, and its twin."""
     manifest = Manifest.read(folder).at(FRAMES)
     config = EarlyTomConfig.from_dict(manifest.earlytom)
@@ -76,13 +77,14 @@ def engine_methods(folder: str) -> list[Method]:
         return Visual(tokens.float().clone(), stages, config.merge_layers)
 
     def twin(clip: ClipPasses, ratio: float) -> Visual:
-        done = clip.run(config)
-        return Visual(done.select(config.retention_ratio, config.schedule), done.stages, config.merge_layers)
+        method = EarlyTom(config)
+        done = clip.run(method)
+        return Visual(done.choose(method), done.stages, config.merge_layers)
 
     what = f"{config.schedule} {config.retention_ratio:g}"
     return [
-        Method(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine),
-        Method(TWIN, f"the same in PyTorch, {what}", "engine", False, twin),
+        Row(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine),
+        Row(TWIN, f"the same in PyTorch, {what}", "engine", False, twin),
     ]
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 from earlytom import micro
 from earlytom.errors import UserError
-from earlytom.micro.card import ACCURACY_FILE
 from runtime.checkpoint import MICRO, Checkpoint
 from runtime.partial import partial
 
-PATH = micro.PATH / ACCURACY_FILE
+PATH = micro.PATH / micro.ACCURACY_FILE
 # A record is of the default table, and of this many clips at least.
 CLIPS = 2000
 _WEIGHTS = "model.safetensors"

@@ -1,7 +1,7 @@
-"""The folder of the bundled checkpoint: everything in it but the values of the weights.
+"""The folder of the bundled checkpoint: everything in it but the values of the weights, and the model card.
 
 Its files are those of a LLaVA-OneVision checkpoint on the hub (configuration, safetensors, tokenizer, chat template,
-preprocessing, model card), small enough to be kept with the sources. `earlytom.micro.train` gives it the weights.
+preprocessing), small enough to be kept with the sources. `builder.micro.train` gives it the weights.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import pre_tokenizers, trainers
 from transformers import LlavaOnevisionConfig, Qwen2Tokenizer
 
-from earlytom.micro.card import ACCURACY_FILE, TRAINING_FILE, write_card
+from earlytom.micro import ACCURACY_FILE, TRAINING_FILE
 from earlytom.micro.corpus import sentences
 from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.random_model import (
@@ -144,12 +144,12 @@ def preprocessing() -> dict[str, dict[str, Any]]:
 
 
 def write_checkpoint(out: Path, model: Any, training: dict[str, Any], *, trained: bool = True) -> None:
-    """Write the whole checkpoint into the folder `out`, replacing files of the same names.
+    """Write the whole checkpoint but its card into the folder `out`, replacing files of the same names.
 
     Args:
         out: the folder; made if it does not exist.
         model: the model, on the CPU; its weights are written in half precision.
-        training: how it was trained, for the model card (`training.json`).
+        training: how it was trained (`training.json`, of which `builder.micro.card` makes the model card).
         trained: False marks weights that are not worth asking.
     """
     model.config.earlytom_trained = trained
@@ -161,4 +161,3 @@ def write_checkpoint(out: Path, model: Any, training: dict[str, Any], *, trained
     for name, content in {**preprocessing(), TRAINING_FILE: training}.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / ACCURACY_FILE).unlink(missing_ok=True)  # of the weights that were there before
-    write_card(out)

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earlytom.families.llava_onevision import canonical_name
+
 SCHEME = "uniform-pcg64-1"
 """Names this way of drawing weights. Changing any number below changes the weights, so it must change this name too."""
 
@@ -55,15 +57,6 @@ _POSITION_STD = 0.4
 _QUERY_BIAS_STD = 1.0  # a query bias gives each key a salience of its own: some tokens draw attention from everywhere
 _BIAS_STD = 0.05
 _NORM_STD = 0.1
-
-
-def canonical_name(name: str) -> str:
-    """The name of a tensor without the prefixes in which the releases of transformers differ.
-
-    `model.vision_tower.vision_model.encoder`, `model.vision_tower.encoder` and `vision_tower.vision_model.encoder`
-    are all `vision_tower.encoder`; `model.image_newline` is `image_newline`.
-    """
-    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
 def _moments(name: str, shape: Sequence[int]) -> tuple[float, float]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, EachVideo, checked_depth, encode, head, rest
-from earlytom.model import feature_depth
-from earlytom.towers import tower_of
+from earlytom.encoder import checked_depth, encode, head, rest
+from earlytom.families import Vision, family_of
+from earlytom.methods.earlytom import EachVideo, EarlyTom
 from runtime import contract
 from runtime.backends import VisionBackend
 from runtime.backends.by_frames import ByFrames
@@ -59,8 +59,9 @@ class TorchVision:
         self.shape = shape
         self.batch = contract.batch_of(shape)
         if self.batch > 1:
-            EachVideo(Decisions(config), self.batch)  # refuses what cannot be
-        self.depth = feature_depth(checkpoint.config)
+            EachVideo(EarlyTom(config), self.batch)  # refuses what cannot be
+        self.family = family_of(checkpoint.config)
+        self.depth = self.family.geometry(checkpoint.config).depth
         self.part: VisionPart | None = part or load_vision(checkpoint, dtype).to(device)  # None once closed
         self.device, self.dtype = torch.device(device), dtype
         pixels = checkpoint.preprocessing
@@ -89,16 +90,16 @@ class TorchVision:
         return [(tokens, positions)] if len(clips) == 1 else list(zip(tokens, positions, strict=True))
 
     def _encode(self, frames: Tensor, videos: int) -> tuple[Tensor, Tensor]:
-        part, decisions = _part(self), Decisions(self.config)
-        visual = encode(
-            tower_of(part.vision_tower),
-            part.projector,
-            self.pixels(frames),
-            self.config,
-            decisions if videos == 1 else EachVideo(decisions, videos),
-            depth=self.depth,
-        )
+        method = EarlyTom(self.config)
+        deciding = method if videos == 1 else EachVideo(method, videos)
+        visual = encode(self.vision, self.pixels(frames), deciding, depth=self.depth)
         return visual.tokens, visual.positions
+
+    @property
+    def vision(self) -> Vision:
+        """The model as the encoder runs it. Raises RuntimeError once closed."""
+        part = _part(self)
+        return self.family.vision(part.vision_tower, part.projector)
 
     def pixels(self, frames: Tensor) -> Tensor:
         """uint8 [n, 3, H, W] to normalised pixels, where and in the precision in which the model runs."""
@@ -140,22 +141,13 @@ class TorchChunked(ChunkedVision):
     @torch.no_grad()
     def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         vision = self._vision
-        tower = tower_of(_part(vision).vision_tower)
-        return head(tower, vision.pixels(frames), vision.config, checked_depth(tower, vision.config, vision.depth))
+        tower, method = vision.vision.tower, EarlyTom(vision.config)
+        return head(tower, vision.pixels(frames), method, checked_depth(tower, method, vision.depth))
 
     @torch.no_grad()
     def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
-        vision, part = self._vision, _part(self._vision)
-        decisions = Decisions(vision.config)
-        visual = rest(
-            tower_of(part.vision_tower),
-            part.projector,
-            room.hidden,
-            room.received,
-            vision.config,
-            decisions,
-            vision.depth,
-        )
+        vision = self._vision
+        visual = rest(vision.vision, room.hidden, room.received, EarlyTom(vision.config), vision.depth)
         return visual.tokens, visual.positions
 
     def _free(self) -> None:

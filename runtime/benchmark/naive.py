@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import pool
 from earlytom.errors import UserError
+from earlytom.families.llava_onevision import pool
 from earlytom.merge import SIMILARITY_STEPS
 
 Segments = list[tuple[int, int]]  # first and last frame, inclusive

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, encode
+from earlytom.encoder import encode
+from earlytom.families import family_of
 from earlytom.merge import apply_weights
-from earlytom.towers import tower_of
+from earlytom.methods.earlytom import EarlyTom
 from runtime.benchmark.measure import median
 from runtime.benchmark.variants import Bench
 
@@ -45,7 +46,7 @@ class _Clock:
             torch.cuda.synchronize(self._device)
 
 
-class _TimedDecisions(Decisions):
+class _TimedEarlyTom(EarlyTom):
     def __init__(self, config: EarlyTomConfig, clock: _Clock) -> None:
         super().__init__(config)
         self._clock = clock
@@ -53,10 +54,10 @@ class _TimedDecisions(Decisions):
 
     def similarity(self, hidden: Tensor) -> Tensor:
         self._hidden = hidden
-        return self._clock.add(lambda: super(_TimedDecisions, self).similarity(hidden))
+        return self._clock.add(lambda: super(_TimedEarlyTom, self).similarity(hidden))
 
     def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        plan = self._clock.add(lambda: super(_TimedDecisions, self).plan(similarity, frames_out))
+        plan = self._clock.add(lambda: super(_TimedEarlyTom, self).plan(similarity, frames_out))
         hidden = self._hidden
         if hidden is not None and plan[0].shape[0] < len(hidden):  # the last plan is about segments and merges nothing
             _, seconds = self._clock.time(lambda: apply_weights(plan[0], hidden))
@@ -65,10 +66,10 @@ class _TimedDecisions(Decisions):
         return plan
 
     def select(self, *given: Any) -> tuple[Tensor, Tensor]:
-        return self._clock.add(lambda: super(_TimedDecisions, self).select(*given))
+        return self._clock.add(lambda: super(_TimedEarlyTom, self).select(*given))
 
     def select_varying(self, *given: Any) -> tuple[Tensor, Tensor]:
-        return self._clock.add(lambda: super(_TimedDecisions, self).select_varying(*given))
+        return self._clock.add(lambda: super(_TimedEarlyTom, self).select_varying(*given))
 
 
 class _TimedTower:
@@ -96,10 +97,10 @@ def compression_share(bench: Bench, config: EarlyTomConfig, pixels: Tensor, repe
     found = []
     for _ in range(repeats + 1):
         clock = _Clock(bench.device)
-        tower: Any = _TimedTower(tower_of(bench.inner.vision_tower), clock)
-        decisions = _TimedDecisions(config, clock)
-        projector = bench.inner.multi_modal_projector
-        given = (tower, projector, pixels, config, decisions)
+        vision = family_of(bench.checkpoint.config).vision_of(bench.inner)
+        timed: Any = _TimedTower(vision.tower, clock)
+        vision.tower = timed
+        given = (vision, pixels, _TimedEarlyTom(config, clock))
         _, whole = clock.time(functools.partial(encode, *given, depth=bench.depth))
         found.append(clock.seconds / (whole - clock.twice))
     return median(found[1:])

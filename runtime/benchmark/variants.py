@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from earlytom import flops
-from earlytom.budget import pooled_side, token_count
+from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import encode_video
 from earlytom.errors import UserError
-from earlytom.model import feature_depth
+from earlytom.families import family_of, geometry
+from earlytom.model import encode_video
 from runtime.backends import VisionBackend, choose_backend, encode_one, open_backend
 from runtime.benchmark.naive import encode_naive
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
@@ -130,7 +130,7 @@ class Bench:
         self.prompt: Prompt = build_prompt(self.tokenizer, question)
         self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
         self.inner: Any = self.model.model
-        self.depth = feature_depth(checkpoint.config)
+        self.depth = geometry(checkpoint.config).depth
         self.newline: Tensor = self.inner.image_newline.detach()
         self.plain = TransformersDecoding(self.model)
         self.ours = RuntimeDecoding(Decoder.from_model(self.model))
@@ -225,8 +225,7 @@ class Bench:
     def arithmetic(self, seen_frames: tuple[int, ...], tokens: int, config: EarlyTomConfig) -> tuple[int, int]:
         """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
         whole: Any = self.checkpoint.config
-        vision = flops.vision_encoder(whole.vision_config, seen_frames, config.merge_layers, self.depth)
-        vision += flops.projector(whole, seen_frames[-1])
+        vision = family_of(whole).vision_flops(whole, seen_frames, config.merge_layers)
         return vision, flops.prefill(whole.text_config, self.prompt.length(tokens + 1))
 
 
@@ -253,8 +252,7 @@ def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
 
 def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
     """F * P, the visual tokens of the uncompressed model."""
-    vision: Any = checkpoint.config.vision_config
-    return token_count(frames, pooled_side(vision.image_size // vision.patch_size) ** 2, 1.0, merges=0)
+    return token_count(frames, geometry(checkpoint.config).tokens_per_frame, 1.0, merges=0)
 
 
 def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
@@ -263,7 +261,7 @@ def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...]
     Raises:
         UserError: a value out of range, or a layer that the tower does not have.
     """
-    depth = feature_depth(checkpoint.config)
+    depth = geometry(checkpoint.config).depth
     layers = EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers
     try:
         config = EarlyTomConfig(retention_ratio=ratio, merge_layers=layers, tau=tau, schedule="budget")

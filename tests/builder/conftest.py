@@ -22,8 +22,8 @@ from builder import build
 from builder.arguments import parse
 from builder.config import BuildConfig
 from builder.export import ExportedGraph, VisionGraph
-from earlytom import micro
-from earlytom.encoder import VisualTokens, encode_video
+from earlytom import encode_video, micro
+from earlytom.encoder import VisualTokens
 from runtime import contract
 from runtime.clip import draw_clip
 from runtime.manifest import Manifest

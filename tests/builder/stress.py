@@ -29,7 +29,7 @@ from builder.config import BuildConfig
 from builder.export import SymbolicDecisions, VisionGraph
 from builder.islands import Islands
 from earlytom.attention import column_means
-from earlytom.encoder import Decisions
+from earlytom.methods.earlytom import EarlyTom
 from earlytom.towers import SiglipTower
 from runtime.checkpoint import load_vision
 
@@ -120,14 +120,14 @@ class NaiveTower(SiglipTower):
         return (attention @ value).transpose(1, 2).flatten(2), column_means(attention) if receive else None
 
 
-def _naive_similarity(decisions: Decisions, hidden: Tensor) -> Tensor:
+def _naive_similarity(method: EarlyTom, hidden: Tensor) -> Tensor:
     frames = hidden.transpose(0, 1)
     gram = frames @ frames.transpose(1, 2)
     norm = (gram * torch.eye(gram.shape[-1], dtype=gram.dtype)).sum(-1).sqrt()
     return (gram / (norm[:, :, None] * norm[:, None, :])).mean(0).float()  # the plan knows fp32 only
 
 
-class NaiveDecisions(Decisions):
+class NaiveDecisions(EarlyTom):
     similarity = _naive_similarity
 
 

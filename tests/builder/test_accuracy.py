@@ -24,7 +24,7 @@ MARGIN = 0.01
 RECORDED = [("full", None), ("budget", 0.25)]
 
 pytestmark = pytest.mark.skipif(
-    not describe().trained, reason="the bundled model's weights are not trained (python -m earlytom.micro.train)"
+    not describe().trained, reason="the bundled model's weights are not trained (python -m builder.micro.train)"
 )
 
 

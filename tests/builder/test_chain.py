@@ -22,6 +22,7 @@ from builder.islands import Islands
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import run_span
 from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom
 from runtime import contract
 from runtime.backends.chain import Room
 from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
@@ -99,7 +100,7 @@ def test_a_stage_runs_on_any_number_of_frames(chain: Chain, arriving: int) -> No
     generator = torch.Generator().manual_seed(arriving)
     hidden = torch.randn(arriving, 81, 128, generator=generator)
     tower, spans = chain.reference.tower, (range(2, 3), range(3, 4))
-    wanted, column = run_span(tower, spans[0], hidden, chain.config.earlytom)
+    wanted, column = run_span(tower, spans[0], hidden, EarlyTom(chain.config.earlytom), chain.config.depth)
     assert column is not None
     session = onnxruntime.InferenceSession(chain.paths[1])
     found = dict(

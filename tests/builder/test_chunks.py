@@ -26,8 +26,8 @@ from builder.config import BuildConfig
 from builder.export import VisionGraph
 from builder.islands import Costs
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions
 from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom
 from runtime import ask, cli, contract
 from runtime.backends.onnxruntime_chunked import OnnxRuntimeChunked
 from runtime.manifest import Manifest
@@ -226,7 +226,7 @@ def test_values_are_named_and_joined(chunked: Chunked, chain: Chain, clips: dict
     assert not is_chunked(chain.paths)
     feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
     chunked.reference.every_layer = True
-    chunked.reference.decisions = Decisions(chunked.config.earlytom)  # its own, not those that the gate forced on it
+    chunked.reference.decisions = EarlyTom(chunked.config.earlytom)  # its own, not those that the gate forced on it
     try:
         names = chunked.reference.trace_names
         results = run_chunks(chunked.paths, names, feeds, rounded=False)

@@ -21,7 +21,7 @@ from builder.evaluation import record
 from builder.evaluation.bench import Bench, Job
 from builder.evaluation.blind import questions_of
 from builder.evaluation.engine import TWIN, build_engine, check_engine
-from builder.evaluation.methods import Method
+from builder.evaluation.methods import Row
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.micro.data import KINDS
@@ -210,7 +210,7 @@ def test_an_engine_that_answers_otherwise_is_noticed(
     folder = build_engine("--ratio", "0.3", "--fp32")
     real = bench_module.engine_methods
 
-    def turned(folder: str) -> list[Method]:
+    def turned(folder: str) -> list[Row]:
         engine, twin = real(folder)
 
         def visual(clip: Any, ratio: float) -> Any:

@@ -14,6 +14,7 @@ from builder.evaluation.blind import Blind, questions_of
 from builder.evaluation.results import Result, comparisons, results
 from builder.evaluation.timing import Prefill
 from earlytom import flops
+from earlytom.families import LLAVA_ONEVISION
 from earlytom.micro.data import KINDS, Question, labelled_clip
 
 from .test_evaluate_methods import BASE
@@ -66,7 +67,7 @@ def test_costs_are_those_of_the_shapes(answered: tuple[Bench, Answers]) -> None:
         ("frames", 0.1, (2,), (), 50),
     ):
         row = rows[name, ratio]
-        wanted = flops.vision_encoder(config.vision_config, stages, layers, 8) + flops.projector(config, stages[-1])
+        wanted = LLAVA_ONEVISION.vision_flops(config, stages, layers)
         assert answers.vision[row].tolist() == [wanted] * 3
         assert answers.prefill[row].tolist() == [flops.prefill(config.text_config, tokens)] * 3
         assert answers.tokens[row].tolist() == [tokens] * 3

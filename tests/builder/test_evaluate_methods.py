@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from builder.evaluation.methods import (
-    Method,
-    Visual,
-    _pooled,
-    chosen,
-    even_frames,
-    layer_choices,
-    methods,
-    pooling_grid,
-)
+from builder.evaluation.methods import Row, Visual, chosen, layer_choices, methods
 from builder.evaluation.passes import ClipPasses, Vision
+from earlytom import encode_video
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import encode_video
 from earlytom.errors import UserError
+from earlytom.families import geometry
+from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data import labelled_clip
-from earlytom.model import feature_depth
 from runtime.backends.torch import TorchVision
 from runtime.checkpoint import describe, load_vision
 
@@ -54,7 +43,7 @@ def shared(number: int) -> ClipPasses:
 
 
 @lru_cache
-def known() -> dict[str, Method]:
+def known() -> dict[str, Row]:
     return methods(BASE, DEPTH)
 
 
@@ -80,8 +69,9 @@ def test_a_selection_from_a_shared_pass_is_encode_video(layers: tuple[int, ...],
     pixels = frames(0).float() / 127.5 - 1
     for ratio in RATIOS:
         wanted = encode_video(part.vision_tower, part.projector, pixels, config.replace(retention_ratio=ratio))
-        done = clip.run(config.replace(retention_ratio=ratio))
-        got = done.select(ratio, schedule)
+        method = EarlyTom(config.replace(retention_ratio=ratio))
+        done = clip.run(method)
+        got = done.choose(method)
         assert got.shape == wanted.tokens.shape, ratio
         torch.testing.assert_close(got, wanted.tokens, rtol=1e-4, atol=1e-4)
         assert done.stages == wanted.frames_per_stage
@@ -109,8 +99,8 @@ def test_methods_are_the_reference_backend(number: int) -> None:
 
 
 def test_depth_is_the_models() -> None:
-    assert vision().depth == feature_depth(describe(None).config) == DEPTH
-    assert vision().side ** 2 == P
+    assert vision().depth == geometry(describe(None).config).depth == DEPTH
+    assert vision().cells == P
 
 
 # Controls
@@ -202,56 +192,6 @@ def test_top_k_takes_the_highest_received_attention() -> None:
     relevance = torch.nn.functional.interpolate(grid, size=(5, 5), mode="bilinear").flatten().tolist()
     best = sorted(sorted(range(F * P), key=lambda place: -relevance[place])[: token_count(F, P, 0.1)])
     assert places(visual("top-k", 0.1).tokens) == best
-
-
-@given(st.integers(1, 128), st.data())
-def test_even_frames(total: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, total))
-    found = even_frames(total, count)
-    assert len(found) == count
-    assert list(found) == sorted(set(found))
-    assert 0 <= found[0] <= found[-1] < total
-    if count > 1:
-        assert (found[0], found[-1]) == (0, total - 1)
-        gaps = [b - a for a, b in itertools.pairwise(found)]
-        assert max(gaps) - min(gaps) <= 1
-
-
-@given(st.integers(1, 64), st.integers(1, 14), st.integers(1, 5000), st.booleans())
-def test_pooling_grids_fit(total: int, side: int, tokens: int, keep: bool) -> None:
-    time, rows, columns = pooling_grid(total, side, tokens, keep_frames=keep)
-    assert 1 <= time <= total
-    assert 1 <= rows <= side
-    assert 1 <= columns <= side
-    assert abs(rows - columns) <= 1
-    assert time * rows * columns <= tokens
-    if keep and tokens >= total:
-        assert time == total
-    if tokens >= total * side * side:
-        assert (time, rows, columns) == (total, side, side)
-
-
-def test_pooling_grids_shrink_evenly() -> None:
-    """A grid and its transpose are equally good."""
-    for tokens, keep, wanted in (
-        (42, False, (7, 2, 3)),
-        (81, False, (9, 3, 3)),
-        (105, False, (11, 3, 3)),
-        (42, True, (16, 1, 2)),
-        (10, True, (5, 1, 2)),
-    ):
-        time, rows, columns = pooling_grid(16, 5, tokens, keep_frames=keep)
-        assert (time, *sorted((rows, columns))) == wanted
-
-
-def test_pooling_averages() -> None:
-    features = torch.randn(4, 16, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(_pooled(features, (4, 4, 4)), features.flatten(0, 1))
-    torch.testing.assert_close(_pooled(features, (1, 1, 1))[0], features.mean((0, 1)))
-    halves = _pooled(features, (2, 1, 2))  # time, then raster: (0, left), (0, right), (1, left), ...
-    assert halves.shape == (4, 3)
-    right = features.unflatten(1, (4, 4))[2:, :, 2:]
-    torch.testing.assert_close(halves[3], right.mean((0, 1, 2)))
 
 
 # Names and choices

@@ -20,8 +20,8 @@ from builder.chain import export_chain
 from builder.config import BuildConfig
 from builder.export import OPSET, export_onnx
 from builder.runners import write_tapped
-from earlytom.encoder import trace_names
 from earlytom.errors import UserError
+from earlytom.methods.earlytom import trace_names
 from runtime import contract
 
 from .conftest import SMALL, Exported

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlytom import UserError, frames_per_stage, select_tokens, token_count
-from earlytom.budget import dynamic_tokens, effective_ratio, pooled_side, static_tokens
+from earlytom.budget import dynamic_tokens, effective_ratio, static_tokens
 
 from .reference import token_counts
 
@@ -71,10 +71,6 @@ def test_stages_shrink_and_never_end_below_one(frames: int, merges: int, share: 
     assert len(counts) == merges + 1
     assert list(counts) == sorted(counts, reverse=True)
     assert counts[-1] >= 1
-
-
-def test_pooled_side_rounds_up() -> None:
-    assert [pooled_side(grid) for grid in (27, 24, 9, 8, 2, 1)] == [14, 12, 5, 4, 1, 1]
 
 
 @pytest.mark.parametrize(

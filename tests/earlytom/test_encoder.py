@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video, frames_per_stage, plan_frames, select_tokens, token_count
-from earlytom.encoder import Decisions, VisualTokens, encode, pool, trace_names
+from earlytom.encoder import VisualTokens, encode
+from earlytom.families import LLAVA_ONEVISION
+from earlytom.families.llava_onevision import pool
 from earlytom.merge import frame_similarity, segments_of
-from earlytom.towers import tower_of
+from earlytom.methods.earlytom import EarlyTom, trace_names
 
 from .reference import adaptive_plan, budget_plan, dense, segments, select_positions
 from .tiny import FAMILIES, PATCH, made_video, tiny_projector, tiny_tower, untouched
@@ -32,7 +34,8 @@ def encoded(family: str, video: Tensor, config: EarlyTomConfig, **options: Any) 
 
 
 def traced(family: str, video: Tensor, config: EarlyTomConfig, trace: dict[str, Tensor]) -> VisualTokens:
-    return encode(tower_of(tiny_tower(family)), tiny_projector(), video, config, Decisions(config), trace=trace)
+    vision = LLAVA_ONEVISION.vision(tiny_tower(family), tiny_projector())
+    return encode(vision, video, EarlyTom(config), trace=trace)
 
 
 # --- off

@@ -19,6 +19,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from earlytom import EarlyTomConfig, encode_video, flops
 from earlytom.budget import frames_per_stage, kept_tokens
+from earlytom.families import LLAVA_ONEVISION
 from earlytom.inner_decoder import apply_inner
 
 SO400M = SiglipVisionConfig(
@@ -50,17 +51,17 @@ def counted(work: Callable[[], Any]) -> dict[str, int]:
 
 def test_so400m_is_641_gflop_a_frame_and_20_5_tflop_for_32() -> None:
     assert round(26 * flops.encoder_layer(729, 1152, 4304) / 1e9) == 641
-    frame = flops.vision_encoder(SO400M, (1,), (), 26)
-    assert round(flops.vision_encoder(SO400M, (32,), (), 26) / 1e12, 1) == 20.5
-    assert flops.vision_encoder(SO400M, (32,), (), 26) == 32 * frame
+    frame = flops.vision_encoder(SO400M, 729, (1,), (), 26)
+    assert round(flops.vision_encoder(SO400M, 729, (32,), (), 26) / 1e12, 1) == 20.5
+    assert flops.vision_encoder(SO400M, 729, (32,), (), 26) == 32 * frame
     llava = LlavaOnevisionConfig(vision_config=SO400M, text_config=Qwen2Config(hidden_size=3584))
-    assert round((32 * frame + flops.projector(llava, 32)) / 1e12, 1) == 21.3
+    assert round((32 * frame + LLAVA_ONEVISION.projector_flops(llava, 32)) / 1e12, 1) == 21.3
 
 
 def test_default_budget_saves_what_the_layer_counts_say() -> None:
     """32, 24, 18, 14 frames in 7, 8, 6 and 5 layers: all layers cost the same, so the share is a weighted mean."""
-    full = flops.vision_encoder(SO400M, (32,), (), 26)
-    less = flops.vision_encoder(SO400M, (32, 24, 18, 14), (6, 14, 20), 26)
+    full = flops.vision_encoder(SO400M, 729, (32,), (), 26)
+    less = flops.vision_encoder(SO400M, 729, (32, 24, 18, 14), (6, 14, 20), 26)
     layer = flops.encoder_layer(729, 1152, 4304)
     assert full - less == layer * (26 * 32 - (7 * 32 + 8 * 24 + 6 * 18 + 5 * 14))
 
@@ -80,7 +81,7 @@ def pixels(frames: int) -> Tensor:
 
 def test_full_tower_equals_the_counter(tower: SiglipVisionModel) -> None:
     measured = counted(lambda: tower(pixels(8)))
-    assert sum(measured.values()) == flops.vision_encoder(tower.config, (8,), (), 4)
+    assert sum(measured.values()) == flops.vision_encoder(tower.config, 25, (8,), (), 4)
 
 
 @pytest.mark.parametrize("layers", [(0,), (1,), (0, 2), (0, 1, 3)], ids=str)
@@ -96,7 +97,7 @@ def test_compressed_tower_equals_the_counter(tower: SiglipVisionModel, layers: t
             if index in layers:
                 hidden = hidden[: stages[layers.index(index) + 1]]
 
-    assert sum(counted(work).values()) == flops.vision_encoder(tower.config, stages, layers, 4)
+    assert sum(counted(work).values()) == flops.vision_encoder(tower.config, 25, stages, layers, 4)
 
 
 @pytest.mark.parametrize("layers", [(), (1,), (0, 2)], ids=str)
@@ -107,7 +108,7 @@ def test_what_the_method_runs_is_what_is_counted(tower: SiglipVisionModel, layer
     stages = frames_per_stage(8, merges=len(layers))
     measured = counted(lambda: encode_video(tower, nn.Identity(), pixels(8), config))
     attention = sum(4 * 25 * 25 * 32 * stages[sum(layer < index for layer in layers)] for index in range(4))
-    whole = flops.vision_encoder(tower.config, stages, layers, 4)
+    whole = flops.vision_encoder(tower.config, 25, stages, layers, 4)
     linear = measured["aten.addmm"] + measured["aten.convolution"]
     beside = 0 if layers else 4 * 8 * 25 * 32 * 32  # with merging off, q and k once more to read received attention
     assert linear - beside == whole - attention
@@ -119,7 +120,7 @@ def test_projector_equals_the_counter() -> None:
     config = LlavaOnevisionConfig(vision_config=SiglipVisionConfig(**TINY), text_config=text)
     projector = LlavaOnevisionMultiModalProjector(config)
     measured = counted(lambda: projector(torch.zeros(3, 25, 32)))
-    assert sum(measured.values()) == flops.projector(config, 3)
+    assert sum(measured.values()) == LLAVA_ONEVISION.projector_flops(config, 3)
 
 
 @pytest.mark.parametrize(("heads", "keys"), [(4, 4), (4, 2), (8, 1)])
@@ -181,8 +182,8 @@ def test_prefill_with_inner_merging_off_or_of_everything() -> None:
 
 def test_a_wrong_count_would_be_noticed() -> None:
     """Negative control: one layer fewer, or one more frame, is another number."""
-    assert flops.vision_encoder(SO400M, (32,), (), 25) != flops.vision_encoder(SO400M, (32,), (), 26)
+    assert flops.vision_encoder(SO400M, 729, (32,), (), 25) != flops.vision_encoder(SO400M, 729, (32,), (), 26)
     # The layer after which frames are merged still runs on all of them.
-    one = flops.vision_encoder(SO400M, (4, 2), (25,), 26)
-    assert one == flops.vision_encoder(SO400M, (4,), (), 26)
-    assert flops.vision_encoder(SO400M, (4, 2), (24,), 26) == one - 2 * flops.encoder_layer(729, 1152, 4304)
+    one = flops.vision_encoder(SO400M, 729, (4, 2), (25,), 26)
+    assert one == flops.vision_encoder(SO400M, 729, (4,), (), 26)
+    assert flops.vision_encoder(SO400M, 729, (4, 2), (24,), 26) == one - 2 * flops.encoder_layer(729, 1152, 4304)

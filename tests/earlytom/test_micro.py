@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
+from builder.micro.card import write_card
+from builder.micro.see import normalised
+from builder.micro.train import PERCEPTION_STEPS, SEED, STAGES, new_model
 from earlytom import micro
-from earlytom.encoder import pool
+from earlytom.families.llava_onevision import canonical_name, pool
 from earlytom.micro import checkpoint
-from earlytom.micro.card import write_card
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.render import NOBODY
 from earlytom.micro.random_model import SPECIAL_TOKENS
-from earlytom.micro.train import PERCEPTION_STEPS, SEED, STAGES, new_model
-from earlytom.micro.training.see import normalised
-from earlytom.micro.weights import canonical_name, random_tensor
+from earlytom.micro.weights import random_tensor
 from runtime.prompt import build_prompt, splice
 
 FILES = (

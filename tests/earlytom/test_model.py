@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LlavaOnevisionConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom, encode_video
-from earlytom.model import feature_depth
 
 from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY, made_video, tiny_llava, video_prompt
 
@@ -515,26 +513,6 @@ def test_another_family_is_refused(model: Model) -> None:
 def test_a_merge_layer_that_the_tower_lacks_is_refused(model: Model) -> None:
     with pytest.raises(UserError, match="merge layer 4 does not exist: the vision tower has layers 0 to 3"):
         apply_earlytom(model, ON.replace(merge_layers=(1, 4)))
-
-
-@pytest.mark.parametrize(("layer", "depth"), [(-1, 26), (-2, 25), (3, 3), (26, 26)])
-def test_depth_follows_the_feature_layer(layer: int, depth: int) -> None:
-    assert feature_depth(LlavaOnevisionConfig(vision_feature_layer=layer)) == depth
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vision_feature_layer": [-1, -2]}, r"vision_feature_layer must be one layer, got \[-1, -2\]"),
-        ({"vision_feature_layer": 27}, "vision_feature_layer 27 does not exist in a tower of 26 layers"),
-        ({"vision_feature_layer": -27}, "vision_feature_layer -27 does not exist"),
-        ({"vision_feature_layer": 0}, "vision_feature_layer 0 does not exist"),
-        ({"vision_feature_select_strategy": "default"}, "strategy 'default' .* set it to 'full'"),
-    ],
-)
-def test_feature_layers_that_cannot_be_merged_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        feature_depth(LlavaOnevisionConfig(**change))
 
 
 def test_another_feature_layer_is_followed_bit_for_bit() -> None:

@@ -13,8 +13,9 @@ from torch.library import opcheck
 from earlytom import merge, ops, select
 from earlytom.attention import attention_matrix, column_means
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, encode
-from earlytom.towers import tower_of
+from earlytom.encoder import encode
+from earlytom.families import LLAVA_ONEVISION
+from earlytom.methods.earlytom import EarlyTom
 
 from .tiny import made_video, tiny_projector, tiny_tower
 
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
         self.config = config
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = encode(tower_of(self.tower), self.projector, pixels, self.config, Decisions(self.config))
+        out = encode(LLAVA_ONEVISION.vision(self.tower, self.projector), pixels, EarlyTom(self.config))
         return out.tokens, out.positions, out.frame_weights
 
 

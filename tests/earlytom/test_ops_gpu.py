@@ -73,8 +73,7 @@ def test_selection(dtype: torch.dtype, places: int) -> None:
 
 
 def test_the_budget_encoder_is_one_cuda_graph_that_follows_its_input() -> None:
-    from earlytom.config import EarlyTomConfig
-    from earlytom.encoder import encode_video
+    from earlytom import EarlyTomConfig, encode_video
 
     config = EarlyTomConfig(retention_ratio=0.4, merge_layers=(0, 2), tau=0.5, schedule="budget")
     tower, projector = tiny_tower("siglip", device="cuda"), tiny_projector(device="cuda")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from earlytom import EarlyTomConfig, UserError, encode_video
-from earlytom.encoder import Decisions, EachVideo, checked_depth, encode, head, rest
-from earlytom.towers import tower_of
+from earlytom.encoder import checked_depth, encode, head, rest
+from earlytom.families import LLAVA_ONEVISION
+from earlytom.methods.earlytom import EachVideo, EarlyTom
 
 from .tiny import FAMILIES, made_video, tiny_projector, tiny_tower
 
@@ -34,8 +35,8 @@ def test_each_of_several_videos_is_encoded_as_if_it_were_alone(family: str, name
     config, tower, projector = CONFIGS[name], tiny_tower(family), tiny_projector()
     videos = clips()
     trace: dict[str, Tensor] = {}
-    decisions = EachVideo(Decisions(config), len(videos))
-    together = encode(tower_of(tower), projector, torch.cat(videos), config, decisions, trace=trace)
+    method = EachVideo(EarlyTom(config), len(videos))
+    together = encode(LLAVA_ONEVISION.vision(tower, projector), torch.cat(videos), method, trace=trace)
     for index, video in enumerate(videos):
         alone = encode_video(tower, projector, video, config)
         assert torch.equal(together.positions[index], alone.positions)
@@ -58,7 +59,7 @@ def test_the_videos_of_the_test_above_do_not_decide_alike() -> None:
 
 def test_several_videos_need_the_budget_schedule() -> None:
     with pytest.raises(UserError, match="schedule must be budget, not adaptive"):
-        EachVideo(Decisions(CONFIGS["one merge"].replace(schedule="adaptive")), 2)
+        EachVideo(EarlyTom(CONFIGS["one merge"].replace(schedule="adaptive")), 2)
 
 
 @pytest.mark.parametrize("schedule", ["budget", "adaptive"])
@@ -66,14 +67,14 @@ def test_several_videos_need_the_budget_schedule() -> None:
 @torch.no_grad()
 def test_a_clip_in_pieces_is_the_whole_clip(name: str, schedule: str) -> None:
     config = CONFIGS[name].replace(schedule=schedule)
-    tower, projector, video = tower_of(tiny_tower("siglip")), tiny_projector(), clips()[0]
-    depth = checked_depth(tower, config, None)
-    pieces = [head(tower, piece, config, depth) for piece in video.split((1, 3, 2))]
+    method, vision, video = EarlyTom(config), LLAVA_ONEVISION.vision(tiny_tower("siglip"), tiny_projector()), clips()[0]
+    depth = checked_depth(vision.tower, method, None)
+    pieces = [head(vision.tower, piece, method, depth) for piece in video.split((1, 3, 2))]
     hidden = torch.cat([piece[0] for piece in pieces])
     columns = [piece[1] for piece in pieces if piece[1] is not None]
     assert bool(columns) == (len(config.merge_layers) < 2)
     received = torch.cat(columns) if columns else None
-    out = rest(tower, projector, hidden, received, config, Decisions(config), depth)
-    whole = encode(tower, projector, video, config, Decisions(config))
+    out = rest(vision, hidden, received, method, depth)
+    whole = encode(vision, video, method)
     assert torch.equal(out.positions, whole.positions)
     assert torch.allclose(out.tokens, whole.tokens, **CLOSE)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video
-from earlytom.towers import TOWERS, grid_side, tower_of
+from earlytom.towers import TOWERS, tower_of
 
 from .tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 
@@ -111,17 +111,6 @@ def test_other_models_are_refused() -> None:
     stranger: Any = SimpleNamespace(config=SimpleNamespace(model_type="internvit"))
     with pytest.raises(UserError, match="'internvit' is not supported"):
         tower_of(stranger)
-
-
-@pytest.mark.parametrize("side", [1, 2, 9, 27])
-def test_the_side_of_a_square_frame(side: int) -> None:
-    assert grid_side(side * side) == side
-
-
-@pytest.mark.parametrize("tokens", [2, 80, 730])
-def test_a_frame_that_is_not_square_is_refused(tokens: int) -> None:
-    with pytest.raises(UserError, match=f"frames must be square: a frame has {tokens} patch tokens"):
-        grid_side(tokens)
 
 
 def test_a_video_of_oblong_frames_is_refused() -> None:

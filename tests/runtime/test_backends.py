@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from earlytom import EarlyTomConfig, encode_video
-from earlytom.model import feature_depth
+from earlytom.families import geometry
 from runtime import trt
 from runtime.backends import ENGINE_BACKENDS, VisionBackend, choose_backend, open_backend
 from runtime.backends.torch import TorchVision
@@ -101,7 +101,7 @@ def test_torch_is_encode_video_on_normalised_pixels(torch_backend: TorchVision, 
     checkpoint = describe(Manifest.read(engine).model.source)
     pixels = checkpoint.preprocessing
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixels.mean, pixels.std))
-    part, depth = load_vision(checkpoint), feature_depth(checkpoint.config)
+    part, depth = load_vision(checkpoint), geometry(checkpoint.config).depth
     shown = (frames / 255 - mean) / std
     wanted = encode_video(part.vision_tower, part.projector, shown, torch_backend.config, depth=depth)
     tokens, positions = torch_backend.encode(frames)

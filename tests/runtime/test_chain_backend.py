@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from earlytom import EarlyTomConfig, encode_video
-from earlytom.model import feature_depth
+from earlytom.families import geometry
 from runtime import contract
 from runtime import trt as seam
 from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chain, tensorrt_stages
@@ -87,9 +87,10 @@ def test_it_says_what_pytorch_says(vision: OnnxRuntimeChain, manifest: Manifest,
     checkpoint = describe(manifest.model.source)
     part, config = load_vision(checkpoint, torch.float32), EarlyTomConfig.from_dict(manifest.earlytom)
     counts = set()
+    depth = geometry(checkpoint.config).depth
     for frames in clips.values():
         pixels = frames.float() / 127.5 - 1
-        wanted = encode_video(part.vision_tower, part.projector, pixels, config, depth=feature_depth(checkpoint.config))
+        wanted = encode_video(part.vision_tower, part.projector, pixels, config, depth=depth)
         tokens, positions = vision.encode(frames)
         assert vision.frames_per_stage == wanted.frames_per_stage
         assert torch.equal(positions, wanted.positions)

@@ -11,12 +11,12 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from builder.micro.labels import frame_labels
+from builder.micro.loop import Optimizer, Progress, Report, made_ahead
+from builder.micro.perception import PerceptionHeads, perception_loss, word_embeddings
 from earlytom.micro.data.render import render
 from earlytom.micro.data.scene import DIGIT_SHAPES, DIGITS, FRAMES, Scene, Shape, casts_of
 from earlytom.micro.data.splits import draw, split_of
-from earlytom.micro.training.labels import frame_labels
-from earlytom.micro.training.loop import Optimizer, Progress, Report, made_ahead
-from earlytom.micro.training.perception import PerceptionHeads, perception_loss, word_embeddings
 
 NAME = "perception"
 CLIPS, FRAMES_A_CLIP = 16, 4

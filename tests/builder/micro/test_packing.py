@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
+from builder.micro.packing import IGNORE, Batch, Pack, Packer, batch, logits, right_answers
+from builder.micro.see import normalised
 from earlytom import micro
 from earlytom.micro.data import Question, labelled_clip
-from earlytom.micro.packing import IGNORE, Batch, Pack, Packer, batch, logits, right_answers
-from earlytom.micro.training.see import normalised
 from runtime.prompt import build_prompt
 
 FRAMES = (3, 1, 2)  # of each clip: unequal numbers of visual tokens

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlytom.encoder import pool
+from builder.micro.labels import CELL_WORDS, COLOUR_NAMES, IGNORE, LOOKS, PATCH
+from earlytom.families.llava_onevision import pool
 from earlytom.micro.data.scene import DIGITS, SIDE
-from earlytom.micro.training.labels import CELL_WORDS, COLOUR_NAMES, IGNORE, LOOKS, PATCH
 
 _COLOUR_LEVELS = 3
 

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from earlytom.encoder import pool
-from earlytom.micro.data import labelled_clip
-from earlytom.micro.data.render import DOT, NOBODY, render
-from earlytom.micro.data.scene import COLOURS, DIGITS, DOT_RADIUS, FRAMES, SHAPES, SIDE, Scene
-from earlytom.micro.data.splits import draw
-from earlytom.micro.training import see
-from earlytom.micro.training.labels import (
+from builder.micro import see
+from builder.micro.labels import (
     CELL_WORDS,
     COLOUR_NAMES,
     IGNORE,
@@ -29,6 +24,11 @@ from earlytom.micro.training.labels import (
     object_cells,
     pooling_matrix,
 )
+from earlytom.families.llava_onevision import pool
+from earlytom.micro.data import labelled_clip
+from earlytom.micro.data.render import DOT, NOBODY, render
+from earlytom.micro.data.scene import COLOURS, DIGITS, DOT_RADIUS, FRAMES, SHAPES, SIDE, Scene
+from earlytom.micro.data.splits import draw
 
 CLIPS = 6
 SIDE_PATCHES = SIDE // PATCH

@@ -24,14 +24,14 @@ from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from earlytom.encoder import pool
+from builder.micro.labels import MOTION, cell_motion
+from builder.micro.loop import Optimizer, Progress, Report, made_ahead
+from builder.micro.packing import IGNORE, Pack, Packer, batch, logits
+from builder.micro.see import normalised
+from earlytom.families.llava_onevision import pool
 from earlytom.micro.data.questions import Question, questions
 from earlytom.micro.data.scene import FRAMES, Scene
 from earlytom.micro.data.splits import labelled_clip
-from earlytom.micro.packing import IGNORE, Pack, Packer, batch, logits
-from earlytom.micro.training.labels import MOTION, cell_motion
-from earlytom.micro.training.loop import Optimizer, Progress, Report, made_ahead
-from earlytom.micro.training.see import normalised
 
 _DRAWS, _QUESTIONS = 6, 12
 _OFTEN = 4.0

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from earlytom.micro import packing
+from builder.micro import packing
+from builder.micro.packing import IGNORE, Batch
+from builder.micro.scoring import Scorer
 from earlytom.micro.data import Question
-from earlytom.micro.packing import IGNORE, Batch
-from earlytom.micro.scoring import Scorer
 from runtime.checkpoint import load_model, load_tokenizer
 from runtime.prompt import build_prompt, splice
 

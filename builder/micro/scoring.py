@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlytom.micro import packing
+from builder.micro import packing
+from builder.micro.packing import IGNORE, Batch, Pack, Packer
 from earlytom.micro.data import Question
-from earlytom.micro.packing import IGNORE, Batch, Pack, Packer
 
 BATCH = 16
 

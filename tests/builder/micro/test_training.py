@@ -19,15 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from builder.micro import answering, loop, see, train
+from builder.micro.answering import Stage, motion_head, train_answering
+from builder.micro.packing import Packer
 from earlytom import micro
-from earlytom.micro import train
 from earlytom.micro.checkpoint import write_checkpoint
 from earlytom.micro.data import labelled_clip
 from earlytom.micro.data.scene import FRAMES
 from earlytom.micro.data.splits import draw
-from earlytom.micro.packing import Packer
-from earlytom.micro.training import answering, loop, see
-from earlytom.micro.training.answering import Stage, motion_head, train_answering
 from runtime.checkpoint import describe
 
 OFTEN = ("exists",)
@@ -135,6 +134,7 @@ def test_whole_training_is_called_trained_and_a_part_is_not(monkeypatch: pytest.
     written: list[bool] = []
     monkeypatch.setattr(train, "train", lambda *_: (None, {}))
     monkeypatch.setattr(train, "write_checkpoint", lambda *_, trained: written.append(trained))
+    monkeypatch.setattr(train, "write_card", lambda _: None)
     for scale in ("1", "0.999"):
         words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--scale", scale]
         assert train.main(words) == 0

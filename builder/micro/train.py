@@ -1,4 +1,4 @@
-"""Trains the bundled model: `python -m earlytom.micro.train [--out DIR]`.
+"""Trains the bundled model: `python -m builder.micro.train [--out DIR]`.
 
 Three stages, each from where it stopped: single frames with dense labels (vision tower and projector), then clips of
 eight frames and clips of sixteen with questions (decoder). Everything is generated on the way; nothing is read but the
@@ -22,13 +22,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from builder.micro import see
+from builder.micro.answering import Stage, motion_head, train_answering
+from builder.micro.card import write_card
+from builder.micro.packing import Packer
+from builder.micro.see import train_perception
 from earlytom.errors import UserError
 from earlytom.micro import PATH
 from earlytom.micro.checkpoint import architecture, build_tokenizer, write_checkpoint
-from earlytom.micro.packing import Packer
-from earlytom.micro.training import see
-from earlytom.micro.training.answering import Stage, motion_head, train_answering
-from earlytom.micro.training.see import train_perception
 
 SEED = 0
 PERCEPTION_STEPS = 3600
@@ -101,9 +102,9 @@ def train(work: Path, device: torch.device, scale: float, workers: int, display:
 
 EXAMPLES = """
 examples:
-  python -m earlytom.micro.train --scale 0.001 --out /tmp/micro
+  python -m builder.micro.train --scale 0.001 --out /tmp/micro
       see that every stage runs
-  python -m earlytom.micro.train --out mine
+  python -m builder.micro.train --out mine
       the whole training; after Ctrl-C the same command goes on where it stopped
 
 The last line is JSON. The exit status is 0 when the checkpoint is there, 2 when something asked for cannot be done, 130
@@ -121,7 +122,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = _Parser(
-        prog="python -m earlytom.micro.train",
+        prog="python -m builder.micro.train",
         description="Train the bundled model from nothing: its vision tower first, then the answers.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -184,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         with display.progress:
             model, about = train(args.work, device, args.scale, args.workers, display)
         write_checkpoint(args.out, model, about, trained=args.scale == 1)
+        write_card(args.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

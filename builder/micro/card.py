@@ -10,11 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from earlytom.micro import ACCURACY_FILE, TRAINING_FILE
 from earlytom.micro.data.questions import KINDS
 from earlytom.micro.data.splits import draw
-
-TRAINING_FILE = "training.json"
-ACCURACY_FILE = "accuracy.json"
 
 _CARD = """\
 ---
@@ -45,7 +43,7 @@ split follows from n.
 
 ## Training
 
-`python -m earlytom.micro.train`, seed {seed}, on {hardware} with PyTorch {torch}, in {minutes:.0f} minutes. The model
+`python -m builder.micro.train`, seed {seed}, on {hardware} with PyTorch {torch}, in {minutes:.0f} minutes. The model
 saw every visual token of every clip: EarlyTom needs no training and had no part in it.
 
 {stages}

@@ -1,0 +1,37 @@
+"""Methods, by name: who decides which frames and which tokens of a video the LLM sees.
+
+What a method is, and when its hooks are called, says `earlytom.encoder.Method`. A new one is a module here and its
+class in `METHODS`. To be built into an engine it also needs its steps in ONNX, see `builder.export.FORMS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from earlytom.config import EarlyTomConfig
+from earlytom.encoder import Method
+from earlytom.errors import UserError
+from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
+from earlytom.methods.earlytom import EarlyTom
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (EarlyTom, RandomTokens, EvenFrames, TopK, Pooling)
+}
+"""All methods by name."""
+
+
+def by_name(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method `name` with its settings as `Method.to_dict` gives them.
+
+    Raises:
+        UserError: there is no such method, or these are no settings of it.
+    """
+    if name not in METHODS:
+        raise UserError(f"no method named {name!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[name].from_dict(settings)
+
+
+def method_of(config: EarlyTomConfig | Method) -> Method:
+    """A method as it is, and EarlyTom for its settings."""
+    return config if isinstance(config, Method) else EarlyTom(config)

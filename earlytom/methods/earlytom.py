@@ -1,0 +1,182 @@
+"""EarlyTom: frames are merged inside the tower, and the tokens that matter are chosen after the projector.
+
+`EarlyTom` is the method; its steps that depend on the video (`similarity`, `plan`, `select`, `select_varying`) are the
+operators of `earlytom.ops`; who computes them otherwise (an exporter, a clock) overrides them. `EachVideo` takes the
+decisions of several videos at once.
+
+Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, P tokens after pooling, D
+tower width, E LLM width, N tokens kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from earlytom import ops
+from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, static_tokens, token_count
+from earlytom.config import EarlyTomConfig
+from earlytom.encoder import Counts, Method, Note, State
+from earlytom.errors import UserError
+from earlytom.merge import apply_weights
+from earlytom.select import select_varying
+
+
+class EarlyTom(Method):
+    """See `Method`; its settings are an `EarlyTomConfig`."""
+
+    name = "earlytom"
+
+    def __init__(self, config: EarlyTomConfig) -> None:
+        self.config = config
+        self.layers = config.merge_layers
+        if config.merges_inside:
+            assert config.inner_layer is not None  # that is what merges_inside says
+            self.inner = (config.inner_layer, config.inner_ratio)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        return cls(EarlyTomConfig.from_dict(settings))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
+        c = self.config
+        if c.schedule == "adaptive":
+            return None
+        stages = frames_per_stage(frames, merges=len(c.merge_layers), frame_budget=c.frame_budget)
+        return Counts(stages, token_count(frames, tokens_per_frame, c.retention_ratio, frames_out=stages[-1]))
+
+    def tower_key(self) -> Hashable:
+        return self.config.replace(retention_ratio=1.0)
+
+    def check(self, depth: int) -> None:
+        self.config.check_layers(depth)
+
+    def watched(self, depth: int) -> int:
+        """The last merge layer; with merging off the last layer."""
+        return self.layers[-1] if self.layers else depth - 1
+
+    # The steps that depend on the video
+
+    def similarity(self, hidden: Tensor) -> Tensor:
+        """`hidden [F, S, D]` to [F, F] fp32."""
+        return ops.frame_similarity(hidden)
+
+    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`similarity [F, F]` to weights [F', F], segment start [F], static [F] bool. `None` frames: adaptive."""
+        c = self.config
+        weights, static, start, count = ops.frame_plan(similarity, frames_out, c.tau, c.max_window, c.ema, c.trailing)
+        if frames_out is None:
+            weights = weights[: int(count)]  # the adaptive schedule's one wait for the device
+        return weights, start, static
+
+    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        """Exactly `places` tokens of every frame: tokens [F' * places, E], positions [F' * places]."""
+        return ops.select_tokens(features, received, static, places)
+
+    def select_varying(
+        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
+    ) -> tuple[Tensor, Tensor]:
+        """`places` tokens of a dynamic frame, `windows` of a static one: tokens [N, E], positions [N]. Waits."""
+        return select_varying(features, received, static, places, windows)
+
+    # The hooks
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stage I: merge frames that say the same."""
+        similarity = self.similarity(hidden[:, state.vision.tower.prefix :])
+        weights, _, _ = self.plan(similarity, self._planned(state.frames)[len(state.stages)])
+        note(**{f"similarity_{layer}": similarity, f"weights_{layer}": weights})
+        hidden = apply_weights(weights, hidden)
+        state.frame_weights = weights @ state.frame_weights
+        state.stages.append(weights.shape[-2])
+        return hidden, None if received is None else apply_weights(weights, received)
+
+    def look(self, hidden: Tensor, state: State) -> None:
+        """The final segments are those of the merged frames."""
+        final = self.similarity(hidden[:, state.vision.tower.prefix :])
+        _, state.start, state.static = self.plan(final, state.stages[-1])
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        """Stage II."""
+        assert relevance is not None  # a layer is watched
+        assert state.static is not None  # and was looked at
+        return self.keep(features, relevance, state.static, state.frames)
+
+    def keep(self, features: Tensor, relevance: Tensor, static: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """The tokens that stay of a video of `frames` frames, which are F' now: tokens [N, E], positions [N] int64."""
+        kept, per_frame = static.shape[-1], features.shape[1]
+        effective = effective_ratio(self.config.retention_ratio, frames, kept)
+        places = dynamic_tokens(per_frame, effective)
+        windows = places if self.config.schedule == "budget" else static_tokens(per_frame, effective)
+        if places == windows == per_frame:  # nothing to leave out
+            positions = torch.arange(kept * per_frame, device=features.device)
+            tokens = features.reshape(*static.shape[:-1], len(positions), features.shape[2])
+            return tokens, positions.expand(tokens.shape[:-1])
+        if self.config.schedule == "budget":
+            return self.select(features, relevance, static, places)
+        return self.select_varying(features, relevance, static, places, windows)
+
+    def _planned(self, frames: int) -> tuple[int | None, ...]:
+        """Frames before the first merge and after each one; None where only the video will tell (adaptive schedule)."""
+        merges = len(self.layers)
+        if self.config.schedule == "adaptive":
+            return (frames, *([None] * merges))
+        return frames_per_stage(frames, merges=merges, frame_budget=self.config.frame_budget)
+
+
+class EachVideo(EarlyTom):
+    """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
+
+    Frame counts are those of one video. What belongs to a video has a leading B: similarity [B, F, F], weights
+    [B, F', F], segment start and static [B, F], tokens [B, N, E], positions [B, N].
+    """
+
+    def __init__(self, method: EarlyTom, videos: int) -> None:
+        if method.config.schedule != "budget":
+            raise UserError(
+                f"several videos at once keep equal numbers of frames, so the schedule must be budget, not "
+                f"{method.config.schedule}"
+            )
+        super().__init__(method.config)
+        self.method = method
+        self.videos = videos
+
+    def similarity(self, hidden: Tensor) -> Tensor:
+        return torch.stack([self.method.similarity(one) for one in self._each(hidden)])
+
+    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights, start, static = zip(*(self.method.plan(one, frames_out) for one in similarity), strict=True)
+        return torch.stack(weights), torch.stack(start), torch.stack(static)
+
+    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        each = zip(self._each(features), self._each(received), static, strict=True)
+        tokens, positions = zip(*(self.method.select(*one, places) for one in each), strict=True)
+        return torch.stack(tokens), torch.stack(positions)
+
+    def _each(self, values: Tensor) -> Tensor:
+        """[B * F, ...] to [B, F, ...], a view."""
+        return values.unflatten(0, (self.videos, -1))
+
+
+def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
+    """The keys of a trace that `earlytom.encoder.encode` fills with EarlyTom, in the order in which they are computed.
+
+    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
+    """
+    names: list[str] = []
+    for layer in config.merge_layers if layers is None else range(layers):
+        names.append(f"hidden_{layer}")
+        if layer in config.merge_layers:
+            names += [f"similarity_{layer}", f"weights_{layer}"]
+    names.append("static")
+    if layers is not None:
+        names.append("projected")
+    return [*names, "features", "relevance", "tokens", "positions"]

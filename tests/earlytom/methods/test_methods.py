@@ -1,0 +1,153 @@
+"""What holds for every method: the registry, its settings, the counts it promises, and who else runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from earlytom import EarlyTomConfig, UserError, apply_earlytom, encode_video
+from earlytom.encoder import Counts, Method, State
+from earlytom.methods import METHODS, by_name, method_of
+from earlytom.methods.controls import TopK
+from earlytom.methods.earlytom import EarlyTom
+
+from ..test_encoder import NoHostSync
+from ..tiny import VIDEO_TOKEN, made_video, tiny_llava, tiny_projector, tiny_tower, video_prompt
+
+F, P = 8, 9
+BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 2), tau=0.3, schedule="budget")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "earlytom": BUDGET.to_dict(),
+    "random": {"tokens": 13, "seed": 2, "video": 1},
+    "frames": {"keep": 3},
+    "top-k": {"tokens": 13, "layer": 1},
+    "pooling": {"tokens": 13, "keep_frames": True},
+}
+every = pytest.mark.parametrize("name", METHODS)
+
+
+def test_every_method_is_tested_here() -> None:
+    assert SETTINGS.keys() == METHODS.keys()
+
+
+@every
+def test_settings_there_and_back(name: str) -> None:
+    method = by_name(name, SETTINGS[name])
+    assert (method.name, method.to_dict()) == (name, SETTINGS[name])
+    with pytest.raises(UserError, match="unknown setting 'nonsense'"):
+        by_name(name, SETTINGS[name] | {"nonsense": 1})
+
+
+@every
+def test_counts_hold_for_any_video(name: str) -> None:
+    method = by_name(name, SETTINGS[name])
+    counts = method.counts(F, P)
+    for kind in ("noise", "still", "scenes"):
+        out = encode_video(tiny_tower("siglip"), tiny_projector(), made_video(kind, F), method)
+        assert out.tokens.shape[0] == out.positions.shape[0] <= F * P
+        assert out.frame_weights.shape == (out.frames_per_stage[-1], F)
+        assert torch.allclose(out.frame_weights.sum(1), torch.ones(out.frames_per_stage[-1]), atol=1e-5)
+        assert int(out.positions.max()) < out.frames_per_stage[-1] * P
+        if counts is not None:
+            assert (out.frames_per_stage, len(out.tokens)) == (counts.stages, counts.tokens)
+
+
+@every
+def test_no_method_asks_the_device_for_a_value(name: str) -> None:
+    """Random tokens are drawn on the host and sent, so they are not on this device without data."""
+    model, projector = tiny_tower("siglip", device="meta"), tiny_projector(device="meta")
+    pixels, method = torch.empty(F, 3, 20, 20, device="meta"), by_name(name, SETTINGS[name])
+    if name == "random":
+        with pytest.raises(RuntimeError, match="copies between"), NoHostSync():
+            encode_video(model, projector, pixels, method)
+        return
+    with NoHostSync():
+        out = encode_video(model, projector, pixels, method)
+    counts = method.counts(F, P)
+    assert counts is None or out.tokens.shape == (counts.tokens, 24)
+
+
+@every
+def test_a_whole_model_generates_with_every_method(name: str) -> None:
+    model = tiny_llava()
+    method = by_name(name, SETTINGS[name])
+    prompt, pixels = video_prompt(F), made_video("scenes", F)[None]
+    counts = method.counts(F, P)
+    with apply_earlytom(model, method) as applied:
+        ids, _, embeds = applied.shorten(prompt, None, pixels)
+        assert int((ids == VIDEO_TOKEN).sum()) == embeds.shape[1] - 7
+        if counts is not None:
+            assert embeds.shape[1] == counts.tokens + 1 + 7  # the closing newline, and the text
+        out = model.generate(input_ids=prompt, pixel_values_videos=pixels, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    assert out.shape == (1, prompt.shape[1] + 2)
+
+
+def test_earlytom_counts_what_only_the_video_tells_as_unknown() -> None:
+    assert EarlyTom(BUDGET).counts(F, P) == Counts((8, 6, 4), 4 * 6)  # ceil(9 * .3 * 8 / 4)
+    assert EarlyTom(BUDGET.replace(schedule="adaptive")).counts(F, P) is None
+
+
+def test_methods_that_run_alike_up_to_the_choice_say_so() -> None:
+    ratio, layers = BUDGET.replace(retention_ratio=0.7), BUDGET.replace(merge_layers=(0,))
+    assert EarlyTom(BUDGET).tower_key() == EarlyTom(ratio).tower_key() != EarlyTom(layers).tower_key()
+    top_k = [TopK(tokens, layer).tower_key() for tokens, layer in ((1, 1), (2, 1), (1, 2))]
+    assert top_k[0] == top_k[1] != top_k[2]
+    assert by_name("frames", {"keep": 2}).tower_key() != by_name("frames", {"keep": 3}).tower_key()
+
+
+def test_settings_stand_for_earlytom_and_a_method_for_itself() -> None:
+    method = by_name("frames", {"keep": 2})
+    assert method_of(method) is method
+    made = method_of(BUDGET)
+    assert isinstance(made, EarlyTom)
+    assert made.config is BUDGET
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(UserError, match="no method named 'magic': choose one of earlytom, random,"):
+        by_name("magic", {})
+
+
+class Halves(Method):
+    """Made up: merges frames by twos after a layer that nobody watches, and remembers that it did."""
+
+    name = "halves"
+    layers = (1,)
+
+    @classmethod
+    def from_dict(cls, settings: Any) -> Halves:
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+    def tower_key(self) -> str:
+        return self.name
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+        return Counts((frames, frames // 2), frames // 2 * tokens_per_frame)
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        assert (layer, received) == (1, None)
+        weights = torch.eye(len(hidden) // 2).repeat_interleave(2, 1) / 2
+        state.frame_weights = weights @ state.frame_weights
+        state.stages.append(len(hidden) // 2)
+        return hidden.unflatten(0, (-1, 2)).mean(1), None
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        assert relevance is None
+        return features.flatten(0, 1), torch.arange(features.shape[:2].numel())
+
+
+def test_a_method_that_needs_no_attention_and_merges_in_its_own_way() -> None:
+    out = encode_video(tiny_tower("clip"), tiny_projector(), made_video("drift", F), Halves())
+    assert out.frames_per_stage == (8, 4)
+    assert out.tokens.shape == (4 * P, 24)
+    assert out.frame_weights[1].tolist() == [0, 0, 0.5, 0.5, 0, 0, 0, 0]
+    assert out.received.shape == (4, 0)
+    assert out.segments.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]  # no segments: every frame is its own
