@@ -257,6 +257,7 @@ class BuildConfig:
         """Everything that changes the folder that is built, in plain JSON types; report.json keeps it."""
         return {
             "model": self.checkpoint.digest(),
+            "answers": self.checkpoint.answers_digest(),
             "earlytom": self.earlytom.to_dict(),
             "frames": self.frames,
             "dtype": self.dtype,
@@ -321,5 +322,5 @@ def _code_digest() -> dict[str, str]:
     paths += [
         path for folder in ("builder/plugins", "earlytom", "earlytom/kernels") for path in (root / folder).glob("*.py")
     ]
-    paths += [root / "runtime" / f"{name}.py" for name in ("checkpoint", "checkpoint_files", "contract", "trt")]
+    paths += [*(root / "runtime/checkpoint").glob("*.py"), *(root / "runtime" / f"{n}.py" for n in ("contract", "trt"))]
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}

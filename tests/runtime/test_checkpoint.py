@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
@@ -17,8 +15,9 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from earlytom import micro
 from earlytom.errors import UserError
 from earlytom.micro.random_model import random_model
-from runtime import checkpoint, checkpoint_files
+from runtime import checkpoint
 from runtime.checkpoint import PUBLISHED, VisionPart, describe, load_model, load_tokenizer, load_vision
+from runtime.checkpoint.hub import HubFiles
 
 Rename = Callable[[str], str]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -281,7 +280,7 @@ def test_the_published_configurations(
     assert (text.hidden_size, text.vocab_size, found.config.tie_word_embeddings) == (width, vocabulary, tied)
     assert text.hidden_size % text.num_attention_heads == 0
     assert found.config.vision_feature_layer == -1
-    shapes = checkpoint.vision_shapes(found.config)
+    shapes = found.vision_shapes
     vision = sum(shape.numel() for shape in shapes.values())
     assert vision == pytest.approx(vision_size, rel=5e-4)
     with torch.device("meta"):
@@ -512,8 +511,11 @@ def test_a_broken_config_is_refused(folder: Path, content: str) -> None:
         ({"model_type": "qwen2_vl"}, "'qwen2_vl' is not supported; supported is 'llava_onevision'"),
         ({"model_type": None}, "None is not supported"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "vision tower 'clip_vision_model' is not supported"),
-        ({"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "x"}}, "not a valid configuration"),
-        ({"vision_feature_layer": -2}, "vision_feature_layer -2"),
+        (
+            {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "x"}},
+            "hidden_size must be a whole number",
+        ),
+        ({"vision_feature_layer": -4}, "vision_feature_layer -4"),
         ({"vision_feature_layer": [0, 1]}, "vision_feature_layer"),
         ({"vision_feature_select_strategy": "default"}, "'default'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
@@ -537,7 +539,7 @@ def test_a_missing_settings_file_is_refused(folder: Path, missing: str) -> None:
 @pytest.mark.parametrize("source", ["/no/such/folder", "./no", "no-such-folder", "a/b/c", "~/no such folder", ""])
 def test_no_such_folder(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # which the empty path stands for; it is no checkpoint
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("not a hub id"))
+    monkeypatch.setattr(HubFiles, "__init__", lambda *_: pytest.fail("not a hub id"))
     with pytest.raises(UserError) as error:
         describe(source)
     one_line(error)
@@ -554,53 +556,11 @@ def test_an_unknown_random_configuration_names_the_known_ones() -> None:
     one_line(error)
 
 
-# The hub, without the hub
-
-
-def test_a_hub_id_is_fetched_file_by_file(folder: Path, original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[str] = []
-
-    def fetch(repository: str, name: str) -> str:
-        assert repository == "org/some-model"
-        fetched.append(name)
-        if not (folder / name).is_file():
-            raise EntryNotFoundError(name)
-        return str(folder / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns: str(folder))
-    found = describe("org/some-model")
-    assert found.name == "some-model"
-    assert "model.safetensors" not in fetched
-    assert_same_vision(load_vision(found), original)
-    assert "model.safetensors" in fetched
-    assert_same_vision(load_vision(folder), load_model(found))
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (LocalEntryNotFoundError, "cannot be reached"),
-        (RepositoryNotFoundError, "no such model on the hub"),
-        (OSError, "reached"),
-    ],
-)
-def test_a_hub_that_gives_nothing_is_one_line(
-    kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(repository: str, name: str) -> str:
-        error = kind.__new__(kind)
-        error.args = ("several\nlines",)
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(UserError, match=message) as error:
-        describe("org/no-such-model")
-    assert "no such local folder" in one_line(error)
+# The hub: see test_checkpoint_hub
 
 
 def test_local_sources_never_touch_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_published: str) -> None:
-    monkeypatch.setattr(checkpoint_files.HubFiles, "__init__", lambda *_: pytest.fail("the hub was used"))
+    monkeypatch.setattr(HubFiles, "__init__", lambda *_: pytest.fail("the hub was used"))
     for source in (None, folder, tiny_published):
         load_vision(source)
         load_model(source)
