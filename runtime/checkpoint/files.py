@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,10 +77,11 @@ class Files:
             return None
         try:
             with open(path, "rb") as file:
-                content = file.read(limit + 1)
+                size = os.fstat(file.fileno()).st_size
+                content = b"" if size > limit else file.read(size)  # a larger number would be allocated first
         except OSError as error:
             raise self.error(f"cannot read {name} ({first_line(error)}); check its permissions") from error
-        if len(content) > limit:
+        if size > limit:
             raise self.error(f"{name} is larger than {limit >> 20} MiB, which no such file is; download it again")
         if content.startswith(_POINTER):
             raise self._pointer(name)

@@ -71,6 +71,13 @@ def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> L
     parts of `load_model`; raises `UserError` as that does.
     """
     checkpoint = describe(source)
+    if checkpoint.files is None:
+        return _decoder_of(checkpoint, dtype)
+    with checkpoint.files.in_memory():
+        return _decoder_of(checkpoint, dtype)
+
+
+def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
     files = checkpoint.files
     wanted = {**checkpoint.decoder_shapes, _NEWLINE: checkpoint.shapes[_NEWLINE]}
     model = _empty_decoder(checkpoint)
@@ -81,10 +88,9 @@ def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> L
             state[names[name]] = random_tensor(name, shape, dtype, seed=RANDOM_SEED)
     else:
         checkpoint.check_weights()
-        with files.in_memory():
-            for name, tensor in checkpoint.weights.by_file(wanted, (*DECODER, _NEWLINE)):
-                state[names[name]] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
-                _check_finite(name, state[names[name]], files)
+        for name, tensor in checkpoint.weights.by_file(wanted, (*DECODER, _NEWLINE)):
+            state[names[name]] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
+            _check_finite(name, state[names[name]], files)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     inner: Any = model.model.language_model

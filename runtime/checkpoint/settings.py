@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
 from earlytom.numbers import real, shown, whole
-from runtime.checkpoint.files import Files, first_line
+from runtime.checkpoint.files import Files
 
 if TYPE_CHECKING:
     from transformers import LlavaOnevisionConfig
@@ -108,7 +108,8 @@ def _parse(files: Files, raw: dict[str, Any]) -> Any:
     try:
         config = LlavaOnevisionConfig.from_dict(raw)
     except Exception as error:  # the library checks with exceptions of several kinds
-        raise files.error(f"{CONFIG} is not a valid configuration ({first_line(error)})") from error
+        what = " ".join(str(error).split())  # its first line names the field, the second what is wrong
+        raise files.error(f"{CONFIG} is not a valid configuration ({what[:240]})") from error
     finally:
         logging.set_verbosity(verbosity)
     tower = getattr(config.vision_config, "model_type", None)

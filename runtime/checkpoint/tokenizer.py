@@ -48,6 +48,7 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
             trust_remote_code=False,
         )
         known = tokenizer.get_added_vocab().get(VIDEO)
+        tokenizer(VIDEO, verbose=False)  # what settings of no sense fail on
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
     except BaseException as error:
