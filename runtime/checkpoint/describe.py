@@ -18,7 +18,7 @@ from earlytom.errors import UserError
 from earlytom.micro.weights import SCHEME, canonical_name
 from runtime.checkpoint.files import TOKENIZER_BYTES, Files, first_line
 from runtime.checkpoint.generation import FILE as GENERATION_FILE
-from runtime.checkpoint.generation import left_out, read_generation
+from runtime.checkpoint.generation import generation_config, left_out, read_generation
 from runtime.checkpoint.hub import HubFiles, is_hub_id
 from runtime.checkpoint.preprocessing import PUBLISHED_FRAMES, Preprocessing, read_preprocessing
 from runtime.checkpoint.settings import CONFIG, read_config, read_flag
@@ -197,6 +197,7 @@ def describe(source: Source = None) -> Checkpoint:
     trained = read_flag(files, raw, "earlytom_trained", True)
     preprocessing, frames = read_preprocessing(files, config)
     note = left_out(read_generation(files))
+    generation_config(files, config)  # stop tokens of no sense are refused now
     found = Checkpoint(files.source, files.name, config, preprocessing, trained, files, frames, note)
     try:
         _ = found.shapes

@@ -16,7 +16,7 @@ import torch
 from runtime.checkpoint.describe import Checkpoint
 
 _RESERVE = 1.1  # times the weights: cache, activations, a tensor that is being converted
-_GROUPS = Path("/sys/fs/cgroup")
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -62,7 +62,7 @@ def _group() -> float:
     """What is left to the control group, or to one above it: version 2, else 1."""
     least = math.inf
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
         return least
     for line in lines:
