@@ -40,10 +40,14 @@ from builder.plugins import choose, kernel_target
 from builder.precision import set_vision_precision
 from builder.shared_weights import SharedWeights
 from builder.show import progress_line, show_kept, show_plan, show_result, summary
+from earlytom.errors import UserError
 from earlytom.families import family_of
 from runtime import cli, contract
-from runtime.checkpoint import load_vision
+from runtime.checkpoint import Checkpoint, load_tokenizer, load_vision
 from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.prompt import build_prompt
+
+QUESTION = "?"  # that a template is tried with
 
 
 class Stages:
@@ -71,10 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options, config, choice = parse(argv)
     screen = cli.Screen(json_only=options.json)
+    check_answers(config.checkpoint)
     if config.checkpoint.source == "micro":
         screen.line("model: the bundled one (choose another with --model)")
     if not config.checkpoint.trained:
         screen.line("note: its weights are not trained, so answers will be nonsense; counts and speed are real")
+    if config.checkpoint.generation_note is not None:
+        screen.line(f"note: {config.checkpoint.generation_note}")
     screen.line(f"backend: {config.backend} ({choice.reason})")
     if config.backend != "onnx":
         target = kernel_target(config.target, config.hardware_compatible)
@@ -101,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = {"verified": options.verify, "text": bool(options.verify_text)}
     if not options.force and (found := cache.find(folder, key, **checks)):
         screen.line(f"unchanged: {folder} was built {found.created} and is used as it is (--force builds it again)")
+        if found.model.source != config.checkpoint.source:
+            screen.line(f"note: it was built from {found.model.source}, where python -m runtime.ask looks for the same")
         screen.result(summary(config, key, folder, found, cached=True))
         return 0
     if folder.is_dir() and not options.force:
@@ -115,6 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_result(screen, manifest, folder)
     screen.result(summary(config, key, folder, manifest, cached=False))
     return 0
+
+
+def check_answers(checkpoint: Checkpoint) -> None:
+    """Refuse now what would only show when the engine is asked: an unusable decoder, tokenizer or template."""
+    checkpoint.check_weights()
+    tokenizer = load_tokenizer(checkpoint)
+    try:
+        build_prompt(tokenizer, QUESTION)
+    except UserError as error:
+        raise UserError(f"--model {checkpoint.source}: {error}") from error
 
 
 def build(
@@ -304,6 +323,8 @@ def describe(
             source=checkpoint.source,
             family=config.model.model_type,
             digest=checkpoint.digest(),
+            answers=checkpoint.answers_digest(),
+            commit=checkpoint.commit,
             trained=checkpoint.trained,
             image_size=vision.image_size,
             patch_size=vision.patch_size,

@@ -253,6 +253,7 @@ class BuildConfig:
         """Everything that changes the folder that is built, in plain JSON types; report.json keeps it."""
         return {
             "model": self.checkpoint.digest(),
+            "answers": self.checkpoint.answers_digest(),
             "earlytom": self.earlytom.to_dict(),
             "frames": self.frames,
             "dtype": self.dtype,
@@ -314,7 +315,8 @@ def _code_digest() -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     others = ("drift.py", "evaluate.py", "inspect.py")  # they look at engines, as builder/evaluation and inspection do
     paths = [path for path in (root / "builder").glob("*.py") if path.name not in others]
-    folders = ("builder/plugins", "earlytom", "earlytom/families", "earlytom/kernels", "earlytom/methods")
+    ours = ("", "/families", "/kernels", "/methods")
+    folders = ("builder/plugins", "runtime/checkpoint", *(f"earlytom{room}" for room in ours))
     paths += [path for folder in folders for path in (root / folder).glob("*.py")]
-    paths += [root / "runtime" / f"{name}.py" for name in ("checkpoint", "checkpoint_files", "contract", "trt")]
+    paths += [root / "runtime" / f"{name}.py" for name in ("contract", "trt")]
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}

@@ -20,6 +20,7 @@ from earlytom.numbers import real, whole
 from runtime import cli
 from runtime.answering import MAX_NEW_TOKENS
 from runtime.backends import BACKENDS
+from runtime.contract import DTYPES
 from runtime.decoder import InnerMerge
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.model,
         options.backend,
         device=options.device,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
         decoder=options.decoder,
         inner=inner_merge(options),
         limits=limits,
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as pipeline:
         manifest = pipeline.manifest
         screen.line(f"engine: {manifest.name} ({pipeline.vision.name})")
+        for note in pipeline.notes:
+            screen.line(f"note: {note}")
         if not manifest.model.trained:
             screen.line(
                 "note: this model's weights are not trained, so the answer is nonsense; counts and times are real"
@@ -110,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         "questions", nargs="+", metavar="QUESTION", help="what to ask; for several the video is encoded and read once"
     )
     p.add_argument("--engine", type=Path, metavar="DIR", help="engine folder (default: the newest under engines/)")
-    p.add_argument("--model", metavar="SOURCE", help="the checkpoint it was built from (default: the one it names)")
+    p.add_argument("--model", metavar="SOURCE", help="the checkpoint it was built from (default: where it was then)")
     p.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -119,6 +123,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the decoder runs (default: the GPU if there is one)"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the decoder (default: the engine's on a GPU; on a CPU fp32, or what the checkpoint is stored in where "
+        "fp32 does not fit into memory)",
     )
     p.add_argument(
         "--decoder",

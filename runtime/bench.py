@@ -32,6 +32,7 @@ from runtime.benchmark.memory import peak_memory
 from runtime.benchmark.overhead import compression_share
 from runtime.benchmark.variants import Bench, Variant, read_engine, settings
 from runtime.checkpoint import describe
+from runtime.checkpoint.precision import fitting_dtype
 from runtime.clip import draw_clip
 from runtime.contract import DTYPES
 
@@ -72,7 +73,10 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
     checkpoint = describe(options.model)
     frames = options.frames or checkpoint.frames
     config = settings(checkpoint, options.ratio, options.merge_layers, options.tau)
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    device, dtype, note = torch.device(options.device), DTYPES.get(options.dtype), None
+    if dtype is None:
+        dtype, note = fitting_dtype(checkpoint, whole=True)
+    precision = next(name for name, one in DTYPES.items() if one == dtype)
     manifests = [read_engine(folder, checkpoint, frames) for folder in options.engine]  # before a model is loaded
     bench = Bench(checkpoint, options.question, device, dtype)
     for count in (frames, *options.scale_frames):
@@ -84,7 +88,9 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
         variants += found
         missing += left_out
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    screen.line(f"{checkpoint.source}, {frames} frames, {options.dtype}, {name}, torch {torch.__version__}")
+    screen.line(f"{checkpoint.source}, {frames} frames, {precision}, {name}, torch {torch.__version__}")
+    if note is not None:
+        screen.line(f"note: {note}")
     for variant in variants:
         screen.line(f"  {variant.name}: {variant.about}")
     for reason in missing:
@@ -114,7 +120,7 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
         "device": name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "dtype": options.dtype,
+        "dtype": precision,
         "frames": frames,
         "question": options.question,
         "new_tokens": options.max_new_tokens,

@@ -23,7 +23,7 @@ import torch
 from torch.export import ExportedProgram
 
 from runtime import trt
-from runtime.checkpoint_files import first_line
+from runtime.checkpoint.files import first_line
 from runtime.decoder_programs import Program
 from runtime.errors import EngineError
 

@@ -66,6 +66,7 @@ _MOST_BYTES = MIB  # of a manifest, which has a few kilobytes
 _BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the calls, takes the time
 _SEAL = "manifest_sha256"
 # Fields that are not written where they have this value.
+_OPTIONAL_OF_MODEL = ("answers", "commit")  # None
 _OPTIONAL: dict[str, Any] = {
     "islands": None,
     "frames_kept": None,
@@ -325,6 +326,9 @@ class Manifest:
         for name, usual in _OPTIONAL.items():
             if values[name] == usual:
                 del values[name]
+        for name in _OPTIONAL_OF_MODEL:
+            if values["model"][name] is None:
+                del values["model"][name]
         return values
 
     @classmethod
@@ -344,7 +348,7 @@ class Manifest:
         if isinstance(counts := rest["frame_counts"], list) and len(counts) < 2:
             check(False, "frame_counts", "null or several frame counts", counts)  # one alone is for `at`
         if isinstance(rest.get("model"), Mapping):
-            model = dict(rest["model"])
+            model = dict.fromkeys(_OPTIONAL_OF_MODEL) | dict(rest["model"])
             model["preprocessing"] = record_of(
                 PreprocessingRecord, model.get("preprocessing"), "manifest: model: preprocessing"
             )

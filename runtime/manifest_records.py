@@ -60,7 +60,12 @@ class PreprocessingRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The model the engine was made from. `digest` identifies its weights; `trained` is False for random weights."""
+    """The model the engine was made from.
+
+    `digest` identifies the weights that are in the engine; `trained` is False for random weights. `answers` identifies
+    everything else that answers depend on, decoder and tokenizer; `commit` that of a hub repository. Manifests of
+    earlier versions have neither, and None is not written.
+    """
 
     source: str
     family: str
@@ -69,11 +74,16 @@ class ModelRecord:
     image_size: int
     patch_size: int
     preprocessing: PreprocessingRecord
+    answers: str | None = None
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("source", "family", "digest"):
             check(is_text(getattr(self, name)), f"model: {name}", "a text", getattr(self, name))
         check(isinstance(self.trained, bool), "model: trained", "true or false", self.trained)
+        for name in ("answers", "commit"):
+            value = getattr(self, name)
+            check(value is None or is_hex(value), f"model: {name}", "hex digits or left out", value)
         for name in ("image_size", "patch_size"):
             check(is_count(getattr(self, name)), f"model: {name}", "a positive whole number", getattr(self, name))
         side = self.image_size

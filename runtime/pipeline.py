@@ -28,12 +28,14 @@ from earlytom.numbers import whole
 from runtime import contract
 from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
 from runtime.backends import BACKENDS, VisionBackend, choose_backend, open_backend
-from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
+from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
+from runtime.checkpoint.precision import fitting_dtype
 from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
 from runtime.job import Job
 from runtime.manifest import Manifest
 from runtime.options import DECODERS, Options, device_of, dtype_of, engine_folder, instance, model_source
+from runtime.origin import checkpoint_of
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Arrived, Delta, Ready, Remembered, Seen, Taken, Video, Work
@@ -110,6 +112,9 @@ class Request:
 class Pipeline:
     """One engine and one decoder, and the line of those who ask; made by `load`. Any thread may call anything.
 
+    `notes` are lines about answers that may not be expected: what the checkpoint's generation_config.json asks for and
+    is left out, and why the decoder is not in fp32.
+
     Closing it frees engine and decoder. One that is let go without that ends its requests and its threads by itself.
     """
 
@@ -131,6 +136,7 @@ class Pipeline:
         self._core = core = Answering(
             manifest, vision, decoder, newline, tokenizer, stops, watch_bytes=watch_bytes, limits=limits
         )
+        self.notes: tuple[str, ...] = ()
         # The workers know the core and not this object, so that it can be let go while they wait.
         self._scheduler: Scheduler[Work, Ready, Delta] = Scheduler(
             core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch
@@ -175,7 +181,8 @@ class Pipeline:
             model: the checkpoint it was built from; default the source that the folder names.
             backend: "auto" (the compiled engine where torch can use a GPU, else ONNX Runtime), "onnxruntime",
                 "tensorrt", "tensorrt-rtx", or "torch", the reference.
-            device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32.
+            device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32, or where
+                that does not fit into the memory that is free, in what the checkpoint is stored in.
             decoder: "torch", or "torch-tensorrt" to compile the decoder; the first call takes minutes then, and what it
                 compiled is kept in the engine's folder.
             inner: merge visual tokens inside the decoder, too (with decoder "torch").
@@ -207,15 +214,10 @@ class Pipeline:
             raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
         manifest = Manifest.read(folder)
         choice = choose_backend(backend, manifest)
-        checkpoint = describe(manifest.model.source if model is None else model)
-        if (digest := checkpoint.digest()) != manifest.model.digest:
-            raise EngineError(
-                f"engine {manifest.name} was built from {manifest.model.source} (weights "
-                f"{manifest.model.digest[:12]}), and {checkpoint.source} has weights {digest[:12]}: give the model it "
-                f"was built from with --model, or build an engine for this one with python -m builder.build "
-                f"--model {checkpoint.source}"
-            )
-        precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
+        checkpoint = checkpoint_of(manifest, model)
+        precision, note = dtype or contract.DTYPES[manifest.dtype], None
+        if dtype is None and where.type == "cpu":
+            precision, note = fitting_dtype(checkpoint)
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
         make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner)
         made = cls(
@@ -226,6 +228,7 @@ class Pipeline:
             watch_bytes=watch_bytes,
             limits=limits,
         )
+        made.notes = tuple(line for line in (checkpoint.generation_note, note) if line is not None)
         try:
             if where.type == "cuda" if warm_up is None else warm_up:
                 made.warm_up()
@@ -439,9 +442,8 @@ def _make_decoder(
 def _load_decoder(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
 ) -> tuple[Decoder, Tensor, Any, Any]:
-    """Decoder, `image_newline`, tokenizer and stop ids. The checkpoint's own vision tower is let go."""
+    """Decoder, `image_newline`, tokenizer and stop ids. The checkpoint's own vision tower is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint, dtype)
+    model: Any = load_decoder(checkpoint, dtype)
     stops = stop_token_ids(model.generation_config, tokenizer)
-    del model.model.vision_tower, model.model.multi_modal_projector
     return make(model), model.model.image_newline.detach().to(device), tokenizer, stops

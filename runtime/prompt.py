@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from earlytom.errors import UserError
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
-from runtime.checkpoint_files import first_line
+from runtime.checkpoint.files import first_line
 
 VIDEO_TOKEN = "<video>"
 

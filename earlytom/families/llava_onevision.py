@@ -94,9 +94,14 @@ def canonical_name(name: str) -> str:
     """The name of a tensor without the prefixes in which the releases of transformers differ.
 
     `model.vision_tower.vision_model.encoder`, `model.vision_tower.encoder` and `vision_tower.vision_model.encoder`
-    are all `vision_tower.encoder`; `model.image_newline` is `image_newline`.
+    are all `vision_tower.encoder`; `model.image_newline` is `image_newline`; `language_model.model.layers` is
+    `language_model.layers`, as `model.language_model.layers` is; `language_model.lm_head` is `lm_head`.
     """
-    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
+    name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
+    for old, new in (("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def feature_depth(config: Any) -> int:

@@ -66,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
     )
     how = p.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    how.add_argument("--dtype", choices=DTYPES, help="of the model in PyTorch (default: bf16 on a GPU, else fp32)")
+    how.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in "
+        "where fp32 does not fit into memory)",
+    )
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: PyTorch's)")
     how.add_argument("--warmup", type=int, default=2, metavar="N", help="requests not counted (default: 2)")
     how.add_argument("--repeats", type=int, default=10, metavar="N", help="requests of each variant (default: 10)")
@@ -141,7 +146,8 @@ def check(options: argparse.Namespace) -> None:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"no GPU that torch {torch.__version__} can use for --device cuda: use --device cpu")
-    options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+    if options.dtype is None and options.device == "cuda":
+        options.dtype = "bf16"  # on a CPU that depends on the model
     if options.plot is not None:
         try:
             importlib.import_module("matplotlib")

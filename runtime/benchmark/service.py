@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
     """
     folder = options.engine[0] if options.engine else newest_engine(ENGINES)
     waiting = max(options.concurrency, default=1)
-    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES[options.dtype], "waiting": waiting}
+    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES.get(options.dtype), "waiting": waiting}
     with Pipeline.load(folder, options.model, **how) as pipeline:
         manifest = pipeline.manifest
         screen.line(f"{manifest.name} ({pipeline.vision.name}), {manifest.frames} frames, {manifest.tokens} tokens ...")

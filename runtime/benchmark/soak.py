@@ -129,7 +129,11 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
         UserError: no engine, or one that cannot be used, or an unusable video or question.
     """
     folder = options.engine[0] if options.engine else newest_engine(ENGINES)
-    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES[options.dtype], "waiting": options.soak_clients}
+    how: dict[str, Any] = {
+        "device": options.device,
+        "dtype": DTYPES.get(options.dtype),
+        "waiting": options.soak_clients,
+    }
     with Pipeline.load(folder, options.model, **how) as pipeline:
         manifest = pipeline.manifest
         clip = load_clip(video, manifest.frames, manifest.model.preprocessing.size)

@@ -183,7 +183,7 @@ def test_code_digest_covers_the_sources_that_decide(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Path, "read_bytes", reading)
     config._code_digest()
-    for needed in ("earlytom/encoder.py", "builder/functions.py", "runtime/contract.py", "runtime/checkpoint.py"):
+    for needed in ("earlytom/encoder.py", "builder/functions.py", "runtime/contract.py", "checkpoint/load.py"):
         assert needed in read
     for needed in ("kernels/frame_plan.py", "kernels/launch.py", "plugins/ptx.py", "plugins/registry.py"):
         assert needed in read

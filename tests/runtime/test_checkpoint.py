@@ -6,93 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom import micro
 from earlytom.errors import UserError
 from earlytom.micro.random_model import random_model
-from runtime import checkpoint, checkpoint_files
+from runtime import checkpoint
 from runtime.checkpoint import PUBLISHED, VisionPart, describe, load_model, load_tokenizer, load_vision
+from runtime.checkpoint.hub import HubFiles
 
-Rename = Callable[[str], str]
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-PREPROCESSING = {
-    "size": {"height": 24, "width": 24},
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.5] * 3,
-    "resample": 3,
-}
-
-
-def tiny_config(**changes: Any) -> LlavaOnevisionConfig:
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 24,
-        "patch_size": 8,
-        "vision_use_head": False,
-    }
-    text = {
-        "model_type": "qwen2",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1300,
-        "bos_token_id": 1290,
-        "eos_token_id": 1292,
-        "tie_word_embeddings": changes.pop("tied", False),
-    }
-    return LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, image_token_index=1293, video_token_index=1294, **changes
-    )
-
-
-def same_name(name: str) -> str:
-    return name
-
-
-def middle_name(name: str) -> str:
-    """As transformers wrote it while the SigLIP tower still had an inner `vision_model`."""
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
-
-
-def old_name(name: str) -> str:
-    """As in the published checkpoints."""
-    if name.startswith("model.language_model."):
-        return name.replace("model.language_model.", "language_model.model.", 1)
-    return middle_name(name.removeprefix("model.")) if name.startswith("model.") else f"language_model.{name}"
-
-
-def write(folder: Path, model: Any, *, rename: Rename = same_name, shards: int = 1) -> Path:
-    """A checkpoint of `model` in `folder`, with its tensors under other names and in several files."""
-    model.save_pretrained(folder)
-    state = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    write_weights(folder, state, shards)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
-    return folder
-
-
-def write_weights(folder: Path, state: dict[str, Tensor], shards: int = 1) -> None:
-    if shards == 1:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    (folder / "model.safetensors").unlink()
-    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    where = {name: files[i % shards] for i, name in enumerate(sorted(state))}
-    for file in files:
-        save_file({n: state[n] for n in state if where[n] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+from .tiny_checkpoint import (
+    PREPROCESSING,
+    TOKENIZER,
+    Rename,
+    edit_json,
+    middle_name,
+    old_name,
+    one_line,
+    same_name,
+    tiny_config,
+    write,
+    write_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +42,6 @@ def original() -> Any:
 @pytest.fixture
 def folder(tmp_path: Path, original: Any) -> Path:
     return write(tmp_path / "tiny", original)
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert text.startswith("--model ")
-    return text
 
 
 def assert_same_vision(part: VisionPart, model: Any) -> None:
@@ -281,7 +209,7 @@ def test_the_published_configurations(
     assert (text.hidden_size, text.vocab_size, found.config.tie_word_embeddings) == (width, vocabulary, tied)
     assert text.hidden_size % text.num_attention_heads == 0
     assert found.config.vision_feature_layer == -1
-    shapes = checkpoint.vision_shapes(found.config)
+    shapes = found.vision_shapes
     vision = sum(shape.numel() for shape in shapes.values())
     assert vision == pytest.approx(vision_size, rel=5e-4)
     with torch.device("meta"):
@@ -512,8 +440,11 @@ def test_a_broken_config_is_refused(folder: Path, content: str) -> None:
         ({"model_type": "qwen2_vl"}, "'qwen2_vl' is not supported; supported is 'llava_onevision'"),
         ({"model_type": None}, "None is not supported"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "vision tower 'clip_vision_model' is not supported"),
-        ({"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "x"}}, "not a valid configuration"),
-        ({"vision_feature_layer": -2}, "vision_feature_layer -2"),
+        (
+            {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "x"}},
+            "hidden_size must be a whole number",
+        ),
+        ({"vision_feature_layer": -4}, "vision_feature_layer -4"),
         ({"vision_feature_layer": [0, 1]}, "vision_feature_layer"),
         ({"vision_feature_select_strategy": "default"}, "'default'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
@@ -537,7 +468,7 @@ def test_a_missing_settings_file_is_refused(folder: Path, missing: str) -> None:
 @pytest.mark.parametrize("source", ["/no/such/folder", "./no", "no-such-folder", "a/b/c", "~/no such folder", ""])
 def test_no_such_folder(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # which the empty path stands for; it is no checkpoint
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("not a hub id"))
+    monkeypatch.setattr(HubFiles, "__init__", lambda *_: pytest.fail("not a hub id"))
     with pytest.raises(UserError) as error:
         describe(source)
     one_line(error)
@@ -554,53 +485,11 @@ def test_an_unknown_random_configuration_names_the_known_ones() -> None:
     one_line(error)
 
 
-# The hub, without the hub
-
-
-def test_a_hub_id_is_fetched_file_by_file(folder: Path, original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[str] = []
-
-    def fetch(repository: str, name: str) -> str:
-        assert repository == "org/some-model"
-        fetched.append(name)
-        if not (folder / name).is_file():
-            raise EntryNotFoundError(name)
-        return str(folder / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns: str(folder))
-    found = describe("org/some-model")
-    assert found.name == "some-model"
-    assert "model.safetensors" not in fetched
-    assert_same_vision(load_vision(found), original)
-    assert "model.safetensors" in fetched
-    assert_same_vision(load_vision(folder), load_model(found))
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (LocalEntryNotFoundError, "cannot be reached"),
-        (RepositoryNotFoundError, "no such model on the hub"),
-        (OSError, "reached"),
-    ],
-)
-def test_a_hub_that_gives_nothing_is_one_line(
-    kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(repository: str, name: str) -> str:
-        error = kind.__new__(kind)
-        error.args = ("several\nlines",)
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(UserError, match=message) as error:
-        describe("org/no-such-model")
-    assert "no such local folder" in one_line(error)
+# The hub: see test_checkpoint_hub
 
 
 def test_local_sources_never_touch_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_published: str) -> None:
-    monkeypatch.setattr(checkpoint_files.HubFiles, "__init__", lambda *_: pytest.fail("the hub was used"))
+    monkeypatch.setattr(HubFiles, "__init__", lambda *_: pytest.fail("the hub was used"))
     for source in (None, folder, tiny_published):
         load_vision(source)
         load_model(source)

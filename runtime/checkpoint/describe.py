@@ -1,0 +1,260 @@
+"""What a source holds, without its weights: configuration, preprocessing, origin, and the digests that name it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from earlytom import micro
+from earlytom.errors import UserError
+from earlytom.families.llava_onevision import canonical_name
+from earlytom.micro.weights import SCHEME
+from runtime.checkpoint.files import TOKENIZER_BYTES, Files, first_line
+from runtime.checkpoint.generation import FILE as GENERATION_FILE
+from runtime.checkpoint.generation import generation_config, left_out, read_generation
+from runtime.checkpoint.hub import HubFiles, is_hub_id
+from runtime.checkpoint.preprocessing import PUBLISHED_FRAMES, Preprocessing, read_preprocessing
+from runtime.checkpoint.settings import CONFIG, read_config, read_flag
+from runtime.checkpoint.tokenizer import TEMPLATE_FILES, TOKENIZER_FILES
+from runtime.checkpoint.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import LlavaOnevisionConfig
+
+MICRO = "micro"
+RANDOM = "random:"
+RANDOM_SEED = 0
+MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8  # between the bundled and the published ones
+
+VISION = ("vision_tower.", "multi_modal_projector.", "image_newline")  # canonical names of the vision part's tensors
+DECODER = ("language_model.", "lm_head.")
+_TOWER_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "vision_use_head",
+)
+# Of config.json: what another release writes without meaning anything else, or what the vision digest is about.
+_NOT_ANSWERS = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "vision_config")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a source holds, without its weights.
+
+    Attributes:
+        source: what finds it again from anywhere: "micro" (also for None), "random:NAME", an absolute path, or a hub id
+            as it was asked for.
+        name: a short name, fit for a folder.
+        config: the model's configuration; its vision tower is SigLIP.
+        preprocessing: of video frames; its size is that of the vision tower.
+        trained: false for random weights, and for the bundled model until it is trained.
+        files: None for random weights.
+        frames: how many frames of a video it is meant to be shown; its video processor's `num_frames`, else 32, the
+            published number.
+        generation_note: what its generation_config.json asks for and this runtime leaves out; None if nothing.
+    """
+
+    source: str
+    name: str
+    config: LlavaOnevisionConfig
+    preprocessing: Preprocessing
+    trained: bool
+    files: Files | None = field(default=None, repr=False, compare=False)
+    frames: int = PUBLISHED_FRAMES
+    generation_note: str | None = None
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub repository; None for every other source."""
+        return None if self.files is None else self.files.commit
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors in its files."""
+        assert self.files is not None  # random ones are in none
+        head = {"lm_head.weight"}
+        return Weights(self.files, unused=head - self.shapes.keys())
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each tensor of the whole model, by canonical name; a tied output layer is none of its own."""
+        from transformers import LlavaOnevisionForConditionalGeneration
+
+        with torch.device("meta"):
+            model = LlavaOnevisionForConditionalGeneration(self.config)
+        model.tie_weights()
+        return {canonical_name(name): parameter.shape for name, parameter in model.named_parameters()}
+
+    @property
+    def vision_shapes(self) -> dict[str, torch.Size]:
+        """`shapes` of the vision part."""
+        return {name: shape for name, shape in self.shapes.items() if name.startswith(VISION)}
+
+    @property
+    def decoder_shapes(self) -> dict[str, torch.Size]:
+        """`shapes` of the language model and its head."""
+        return {name: shape for name, shape in self.shapes.items() if name.startswith(DECODER)}
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that a vision engine depends on: tensors, their settings, the preprocessing.
+
+        Tensors count under their canonical names and with the dtype in which they are stored: a checkpoint that another
+        release of transformers merely saved again, or in other shards, has the same digest. Random weights count by the
+        way they are drawn. Reads the vision tensors once, whatever is asked how often; raises `UserError` as
+        `load_vision` does.
+        """
+        return self._digest
+
+    def answers_digest(self) -> str:
+        """SHA-256 (hex) of everything else that an answer depends on: decoder, tokenizer, templates, stop tokens.
+
+        Weights count by the contents of their files, in whichever order: what the hub calls a large file is that
+        digest, so that decoder shards need not be fetched for it. Reads each local file once, whatever is asked how
+        often. Raises `UserError` if one of the files is missing.
+        """
+        return self._answers_digest
+
+    def check_weights(self) -> None:
+        """Refuse weights that cannot become this model, whole decoder included, before anything is made of a part.
+
+        Of files on the hub that are not in the cache, the names are looked at. Raises `UserError`.
+        """
+        if self.files is None:
+            return
+        if all(map(self.files.at_hand, self.weights.shards)):
+            self.weights.places(self.shapes, ("",))
+        else:
+            self.weights.check_names(self.shapes)
+
+    @cached_property
+    def _digest(self) -> str:
+        settings = {
+            "tower": {name: getattr(self.config.vision_config, name) for name in _TOWER_FIELDS},
+            "projector": [self.config.projector_hidden_act, self.config.multimodal_projector_bias],
+            "preprocessing": asdict(self.preprocessing),
+        }
+        sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        shapes = self.vision_shapes
+        if self.files is None:
+            sha.update(f"{SCHEME}:{RANDOM_SEED}:{sorted((n, tuple(s)) for n, s in shapes.items())}".encode())
+            return sha.hexdigest()
+        for name, tensor in self.weights.tensors(shapes, VISION):
+            sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+            sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    @cached_property
+    def _answers_digest(self) -> str:
+        files = self.files
+        if files is None:
+            shapes = sorted((n, tuple(s)) for n, s in self.decoder_shapes.items())
+            return hashlib.sha256(f"{SCHEME}:{RANDOM_SEED}:{shapes}".encode()).hexdigest()
+        config = files.json(CONFIG) or {}
+        with ThreadPoolExecutor(4) as pool:  # hashing holds no lock
+            weights = sorted(pool.map(files.sha256, self.weights.shards))
+        parts = {
+            "weights": weights,
+            "config": {name: value for name, value in config.items() if name not in _NOT_ANSWERS},
+            "files": {
+                name: hashlib.sha256(content).hexdigest()
+                for name in (*TOKENIZER_FILES, *TEMPLATE_FILES, GENERATION_FILE)
+                if (content := files.bytes(name, TOKENIZER_BYTES)) is not None
+            },
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+Source = str | Path | Checkpoint | None
+
+
+def describe(source: Source = None) -> Checkpoint:
+    """Configuration, preprocessing and origin of `source`; no weights are read.
+
+    Raises `UserError` if there is no such source, if its files are missing or broken, or if its model is not a
+    LLaVA-OneVision with a SigLIP tower. A `Checkpoint` is returned as it is.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    label = MICRO if source is None else str(source)
+    if label.startswith(RANDOM):
+        return _describe_random(label)
+    files = open_files(label)
+    raw, config = read_config(files)
+    trained = read_flag(files, raw, "earlytom_trained", True)
+    preprocessing, frames = read_preprocessing(files, config)
+    note = left_out(read_generation(files))
+    generation_config(files, config)  # stop tokens of no sense are refused now
+    found = Checkpoint(files.source, files.name, config, preprocessing, trained, files, frames, note)
+    try:
+        _ = found.shapes
+    except Exception as error:  # what a configuration makes impossible, the library finds out in many ways
+        raise files.error(f"{CONFIG} describes no model that can be made ({first_line(error)})") from error
+    return found
+
+
+def open_files(label: str) -> Files:
+    """The files behind a source that is not random."""
+    if label == MICRO:
+        files = Files(label, micro.PATH)
+        files.source = MICRO
+        return files
+    path = Path(label).expanduser() if "\0" not in label else Path()
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError:  # too long to be a name
+        is_folder = exists = False
+    if "\0" not in label and is_folder:
+        return Files(label, path)
+    if exists and "\0" not in label:
+        raise UserError(f"--model {label}: it is a file; expected the folder of a checkpoint")
+    if is_hub_id(label):
+        return HubFiles(label)
+    raise UserError(
+        f"--model {label}: no such folder; expected the folder of a checkpoint, a hub id ORG/NAME or ORG/NAME@REVISION,"
+        f" '{MICRO}' or {RANDOM}NAME"
+    )
+
+
+def _describe_random(label: str) -> Checkpoint:
+    from earlytom.micro.random_model import PUBLISHED
+
+    name = label.removeprefix(RANDOM)
+    known: dict[str, Callable[[], LlavaOnevisionConfig]] = {**PUBLISHED, MID_SIZE: _mid_size}
+    if name not in known:
+        raise UserError(f"--model {label}: no such configuration; known are {', '.join(RANDOM + n for n in known)}")
+    config, frames = known[name](), MID_SIZE_FRAMES if name == MID_SIZE else PUBLISHED_FRAMES
+    vision: Any = config.vision_config
+    size = (vision.image_size,) * 2
+    return Checkpoint(label, f"random-{name}", config, Preprocessing(size), trained=False, frames=frames)
+
+
+def _mid_size() -> LlavaOnevisionConfig:
+    """SigLIP base at 384 pixels and the smallest published decoder: what a CPU can be measured with in minutes."""
+    from transformers import LlavaOnevisionConfig
+
+    from earlytom.micro.random_model import PUBLISHED
+
+    settings = PUBLISHED["llava-onevision-qwen2-0.5b-ov"]().to_dict()
+    settings["vision_config"] |= {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    }
+    return LlavaOnevisionConfig.from_dict(settings)

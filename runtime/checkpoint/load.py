@@ -1,0 +1,196 @@
+"""The weights of a checkpoint: its vision part, its decoder, or the whole model; each is read once, and alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from earlytom.families.llava_onevision import canonical_name
+from earlytom.micro.weights import random_state, random_tensor
+from runtime.checkpoint.describe import DECODER, MICRO, RANDOM_SEED, VISION, Checkpoint, Source, describe
+from runtime.checkpoint.files import Files, first_line, out_of_memory, some
+from runtime.checkpoint.generation import generation_config
+from runtime.checkpoint.tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
+
+_NEWLINE = "image_newline"
+
+
+class VisionPart(nn.Module):
+    """The part of a model that becomes the vision engine, and the vector that the runtime appends to its tokens.
+
+    Attributes:
+        vision_tower: SiglipVisionModel, width D.
+        projector: D to the width E of the decoder.
+        image_newline: [E] parameter.
+    """
+
+    def __init__(self, vision_tower: nn.Module, projector: nn.Module, image_newline: nn.Parameter) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.image_newline = image_newline
+
+    @classmethod
+    def from_model(cls, model: LlavaOnevisionForConditionalGeneration) -> VisionPart:
+        """The vision part of a loaded model; modules are shared, nothing is copied."""
+        inner: Any = model.model
+        return cls(inner.vision_tower, inner.multi_modal_projector, inner.image_newline)
+
+
+def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> VisionPart:
+    """Vision tower, projector and `image_newline` of `source` in `dtype`, on the CPU, in eval mode, without gradients.
+
+    Raises `UserError` as `describe` does, and for tensors that are missing, unexpected, of a wrong shape or not finite.
+    """
+    checkpoint = describe(source)
+    shapes = checkpoint.vision_shapes
+    if checkpoint.files is None:
+        state = random_state(shapes, dtype, seed=RANDOM_SEED)
+    else:
+        state = {}
+        with checkpoint.files.in_memory():
+            for name, tensor in checkpoint.weights.tensors(shapes, VISION):
+                state[name] = tensor.to(dtype)
+                _check_finite(name, state[name], checkpoint.files)
+    part = _empty_vision(checkpoint)
+    part.load_state_dict({name.removeprefix("multi_modal_"): tensor for name, tensor in state.items()}, assign=True)
+    embeddings: Any = part.vision_tower.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)  # a buffer that is not stored
+    return part.eval().requires_grad_(False)
+
+
+def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
+    """The model of `source` without vision tower and projector, in `dtype`, on the CPU, in eval mode, no gradients.
+
+    What answers need beside an engine: the language model, its head, `image_newline` and the stop tokens in
+    `generation_config`. Of a checkpoint's files only those tensors are read, and each exists once. Equal to the same
+    parts of `load_model`; raises `UserError` as that does.
+    """
+    checkpoint = describe(source)
+    if checkpoint.files is None:
+        return _decoder_of(checkpoint, dtype)
+    with checkpoint.files.in_memory():
+        return _decoder_of(checkpoint, dtype)
+
+
+def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
+    files = checkpoint.files
+    wanted = {**checkpoint.decoder_shapes, _NEWLINE: checkpoint.shapes[_NEWLINE]}
+    model = _empty_decoder(checkpoint)
+    names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    state: dict[str, Tensor] = {}
+    if files is None:
+        for name, shape in wanted.items():
+            state[names[name]] = random_tensor(name, shape, dtype, seed=RANDOM_SEED)
+    else:
+        checkpoint.check_weights()
+        for name, tensor in checkpoint.weights.by_file(wanted, (*DECODER, _NEWLINE)):
+            state[names[name]] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
+            _check_finite(name, state[names[name]], files)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    inner: Any = model.model.language_model
+    inner.rotary_emb = type(inner.rotary_emb)(config=inner.config)  # its buffers are stored nowhere
+    missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not missing, missing
+    return model.eval().requires_grad_(False)
+
+
+def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
+    """The whole model of `source` in `dtype`, on the CPU, in eval mode, each weight created once.
+
+    Raises `UserError` as `load_vision` does, for the decoder's tensors too.
+    """
+    from safetensors import SafetensorError
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    from earlytom.micro.progress import without_progress_bars
+    from earlytom.micro.random_model import random_model
+
+    checkpoint = describe(source)
+    files = checkpoint.files
+    if files is None:
+        return random_model(checkpoint.config, dtype, seed=RANDOM_SEED)
+    for shard in checkpoint.weights.shards:
+        files.path(shard)  # of the hub, fetched
+    checkpoint.check_weights()  # says more clearly what is wrong than the library does
+    try:
+        with without_progress_bars():
+            loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
+                files.folder(["config.json", "generation_config.json"]),
+                config=checkpoint.config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, MemoryError) as error:
+        if out_of_memory(error):
+            raise files.no_memory() from error
+        raise files.error(f"its weights cannot be loaded ({first_line(error)}); download it again") from error
+    model, report = loaded
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := sorted(map(str, report[f"{kind}_keys"])):
+            raise files.error(f"{kind} tensors in the weights: {some(names)}; the checkpoint is not complete")
+    for name, parameter in model.named_parameters():
+        _check_finite(name, parameter.detach(), files)
+    return model.eval()
+
+
+def load_tokenizer(source: Source = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, with the chat template that its processor would use.
+
+    "random:NAME" has none of its own and gets the bundled tokenizer, its special tokens moved to the ids of the
+    published one. Raises `UserError` if files are missing or broken, or if the tokenizer and the configuration name
+    different ids for the video token.
+    """
+    from earlytom.micro.random_model import published_tokenizer
+
+    checkpoint = describe(source)
+    if checkpoint.files is None:
+        return published_tokenizer(load_tokenizer(MICRO), checkpoint.config)
+    return read_tokenizer(checkpoint.files, checkpoint.config)
+
+
+def _empty_vision(checkpoint: Checkpoint) -> VisionPart:
+    """The vision part without memory for its weights."""
+    from transformers import AutoModel
+    from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+
+    config = checkpoint.config
+    text: Any = config.text_config
+    with torch.device("meta"):
+        newline = nn.Parameter(torch.empty(text.hidden_size))
+        tower = AutoModel.from_config(config.vision_config)
+        return VisionPart(tower, LlavaOnevisionMultiModalProjector(config), newline)
+
+
+def _empty_decoder(checkpoint: Checkpoint) -> Any:
+    """The model without its vision part, and without memory for its weights."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    from earlytom.micro.random_model import greedy
+
+    with torch.device("meta"):
+        model: Any = LlavaOnevisionForConditionalGeneration(checkpoint.config)
+    del model.model.vision_tower, model.model.multi_modal_projector
+    model.tie_weights()
+    files = checkpoint.files
+    model.generation_config = (
+        greedy(checkpoint.config) if files is None else generation_config(files, checkpoint.config)
+    )
+    return model
+
+
+def _check_finite(name: str, tensor: Tensor, files: Files) -> None:
+    """Refuse NaN and infinity, in one pass without a copy: both extremes of a tensor with NaN are NaN."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise files.error(
+            f"{name} holds NaN or infinity in {tensor.dtype}; the file is damaged (download it again), or its values "
+            "need a wider type (--bf16 or --fp32)"
+        )

@@ -1,0 +1,78 @@
+"""How frames of a video are prepared for a checkpoint, from whichever file its processor keeps that in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from earlytom.errors import UserError
+from earlytom.numbers import real, shown, whole
+from runtime.checkpoint.files import Files
+
+PUBLISHED_FRAMES = 32
+_MOST_FRAMES = 1 << 16
+_BICUBIC = 3
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a frame before the tower: resize to `size` (height, width), divide by 255, normalise."""
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
+    """The preprocessing of video frames and how many a video is meant to be shown with, which most do not say.
+
+    Both from the file that transformers' processor would take them from.
+    """
+    processor = files.json("processor_config.json") or {}
+    video = processor.get("video_processor") or files.json("video_preprocessor_config.json")
+    raw = video or files.json("preprocessor_config.json") or processor.get("image_processor")
+    if not raw:
+        raise files.error("it has no preprocessor_config.json, so frames cannot be prepared for it; download it again")
+    if not isinstance(raw, dict):
+        raise files.error(f"its preprocessing settings are {shown(raw)}, expected an object; download them again")
+    try:
+        frames = 0 if not isinstance(video, dict) else video.get("num_frames") or 0
+        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or PUBLISHED_FRAMES
+        found = Preprocessing(_size(raw), *_normalisation(raw))
+    except UserError as error:
+        raise files.error(f"its preprocessing settings cannot be used: {error}") from error
+    side = config.vision_config.image_size
+    if found.size != (side, side):
+        raise files.error(f"it prepares frames of {found.size[0]}x{found.size[1]}, and its tower takes {side}x{side}")
+    return found, frames
+
+
+def _size(raw: dict[str, Any]) -> tuple[int, int]:
+    size = raw.get("size")
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        size = (size.get("height", edge), size.get("width", edge))
+    pair = size if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2:
+        raise UserError(f"size must be height and width, got {shown(size)}")
+    height, width = (whole("size", edge, 1, 1 << 14) for edge in pair)
+    return height, width
+
+
+def _normalisation(raw: dict[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, after division by 255."""
+    factor = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
+    if abs(real("rescale_factor", factor) * 255 - 1) > 1e-4:
+        raise UserError(f"rescale_factor must be 1/255, got {shown(factor)}; other scales are not supported")
+    if (resample := raw.get("resample", _BICUBIC)) != _BICUBIC:
+        raise UserError(f"resample must be 3 (bicubic), got {shown(resample)}; other ways to resize are not supported")
+    if not raw.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return _three("image_mean", raw.get("image_mean")), _three("image_std", raw.get("image_std"), above=0.0)
+
+
+def _three(name: str, values: Any, above: float | None = None) -> tuple[float, float, float]:
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise UserError(f"{name} must be three numbers, got {shown(values)}")
+    red, green, blue = (real(name, value, above, low_open=True) for value in values)
+    return red, green, blue

@@ -1,0 +1,188 @@
+"""config.json: a configuration that this project can run, or one line about what it is instead.
+
+Numbers are checked before the library sees them: it takes what it is given, and some of it makes lists, or gigabytes,
+of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from earlytom.errors import UserError
+from earlytom.families.llava_onevision import feature_depth
+from earlytom.numbers import real, shown, whole
+from runtime.checkpoint.files import Files
+
+if TYPE_CHECKING:
+    from transformers import LlavaOnevisionConfig
+
+CONFIG = "config.json"
+_FAMILY, _TOWER = "llava_onevision", "siglip_vision_model"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# The largest of each that is taken for a size: several times what any published model has.
+_SIZES = {
+    "hidden_size": 1 << 15,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1 << 10,
+}
+_VISION_SIZES = _SIZES | {"image_size": 1 << 12, "patch_size": 1 << 10, "num_channels": 3}
+_TEXT_SIZES = _SIZES | {
+    "num_key_value_heads": 1 << 10,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 27,
+}
+_MAY_BE_NULL = ("head_dim", "num_key_value_heads")
+
+
+def read_config(files: Files) -> tuple[dict[str, Any], LlavaOnevisionConfig]:
+    """config.json as it is, and as a configuration whose vision path and decoder this project implements.
+
+    Raises `UserError` for what is no such thing: an adapter, quantised weights, another family, sizes out of reason.
+    """
+    raw = files.json(CONFIG)
+    _refuse_adapter(files, raw)
+    if raw is None:
+        raise files.error(f"it has no {CONFIG}; expected the folder of a LLaVA-OneVision checkpoint")
+    family = raw.get("model_type")
+    if family != _FAMILY:
+        raise files.error(f"model family {shown(family)} is not supported; supported is {_FAMILY!r} (LLaVA-OneVision)")
+    sections = {name: _section(files, raw, name) for name in ("vision_config", "text_config")}
+    for where in (raw, *sections.values()):
+        if where.get("quantization_config"):
+            raise files.error("quantised weights are not supported; use the original checkpoint")
+    for name, sizes in (("vision_config", _VISION_SIZES), ("text_config", _TEXT_SIZES)):
+        _check_sizes(files, name, sections[name].get, {size: sizes[size] for size in sizes if size in sections[name]})
+    _check_layers(files, raw)
+    config = _parse(files, raw)
+    _check_vision(files, config.vision_config)
+    _check_text(files, config.text_config)
+    _check_activation(files, "projector_hidden_act", config.projector_hidden_act)
+    text: Any = config.text_config
+    for name in ("image_token_id", "video_token_id"):
+        _in(files, name, lambda name=name: whole(name, getattr(config, name), 0, text.vocab_size - 1))  # type: ignore[misc]
+    _in(files, "vision_feature_layer", lambda: feature_depth(config))
+    return raw, config
+
+
+def read_flag(files: Files, raw: dict[str, Any], name: str, usual: bool) -> bool:
+    """A flag of config.json."""
+    value = raw.get(name, usual)
+    if not isinstance(value, bool):
+        raise files.error(f"{name} in {CONFIG} must be true or false, got {shown(value)}")
+    return value
+
+
+def _refuse_adapter(files: Files, raw: dict[str, Any] | None) -> None:
+    found = next((name for name in _ADAPTERS if files.has(name)), None)
+    if found is None:
+        return
+    base = "its base"
+    if files.has(_ADAPTERS[0]) and isinstance(given := (files.json(_ADAPTERS[0]) or {}), dict):
+        base = shown(given.get("base_model_name_or_path") or base)
+    remedy = "load both with peft, call merge_and_unload(), save_pretrained the result and give that folder"
+    if raw is None:
+        raise files.error(f"it is an adapter for {base} ({found}), not a whole checkpoint; {remedy}")
+    raise files.error(
+        f"an adapter ({found}) lies beside the weights and would be left out; {remedy}, or move the adapter away if it "
+        "is merged already"
+    )
+
+
+def _section(files: Files, raw: dict[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name)
+    if not isinstance(section, dict):
+        what = "has no" if name not in raw else f"has {shown(section)} for"
+        raise files.error(f"{CONFIG} {what} {name}, expected an object of settings; download it again")
+    return section
+
+
+def _parse(files: Files, raw: dict[str, Any]) -> Any:
+    from transformers import LlavaOnevisionConfig
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it may write pages about a value, before it refuses it or not
+    try:
+        config = LlavaOnevisionConfig.from_dict(raw)
+    except Exception as error:  # the library checks with exceptions of several kinds
+        what = " ".join(str(error).split())  # its first line names the field, the second what is wrong
+        raise files.error(f"{CONFIG} is not a valid configuration ({what[:240]})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    tower = getattr(config.vision_config, "model_type", None)
+    if tower != _TOWER:
+        raise files.error(f"vision tower {shown(tower)} is not supported; supported is {_TOWER!r}")
+    return config
+
+
+def _check_layers(files: Files, raw: dict[str, Any]) -> None:
+    """Refuse now what later only fails on an arithmetic of layers."""
+    if not isinstance(raw.get("vision_feature_layer", -1), int) or isinstance(raw.get("vision_feature_layer"), bool):
+        raise files.error(
+            f"vision_feature_layer must be one layer, got {shown(raw['vision_feature_layer'])}; several layers are not "
+            "supported"
+        )
+
+
+def _check_vision(files: Files, vision: Any) -> None:
+    of = "vision_config"
+    _check_sizes(files, of, lambda name: getattr(vision, name, None), _VISION_SIZES)
+    if vision.num_channels != 3:
+        raise files.error(f"num_channels of {of} must be 3 (red, green, blue), got {vision.num_channels}")
+    if vision.hidden_size % vision.num_attention_heads:
+        raise files.error(f"{of} has {vision.num_attention_heads} heads, which do not divide {vision.hidden_size}")
+    if vision.patch_size > vision.image_size:
+        raise files.error(f"{of} has patches of {vision.patch_size} in images of {vision.image_size} pixels")
+    _in(files, of, lambda: real("layer_norm_eps", vision.layer_norm_eps, 0, 1, low_open=True))
+    _check_activation(files, f"hidden_act of {of}", vision.hidden_act)
+
+
+def _check_text(files: Files, text: Any) -> None:
+    of = "text_config"
+    sizes = {
+        name: most for name, most in _TEXT_SIZES.items() if name in _SIZES or getattr(text, name, None) is not None
+    }
+    _check_sizes(files, of, lambda name: getattr(text, name, None), sizes | {"vocab_size": _TEXT_SIZES["vocab_size"]})
+    heads, width = text.num_attention_heads, text.hidden_size
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    if heads % shared:
+        raise files.error(f"{of} has {heads} heads, of which {shared} key/value heads cannot serve equal shares")
+    if not getattr(text, "head_dim", None) and (width % heads or width // heads % 2):
+        raise files.error(f"{of} has {heads} heads, which do not divide {width} into even widths")
+    if (epsilon := getattr(text, "rms_norm_eps", None)) is not None:
+        _in(files, of, lambda: real("rms_norm_eps", epsilon, 0, 1, low_open=True))
+    if (kind := getattr(text, "hidden_act", None)) is not None:
+        _check_activation(files, f"hidden_act of {of}", kind)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(text, name, None)
+        for one in ids if isinstance(ids, list) else [ids]:
+            if one is not None:
+                _in(files, of, lambda name=name, one=one: whole(name, one, -1, text.vocab_size - 1))  # type: ignore[misc]
+    if getattr(text, "pad_token_id", None) == -1:  # "none", as some write it
+        text.pad_token_id = None
+
+
+def _check_sizes(files: Files, section: str, get: Callable[[str], Any], most: dict[str, int]) -> None:
+    for name, limit in most.items():
+        value = get(name)
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        _in(files, section, lambda name=name, value=value, limit=limit: whole(name, value, 1, limit))  # type: ignore[misc]
+
+
+def _check_activation(files: Files, name: str, kind: Any) -> None:
+    from transformers.activations import ACT2FN
+
+    if not isinstance(kind, str) or kind not in ACT2FN:
+        raise files.error(f"{name} must be an activation that transformers knows, such as 'gelu', got {shown(kind)}")
+
+
+def _in(files: Files, section: str, check: Callable[[], Any]) -> None:
+    """Run a check of one number; what it refuses is said of config.json."""
+    try:
+        check()
+    except UserError as error:
+        raise files.error(f"{CONFIG}: {section}: {error}") from error

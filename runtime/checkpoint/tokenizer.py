@@ -1,0 +1,78 @@
+"""The tokenizer of a checkpoint, with the chat template that its processor would use."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from runtime.checkpoint.files import TOKENIZER_BYTES, Files, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Everything that decides which tokens a text becomes.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+_TEMPLATE_BYTES = 1 << 20
+
+
+def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in `files`; raises `UserError` as `runtime.checkpoint.load_tokenizer` does."""
+    from transformers import AutoTokenizer
+
+    from earlytom.micro.random_model import VIDEO
+
+    if not files.has("tokenizer.json") and not files.has("vocab.json"):
+        raise files.error(
+            "it has neither tokenizer.json nor vocab.json; expected the tokenizer's files beside the weights"
+        )
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        files.bytes(name, TOKENIZER_BYTES)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        files.json(name)
+    template = _template(files)
+    library = logging.getLogger("transformers")
+    level = library.level
+    library.setLevel(logging.ERROR)  # it says at length what it does with a tokenizer that nobody here can change
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.folder(["config.json", *TOKENIZER_FILES, *TEMPLATE_FILES]),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        known = tokenizer.get_added_vocab().get(VIDEO)
+        tokenizer(VIDEO, verbose=False)  # what settings of no sense fail on
+    except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
+        raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what becomes of a Rust library's assertion
+            raise
+        raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
+    finally:
+        library.setLevel(level)
+    if template is not None:
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise files.error("it has no chat template; expected chat_template.jinja or chat_template.json")
+    if known != config.video_token_id:
+        raise files.error(f"its tokenizer has the id {known} for {VIDEO}, and config.json says {config.video_token_id}")
+    return tokenizer
+
+
+def _template(files: Files) -> Any:
+    """The processor's own template; None where the tokenizer reads the one that it would use."""
+    files.bytes("chat_template.jinja", _TEMPLATE_BYTES)
+    # In the order of transformers' processor; chat_template.jinja comes last, and the tokenizer reads it itself.
+    for name in ("processor_config.json", "chat_template.json"):
+        if template := (files.json(name) or {}).get("chat_template"):
+            if not isinstance(template, str):
+                raise files.error(f"chat_template in {name} is no text; download it again")
+            return template
+    return None
