@@ -119,7 +119,7 @@ def span_frames(
 def _frames_or_contradiction(decoder: Any, packet: Any) -> list[av.VideoFrame]:
     try:
         return decoder.decode(packet)
-    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+    except av.error.FFmpegError as error:  # decoding everything finds out what it means
         raise _ContradictionError from error
 
 
@@ -147,22 +147,31 @@ def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.Vid
         left -= 1
         try:
             decoded = decoder.decode(packet)
-        except av.error.InvalidDataError:
-            decoded = []
-        except av.error.ArgumentError as error:  # what the decoder says of a size above its limit
-            limit = opener.limits.max_pixels
-            if limit is None:
-                raise
-            raise VideoError(
-                f"{opener.label} has a frame of more than {limit} pixels (max_pixels), or a broken one; "
-                f"{remedy('max_pixels')}"
-            ) from error
+        except av.error.FFmpegError as error:
+            _explain(opener, decoder, error)
+            decoded = []  # a broken packet costs a frame, not the video
         for frame in decoded:
             if opener.check is not None:
                 opener.check()
             yield frame
         if packet is None:
             return
+
+
+def _explain(opener: Opener, decoder: Any, error: Exception) -> None:
+    """Raises unless the error is of broken data; VideoError where a frame is above the limit on pixels."""
+    limit = opener.limits.max_pixels
+    if limit is not None:
+        opener.check_pixels(decoder.width, decoder.height)  # the size that some decoders have tried to take on
+        # The others forget the size they had, or say that the number is too large.
+        refused = isinstance(error, av.error.ArgumentError) and not decoder.width
+        if refused or isinstance(error, av.error.OverflowError):
+            raise VideoError(
+                f"{opener.label} has a frame of more than {limit} pixels (max_pixels), or a broken one; "
+                f"{remedy('max_pixels')}"
+            ) from error
+    if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
+        raise error
 
 
 def _last_is_torn(opener: Opener, packets: Packets) -> bool:
@@ -183,7 +192,8 @@ def _last_is_torn(opener: Opener, packets: Packets) -> bool:
             packet = next(reader, None)
             try:
                 decoded = decoder.decode(packet)
-            except av.error.InvalidDataError:
+            except av.error.FFmpegError as error:
+                _explain(opener, decoder, error)
                 continue
             for frame in decoded:
                 if last is None or frame.pts == last:

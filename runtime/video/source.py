@@ -66,6 +66,10 @@ class Spooled:
                 "path of a file"
             ) from error
 
+    def close(self) -> None:
+        """Let go of the copy now."""
+        self._file.close()
+
     def __repr__(self) -> str:
         return f"<{self.label}, {self.size} bytes>"
 
