@@ -32,6 +32,8 @@ _STREAMS_LATE = {"dhav", "flv", "kux", "live_flv", "mpeg", "mpegts", "nsv", "swf
 _NO_DECODING = {"codec_whitelist": "none"}
 # Where a stream begins late, more of the file is looked at than FFmpeg's 5 MB and 5 seconds.
 _LOOK_FURTHER = {"probesize": str(64 << 20), "analyzeduration": str(10 * 60 * 1_000_000)}
+# FFmpeg counts the pixels of a frame's memory, whose rows are longer than the picture's, so it gets a little more.
+_PADDING = 1 << 20
 _TIMEOUT = 8.0  # seconds to open, and to read a packet: a guard against formats that wait, far above what a disk needs
 # Tags are not used, so any encoding will do; before version 19 PyAV has to be told.
 _TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -100,6 +102,8 @@ class Opener:
     def __init__(self, source: Path | Spooled, limits: Limits, check: Callable[[], object] | None) -> None:
         self.source, self.limits, self.check = source, limits, check
         self.label = label_of(source)
+        pixels = limits.max_pixels
+        self._bound = {} if pixels is None else {"max_pixels": str(min(pixels + _PADDING, 2**31 - 1))}  # of a decoder
         self._options: dict[str, str] | None = None  # how FFmpeg looks for the streams; None until the format is known
 
     @contextmanager
@@ -111,11 +115,9 @@ class Opener:
             kinds = frozenset(container.format.name.split(","))
             stream = _main_stream(container)
             self._check_stream(stream)
-            pixels = self.limits.max_pixels
-            if pixels is not None:
-                context = stream.codec_context
-                self.check_pixels(context.width, context.height)
-                context.options = {"max_pixels": str(min(pixels, 2**31 - 1))}
+            context = stream.codec_context
+            self.check_pixels(context.width, context.height)
+            context.options = self._bound
             stream.thread_type = "AUTO"
             yield Opened(container, stream, kinds, self.source, self.check)
 
@@ -144,8 +146,7 @@ class Opener:
             return _NO_DECODING if stream is not None else _NO_DECODING | _LOOK_FURTHER
         if stream is not None and stream.codec_context is not None:
             self.check_pixels(stream.codec_context.width, stream.codec_context.height)
-        pixels = self.limits.max_pixels
-        return {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
+        return self._bound
 
     @contextmanager
     def _open(self, options: dict[str, str]) -> Iterator[Any]:
