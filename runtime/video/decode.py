@@ -9,6 +9,7 @@ one that is sampled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import av
@@ -177,19 +178,19 @@ def _explain(opener: Opener, decoder: Any, error: Exception) -> None:
 def _last_is_torn(opener: Opener, packets: Packets) -> bool:
     """Whether the frame of the last packet is not there in full: a recording that was ended at any byte.
 
-    The last group is decoded for that on one thread: where frames are decoded side by side the decoder returns the last
-    one before it knows. Where the group cannot be found alone nothing is left out.
+    The last group is decoded for that without decoding frames side by side, where the decoder returns the last one
+    before it knows. Where the group cannot be found alone nothing is left out.
     """
     last, torn = packets.pts[-1], False
+    may_skip = packets.codec in _UNREFERENCED_IS_MARKED
     with opener() as opened:
-        opened.stream.thread_type = "NONE"
+        opened.stream.thread_type = "SLICE"
         if packets.last_group:
             opened.container.seek(packets.last_group, stream=opened.stream, unsupported_byte_offset=True)
         decoder = opened.stream.codec_context
-        reader = iter(packet for packet in opened.packets(opened.stream) if packet.size)
-        packet: Any = True
-        while packet is not None:
-            packet = next(reader, None)
+        reader = (packet for packet in opened.packets(opened.stream) if packet.size)
+        for packet, following in pairwise(chain(reader, (None, None))):
+            decoder.skip_frame = "NONREF" if may_skip and following is not None else "DEFAULT"
             try:
                 decoded = decoder.decode(packet)
             except av.error.FFmpegError as error:

@@ -7,7 +7,6 @@ for ever. Nothing is decoded while FFmpeg looks for the streams unless the limit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import av
 
 from runtime.errors import VideoError
+from runtime.video.boxes import samples
 from runtime.video.limits import Limits, remedy
 from runtime.video.source import Spooled, label_of
 
@@ -133,10 +133,28 @@ class Opener:
     @contextmanager
     def _container(self) -> Iterator[Any]:
         if self._options is None:
+            self._check_samples()
             with self._open(_NO_DECODING) as container:
                 self._options = self._ways(container)
         with self._open(self._options) as container:
             yield container
+
+    def _check_samples(self) -> None:
+        """Raises VideoError if the file says it has more samples than it can hold, or than may be."""
+        path = self._path()
+        try:
+            (said, pictures), size = samples(path), path.stat().st_size
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise VideoError(f"{self.label} cannot be read ({reason}); give a file that this user may read") from error
+        most = self.limits.max_frames
+        if said > size:
+            raise VideoError(f"{self.label} says that it has {said} samples, in {size} bytes; copy it again in full")
+        if most is not None and pictures > most:
+            raise VideoError(f"{self.label} has more than {most} frames (max_frames); {remedy('max_frames')}")
+
+    def _path(self) -> Path:
+        return Path(self.source.path) if isinstance(self.source, Spooled) else self.source
 
     def _ways(self, container: Any) -> dict[str, str]:
         """How to open this file from now on. Its first look decodes nothing."""
@@ -151,10 +169,11 @@ class Opener:
     @contextmanager
     def _open(self, options: dict[str, str]) -> Iterator[Any]:
         safe = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "enable_drefs": "0"}
-        path = self.source.path if isinstance(self.source, Spooled) else os.fspath(self.source)
         try:
             # "file:" keeps FFmpeg from taking a name with a colon for an address.
-            container: Any = av.open(f"file:{path}", options=safe | options, timeout=(_TIMEOUT, _TIMEOUT), **_TAGS)
+            container: Any = av.open(
+                f"file:{self._path()}", options=safe | options, timeout=(_TIMEOUT, _TIMEOUT), **_TAGS
+            )
         except av.error.ExitError as error:
             raise VideoError(f"{self.label} takes longer than {_TIMEOUT:g} s to open; convert it to MP4") from error
         except av.error.FFmpegError as error:
@@ -165,9 +184,8 @@ class Opener:
 
     def _explain(self, error: Exception) -> None:
         """Raises VideoError if the beginning of the file tells why it cannot be opened."""
-        path = self.source.path if isinstance(self.source, Spooled) else os.fspath(self.source)
         try:
-            with open(path, "rb") as file:
+            with self._path().open("rb") as file:
                 head = file.read(4096)
         except OSError:  # which FFmpeg has said already
             return

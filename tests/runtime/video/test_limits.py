@@ -204,6 +204,48 @@ def test_a_header_that_says_years_is_no_reason_to_refuse_a_file_of_seconds(tmp_p
     assert load_clip(tmp_path / "a.mkv", 4, SIZE).source_frames == 50
 
 
+@pytest.mark.parametrize("count", [3_000_000, 80_000_000])
+def test_a_list_of_samples_that_a_few_bytes_ask_for(tmp_path: Path, count: int) -> None:
+    """1 kB of an MP4 that would make FFmpeg write a list of gigabytes."""
+    data = bytearray(clip(tmp_path / "a.mp4", 8).read_bytes())
+    at = data.index(b"stsz") + 8
+    data[at : at + 8] = struct.pack(">II", 1, count)
+    at = data.index(b"stsc") + 16
+    data[at : at + 4] = struct.pack(">I", count)
+    at = data.index(b"stts") + 12
+    data[at : at + 4] = struct.pack(">I", count)
+    path = tmp_path / "many.mp4"
+    path.write_bytes(data)
+    (line,) = refused_in_little_memory([path])
+    assert f"says that it has {count} samples, in {len(data)} bytes" in line
+    path.write_bytes(data + bytes(4_000_000))
+    with pytest.raises(VideoError, match=r"\(max_frames\)|says that it has"):
+        load_clip(path, 4, SIZE)
+
+
+def test_boxes_in_boxes_in_boxes(tmp_path: Path) -> None:
+    path = tmp_path / "deep.mp4"
+    path.write_bytes(b"".join(struct.pack(">I4s", 8 * (20_000 - level), b"moov") for level in range(20_000)))
+    with pytest.raises(VideoError):
+        load_clip(path, 4, SIZE)
+
+
+def test_fragments_of_more_samples_than_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "fragments.mp4"
+    with av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov"}) as container:
+        stream: Any = container.add_stream("mpeg4", rate=25, width=32, height=16, pix_fmt="yuv420p")
+        for index in range(30):
+            image = np.full((16, 32, 3), index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert load_clip(path, 4, SIZE).source_frames == 30
+    data = bytearray(path.read_bytes())
+    at = data.index(b"trun") + 8
+    data[at : at + 4] = struct.pack(">I", 70_000_000)
+    path.write_bytes(data)
+    assert "samples" in refused_in_little_memory([path])[0]
+
+
 def test_8k_passes_by_default() -> None:
     limits = Limits()
     assert limits.max_pixels == 8192 * 4320

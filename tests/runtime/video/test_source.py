@@ -227,6 +227,16 @@ def test_what_is_no_video_is_refused_in_one_line_with_the_remedy(kind: str) -> N
         load_clip(make(), 4, SIZE)
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    path.write_bytes(CONTENT)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(VideoError, match="Permission denied"):
+        load_clip(path, 4, SIZE)
+
+
 def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no named pipes")
