@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.asking import Askable
+from runtime.asking import Askable, Request
 from runtime.errors import DeadlineExceeded
 from runtime.forks import Home
 from runtime.live import LiveClip, LiveTimings
+from runtime.options import Options
 from runtime.requests import Arrived
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Options, Pipeline, Request
+    from runtime.pipeline import Pipeline
     from runtime.watch import Watched
 
 
@@ -84,6 +85,8 @@ class LiveVideo(Askable):
 
     def watch(self, *, system: str | None = None) -> Watched:
         """`finish`, and `Pipeline.watch` this video; errors of both."""
+        if self._arrived is None and system is not None:
+            self._pipeline.check("?", system=system)
         self.finish()
         assert self._arrived is not None
         return self._pipeline.watch(self._arrived, system=system)

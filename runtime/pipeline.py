@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.numbers import whole
+from earlytom.numbers import real, whole
 from runtime import contract
 from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
+from runtime.asking import Request
 from runtime.backends import BACKENDS, VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
-from runtime.job import Job
 from runtime.manifest import Manifest
 from runtime.options import DECODERS, Options, device_of, dtype_of, engine_folder, instance, model_source
 from runtime.origin import checkpoint_of
@@ -53,60 +53,6 @@ if TYPE_CHECKING:
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
-
-
-class Request:
-    """A request that was submitted: iterate over its deltas, or wait for its answer, from any thread.
-
-    Its deltas are kept until they are read, each for one reader; the next one is there as soon as its token exists.
-    Leaving its `with` block, or letting go of the last reference to it, cancels it.
-    """
-
-    def __init__(self, job: Job[Delta], pipeline: Pipeline) -> None:
-        self._job = job
-        self._pipeline = pipeline  # which would end its requests if it were let go
-
-    def __iter__(self) -> Request:
-        return self
-
-    def __next__(self) -> Delta:
-        """The next delta, waited for. Raises what `Pipeline.submit` lists, after the deltas that came before it."""
-        return next(self._job)
-
-    def result(self, timeout: float | None = None) -> Answer:
-        """The answer, waited for, whether or not the deltas are read.
-
-        Raises:
-            TimeoutError: there is none after `timeout` seconds; the request goes on.
-            UserError: `timeout` is no number.
-            see `Pipeline.submit`.
-        """
-        last = self._job.last(timeout)
-        assert last is not None  # the last delta has it
-        assert last.answer is not None
-        return last.answer
-
-    def cancel(self) -> None:
-        """End it, unless it has ended: at once while it waits, else before the next packet of its video or its next
-        token. What waits for it gets `Cancelled`."""
-        self._job.cancel()
-
-    @property
-    def done(self) -> bool:
-        """It was answered, or has ended in another way."""
-        return self._job.done
-
-    def __enter__(self) -> Request:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        if not self._pipeline.forked:  # a fork has nothing to cancel, and an error of its own to show
-            self.cancel()
-
-    def __del__(self) -> None:
-        self._job.abandon()  # no lock: the garbage collector may call this anywhere
 
 
 class Pipeline:
@@ -205,6 +151,8 @@ class Pipeline:
         instance("limits", limits, Limits, "Limits(max_seconds=...)")
         if inner is not None:
             instance("inner", inner, InnerMerge, "InnerMerge(layer, ratio)")
+            whole("inner layer (--inner-layer)", inner.layer, 1)
+            real("inner ratio (--inner-ratio)", inner.ratio, 0, 1, high_open=True)
         if warm_up is not None:
             instance("warm_up", warm_up, bool, "True or False")
         if inner is not None and decoder != "torch":

@@ -17,12 +17,13 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
-from runtime.asking import Askable
+from runtime.asking import Askable, Request
 from runtime.errors import Closed
+from runtime.options import Options
 from runtime.requests import Remembered
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Options, Pipeline, Request
+    from runtime.pipeline import Pipeline
 
 
 class Watched(Askable):

@@ -9,7 +9,6 @@ from runtime.video.packets import Packets
 
 _LOCAL = 16  # frames within which times that are out of order are in order again
 _JOINTS = 0.1  # share of steps backwards from which on a clock is none
-_JUMP = 10.0  # seconds without a frame, above which a format that allows joints has one; FFmpeg's own measure
 
 
 def seconds_of(pts: list[int | None], packets: Packets) -> tuple[NDArray[np.float64], float]:
@@ -34,8 +33,8 @@ def seconds_of(pts: list[int | None], packets: Packets) -> tuple[NDArray[np.floa
         steps = np.diff(ticks)
     elif (steps < 0).sum() >= _JOINTS * count:
         return _even(count, 1 / packets.rate)
-    elif (steps < 0).any() or packets.joints:
-        ticks = _joined(ticks, _JUMP / packets.tick if packets.joints else np.inf, int(np.median(forward)))
+    elif (steps < 0).any() or steps.max() * packets.tick > packets.jump:
+        ticks = _joined(ticks, packets.jump / packets.tick, int(np.median(forward)))
     seconds = (ticks - ticks[0]).astype(np.float64) * packets.tick
     return seconds, float(seconds[-1] * count / (count - 1))  # the last frame stays for the mean time of the others
 

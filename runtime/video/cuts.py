@@ -36,7 +36,10 @@ def is_cut_off(opened: Opened, read: int, end: float, torn: bool) -> bool:
     path = Path(opened.source.path) if isinstance(opened.source, Spooled) else opened.source
     short = _matroska_is_short(path) if "matroska" in kinds else _flv_is_short(path)
     length = (opened.container.duration or 0) / av.time_base
-    return short is not False and (length - end > max(0.1 * length, 0.5) or (short is True and not length))
+    if short is None:
+        return length - end > max(0.1 * length, 0.5)
+    start = max(0, opened.container.start_time or 0) / av.time_base
+    return short and (not length or length - end > 0.1 * (length - start))  # less is missing where only the index is
 
 
 def _matroska_is_short(path: Path) -> bool | None:

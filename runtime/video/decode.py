@@ -9,6 +9,7 @@ one that is sampled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import av
@@ -119,7 +120,7 @@ def span_frames(
 def _frames_or_contradiction(decoder: Any, packet: Any) -> list[av.VideoFrame]:
     try:
         return decoder.decode(packet)
-    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+    except av.error.FFmpegError as error:  # decoding everything finds out what it means
         raise _ContradictionError from error
 
 
@@ -147,16 +148,9 @@ def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.Vid
         left -= 1
         try:
             decoded = decoder.decode(packet)
-        except av.error.InvalidDataError:
-            decoded = []
-        except av.error.ArgumentError as error:  # what the decoder says of a size above its limit
-            limit = opener.limits.max_pixels
-            if limit is None:
-                raise
-            raise VideoError(
-                f"{opener.label} has a frame of more than {limit} pixels (max_pixels), or a broken one; "
-                f"{remedy('max_pixels')}"
-            ) from error
+        except av.error.FFmpegError as error:
+            _explain(opener, decoder, error)
+            decoded = []  # a broken packet costs a frame, not the video
         for frame in decoded:
             if opener.check is not None:
                 opener.check()
@@ -165,25 +159,42 @@ def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.Vid
             return
 
 
+def _explain(opener: Opener, decoder: Any, error: Exception) -> None:
+    """Raises unless the error is of broken data; VideoError where a frame is above the limit on pixels."""
+    limit = opener.limits.max_pixels
+    if limit is not None:
+        opener.check_pixels(decoder.width, decoder.height)  # the size that some decoders have tried to take on
+        # The others forget the size they had, or say that the number is too large.
+        refused = isinstance(error, av.error.ArgumentError) and not decoder.width
+        if refused or isinstance(error, av.error.OverflowError):
+            raise VideoError(
+                f"{opener.label} has a frame of more than {limit} pixels (max_pixels), or a broken one; "
+                f"{remedy('max_pixels')}"
+            ) from error
+    if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
+        raise error
+
+
 def _last_is_torn(opener: Opener, packets: Packets) -> bool:
     """Whether the frame of the last packet is not there in full: a recording that was ended at any byte.
 
-    The last group is decoded for that on one thread: where frames are decoded side by side the decoder returns the last
-    one before it knows. Where the group cannot be found alone nothing is left out.
+    The last group is decoded for that without decoding frames side by side, where the decoder returns the last one
+    before it knows. Where the group cannot be found alone nothing is left out.
     """
     last, torn = packets.pts[-1], False
+    may_skip = packets.codec in _UNREFERENCED_IS_MARKED
     with opener() as opened:
-        opened.stream.thread_type = "NONE"
+        opened.stream.thread_type = "SLICE"
         if packets.last_group:
             opened.container.seek(packets.last_group, stream=opened.stream, unsupported_byte_offset=True)
         decoder = opened.stream.codec_context
-        reader = iter(packet for packet in opened.packets(opened.stream) if packet.size)
-        packet: Any = True
-        while packet is not None:
-            packet = next(reader, None)
+        reader = (packet for packet in opened.packets(opened.stream) if packet.size)
+        for packet, following in pairwise(chain(reader, (None, None))):
+            decoder.skip_frame = "NONREF" if may_skip and following is not None else "DEFAULT"
             try:
                 decoded = decoder.decode(packet)
-            except av.error.InvalidDataError:
+            except av.error.FFmpegError as error:
+                _explain(opener, decoder, error)
                 continue
             for frame in decoded:
                 if last is None or frame.pts == last:

@@ -107,7 +107,7 @@ def _single(frame: Any, index: int) -> Tensor:
         return channels_first(frame[None], 1)[0]
     convert = getattr(frame, "convert", None)  # of PIL, which need not be installed
     if convert is None or not hasattr(frame, "getbands"):
-        raise UserError(f"frame {index} is a {type(frame).__name__}, {shown(frame)}; {_WANTED_FRAME}")
+        raise UserError(f"frame {index} is {shown(frame)} ({type(frame).__name__}); {_WANTED_FRAME}")
     try:
         image = np.array(convert("RGB"))  # [h, w, 3]
     except (OSError, ValueError) as error:  # PIL reads the file only now

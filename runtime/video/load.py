@@ -62,6 +62,9 @@ def load_clip(
         raise VideoError(
             f"{opener.label} cannot be read as a video ({reason}); give a file that FFmpeg reads"
         ) from error
+    finally:
+        if isinstance(source, Spooled) and source is not video:
+            source.close()  # an error that is kept would keep it
     seconds, duration = seconds_of(pts, packets)
     chosen = sample_indices(len(pts), frames_for(len(pts), frames))
     return Clip(

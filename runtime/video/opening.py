@@ -7,7 +7,6 @@ for ever. Nothing is decoded while FFmpeg looks for the streams unless the limit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import av
 
 from runtime.errors import VideoError
+from runtime.video.boxes import samples
 from runtime.video.limits import Limits, remedy
 from runtime.video.source import Spooled, label_of
 
@@ -32,6 +32,8 @@ _STREAMS_LATE = {"dhav", "flv", "kux", "live_flv", "mpeg", "mpegts", "nsv", "swf
 _NO_DECODING = {"codec_whitelist": "none"}
 # Where a stream begins late, more of the file is looked at than FFmpeg's 5 MB and 5 seconds.
 _LOOK_FURTHER = {"probesize": str(64 << 20), "analyzeduration": str(10 * 60 * 1_000_000)}
+# FFmpeg counts the pixels of a frame's memory, whose rows are longer than the picture's, so it gets a little more.
+_PADDING = 1 << 20
 _TIMEOUT = 8.0  # seconds to open, and to read a packet: a guard against formats that wait, far above what a disk needs
 # Tags are not used, so any encoding will do; before version 19 PyAV has to be told.
 _TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -100,6 +102,8 @@ class Opener:
     def __init__(self, source: Path | Spooled, limits: Limits, check: Callable[[], object] | None) -> None:
         self.source, self.limits, self.check = source, limits, check
         self.label = label_of(source)
+        pixels = limits.max_pixels
+        self._bound = {} if pixels is None else {"max_pixels": str(min(pixels + _PADDING, 2**31 - 1))}  # of a decoder
         self._options: dict[str, str] | None = None  # how FFmpeg looks for the streams; None until the format is known
 
     @contextmanager
@@ -111,11 +115,9 @@ class Opener:
             kinds = frozenset(container.format.name.split(","))
             stream = _main_stream(container)
             self._check_stream(stream)
-            pixels = self.limits.max_pixels
-            if pixels is not None:
-                context = stream.codec_context
-                self.check_pixels(context.width, context.height)
-                context.options = {"max_pixels": str(min(pixels, 2**31 - 1))}
+            context = stream.codec_context
+            self.check_pixels(context.width, context.height)
+            context.options = self._bound
             stream.thread_type = "AUTO"
             yield Opened(container, stream, kinds, self.source, self.check)
 
@@ -131,10 +133,28 @@ class Opener:
     @contextmanager
     def _container(self) -> Iterator[Any]:
         if self._options is None:
+            self._check_samples()
             with self._open(_NO_DECODING) as container:
                 self._options = self._ways(container)
         with self._open(self._options) as container:
             yield container
+
+    def _check_samples(self) -> None:
+        """Raises VideoError if the file says it has more samples than it can hold, or than may be."""
+        path = self._path()
+        try:
+            (said, pictures), size = samples(path), path.stat().st_size
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise VideoError(f"{self.label} cannot be read ({reason}); give a file that this user may read") from error
+        most = self.limits.max_frames
+        if said > size:
+            raise VideoError(f"{self.label} says that it has {said} samples, in {size} bytes; copy it again in full")
+        if most is not None and pictures > most:
+            raise VideoError(f"{self.label} has more than {most} frames (max_frames); {remedy('max_frames')}")
+
+    def _path(self) -> Path:
+        return Path(self.source.path) if isinstance(self.source, Spooled) else self.source
 
     def _ways(self, container: Any) -> dict[str, str]:
         """How to open this file from now on. Its first look decodes nothing."""
@@ -144,16 +164,16 @@ class Opener:
             return _NO_DECODING if stream is not None else _NO_DECODING | _LOOK_FURTHER
         if stream is not None and stream.codec_context is not None:
             self.check_pixels(stream.codec_context.width, stream.codec_context.height)
-        pixels = self.limits.max_pixels
-        return {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
+        return self._bound
 
     @contextmanager
     def _open(self, options: dict[str, str]) -> Iterator[Any]:
         safe = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "enable_drefs": "0"}
-        path = self.source.path if isinstance(self.source, Spooled) else os.fspath(self.source)
         try:
             # "file:" keeps FFmpeg from taking a name with a colon for an address.
-            container: Any = av.open(f"file:{path}", options=safe | options, timeout=(_TIMEOUT, _TIMEOUT), **_TAGS)
+            container: Any = av.open(
+                f"file:{self._path()}", options=safe | options, timeout=(_TIMEOUT, _TIMEOUT), **_TAGS
+            )
         except av.error.ExitError as error:
             raise VideoError(f"{self.label} takes longer than {_TIMEOUT:g} s to open; convert it to MP4") from error
         except av.error.FFmpegError as error:
@@ -164,9 +184,8 @@ class Opener:
 
     def _explain(self, error: Exception) -> None:
         """Raises VideoError if the beginning of the file tells why it cannot be opened."""
-        path = self.source.path if isinstance(self.source, Spooled) else os.fspath(self.source)
         try:
-            with open(path, "rb") as file:
+            with self._path().open("rb") as file:
                 head = file.read(4096)
         except OSError:  # which FFmpeg has said already
             return

@@ -22,7 +22,10 @@ from runtime.video.opening import Opened, Opener
 # Decoding may start at any keyframe of these and gives the same pixels as decoding from the start of the file.
 _EXACT_FROM_KEYFRAME = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
 _REORDERED = 16  # frames that an encoder holds back at most, so by how many places packets and frames differ
-_JUMP = 10.0  # seconds without a frame, above which a format that allows joints has one; FFmpeg's own measure
+# Seconds without a frame, above which recordings were joined there or the clock jumped: FFmpeg's own measure where the
+# format allows it, and elsewhere, where still pictures may stand for hours, what no frame rate explains.
+_JUMP_AT_JOINTS, _JUMP = 10.0, 6 * 3600.0
+_JOINTS = {"flv", "kux", "live_flv"}  # formats that are joined without FFmpeg saying so
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Packets:
     codec: str
     rate: float  # frames per second, for streams without timestamps
     tick: float  # seconds in one unit of pts
-    joints: bool = False  # the format allows the clock to jump
+    jump: float = _JUMP  # seconds between two frames that are no time of the recording
     pts: list[int | None] = field(default_factory=list)
     key: list[bool] = field(default_factory=list)
     shown: list[bool] = field(default_factory=list)  # False where an edit list cuts a frame away: decoded, not shown
@@ -72,13 +75,14 @@ def read_packets(opener: Opener) -> Packets:
     limits = opener.limits
     with opener() as opened:
         stream = opened.stream
+        joints = opened.container.format.flags & av.format.Flags.ts_discont.value or opened.kinds & _JOINTS
         # 25 frames per second is FFmpeg's own guess for a bare stream
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         table = Packets(
             stream.codec_context.codec.canonical_name,
             rate,
             float(stream.time_base or 0),
-            joints=bool(opened.container.format.flags & av.format.Flags.ts_discont.value),
+            jump=_JUMP_AT_JOINTS if joints else _JUMP,
             kinds=opened.kinds,
         )
         ends, torn = _fill(table, opened, limits, opener.label)
@@ -94,7 +98,6 @@ def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> tuple[f
     ends = [0] * len(bases)  # pts; the sound may outlast the picture
     index, torn, before = opened.stream.index, False, None
     longest, most = limits.max_seconds, limits.max_frames
-    jump = _JUMP if table.joints else float("inf")
     for packet in opened.packets():
         at = packet.stream_index
         table.read += at == index
@@ -114,7 +117,7 @@ def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> tuple[f
         if dts is not None:
             step = 0.0 if before is None else (dts - before) * table.tick
             table.steady &= step >= 0
-            table.seconds += step if 0 <= step <= jump else 0.0
+            table.seconds += step if 0 <= step <= table.jump else 0.0
             before = dts
         if most is not None and len(table.pts) > most:
             raise VideoError(f"{label} has more than {most} frames (max_frames); {remedy('max_frames')}")
@@ -130,50 +133,50 @@ def plan(packets: Packets, chosen: NDArray[np.int64]) -> list[Span] | None:
         return None
     keys = [i for i, key in enumerate(packets.key) if key]
     everything = sorted(range(len(times)), key=times.__getitem__)
-    if not _in_order(times, keys, everything):
+    reach = _reordering(times, keys, everything)
+    if reach is None:
         return None
     order = [i for i in everything if packets.shown[i]]
     spans: list[Span] = []
     for row, index in enumerate(chosen.tolist()):
         position = order[index]
         # A frame shown before the keyframe that precedes it in the file leans on the group before (an open group).
-        at = bisect_right(keys, position) - 1
+        here = at = bisect_right(keys, position) - 1
         while at >= 0 and times[position] < times[keys[at]]:
             at -= 1
         if at < 0:
             return None
-        asked = _out_of_line(times, position)
-        last = max(asked, default=position)
+        end = keys[here + 1] if here + 1 < len(keys) else len(times)
+        asked = _asked(times, position, end, reach)
         if spans and keys[at] <= spans[-1].last + 1:
-            spans[-1].last = max(spans[-1].last, last)
+            spans[-1].last = max(spans[-1].last, *asked)
         else:
-            spans.append(Span(keys[at], last, {}))
+            spans.append(Span(keys[at], max(asked), {}))
         spans[-1].wanted[position] = row
         spans[-1].asked |= asked
     return spans
 
 
-def _in_order(times: list[int], keys: list[int], everything: list[int]) -> bool:
-    """Whether the order of the times can be the decoder's: groups follow one another, frames move by a few places.
+def _reordering(times: list[int], keys: list[int], everything: list[int]) -> int | None:
+    """By how many places at most a frame is shown earlier or later than it is decoded. None where the order of the
+    times cannot be the decoder's: then a group of frames does not follow the one before, or a frame moves too far.
 
-    A clock that jumps or steps back, or one rotten time, breaks that.
+    A clock that jumps or steps back, or one rotten time, does that.
     """
     if not keys or keys[0] != 0:
-        return False
-    if np.abs(np.array(everything) - np.arange(len(everything))).max() > _REORDERED:
-        return False
+        return None
+    reach = int(np.abs(np.array(everything) - np.arange(len(everything))).max())
     ticks = np.array(times, np.int64)
     least, most = np.minimum.reduceat(ticks, keys), np.maximum.reduceat(ticks, keys)  # of each group
-    return bool((least[1:] > most[:-1]).all())
+    return reach if reach <= _REORDERED and (least[1:] > most[:-1]).all() else None
 
 
-def _out_of_line(times: list[int], position: int) -> set[int]:
-    """The packets near `position`, and itself, that come before it in the file and after it in time, or the reverse.
+def _asked(times: list[int], position: int, end: int, reach: int) -> set[int]:
+    """The packets whose frames show whether the decoder returns the one at `position` in its place: those that follow
+    as closely as frames are reordered, up to the `end` of the group, and earlier ones that are shown after it.
 
-    Only their frames can show that the decoder's order is another; the reach is what `_in_order` holds them to.
+    A clock that jumps between two frames that belong in the other order shows nowhere else.
     """
     time = times[position]
-    reach = 2 * _REORDERED
-    earlier = range(max(0, position - reach), position)
-    later = range(position + 1, min(len(times), position + reach + 1))
-    return {position, *(i for i in earlier if times[i] > time), *(i for i in later if times[i] < time)}
+    earlier = range(max(0, position - 2 * reach), position)
+    return {*range(position, min(end, position + reach + 1)), *(i for i in earlier if times[i] > time)}

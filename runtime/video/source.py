@@ -66,6 +66,10 @@ class Spooled:
                 "path of a file"
             ) from error
 
+    def close(self) -> None:
+        """Let go of the copy now."""
+        self._file.close()
+
     def __repr__(self) -> str:
         return f"<{self.label}, {self.size} bytes>"
 
@@ -97,7 +101,7 @@ def take_video(
         return channels_first(stack_frames(video))
     if hasattr(video, "read"):
         return _from_file(video, limits, check)
-    what = "None" if video is None else f"a {type(video).__name__}, {shown(video)}"
+    what = "None" if video is None else f"{shown(video)} ({type(video).__name__})"
     raise VideoError(f"the video is {what}; {_TAKEN}")
 
 

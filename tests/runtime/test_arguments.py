@@ -71,6 +71,7 @@ LOAD: list[tuple[str, list[Any]]] = [
     ("device", ["mps", "", "gpu", "meta", "cuda:x", b"cpu", 3, True, Odd(), [], torch.device("meta"), "xpu", "cpu:-2"]),
     ("dtype", ["fp16", "float32", torch.int8, torch.bool, torch.complex64, np.float32, float, 16, Odd(), []]),
     ("inner", [1, 0.5, "1", (1, 0.5), {"layer": 1}, True, Odd(), InnerMerge]),
+    ("inner", [InnerMerge(0), InnerMerge(-1), InnerMerge(1, -0.1), InnerMerge(1, 1.0), InnerMerge(1, 10**300)]),
     ("waiting", NO_WHOLE),
     ("watch_bytes", [*NO_WHOLE, None]),
     ("warm_up", [0, 1, "yes", "", Odd(), [], np.bool_(True)]),
@@ -115,8 +116,8 @@ INNER: list[tuple[str, list[Any]]] = [
 def rows(table: list[tuple[str, list[Any]]]) -> list[Any]:
     """A test for each value, with a name that is the same in every run."""
     return [
-        pytest.param(name, value, id=f"{name}-{index}-{type(value).__name__}")
-        for name, values in table
+        pytest.param(name, value, id=f"{name}-{row}-{index}-{type(value).__name__}")
+        for row, (name, values) in enumerate(table)
         for index, value in enumerate(values)
     ]
 
@@ -237,6 +238,7 @@ def test_a_live_video_is_not_ended_by_a_bad_question(chunked: Pipeline) -> None:
         video.push(FRAMES[:2])
         assert "prompt" in refused(lambda: video.ask(""))
         assert "deadline" in refused(lambda: video.ask(QUESTION, deadline=-1))
+        assert "system" in refused(lambda: video.watch(system=""))
         video.push(FRAMES[2:])
         assert "frames" in refused(lambda: video.ask(QUESTION, frames="8"))  # type: ignore[arg-type]
         assert video.ask(QUESTION, max_new_tokens=1, deadline=LONG).tokens
@@ -311,6 +313,15 @@ def test_a_video_in_every_form(pipeline: Pipeline, drawn_clip: Path) -> None:
         request = pipeline.submit(file, QUESTION, max_new_tokens=4)
     assert request.result(LONG).tokens == wanted  # the file is closed, and was read before
     assert pipeline.ask(io.BytesIO(content), QUESTION, max_new_tokens=4).tokens == wanted
+
+
+def test_frames_in_every_layout(pipeline: Pipeline) -> None:
+    wanted = pipeline.ask(FRAMES.flip(0), QUESTION, max_new_tokens=4).tokens
+    turned = FRAMES.numpy()[::-1]  # negative strides, as of a view that was mirrored
+    frozen = turned.copy()
+    frozen.flags.writeable = False
+    for frames in (turned, frozen, turned.transpose(0, 2, 3, 1), FRAMES.flip(0).to(memory_format=torch.channels_last)):
+        assert pipeline.ask(frames, QUESTION, max_new_tokens=4).tokens == wanted
 
 
 @pytest.mark.parametrize("form", ["bytes", "file"])
