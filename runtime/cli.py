@@ -79,7 +79,7 @@ def run(main: Callable[[A], int | None], args: A) -> int:
         _silence(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
-        line = _limit(error) or (_explain(error) if isinstance(error, OSError) else None)
+        line = limit_reached(error) or (_explain(error) if isinstance(error, OSError) else None)
         if line is None:
             raise
         _settle(sys.stdout)
@@ -105,7 +105,7 @@ def _fail(message: str) -> int:
     return USER_ERROR
 
 
-def _limit(error: BaseException) -> str | None:
+def limit_reached(error: BaseException) -> str | None:
     """One line for an error that says, or was raised while another said, that the machine gives no more of something.
 
     None for every other, a defect of ours above all: of Python's own errors those alone are read that libraries raise.

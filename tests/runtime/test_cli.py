@@ -311,7 +311,7 @@ def test_an_error_that_is_its_own_context_comes_to_an_end() -> None:
     one, other = ValueError("one"), ValueError("other")
     one.__context__, other.__context__ = other, one
 
-    assert cli._limit(one) is None
+    assert cli.limit_reached(one) is None
 
 
 REAL = """
