@@ -224,10 +224,19 @@ def test_two_builds_of_one_thing_do_the_work_once(build_arguments: list[str], ou
     Manifest.read(records[0]["folder"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("stage", ["plan", "calibrate", "export", "compile", "verify"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("plan", signal.SIGINT),
+        ("calibrate", signal.SIGTERM),
+        ("export", signal.SIGINT),
+        ("compile", signal.SIGINT),
+        ("compile", signal.SIGTERM),
+        ("verify", signal.SIGTERM),
+    ],
+)
 def test_an_interrupted_build_leaves_nothing_behind(
-    build_arguments: list[str], out: Path, number: int, stage: str
+    build_arguments: list[str], out: Path, stage: str, number: int
 ) -> None:
     words = [*build_arguments, "--out", str(out)]
     if stage == "calibrate":
