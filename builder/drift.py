@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from polygraphy.exception import PolygraphyException
 from polygraphy.json import load_json
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
@@ -42,10 +44,14 @@ from builder.verify import GATES
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.numbers import shown
 from runtime import cli, contract
 from runtime.checkpoint import describe
 from runtime.clip import draw_clip
-from runtime.manifest import Manifest
+from runtime.errors import EngineError
+from runtime.manifest import REBUILD, Manifest
+from runtime.manifest_records import cut
+from runtime.plain_files import MIB, open_plain
 from runtime.video import load_clip
 
 Range = tuple[float, float]
@@ -247,9 +253,31 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
             return frames, name
         clips = fill({name: frames}, manifest.batch)
         return torch.stack(list(clips.values())), "; ".join(clips)
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        (inputs,) = load_json(str(saved))
-    return torch.from_numpy(inputs[contract.FRAMES]), "the frames that it was verified on"
+    videos = (manifest.batch,) if manifest.batch > 1 else ()
+    frames = _saved_frames(saved, (*videos, manifest.frames, 3, *size))
+    return frames, "the frames that it was verified on"
+
+
+def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The frames in a file of `kept_reference.save_reference`.
+
+    Raises:
+        EngineError: it holds something else.
+    """
+    most = 2 * math.prod(shape) + MIB  # base64 has four characters for three bytes
+    with open_plain(path, REBUILD) as file:
+        size = os.fstat(file.fileno()).st_size
+    try:
+        if size > most:
+            raise ValueError(f"{size} bytes")
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            (inputs,) = load_json(str(path))
+        frames = inputs[contract.FRAMES]
+        if (frames.dtype, frames.shape) != (np.uint8, shape):
+            raise ValueError(f"{frames.dtype} {shown(frames.shape)}")
+    except (AttributeError, LookupError, PolygraphyException, RecursionError, TypeError, ValueError) as error:
+        raise EngineError(f"{path} holds no frames uint8 {list(shape)} ({cut(error)}): {REBUILD}") from error
+    return torch.from_numpy(frames)
 
 
 def show(screen: cli.Screen, taps: list[Tap], dtype: str) -> None:

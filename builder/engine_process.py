@@ -27,6 +27,7 @@ from builder.layers import LayerSummary, check_precision, parse_layers, summaris
 from builder.plugins import NATIVE, kernel_target
 from earlytom.errors import UserError
 from runtime import trt as seam
+from runtime.cli import limit_reached
 from runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def serve() -> int:
         name = str(Path(request.engine).parent) if ours else str(error.filename)
         say({"oserror": [error.errno, error.strerror, name]})
         return 2
-    except Exception:
+    except Exception as error:
+        if (line := limit_reached(error)) is not None:
+            say({"error": line, "kind": "UserError"})
+            return 2
         say({"defect": traceback.format_exc()})
         return 1
     return 0

@@ -8,7 +8,6 @@ must be like is not known here: `builder.verify` and `builder.drift` judge them.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -35,6 +34,7 @@ from earlytom.encoder import Method
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
 from runtime import contract
+from runtime.partial import temporary
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -110,16 +110,14 @@ def run_tapped(
 
 def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, rounded: bool) -> list[Arrays]:
     """The outputs and the values `names` of one graph for every feed."""
-    tapped = write_tapped(onnx_path, names, rounded=rounded)
     onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
-    try:
+    with temporary(onnx_path) as tapped:
+        write_tapped(onnx_path, names, rounded=rounded, path=tapped)
         with (
             G_LOGGER.verbosity(G_LOGGER.ERROR),
             OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner,
         ):
             return [{name: np.asarray(value) for name, value in runner.infer(feed).items()} for feed in feeds]
-    finally:
-        tapped.unlink()
 
 
 def values_of(paths: Sequence[Path], names: Sequence[str]) -> list[list[str]]:
@@ -139,8 +137,10 @@ def values_of(paths: Sequence[Path], names: Sequence[str]) -> list[list[str]]:
     return [[name for name in names if name in one] for one in had]
 
 
-def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Path:
-    """A copy of the graph, beside it and its external data, that also returns the values `names`.
+def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool, path: Path | None = None) -> Path:
+    """Write a copy of the graph that also returns the values `names`, to `path` or a file beside it.
+
+    The folder is the graph's in any case, as its external data is there.
 
     `rounded`: as `builder.rounding` has it.
 
@@ -158,6 +158,6 @@ def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool) -> Pat
     model.graph.output.extend(known[name] for name in names if name not in have)
     if rounded:
         round_results(model)
-    path = onnx_path.with_name(f".taps-{os.getpid()}.onnx")  # two may look at one engine
-    onnx.save(model, str(path))
+    path = path or onnx_path.with_name(f".taps-{onnx_path.name}")
+    path.write_bytes(model.SerializeToString())
     return path

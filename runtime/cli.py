@@ -32,7 +32,31 @@ _REMEDIES = {
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
     errno.EACCES: ("permission denied", "change its permissions or choose another path"),
     errno.EPERM: ("operation not permitted", "change its permissions or choose another path"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
 }
+
+_NO_MEMORY = "not enough memory ({}): close other programs, raise the limit (ulimit -v), or use fewer --frames"
+# What libraries say, as errors of many types, where the system gives them no memory, or no thread, which is memory too.
+_SAID_OF_MEMORY = (
+    "cannot allocate memory",
+    "can't allocate memory",
+    "not enough memory",
+    "unable to mmap",
+    "bad_alloc",
+    "bad allocation",
+    "can't start new thread",
+    "failed to map segment",
+    "failed to allocate memory",
+    "cannot create worker thread",
+    "pthread_create failed",
+    "thread creation failed",
+    "memory allocation",
+    "without exception set",  # what Python says of a library that did not say so
+    "without setting an exception",
+)
+_SAID_OF_FILES = ("too many open files",)
+_LIBRARIES = (RuntimeError, OSError, ImportError, SystemError)  # and what is no error of Python's own
 
 A = TypeVar("A")
 
@@ -54,8 +78,8 @@ def run(main: Callable[[A], int | None], args: A) -> int:
     except BrokenPipeError:
         _silence(sys.stdout)
         return BROKEN_PIPE
-    except OSError as error:
-        line = _explain(error)
+    except Exception as error:
+        line = limit_reached(error) or (_explain(error) if isinstance(error, OSError) else None)
         if line is None:
             raise
         _settle(sys.stdout)
@@ -79,6 +103,40 @@ def _open_streams() -> None:
 def _fail(message: str) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return USER_ERROR
+
+
+def limit_reached(error: BaseException) -> str | None:
+    """One line for an error that says, or was raised while another said, that the machine gives no more of something.
+
+    None for every other, a defect of ours above all: of Python's own errors those alone are read that libraries raise.
+    """
+    seen: list[BaseException] = []
+    while error not in seen:
+        if isinstance(error, MemoryError):
+            return _NO_MEMORY.format(_first_line(error) or "an allocation failed")
+        if isinstance(error, OSError) and (error.errno == errno.ENOMEM or _is_refused_process(error)):
+            return _NO_MEMORY.format(error.strerror)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for a word
+            return f"not enough GPU memory ({_first_line(error)}): end what else runs there, or use fewer --frames"
+        foreign = isinstance(error, _LIBRARIES) or type(error).__module__ != "builtins"
+        said = str(error).lower() if foreign and not isinstance(error, UserError) else ""
+        if any(text in said for text in _SAID_OF_MEMORY):
+            return _NO_MEMORY.format(_first_line(error))
+        if any(text in said for text in _SAID_OF_FILES):
+            return "; ".join(_REMEDIES[errno.EMFILE])
+        seen.append(error)
+        error = error.__cause__ or error.__context__ or error
+    return None
+
+
+def _is_refused_process(error: OSError) -> bool:
+    """EAGAIN of a process that could not be started; not that of a stream that takes nothing at the moment."""
+    return error.errno == errno.EAGAIN and not hasattr(error, "characters_written")
+
+
+def _first_line(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if len(line) <= 120 else line[:117] + "..."
 
 
 def _explain(error: OSError) -> str | None:

@@ -31,6 +31,21 @@ def partial(target: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made or moved; names `target`.
     """
+    with temporary(target) as path:
+        yield path
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+@contextmanager
+def temporary(target: Path) -> Iterator[Path]:
+    """The same of a file that is removed at the end, too.
+
+    Raises:
+        OSError: it cannot be made; names `target`.
+    """
     clear(target.parent, target.name)
     try:
         path, descriptor = _make(target)
@@ -38,10 +53,6 @@ def partial(target: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         yield path
-        try:
-            os.replace(path, target)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         with suppress(OSError):  # it is not there, or the folder is gone or read-only by now
             path.unlink()

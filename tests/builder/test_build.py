@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from builder import build, gate, verify
+from builder import build, cache, gate, verify
 from builder.arguments import parse
 from builder.config import project_version
 from earlytom.budget import frames_per_stage, token_count
@@ -224,17 +225,31 @@ def test_two_builds_of_one_thing_do_the_work_once(build_arguments: list[str], ou
 
 
 @pytest.mark.parametrize(
-    ("number", "stage"), [(signal.SIGINT, "export:"), (signal.SIGTERM, "verify:")], ids=["SIGINT", "SIGTERM"]
+    ("stage", "number"),
+    [
+        ("plan", signal.SIGINT),
+        ("calibrate", signal.SIGTERM),
+        ("export", signal.SIGINT),
+        ("compile", signal.SIGINT),
+        ("compile", signal.SIGTERM),
+        ("verify", signal.SIGTERM),
+    ],
 )
 def test_an_interrupted_build_leaves_nothing_behind(
-    build_arguments: list[str], out: Path, number: int, stage: str
+    build_arguments: list[str], out: Path, stage: str, number: int
 ) -> None:
-    process = start([*build_arguments, "--out", str(out)])
+    words = [*build_arguments, "--out", str(out)]
+    if stage == "calibrate":
+        words += ["--schedule", "adaptive"]
+    if stage == "compile":
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            pytest.skip("tensorrt-rtx is not installed (pip install .[rtx])")
+        words[words.index("--backend") + 1] = "tensorrt-rtx"
+    process = start(words)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(stage):
-            break
-    assert list(out.iterdir())  # it works there
+    mark = "backend:" if stage == "plan" else f"{stage}:"
+    assert any(line.startswith(mark) for line in process.stdout)
+    assert list(out.iterdir()) or stage == "plan"  # it works there
     process.send_signal(number)
     rest, stderr = process.communicate(timeout=HANG_SECONDS)
     # A Python that was interrupted inside exec() of a string (torch and dataclasses do that) ends by SIGINT itself once
@@ -243,6 +258,67 @@ def test_an_interrupted_build_leaves_nothing_behind(
     assert stderr == "interrupted\n"
     assert "engine:" not in rest
     assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_build_that_waits_for_another_can_be_interrupted(
+    build_arguments: list[str], engine: Path, out: Path, number: int
+) -> None:
+    with cache.staging(out / engine.name, lambda: None) as place:
+        process = start([*build_arguments, "--out", str(out)])
+        assert process.stdout is not None
+        assert any("waiting for it" in line for line in process.stdout)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=HANG_SECONDS)
+        assert process.returncode in (cli.INTERRUPTED, -signal.SIGINT)
+        assert stderr == "interrupted\n"
+        assert sorted(path.name for path in out.iterdir()) == sorted([place.name, f".{engine.name}.lock"])
+    assert not list(out.iterdir())
+
+
+def test_a_build_clears_what_killed_ones_left(command: Command, built: Path, out: Path) -> None:
+    """Also of engines of another key, as any change of the code makes it."""
+    (out / ".building-older" / "deep").mkdir(parents=True)
+    (out / ".older.lock").touch()
+    status, _, stderr = command("--force", "--no-verify")
+    assert (status, stderr) == (0, "")
+    assert list(out.iterdir()) == [built]
+
+
+@pytest.mark.parametrize("stage", ["export", "describe"])
+def test_an_out_that_vanishes_is_one_line(
+    command: Command, out: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is removed by somebody else, at the beginning and at the end of a build."""
+    real = getattr(build, stage)
+
+    def vanishing(*words: Any) -> Any:
+        if stage == "describe":
+            made = real(*words)
+            shutil.rmtree(out)
+            return made
+        shutil.rmtree(out)
+        return real(*words)
+
+    monkeypatch.setattr(build, stage, vanishing)
+    status, _, stderr = command("--no-verify")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("error: ")
+    assert str(out) in stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_an_out_that_is_no_folder_is_one_line(
+    build_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "out")
+    assert cli.run(build.main, [*build_arguments, "--out", str(tmp_path / "out"), "--no-verify"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: cannot write to {tmp_path / 'out'}: ")
+    assert stderr.endswith("choose another folder with --out\n")
+    assert stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_what_fails_the_gate_is_not_published(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from builder.export import export_onnx
 from builder.runners import ForcedDecisions, run_tapped
 from earlytom.errors import UserError
 from runtime import contract
+from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
 from .conftest import FRAMES, SMALL, TAU, Exported
@@ -195,6 +197,43 @@ def test_an_unverified_engine_is_measured_on_a_drawn_clip(engine: Path, tmp_path
     assert what == "a drawn clip"
     assert tuple(frames.shape) == (FRAMES, 3, 72, 72)
     assert frames.float().std() > 10
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"[1, 2]",
+        b'[{"frames": 3}]',
+        b"[" * 5000,
+        b"\xff\xfe",
+        b'[{"frames": {"array": "bm90IG51bXB5", "polygraphy_class": "ndarray"}}]',
+        b"[" + b"[]," * 4_000_000 + b"[]]",
+    ],
+)
+def test_saved_frames_that_are_none_are_one_line(
+    engine: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / contract.REFERENCE_INPUTS_FILE).write_bytes(content)
+    with pytest.raises(EngineError, match=r"holds no frames uint8 \[\d+, 3, 72, 72\]") as caught:
+        drift.frames_for(tmp_path, Manifest.read(engine))
+    assert len(str(caught.value)) < 600
+    assert capsys.readouterr() == ("", "")
+
+
+def test_saved_frames_that_are_a_pipe_are_not_waited_for(engine: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EngineError, match="no plain file"):
+        drift._saved_frames(tmp_path / "pipe", (1, 3, 2, 2))
+
+
+def test_a_graph_for_looking_at_values_is_cleared_if_its_writer_was_killed(exported: Make, clip: Tensor) -> None:
+    made = exported("--ratio", "0.3", "--fp16")
+    (made.path.parent / f".{made.path.name}.12ab.partial").touch()
+    measure(made.path, made.reference, clip, "fp16")
+    assert not [path for path in made.path.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_what_cannot_be_done_is_one_line(engine: Path, tmp_path: Path, talkative: Path) -> None:

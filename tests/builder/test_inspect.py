@@ -350,3 +350,35 @@ def test_a_graph_that_is_none(copy: Path, command: Command) -> None:
     (copy / contract.ONNX_FILE).write_bytes(b"this is no graph at all")
     seal(copy)
     assert "no ONNX graph" in refused(command(copy))
+
+
+HOSTILE: list[bytes] = [
+    b"",
+    b"[]",
+    b"3",
+    b'"x"',
+    b"[" * 5000,
+    b'{"compile": ' * 60 + b"1" + b"}" * 60,
+    b'{"compile": 1e999}',
+    b'{"compile": {"warnings": 3, "layers": 1}}',
+    b'{"compile": [1, 2]}',
+    b'{"compile": 1, "layers": [{}], "source": "x", "summary": {}}',
+    b'{"compile": 1, "layers": {"a": 1}}',
+    b'{"compile": 1, "compile": 2}',
+    b'{"key_parts": "\\ud800"}',
+    b"[" + b"[]," * 1_100_000 + b"[]]",
+    b'{"compile": "' + b"x" * 100_000 + b'"}',
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("name", [contract.REPORT_FILE, contract.LAYERS_FILE])
+def test_a_hostile_report_or_layer_list_is_one_line(copy: Path, command: Command, name: str, content: bytes) -> None:
+    if name == contract.LAYERS_FILE:
+        look_compiled(copy)
+    (copy / name).write_bytes(content)
+    seal(copy)
+    status, stdout, stderr = command(copy)
+    assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith("error: ")
+    assert len(stderr) < 800

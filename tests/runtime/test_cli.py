@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from earlytom.errors import UserError
 from runtime import cli
@@ -215,3 +216,128 @@ def test_what_standard_output_cannot_encode_is_escaped() -> None:
         assert (done.returncode, done.stderr) == (0, b"")
         said.append(done.stdout.decode())
     assert said == ["caf\\xe9\n", "café\n"]
+
+
+# Limits of the machine
+
+
+class Foreign(Exception):  # noqa: N818
+    """An error of a library that derives from none of Python's, as safetensors' and onnxruntime's do."""
+
+
+Foreign.__module__ = "library"
+
+
+def cause(error: BaseException, reason: BaseException) -> BaseException:
+    error.__cause__ = reason
+    return error
+
+
+LIMITS = [
+    (MemoryError(), "an allocation failed"),
+    (MemoryError("std::bad_alloc"), "std::bad_alloc"),
+    (MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,)"), "7.45 GiB"),
+    (RuntimeError("unable to mmap 829 bytes from file <model.safetensors>: Cannot allocate memory (12)"), "mmap"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"), ""),
+    (RuntimeError("can't start new thread"), "new thread"),
+    (RuntimeError("std::bad_alloc"), "bad_alloc"),
+    (SystemError("error return without exception set"), "without exception set"),
+    (Foreign("Error while deserializing header: Cannot allocate memory (os error 12)"), "os error 12"),
+    (Foreign("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"), ""),
+    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "libtorch_cpu.so"),
+    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+    (OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "Resource temporarily unavailable"),
+    (cause(ValueError("no model"), MemoryError()), "an allocation failed"),
+    (RuntimeError("x" * 10_000 + " bad_alloc\nat some line"), "xxx"),
+]
+
+
+@pytest.mark.parametrize(("error", "says"), LIMITS)
+def test_low_memory_is_one_line(error: BaseException, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: None) -> None:
+        raise error
+
+    assert cli.run(main, None) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: not enough memory (")
+    assert says in err
+    assert "ulimit -v" in err
+    assert len(err) < 300
+
+
+def test_a_gpu_s_memory_is_another(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: None) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    assert cli.run(main, None) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: not enough GPU memory (CUDA out of memory. Tried to allocate 2 GiB.)")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files", "f"), Foreign("x: Too many open files (os error 24)")]
+)
+def test_too_many_files_are_one_line(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: None) -> None:
+        raise error
+
+    assert cli.run(main, None) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "too many files are open; raise the limit (ulimit -n)" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("not enough memory for this bad_alloc"),
+        KeyError("cannot allocate memory"),
+        AssertionError("bad_alloc"),
+        RuntimeError("the size of tensor a must match"),
+        ImportError("cannot import name 'x'"),
+        cause(ValueError("a defect"), KeyError("memory")),
+    ],
+)
+def test_a_defect_of_ours_keeps_its_traceback(error: BaseException) -> None:
+    def main(_: None) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.run(main, None)
+
+
+def test_an_error_that_is_its_own_context_comes_to_an_end() -> None:
+    one, other = ValueError("one"), ValueError("other")
+    one.__context__, other.__context__ = other, one
+
+    assert cli.limit_reached(one) is None
+
+
+REAL = """
+import resource, sys
+from runtime import cli
+def main(_):
+    resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2)
+    {body}
+sys.exit(cli.run(main, None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "body", "says"),
+    [
+        ("RLIMIT_AS", 2**20, "bytearray(2**30)", "not enough memory"),
+        ("RLIMIT_AS", 2**20, "import torch; torch.empty(2**30)", "not enough memory"),
+        ("RLIMIT_AS", 2**20, "import threading; threading.Thread(target=print).start()", "not enough memory"),
+        ("RLIMIT_AS", 2**20, "import onnxruntime", "not enough memory"),
+        ("RLIMIT_NOFILE", 5, "[open('/dev/null') for _ in range(9)]", "too many files are open"),
+    ],
+)
+def test_real_limits(limit: str, value: int, body: str, says: str) -> None:
+    """Of memory, what is there already stays: nothing more is given."""
+    words = [sys.executable, "-c", REAL.format(body=body), limit, str(value)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
