@@ -46,6 +46,7 @@ from runtime import cli, contract
 from runtime.checkpoint import describe
 from runtime.clip import draw_clip
 from runtime.manifest import Manifest
+from runtime.origin import source_of
 from runtime.video import load_clip
 
 Range = tuple[float, float]
@@ -213,7 +214,7 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
     Raises:
         UserError: there is no such checkpoint, or its weights are others.
     """
-    checkpoint = describe(source or manifest.model.source)
+    checkpoint = describe(source_of(manifest, source))
     if checkpoint.digest() != manifest.model.digest:
         raise UserError(
             f"{checkpoint.source} is not the checkpoint that {manifest.name} was built from (its digest differs): "
