@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model",
         metavar="SOURCE",
-        help="the checkpoint it was built from, where it is now (default: where it was then)",
+        help="the checkpoint it was built from, where it is now (default: as then)",
     )
     p.add_argument(
         "--backend",
