@@ -109,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model",
         metavar="SOURCE",
-        help="a checkpoint folder, a hub id (ORG/NAME), random:NAME for a published configuration with random weights; "
-        "default: the small bundled model",
+        help="a checkpoint folder, a hub id (ORG/NAME or ORG/NAME@REVISION), random:NAME for a published configuration "
+        "with random weights; default: the small bundled model",
     )
     _method_options(p.add_argument_group("compression"))
     _engine_options(p.add_argument_group("engine"))

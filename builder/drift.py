@@ -51,6 +51,7 @@ from runtime.clip import draw_clip
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 from runtime.manifest_records import cut
+from runtime.origin import source_of
 from runtime.plain_files import MIB, open_plain
 from runtime.video import load_clip
 
@@ -219,7 +220,7 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
     Raises:
         UserError: there is no such checkpoint, or its weights are others.
     """
-    checkpoint = describe(source or manifest.model.source)
+    checkpoint = describe(source_of(manifest, source))
     if checkpoint.digest() != manifest.model.digest:
         raise UserError(
             f"{checkpoint.source} is not the checkpoint that {manifest.name} was built from (its digest differs): "

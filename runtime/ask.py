@@ -114,7 +114,11 @@ def parser() -> argparse.ArgumentParser:
         "questions", nargs="+", metavar="QUESTION", help="what to ask; for several the video is encoded and read once"
     )
     p.add_argument("--engine", type=Path, metavar="DIR", help="engine folder (default: the newest under engines/)")
-    p.add_argument("--model", metavar="SOURCE", help="the checkpoint it was built from (default: where it was then)")
+    p.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="the checkpoint it was built from, where it is now (default: as then)",
+    )
     p.add_argument(
         "--backend",
         choices=BACKENDS,

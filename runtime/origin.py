@@ -25,16 +25,7 @@ def checkpoint_of(manifest: Manifest, model: Source = None) -> Checkpoint:
         EngineError: it is not there any more, or another model.
         UserError: it cannot be read.
     """
-    record = manifest.model
-    source: Source = record.source if model is None else model
-    if model is None and Path(record.source).is_absolute() and not Path(record.source).is_dir():
-        raise EngineError(
-            f"engine {manifest.name} was built from {record.source}, which is not there any more: give the place of "
-            "that checkpoint with --model"
-        )
-    if record.commit is not None and source == record.source and _is_on_hub(record.source):
-        source = at_commit(record.source, record.commit)  # the branch may have moved since
-    checkpoint = describe(source)
+    record, checkpoint = manifest.model, describe(source_of(manifest, model))
     remedy = (
         f"give the model it was built from with --model, or build an engine for this one with python -m builder.build "
         f"--model {checkpoint.source}"
@@ -52,5 +43,19 @@ def checkpoint_of(manifest: Manifest, model: Source = None) -> Checkpoint:
     return checkpoint
 
 
-def _is_on_hub(source: str) -> bool:
-    return is_hub_id(source) and not Path(source).is_dir()
+def source_of(manifest: Manifest, model: Source = None) -> Source:
+    """Where the checkpoint is: `model`, by default where it was; a hub repository at the commit that it had then.
+
+    Raises:
+        EngineError: it is not there any more.
+    """
+    record = manifest.model
+    if model is None and Path(record.source).is_absolute() and not Path(record.source).is_dir():
+        raise EngineError(
+            f"engine {manifest.name} was built from {record.source}, which is not there any more: give the place of "
+            "that checkpoint with --model"
+        )
+    on_hub = is_hub_id(record.source) and not Path(record.source).is_dir()
+    if record.commit is not None and model in (None, record.source) and on_hub:
+        return at_commit(record.source, record.commit)  # the branch may have moved since
+    return record.source if model is None else model

@@ -138,8 +138,8 @@ class Files:
 
     def no_memory(self) -> UserError:
         return self.error(
-            "its weights do not fit into the memory that is free here; give --dtype bf16 or fp16 where they are loaded "
-            "in fp32, raise the limit (ulimit -v, the container's), or use a machine with more"
+            "its weights do not fit into the memory that is free here; raise the limit (ulimit -v, the container's), use a "
+            "machine with more, or ask with --dtype bf16 or fp16, which take half of what fp32 takes"
         )
 
 

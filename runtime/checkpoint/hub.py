@@ -19,7 +19,7 @@ from earlytom.errors import UserError
 from runtime.checkpoint.files import Files
 
 _SECONDS = 4.0  # to reach the hub, and between two pieces of its answer; the client's own calls try again for 24
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w][\w./+-]*))?")
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@((?!.*\.\.)\w[\w./+-]*))?")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CONFIG = "config.json"
 
@@ -82,9 +82,9 @@ class HubFiles(Files):
         """As of any file; of one in the hub's large file storage, what the hub or the cache calls it by."""
         stored = None if self._listing is None else getattr(self._listing.get(name), "lfs", None)
         known = getattr(stored, "sha256", None)
-        cached = self._cached(name)
-        if known is None and cached is not None and (link := cached.resolve()).parent.name == "blobs":
-            known = link.name
+        if known is None:  # the cache calls a file by what the hub called it
+            cached = self._cached(name)
+            known = self._etag(name) if cached is None else cached.resolve().name
         return known if known is not None and _SHA256.fullmatch(known) else super().sha256(name)
 
     def error(self, text: str) -> UserError:
@@ -124,6 +124,12 @@ class HubFiles(Files):
 
         found = try_to_load_from_cache(self._repository, name, revision=revision or self.commit)
         return Path(found) if isinstance(found, str) else None
+
+    def _etag(self, name: str) -> str | None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        with self._one_line():
+            return get_hf_file_metadata(hf_hub_url(self._repository, name, revision=self.commit)).etag
 
     def _fetch(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download

@@ -55,7 +55,7 @@ def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> Vi
         state = {}
         with checkpoint.files.in_memory():
             for name, tensor in checkpoint.weights.tensors(shapes, VISION):
-                state[name] = tensor.to(dtype)
+                state[name] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
                 _check_finite(name, state[name], checkpoint.files)
     part = _empty_vision(checkpoint)
     part.load_state_dict({name.removeprefix("multi_modal_"): tensor for name, tensor in state.items()}, assign=True)
@@ -90,7 +90,7 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> LlavaOnevisionFor
     else:
         checkpoint.check_weights()
         for name, tensor in checkpoint.weights.by_file(wanted, (*DECODER, _NEWLINE)):
-            state[names[name]] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
+            state[names[name]] = tensor.to(dtype, copy=True)
             _check_finite(name, state[names[name]], files)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

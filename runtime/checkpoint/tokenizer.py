@@ -47,7 +47,7 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
             local_files_only=True,
             trust_remote_code=False,
         )
-        known = tokenizer.get_added_vocab().get(VIDEO)
+        known, largest = tokenizer.get_added_vocab().get(VIDEO), max(tokenizer.get_vocab().values(), default=0)
         tokenizer(VIDEO, verbose=False)  # what settings of no sense fail on
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
@@ -57,6 +57,10 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
     finally:
         library.setLevel(level)
+    if largest >= (size := config.text_config.vocab_size):
+        raise files.error(
+            f"its tokenizer has ids up to {largest}, and vocab_size in config.json is {size}; they are of two models"
+        )
     if template is not None:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:

@@ -465,7 +465,10 @@ def test_a_missing_settings_file_is_refused(folder: Path, missing: str) -> None:
     one_line(error)
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./no", "no-such-folder", "a/b/c", "~/no such folder", ""])
+NOWHERE = ("/no/such/folder", "./no", "no-such-folder", "a/b/c", "~/no such folder", "")
+
+
+@pytest.mark.parametrize("source", [*NOWHERE, "a/b@../c", "a/b@", "a\0b", pytest.param("x" * 5000, id="long")])
 def test_no_such_folder(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # which the empty path stands for; it is no checkpoint
     monkeypatch.setattr(HubFiles, "__init__", lambda *_: pytest.fail("not a hub id"))

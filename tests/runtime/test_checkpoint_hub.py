@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,3 +304,14 @@ def test_one_file_for_all_weights(hub: Hub, tmp_path: Path, original: Any) -> No
     hub.push("org/single", single)
     assert torch.equal(load_vision("org/single").image_newline, original.model.image_newline)
     assert describe("org/single").answers_digest() == describe(single).answers_digest()
+
+
+def test_a_hub_that_never_answers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("runtime.checkpoint.hub._SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "cache")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot be reached \(ReadTimeout\)") as error:
+            describe(NAME)
+        assert time.monotonic() - started < 15
+    one_line(error)
