@@ -26,10 +26,11 @@ from builder import functions
 from builder.islands import DEFAULT, Islands
 from builder.shared_weights import SharedWeights
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Method, encode
+from earlytom.encoder import encode
 from earlytom.errors import UserError
 from earlytom.families import LLAVA_ONEVISION, Family, Vision
 from earlytom.merge import frame_similarity
+from earlytom.method import Method
 from earlytom.methods.earlytom import EachVideo, EarlyTom, trace_names
 from earlytom.towers import Tower, tower_of
 from runtime import contract
