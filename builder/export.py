@@ -26,12 +26,13 @@ from builder import functions
 from builder.islands import DEFAULT, Islands
 from builder.shared_weights import SharedWeights
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Method, encode
+from earlytom.encoder import encode
 from earlytom.errors import UserError
 from earlytom.families import LLAVA_ONEVISION, Family, Vision
 from earlytom.merge import frame_similarity
+from earlytom.method import Method
 from earlytom.methods.earlytom import EachVideo, EarlyTom, trace_names
-from earlytom.towers import Tower, tower_of
+from earlytom.towers import Tower
 from runtime import contract
 
 # Attention is one operator from opset 23 on; before, it is decomposed with a half-precision softmax.
@@ -136,18 +137,18 @@ class VisionGraph(nn.Module):
         return pixels.to(self._island("embeddings"))
 
     @property
-    def tower(self) -> Tower:
-        """The adapter of the vision tower, in the precision of the graph."""
-        tower = tower_of(self.vision_tower)
-        tower.residual_dtype = self._island("residual")
-        tower.matrix_dtype = torch.float32 if "softmax" in self.islands else None
-        tower.logits_dtype = torch.float32 if "logits" in self.islands else None
-        return tower
-
-    @property
     def vision(self) -> Vision:
         """The vision part as the encoder runs it, in the precision of the graph."""
-        return self.family.vision(self.tower, self.projector)
+        vision = self.family.vision(self.vision_tower, self.projector)
+        vision.tower.residual_dtype = self._island("residual")
+        vision.tower.matrix_dtype = torch.float32 if "softmax" in self.islands else None
+        vision.tower.logits_dtype = torch.float32 if "logits" in self.islands else None
+        return vision
+
+    @property
+    def tower(self) -> Tower:
+        """The adapter of the vision tower, in the precision of the graph."""
+        return self.vision.tower
 
     @property
     def layers(self) -> int:

@@ -30,8 +30,8 @@ from builder.batches import split, stack
 from builder.export import VisionGraph
 from builder.rounding import round_results
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Method
 from earlytom.errors import UserError
+from earlytom.method import Method
 from earlytom.methods.earlytom import EarlyTom
 from runtime import contract
 from runtime.partial import temporary

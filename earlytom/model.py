@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Method, VisualTokens, encode
+from earlytom.encoder import VisualTokens, encode
 from earlytom.errors import UserError
 from earlytom.families import FAMILIES, LLAVA_ONEVISION, Family, family_of
 from earlytom.inner_decoder import AppliedInner, apply_inner
+from earlytom.method import Method
 from earlytom.methods import method_of
 from earlytom.restorable import Restorable
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Method
 from earlytom.errors import UserError
+from earlytom.method import Method
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
 

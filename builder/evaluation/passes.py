@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from earlytom.encoder import Method, State, encode
+from earlytom.encoder import encode
 from earlytom.families import family_of
+from earlytom.method import Method, State
 from runtime.checkpoint import Checkpoint, VisionPart
 
 

@@ -106,8 +106,8 @@ class Family(ABC):
         """Raises UserError for a configuration whose features EarlyTom cannot run on."""
 
     @abstractmethod
-    def vision(self, tower: nn.Module | Tower, projector: nn.Module) -> Vision:
-        """The vision part around a Hugging Face vision tower, or the adapter of one.
+    def vision(self, tower: nn.Module, projector: nn.Module) -> Vision:
+        """The vision part around a Hugging Face vision tower; nothing is copied.
 
         Raises:
             UserError: the tower has no adapter.

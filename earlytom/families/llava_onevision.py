@@ -51,8 +51,8 @@ class LlavaOnevision(Family):
             llm_width=config.text_config.hidden_size,
         )
 
-    def vision(self, tower: nn.Module | Tower, projector: nn.Module) -> LlavaOnevisionVision:
-        return LlavaOnevisionVision(tower if isinstance(tower, Tower) else tower_of(tower), projector)
+    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaOnevisionVision:
+        return LlavaOnevisionVision(tower_of(tower), projector)
 
     def vision_of(self, model: Any) -> LlavaOnevisionVision:
         return self.vision(model.vision_tower, model.multi_modal_projector)

@@ -1,6 +1,6 @@
 """Methods, by name: who decides which frames and which tokens of a video the LLM sees.
 
-What a method is, and when its hooks are called, says `earlytom.encoder.Method`. A new one is a module here and its
+What a method is, and when its hooks are called, says `earlytom.method.Method`. A new one is a module here and its
 class in `METHODS`. To be built into an engine it also needs its steps in ONNX, see `builder.export.FORMS`.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Method
 from earlytom.errors import UserError
+from earlytom.method import Method
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
 

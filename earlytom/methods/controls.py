@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from earlytom.encoder import Counts, Method, State
 from earlytom.errors import UserError
+from earlytom.method import Counts, Method, State
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from earlytom import ops
 from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, static_tokens, token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Counts, Method, Note, State
 from earlytom.errors import UserError
 from earlytom.merge import apply_weights
+from earlytom.method import Counts, Method, Note, State
 from earlytom.select import select_varying
 
 

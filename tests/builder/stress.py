@@ -138,7 +138,8 @@ class NaiveSymbols(SymbolicDecisions):
 def naive_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
     """The vision part as `module.to(dtype)` makes it: every weight and every operator, nothing kept, nothing left out.
 
-    Wants `NaiveTower` in the place of `builder.export.tower_of`, and to be exported with `NaiveSymbols` there.
+    Wants `NaiveTower` in the place of `earlytom.families.llava_onevision.tower_of`, and to be exported with
+    `NaiveSymbols`.
     """
     graph = plain_graph(config, dtype)
     graph.islands, graph.decisions = Islands(frozenset()), NaiveDecisions(config.earlytom)

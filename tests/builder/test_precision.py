@@ -19,6 +19,7 @@ from builder.drift import Tap, measure
 from builder.export import VisionGraph, export_onnx
 from builder.precision import TypedLayerNorm, set_precision, set_vision_precision
 from earlytom.errors import UserError
+from earlytom.families import llava_onevision
 from earlytom.towers import tower_of
 from runtime import contract
 from runtime.checkpoint import load_vision
@@ -186,7 +187,7 @@ def test_all_half_breaks(
     dtype: str,
 ) -> None:
     config = config_of(stressed)
-    monkeypatch.setattr(export, "tower_of", NaiveTower)
+    monkeypatch.setattr(llava_onevision, "tower_of", NaiveTower)
     monkeypatch.setattr(export, "SymbolicDecisions", NaiveSymbols)
     graph = naive_graph(config, contract.DTYPES[dtype])
     in_torch = graph(clip)["tokens"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
+from earlytom.families import LLAVA_ONEVISION
 from runtime.backends.chunked import ChunkedVision, Room
 from runtime.backends.torch import TorchChunked, TorchVision
 
@@ -27,7 +28,7 @@ class TinyVision(TorchVision):
         self.config = EarlyTomConfig(merge_layers=layers, **(usual | settings))
         self.shape = (frames, 3, SIDE, SIDE)
         self.batch = 1
-        self.depth = 4
+        self.family, self.depth = LLAVA_ONEVISION, 4
         self.part: Any = SimpleNamespace(vision_tower=tiny_tower(family), projector=tiny_projector())
         self.dtype = torch.float32
         self.scale, self.shift = torch.full((1, 3, 1, 1), 1 / 127.5), torch.full((1, 3, 1, 1), -1.0)

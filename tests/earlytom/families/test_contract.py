@@ -91,7 +91,7 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert found.placeholders(model.config, F) == F * frame.tokens_per_frame + (closing is not None)
     assert found.video_token_id(model.config) == model.config.video_token_id
     vision = found.vision_of(model.model)
-    parts: list[Any] = [vision.tower.embed.__self__.model.embeddings, *vision.tower.layers[: frame.depth]]  # type: ignore[attr-defined]
+    parts: list[Any] = [vision.tower.model.embeddings, *vision.tower.layers[: frame.depth]]
     parts.append(vision.projector)  # type: ignore[attr-defined]
     assert found.vision_weights(model.config) == sum(p.numel() for part in parts for p in part.parameters())
     whole, less = (found.vision_flops(model.config, *stages) for stages in (((F,), ()), ((F, 3), (0,))))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom, encode_video
-from earlytom.encoder import Counts, Method, State
+from earlytom.encoder import VisualTokens
+from earlytom.method import Counts, Method, State
 from earlytom.methods import METHODS, by_name, method_of
 from earlytom.methods.controls import TopK
 from earlytom.methods.earlytom import EarlyTom
@@ -112,42 +113,68 @@ def test_an_unknown_method_is_refused() -> None:
 
 
 class Halves(Method):
-    """Made up: merges frames by twos after a layer that nobody watches, and remembers that it did."""
+    """Made up: merges frames by twos after its layers, and may watch one."""
 
     name = "halves"
-    layers = (1,)
+
+    def __init__(self, layers: tuple[int, ...], watches: int | None) -> None:
+        self.layers, self.watches = layers, watches
+        self.looked: list[int] = []
 
     @classmethod
     def from_dict(cls, settings: Any) -> Halves:
-        return cls()
+        return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
-        return {}
+        return {"layers": self.layers, "watches": self.watches}
 
-    def tower_key(self) -> str:
-        return self.name
+    def tower_key(self) -> Any:
+        return self.layers, self.watches
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts:
-        return Counts((frames, frames // 2), frames // 2 * tokens_per_frame)
+        stages = tuple(frames // 2**stage for stage in range(len(self.layers) + 1))
+        return Counts(stages, stages[-1] * tokens_per_frame)
+
+    def watched(self, depth: int) -> int | None:
+        return self.watches
 
     def after_layer(
         self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Any
     ) -> tuple[Tensor, Tensor | None]:
-        assert (layer, received) == (1, None)
         weights = torch.eye(len(hidden) // 2).repeat_interleave(2, 1) / 2
         state.frame_weights = weights @ state.frame_weights
         state.stages.append(len(hidden) // 2)
-        return hidden.unflatten(0, (-1, 2)).mean(1), None
+        return hidden.unflatten(0, (-1, 2)).mean(1), None if received is None else weights @ received
+
+    def look(self, hidden: Tensor, state: State) -> None:
+        self.looked.append(len(hidden))
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        assert relevance is None
+        assert (relevance is None) == (self.watches is None)
         return features.flatten(0, 1), torch.arange(features.shape[:2].numel())
 
 
+def halved(layers: tuple[int, ...], watches: int | None) -> tuple[VisualTokens, list[int]]:
+    method = Halves(layers, watches)
+    return encode_video(tiny_tower("clip"), tiny_projector(), made_video("drift", F), method), method.looked
+
+
 def test_a_method_that_needs_no_attention_and_merges_in_its_own_way() -> None:
-    out = encode_video(tiny_tower("clip"), tiny_projector(), made_video("drift", F), Halves())
+    out, looked = halved((1,), None)
     assert out.frames_per_stage == (8, 4)
     assert out.tokens.shape == (4 * P, 24)
     assert out.frame_weights[1].tolist() == [0, 0, 0.5, 0.5, 0, 0, 0, 0]
-    assert out.received.shape == (4, 0)
+    assert (out.received.shape, looked) == ((4, 0), [])
     assert out.segments.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]  # no segments: every frame is its own
+
+
+def test_received_attention_is_that_of_any_layer_and_merged_from_there_on() -> None:
+    untouched, _ = halved((), 0)
+    for layers, wanted in (((1, 2), [4]), ((0, 2), [4]), ((2, 3), [4])):
+        out, looked = halved(layers, 0)
+        merged = out.frame_weights @ untouched.received  # of layer 0, which runs on all frames
+        torch.testing.assert_close(out.received, merged)
+        assert looked == wanted
+        assert out.tokens.shape == (2 * P, 24)
+    last, looked = halved((0, 1), 3)
+    assert (last.received.shape, looked) == ((2, 25), [2])

@@ -1,0 +1,138 @@
+"""What a method is: who decides which frames and which tokens of a video the LLM sees.
+
+`earlytom.encoder` runs a vision part around a `Method` and calls its hooks; `earlytom.methods` has them all by name.
+
+Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens
+after pooling, E LLM width, N tokens kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from earlytom.families import Vision
+
+Note = Callable[..., None]
+"""Told intermediate tensors by name."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is known of a video's tokens before it is seen.
+
+    Attributes:
+        stages: frames before the first merge and after each one.
+        tokens: N.
+    """
+
+    stages: tuple[int, ...]
+    tokens: int
+
+
+@dataclass
+class State:
+    """What has become of one run's frames so far. A method that has to remember more extends it.
+
+    Attributes:
+        vision: the vision part that runs.
+        stages: frames of a video before the first merge and after each one so far.
+        frame_weights: [F', F] fp32, what each frame left is made of.
+        cells: (rows, columns) of the tokens of a frame; known from the projector on.
+        start: [F'] int64, first frame of each remaining frame's final segment; None for a method without segments.
+        static: [F'] bool, the frames strictly inside their segment; None likewise.
+    """
+
+    vision: Vision
+    stages: list[int]
+    frame_weights: Tensor
+    cells: tuple[int, int] = (0, 0)
+    start: Tensor | None = None
+    static: Tensor | None = None
+
+    @property
+    def frames(self) -> int:
+        """F, that entered the tower."""
+        return self.stages[0]
+
+
+class Method(ABC):
+    """Who decides which frames and which tokens of a video the LLM sees.
+
+    A method is made of frozen settings and holds nothing of a video; `begin` gives the state that its hooks are handed.
+    The hooks, in the order in which `encode` calls them: `frames` before the tower, `after_layer` behind each of
+    `layers`, `look` once received attention is known, `choose` after the projector. By default none does anything but
+    `choose`, which every method must have.
+
+    Attributes:
+        name: in `earlytom.methods.METHODS`.
+        layers: the encoder layers, ascending, after which `after_layer` is called.
+        videos: B, about how many videos at once it decides.
+        inner: the layer of the language model before which visual tokens are merged, and the share that is folded away
+            there (see `earlytom.inner`); None leaves the language model alone.
+    """
+
+    name: ClassVar[str]
+    layers: tuple[int, ...] = ()
+    videos: int = 1
+    inner: tuple[int, float] | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The method with these settings. Raises UserError for what is no setting of it, or makes no sense."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Its settings in plain JSON types; inverse of `from_dict`."""
+
+    @abstractmethod
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
+        """What it keeps of a video of `frames` frames; None if only the video tells."""
+
+    @abstractmethod
+    def tower_key(self) -> Hashable:
+        """Equal for two methods that do the same up to `choose`, so that one pass over a video serves both."""
+
+    def check(self, depth: int) -> None:  # noqa: B027  (a hook)
+        """Raise UserError if it cannot act in a tower of which `depth` layers run."""
+
+    def watched(self, depth: int) -> int | None:
+        """The layer, of `depth` that run, whose received attention it needs; None if it needs none."""
+        return None
+
+    def frames(self, count: int) -> Sequence[int]:
+        """Before the tower: which of a video's `count` frames enter it, ascending."""
+        return range(count)
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        """The state of a new run on videos of `frames` frames each."""
+        return State(vision, [frames], torch.eye(frames, device=device))
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        """Inside the tower, after one of `layers`: merge frames.
+
+        Args:
+            hidden: [F', T, D] of all frames left.
+            received: [F', S] fp32 received attention, once the layer that is watched has run.
+            state: of the run; brought up to date.
+            note: told what it decides by.
+
+        Returns:
+            What is left of both.
+        """
+        return hidden, received
+
+    def look(self, hidden: Tensor, state: State) -> None:  # noqa: B027  (a hook)
+        """Once, behind the layer that is watched and what the method does there: `hidden [F', T, D]` of the frames."""
+
+    @abstractmethod
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        """After the projector: `features [F', P, E]` and `relevance [F', P]` to tokens [N, E] and positions [N]."""
