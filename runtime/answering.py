@@ -27,6 +27,7 @@ from runtime.backends import BatchedVision, VisionBackend, encode_one
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
 from runtime.manifest import Manifest
+from runtime.options import MAX_NEW_TOKENS
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import Prompt, build_prompt, check_length, splice
 from runtime.requests import (
@@ -46,7 +47,6 @@ from runtime.staging import Upload
 from runtime.text import TextStream
 from runtime.video import Clip, clip_from_frames, load_clip
 
-MAX_NEW_TOKENS = 128
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from earlytom.errors import UserError
+from runtime.options import MIN_FRAMES
 
-MIN_FRAMES = 2  # the method compares neighbouring frames, so one frame is not a video
 _WIDENED = 8  # frames that are fp32 at a time
 
 

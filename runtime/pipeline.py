@@ -25,13 +25,14 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from runtime import contract
-from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
+from runtime.answering import WATCH_BYTES, Answering
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
 from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
 from runtime.job import Job
 from runtime.manifest import Manifest
+from runtime.options import DECODERS, MAX_NEW_TOKENS
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from runtime.live_video import LiveVideo
 
 WAITING = 8  # requests in line, if nothing else is asked for
-DECODERS = ("torch", "torch-tensorrt")
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
 

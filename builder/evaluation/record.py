@@ -12,14 +12,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from builder.evaluation.options import CLIPS
 from earlytom import micro
 from earlytom.errors import UserError
 from earlytom.micro.card import ACCURACY_FILE
 from runtime.checkpoint import MICRO, Checkpoint
 
 PATH = micro.PATH / ACCURACY_FILE
-# A record is of the default table, and of this many clips at least.
-CLIPS = 2000
 _WEIGHTS = "model.safetensors"
 
 

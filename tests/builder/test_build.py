@@ -17,9 +17,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from builder import build, gate, verify
+from builder import build, stages
 from builder.arguments import parse
 from builder.config import project_version
+from builder.gate import accuracy, stage
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
 from runtime import cli, contract
@@ -72,7 +73,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*args: Any) -> None:
         raise AssertionError("something was built")
 
-    monkeypatch.setattr(build, "export", export)
+    monkeypatch.setattr(stages, "export", export)
 
 
 def last_line(stdout: str) -> dict[str, Any]:
@@ -247,8 +248,8 @@ def test_an_interrupted_build_leaves_nothing_behind(
 def test_what_fails_the_gate_is_not_published(
     command: Command, built: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = replace(verify.GATES["fp16"], cosine=1.5)
-    monkeypatch.setitem(verify.GATES, "fp16", impossible)
+    impossible = replace(accuracy.GATES["fp16"], cosine=1.5)
+    monkeypatch.setitem(accuracy.GATES, "fp16", impossible)
     status, stdout, stderr = command("--force")
     assert status == 2
     assert stderr.startswith("error: the graph does not reproduce the model: hidden_1: cosine is ")
@@ -264,7 +265,7 @@ def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pyt
         (place / contract.ONNX_FILE).write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(build, "export", half)
+    monkeypatch.setattr(stages, "export", half)
     status, _, stderr = command()
     assert status == 2
     assert stderr.startswith("error: ")
@@ -324,21 +325,21 @@ def test_decoder_is_loaded_for_the_gate_only_where_its_text_means_something(
         asked.append(checkpoint.source)
         raise UserError("stop here")
 
-    monkeypatch.setattr(gate, "NextTokens", next_tokens)
-    monkeypatch.setattr(verify, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
+    monkeypatch.setattr(stage, "NextTokens", next_tokens)
+    monkeypatch.setattr(accuracy, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
     clips = {FRAMES: {"clip": torch.zeros(FRAMES, 3, 72, 72, dtype=torch.uint8)}}
     screen = cli.Screen(json_only=True)
     for limit, words, loads in (
         (0, [], 0),
-        (gate.SMALL_DECODER, [], 1),
-        (gate.SMALL_DECODER, ["--no-verify-text"], 0),
+        (stage.SMALL_DECODER, [], 1),
+        (stage.SMALL_DECODER, ["--no-verify-text"], 0),
         (0, ["--verify-text"], 1),
     ):
         options, config, _ = parse([*build_arguments, *words])
-        monkeypatch.setattr(gate, "SMALL_DECODER", limit)
+        monkeypatch.setattr(stage, "SMALL_DECODER", limit)
         asked.clear()
         with pytest.raises(UserError, match="stop here" if loads else "gate"):
-            gate.check_each(config, cast(Any, None), [tmp_path], clips, screen, with_text=options.verify_text)
+            stage.check_each(config, cast(Any, None), [tmp_path], clips, screen, with_text=options.verify_text)
         assert len(asked) == loads
 
 

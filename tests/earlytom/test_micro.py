@@ -24,7 +24,7 @@ from earlytom.micro.card import write_card
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.render import NOBODY
 from earlytom.micro.random_model import SPECIAL_TOKENS
-from earlytom.micro.train import PERCEPTION_STEPS, SEED, STAGES, new_model
+from earlytom.micro.training.course import PERCEPTION_STEPS, SEED, STAGES, new_model
 from earlytom.micro.training.see import normalised
 from earlytom.micro.weights import canonical_name, random_tensor
 from runtime.prompt import build_prompt, splice

@@ -18,11 +18,12 @@ from torch import Tensor
 from earlytom import EarlyTomConfig, encode_video
 from earlytom.model import feature_depth
 from runtime import trt
-from runtime.backends import ENGINE_BACKENDS, VisionBackend, choose_backend, open_backend
+from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.backends.torch import TorchVision
 from runtime.checkpoint import describe, load_vision
 from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
+from runtime.options import ENGINE_BACKENDS
 from runtime.video import load_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,6 @@
 """How the bundled model is trained: `python -m earlytom.micro.train` runs the stages of this package in order.
 
-`labels` says what every part of a frame shows, `perception` teaches the vision tower and the projector to see it,
-`answering` teaches the decoder to answer, with many questions about a clip in one sequence (`earlytom.micro.packing`).
-No stage ever drops or merges a visual token.
+`course` lists the stages, `labels` says what every part of a frame shows, `perception` teaches the vision tower and the
+projector to see it, `answering` teaches the decoder to answer, with many questions about a clip in one sequence
+(`earlytom.micro.packing`). No stage ever drops or merges a visual token.
 """
