@@ -24,10 +24,10 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from runtime.backends import BatchedVision, VisionBackend, encode_one
+from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
 from runtime.manifest import Manifest
-from runtime.options import MAX_NEW_TOKENS
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import Prompt, build_prompt, check_length, splice
 from runtime.requests import (

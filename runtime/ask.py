@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from runtime import cli
+from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
-from runtime.options import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.sampling import Sampling
 
 if TYPE_CHECKING:  # what loads PyTorch is imported when nothing is left to refuse

@@ -12,24 +12,18 @@ random weights, for measuring without a download), a local folder, or a hub id O
 Everything that can be wrong with a source ends in a `UserError` of one line.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
 from earlytom import micro
 from earlytom.errors import UserError
@@ -37,6 +31,9 @@ from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.random_model import PUBLISHED, VIDEO, published_tokenizer, random_model
 from earlytom.micro.weights import SCHEME, random_state
 from runtime.checkpoint_files import Files, HubFiles, first_line, is_hub_id, some
+
+if TYPE_CHECKING:  # transformers' classes take seconds to import: each function imports those that it makes
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
 
 MICRO = "micro"
 RANDOM = "random:"
@@ -132,7 +129,7 @@ class VisionPart(nn.Module):
         self.image_newline = image_newline
 
     @classmethod
-    def from_model(cls, model: LlavaOnevisionForConditionalGeneration) -> "VisionPart":
+    def from_model(cls, model: LlavaOnevisionForConditionalGeneration) -> VisionPart:
         """The vision part of a loaded model; modules are shared, nothing is copied."""
         inner = model.model
         return cls(inner.vision_tower, inner.multi_modal_projector, inner.image_newline)
@@ -193,6 +190,8 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Lla
     if files is None:
         return random_model(checkpoint.config, dtype, seed=RANDOM_SEED)
     files.places(vision_shapes(checkpoint.config), _PREFIXES)  # says more clearly what is wrong than the library does
+    from transformers import LlavaOnevisionForConditionalGeneration
+
     try:
         with without_progress_bars():
             loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
@@ -229,6 +228,8 @@ def load_tokenizer(source: Source = None) -> PreTrainedTokenizerBase:
         raise files.error(
             "it has neither tokenizer.json nor vocab.json; expected the tokenizer's files beside the weights"
         )
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             files.folder(("*.json", "*.jinja", "merges.txt")), local_files_only=True
@@ -256,6 +257,9 @@ def vision_shapes(config: LlavaOnevisionConfig) -> dict[str, torch.Size]:
 
 def _empty_vision(config: LlavaOnevisionConfig) -> VisionPart:
     """The vision part without memory for its weights."""
+    from transformers import AutoModel
+    from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+
     text: Any = config.text_config
     with torch.device("meta"):
         newline = nn.Parameter(torch.empty(text.hidden_size))
@@ -293,6 +297,8 @@ def _describe_random(label: str) -> Checkpoint:
 
 def _mid_size() -> LlavaOnevisionConfig:
     """SigLIP base at 384 pixels and the smallest published decoder: what a CPU can be measured with in minutes."""
+    from transformers import LlavaOnevisionConfig
+
     settings = PUBLISHED["llava-onevision-qwen2-0.5b-ov"]().to_dict()
     settings["vision_config"] |= {
         "hidden_size": 768,
@@ -311,6 +317,8 @@ def _parse_config(raw: dict[str, Any], files: Files) -> LlavaOnevisionConfig:
         raise files.error(f"model family {family!r} is not supported; supported is {_FAMILY!r} (LLaVA-OneVision)")
     if raw.get("quantization_config"):
         raise files.error("quantised weights are not supported; use the original checkpoint")
+    from transformers import LlavaOnevisionConfig
+
     try:
         config = LlavaOnevisionConfig.from_dict(raw)
     except Exception as error:  # the library checks with exceptions of several kinds

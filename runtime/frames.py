@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from earlytom.errors import UserError
-from runtime.options import MIN_FRAMES
+from runtime.choices import MIN_FRAMES
 
 _WIDENED = 8  # frames that are fp32 at a time
 

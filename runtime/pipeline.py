@@ -28,11 +28,11 @@ from runtime import contract
 from runtime.answering import WATCH_BYTES, Answering
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
+from runtime.choices import DECODERS, MAX_NEW_TOKENS
 from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
 from runtime.job import Job
 from runtime.manifest import Manifest
-from runtime.options import DECODERS, MAX_NEW_TOKENS
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work

@@ -10,18 +10,22 @@ the embeddings that the model makes of them. n counts the closing `image_newline
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
 
+from __future__ import annotations
+
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from earlytom.errors import UserError
 from earlytom.transfers import to_device
 from runtime.checkpoint_files import first_line
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 VIDEO_TOKEN = "<video>"
 

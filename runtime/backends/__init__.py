@@ -17,10 +17,10 @@ from typing import Protocol, cast
 from torch import Tensor, cuda
 from torch import device as Device
 
+from runtime.choices import BACKENDS, ENGINE_BACKENDS
 from runtime.contract import ENGINE_FILE, ONNX_FILE
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
-from runtime.options import BACKENDS, ENGINE_BACKENDS
 
 
 class VisionBackend(Protocol):

@@ -12,10 +12,10 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli
 from runtime.ask import ENGINES, newest_engine
+from runtime.choices import MIN_FRAMES
 from runtime.contract import DTYPE_NAMES
 from runtime.errors import VideoError
 from runtime.manifest import Manifest
-from runtime.options import MIN_FRAMES
 
 VARIANTS = ("full", "naive", "adaptive", "budget")  # see `runtime.benchmark.variants`
 QUESTION = "What happens in this video?"

@@ -146,7 +146,7 @@ HARMLESS = (
     "runtime/decoder",
     "runtime/errors",
     "runtime/graphs",
-    "runtime/options",
+    "runtime/choices",
     "runtime/picking",
     "runtime/prefix",
     "runtime/prompt",

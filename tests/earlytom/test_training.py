@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom import micro
-from earlytom.micro import train
+from earlytom.micro import checkpoint, train
 from earlytom.micro.checkpoint import write_checkpoint
 from earlytom.micro.data import labelled_clip
 from earlytom.micro.data.scene import FRAMES
@@ -133,8 +133,8 @@ def test_how_it_was_made_is_recorded(made: Path) -> None:
 
 def test_whole_training_is_called_trained_and_a_part_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written: list[bool] = []
-    monkeypatch.setattr(train, "train", lambda *_: (None, {}))
-    monkeypatch.setattr(train, "write_checkpoint", lambda *_, trained: written.append(trained))
+    monkeypatch.setattr(course, "train", lambda *_: (None, {}))
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *_, trained: written.append(trained))
     for scale in ("1", "0.999"):
         words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--scale", scale]
         assert train.main(words) == 0

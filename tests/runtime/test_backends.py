@@ -21,9 +21,9 @@ from runtime import trt
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.backends.torch import TorchVision
 from runtime.checkpoint import describe, load_vision
+from runtime.choices import ENGINE_BACKENDS
 from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
-from runtime.options import ENGINE_BACKENDS
 from runtime.video import load_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
