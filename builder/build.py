@@ -23,12 +23,11 @@ from runtime import cli
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options, choice = read(argv)
+    config = configured(options, choice)
     from builder import cache, islands
     from builder.compile import check_target
     from builder.show import show_plan, show_result, summary
-    from builder.stages import auto_budget, build
 
-    config = configured(options, choice)
     screen = cli.Screen(json_only=options.json)
     if config.checkpoint.source == "micro":
         screen.line("model: the bundled one (choose another with --model)")
@@ -41,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.line(f"compression: {config.compression} ({reason})")
     kept = None
     if options.frame_budget == AUTO:
+        from builder.stages import auto_budget
+
         config, kept = auto_budget(config, screen)
     key = config.key()
     folder = options.out / config.name(key)
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if folder.is_dir() and not options.force:
         screen.line(f"{folder} is damaged or, as far as it is asked for, not verified: it is built again")
+    from builder.stages import build
+
     with cache.staging(folder, lambda: screen.line("another process is building this engine: waiting for it")) as place:
         if not options.force and (found := cache.find(folder, key, **checks)):
             screen.line(f"unchanged: {folder} was just built by another process")  # while this one waited

@@ -73,8 +73,8 @@ def check_shapes(
             f"{_words(frame_counts)}: give --frame-budget a share such as 0.75, or --frames one number"
         )
     if chunk is not None:
-        if frames is not None:
-            check_chunk(chunk, frames, schedule)
+        if frames is not None or chunk > 0:
+            check_chunk(chunk, chunk if frames is None else frames, schedule)
         if batch > 1 or frame_counts is not None:
             what = f"--batch {batch}" if batch > 1 else f"--frames {_words(frame_counts or ())}"
             raise UserError(
