@@ -20,11 +20,12 @@ from earlytom import EarlyTomConfig, UserError, encode_video
 from earlytom.merge import plan_frames
 from runtime import bench, cli
 from runtime.benchmark import arguments, comparison, report
+from runtime.benchmark.arguments import VARIANTS
 from runtime.benchmark.measure import STAGES, Runner, interleaved, matmul_rate, percentiles, under_load
 from runtime.benchmark.memory import Memory, peak_memory
 from runtime.benchmark.naive import encode_naive, find_segments
 from runtime.benchmark.overhead import compression_share
-from runtime.benchmark.variants import OFF, VARIANTS, Bench, Variant, full_tokens, read_engine, settings
+from runtime.benchmark.variants import OFF, Bench, Variant, full_tokens, read_engine, settings
 from runtime.checkpoint import describe
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
