@@ -56,7 +56,7 @@ def tokenizer() -> Any:
 def _one_tokenizer(tokenizer: Any) -> Iterator[None]:
     """Made once: it takes seconds, and is tested with the bundled checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_tokenizer", lambda: tokenizer)
+        patch.setattr(course, "build_tokenizer", lambda: tokenizer)
         patch.setattr("earlytom.micro.checkpoint.build_tokenizer", lambda: tokenizer)
         yield
 
