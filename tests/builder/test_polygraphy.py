@@ -18,13 +18,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 from builder import arguments, build, functions, kept_reference, verify
-from builder.gate import accuracy
 from builder.kept_reference import COMPARE_FILE
 from earlytom.budget import most_tokens
 from runtime import cli, contract
 from runtime.manifest import Manifest, describe_files
 
-ROOT = Path(accuracy.__file__).resolve().parents[1]
+ROOT = Path(verify.__file__).resolve().parents[1]
 Edit = Callable[[onnx.ModelProto], None]
 
 

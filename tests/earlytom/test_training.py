@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 def _small() -> Iterator[None]:
     """Every stage with a few steps of a few frames."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "PERCEPTION_STEPS", 4)
-        patch.setattr(train, "STAGES", (GLIMPSES, CLIPS))
+        patch.setattr(course, "PERCEPTION_STEPS", 4)
+        patch.setattr(course, "STAGES", (GLIMPSES, CLIPS))
         patch.setattr(see, "CLIPS", 2)
         patch.setattr(see, "FRAMES_A_CLIP", 4)
         yield
@@ -157,7 +157,7 @@ def test_it_is_stopped_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop, "SAVED_EVERY", 1)
-    monkeypatch.setattr(train, "STAGES", (replace(GLIMPSES, steps=1),))
+    monkeypatch.setattr(course, "STAGES", (replace(GLIMPSES, steps=1),))
     steps: list[tuple[str, int]] = []
 
     def interrupted(self: Any, stage: str, step: int, *_: Any) -> None:
