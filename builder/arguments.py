@@ -7,18 +7,17 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder import islands
-from builder.calibrate import AUTO, AUTO_SHARE
-from builder.compile import WORKSPACE_GIB
-from builder.config import BuildConfig, parse_target
+from builder.options import AUTO, AUTO_SHARE, WORKSPACE_GIB, check_batch, check_counts, check_shapes, parse_target
 from builder.plugins import COMPRESSIONS, choose, kernel_target
-from earlytom.config import PRESETS, SCHEDULES, EarlyTomConfig
+from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.families import geometry
 from runtime import cli, trt
-from runtime.checkpoint import describe
+
+if TYPE_CHECKING:
+    from builder.config import BuildConfig
 
 EXAMPLES = """
 examples:
@@ -37,13 +36,23 @@ mend it), 130 after Ctrl-C. Nothing half-written stays behind.
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, trt.BackendChoice]:
-    """Parse and check.
+    """Parse and check: `read`, then `configured`.
 
     Returns:
         The options as given, the build they ask for, and why its backend was chosen.
+    """
+    options, choice = read(argv)
+    return options, configured(options, choice), choice
+
+
+def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendChoice]:
+    """Parse, and refuse what can be refused without the model: reading one takes seconds.
+
+    Returns:
+        The options as given, and what they build with.
 
     Raises:
-        UserError: an option that there is not, or a value that makes no sense, alone or together with the model.
+        UserError: an option that there is not, or a value that makes no sense, alone or together with others.
         SystemExit: --help, with status 0.
     """
     options = parser().parse_args(argv)
@@ -62,39 +71,72 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     if not 0 < options.workspace < math.inf:
         raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
     target = parse_target(options.target)
-    checkpoint = describe(options.model)
+    _check_shapes(options)
+    if options.islands not in (None, islands.LIST):
+        islands.check(options.islands)
     choice = trt.resolve_backend(options.backend)
     if options.hardware_compatible and choice.backend != "tensorrt":
         raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
     kernel = kernel_target(target, options.hardware_compatible)
-    kernels = choose(options.compression, choice.backend, kernel, options.schedule)
-    depth = geometry(checkpoint.config).depth
-    counts = _counts(options.frames, checkpoint.frames)
+    choose(options.compression, choice.backend, kernel, options.schedule)
+    return options, choice
+
+
+def _check_shapes(options: argparse.Namespace) -> None:
+    """What `BuildConfig` refuses, as far as it does not hang on the model."""
+    method = _method(options, None)
+    counts = () if options.frames is None else _counts(options.frames, 0)
     if len(counts) > 1 and options.frame_budget == AUTO:
         raise UserError(
             f"--frame-budget {AUTO} gives a budget for one frame count, got --frames {options.frames}: give it a share "
             "such as 0.75, or --frames one number"
         )
-    return (
-        options,
-        BuildConfig(
-            checkpoint=checkpoint,
-            earlytom=_method(options, depth),
-            frames=counts[-1],
-            dtype=options.dtype,
-            target=target,
-            backend=choice.backend,
-            backend_version=_version(choice.backend),
-            hardware_compatible=options.hardware_compatible,
-            workspace_gib=options.workspace,
-            compression=kernels.compression,
-            calibration=tuple(options.calibration),
-            islands=_islands(options, depth),
-            batch=options.batch,
-            frame_counts=counts if len(counts) > 1 else None,
-            chunk=options.chunk,
-        ),
-        choice,
+    if options.islands is not None and options.dtype == "fp32":
+        raise UserError(f"{islands.OPTION} is for --fp16 and --bf16: with --fp32 everything is fp32")
+    check_counts(counts)
+    check_batch(options.batch)
+    check_shapes(
+        method.schedule,
+        method.frame_budget,
+        counts[-1] if counts else None,
+        counts if len(counts) > 1 else None,
+        batch=options.batch,
+        chunk=options.chunk,
+    )
+
+
+def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
+    """The build that options which `read` accepted ask for.
+
+    Raises:
+        UserError: the model cannot be used, or a value makes no sense together with it.
+    """
+    from builder.config import BuildConfig
+    from earlytom.families import geometry
+    from runtime.checkpoint import describe
+
+    target = parse_target(options.target)
+    checkpoint = describe(options.model)
+    kernel = kernel_target(target, options.hardware_compatible)
+    kernels = choose(options.compression, choice.backend, kernel, options.schedule)
+    depth = geometry(checkpoint.config).depth
+    counts = _counts(options.frames, checkpoint.frames)
+    return BuildConfig(
+        checkpoint=checkpoint,
+        earlytom=_method(options, depth),
+        frames=counts[-1],
+        dtype=options.dtype,
+        target=target,
+        backend=choice.backend,
+        backend_version=_version(choice.backend),
+        hardware_compatible=options.hardware_compatible,
+        workspace_gib=options.workspace,
+        compression=kernels.compression,
+        calibration=tuple(options.calibration),
+        islands=islands.DEFAULT if options.islands in (None, islands.LIST) else islands.parse(options.islands, depth),
+        batch=options.batch,
+        frame_counts=counts if len(counts) > 1 else None,
+        chunk=options.chunk,
     )
 
 
@@ -116,6 +158,14 @@ def parser() -> argparse.ArgumentParser:
     _engine_options(p.add_argument_group("engine"))
     _work_options(p.add_argument_group("work"))
     return p
+
+
+def flags() -> dict[str, str]:
+    """The options that set each value, as they are typed: "dtype" is set by "--fp16, --bf16, --fp32"."""
+    found: dict[str, list[str]] = {}
+    for action in parser()._actions:
+        found.setdefault(action.dest, []).extend(action.option_strings[:1])
+    return {name: ", ".join(words) for name, words in found.items()}
 
 
 def _method_options(group: Any) -> None:
@@ -244,8 +294,8 @@ def _work_options(group: Any) -> None:
     group.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
 
 
-def _method(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
-    """The method's settings: a preset's, changed by what was given explicitly."""
+def _method(options: argparse.Namespace, depth: int | None) -> EarlyTomConfig:
+    """The method's settings: a preset's, changed by what was given explicitly; `depth` is None while not known."""
     changes: dict[str, Any] = {"schedule": options.schedule}
     if options.tau is not None:
         changes["tau"] = options.tau
@@ -255,7 +305,11 @@ def _method(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
         raise UserError("--frame-budget is for --schedule budget: in the adaptive one the video decides")
     if options.frame_budget not in (None, AUTO):
         changes["frame_budget"] = _budget(options.frame_budget)
-    defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": EarlyTomConfig.layers_for(depth)}
+    budget = changes.get("frame_budget")
+    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
+    if depth is None and isinstance(budget, tuple):  # one count for each layer, of which a small tower has fewer
+        layers = tuple(range(len(budget)))
+    defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": layers}
     try:
         if options.preset is not None:
             return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
@@ -271,14 +325,6 @@ _OPTIONS = {
     "tau": "--tau",
 }
 _SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
-
-
-def _islands(options: argparse.Namespace, depth: int) -> islands.Islands:
-    if options.islands is not None and options.dtype == "fp32":
-        raise UserError(f"{islands.OPTION} is for --fp16 and --bf16: with --fp32 everything is fp32")
-    if options.islands in (None, islands.LIST):
-        return islands.DEFAULT
-    return islands.parse(options.islands, depth)
 
 
 def _counts(text: str | None, usual: int) -> tuple[int, ...]:

@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from builder.export import VisionGraph
+from builder.options import AUTO_SHARE
 from earlytom.encoder import encode
 from earlytom.methods.earlytom import EarlyTom
-from runtime.clip import draw_clip
+from runtime.drawing import draw_clip
 from runtime.video import load_clip
 
 if TYPE_CHECKING:
     from builder.config import BuildConfig
-
-# Of the clips, `--frame-budget auto` keeps so many whole: all frames that the adaptive schedule would.
-AUTO, AUTO_SHARE = "auto", 0.9
 
 
 @dataclass(frozen=True)

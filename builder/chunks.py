@@ -18,8 +18,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from builder.config import check_chunk
 from builder.export import ExportedGraph, VisionGraph, form_of, save, trace
+from builder.options import check_chunk
 from earlytom.encoder import head, layer_spans, rest
 from earlytom.methods.earlytom import EarlyTom, trace_names
 from runtime import contract

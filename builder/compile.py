@@ -31,6 +31,7 @@ from typing import Any
 
 from builder.engine_process import Request
 from builder.layers import LayerSummary
+from builder.options import WORKSPACE_GIB
 from builder.plugins import choose, kernel_target
 from earlytom.errors import UserError
 from runtime import trt as seam
@@ -38,9 +39,6 @@ from runtime.errors import EngineError
 from runtime.manifest import PluginRecord
 from runtime.partial import partial
 
-# Far above what a tower needs (0.1 GB of scratch for 8 frames of SigLIP-so400m), well below an A100: a graph that would
-# materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other bytes.
-WORKSPACE_GIB = 16.0
 DTYPES = ("fp16", "bf16", "fp32")
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from builder.compile import WORKSPACE_GIB
 from builder.islands import DEFAULT, Costs, Islands
+from builder.key import code_digest
+from builder.options import WORKSPACE_GIB, check_batch, check_counts, check_shapes
 from builder.plugins import triton_version
 from earlytom import flops
 from earlytom.budget import frames_per_stage, most_tokens, token_count
@@ -28,21 +28,8 @@ from runtime import contract
 from runtime.checkpoint import Checkpoint
 
 DISTRIBUTION = "earlytom-engine-builder"
-TARGETS = {"a100": (8, 0)}
-MAX_FRAMES = 128
-MAX_BATCH = 64
 # Libraries whose version may change the exported graph.
 EXPORTERS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-
-
-def parse_target(text: str) -> tuple[int, int]:
-    """A GPU name or a compute capability: "a100" or "8.0" to (8, 0)."""
-    if text.lower() in TARGETS:
-        return TARGETS[text.lower()]
-    match = re.fullmatch(r"(\d{1,2})\.(\d)", text)
-    if match is None:
-        raise UserError(f"--target {text!r} is neither {', '.join(TARGETS)} nor a compute capability such as 8.0")
-    return int(match[1]), int(match[2])
 
 
 def project_version() -> str:
@@ -89,14 +76,19 @@ class BuildConfig:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for frames in (*self.counts, self.frames):
-            if not 1 <= frames <= MAX_FRAMES:
-                raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {frames}: set --frames")
+        check_counts((*self.counts, self.frames))
         if list(self.counts) != sorted(set(self.counts)) or self.frames != self.counts[-1]:
             raise UserError(f"frame counts must be ascending, the last being {self.frames}, got {self.counts}")
-        if not 1 <= self.batch <= MAX_BATCH:
-            raise UserError(f"the number of videos must be between 1 and {MAX_BATCH}, got {self.batch}: set --batch")
-        self._check_shapes()
+        check_batch(self.batch)
+        method = self.earlytom
+        check_shapes(
+            method.schedule,
+            method.frame_budget,
+            self.frames,
+            self.frame_counts,
+            batch=self.batch,
+            chunk=self.chunk,
+        )
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:
@@ -108,33 +100,6 @@ class BuildConfig:
         _ = self.stages  # a frame budget that does not fit is refused
         for frames in self.counts[:-1]:
             self.at(frames)  # checks it as this did the most
-
-    def _check_shapes(self) -> None:
-        """What several videos, or several frame counts, do not go together with."""
-        if self.adaptive and self.batch > 1:
-            raise UserError(
-                f"in the adaptive schedule each video decides how many frames it keeps, and --batch {self.batch} needs "
-                "equal numbers: build with --schedule budget"
-            )
-        if self.adaptive and self.frame_counts is not None:
-            raise UserError(
-                f"an adaptive engine takes one frame count, got {_words(self.counts)}: build with --schedule budget, "
-                "or give --frames one number"
-            )
-        if self.frame_counts is not None and isinstance(self.earlytom.frame_budget, tuple):
-            raise UserError(
-                f"the frame budget {_words(self.earlytom.frame_budget)} fits one frame count, got "
-                f"{_words(self.counts)}: give --frame-budget a share such as 0.75, or --frames one number"
-            )
-
-        if self.chunk is not None:
-            check_chunk(self.chunk, self.frames, self.earlytom.schedule)
-            if self.batch > 1 or self.frame_counts is not None:
-                what = f"--batch {self.batch}" if self.batch > 1 else f"--frames {_words(self.counts)}"
-                raise UserError(
-                    f"--chunk {self.chunk} is for one video of one frame count at a time, got {what}: leave out one of "
-                    "the two"
-                )
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -264,7 +229,7 @@ class BuildConfig:
             "workspace_gib": self.workspace_gib,
             "compression": self.compression,
             "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
-            "code": _code_digest(),
+            "code": code_digest(),
             "libraries": {name: metadata.version(name) for name in EXPORTERS},
             "triton": triton_version() if self.compression == "plugin" else None,
             # Only where it is another than usual, so that what was built before there was a choice is still found.
@@ -295,28 +260,3 @@ class BuildConfig:
             key[:10],
         ]
         return "-".join(words)
-
-
-def check_chunk(chunk: int, frames: int, schedule: str) -> None:
-    """Raise UserError unless chunks of `chunk` frames fill a clip of `frames`, and the schedule can be cut."""
-    if schedule != "budget":
-        raise UserError(f"--chunk cuts an engine of static shapes in two: build with --schedule budget, not {schedule}")
-    if chunk < 1 or frames % chunk:
-        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
-        raise UserError(f"--chunk {chunk} does not divide the {frames} frames of a clip: give one of {divisors}")
-
-
-def _words(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))
-
-
-def _code_digest() -> dict[str, str]:
-    """SHA-256 of every source that decides what an engine contains; their tests and the bundled weights do not."""
-    root = Path(__file__).resolve().parent.parent
-    others = ("drift.py", "evaluate.py", "inspect.py")  # they look at engines, as builder/evaluation and inspection do
-    paths = [path for path in (root / "builder").glob("*.py") if path.name not in others]
-    ours = ("", "/families", "/kernels", "/methods")
-    folders = ("builder/plugins", "runtime/checkpoint", *(f"earlytom{room}" for room in ours))
-    paths += [path for folder in folders for path in (root / folder).glob("*.py")]
-    paths += [root / "runtime" / f"{name}.py" for name in ("contract", "trt")]
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}

@@ -35,19 +35,19 @@ from polygraphy.json import load_json
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
-from builder import build
 from builder.batches import fill
-from builder.config import BuildConfig, parse_target
-from builder.export import VisionGraph
+from builder.config import BuildConfig
+from builder.export import VisionGraph, vision_graph
+from builder.gate.limits import GATES
+from builder.options import parse_target
 from builder.runners import Arrays, ForcedDecisions, run_tapped
-from builder.verify import GATES
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.numbers import shown
 from runtime import cli, contract
 from runtime.checkpoint import describe
-from runtime.clip import draw_clip
+from runtime.drawing import draw_clip
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 from runtime.manifest_records import cut
@@ -167,23 +167,6 @@ def _limits(dtype: str) -> tuple[float, float]:
     return least, math.sqrt(2 * (1 - least))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the table; `run` takes what is parsed."""
-    parser.add_argument(
-        "--layers", action="store_true", help="print how far the graph is from the model after every layer"
-    )
-    parser.add_argument(
-        "--video",
-        type=Path,
-        metavar="VIDEO",
-        help="the clip for --layers (default: the one that the engine was verified on, else a drawn one)",
-    )
-    parser.add_argument(
-        "--model", metavar="SOURCE", help="where the checkpoint for --layers is now (default: where it was)"
-    )
-    parser.add_argument("--json", action="store_true", help="--layers prints nothing but a JSON line")
-
-
 def run(options: argparse.Namespace) -> None:
     """Print the table of `options.engine`.
 
@@ -235,7 +218,7 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
         backend=manifest.backend,
         backend_version=manifest.backend_version,
     )
-    return build.vision_graph(config, torch.float32)
+    return vision_graph(config, torch.float32)
 
 
 def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> tuple[Tensor, str]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -24,16 +24,21 @@ from torch import Tensor, nn
 
 from builder import functions
 from builder.islands import DEFAULT, Islands
+from builder.precision import set_vision_precision
 from builder.shared_weights import SharedWeights
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.errors import UserError
-from earlytom.families import LLAVA_ONEVISION, Family, Vision
+from earlytom.families import LLAVA_ONEVISION, Family, Vision, family_of
 from earlytom.merge import frame_similarity
 from earlytom.method import Method
 from earlytom.methods.earlytom import EachVideo, EarlyTom, trace_names
 from earlytom.towers import Tower
 from runtime import contract
+from runtime.checkpoint import load_vision
+
+if TYPE_CHECKING:
+    from builder.config import BuildConfig
 
 # Attention is one operator from opset 23 on; before, it is decomposed with a half-precision softmax.
 OPSET = 23
@@ -179,6 +184,27 @@ class VisionGraph(nn.Module):
     def trace_names(self) -> list[str]:
         """The keys of what `forward` returns."""
         return trace_names(self.config, self.layers if self.every_layer else None)
+
+
+def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
+    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (the islands in fp32).
+
+    Weights are read in fp32, so that islands keep theirs and one that `dtype` cannot hold is noticed.
+    """
+    part = load_vision(config.checkpoint, torch.float32)
+    preprocessing = config.checkpoint.preprocessing
+    set_vision_precision(part.vision_tower, part.projector, dtype, config.islands)
+    return VisionGraph(
+        part.vision_tower,
+        part.projector,
+        config.earlytom,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        depth=config.depth,
+        dtype=dtype,
+        islands=config.islands,
+        family=family_of(config.model),
+    )
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
-from earlytom.encoder import layer_spans
 from earlytom.errors import UserError
-from earlytom.families import family_of
-from earlytom.methods.earlytom import EarlyTom
 from runtime import cli
 
 if TYPE_CHECKING:
@@ -82,18 +79,33 @@ class Islands:
 DEFAULT = Islands()
 
 
+def check(text: str) -> None:
+    """Raise UserError for a word that names no island, whatever the tower."""
+    for word in (word.strip().lower() for word in text.split(",")):
+        name, colon, _ = word.partition(":")
+        if colon and name not in LAYERED:
+            raise UserError(f"{OPTION} {word!r}: only {' and '.join(LAYERED)} are chosen by layer, as in mlp:20-25")
+        if name not in (*ISLANDS, "default", "all", "none"):
+            known = ", ".join(ISLANDS)
+            raise UserError(
+                f"{OPTION} {text!r}: {word!r} is no island; choose among {known}, or default, all, none "
+                f"({OPTION} {LIST} shows what each costs)"
+            )
+
+
 def parse(text: str, depth: int) -> Islands:
     """`text` as on the command line, for a tower of which `depth` layers run.
 
     Raises:
         UserError: a word that names no island, layers that there are not.
     """
+    check(text)
     names: set[str] = set()
     layers: dict[str, set[int]] = {name: set() for name in LAYERED}
     for word in (word.strip().lower() for word in text.split(",")):
         name, colon, span = word.partition(":")
         if colon:
-            layers[_layered(name, word)] |= set(_span(span, word, depth))
+            layers[name] |= set(_span(span, word, depth))
         elif name in LAYERED:
             layers[name] |= set(range(depth))
         elif name in ISLANDS:
@@ -103,19 +115,7 @@ def parse(text: str, depth: int) -> Islands:
         elif name == "all":
             names |= ISLANDS.keys() - set(LAYERED)
             layers = {name: set(range(depth)) for name in LAYERED}
-        elif name != "none":
-            known = ", ".join(ISLANDS)
-            raise UserError(
-                f"{OPTION} {text!r}: {word!r} is no island; choose among {known}, or default, all, none "
-                f"({OPTION} {LIST} shows what each costs)"
-            )
     return Islands(frozenset(names), *(frozenset(layers[name]) for name in LAYERED))
-
-
-def _layered(name: str, word: str) -> str:
-    if name not in LAYERED:
-        raise UserError(f"{OPTION} {word!r}: only {' and '.join(LAYERED)} are chosen by layer, as in mlp:20-25")
-    return name
 
 
 def _span(text: str, word: str, depth: int) -> range:
@@ -169,6 +169,10 @@ class Costs:
     """The cost of every island of a build; `stages`: frames at each, if not those of the build."""
 
     def __init__(self, config: BuildConfig, stages: Sequence[int] | None = None) -> None:
+        from earlytom.encoder import layer_spans
+        from earlytom.families import family_of
+        from earlytom.methods.earlytom import EarlyTom
+
         vision, layers = config.model.vision_config, config.earlytom.merge_layers
         frame = config.geometry
         self.width, self.inner, self.llm = frame.width, vision.intermediate_size, frame.llm_width

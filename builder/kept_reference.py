@@ -1,6 +1,6 @@
 """The reference of a verified engine: saved beside its graph, and kept apart for comparisons in CI.
 
-`save_reference` writes the inputs and outputs that the gate (`builder.verify`) measured against, `polygraphy_command`
+`save_reference` writes the inputs and outputs that the gate (`builder.gate`) measured against, `polygraphy_command`
 makes the line that compares a graph with them, `keep_reference` copies them out of an engine folder with that line as a
 script and leaves the folder as it is. This module runs neither the graph nor the model.
 
@@ -37,12 +37,12 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
+from builder.gate import COMPARE_FILE
 from earlytom.errors import UserError
 from runtime import contract
 from runtime.manifest import Manifest
 from runtime.partial import partial
 
-COMPARE_FILE = "compare.sh"
 _SCRIPT = """\
 #!/bin/sh
 # Compares a graph with the reference of {manifest.name}, built {manifest.created}.

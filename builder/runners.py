@@ -3,7 +3,7 @@
 `run_tapped` runs a graph or a chain in ONNX Runtime, as it is or with every result rounded, and returns values inside
 of it beside its outputs. `TorchRunner` runs the PyTorch model in fp32 and returns the same names; `ForcedDecisions`
 makes it take the decisions that a run of the graph took, so that frames and tokens are the same ones. What the values
-must be like is not known here: `builder.verify` and `builder.drift` judge them.
+must be like is not known here: `builder.gate` and `builder.drift` judge them.
 """
 
 from __future__ import annotations

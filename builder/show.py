@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
-from builder.calibrate import FramesKept
-from builder.compile import Progress
-from builder.config import BuildConfig
 from runtime import cli
 from runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from builder.calibrate import FramesKept
+    from builder.compile import Progress
+    from builder.config import BuildConfig
 
 
 def show_plan(screen: cli.Screen, config: BuildConfig) -> None:

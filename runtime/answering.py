@@ -25,6 +25,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.numbers import shown, whole
 from runtime.backends import BatchedVision, VisionBackend, encode_one
+from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
 from runtime.manifest import Manifest
@@ -50,7 +51,6 @@ from runtime.text import TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
 
-MAX_NEW_TOKENS = 128
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
 
 

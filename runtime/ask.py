@@ -11,24 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime import cli
-from runtime.answering import MAX_NEW_TOKENS
-from runtime.backends import BACKENDS
-from runtime.contract import DTYPES
-from runtime.decoder import InnerMerge
+from runtime import cli, contract
+from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
-from runtime.options import DECODERS
-from runtime.pipeline import Pipeline
-from runtime.requests import Answer, Delta, Timings
 from runtime.sampling import Sampling
 from runtime.video import Limits
+
+if TYPE_CHECKING:  # what loads PyTorch is imported when nothing is left to refuse
+    from runtime.decoder import InnerMerge
+    from runtime.requests import Answer, Delta, Timings
 
 ENGINES = Path("engines")
 INNER_RATIO = 0.5
@@ -54,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (0, 1):
         raise UserError("--top-k and --top-p are for sampling, and --temperature 0 samples nothing: raise it")
     folder = options.engine or newest_engine(ENGINES)
+    Manifest.read(folder, verify_files=False)
+    from runtime.pipeline import Pipeline
+
     if options.decoder != "torch":
         screen.line("note: a decoder that was not used before is compiled first, which takes minutes")
     with Pipeline.load(
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.model,
         options.backend,
         device=options.device,
-        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        dtype=None if options.dtype is None else contract.DTYPES[options.dtype],
         decoder=options.decoder,
         inner=inner_merge(options),
         limits=limits,
@@ -130,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=contract.DTYPE_NAMES,
         help="of the decoder (default: the engine's on a GPU; on a CPU fp32, or what the checkpoint is stored in where "
         "fp32 does not fit into memory)",
     )
@@ -233,6 +232,8 @@ def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
     """What --inner-layer and --inner-ratio ask for."""
     if options.inner_layer is None:
         return None
+    from runtime.decoder import InnerMerge
+
     return InnerMerge(options.inner_layer, INNER_RATIO if options.inner_ratio is None else options.inner_ratio)
 
 
@@ -291,6 +292,8 @@ def full_tokens(answer: Answer, manifest: Manifest) -> int:
 
 def record(questions: Sequence[str], answers: Sequence[Answer], manifest: Manifest, backend: str) -> dict[str, object]:
     """The JSON line; of several answers, a list of what differs."""
+    import torch
+
     each = [
         {
             "answer": answer.text,

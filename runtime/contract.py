@@ -33,11 +33,17 @@ The model's `image_newline` is not among the tokens: the runtime appends it. Not
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    DTYPES: dict[str, torch.dtype]
+    FRAMES_DTYPE: torch.dtype
+    POSITIONS_DTYPE: torch.dtype
 
 FRAMES = "frames"
 TOKENS = "tokens"
@@ -47,10 +53,9 @@ HIDDEN, RECEIVED = "hidden", "received"
 MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
 COUNT = "count"
 
-FRAMES_DTYPE = torch.uint8
-POSITIONS_DTYPE = torch.int64
 # The dtypes a graph may have, by the name used in folder names, manifests and flags (--fp16, --bf16, --fp32).
-DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# `DTYPES` maps them to PyTorch's.
+DTYPE_NAMES = ("fp16", "bf16", "fp32")
 
 CHUNK_STAGES = 2  # graphs of an engine whose clips come in chunks
 
@@ -62,6 +67,22 @@ LAYERS_FILE = "layers.json"
 DATA_FILE = "vision.data"
 REFERENCE_INPUTS_FILE = "reference_inputs.json"
 REFERENCE_OUTPUTS_FILE = "reference_outputs.json"
+
+
+def __getattr__(name: str) -> Any:
+    """PyTorch's dtypes, made when they are first asked for: names and files need no PyTorch."""
+    if name not in ("DTYPES", "FRAMES_DTYPE", "POSITIONS_DTYPE"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch
+
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    known = {
+        "DTYPES": dict(zip(DTYPE_NAMES, dtypes, strict=True)),
+        "FRAMES_DTYPE": torch.uint8,
+        "POSITIONS_DTYPE": torch.int64,
+    }
+    globals().update(known)
+    return known[name]
 
 
 def stage_file(name: str, stage: int) -> str:
@@ -102,6 +123,8 @@ def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
     Raises:
         EngineError: another shape or dtype.
     """
+    import torch
+
     expected = tuple(shape)
     if tuple(frames.shape) != expected:
         *batch, count, _, height, width = expected
@@ -111,7 +134,7 @@ def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
             f"this engine takes {FRAMES} of shape {list(expected)} {what}, got {list(frames.shape)}: sample "
             f"{count} frames{several} at {height}x{width}, or build another engine with python -m builder.build"
         )
-    if frames.dtype != FRAMES_DTYPE:
+    if frames.dtype != torch.uint8:
         raise EngineError(
             f"this engine takes {FRAMES} of dtype uint8 (RGB, 0 to 255; it normalises them itself), got {frames.dtype}"
         )

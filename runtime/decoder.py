@@ -38,8 +38,9 @@ from earlytom.inner_decoder import apply_inner
 from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
 from runtime.graphs import Replay, ToHost
+from runtime.picking import Picker, pick_best
 from runtime.prefix import Prefix
-from runtime.sampling import GREEDY, Picker, Sampling, pick_best
+from runtime.sampling import GREEDY, Sampling
 
 SMALLEST_BUCKET = 512
 # Why a stream ended: one of the stop ids came, or the token limit was reached.

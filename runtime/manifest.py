@@ -24,7 +24,7 @@ from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.numbers import shown
-from runtime.contract import CHUNK_STAGES, DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
+from runtime.contract import CHUNK_STAGES, DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
 from runtime.errors import EngineError
 from runtime.manifest_records import (
     MOST_FRAMES,
@@ -247,7 +247,7 @@ class Manifest:
             (("key",), is_hex, "hex digits"),
             (("created",), is_time, "an ISO 8601 time"),
             (("frames_per_stage",), lambda v: isinstance(v, (list, tuple)) and all(map(is_count, v)), "frame counts"),
-            (("dtype",), lambda v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
+            (("dtype",), lambda v: isinstance(v, str) and v in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}"),
             (("target",), lambda v: matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
             (("backend",), lambda v: isinstance(v, str) and v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),

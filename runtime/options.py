@@ -15,7 +15,6 @@ from earlytom.numbers import shown
 from runtime.checkpoint import Checkpoint, Source
 from runtime.sampling import Sampling
 
-DECODERS = ("torch", "torch-tensorrt")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 T = TypeVar("T")

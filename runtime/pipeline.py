@@ -26,15 +26,16 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import contract
-from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
+from runtime.answering import WATCH_BYTES, Answering
 from runtime.asking import Request
-from runtime.backends import BACKENDS, VisionBackend, choose_backend, open_backend
+from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
+from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.decoder import Decoder, InnerMerge
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
-from runtime.options import DECODERS, Options, device_of, dtype_of, engine_folder, instance, model_source
+from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
 from runtime.origin import checkpoint_of
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import stop_token_ids

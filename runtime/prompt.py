@@ -10,20 +10,23 @@ the embeddings that the model makes of them. n counts the closing `image_newline
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from earlytom.errors import UserError
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.checkpoint.files import first_line
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 VIDEO_TOKEN = "<video>"
 
@@ -106,6 +109,8 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     name has symbols, and a text of more than n times the longest has more than n tokens. Other tokenizers may drop
     what they split at, or make one token of all that they do not know; of those nothing is promised.
     """
+    from tokenizers import pre_tokenizers
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "BPE" or backend.pre_tokenizer is None:
         return None

@@ -36,7 +36,7 @@ from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import cli
 from runtime.benchmark.memory import resident
-from runtime.clip import draw_clip
+from runtime.drawing import draw_clip
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
 from runtime.pipeline import Pipeline, Request
 from runtime.video import load_clip

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from builder.evaluation import plot, record, report
-from builder.evaluation.bench import Job
-from builder.evaluation.engine import AUTO
-from builder.evaluation.methods import chosen, methods
+from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS
 from earlytom.budget import frames_per_stage
-from earlytom.config import EarlyTomConfig
+from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.families import geometry
 from earlytom.micro.data.scene import FRAMES
 from runtime import cli
-from runtime.checkpoint import Checkpoint
+from runtime.manifest import Manifest
 
-RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.50)
+if TYPE_CHECKING:
+    from builder.evaluation.bench import Job
+    from runtime.checkpoint import Checkpoint
+
 EXAMPLES = """
 examples:
   python -m builder.evaluate --plot accuracy.png --json accuracy.json
@@ -50,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     p.add_argument("--model", metavar="SOURCE", help="a model trained on the task (default: the bundled one)")
-    p.add_argument("--clips", type=int, default=record.CLIPS, metavar="N", help=f"default: {record.CLIPS}")
+    p.add_argument("--clips", type=int, default=CLIPS, metavar="N", help=f"default: {CLIPS}")
     p.add_argument(
         "--split",
         choices=("test", "validation"),
@@ -82,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine",
         metavar="DIR|auto",
         help="measure this engine folder too, in ONNX Runtime, and compare its answers with PyTorch's at its setting; "
-        f"{AUTO} builds one in fp16 at the ratio nearest to {report.MAIN_RATIO}, or finds it built",
+        f"{AUTO} builds one in fp16 at the ratio nearest to {MAIN_RATIO}, or finds it built",
     )
     engine.add_argument(
         "--engines", type=Path, default=Path("engines"), metavar="DIR", help=f"where {AUTO} builds (default: engines/)"
@@ -92,13 +91,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _output_options(p: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
     work = p.add_argument_group("work and output")
     work.add_argument(
         "--workers",
         type=int,
-        default=torch.get_num_threads(),
+        default=cores,
         metavar="N",
-        help=f"processes (default: one a core, here {torch.get_num_threads()})",
+        help=f"processes (default: one a core, here {cores})",
     )
     work.add_argument(
         "--timed-clips", type=int, default=8, metavar="N", help="clips to measure times on, 0 for none (default: 8)"
@@ -123,12 +123,11 @@ def _output_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
-    """The measurement that the options ask for.
+def check(options: argparse.Namespace) -> None:
+    """Refuse what can be refused without the model: loading one takes seconds.
 
     Raises:
-        UserError: a value that makes no sense, alone or with this model, or a file that could not be written at the
-        end.
+        UserError: a value that makes no sense, no such engine, or a file that could not be written at the end.
     """
     for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
         if (value := getattr(options, name)) < least:
@@ -136,9 +135,7 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
     for ratio in options.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios must be in (0, 1], got {ratio}")
-    depth = geometry(checkpoint.config).depth
-    config = settings_of(options, depth)
-    chosen(methods(config, depth), options.methods)
+    settings_of(options, None)
     targets = [options.plot, None if options.json in (None, "-") else Path(options.json)]
     for path in targets:
         # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
@@ -147,7 +144,25 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
             what = there if path.exists() else "its folder does not exist"
             raise UserError(f"cannot write {path}: {what}; give the path of a file")
     if options.plot is not None:
-        plot.require_matplotlib()
+        require_matplotlib()
+    if options.engine not in (None, AUTO):
+        Manifest.read(Path(options.engine), verify_files=False)
+
+
+def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
+    """The measurement that options which `check` accepted ask for.
+
+    Raises:
+        UserError: a value that makes no sense with this model.
+    """
+    from builder.evaluation import record
+    from builder.evaluation.bench import Job
+    from builder.evaluation.methods import chosen, methods
+    from earlytom.families import geometry
+
+    depth = geometry(checkpoint.config).depth
+    config = settings_of(options, depth)
+    chosen(methods(config, depth), options.methods)
     if options.record:
         whole = set(options.methods) == {"all"} and set(RATIOS) <= set(options.ratios)
         record.check_recordable(checkpoint, split=options.split, seed=options.seed, clips=options.clips, whole=whole)
@@ -155,9 +170,23 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
     return Job(checkpoint.source, config, tuple(options.methods), ratios, options.split, options.seed)
 
 
-def settings_of(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
-    """EarlyTom's settings: the defaults for a tower of this depth, changed by what was given."""
-    changes: dict[str, Any] = {"merge_layers": EarlyTomConfig.layers_for(depth), "schedule": "budget"}
+def require_matplotlib() -> None:
+    """Raise UserError unless matplotlib can be loaded: before a measurement of minutes, not after it."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise UserError(
+            'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
+        ) from error
+
+
+def settings_of(options: argparse.Namespace, depth: int | None) -> EarlyTomConfig:
+    """EarlyTom's settings: the defaults for a tower of this depth, changed by what was given.
+
+    Where the depth is not known, None, what hangs on it is not checked.
+    """
+    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
+    changes: dict[str, Any] = {"merge_layers": layers, "schedule": "budget"}
     if options.merge_layers is not None:
         changes["merge_layers"] = tuple(_numbers(options.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
     if options.frame_budget is not None:
@@ -166,10 +195,13 @@ def settings_of(options: argparse.Namespace, depth: int) -> EarlyTomConfig:
             options.frame_budget, "--frame-budget", "a share such as 0.75, or one count a merge", whole=counts
         )
         changes["frame_budget"] = tuple(budget) if counts else budget[0]
+        if depth is None and counts and options.merge_layers is None:  # a small tower has fewer layers to merge after
+            changes["merge_layers"] = tuple(range(len(budget)))
     if options.tau is not None:
         changes["tau"] = options.tau
     config = EarlyTomConfig(**changes)
-    config.check_layers(depth)
+    if depth is not None:
+        config.check_layers(depth)
     frames_per_stage(FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
     return config
 

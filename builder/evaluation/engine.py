@@ -13,6 +13,7 @@ from pathlib import Path
 
 from builder import build
 from builder.evaluation.methods import Row, Visual
+from builder.evaluation.options import AUTO
 from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
 from earlytom.methods.earlytom import EarlyTom
@@ -23,7 +24,6 @@ from runtime.checkpoint import Checkpoint
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
-AUTO = "auto"
 ENGINE, TWIN = "engine", "engine-torch"
 _BACKEND = "onnxruntime"
 

@@ -6,14 +6,12 @@ choices of merge layers are left to the table.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from builder.evaluation.methods import FULL
 from builder.evaluation.results import Result
-from earlytom.errors import UserError
 
 _SIZE, _DPI = (9.0, 5.0), 160  # inches; a README shows about 900 pixels
 _OURS, _OURS_TOO = "#D55E00", "#0072B2"
@@ -30,16 +28,6 @@ _STYLES = {
     "frames": ("#009E73", "D"),
     "random": ("#999999", "X"),
 }
-
-
-def require_matplotlib() -> None:
-    """Raise UserError unless matplotlib can be loaded: before a measurement of minutes, not after it."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise UserError(
-            'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
-        ) from error
 
 
 def draw(found: Sequence[Result], path: Path, *, caption: str, chance: float | None) -> None:

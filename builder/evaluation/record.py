@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from builder.evaluation.options import CLIPS
 from earlytom import micro
 from earlytom.errors import UserError
 from runtime.checkpoint import MICRO, Checkpoint
 from runtime.partial import partial
 
 PATH = micro.PATH / micro.ACCURACY_FILE
-# A record is of the default table, and of this many clips at least.
-CLIPS = 2000
 _WEIGHTS = "model.safetensors"
 
 

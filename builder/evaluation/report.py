@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
+from builder.evaluation.options import MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result
 from builder.evaluation.statistics import Estimate
 from earlytom.micro.data import KINDS
 from runtime.cli import Screen
 
-MAIN_RATIO = 0.1  # of the paper's headline figure
 COMPARED = ("reference", "parts", "layers", "controls")
 
 

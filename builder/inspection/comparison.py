@@ -1,7 +1,7 @@
 """In what two engines differ, and why one was built although the other was there.
 
 `compare` takes two records as `builder.inspect.describe` makes them, and returns a third. It opens no file; that a
-folder was renamed it tells from its path. `SET_BY` says what a part of the cache key is set by.
+folder was renamed it tells from its path. What a part of the cache key is set by follows from the options of a build.
 """
 
 from __future__ import annotations
@@ -9,27 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from builder.arguments import flags
 from builder.inspection import Record
 
-# What to type, or to look at, for a part of the cache key that differs; "earlytom.tau" before "earlytom".
+# What to type, or to look at, for a part of the cache key that differs, where that is not the option of its name.
 SET_BY = {
     "model": "--model (the weights in it)",
     "earlytom": "settings without an option",
     "earlytom.retention_ratio": "--ratio",
     "earlytom.merge_layers": "--merge-layers, --preset",
     "earlytom.tau": "--tau, --preset",
-    "earlytom.schedule": "--schedule",
-    "earlytom.frame_budget": "--frame-budget",
-    "frames": "--frames",
     "frame_counts": "--frames",
-    "batch": "--batch",
-    "dtype": "--fp16, --bf16, --fp32",
-    "target": "--target",
-    "compression": "--compression",
     "islands": "--islands",
-    "backend": "--backend",
     "backend_version": "the installed library that compiles",
-    "hardware_compatible": "--hardware-compatible",
     "workspace_gib": "--workspace",
     "calibration": "--calibration (the bytes of the clips)",
     "code": "this project's sources",
@@ -50,7 +42,7 @@ def compare(one: Record, other: Record) -> Record:
     recorded = one["key_parts"] is not None and other["key_parts"] is not None
     parts = _differences(one["key_parts"], other["key_parts"]) if recorded and not same else []
     for part in parts:
-        part["set_by"] = SET_BY.get(part["field"]) or SET_BY.get(part["field"].split(".")[0], part["field"])
+        part["set_by"] = set_by(part["field"])
     return {
         "engine": one["folder"],
         "other": other["folder"],
@@ -59,6 +51,14 @@ def compare(one: Record, other: Record) -> Record:
         "key_parts": parts,
         "differences": _differences(_comparable(one), _comparable(other)),
     }
+
+
+def set_by(part: str) -> str:
+    """What sets a part of the cache key, such as "chunk", "earlytom.tau" or "libraries.torch"."""
+    top, _, rest = part.partition(".")
+    if part in SET_BY:
+        return SET_BY[part]
+    return flags().get(rest if top == "earlytom" else top) or SET_BY.get(top, top)
 
 
 def _comparable(record: Record) -> Record:

@@ -13,17 +13,18 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from builder.config import MAX_FRAMES, parse_target
-from builder.plugins.ptx import load_triton
-from builder.plugins.registry import FRAME_PLAN, SELECT_TOKENS, Plugin, Plugins, Shape
+from builder.options import MAX_FRAMES, parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli
 
-Call = tuple[Plugin, tuple[str, ...], tuple[Shape, ...], dict[str, Any]]
+if TYPE_CHECKING:
+    from builder.plugins.registry import Plugin, Shape
+
+    Call = tuple[Plugin, tuple[str, ...], tuple[Shape, ...], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     screen = cli.Screen(json_only=options.json)
     targets = dict.fromkeys(parse_target(text) for text in options.target)  # each once
+    checked_stages(options)
+    from builder.plugins.ptx import load_triton
+    from builder.plugins.registry import Plugins
+
     wanted = list(calls(options))
     triton = load_triton()
     rows, records = [], []
@@ -69,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def calls(options: argparse.Namespace) -> Iterator[Call]:
-    """The plugin calls of an engine: a plan for each merge layer and one for the final segments, and the selection.
+def checked_stages(options: argparse.Namespace) -> tuple[int, ...]:
+    """Frames before the first merge and after each one.
 
     Raises:
         UserError: numbers that make no sense.
@@ -82,6 +87,19 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
     if options.frames > MAX_FRAMES:
         raise UserError(f"--frames must be between 1 and {MAX_FRAMES}, got {options.frames}")
     stages = frames_per_stage(options.frames, merges=options.merges, frame_budget=options.frame_budget)
+    token_count(options.frames, options.tokens, options.ratio, frames_out=stages[-1])
+    return stages
+
+
+def calls(options: argparse.Namespace) -> Iterator[Call]:
+    """The plugin calls of an engine: a plan for each merge layer and one for the final segments, and the selection.
+
+    Raises:
+        UserError: numbers that make no sense.
+    """
+    from builder.plugins.registry import FRAME_PLAN, SELECT_TOKENS
+
+    stages = checked_stages(options)
     settings = EarlyTomConfig(schedule="budget")
     method = {name: getattr(settings, name) for name in ("tau", "ema", "max_window", "trailing")}
     for frames, left in zip(stages, (*stages[1:], stages[-1]), strict=True):

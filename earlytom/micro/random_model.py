@@ -5,22 +5,25 @@ of any LLaVA-OneVision configuration in the target dtype, each weight once. `pub
 tokenizer to a published configuration, which has none here.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import AddedToken
-from transformers import (
-    GenerationConfig,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    PreTrainedTokenizerBase,
-    Qwen2Tokenizer,
-)
 
 from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.weights import random_state
+
+if TYPE_CHECKING:  # transformers is imported by what makes something of it
+    from transformers import (
+        GenerationConfig,
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        PreTrainedTokenizerBase,
+        Qwen2Tokenizer,
+    )
 
 END, START, STOP, IMAGE, VIDEO = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"
 SPECIAL_TOKENS = (END, START, STOP, IMAGE, VIDEO)
@@ -31,6 +34,8 @@ _FIRST_SPECIAL_ID = 151643  # of the tokenizer of Qwen2
 
 def _published(**text: Any) -> LlavaOnevisionConfig:
     """A published configuration: SigLIP so400m at 384 without its last layer and its head, and Qwen2 as given."""
+    from transformers import LlavaOnevisionConfig
+
     ids = dict(zip(SPECIAL_TOKENS, range(_FIRST_SPECIAL_ID, _FIRST_SPECIAL_ID + 5), strict=True))
     return LlavaOnevisionConfig(
         vision_config={
@@ -91,6 +96,8 @@ def random_model(
 
     Memory for the weights is taken once, in `dtype`. A tied output layer has no weights of its own.
     """
+    from transformers import LlavaOnevisionForConditionalGeneration
+
     with torch.device("meta"):
         parameters = LlavaOnevisionForConditionalGeneration(config).named_parameters()
         shapes = {name: parameter.shape for name, parameter in parameters}
@@ -104,6 +111,8 @@ def random_model(
 
 def greedy(config: LlavaOnevisionConfig) -> GenerationConfig:
     """How the models of this package generate: greedily, up to the end of a turn or of the text."""
+    from transformers import GenerationConfig
+
     text: Any = config.text_config
     return GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -115,6 +124,9 @@ def greedy(config: LlavaOnevisionConfig) -> GenerationConfig:
 
 def make_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], context: int) -> Qwen2Tokenizer:
     """A tokenizer with the pipeline of Qwen2. A special token in `vocabulary` keeps its id; others get the next ids."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=merges,  # type: ignore[arg-type]

@@ -17,13 +17,10 @@ from typing import Protocol, cast
 from torch import Tensor, cuda
 from torch import device as Device
 
+from runtime.choices import BACKENDS, ENGINE_BACKENDS
 from runtime.contract import ENGINE_FILE, ONNX_FILE
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
-
-# Backends that run a file of an engine folder. The torch backend runs a checkpoint instead, and is made from one.
-ENGINE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-BACKENDS = ("auto", *ENGINE_BACKENDS, "torch")
 
 
 class VisionBackend(Protocol):

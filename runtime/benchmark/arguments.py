@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
+from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.benchmark.variants import VARIANTS
-from runtime.contract import DTYPES
+from runtime.ask import ENGINES, newest_engine
+from runtime.choices import MIN_FRAMES
+from runtime.contract import DTYPE_NAMES
 from runtime.errors import VideoError
-from runtime.video.frames import MIN_FRAMES
+from runtime.manifest import Manifest
 
+VARIANTS = ("full", "naive", "adaptive", "budget")  # see `runtime.benchmark.variants`
 QUESTION = "What happens in this video?"
 NONE = "none"
 EXAMPLES = """
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     how.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_NAMES,
         help="of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in "
         "where fp32 does not fit into memory)",
     )
@@ -106,10 +107,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse now what needs no model to be refused, and fill in what depends on other options.
+    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s.
 
     Raises:
-        UserError: a value that makes no sense, no such video or device, matplotlib is missing.
+        UserError: a value that makes no sense, no such video or engine, matplotlib is missing.
         OSError: the folder for the plots cannot be made.
     """
     for name, least in (
@@ -143,11 +144,11 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"nothing to measure: give --variants (of {', '.join(VARIANTS)}) or --engine")
     if options.video is not None and not options.video.is_file():
         raise VideoError(f"video {str(options.video)!r} is not a file; give the path of a video, or leave --video out")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"no GPU that torch {torch.__version__} can use for --device cuda: use --device cpu")
-    if options.dtype is None and options.device == "cuda":
-        options.dtype = "bf16"  # on a CPU that depends on the model
+    alone = options.soak is not None or options.service
+    if not alone:
+        method(options.ratio, options.merge_layers or (), options.tau)
+    for folder in options.engine or ([newest_engine(ENGINES)] if alone else []):
+        Manifest.read(folder, verify_files=False)
     if options.plot is not None:
         try:
             importlib.import_module("matplotlib")
@@ -156,6 +157,29 @@ def check(options: argparse.Namespace) -> None:
                 'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
             ) from error
         options.plot.mkdir(parents=True, exist_ok=True)
+
+
+def place(options: argparse.Namespace) -> None:
+    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU.
+
+    Raises:
+        UserError: a GPU was asked for, and there is none.
+    """
+    import torch
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"no GPU that torch {torch.__version__} can use for --device cuda: use --device cpu")
+    if options.dtype is None and options.device == "cuda":
+        options.dtype = "bf16"  # on a CPU that depends on the model
+
+
+def method(ratio: float, merge_layers: tuple[int, ...], tau: float) -> EarlyTomConfig:
+    """The method's settings; UserError for a value out of range."""
+    try:
+        return EarlyTomConfig(retention_ratio=ratio, merge_layers=merge_layers, tau=tau, schedule="budget")
+    except UserError as error:
+        raise UserError(f"{error} (--ratio, --merge-layers, --tau)") from error
 
 
 def names(text: str) -> tuple[str, ...]:

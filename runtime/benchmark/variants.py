@@ -23,10 +23,10 @@ from torch import Tensor
 from earlytom import flops
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.errors import UserError
 from earlytom.families import family_of, geometry
 from earlytom.model import encode_video
 from runtime.backends import VisionBackend, choose_backend, encode_one, open_backend
+from runtime.benchmark.arguments import method
 from runtime.benchmark.naive import encode_naive
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder import Decoder
@@ -34,7 +34,6 @@ from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.prompt import Prompt, build_prompt, check_length
 
-VARIANTS = ("full", "naive", "adaptive", "budget")
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 
 
@@ -146,7 +145,7 @@ class Bench:
         check_length(self.prompt, visual_tokens=full + 1, new_tokens=new_tokens, context=context)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
-        """One of `VARIANTS` for videos of `frames` frames; `config` gives ratio, tau and merge layers."""
+        """One of `arguments.VARIANTS` for videos of `frames` frames; `config` gives ratio, tau and merge layers."""
         if name == "full":
             return Variant(name, "transformers, sdpa, all tokens", OFF, frames, self._pixels, self._full, self.plain)
         if name == "naive":
@@ -262,10 +261,6 @@ def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...]
         UserError: a value out of range, or a layer that the tower does not have.
     """
     depth = geometry(checkpoint.config).depth
-    layers = EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers
-    try:
-        config = EarlyTomConfig(retention_ratio=ratio, merge_layers=layers, tau=tau, schedule="budget")
-    except UserError as error:
-        raise UserError(f"{error} (--ratio, --merge-layers, --tau)") from error
+    config = method(ratio, EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers, tau)
     config.check_layers(depth)
     return config

@@ -5,14 +5,22 @@ Knows FFmpeg (through PyAV, and nothing else does) and sampling. Knows nothing o
 `source` is what callers hand over, `opening` the one place that opens a container, `packets` the pass over the packets
 and the plan, `cuts` whether a file is whole, `decode` the decoding, `clock` the times, `sample` which frames are shown
 and their way to the model's size, `frames` frames as tensors, `clip` the result, `load` all of it.
+
+A name is imported when it is first asked for: a command line knows the limits without loading FFmpeg and PyTorch.
 """
 
-from runtime.video.clip import Clip, clip_from_frames
-from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames
-from runtime.video.limits import Limits
-from runtime.video.load import load_clip
-from runtime.video.sample import apply_display_matrix, frames_for, sample_indices
-from runtime.video.source import Spooled, take_video
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.video.clip import Clip, clip_from_frames
+    from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames
+    from runtime.video.limits import Limits
+    from runtime.video.load import load_clip
+    from runtime.video.sample import apply_display_matrix, frames_for, sample_indices
+    from runtime.video.source import Spooled, take_video
 
 __all__ = [
     "MIN_FRAMES",
@@ -28,3 +36,29 @@ __all__ = [
     "sample_indices",
     "take_video",
 ]
+
+_HOMES = {
+    "MIN_FRAMES": "frames",
+    "Clip": "clip",
+    "Limits": "limits",
+    "Spooled": "source",
+    "apply_display_matrix": "sample",
+    "channels_first": "frames",
+    "clip_from_frames": "clip",
+    "frames_for": "sample",
+    "load_clip": "load",
+    "resize_frames": "frames",
+    "sample_indices": "sample",
+    "take_video": "source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from earlytom.errors import UserError
 from earlytom.numbers import shown
+from runtime.choices import MIN_FRAMES
 
-MIN_FRAMES = 2  # the method compares neighbouring frames, so one frame is not a video
 _WIDENED = 8  # frames that are fp32 at a time
 
 

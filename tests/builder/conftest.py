@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from builder import build
+from builder import build, stages
 from builder.arguments import parse
 from builder.config import BuildConfig
-from builder.export import ExportedGraph, VisionGraph
+from builder.export import ExportedGraph, VisionGraph, vision_graph
 from earlytom import encode_video, micro
 from earlytom.encoder import VisualTokens
 from runtime import contract
-from runtime.clip import draw_clip
+from runtime.drawing import draw_clip
 from runtime.manifest import Manifest
 from runtime.video import load_clip
 
@@ -102,8 +102,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
         if arguments not in made:
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
             _, config, _ = parse([*words, *arguments])
-            graph = build.export(config, tmp_path_factory.mktemp("export"))
-            made[arguments] = Exported(config, graph, build.vision_graph(config, torch.float32))
+            graph = stages.export(config, tmp_path_factory.mktemp("export"))
+            made[arguments] = Exported(config, graph, vision_graph(config, torch.float32))
         return made[arguments]
 
     return export
@@ -119,8 +119,8 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
             _, config, _ = parse([*words, "--ratio", "0.3", "--schedule", "adaptive", *arguments])
             folder = tmp_path_factory.mktemp("chain")
-            build.export_stages(config, folder)
-            made[arguments] = Chain(config, folder, build.vision_graph(config, torch.float32))
+            stages.export_stages(config, folder)
+            made[arguments] = Chain(config, folder, vision_graph(config, torch.float32))
         return made[arguments]
 
     return export

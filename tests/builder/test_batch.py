@@ -22,7 +22,8 @@ from builder import build, functions, inspect, verify
 from builder.arguments import parse
 from builder.batches import fill, split, stack
 from builder.compile import compile_engine
-from builder.config import MAX_BATCH
+from builder.gate import accuracy
+from builder.options import MAX_BATCH
 from earlytom.errors import UserError
 from runtime import ask, cli, contract
 from runtime.backends import encode_one, open_backend
@@ -168,10 +169,10 @@ def run_gate(made: Exported, several: dict[str, Tensor], path: Path, edit: Calla
     model = onnx.load(str(made.path))
     edit(model)
     onnx.save(model, str(path))
-    return verify.verify(path, made.reference, several, made.config.dtype, batch=B)[0]
+    return accuracy.verify(path, made.reference, several, made.config.dtype, batch=B)[0]
 
 
-def failed(report: verify.Report) -> set[str]:
+def failed(report: accuracy.Report) -> set[str]:
     return {check.what for check in report.checks if not check.passed}
 
 
@@ -244,13 +245,13 @@ def test_a_graph_that_does_not_passes(exported: Make, several: dict[str, Tensor]
     found = {check.what: check.value for check in report.checks}
     assert found[ALIEN] < 0.1
     more = fill(several, 2 * B)
-    assert verify.verify(made.path, made.reference, more, dtype, batch=B)[0].passed
+    assert accuracy.verify(made.path, made.reference, more, dtype, batch=B)[0].passed
 
 
 def test_what_the_gate_measures_is_what_it_measures_of_each_alone(exported: Make, several: dict[str, Tensor]) -> None:
     made, single = exported(*BATCH, "--fp16"), exported(*SINGLE, "--fp16")
-    batched, _ = verify.verify(made.path, made.reference, several, "fp16", batch=B)
-    alone, _ = verify.verify(single.path, single.reference, several, "fp16")
+    batched, _ = accuracy.verify(made.path, made.reference, several, "fp16", batch=B)
+    alone, _ = accuracy.verify(single.path, single.reference, several, "fp16")
     values = {check.what: check.value for check in alone.checks}
     assert {check.what for check in batched.checks} == {*values, ALIEN}
     for check in batched.checks:
@@ -355,7 +356,7 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     assert verify.main([str(folder), "--layers", "--json"]) == 0
     taps = json.loads(capsys.readouterr().out)["taps"]
     assert {tap["tap"] for tap in taps} >= {f"hidden_{n}" for n in range(4)} | {"tokens"}
-    assert all(tap["cosine"] > verify.GATES["fp16"].cosine for tap in taps)
+    assert all(tap["cosine"] > accuracy.GATES["fp16"].cosine for tap in taps)
 
 
 @needs_rtx

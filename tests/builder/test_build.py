@@ -18,13 +18,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from builder import build, cache, gate, verify
+from builder import build, cache, stages
 from builder.arguments import parse
 from builder.config import project_version
+from builder.gate import accuracy, stage
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
 from runtime import cli, contract
-from runtime.clip import draw_clip
+from runtime.drawing import draw_clip
 from runtime.manifest import Manifest
 
 from ..processes import HANG_SECONDS
@@ -74,7 +75,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*args: Any) -> None:
         raise AssertionError("something was built")
 
-    monkeypatch.setattr(build, "export", export)
+    monkeypatch.setattr(stages, "export", export)
 
 
 def last_line(stdout: str) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def test_an_out_that_vanishes_is_one_line(
     command: Command, out: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder is removed by somebody else, at the beginning and at the end of a build."""
-    real = getattr(build, stage)
+    real = getattr(stages, stage)
 
     def vanishing(*words: Any) -> Any:
         if stage == "describe":
@@ -300,7 +301,7 @@ def test_an_out_that_vanishes_is_one_line(
         shutil.rmtree(out)
         return real(*words)
 
-    monkeypatch.setattr(build, stage, vanishing)
+    monkeypatch.setattr(stages, stage, vanishing)
     status, _, stderr = command("--no-verify")
     assert (status, stderr.count("\n")) == (2, 1)
     assert stderr.startswith("error: ")
@@ -324,8 +325,8 @@ def test_an_out_that_is_no_folder_is_one_line(
 def test_what_fails_the_gate_is_not_published(
     command: Command, built: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = replace(verify.GATES["fp16"], cosine=1.5)
-    monkeypatch.setitem(verify.GATES, "fp16", impossible)
+    impossible = replace(accuracy.GATES["fp16"], cosine=1.5)
+    monkeypatch.setitem(accuracy.GATES, "fp16", impossible)
     status, stdout, stderr = command("--force")
     assert status == 2
     assert stderr.startswith("error: the graph does not reproduce the model: hidden_1: cosine is ")
@@ -341,7 +342,7 @@ def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pyt
         (place / contract.ONNX_FILE).write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(build, "export", half)
+    monkeypatch.setattr(stages, "export", half)
     status, _, stderr = command()
     assert status == 2
     assert stderr.startswith("error: ")
@@ -405,21 +406,21 @@ def test_decoder_is_loaded_for_the_gate_only_where_its_text_means_something(
         asked.append(checkpoint.source)
         raise UserError("stop here")
 
-    monkeypatch.setattr(gate, "NextTokens", next_tokens)
-    monkeypatch.setattr(verify, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
+    monkeypatch.setattr(stage, "NextTokens", next_tokens)
+    monkeypatch.setattr(accuracy, "verify", lambda *args, **options: (_ for _ in ()).throw(UserError("gate")))
     clips = {FRAMES: {"clip": torch.zeros(FRAMES, 3, 72, 72, dtype=torch.uint8)}}
     screen = cli.Screen(json_only=True)
     for limit, words, loads in (
         (0, [], 0),
-        (gate.SMALL_DECODER, [], 1),
-        (gate.SMALL_DECODER, ["--no-verify-text"], 0),
+        (stage.SMALL_DECODER, [], 1),
+        (stage.SMALL_DECODER, ["--no-verify-text"], 0),
         (0, ["--verify-text"], 1),
     ):
         options, config, _ = parse([*build_arguments, *words])
-        monkeypatch.setattr(gate, "SMALL_DECODER", limit)
+        monkeypatch.setattr(stage, "SMALL_DECODER", limit)
         asked.clear()
         with pytest.raises(UserError, match="stop here" if loads else "gate"):
-            gate.check_each(config, cast(Any, None), [tmp_path], clips, screen, with_text=options.verify_text)
+            stage.check_each(config, cast(Any, None), [tmp_path], clips, screen, with_text=options.verify_text)
         assert len(asked) == loads
 
 

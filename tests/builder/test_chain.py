@@ -14,10 +14,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from builder import build, calibrate, verify
+from builder import calibrate
 from builder.calibrate import FramesKept
 from builder.chain import export_chain
-from builder.export import VisionGraph
+from builder.export import VisionGraph, vision_graph
+from builder.gate import accuracy
 from builder.islands import Islands
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import run_span
@@ -137,7 +138,7 @@ def test_other_towers_one_frame_and_other_cuts(
 
 
 def test_a_chain_is_for_the_adaptive_schedule(chain: Chain, tmp_path: Path) -> None:
-    graph = build.vision_graph(chain.config, torch.float32)
+    graph = vision_graph(chain.config, torch.float32)
     graph.config = graph.config.replace(schedule="budget")
     with pytest.raises(UserError, match="--schedule adaptive"):
         export_chain(graph, FRAMES, (72, 72), tmp_path)
@@ -151,7 +152,7 @@ def test_a_chain_is_for_the_adaptive_schedule(chain: Chain, tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_gate_passes(chain_of: Callable[..., Chain], clips: dict[str, Tensor], dtype: str) -> None:
     made = chain_of(f"--{dtype}")
-    report, wanted = verify.verify(made.paths, made.reference, clips, dtype)
+    report, wanted = accuracy.verify(made.paths, made.reference, clips, dtype)
     report.require()
     checks = {check.what: check.value for check in report.checks}
     assert checks["frames that a merge keeps: largest error"] == 0
@@ -198,7 +199,7 @@ def test_the_gate_fails_on_a_broken_stage(
     line: str,
 ) -> None:
     """Negative controls: a weight of a stage with dynamic frames, a decision, the last stage."""
-    report, _ = verify.verify(broken(chain, tmp_path, stage, change), chain.reference, clips, "fp32")
+    report, _ = accuracy.verify(broken(chain, tmp_path, stage, change), chain.reference, clips, "fp32")
     with pytest.raises(UserError, match=line):
         report.require()
 
@@ -224,7 +225,7 @@ def test_ranges_and_budget_of_measured_counts() -> None:
 def test_what_is_measured_is_what_the_model_keeps(chain: Chain, clips: dict[str, Tensor]) -> None:
     wanted = {name: chain.encode(frames).frames_per_stage for name, frames in clips.items()}
     assert calibrate.frames_kept(chain.reference, clips).clips == wanted
-    budget = build.vision_graph(chain.config, torch.float32)
+    budget = vision_graph(chain.config, torch.float32)
     budget.config = chain.config.earlytom.replace(schedule="budget")
     assert calibrate.frames_kept(budget, clips).clips == wanted  # whatever the schedule of the build
 

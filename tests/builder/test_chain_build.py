@@ -12,6 +12,7 @@ from torch import Tensor
 
 from builder import build, calibrate, inspect, verify
 from builder.compile import compile_engine
+from builder.gate import accuracy
 from earlytom.errors import UserError
 from runtime import ask, cli, contract
 from runtime.backends.chain import Room
@@ -43,7 +44,7 @@ def test_the_command_builds_one_folder_with_one_manifest(folder: Path, chain: Ch
     assert set(STAGES) <= manifest.files.keys()
     assert contract.ONNX_FILE not in manifest.files
     assert manifest.verification is not None
-    assert set(manifest.verification["steps"]) == set(verify.STEPS)
+    assert set(manifest.verification["steps"]) == set(accuracy.STEPS)
     assert manifest.frames_per_stage == (FRAMES,) * 3
     assert manifest.tokens == Room(FRAMES, 25, 0.3, len(STAGES) - 1).most
     measured = json.loads((folder / contract.REPORT_FILE).read_text())["frames_kept"]

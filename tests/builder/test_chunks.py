@@ -17,13 +17,14 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from builder import build, inspect, verify
+from builder import build, inspect, stages, verify
 from builder.arguments import parse
 from builder.chunk_run import is_chunked, run_chunks
 from builder.chunks import export_chunks
 from builder.compile import compile_engine
 from builder.config import BuildConfig
-from builder.export import VisionGraph
+from builder.export import VisionGraph, vision_graph
+from builder.gate import accuracy
 from builder.islands import Costs
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
@@ -64,8 +65,8 @@ def chunked_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path)
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
             _, config, _ = parse([*words, "--ratio", "0.3", "--chunk", str(CHUNK), *arguments])
             folder = tmp_path_factory.mktemp("chunked")
-            build.export_graphs(config, folder)
-            made[arguments] = Chunked(config, folder, build.vision_graph(config, torch.float32))
+            stages.export_graphs(config, folder)
+            made[arguments] = Chunked(config, folder, vision_graph(config, torch.float32))
         return made[arguments]
 
     return export
@@ -175,7 +176,7 @@ def test_the_adaptive_schedule_is_not_cut_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_the_gate_passes(chunked_of: Callable[..., Chunked], clips: dict[str, Tensor], dtype: str) -> None:
     made = chunked_of(f"--{dtype}")
-    report, wanted = verify.verify(made.paths, made.reference, clips, dtype)
+    report, wanted = accuracy.verify(made.paths, made.reference, clips, dtype)
     report.require()
     assert len(wanted[0][1]) == len(clips)
     assert sorted(path.name for path in made.folder.iterdir()) == FILES  # no temporary graph stays
@@ -216,7 +217,7 @@ def test_the_gate_notices(
     chunked: Chunked, clips: dict[str, Tensor], tmp_path: Path, stage: int, change: Callable[[onnx.GraphProto], None]
 ) -> None:
     paths = changed(chunked, tmp_path / "changed", stage, change)
-    report, _ = verify.verify(paths, chunked.reference, clips, "fp32")
+    report, _ = accuracy.verify(paths, chunked.reference, clips, "fp32")
     with pytest.raises(UserError, match="does not reproduce the model"):
         report.require()
 

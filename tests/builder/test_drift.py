@@ -15,10 +15,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from builder import build, drift, verify
+from builder import drift, verify
 from builder.arguments import parse
 from builder.drift import Tap, first_bad, measure
-from builder.export import export_onnx
+from builder.export import export_onnx, vision_graph
 from builder.runners import ForcedDecisions, run_tapped
 from earlytom.errors import UserError
 from runtime import contract
@@ -129,9 +129,9 @@ def stressed(source: Path, folder: Path, islands: str, **how: float) -> Callable
     _, config, _ = parse([*words, "--islands", islands])
     place = folder / str(len(list(folder.iterdir())))
     place.mkdir()
-    graph = build.vision_graph(config, torch.float16)
+    graph = vision_graph(config, torch.float16)
     exported = export_onnx(graph, FRAMES, (72, 72), place / contract.ONNX_FILE)
-    reference = build.vision_graph(config, torch.float32)
+    reference = vision_graph(config, torch.float32)
     return lambda clip: measure(exported.path, reference, clip, "fp16")
 
 

@@ -17,7 +17,7 @@ import torch
 from builder import arguments as build_arguments
 from builder import build, evaluate
 from builder.evaluation import bench as bench_module
-from builder.evaluation import record
+from builder.evaluation import record, run
 from builder.evaluation.bench import Bench, Job
 from builder.evaluation.blind import questions_of
 from builder.evaluation.engine import TWIN, build_engine, check_engine
@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch
     def load(*arguments: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(evaluate, "Bench", load)
+    monkeypatch.setattr(run, "Bench", load)
     status, _, stderr = command(*words)
     assert status == 2
     assert stderr.startswith("error: ")

@@ -15,10 +15,10 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from builder import build, export, functions
+from builder import export, functions, stages
 from builder.chain import export_chain
 from builder.config import BuildConfig
-from builder.export import OPSET, export_onnx
+from builder.export import OPSET, export_onnx, vision_graph
 from builder.runners import write_tapped
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import trace_names
@@ -192,7 +192,7 @@ def test_bf16_graph_is_bf16(exported: Make) -> None:
 
 def again(made: Exported, place: Path) -> export.ExportedGraph:
     place.mkdir()
-    return build.export(made.config, place)
+    return stages.export(made.config, place)
 
 
 def test_two_exports_are_byte_identical(exported: Make, tmp_path: Path) -> None:
@@ -221,13 +221,13 @@ def test_large_weights_go_beside_the_graph(
 
 def test_adaptive_schedule_is_refused(exported: Make, tmp_path: Path) -> None:
     made = exported("--ratio", "0.3", "--fp32")
-    graph = build.vision_graph(made.config, torch.float32)
+    graph = vision_graph(made.config, torch.float32)
     graph.config = graph.config.replace(schedule="adaptive")
     with pytest.raises(UserError, match="--schedule budget"):
         export_onnx(graph, 12, (72, 72), tmp_path / contract.ONNX_FILE)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--schedule adaptive"):  # and a chain is not for the other
-        export_chain(build.vision_graph(made.config, torch.float32), 12, (72, 72), tmp_path)
+        export_chain(vision_graph(made.config, torch.float32), 12, (72, 72), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -236,7 +236,7 @@ def test_reference_still_decides_itself_after_an_export(
 ) -> None:
     """Calls of the ONNX functions stand in for the decisions while tracing, and only then."""
     config: BuildConfig = exported("--ratio", "0.3", "--fp32").config
-    graph = build.vision_graph(config, torch.float32)
+    graph = vision_graph(config, torch.float32)
     rule = graph.decisions
     monkeypatch.setattr(graph, "forward", lambda frames: 1 / 0)
     with pytest.raises(Exception, match="division"):

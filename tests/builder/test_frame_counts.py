@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder import build, drift, inspect, verify
+from builder import build, drift, inspect, stages, verify
 from builder.arguments import parse
 from builder.compile import CompileReport, compile_engine
 from builder.config import BuildConfig
-from builder.export import ExportedGraph
+from builder.export import ExportedGraph, vision_graph
 from builder.inspection.comparison import compare
 from builder.kept_reference import COMPARE_FILE, keep_reference
 from builder.layers import summarise
@@ -68,7 +68,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> d
     graphs = {}
     for frames in COUNTS:
         config = config_of(small_checkpoint, "--frames", str(frames))
-        graphs[frames] = build.export(config, tmp_path_factory.mktemp("alone")).path
+        graphs[frames] = stages.export(config, tmp_path_factory.mktemp("alone")).path
     return graphs
 
 
@@ -90,7 +90,7 @@ def test_the_folder_has_files_for_every_count_and_weights_once(folder: Path, man
     weights = manifest.files[contract.DATA_FILE].bytes
     for frames in COUNTS:
         assert manifest.files[contract.count_file(contract.ONNX_FILE, frames)].bytes < 0.15 * weights
-    parameters = 2 * sum(value.numel() for value in build.vision_graph(config_at(manifest), torch.float32).parameters())
+    parameters = 2 * sum(value.numel() for value in vision_graph(config_at(manifest), torch.float32).parameters())
     assert weights == pytest.approx(parameters, rel=0.05)
     assert "-f4+8-" in folder.name
 
@@ -164,7 +164,7 @@ def test_a_count_that_fails_fails_the_build(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The gate of the least count sees its own graph, and nothing is published."""
-    kept = build.export_counts
+    kept = stages.export_counts
 
     def export(config: BuildConfig, place: Path) -> Any:
         made = kept(config, place)
@@ -176,7 +176,7 @@ def test_a_count_that_fails_fails_the_build(
         onnx.save(model, str(made[0].path))
         return made
 
-    monkeypatch.setattr(build, "export_counts", export)
+    monkeypatch.setattr(stages, "export_counts", export)
     words = ["--model", str(small_checkpoint), *WORDS, "--out", str(tmp_path / "out"), "--no-verify-text"]
     assert cli.run(build.main, words) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -289,7 +289,7 @@ def test_in_pytorch_the_model_is_loaded_once(folder: Path, manifest: Manifest, v
 
 def test_several_videos_of_several_counts(small_checkpoint: Path, tmp_path: Path, clips: dict[str, Tensor]) -> None:
     config = config_of(small_checkpoint, "--batch", "2", "--fp32")
-    graphs = build.export_graphs(config, tmp_path)
+    graphs = stages.export_graphs(config, tmp_path)
     assert "-f4+8-b2-" in config.name(config.key())
     each = {frames: OnnxRuntimeVision(graph.path) for frames, graph in zip(COUNTS, graphs, strict=True)}
     vision = ByFrames(each)  # type: ignore[arg-type]
@@ -423,15 +423,15 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
             layers=summarise(()),
         )
 
-    monkeypatch.setattr(build, "compile_engine", compiler)
+    monkeypatch.setattr(stages, "compile_engine", compiler)
     config = replace(config_of(Path(manifest.model.source)), backend="tensorrt-rtx")
     graphs = [ExportedGraph(folder / one.file(contract.ONNX_FILE), ()) for one in config.each]
     screen = cli.Screen(json_only=True)
-    reports = build.compile_graphs(config, graphs, tmp_path, None, screen)
+    reports = stages.compile_graphs(config, graphs, tmp_path, None, screen)
     assert asked == [(f"vision.f{n}.onnx", f"vision.f{n}.engine", f"layers.f{n}.json") for n in COUNTS]
     assert shares == [one.half_share for one in config.each]
     assert shares[0] != shares[1]
-    build.write_report(tmp_path / contract.REPORT_FILE, config, None, reports, {}, {})
+    stages.write_report(tmp_path / contract.REPORT_FILE, config, None, reports, {}, {})
     record = json.loads((tmp_path / contract.REPORT_FILE).read_text())
     assert [one["frames"] for one in record["compile"]] == list(COUNTS)
 

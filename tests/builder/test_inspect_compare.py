@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from builder import build, cache, inspect
+from builder import build, cache, inspect, stages
 from builder.arguments import parse
 from builder.config import BuildConfig
-from builder.inspection.comparison import SET_BY, compare
+from builder.inspection.comparison import SET_BY, compare, set_by
 from runtime import contract
 from runtime.manifest import Manifest
 
@@ -59,9 +60,29 @@ def test_every_part_of_the_key_is_explained(engine: Path, build_arguments: list[
     recorded = inspect.describe(engine)["key_parts"]
     assert {**parts, "code": None} == {**recorded, "code": None}
     assert set(parts["code"]) == set(recorded["code"])
-    assert set(parts) <= set(SET_BY)
+    for name in (*parts, *(f"earlytom.{setting}" for setting in parts["earlytom"])):
+        assert set_by(name) != name, name
     named = {name.split(".")[1] for name in SET_BY if name.startswith("earlytom.")}
     assert named <= set(parts["earlytom"])  # none that there is not
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(BuildConfig), ids=lambda field: field.name)
+def test_every_field_of_a_build_is_explained(field: dataclasses.Field[Any]) -> None:
+    """Also one that only some engines have in their keys."""
+    part = {"checkpoint": "model"}.get(field.name, field.name)
+    assert set_by(part) != part
+
+
+def test_a_field_without_an_option_has_its_own_name() -> None:
+    """Negative control."""
+    assert set_by("made_up") == "made_up"
+
+
+def test_chunks_come_from_the_option(copy: Path) -> None:
+    other = rebuilt(copy, lambda parts: parts.update(chunk=2))
+    record = compare(inspect.describe(copy), inspect.describe(other))
+    assert [(row["field"], row["set_by"]) for row in record["key_parts"]] == [("chunk", "--chunk")]
+    assert record["reasons"][0].endswith("What differs comes from: --chunk")
 
 
 def test_looking_into_engines_is_not_among_the_sources_that_change_them(build_arguments: list[str]) -> None:
@@ -70,7 +91,7 @@ def test_looking_into_engines_is_not_among_the_sources_that_change_them(build_ar
     assert (ROOT / "builder" / "inspection" / "layers.py").is_file()
     assert not [name for name in code if name.startswith("builder/inspect")]
     assert {
-        "builder/verify.py",
+        "builder/gate/accuracy.py",
         "builder/runners.py",
         "builder/kept_reference.py",
         "earlytom/merge.py",
@@ -112,14 +133,14 @@ def test_an_option_that_differs_is_named(
 def test_a_source_and_a_library_that_differ_are_named(copy: Path, command: Command) -> None:
     def change(parts: dict[str, Any]) -> None:
         parts["code"]["earlytom/merge.py"] = "0" * 64
-        del parts["code"]["builder/verify.py"]
+        del parts["code"]["builder/gate/accuracy.py"]
         parts["libraries"]["torch"] = "1.0"
 
     other = rebuilt(copy, change)
     record = compare(inspect.describe(copy), inspect.describe(other))
     rows = {row["field"]: row for row in record["key_parts"]}
-    assert set(rows) == {"code.earlytom/merge.py", "code.builder/verify.py", "libraries.torch"}
-    assert rows["code.builder/verify.py"]["other"] is None
+    assert set(rows) == {"code.earlytom/merge.py", "code.builder/gate/accuracy.py", "libraries.torch"}
+    assert rows["code.builder/gate/accuracy.py"]["other"] is None
     status, stdout, stderr = command(copy, "--compare", other)
     assert (status, stderr) == (0, "")
     for shown in ("000000000000 ", "earlytom/merge.py", "this project's sources; installed libraries"):
@@ -184,7 +205,7 @@ def test_a_build_that_asks_for_the_text_step_takes_no_engine_without_it(
         raise AssertionError("something was built")
 
     manifest = Manifest.read(copy)
-    monkeypatch.setattr(build, "export", export)
+    monkeypatch.setattr(stages, "export", export)
     monkeypatch.setattr(BuildConfig, "key", lambda self: manifest.key)
     words = [*build_arguments, "--out", str(copy.parent)]
     assert build.main([*words, "--verify-text"]) == 0  # it ran when this engine was built

@@ -13,10 +13,11 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from builder import build, islands, verify
+from builder import build, islands
 from builder.arguments import parse
 from builder.compile import compile_engine
 from builder.config import BuildConfig
+from builder.gate import accuracy
 from builder.islands import DEFAULT, ISLANDS, LAYERED, Costs, Islands
 from builder.layers import LayerSummary, check_precision
 from earlytom.errors import UserError
@@ -247,7 +248,7 @@ def is_weight(tensor: onnx.TensorProto) -> bool:
 @pytest.mark.parametrize("choice", ["all", MIX])
 def test_the_gate_passes(exported: Make, clips: dict[str, Tensor], choice: str) -> None:
     made, _ = exported_with(exported, choice)
-    report, _ = verify.verify(made.path, made.reference, clips, "fp16")
+    report, _ = accuracy.verify(made.path, made.reference, clips, "fp16")
     assert report.passed, report
 
 

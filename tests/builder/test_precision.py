@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from builder import build, export, verify
+from builder import build, export
 from builder.arguments import parse
 from builder.config import BuildConfig
 from builder.drift import Tap, measure
-from builder.export import VisionGraph, export_onnx
+from builder.export import VisionGraph, export_onnx, vision_graph
+from builder.gate import accuracy
 from builder.precision import TypedLayerNorm, set_precision, set_vision_precision
 from earlytom.errors import UserError
 from earlytom.families import llava_onevision
@@ -128,7 +129,7 @@ def stressed(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def reference(stressed: Path) -> VisionGraph:
-    return build.vision_graph(config_of(stressed), torch.float32)
+    return vision_graph(config_of(stressed), torch.float32)
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def test_half_holds_by_default(
     clip = clips["drawn0.mp4"]
     config = config_of(stressed, f"--{dtype}")
     least = {"fp16": 0.9999, "bf16": 0.999}[dtype]
-    graph = build.vision_graph(config, contract.DTYPES[dtype])
+    graph = vision_graph(config, contract.DTYPES[dtype])
     exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / contract.ONNX_FILE)
     taps = measure(exported.path, reference, clip, dtype)
     assert len(taps) == 4 + 4  # layers, and what follows
@@ -218,7 +219,7 @@ def test_half_holds_by_default(
     # PyTorch's half kernels are a third opinion; nothing has been decided before the first merge.
     half, full = (one(clip)["hidden_1"].double().flatten() for one in (graph, reference))
     assert torch.cosine_similarity(half, full, dim=0) > least
-    report, _ = verify.verify(exported.path, reference, clips, dtype)
+    report, _ = accuracy.verify(exported.path, reference, clips, dtype)
     assert report.passed, report
 
 
@@ -235,7 +236,7 @@ def test_the_bias_of_the_keys_is_what_half_could_not_bear(
 ) -> None:
     """Softmax does not see it, so that the graph goes without; with it, the same graph does not hold."""
     config = config_of(stressed, "--fp16")
-    graph = build.vision_graph(config, torch.float16)
+    graph = vision_graph(config, torch.float16)
     layers = tower_of(graph.vision_tower).layers
     assert all(not layer.self_attn.k_proj.bias.any() for layer in layers)
     for layer, source in zip(layers, tower_of(reference.vision_tower).layers, strict=True):

@@ -18,9 +18,10 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from builder import functions, verify
+from builder import functions
+from builder.gate import accuracy
+from builder.gate.accuracy import GATES, STEPS, Report
 from builder.next_tokens import NextTokens
-from builder.verify import GATES, STEPS, Report
 from earlytom.errors import UserError
 from runtime import contract
 from runtime.checkpoint import describe
@@ -44,7 +45,7 @@ def gate(exported: Make, clips: dict[str, Tensor], tmp_path: Path) -> Callable[.
         edit(model)
         path = tmp_path / contract.ONNX_FILE
         onnx.save(model, str(path))
-        report, _ = verify.verify(path, made.reference, clips, "fp32", **options)
+        report, _ = accuracy.verify(path, made.reference, clips, "fp32", **options)
         assert [file.name for file in tmp_path.iterdir()] == [contract.ONNX_FILE]
         return report
 
@@ -107,7 +108,7 @@ def after(name: str, *make: tuple[str, list[str]], constants: dict[str, Any] | N
 def test_an_honest_graph_passes(exported: Make, clips: dict[str, Tensor], dtype: str) -> None:
     made = exported(*RATIO, f"--{dtype}")
     lines: list[str] = []
-    report, wanted = verify.verify(made.path, made.reference, clips, dtype, say=lines.append)
+    report, wanted = accuracy.verify(made.path, made.reference, clips, dtype, say=lines.append)
     assert report.passed, values(report)
     report.require()
     assert [check.step for check in report.checks] == sorted((c.step for c in report.checks), key=STEPS.index)
@@ -133,14 +134,14 @@ def test_an_honest_graph_passes_with_parts_of_the_method_off(
     exported: Make, clips: dict[str, Tensor], arguments: list[str]
 ) -> None:
     made = exported(*arguments, "--fp32")
-    report, _ = verify.verify(made.path, made.reference, clips, "fp32")
+    report, _ = accuracy.verify(made.path, made.reference, clips, "fp32")
     assert report.passed, values(report)
     assert ("hidden" in {check.step for check in report.checks}) == bool(made.config.earlytom.merge_layers)
 
 
 def test_a_half_graph_does_not_pass_for_fp32(exported: Make, clips: dict[str, Tensor]) -> None:
     made = exported(*RATIO, "--fp16")
-    report, _ = verify.verify(made.path, made.reference, clips, "fp32")
+    report, _ = accuracy.verify(made.path, made.reference, clips, "fp32")
     assert {"hidden", "tokens"} <= failed(report)
     with pytest.raises(UserError, match=r"does not reproduce the model: .*--fp32.*--no-verify") as caught:
         report.require()
@@ -179,7 +180,7 @@ def test_a_single_half_weight_fails(exported: Make, clips: dict[str, Tensor], tm
     scale_weight("layers.0.layer_norm1.weight", 1.2)(model)
     path = tmp_path / contract.ONNX_FILE
     onnx.save(model, str(path))
-    report, _ = verify.verify(path, made.reference, clips, "fp16")
+    report, _ = accuracy.verify(path, made.reference, clips, "fp16")
     assert {"hidden", "tokens"} <= failed(report)
 
 
@@ -249,14 +250,14 @@ def test_weights_that_are_wrong_but_plausible_fail(gate: Callable[..., Report]) 
     constants = {"axis": np.array([1], np.int64), "tilt": np.linspace(1, 2, 9, dtype=np.float32)}
     report = gate(after("weights_2", *steps, constants=constants))
     assert values(report)["overlap of kept frames"] == 1
-    assert values(report)["frame plans repeated: largest difference"] > verify.PLAN_TOLERANCE
+    assert values(report)["frame plans repeated: largest difference"] > accuracy.PLAN_TOLERANCE
     assert failed(report) == {"decisions"}
 
 
 def test_the_worst_clip_counts(exported: Make, clips: dict[str, Tensor]) -> None:
     made = exported(*RATIO, "--fp16")
     both, *single = (
-        values(verify.verify(made.path, made.reference, some, "fp16")[0])
+        values(accuracy.verify(made.path, made.reference, some, "fp16")[0])
         for some in (clips, *({name: frames} for name, frames in clips.items()))
     )
     for what in ("tokens: largest error", "hidden_1: mean error"):
@@ -271,7 +272,7 @@ def test_a_reference_without_finite_tokens_is_refused(exported: Make, clips: dic
     bias[0] = float("nan")
     try:
         with pytest.raises(UserError, match="weights are unusable"):
-            verify.verify(made.path, made.reference, clips, "fp32")
+            accuracy.verify(made.path, made.reference, clips, "fp32")
     finally:
         bias.copy_(before)
 
@@ -297,7 +298,7 @@ def test_next_tokens_agree_with_themselves_and_not_with_another_clip(
 
 def test_report_is_plain_json(exported: Make, clips: dict[str, Tensor], engine: Path) -> None:
     made = exported(*RATIO, "--fp32")
-    report, _ = verify.verify(made.path, made.reference, clips, "fp32")
+    report, _ = accuracy.verify(made.path, made.reference, clips, "fp32")
     record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert record["passed"] is True
     assert set(record["steps"]) == {"hidden", "decisions", "tokens"}

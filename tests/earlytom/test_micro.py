@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
 from builder.micro.card import write_card
+from builder.micro.course import PERCEPTION_STEPS, SEED, STAGES, new_model
 from builder.micro.see import normalised
-from builder.micro.train import PERCEPTION_STEPS, SEED, STAGES, new_model
 from earlytom import micro
 from earlytom.families.llava_onevision import canonical_name, pool
 from earlytom.micro import checkpoint

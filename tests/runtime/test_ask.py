@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from runtime import ask, cli, trt
-from runtime.clip import draw_clip
+from runtime.drawing import draw_clip
 from runtime.manifest import Manifest, describe_files
 from runtime.pipeline import Pipeline
 

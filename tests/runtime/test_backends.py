@@ -18,9 +18,10 @@ from torch import Tensor
 from earlytom import EarlyTomConfig, encode_video
 from earlytom.families import geometry
 from runtime import trt
-from runtime.backends import ENGINE_BACKENDS, VisionBackend, choose_backend, open_backend
+from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.backends.torch import TorchVision
 from runtime.checkpoint import describe, load_vision
+from runtime.choices import ENGINE_BACKENDS
 from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip

@@ -19,12 +19,13 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from earlytom import EarlyTomConfig, UserError, encode_video
 from earlytom.merge import plan_frames
 from runtime import bench, cli
-from runtime.benchmark import arguments, report
+from runtime.benchmark import arguments, comparison, report
+from runtime.benchmark.arguments import VARIANTS
 from runtime.benchmark.measure import STAGES, Runner, interleaved, matmul_rate, percentiles, under_load
 from runtime.benchmark.memory import Memory, peak_memory
 from runtime.benchmark.naive import encode_naive, find_segments
 from runtime.benchmark.overhead import compression_share
-from runtime.benchmark.variants import OFF, VARIANTS, Bench, Variant, full_tokens, read_engine, settings
+from runtime.benchmark.variants import OFF, Bench, Variant, full_tokens, read_engine, settings
 from runtime.checkpoint import describe
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
@@ -469,7 +470,7 @@ def test_a_gpu_that_is_too_small_is_an_error_of_one_line(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(bench, "measure", full)
+    monkeypatch.setattr(comparison, "measure", full)
     status, _, err = run(capsys, "--video", str(drawn_clip))
     assert (status, err.count("\n")) == (2, 1)
     assert "lower --frames" in err

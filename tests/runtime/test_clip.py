@@ -11,9 +11,9 @@ import pytest
 
 from earlytom.errors import UserError
 from earlytom.micro.data import labelled_clip
-from runtime import clip
+from runtime import clip, drawing, scenes
 from runtime.cli import run
-from runtime.clip import draw_clip, draw_frames, write_test_clip
+from runtime.drawing import draw_clip, draw_frames, write_test_clip
 from runtime.errors import VideoError
 from runtime.video import load_clip
 
@@ -46,21 +46,21 @@ def test_three_scenes_with_cuts_between(seed):
 
 def test_still_scene_moves_somewhere_and_moving_scene_everywhere():
     frames = draw_frames(48, 96, 128).astype(np.float32)
-    moved = np.abs(frames[[8, 21]] - frames[[5, 18]]).mean(axis=1) > 5 * clip.NOISE  # [2, h, w]
+    moved = np.abs(frames[[8, 21]] - frames[[5, 18]]).mean(axis=1) > 5 * scenes.NOISE  # [2, h, w]
     assert moved[0].mean() > 0.25
     assert 0.0005 < moved[1].mean() < 0.05
 
 
 def test_frames_have_texture_and_colour():
     frames = draw_frames(12, 96, 128).astype(np.float32)
-    assert (np.ptp(frames, axis=1).mean(axis=(1, 2)) > 10 * clip.NOISE).all()  # the channels differ
-    assert (frames.mean(axis=1).std(axis=(1, 2)) > 5 * clip.NOISE).all()
+    assert (np.ptp(frames, axis=1).mean(axis=(1, 2)) > 10 * scenes.NOISE).all()  # the channels differ
+    assert (frames.mean(axis=1).std(axis=(1, 2)) > 5 * scenes.NOISE).all()
 
 
 def test_a_few_frames_sample_the_same_clip_as_many():
     few, many = draw_frames(6, 48, 64), draw_frames(18, 48, 64)
     middles = many[1::3]  # the middle of each third of a sixth is the same moment
-    assert np.abs(few.astype(int) - middles).mean() < 2 * clip.NOISE
+    assert np.abs(few.astype(int) - middles).mean() < 2 * scenes.NOISE
     assert np.abs(few.astype(int) - many[[4, 7, 10, 13, 16, 1]]).mean() > 10
 
 
@@ -101,7 +101,7 @@ def test_defaults_are_six_seconds_at_24_frames(tmp_path):
 
 
 def test_mpeg4_where_there_is_no_h264(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip, "_ENCODERS", {"no such encoder": {}, "mpeg4": clip._ENCODERS["mpeg4"]})
+    monkeypatch.setattr(drawing, "_ENCODERS", {"no such encoder": {}, "mpeg4": drawing._ENCODERS["mpeg4"]})
     path = draw_clip(tmp_path / "clip.mp4", 1, size=(96, 128))
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
@@ -110,7 +110,7 @@ def test_mpeg4_where_there_is_no_h264(tmp_path, monkeypatch):
 
 
 def test_no_encoder_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip, "_ENCODERS", {"no such encoder": {}})
+    monkeypatch.setattr(drawing, "_ENCODERS", {"no such encoder": {}})
     with pytest.raises(VideoError, match="without an encoder"):
         draw_clip(tmp_path / "clip.mp4", 1)
     assert not list(tmp_path.iterdir())
@@ -126,7 +126,7 @@ def test_an_older_file_is_replaced(tmp_path):
 def test_nothing_half_written_stays(tmp_path, monkeypatch, failure):
     path = tmp_path / "clip.mp4"
     path.write_text("old")
-    drawn = clip._frames(144, 32, 32, 0)  # more than the encoder holds back
+    drawn = drawing._frames(144, 32, 32, 0)  # more than the encoder holds back
     seen = []
 
     def break_off(*_):
@@ -136,7 +136,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, failure):
                 raise failure
             yield frame
 
-    monkeypatch.setattr(clip, "_frames", break_off)
+    monkeypatch.setattr(drawing, "_frames", break_off)
     with pytest.raises(type(failure)) as caught:
         draw_clip(path, 6, size=(32, 32))
     assert len(seen) == 2  # it was being written, beside the old one
@@ -231,7 +231,7 @@ def test_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(clip.os, "replace", full)
+    monkeypatch.setattr(drawing.os, "replace", full)
     assert run(clip.main, [str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "32x32"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from runtime.decoder import Decoder
 from runtime.graphs import Replay, ToHost
+from runtime.picking import Picker
 from runtime.prompt import Prompt, splice
-from runtime.sampling import GREEDY, Picker, Sampling
+from runtime.sampling import GREEDY, Sampling
 
 from ..processes import HANG_SECONDS
 from .tiny_decoder import BUCKETS, WIDTH, answer, make_llama, make_qwen, prompt

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from earlytom.config import EarlyTomConfig
-from runtime import backends, trt
+from runtime import choices, trt
 from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.backends.onnxruntime import OnnxRuntimeVision
 from runtime.errors import EngineError
@@ -308,4 +308,4 @@ def test_an_engine_of_another_version_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_every_backend_has_a_name_to_ask_for() -> None:
-    assert {"auto", "torch", OnnxRuntimeVision.name, *trt.FLAVOURS} == set(backends.BACKENDS)
+    assert {"auto", "torch", OnnxRuntimeVision.name, *trt.FLAVOURS} == set(choices.BACKENDS)

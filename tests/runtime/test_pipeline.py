@@ -23,8 +23,8 @@ from transformers import SiglipVisionModel
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from runtime import answering
 from runtime.checkpoint import describe, load_model, load_tokenizer
-from runtime.clip import draw_clip
 from runtime.decoder import InnerMerge
+from runtime.drawing import draw_clip
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from earlytom.errors import UserError
-from runtime.sampling import GREEDY, Picker, Sampling, filter_logits, pick_best
+from runtime.picking import Picker, filter_logits, pick_best
+from runtime.sampling import GREEDY, Sampling
 
 from .recorded_graph import WaitsForDeviceError, no_waiting
 

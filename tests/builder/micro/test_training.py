@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from builder.micro import answering, loop, see, train
+from builder.micro import answering, card, course, loop, see, train
 from builder.micro.answering import Stage, motion_head, train_answering
 from builder.micro.packing import Packer
 from earlytom import micro
+from earlytom.micro import checkpoint
 from earlytom.micro.checkpoint import write_checkpoint
 from earlytom.micro.data import labelled_clip
 from earlytom.micro.data.scene import FRAMES
@@ -39,8 +40,8 @@ CPU = torch.device("cpu")
 def _small() -> Iterator[None]:
     """Every stage with a few steps of a few frames."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "PERCEPTION_STEPS", 4)
-        patch.setattr(train, "STAGES", (GLIMPSES, CLIPS))
+        patch.setattr(course, "PERCEPTION_STEPS", 4)
+        patch.setattr(course, "STAGES", (GLIMPSES, CLIPS))
         patch.setattr(see, "CLIPS", 2)
         patch.setattr(see, "FRAMES_A_CLIP", 4)
         yield
@@ -48,14 +49,14 @@ def _small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train.build_tokenizer()
+    return course.build_tokenizer()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_tokenizer(tokenizer: Any) -> Iterator[None]:
     """Made once: it takes seconds, and is tested with the bundled checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_tokenizer", lambda: tokenizer)
+        patch.setattr(course, "build_tokenizer", lambda: tokenizer)
         patch.setattr("earlytom.micro.checkpoint.build_tokenizer", lambda: tokenizer)
         yield
 
@@ -118,7 +119,7 @@ def test_half_a_training_is_not_called_trained(made: Path, tmp_path: Path) -> No
 
 def test_how_it_was_made_is_recorded(made: Path) -> None:
     about = json.loads((made / "training.json").read_text())
-    assert about["seed"] == train.SEED
+    assert about["seed"] == course.SEED
     assert [(stage["stage"], stage["steps"], stage["frames"]) for stage in about["stages"]] == [
         ("perception", 2, 8),
         ("glimpses", 2, 8),
@@ -132,9 +133,9 @@ def test_how_it_was_made_is_recorded(made: Path) -> None:
 
 def test_whole_training_is_called_trained_and_a_part_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written: list[bool] = []
-    monkeypatch.setattr(train, "train", lambda *_: (None, {}))
-    monkeypatch.setattr(train, "write_checkpoint", lambda *_, trained: written.append(trained))
-    monkeypatch.setattr(train, "write_card", lambda _: None)
+    monkeypatch.setattr(course, "train", lambda *_: (None, {}))
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *_, trained: written.append(trained))
+    monkeypatch.setattr(card, "write_card", lambda _: None)
     for scale in ("1", "0.999"):
         words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--scale", scale]
         assert train.main(words) == 0
@@ -157,7 +158,7 @@ def test_it_is_stopped_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop, "SAVED_EVERY", 1)
-    monkeypatch.setattr(train, "STAGES", (replace(GLIMPSES, steps=1),))
+    monkeypatch.setattr(course, "STAGES", (replace(GLIMPSES, steps=1),))
     steps: list[tuple[str, int]] = []
 
     def interrupted(self: Any, stage: str, step: int, *_: Any) -> None:
@@ -165,7 +166,7 @@ def test_it_is_stopped_and_goes_on(
         if step == 2 and len(steps) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train.Display, "__call__", interrupted)
+    monkeypatch.setattr(course.Display, "__call__", interrupted)
     words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--device", "cpu", "--workers", "0"]
     assert train.main(words) == 130
     out, error = capsys.readouterr()
@@ -182,7 +183,7 @@ def test_it_is_stopped_and_goes_on(
 
 
 def test_the_display_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    display = train.Display(every=2)
+    display = course.Display(every=2)
     with display.progress:
         for step in (1, 2, 3):
             display("clips", step, 3, torch.tensor(2.0 * step), {"colour": torch.tensor(0.5)})
@@ -215,7 +216,7 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_ends(
     monkeypatch.setattr(loop, "SAVED_EVERY", 2)
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    whole, first, second = (train.new_model() for _ in range(3))
+    whole, first, second = (course.new_model() for _ in range(3))
     smooth = Losses()
     run(whole, tokenizer, tmp_path / "whole", smooth)
     with pytest.raises(KeyboardInterrupt):
@@ -228,7 +229,7 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_ends(
     assert same(weights(second), weights(whole))
     assert not same(halfway, weights(whole))
     # A stage that is done is not done again, and its weights come back.
-    third, nothing = train.new_model(), Losses()
+    third, nothing = course.new_model(), Losses()
     run(third, tokenizer, tmp_path / "parts", nothing)
     assert nothing.steps == []
     assert same(weights(third), weights(whole))
@@ -236,8 +237,8 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_ends(
 
 
 def test_the_start_is_the_same_every_time_and_another_for_another_seed() -> None:
-    assert same(weights(train.new_model()), weights(train.new_model()))
-    assert not same(weights(train.new_model()), weights(train.new_model(1)))
+    assert same(weights(course.new_model()), weights(course.new_model()))
+    assert not same(weights(course.new_model()), weights(course.new_model(1)))
 
 
 def test_a_step_is_made_the_same_wherever_one_begins() -> None:
@@ -259,7 +260,7 @@ def test_the_first_stage_learns_a_batch_that_is_shown_again_and_again(
     monkeypatch.setattr(see, "make_batch", lambda step: dict(batch))
     monkeypatch.setattr(see, "RATE", rate)
     report = Losses()
-    perceive(train.new_model(), tokenizer, tmp_path, report, 10)
+    perceive(course.new_model(), tokenizer, tmp_path, report, 10)
     first, last = report.values[0], report.values[-1]
     assert (last < 0.8 * first) == learns
     assert learns or last == pytest.approx(first, rel=1e-5)
@@ -274,7 +275,7 @@ def test_the_decoder_learns_clips_that_are_shown_again_and_again(
     monkeypatch.setattr(answering, "_stretch", lambda count, part, random: torch.ones(count))
     report = Losses()
     stage = replace(CLIPS, steps=10, rate=rate)
-    model = train.new_model()
+    model = course.new_model()
     train_answering(model, head_of(model), Packer(tokenizer), stage, tmp_path, report, 0)
     first, last = report.values[0], report.values[-1]
     assert (last < 0.8 * first) == learns
@@ -282,7 +283,7 @@ def test_the_decoder_learns_clips_that_are_shown_again_and_again(
 
 
 def test_the_tower_stands_still_while_the_decoder_learns(tokenizer: Any, tmp_path: Path) -> None:
-    model = train.new_model()
+    model = course.new_model()
     before = weights(model)
     train_answering(model, head_of(model), Packer(tokenizer), replace(CLIPS, steps=1), tmp_path, Losses(), 0)
     moved = {name.split(".")[1] for name, value in weights(model).items() if not torch.equal(value, before[name])}
@@ -303,7 +304,7 @@ def test_half_of_the_clips_of_a_step_were_seen_before(
         return original(model, head, packer, examples, stretch)
 
     monkeypatch.setattr(answering, "answer_loss", watched)
-    model = train.new_model()
+    model = course.new_model()
     train_answering(model, head_of(model), Packer(tokenizer), GLIMPSES, tmp_path, Losses(), 0)
     assert len(steps) == GLIMPSES.steps
     seen: list[int] = []

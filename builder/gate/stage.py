@@ -1,4 +1,4 @@
-"""The verify stage of a build: the gate (`builder.verify`) for every frame count, on real frames.
+"""The verify stage of a build: the gate (`builder.gate.accuracy`) for every frame count, on real frames.
 
 What it leaves in the folder is the reference, in Polygraphy's format, beside each graph. Whether a build goes on is for
 the caller to say: here is only measured.
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from builder import verify
 from builder.batches import fill
 from builder.config import BuildConfig
 from builder.export import VisionGraph
+from builder.gate import accuracy
 from builder.kept_reference import save_reference
 from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
 from runtime import cli, contract
@@ -28,7 +28,7 @@ def check_each(
     screen: cli.Screen,
     *,
     with_text: bool | None = None,
-) -> dict[int, verify.Report]:
+) -> dict[int, accuracy.Report]:
     """Run the gate for every frame count; returns a report of each.
 
     Args:
@@ -56,13 +56,13 @@ def check(
     clips: Mapping[str, Tensor],
     text: NextTokens | None,
     screen: cli.Screen,
-) -> verify.Report:
+) -> accuracy.Report:
     """Run the gate for one frame count and show what it measured; leaves the reference beside the graph.
 
     `graph`: the file, or those of a chain.
     """
     clips = fill(clips, config.batch)
-    report, wanted = verify.verify(
+    report, wanted = accuracy.verify(
         graph,
         reference,
         clips,

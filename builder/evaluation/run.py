@@ -1,0 +1,209 @@
+"""A whole measurement: the engine, the answers, the times, and what is shown and kept of them.
+
+The stages, in the order in which `measure` runs them: build or open an engine if one is to be measured too, put the
+questions about every clip in every setting, measure times, and show what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from builder.evaluation import plot, record, report
+from builder.evaluation.arguments import checked
+from builder.evaluation.bench import Answers, Bench, Job, run, task_checkpoint
+from builder.evaluation.blind import Blind, questions_of
+from builder.evaluation.engine import ENGINE, build_engine, check_engine
+from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
+from builder.evaluation.options import AUTO, MAIN_RATIO
+from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
+from builder.evaluation.timing import measure_times
+from builder.gate.limits import GATES
+from builder.micro.card import write_card
+from runtime import cli
+from runtime.checkpoint import MICRO, Checkpoint
+from runtime.manifest import Manifest
+
+AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on its benchmarks
+
+
+def measure(options: argparse.Namespace, screen: cli.Screen) -> None:
+    """Everything that `options` (parsed, and accepted by `builder.evaluation.arguments.check`) ask for.
+
+    Raises:
+        UserError: a value that makes no sense with this model, or an engine that cannot be measured or built.
+    """
+    started = time.monotonic()
+    checkpoint = task_checkpoint(options.model)
+    job = checked(options, checkpoint)
+    if not checkpoint.trained:
+        screen.line("note: its weights are not trained, so every accuracy is that of nonsense; costs are real")
+    manifest = None
+    if options.engine is not None:
+        folder = engine_folder(options, job, screen)
+        manifest = check_engine(folder, checkpoint)
+        job = replace(job, engine=str(folder))
+    bench = Bench(job)
+    settings = bench.settings
+    many = "" if len(settings) == 1 else "s"
+    screen.line(
+        f"{options.clips} clips of the {job.split} split, {len(settings)} setting{many}, {options.workers} "
+        f"process{'es' if options.workers > 1 else ''}"
+    )
+    with progress(screen, "answers", options.clips) as advance:
+        answers = run(job, options.clips, options.workers, advance, bench)
+    times = None
+    if options.timed_clips:
+        with progress(screen, "times", options.timed_clips) as advance:
+            times = measure_times(bench, range(options.timed_clips), advance)
+    found, pairs = results(answers, settings, times), comparisons(answers, settings, job.seed)
+    blind = without_video(answers, job, options.clips, options.text_clips) if options.text_clips else None
+    report.show_settings(screen, found, blind)
+    screen.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
+    report.show_comparisons(screen, found, pairs)
+    report.show_kinds(screen, found, blind)
+    engine = None if manifest is None else engine_record(manifest, answers, pairs, screen)
+    whole = full_record(options, checkpoint, job, answers, found, pairs, blind, engine)
+    whole["seconds"] = time.monotonic() - started
+    save(options, whole, found, blind, screen)
+    screen.result(summary(whole, found))
+
+
+def engine_folder(options: argparse.Namespace, job: Job, screen: cli.Screen) -> Path:
+    """The engine's folder, built first if that is asked for."""
+    if options.engine != AUTO:
+        return Path(options.engine)
+    ratio = min(job.ratios, key=lambda ratio: abs(ratio - MAIN_RATIO))
+    screen.line(f"engine: budget {ratio:g} in fp16 by python -m builder.build, about half a minute if it is new")
+    folder = build_engine(job.source, job.config, ratio, options.engines)
+    screen.line(f"engine: {folder}")
+    return folder
+
+
+@contextmanager
+def progress(screen: cli.Screen, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far a stage is: a bar on a terminal, else a line every half minute, nothing beside a lone JSON line."""
+    started = shown = time.monotonic()
+    if sys.stderr.isatty() and not screen.json_only:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+
+        def line(done: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now >= shown + 30:
+                shown = now
+                left = (now - started) / done * (total - done)
+                screen.line(f"  {what}: {done} of {total} clips, about {left / 60:.1f} min left")
+
+        yield line
+    screen.line(f"{what}: {total} clips in {time.monotonic() - started:.1f} s")
+
+
+def without_video(answers: Answers, job: Job, clips: int, text_clips: int) -> Guess:
+    """What the questions' texts alone allow on the same clips."""
+    asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed)]
+    return guess(answers, Blind(text_clips, job.seed).right(asked))
+
+
+def engine_record(
+    manifest: Manifest, answers: Answers, pairs: Sequence[Comparison], screen: cli.Screen
+) -> dict[str, Any]:
+    """How the engine's answers compare with its twin's; told on the screen too."""
+    different, asked = int((~answers.same).sum()), len(answers.same)
+    limit = GATES[manifest.dtype].text
+    paired = next(pair for pair in pairs if pair.name == ENGINE and pair.to != FULL)
+    within = 1 - different / asked >= limit
+    screen.line(
+        f"engine {manifest.name}: {different} of {asked} questions answered differently than in PyTorch "
+        f"({1 - different / asked:.2%} alike; the gate for {manifest.dtype} asks for {limit:.0%}: "
+        f"{'passed' if within else 'FAILED'}); accuracy {report.points(paired.difference)} points, p = {paired.p:.3f}"
+    )
+    return {
+        "name": manifest.name,
+        "dtype": manifest.dtype,
+        "questions": asked,
+        "answered_differently": different,
+        "limit": limit,
+        "within_gate": within,
+        "difference": paired.to_dict()["difference"],
+        "p": paired.p,
+    }
+
+
+def full_record(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    job: Job,
+    answers: Answers,
+    found: Sequence[Result],
+    pairs: Sequence[Comparison],
+    blind: Guess | None,
+    engine: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Every figure, in plain JSON types."""
+    return {
+        "model": checkpoint.source,
+        "trained": checkpoint.trained,
+        "weights": record.weights_digest() if checkpoint.source == MICRO else None,
+        "split": job.split,
+        "seed": job.seed,
+        "clips": options.clips,
+        "questions": len(answers.clip),
+        "object_tokens": float(answers.objects.mean()),
+        "settings": job.config.to_dict(),
+        "ratios": list(job.ratios),
+        "torch": torch.__version__,
+        "no_video": None if blind is None else blind.to_dict(),
+        "results": [result.to_dict() for result in found],
+        "comparisons": [pair.to_dict() for pair in pairs],
+        "engine": engine,
+    }
+
+
+def save(
+    options: argparse.Namespace, whole: dict[str, Any], found: Sequence[Result], blind: Guess | None, screen: cli.Screen
+) -> None:
+    """Write the files that were asked for."""
+    if options.json not in (None, "-"):
+        record.write(Path(options.json), whole)
+        screen.line(f"figures: {options.json}")
+    if options.record:
+        record.write(record.PATH, whole)
+        write_card(record.PATH.parent)
+        screen.line(f"record: {record.PATH}, and the model card beside it")
+    if options.plot is not None:
+        caption = f"{whole['questions']:,} questions about {whole['clips']:,} clips, 95 % intervals"
+        plot.draw(found, options.plot, caption=caption, chance=None if blind is None else blind.accuracy.value)
+        screen.line(f"plot: {options.plot}")
+
+
+def summary(whole: dict[str, Any], found: Sequence[Result]) -> dict[str, Any]:
+    """The JSON line: the run, and the figures at the main ratio."""
+    ratio = report.main_ratio(found)
+    shown = {
+        "full": report.find(found, FULL, None),
+        "budget": report.find(found, BUDGET, ratio),
+        "adaptive": report.find(found, ADAPTIVE, ratio),
+        "best_control": report.best_control(found, ratio),
+    }
+    names = ("method", "tokens", "accuracy", "relative")
+    figures = {key: {name: result.to_dict()[name] for name in names} for key, result in shown.items() if result}
+    shares = {key: result.relative.value for key, result in shown.items() if result and result.relative}
+    reached = {key: shares[key] >= AIM for key in ("budget", "adaptive") if key in shares}
+    keys = ("model", "trained", "split", "seed", "clips", "questions", "engine", "seconds")
+    return {key: whole[key] for key in keys} | {"ratio": ratio, "aim": AIM, "aim_reached": reached} | figures

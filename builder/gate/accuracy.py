@@ -1,0 +1,329 @@
+"""The accuracy gate: is the exported graph the model it came from?
+
+Polygraphy runs the graph in ONNX Runtime and the fp32 PyTorch reference on the same real frames. Two of the graph's
+steps are discrete choices that half precision may take otherwise without harm, so a plain comparison of outputs would
+say little. Hence four steps:
+
+1. hidden:    the hidden states that each decision is taken from (cosine, mean error), with equal decisions before them
+2. decisions: the frames and tokens kept, against what the reference keeps on its own (overlap of the two sets)
+              and, exactly, that the graph's own values put through the reference's rule give the graph's decisions
+3. tokens:    the output, element by element, against the reference with the graph's decisions forced on it; positions
+              exactly
+4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
+
+Half graphs are run operator by operator: fp32 arithmetic, every result rounded (`builder.rounding`). As they are, ONNX
+Runtime leaves out roundings of fp16 on a CPU, and with them the overflows of a GPU, and has no bf16 kernels at all.
+
+The graph's outputs are compared with what `builder.runners` returns, and every step's limits are those of the graph's
+precision in `builder.gate.limits`. Nothing is printed and nothing stays in the folder: the report says what was
+measured, and `builder.kept_reference` saves the reference's outputs and makes the command line that repeats step 3 in
+CI.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.comparator import (
+    Comparator,
+    CosineSimilarityCompareFunc,
+    RunResults,
+    SimpleCompareFunc,
+)
+from polygraphy.logger import G_LOGGER
+from torch import Tensor
+
+from builder.export import VisionGraph
+from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, STEPS, Gate
+from builder.runners import Arrays, ForcedDecisions, TorchRunner, run_tapped
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom, trace_names
+from runtime import contract
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was measured, what it was held against, whether that was reached."""
+
+    step: str
+    what: str
+    value: float
+    limit: float
+    passed: bool
+    frames: int | None = None  # of which frame count, where the engine has several
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"what": self.what, "value": self.value, "limit": self.limit, "passed": self.passed}
+        return values if self.frames is None else {"frames": self.frames, **values}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of the gate."""
+
+    checks: tuple[Check, ...]
+    clips: tuple[str, ...]
+    notes: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, checks grouped by step."""
+        steps: dict[str, list[dict[str, Any]]] = {}
+        for check in self.checks:
+            steps.setdefault(check.step, []).append(check.to_dict())
+        return {"passed": self.passed, "clips": list(self.clips), "notes": list(self.notes), "steps": steps}
+
+    def require(self) -> None:
+        """Raise UserError with the first failed check, unless all passed."""
+        for check in self.checks:
+            if not check.passed:
+                raise UserError(
+                    f"the graph does not reproduce the model: {check.what} is {check.value:.5g}, it must be "
+                    f"{'at most' if check.what.endswith(('error', 'difference')) else 'at least'} {check.limit:.5g} "
+                    f"(step {check.step}); build with --fp32 to see whether the precision is the cause, and with "
+                    "--no-verify to see where it drifts: python -m builder.verify ENGINE --layers"
+                )
+
+
+def joined(reports: Mapping[int, Report]) -> Report | None:
+    """The reports of several frame counts as one, whose checks and notes say of which count they are."""
+    if not reports:
+        return None
+    checks = [replace(check, frames=frames) for frames, report in reports.items() for check in report.checks]
+    checks.sort(key=lambda check: STEPS.index(check.step))
+    notes = [f"{frames} frames: {note}" for frames, report in reports.items() for note in report.notes]
+    clips = dict.fromkeys(clip for report in reports.values() for clip in report.clips)
+    return Report(tuple(checks), tuple(clips), tuple(notes), max(report.tolerance for report in reports.values()))
+
+
+def verify(
+    onnx_path: Path | Sequence[Path],
+    reference: VisionGraph,
+    clips: dict[str, Tensor],
+    dtype: str,
+    *,
+    batch: int = 1,
+    text: Callable[[Tensor, Tensor], float] | None = None,
+    text_with_equal_decisions: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Report, RunResults]:
+    """Run the gate.
+
+    Args:
+        onnx_path: the exported graph, or those of a chain; a temporary copy with more outputs is written beside it.
+        reference: the same vision part in fp32.
+        clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
+        dtype: precision of the graph, which chooses the gate.
+        batch: videos that the graph takes at once; `clips` are then those of whole batches (`builder.batches.fill`).
+        text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
+            the step and says so.
+        text_with_equal_decisions: compare with the reference under the graph's decisions, not with its own. For
+            decoders that are not trained: they are chaotic, and one token of many chosen otherwise changes half of
+            the text.
+        say: progress, one line at a time.
+
+    Returns:
+        The report, and the reference's outputs under the graph's decisions (for `builder.kept_reference`).
+    """
+    config = reference.config
+    feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
+    shape = tuple(next(iter(clips.values())).shape)
+    half = dtype != "fp32"
+    say(f"running the graph in ONNX Runtime{', every result rounded' if half else ''}")
+    got = run_tapped(onnx_path, trace_names(config), feeds, rounded=half, batch=batch)
+    outputs = [_arrays(iteration) for iteration in got[0][1]]
+    forced = [ForcedDecisions(config, out) for out in outputs]
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        say("running the PyTorch reference")
+        free = Comparator.run(
+            [TorchRunner(reference, [EarlyTom(config)] * len(feeds), shape, "reference")], data_loader=feeds
+        )
+        own = [_arrays(iteration) for iteration in free[0][1]]
+        if all(_same_decisions(config, a, b) for a, b in zip(outputs, own, strict=True)):
+            wanted = free
+        else:
+            say("running the PyTorch reference with the graph's decisions")
+            wanted = Comparator.run([TorchRunner(reference, forced, shape, "reference")], data_loader=feeds)
+
+    gate = GATES[dtype]
+    scale = float(np.sqrt(np.mean([np.mean(out[contract.TOKENS].astype(np.float64) ** 2) for out in own])))
+    if not np.isfinite(scale) or scale == 0:
+        raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
+    checks = _compare_values(got, wanted, config, gate, gate.error * scale)
+    checks += _compare_decisions(config, outputs, own, gate)
+    if config.schedule == "adaptive":
+        checks += _compare_counts(config, outputs, own, dtype)
+    checks += _repeat_decisions(config, outputs, shape[0])
+    if batch > 1:
+        checks += _compare_videos(config, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
+    checks.sort(key=lambda check: STEPS.index(check.step))
+    notes = [f"{dtype}: each operator in fp32, each result rounded to {dtype}, as on a GPU"] if half else []
+    if text is None:
+        notes.append("step text was not run: the decoder was not loaded (--verify-text runs it)")
+    else:
+        say("comparing the decoder's next tokens")
+        against = [_arrays(iteration) for iteration in wanted[0][1]] if text_with_equal_decisions else own
+        pairs = [(out[contract.TOKENS], ref[contract.TOKENS]) for out, ref in zip(outputs, against, strict=True)]
+        share = min(text(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in pairs)
+        checks.append(Check("text", "share of next tokens that agree", share, gate.text, share >= gate.text))
+    if dtype == "fp16" and isinstance(onnx_path, Path):
+        # Polygraphy's command line will run the graph as it is, which rounds less and may take near-ties otherwise.
+        say("running the graph in ONNX Runtime as it is")
+        run = run_tapped(onnx_path, trace_names(config), feeds[:batch], rounded=False, batch=batch)
+        plain = [_arrays(iteration) for iteration in run[0][1]]
+        if not all(_same_decisions(config, a, b) for a, b in zip(plain, outputs[:batch], strict=True)):
+            say("running the PyTorch reference with those decisions")
+            first = TorchRunner(reference, [ForcedDecisions(config, one) for one in plain], shape, "reference")
+            with G_LOGGER.verbosity(G_LOGGER.ERROR):
+                again = Comparator.run([first], data_loader=feeds[:batch])
+            wanted = RunResults([(wanted[0][0], [*again[0][1], *wanted[0][1][batch:]])])
+    return Report(tuple(checks), tuple(clips), tuple(notes), gate.error * scale), wanted
+
+
+def _arrays(iteration: Any) -> Arrays:
+    return {name: np.asarray(iteration[name]) for name in iteration}
+
+
+def _same_decisions(config: EarlyTomConfig, a: Arrays, b: Arrays) -> bool:
+    plans = [f"weights_{layer}" for layer in config.merge_layers]
+    if any(a[name].shape != b[name].shape for name in plans):  # the adaptive schedule kept other numbers
+        return False
+    same_plans = all(np.allclose(a[name], b[name], atol=1e-2) and _pattern(a[name], b[name]) for name in plans)
+    return same_plans and all(np.array_equal(a[name], b[name]) for name in ("static", contract.POSITIONS))
+
+
+def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return np.array_equal(a > 0, b > 0)
+
+
+def _compare_counts(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
+    """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 has no excuse."""
+    layers = [f"weights_{layer}" for layer in config.merge_layers]
+    pairs = [(a[name], b[name]) for a, b in zip(got, own, strict=True) for name in layers]
+    difference = max((abs(len(a) - len(b)) for a, b in pairs), default=0)
+    frames = max((a.shape[1] for a, _ in pairs), default=1)
+    limit = 0.0 if dtype == "fp32" else math.ceil((1 - GATES[dtype].frames) * frames)
+    what = "frames that a merge keeps: largest error"
+    return [Check("decisions", what, float(difference), limit, difference <= limit)]
+
+
+def _compare_values(
+    got: RunResults, wanted: RunResults, config: EarlyTomConfig, gate: Gate, tolerance: float
+) -> list[Check]:
+    """Steps 1 and 3, with Polygraphy's comparison functions: the worst over the clips of each value."""
+    taps = [f"hidden_{layer}" for layer in config.merge_layers]
+    both = RunResults(list(got) + list(wanted))
+    simple = SimpleCompareFunc(atol=tolerance, rtol=0.0, check_error_stat="max", infinities_compare_equal=False)
+    cosine = CosineSimilarityCompareFunc(gate.cosine)
+    checks: list[Check] = []
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(divide="ignore", invalid="ignore"):
+        errors, cosines = Comparator.compare_accuracy(both, compare_func=[simple, cosine])
+    for name in [*taps, contract.TOKENS]:
+        step = "tokens" if name == contract.TOKENS else "hidden"
+        lowest = min(_finite(row[name].cosine_similarity, -1.0) for row in _rows(cosines))
+        checks.append(Check(step, f"{name}: cosine", lowest, gate.cosine, lowest >= gate.cosine))
+    for name in taps:
+        mean = max(_finite(row[name].mean_absdiff, float("inf")) for row in _rows(errors))
+        spread = max(float(np.std(np.asarray(it[name], dtype=np.float64))) for it in wanted[0][1])
+        limit = gate.error / 5 * spread
+        checks.append(Check("hidden", f"{name}: mean error", mean, limit, mean <= limit))
+    worst = max(_finite(row[contract.TOKENS].max_absdiff, float("inf")) for row in _rows(errors))
+    checks.append(Check("tokens", "tokens: largest error", worst, tolerance, worst <= tolerance))
+    moved = max(_finite(row[contract.POSITIONS].max_absdiff, float("inf")) for row in _rows(errors))
+    checks.append(Check("tokens", "positions: largest error", moved, 0.0, moved == 0))
+    return checks
+
+
+def _rows(result: Any) -> list[Any]:
+    return [row for rows in result.values() for row in rows]
+
+
+def _finite(value: float, otherwise: float) -> float:
+    return float(value) if np.isfinite(value) else otherwise
+
+
+def _compare_decisions(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays], gate: Gate) -> list[Check]:
+    """Step 2: how many of the frames and tokens that the reference keeps does the graph keep."""
+    frames, tokens = [], []
+    for a, b in zip(got, own, strict=True):
+        kept_a, kept_b = (_kept_frames(config, out) for out in (a, b))
+        frames.append(len(set(kept_a) & set(kept_b)) / len(set(kept_b)))
+        per_frame = b["features"].shape[1]
+        ids = [
+            {
+                (kept[p // per_frame], p % per_frame)
+                for p in out[contract.POSITIONS].tolist()
+                if 0 <= p // per_frame < len(kept)
+            }
+            for kept, out in ((kept_a, a), (kept_b, b))
+        ]
+        tokens.append(len(ids[0] & ids[1]) / len(ids[1]))
+    return [
+        Check("decisions", "overlap of kept frames", min(frames), gate.frames, min(frames) >= gate.frames),
+        Check("decisions", "overlap of kept tokens", min(tokens), gate.tokens, min(tokens) >= gate.tokens),
+    ]
+
+
+def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) -> list[Check]:
+    """Step 2, exactly: from the graph's own similarities and received attention the reference decides the same.
+
+    The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
+    """
+    rule = EarlyTom(config)
+    plans, places = [0.0], []
+    for out in got:
+        for layer in config.merge_layers:
+            taken = torch.from_numpy(out[f"weights_{layer}"])
+            wanted = None if config.schedule == "adaptive" else taken.shape[0]
+            weights, _, _ = rule.plan(torch.from_numpy(out[f"similarity_{layer}"]), wanted)
+            same_count = weights.shape == taken.shape
+            plans.append(_finite(float((weights - taken).abs().max()), 1.0) if same_count else 1.0)
+        features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
+        positions = out[contract.POSITIONS]
+        _, repeated = rule.keep(features, relevance, static, frames)
+        same_count = len(repeated) == len(positions)
+        places.append(float(np.mean(repeated.numpy() == positions)) if same_count else 0.0)
+    worst, same = max(plans), min(places)
+    return [
+        Check("decisions", "frame plans repeated: largest difference", worst, PLAN_TOLERANCE, worst <= PLAN_TOLERANCE),
+        Check("decisions", "token choices repeated: share that is equal", same, 1.0, same == 1),
+    ]
+
+
+def _compare_videos(config: EarlyTomConfig, got: list[Arrays], wanted: list[Arrays], batch: int) -> list[Check]:
+    """Step 2, several videos at once: are the similarities that each video's plans are made from its own?
+
+    A graph that compares the frames of another video decides rightly from what it sees, and by chance much the same.
+    So the error against the reference's similarities is held against the one against any other video's of its batch.
+    """
+    worst = 0.0
+    for layer in config.merge_layers:
+        name = f"similarity_{layer}"
+        for place, out in enumerate(got):
+            first = place - place % batch
+            errors = [float(np.abs(out[name] - other[name]).mean()) for other in wanted[first : first + batch]]
+            own = errors.pop(place - first)
+            worst = max(worst, _finite(own / (min(errors) + PLAN_TOLERANCE), math.inf))
+    what = "similarities, own video over others: error"
+    return [Check("decisions", what, worst, OTHER_VIDEO, worst <= OTHER_VIDEO)]
+
+
+def _kept_frames(config: EarlyTomConfig, out: Arrays) -> list[int]:
+    """Which input frame each remaining frame is: the first that it is made of."""
+    first: NDArray[Any] | None = None
+    for layer in config.merge_layers:
+        here = (out[f"weights_{layer}"] > 0).argmax(1)
+        first = here if first is None else first[here]
+    return list(range(out["features"].shape[0])) if first is None else first.tolist()

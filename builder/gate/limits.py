@@ -1,0 +1,36 @@
+"""What a graph must reach to pass the gate: the steps and the limits of each precision. Numbers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of weights computed from equal similarities by two runtimes.
+PLAN_TOLERANCE = 1e-4
+# How much nearer to another video's similarities than to its own is too near.
+OTHER_VIDEO = 2.0
+STEPS = ("hidden", "decisions", "tokens", "text")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a graph of one precision must reach.
+
+    Attributes:
+        cosine: of hidden states and tokens with the reference's, at least.
+        frames, tokens: share of the reference's kept frames and tokens that the graph keeps too, at least.
+        error: largest element-wise error of a token, in units of the reference tokens' root mean square.
+        text: share of next tokens that agree, at least.
+    """
+
+    cosine: float
+    frames: float
+    tokens: float
+    error: float
+    text: float
+
+
+GATES = {
+    "fp32": Gate(cosine=0.99999, frames=0.99, tokens=0.99, error=1e-3, text=0.99),
+    "fp16": Gate(cosine=0.999, frames=0.85, tokens=0.85, error=0.05, text=0.9),
+    "bf16": Gate(cosine=0.99, frames=0.7, tokens=0.7, error=0.3, text=0.8),
+}
