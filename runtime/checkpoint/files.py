@@ -138,8 +138,8 @@ class Files:
 
     def no_memory(self) -> UserError:
         return self.error(
-            "its weights do not fit into the memory that is free here; raise the limit (ulimit -v, the container's), use "
-            "a machine with more, or ask with --dtype bf16 or fp16, which take half of what fp32 takes"
+            "its weights do not fit into the memory that is free here; raise the limit (ulimit -v, the container's), "
+            "use a machine with more, or ask with --dtype bf16 or fp16, which take half of what fp32 takes"
         )
 
 
