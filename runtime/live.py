@@ -18,7 +18,7 @@ On a GPU frames are resized on one stream and encoded on another, both shared by
 have by default a push would wait for the encoder, and the encoder for whatever else is asked of the GPU. Frames go from
 one thread to the other when they are there, so that no stream has to wait for another.
 
-This module knows sampling and resizing (`runtime.video`, `runtime.frames`), not what encodes.
+This module knows sampling and resizing (`runtime.video`), not what encodes.
 """
 
 from __future__ import annotations

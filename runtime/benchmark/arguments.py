@@ -15,7 +15,7 @@ from runtime import cli
 from runtime.benchmark.variants import VARIANTS
 from runtime.contract import DTYPES
 from runtime.errors import VideoError
-from runtime.frames import MIN_FRAMES
+from runtime.video.frames import MIN_FRAMES
 
 QUESTION = "What happens in this video?"
 NONE = "none"
