@@ -81,6 +81,7 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put) 
             rows = {times[position]: row for position, row in span.wanted.items()}
             seen: list[int] = []
             for frame in span_frames(opened, reader, span, may_skip):
+                opened.ask()
                 if frame.pts is None:
                     raise _ContradictionError
                 if frame.pts < start:
@@ -133,6 +134,7 @@ def decode_all(opener: Opener, packets: int, rows: dict[int, int], put: Put) -> 
     pts: list[int | None] = []
     with opener() as opened:
         for frame in _all_frames(opener, opened, packets):
+            opened.ask()
             opener.check_pixels(frame.width, frame.height)
             if len(pts) in rows:
                 put(rows[len(pts)], frame)
@@ -152,10 +154,7 @@ def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.Vid
         except av.error.FFmpegError as error:
             _explain(opener, decoder, error)
             decoded = []  # a broken packet costs a frame, not the video
-        for frame in decoded:
-            if opener.check is not None:
-                opener.check()
-            yield frame
+        yield from decoded
         if packet is None:
             return
 
