@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from numpy.typing import NDArray
 from torch import Tensor
 
+from earlytom.numbers import real
 from runtime.asking import Askable, Request
 from runtime.errors import DeadlineExceeded
 from runtime.forks import Home
@@ -75,10 +76,11 @@ class LiveVideo(Askable):
         self.finish()
         assert self._arrived is not None
         if (deadline := how.get("deadline")) is not None:
-            how["deadline"] = left = deadline - (time.perf_counter() - began)
+            seconds = real("deadline (seconds)", deadline, 0, low_open=True)
+            how["deadline"] = left = seconds - (time.perf_counter() - began)
             if left <= 0:
                 raise DeadlineExceeded(
-                    f"the end of the video was being encoded when the deadline of {deadline:g} s passed: give it more "
+                    f"the end of the video was being encoded when the deadline of {seconds:g} s passed: give it more "
                     "time"
                 )
         return self._pipeline.submit(self._arrived, prompt, **how)

@@ -5,9 +5,9 @@
     for item in job: ...
 
 `prepare(given, check)` makes what a job needs, and calls `check()` as often as it likes, which raises once nobody waits
-for the job any more; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of
-items (not None) for each, which are run one after another, each to its end. Jobs are served in the order in which they
-came. Items are kept for their reader, so a reader that is slow, or never comes, holds up nobody.
+for the job any more; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of items (not None) for
+each, which are run one after another, each to its end. Jobs are served in the order in which they came. Items are kept
+for their reader, so a reader that is slow, or never comes, holds up nobody.
 
 A job ends in one of five ways, and its reader gets what came before: served to the end, an error of `prepare` or
 `serve` (that very exception), `Cancelled`, `DeadlineExceeded`, `Closed`. A worker looks at a job before it prepares it,

@@ -100,7 +100,7 @@ def _set_noise(data: bytearray, rng: random.Random, other: bytes) -> None:
 
 
 def _truncate(data: bytearray, rng: random.Random, other: bytes) -> None:
-    del data[rng.randrange(1, len(data)) :]
+    del data[rng.randrange(1, max(2, len(data))) :]
 
 
 def _cut_out(data: bytearray, rng: random.Random, other: bytes) -> None:
@@ -121,7 +121,7 @@ def _swap(data: bytearray, rng: random.Random, other: bytes) -> None:
 
 
 def _splice(data: bytearray, rng: random.Random, other: bytes) -> None:
-    data[rng.randrange(1, len(data)) :] = other[rng.randrange(len(other)) :]
+    data[rng.randrange(1, max(2, len(data))) :] = other[rng.randrange(len(other)) :]
 
 
 def _set_number(data: bytearray, rng: random.Random, other: bytes) -> None:

@@ -28,6 +28,7 @@ from runtime.video.sample import Sample, frames_for, sample_indices
 _UNREFERENCED_IS_MARKED = {"h264"}
 # Nothing in files of these kinds tells whether their last picture is there in full.
 _OPEN_ENDED = {"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"}
+_HELD_BACK = 4  # frames among which the last one in the file may be shown, where no times tell which it is
 
 Put = Callable[[int, av.VideoFrame], bool]
 
@@ -80,6 +81,7 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put) 
             rows = {times[position]: row for position, row in span.wanted.items()}
             seen: list[int] = []
             for frame in span_frames(opened, reader, span, may_skip):
+                opened.ask()
                 if frame.pts is None:
                     raise _ContradictionError
                 if frame.pts < start:
@@ -132,6 +134,7 @@ def decode_all(opener: Opener, packets: int, rows: dict[int, int], put: Put) -> 
     pts: list[int | None] = []
     with opener() as opened:
         for frame in _all_frames(opener, opened, packets):
+            opened.ask()
             opener.check_pixels(frame.width, frame.height)
             if len(pts) in rows:
                 put(rows[len(pts)], frame)
@@ -151,10 +154,7 @@ def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.Vid
         except av.error.FFmpegError as error:
             _explain(opener, decoder, error)
             decoded = []  # a broken packet costs a frame, not the video
-        for frame in decoded:
-            if opener.check is not None:
-                opener.check()
-            yield frame
+        yield from decoded
         if packet is None:
             return
 
@@ -181,7 +181,7 @@ def _last_is_torn(opener: Opener, packets: Packets) -> bool:
     The last group is decoded for that without decoding frames side by side, where the decoder returns the last one
     before it knows. Where the group cannot be found alone nothing is left out.
     """
-    last, torn = packets.pts[-1], False
+    last, torn = packets.pts[-1], []
     may_skip = packets.codec in _UNREFERENCED_IS_MARKED
     with opener() as opened:
         opened.stream.thread_type = "SLICE"
@@ -196,7 +196,5 @@ def _last_is_torn(opener: Opener, packets: Packets) -> bool:
             except av.error.FFmpegError as error:
                 _explain(opener, decoder, error)
                 continue
-            for frame in decoded:
-                if last is None or frame.pts == last:
-                    torn = frame.is_corrupt
-    return torn
+            torn += [frame.is_corrupt for frame in decoded if last is None or frame.pts == last]
+    return any(torn[-1 if last is not None else -_HELD_BACK :])

@@ -22,7 +22,7 @@ from runtime.video.source import Spooled, label_of
 
 # What FFmpeg may take a file for. Those without pictures are here so that the message can say so.
 _FORMATS = (
-    "3dostr,4xm,aac,ac3,aiff,amv,apng,asf,avi,avs2,avs3,caf,cavsvideo,dhav,dirac,dnxhd,dv,evc,ffm,filmstrip,flac,flic,"
+    "3dostr,4xm,aac,ac3,aiff,amv,apng,asf,av1,avi,avs2,avs3,caf,cavsvideo,dhav,dirac,dnxhd,dv,evc,ffm,filmstrip,flac,flic,"
     "flv,gif,gxf,h261,h263,h264,hevc,ingenient,ivf,kux,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mp3,mp4,mpeg,mpegts,"
     "mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,pva,rm,roq,smjpeg,swf,ty,vc1,vc1test,viv,vvc,w64,wav,webm,wtv,yuv4mpegpipe"
 )
@@ -71,6 +71,11 @@ class Opened:
     source: Path | Spooled
     check: Callable[[], object] | None
 
+    def ask(self) -> None:
+        """Let the caller end the reading."""
+        if self.check is not None:
+            self.check()
+
     def packets(self, *streams: Any) -> Iterator[Any]:
         """The packets of `streams`, or of all, in the order of the file; empty ones too, where AVI dropped a frame.
 
@@ -80,10 +85,12 @@ class Opened:
         reader = self.container.demux(*streams)
         some = False
         while True:
-            if self.check is not None:
-                self.check()
+            self.ask()
             try:
                 packet = next(reader, None)
+            except av.error.ExitError as error:
+                label = label_of(self.source)
+                raise VideoError(f"{label} takes longer than {_TIMEOUT:g} s to read on; copy it to a disk") from error
             except (av.error.InvalidDataError, IndexError) as error:
                 # An IndexError is PyAV's own where a stream came to light that was not there at the beginning.
                 if not some and isinstance(error, av.error.FFmpegError):
@@ -201,6 +208,11 @@ class Opener:
         if b"\0" not in head and sum(byte < 9 or 13 < byte < 32 for byte in head) == 0:
             raise VideoError(
                 f"{self.label} cannot be read as a video: it is a text file; give a video file that FFmpeg reads"
+            ) from error
+        if isinstance(error, av.error.ArgumentError):
+            raise VideoError(
+                f"{self.label} cannot be read as a video: FFmpeg takes it for a format that is not read here; convert "
+                "it to MP4"
             ) from error
 
     def _check_stream(self, stream: Any) -> None:

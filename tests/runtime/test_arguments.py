@@ -22,6 +22,7 @@ import torch
 
 from earlytom.errors import UserError
 from runtime.decoder import InnerMerge
+from runtime.errors import DeadlineExceeded
 from runtime.pipeline import Pipeline
 from runtime.sampling import Sampling
 from runtime.video import Clip, Limits
@@ -242,6 +243,10 @@ def test_a_live_video_is_not_ended_by_a_bad_question(chunked: Pipeline) -> None:
         video.push(FRAMES[2:])
         assert "frames" in refused(lambda: video.ask(QUESTION, frames="8"))  # type: ignore[arg-type]
         assert video.ask(QUESTION, max_new_tokens=1, deadline=LONG).tokens
+        for value in ("3", Decimal(5), -1):
+            assert "deadline" in refused(lambda value=value: video.ask(QUESTION, deadline=value))  # type: ignore[misc]
+        with pytest.raises(DeadlineExceeded):
+            video.ask(QUESTION, deadline=1e-9)
 
 
 def test_lists_of_frames_and_pictures(chunked: Pipeline) -> None:

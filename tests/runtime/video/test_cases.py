@@ -231,6 +231,13 @@ def test_a_sequence_of_pictures_is_refused(tmp_path: Path, name: str) -> None:
     assert "picture" in refused(tmp_path / name)
 
 
+def test_a_format_that_reads_other_files_is_not_taken(tmp_path: Path) -> None:
+    """An IMF or VapourSynth script, a picture drawn from letters: what FFmpeg would read, and what is no video file."""
+    path = tmp_path / "notes.ans"
+    path.write_bytes(b"\x1b[1;31mletters\x1b[0m\r\n" * 100)
+    assert "format that is not read here; convert it to MP4" in refused(path)
+
+
 def test_a_reference_inside_a_file_is_not_followed(tmp_path: Path) -> None:
     """A QuickTime file whose track lies in another file."""
     path = write(tmp_path / "a.mov", "mpeg4")
