@@ -26,6 +26,9 @@ from runtime.video.sample import Sample, frames_for, sample_indices
 # H.264 marks the pictures that no other refers to: where nobody asked for them either, they need no decoding.
 # HEVC's like-named mark only speaks of the picture's own temporal layer, so there it would not be exact.
 _UNREFERENCED_IS_MARKED = {"h264"}
+# FFmpeg's decoder of VP9 ends the process where it decodes frames side by side, was flushed, and then gets a keyframe
+# that is broken and frames that lean on it (seen with FFmpeg 8.1). It then works on the parts of one frame instead.
+_FRAME_BY_FRAME = {"vp9"}
 # Nothing in files of these kinds tells whether their last picture is there in full.
 _OPEN_ENDED = {"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"}
 _HELD_BACK = 4  # frames among which the last one in the file may be shown, where no times tell which it is
@@ -75,6 +78,8 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put) 
     times = packets.times() or []
     may_skip = packets.codec in _UNREFERENCED_IS_MARKED
     with opener() as opened:
+        if packets.codec in _FRAME_BY_FRAME:
+            opened.stream.thread_type = "SLICE"
         reader = enumerate(packet for packet in opened.packets(opened.stream) if packet.size)
         for span in spans:
             start = times[span.first]

@@ -276,6 +276,32 @@ def test_a_broken_packet_costs_a_frame_not_the_clip(tmp_path):
     assert barcodes(clip.frames) == [intact[index] for index in sample_indices(59, 60)]
 
 
+def test_a_broken_keyframe_of_vp9_does_not_end_the_process(tmp_path):
+    """FFmpeg did that where it decoded frames side by side and had been flushed, so it is a child that loads."""
+    path = write(
+        tmp_path / "vp9.webm", 60, codec="libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8"}, gop=8
+    )
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size and packet.is_keyframe]
+    data = path.read_bytes()
+    for content in packets[1:]:
+        data = data.replace(content, b"\x21\x89\xc4\xfa" + content[4:])
+    path.write_bytes(data)
+    program = f"""
+from runtime.errors import VideoError
+from runtime.video import load_clip
+for frames in (2, 3, 4, 5, 8, 20):
+    try:
+        print(load_clip({str(path)!r}, frames, (8, 8)).source_frames)
+    except VideoError as error:
+        print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 6
+
+
 def test_memory_does_not_grow_with_the_clip(tmp_path):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory of a process is read from /proc, which is Linux")
