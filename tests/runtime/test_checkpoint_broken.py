@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from builder.build import check_answers
+from builder.source import check_answers
 from earlytom import micro
 from earlytom.errors import UserError
 from earlytom.micro.random_model import random_model

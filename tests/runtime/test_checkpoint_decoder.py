@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from earlytom.encoder import encode_video
+from earlytom import encode_video
 from earlytom.errors import UserError
 from earlytom.families.llava_onevision import feature_depth
 from earlytom.micro.random_model import random_model
