@@ -243,13 +243,17 @@ def run(count: int, seed: int, folder: Path) -> tuple[Counter[tuple[str, str]], 
     return tally, failures
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tests.fuzz_video", description=__doc__)
+    p.add_argument("count", type=int, help="how many broken files")
+    p.add_argument("seed", type=int)
+    p.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--start", type=int, default=0, help="the first file; the earlier ones are left out")
+    return p
+
+
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_video", description=__doc__)
-    parser.add_argument("count", type=int, help="how many broken files")
-    parser.add_argument("seed", type=int)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--start", type=int, default=0, help="the first file; the earlier ones are left out")
-    given = parser.parse_args(words)
+    given = parser().parse_args(words)
     if given.child:
         load_all(given.child, given.seed, given.start, given.count)
         return 0

@@ -11,6 +11,7 @@ last line is one JSON object; the exit status is 1 when anything failed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import faulthandler
@@ -375,12 +376,16 @@ def build(folder: Path) -> Path:
     return Path(json.loads(printed.getvalue())["folder"])
 
 
+def parser() -> argparse.ArgumentParser:
+    p = cli.Parser(prog="python -m tests.soak_pipeline", description=(__doc__ or "").splitlines()[0])
+    p.add_argument("seconds", type=float, metavar="SECONDS")
+    p.add_argument("seed", type=int, metavar="SEED")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 1 if anything failed."""
-    parser = cli.Parser(prog="python -m tests.soak_pipeline", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("seconds", type=float, metavar="SECONDS")
-    parser.add_argument("seed", type=int, metavar="SEED")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     seconds, seed = real("SECONDS", options.seconds, 0, low_open=True), whole("SEED", options.seed, 0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

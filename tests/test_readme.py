@@ -25,6 +25,7 @@ from earlytom.config import PRESETS
 from runtime import ask, cli, clip
 from runtime.benchmark import arguments as bench_arguments
 
+from . import fuzz_video, soak_pipeline
 from .processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,8 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,
+    "tests.fuzz_video": fuzz_video.parser,
+    "tests.soak_pipeline": soak_pipeline.parser,
 }
 
 
