@@ -48,11 +48,12 @@ def real(
     span = _span(low, high, low_open, high_open)
     number = _as_float(value)
     if number is None:
-        raise UserError(f"{name} must be a number {span}, got {shown(value)}")
+        what = f"a number {span}" if span else "a finite number"
+        raise UserError(f"{name} must be {what}, got {shown(value)}")
     above = low is None or (low < number if low_open else low <= number)
     below = high is None or (number < high if high_open else number <= high)
     if not (above and below and math.isfinite(number)):  # NaN is neither above nor below
-        raise UserError(f"{name} must be {span}, got {shown(value)}")
+        raise UserError(f"{name} must be {span or 'finite'}, got {shown(value)}")
     return number
 
 
@@ -90,4 +91,4 @@ def _span(low: float | None, high: float | None, low_open: bool, high_open: bool
         return f"above {low:g}" if low_open else f"of at least {low:g}"
     if high is not None:
         return f"below {high:g}" if high_open else f"of at most {high:g}"
-    return "that is finite"
+    return ""

@@ -96,9 +96,16 @@ def test_open_bounds_are_not_meant(bound: float, low_open: bool, high_open: bool
         ({"high": 1}, "of at most 1"),
         ({"high": 1, "high_open": True}, "below 1"),
         ({"low": 0, "high": 1, "low_open": True}, r"in \(0, 1\]"),
-        ({}, "that is finite"),
     ],
 )
 def test_a_refusal_says_what_was_expected(bounds: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=f"x must be a number {words}, got 'a'"):
         real("x", "a", **bounds)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("a", "a finite number"), (math.nan, "finite"), (True, "a finite number")]
+)
+def test_a_number_without_bounds_is_finite(value: Any, words: str) -> None:
+    with pytest.raises(UserError, match=f"^x must be {words}, got "):
+        real("x", value)
