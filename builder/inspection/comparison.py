@@ -14,7 +14,8 @@ from builder.inspection import Record
 
 # What to type, or to look at, for a part of the cache key that differs, where that is not the option of its name.
 SET_BY = {
-    "model": "--model (the weights in it)",
+    "model": "--model (the weights of its vision part)",
+    "answers": "--model (its decoder, tokenizer and chat template)",
     "earlytom": "settings without an option",
     "earlytom.retention_ratio": "--ratio",
     "earlytom.merge_layers": "--merge-layers, --preset",

@@ -136,7 +136,7 @@ def _check_vision(files: Files, vision: Any) -> None:
         raise files.error(f"{of} has {vision.num_attention_heads} heads, which do not divide {vision.hidden_size}")
     if vision.patch_size > vision.image_size:
         raise files.error(f"{of} has patches of {vision.patch_size} in images of {vision.image_size} pixels")
-    _in(files, of, lambda: real("layer_norm_eps", vision.layer_norm_eps, 0, 1, low_open=True))
+    _in(files, of, lambda: real("layer_norm_eps", vision.layer_norm_eps, 0, low_open=True))
     _check_activation(files, f"hidden_act of {of}", vision.hidden_act)
 
 
@@ -153,7 +153,7 @@ def _check_text(files: Files, text: Any) -> None:
     if not getattr(text, "head_dim", None) and (width % heads or width // heads % 2):
         raise files.error(f"{of} has {heads} heads, which do not divide {width} into even widths")
     if (epsilon := getattr(text, "rms_norm_eps", None)) is not None:
-        _in(files, of, lambda: real("rms_norm_eps", epsilon, 0, 1, low_open=True))
+        _in(files, of, lambda: real("rms_norm_eps", epsilon, 0, low_open=True))
     if (kind := getattr(text, "hidden_act", None)) is not None:
         _check_activation(files, f"hidden_act of {of}", kind)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

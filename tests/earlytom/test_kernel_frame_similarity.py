@@ -56,12 +56,16 @@ def laid_out(hidden: Tensor, layout: str) -> Tensor:
 
 
 def assert_one_step(got: Tensor, hidden: Tensor) -> None:
-    """Symmetric, on the grid and within a step of the reference in fp32."""
+    """On the grid, within a step of the reference in fp32, and symmetric.
+
+    A GPU sums [i, j] and [j, i] in one order. The interpreter's products are the CPU's BLAS, which need not (one for an
+    older processor than this one's does not), so there they may fall on two sides of a step.
+    """
     want = reference(hidden.float())
     assert got.dtype == torch.float32
     assert got.shape == want.shape
-    assert torch.equal(got, got.T)
     steps = got * SIMILARITY_STEPS
+    assert float((steps - steps.T).abs().max()) <= (0 if got.is_cuda else 1)
     assert torch.equal(steps, steps.round())
     assert float((steps - want * SIMILARITY_STEPS).abs().max()) <= 1
 

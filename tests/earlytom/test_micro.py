@@ -163,7 +163,20 @@ def test_a_random_tensor_depends_on_its_name_and_seed_and_not_on_its_dtype() -> 
 )
 def test_names_of_every_release_have_one_canonical_form(name: str) -> None:
     assert canonical_name(name) == "vision_tower.x"
-    assert canonical_name("language_model.model.x") == "language_model.model.x"
+    assert canonical_name("multi_modal_projector.x") == "multi_modal_projector.x"
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("model.language_model.layers.0.x", "language_model.layers.0.x"),
+        ("language_model.model.layers.0.x", "language_model.layers.0.x"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_names_of_the_decoder_have_one_canonical_form(name: str, canonical: str) -> None:
+    assert canonical_name(name) == canonical
 
 
 # The tokenizer
