@@ -12,7 +12,7 @@ from pathlib import Path
 
 from builder.runners import Arrays, run_each, values_of
 from earlytom.errors import UserError
-from runtime import contract
+from runtime.engine import layout
 
 
 def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> list[Arrays]:
@@ -21,7 +21,7 @@ def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Array
     Args:
         paths: the graphs in order; a temporary copy of each with more outputs is written beside it.
         names: values of any of them.
-        feeds: frames by the name in `runtime.contract`.
+        feeds: frames by the name in `runtime.engine.layout`.
         rounded: as `builder.rounding` has it.
 
     Raises:
@@ -32,20 +32,20 @@ def run_chain(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Array
     for stage, (path, wanted) in enumerate(zip(paths, values_of(paths, names), strict=True)):
         for clip, out in enumerate(run_each(path, wanted, entering, rounded=rounded)):
             entering[clip] = _cut(out, stage, len(paths), len(next(iter(entering[clip].values()))))
-            results[clip] |= {name: value for name, value in out.items() if name in (*names, *contract.OUTPUTS)}
+            results[clip] |= {name: value for name, value in out.items() if name in (*names, *layout.OUTPUTS)}
     return results
 
 
 def _cut(out: Arrays, stage: int, stages: int, arrived: int) -> Arrays:
     """Cut in place what a stage padded; returns what enters the next stage."""
-    count = int(out[contract.COUNT][0])
+    count = int(out[layout.COUNT][0])
     last = stage == stages - 1
-    limit = len(out[contract.TOKENS]) if last else arrived
+    limit = len(out[layout.TOKENS]) if last else arrived
     if not 1 <= count <= limit:
         raise UserError(f"stage {stage} of the chain kept {count} of {limit}: its arithmetic failed, build with --fp32")
     for name in out:
-        if name.startswith("weights_") or name in (contract.MERGED_HIDDEN, contract.MERGED_RECEIVED, *contract.OUTPUTS):
+        if name.startswith("weights_") or name in (layout.MERGED_HIDDEN, layout.MERGED_RECEIVED, *layout.OUTPUTS):
             out[name] = out[name][:count]
-    inputs = () if last else contract.stage_tensors(stage + 1, stages)[0]
-    source = {contract.HIDDEN: contract.MERGED_HIDDEN, contract.RECEIVED: contract.MERGED_RECEIVED}
+    inputs = () if last else layout.stage_tensors(stage + 1, stages)[0]
+    source = {layout.HIDDEN: layout.MERGED_HIDDEN, layout.RECEIVED: layout.MERGED_RECEIVED}
     return {name: out[source[name]] for name in inputs}

@@ -5,7 +5,7 @@
 
 A clip of F frames runs the head F / C times and the rest once. Where the first merge is the last, or there is none, the
 head also takes received attention [C, S]. Each graph holds its own layers, so no weight is there twice; both have
-static shapes. Files and tensors are named in `runtime.contract`; values keep the names of the encoder's trace.
+static shapes. Files and tensors are named in `runtime.engine.layout`; values keep the names of the encoder's trace.
 
 Notation: F frames, C frames of a chunk, T = S + prefix tokens a frame inside the tower, D its width.
 """
@@ -22,7 +22,7 @@ from builder.export import ExportedGraph, VisionGraph, form_of, save, trace
 from builder.options import check_chunk
 from earlytom.encoder import head, layer_spans, rest
 from earlytom.methods.earlytom import EarlyTom, trace_names
-from runtime import contract
+from runtime.engine import layout
 
 
 class HeadGraph(nn.Module):
@@ -40,7 +40,7 @@ class HeadGraph(nn.Module):
         _, received = head(
             whole.tower, whole.pixels(frames), method, whole.layers, lambda **found: values.update(found), True
         )
-        return values if received is None else values | {contract.RECEIVED: received}
+        return values if received is None else values | {layout.RECEIVED: received}
 
     @property
     def last(self) -> str:
@@ -55,7 +55,7 @@ class HeadGraph(nn.Module):
     @property
     def names(self) -> list[str]:
         """The keys of what `forward` returns, in its order."""
-        return [*(f"hidden_{layer}" for layer in self.span), *([contract.RECEIVED] if self.received else [])]
+        return [*(f"hidden_{layer}" for layer in self.span), *([layout.RECEIVED] if self.received else [])]
 
 
 class RestGraph(nn.Module):
@@ -77,7 +77,7 @@ class RestGraph(nn.Module):
             lambda **found: values.update(found),
             True,
         )
-        return values | {contract.TOKENS: values[contract.TOKENS].to(whole.dtype)}
+        return values | {layout.TOKENS: values[layout.TOKENS].to(whole.dtype)}
 
     @property
     def names(self) -> list[str]:
@@ -97,22 +97,22 @@ def export_chunks(
         frames: F.
         chunk: C.
         size: (H, W) of a frame.
-        folder: where the files go, see `runtime.contract.stage_file`.
+        folder: where the files go, see `runtime.engine.layout.stage_file`.
 
     Raises:
         UserError: the adaptive schedule, or chunks that do not fill a clip.
     """
     check_chunk(chunk, frames, graph.config.schedule)
     first, second, form = HeadGraph(graph), RestGraph(graph), form_of(graph.decisions)
-    paths = [folder / contract.stage_file(contract.ONNX_FILE, stage) for stage in range(contract.CHUNK_STAGES)]
-    (_, between), (_, outputs) = (contract.chunk_tensors(stage, first.received) for stage in range(len(paths)))
+    paths = [folder / layout.stage_file(layout.ONNX_FILE, stage) for stage in range(layout.CHUNK_STAGES)]
+    (_, between), (_, outputs) = (layout.chunk_tensors(stage, first.received) for stage in range(len(paths)))
     some = torch.zeros(chunk, 3, *size, dtype=torch.uint8)
-    model = trace(first, {contract.FRAMES: some}, first.names)
-    _name_output(model, first.last, contract.HIDDEN)
+    model = trace(first, {layout.FRAMES: some}, first.names)
+    _name_output(model, first.last, layout.HIDDEN)
     written = save(model, paths[0], between, lambda node: form.body(node, graph.config, frames))
     with torch.no_grad():
         values = first(some[:1])
-    values = {contract.HIDDEN: values[first.last], **values}
+    values = {layout.HIDDEN: values[first.last], **values}
     entering = {name: torch.cat([values[name]] * frames) for name in between}
     model = trace(second, entering, second.names)
     return written, save(model, paths[1], outputs, lambda node: form.body(node, graph.config, frames))

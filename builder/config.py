@@ -24,8 +24,8 @@ from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import Geometry, family_of
-from runtime import contract
 from runtime.checkpoint import Checkpoint
+from runtime.engine import layout
 
 DISTRIBUTION = "earlytom-engine-builder"
 # Libraries whose version may change the exported graph.
@@ -117,7 +117,7 @@ class BuildConfig:
 
     def file(self, name: str) -> str:
         """The name that a file gets: `name`, with the frame count in it where there are several."""
-        return name if self.frame_counts is None else contract.count_file(name, self.frames)
+        return name if self.frame_counts is None else layout.count_file(name, self.frames)
 
     @property
     def model(self) -> Any:
@@ -193,7 +193,7 @@ class BuildConfig:
     @property
     def expected_bytes(self) -> dict[str, int]:
         """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
-        size, (height, width) = contract.DTYPES[self.dtype].itemsize, self.geometry.size
+        size, (height, width) = layout.DTYPES[self.dtype].itemsize, self.geometry.size
         wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
         return {
             "weights": size * family_of(self.model).vision_weights(self.model) + wider,

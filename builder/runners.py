@@ -33,7 +33,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.method import Method
 from earlytom.methods.earlytom import EarlyTom
-from runtime import contract
+from runtime.engine import layout
 from runtime.partial import temporary
 
 Arrays = dict[str, NDArray[Any]]
@@ -46,7 +46,7 @@ class ForcedDecisions(EarlyTom):
         super().__init__(config)
         self.weights = [torch.from_numpy(taken[f"weights_{layer}"]) for layer in config.merge_layers]
         self.static = torch.from_numpy(taken["static"])
-        self.positions = torch.from_numpy(taken[contract.POSITIONS])
+        self.positions = torch.from_numpy(taken[layout.POSITIONS])
         self.taken = 0
 
     def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,12 +76,12 @@ class TorchRunner(BaseRunner):
         self.frames = frames
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        return TensorMetadata().add(contract.FRAMES, np.dtype(np.uint8), self.frames)
+        return TensorMetadata().add(layout.FRAMES, np.dtype(np.uint8), self.frames)
 
     def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:
         self.graph.decisions = next(self.decisions)
         started = time.perf_counter()
-        trace = self.graph(torch.from_numpy(feed_dict[contract.FRAMES]))
+        trace = self.graph(torch.from_numpy(feed_dict[layout.FRAMES]))
         self.inference_time = time.perf_counter() - started
         return OrderedDict((name, value.numpy()) for name, value in trace.items())
 
@@ -102,8 +102,8 @@ def run_tapped(
     elif batch == 1:
         results = run_each(onnx_path, names, feeds, rounded=rounded)
     else:
-        stacked = stack([feed[contract.FRAMES] for feed in feeds], batch)
-        together = run_each(onnx_path, names, [{contract.FRAMES: clips} for clips in stacked], rounded=rounded)
+        stacked = stack([feed[layout.FRAMES] for feed in feeds], batch)
+        together = run_each(onnx_path, names, [{layout.FRAMES: clips} for clips in stacked], rounded=rounded)
         results = [one for values in together for one in split(values, batch)]
     return RunResults([("onnxruntime", [IterationResult(one, runner_name="onnxruntime") for one in results])])
 

@@ -24,7 +24,15 @@ from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.numbers import shown
-from runtime.contract import CHUNK_STAGES, DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
+from runtime.engine.layout import (
+    CHUNK_STAGES,
+    DTYPE_NAMES,
+    ENGINE_FILE,
+    MANIFEST_FILE,
+    ONNX_FILE,
+    count_file,
+    stage_file,
+)
 from runtime.errors import EngineError
 from runtime.manifest_records import (
     MOST_FRAMES,

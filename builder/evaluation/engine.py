@@ -18,11 +18,11 @@ from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data.scene import FRAMES
-from runtime.backends import choose_backend, encode_one, open_backend
-from runtime.backends.chain import ChainVision
 from runtime.checkpoint import Checkpoint
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
+from runtime.vision import choose_backend, encode_one, open_backend
+from runtime.vision.chain import ChainVision
 
 ENGINE, TWIN = "engine", "engine-torch"
 _BACKEND = "onnxruntime"

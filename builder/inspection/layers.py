@@ -15,7 +15,7 @@ from typing import Any
 
 from builder.inspection import Record
 from builder.layers import BYTES, Layer, LayerSummary, LayerTensor, elements, summarise
-from runtime import contract
+from runtime.engine import layout
 from runtime.manifest import REBUILD, Manifest
 from runtime.plain_files import MIB, read_json
 
@@ -44,7 +44,7 @@ def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
 
     Flops are those of the median clip; where clips come in chunks, those of a whole clip.
     """
-    names = manifest.stage_files(contract.ONNX_FILE if manifest.backend == "onnx" else contract.LAYERS_FILE)
+    names = manifest.stage_files(layout.ONNX_FILE if manifest.backend == "onnx" else layout.LAYERS_FILE)
     if not all(name in manifest.files for name in names):
         return None
     source, every, unfused = "", [], []

@@ -25,13 +25,14 @@ from builder.compile import compile_engine
 from builder.gate import accuracy
 from builder.options import MAX_BATCH
 from earlytom.errors import UserError
-from runtime import ask, cli, contract
-from runtime.backends import encode_one, open_backend
-from runtime.backends.onnxruntime import OnnxRuntimeVision
-from runtime.backends.torch import TorchVision, open_torch
+from runtime import ask, cli
 from runtime.checkpoint import describe
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
+from runtime.vision import encode_one, open_backend
+from runtime.vision.onnxruntime import OnnxRuntimeVision
+from runtime.vision.torch import TorchVision, open_torch
 
 from ..processes import HANG_SECONDS
 from .conftest import FRAMES, Exported
@@ -211,8 +212,8 @@ def second_video_s_frames(model: onnx.ModelProto) -> None:
     """The first two videos change places."""
     model.graph.initializer.append(helper.make_tensor("order", onnx.TensorProto.INT64, [B], [1, 0, 2]))
     for node in model.graph.node:
-        node.input[:] = ["swapped" if name == contract.FRAMES else name for name in node.input]
-    model.graph.node.insert(0, helper.make_node("Gather", [contract.FRAMES, "order"], ["swapped"], axis=0))
+        node.input[:] = ["swapped" if name == layout.FRAMES else name for name in node.input]
+    model.graph.node.insert(0, helper.make_node("Gather", [layout.FRAMES, "order"], ["swapped"], axis=0))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -228,18 +229,18 @@ def second_video_s_frames(model: onnx.ModelProto) -> None:
 def test_a_graph_that_mixes_videos_fails(
     exported: Make, several: dict[str, Tensor], tmp_path: Path, edit: Any, what: str, dtype: str
 ) -> None:
-    report = run_gate(exported(*BATCH, f"--{dtype}"), several, tmp_path / contract.ONNX_FILE, edit)
+    report = run_gate(exported(*BATCH, f"--{dtype}"), several, tmp_path / layout.ONNX_FILE, edit)
     assert what in failed(report)
     with pytest.raises(UserError, match="does not reproduce the model"):
         report.require()
-    assert [path.name for path in tmp_path.iterdir()] == [contract.ONNX_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [layout.ONNX_FILE]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_graph_that_does_not_passes(exported: Make, several: dict[str, Tensor], tmp_path: Path, dtype: str) -> None:
     """As it is, and on six clips, which are two runs of it."""
     made = exported(*BATCH, f"--{dtype}")
-    report = run_gate(made, several, tmp_path / contract.ONNX_FILE, lambda model: None)
+    report = run_gate(made, several, tmp_path / layout.ONNX_FILE, lambda model: None)
     assert not failed(report)
     assert report.clips == tuple(several)
     found = {check.what: check.value for check in report.checks}
@@ -346,10 +347,10 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     spoiled.mkdir()
     for file in folder.iterdir():
         (spoiled / file.name).write_bytes(file.read_bytes())
-    model = onnx.load(str(spoiled / contract.ONNX_FILE))
-    positions = next(node for node in model.graph.node if contract.POSITIONS in node.output)
+    model = onnx.load(str(spoiled / layout.ONNX_FILE))
+    positions = next(node for node in model.graph.node if layout.POSITIONS in node.output)
     positions.input[:] = [positions.input[1], positions.input[0]]  # the two videos change places
-    onnx.save(model, str(spoiled / contract.ONNX_FILE))
+    onnx.save(model, str(spoiled / layout.ONNX_FILE))
     assert paste(spoiled) != 0
 
     capsys.readouterr()
@@ -364,7 +365,7 @@ def test_a_batched_graph_compiles(exported: Make, tmp_path: Path) -> None:
     made = exported(*BATCH, "--fp16")
     report = compile_engine(
         made.path,
-        tmp_path / contract.ENGINE_FILE,
+        tmp_path / layout.ENGINE_FILE,
         flavour="tensorrt-rtx",
         dtype="fp16",
         expected_share=made.config.half_share,

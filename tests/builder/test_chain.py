@@ -24,16 +24,16 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import run_span
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
-from runtime import contract
-from runtime.backends.chain import Room
-from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
+from runtime.engine import layout
+from runtime.vision.chain import Room
+from runtime.vision.onnxruntime_chain import OnnxRuntimeChain
 
 from ..earlytom.tiny import PATCH, tiny_projector, tiny_tower
 from .conftest import FRAMES, Chain, reference_of
 
 MERGES = (1, 2)  # of the small checkpoint's four layers
 ROOM = Room(FRAMES, 25, 0.3, len(MERGES))
-STAGES = [contract.stage_file(contract.ONNX_FILE, stage) for stage in range(len(MERGES) + 1)]
+STAGES = [layout.stage_file(layout.ONNX_FILE, stage) for stage in range(len(MERGES) + 1)]
 
 
 def videos_of(clips: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def _matrices(path: Path) -> list[bytes]:
 def test_inputs_and_outputs_are_those_of_the_contract(chain: Chain) -> None:
     for stage, path in enumerate(chain.paths):
         graph = onnx.load(path).graph
-        inputs, outputs = contract.stage_tensors(stage, len(STAGES))
+        inputs, outputs = layout.stage_tensors(stage, len(STAGES))
         assert tuple(value.name for value in graph.input) == inputs
         assert {value.name for value in graph.output} == set(outputs)
         sizes = [value.type.tensor_type.shape.dim[0] for value in graph.input]
@@ -107,12 +107,12 @@ def test_a_stage_runs_on_any_number_of_frames(chain: Chain, arriving: int) -> No
     found = dict(
         zip([value.name for value in session.get_outputs()], session.run(None, {"hidden": hidden.numpy()}), strict=True)
     )
-    assert found[contract.COUNT].tolist() == [arriving]  # noise is not merged
-    np.testing.assert_allclose(found[contract.MERGED_HIDDEN], wanted, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found[contract.MERGED_RECEIVED], column, rtol=0, atol=1e-6)
-    feeds = {name: found[f"merged_{name}"] for name in (contract.HIDDEN, contract.RECEIVED)}
+    assert found[layout.COUNT].tolist() == [arriving]  # noise is not merged
+    np.testing.assert_allclose(found[layout.MERGED_HIDDEN], wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[layout.MERGED_RECEIVED], column, rtol=0, atol=1e-6)
+    feeds = {name: found[f"merged_{name}"] for name in (layout.HIDDEN, layout.RECEIVED)}
     tokens, positions, (count,) = onnxruntime.InferenceSession(chain.paths[2]).run(
-        [contract.TOKENS, contract.POSITIONS, contract.COUNT], feeds
+        [layout.TOKENS, layout.POSITIONS, layout.COUNT], feeds
     )
     assert len(tokens) == len(positions) == ROOM.rows(arriving) >= count > 0
 
@@ -157,7 +157,7 @@ def test_the_gate_passes(chain_of: Callable[..., Chain], clips: dict[str, Tensor
     checks = {check.what: check.value for check in report.checks}
     assert checks["frames that a merge keeps: largest error"] == 0
     assert checks["token choices repeated: share that is equal"] == 1
-    assert len(wanted[0][1][0][contract.TOKENS]) < len(wanted[0][1][0]["features"]) * 25
+    assert len(wanted[0][1][0][layout.TOKENS]) < len(wanted[0][1][0]["features"]) * 25
     assert sorted(path.name for path in made.folder.iterdir()) == STAGES  # nothing is left behind
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from runtime import trt as seam
-from runtime.backends import tensorrt as backend
-from runtime.backends.tensorrt import TensorRTVision, engine_tensors
 from runtime.errors import EngineError
-from runtime.graphs import Replay
+from runtime.gpu.graphs import Replay
+from runtime.vision import tensorrt as backend
+from runtime.vision.tensorrt import TensorRTVision, engine_tensors
 
 from .gpu_flavour import FLAVOUR, WHY_NOT
 

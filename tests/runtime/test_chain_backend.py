@@ -20,17 +20,17 @@ from torch import Tensor
 
 from earlytom import EarlyTomConfig, encode_video
 from earlytom.families import geometry
-from runtime import contract
 from runtime import trt as seam
-from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chain, tensorrt_stages
-from runtime.backends.chain import Room
-from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
-from runtime.backends.tensorrt_chain import TensorRTChain
 from runtime.checkpoint import describe, load_vision
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.video import load_clip
+from runtime.vision import choose_backend, open_backend, tensorrt, tensorrt_chain, tensorrt_stages
+from runtime.vision.chain import Room
+from runtime.vision.onnxruntime_chain import OnnxRuntimeChain
+from runtime.vision.tensorrt_chain import TensorRTChain
 
 from ..processes import HANG_SECONDS
 
@@ -156,7 +156,7 @@ def truncate(place: Path) -> None:
 
 
 def swap(place: Path) -> None:
-    first, last = (place / contract.stage_file(contract.ONNX_FILE, stage) for stage in (1, 2))
+    first, last = (place / layout.stage_file(layout.ONNX_FILE, stage) for stage in (1, 2))
     first.rename(place / "kept")
     last.rename(first)
     (place / "kept").rename(last)
@@ -165,7 +165,7 @@ def swap(place: Path) -> None:
 def other_width(place: Path) -> None:
     model = onnx.load(place / "vision.2.onnx")
     for value in model.graph.input:
-        if value.name == contract.HIDDEN:
+        if value.name == layout.HIDDEN:
             value.type.tensor_type.shape.dim[2].dim_value = 64
     del model.graph.value_info[:]
     onnx.save(model, place / "vision.2.onnx")
@@ -176,9 +176,9 @@ def no_frames(place: Path) -> None:
     model = onnx.load(place / "vision.0.onnx")
     for node in model.graph.node:
         for index, name in enumerate(node.output):
-            if name == contract.COUNT:
+            if name == layout.COUNT:
                 node.output[index] = "counted"
-    zero = onnx.helper.make_node("Sub", ["counted", "counted"], [contract.COUNT])
+    zero = onnx.helper.make_node("Sub", ["counted", "counted"], [layout.COUNT])
     model.graph.node.append(zero)
     onnx.save(model, place / "vision.0.onnx")
 
@@ -250,7 +250,7 @@ def test_a_manifest_of_a_chain_names_every_stage(manifest: Manifest, folder: Pat
     with pytest.raises(EngineError, match=r"lists no vision\.2\.onnx"):
         dataclasses.replace(manifest, files=files)
     record = FileRecord(1, "0" * 64)
-    engines = {contract.stage_file(contract.ENGINE_FILE, stage): record for stage in range(3)}
+    engines = {layout.stage_file(layout.ENGINE_FILE, stage): record for stage in range(3)}
     compiled = dataclasses.replace(manifest, backend="tensorrt-rtx", files=engines)
     assert choose_backend("auto", compiled) == "tensorrt-rtx"
     with pytest.raises(EngineError, match=r"no vision\.onnx for onnxruntime"):
@@ -270,7 +270,7 @@ class Engine:
         self.stage, self.log, self.kept = stage, log, kept
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        inputs, outputs = contract.stage_tensors(stage, 2)
+        inputs, outputs = layout.stage_tensors(stage, 2)
         self.names = [*inputs, *outputs]
         self.num_io_tensors = len(self.names)
 
@@ -345,7 +345,7 @@ class Opened:
         monkeypatch.setattr(seam, "load", lambda flavour: library)
         monkeypatch.setattr(seam, "errors_of", lambda logger: ["out of memory"])
         for stage in range(2):
-            (folder / contract.stage_file(contract.ENGINE_FILE, stage)).write_bytes(b"plan")
+            (folder / layout.stage_file(layout.ENGINE_FILE, stage)).write_bytes(b"plan")
         self.vision = TensorRTChain(folder, Room(4, 3, 0.5, 1), "tensorrt-rtx", device="cpu")
         self.log.clear()
         self.recorded.clear()

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
-from runtime import contract
 from runtime import trt as seam
-from runtime.backends import choose_backend, open_backend, tensorrt, tensorrt_chunked, tensorrt_stages
-from runtime.backends.onnxruntime_chunked import OnnxRuntimeChunked
-from runtime.backends.tensorrt_chunked import TensorRTChunked
-from runtime.backends.torch import TorchChunked, open_torch
 from runtime.checkpoint import describe
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.live import LiveClip
 from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.video import clip_from_frames, load_clip
+from runtime.vision import choose_backend, open_backend, tensorrt, tensorrt_chunked, tensorrt_stages
+from runtime.vision.onnxruntime_chunked import OnnxRuntimeChunked
+from runtime.vision.tensorrt_chunked import TensorRTChunked
+from runtime.vision.torch import TorchChunked, open_torch
 
 from .gpu_flavour import FLAVOUR, WHY_NOT
 
@@ -116,7 +116,7 @@ def test_no_buffer_moves(vision: OnnxRuntimeChunked, frames: Tensor) -> None:
     for _ in range(2):
         for clip in clips:
             tokens, positions = vision.encode(clip)
-            places.add((tokens.data_ptr(), positions.data_ptr(), vision._out[contract.HIDDEN].data_ptr()))
+            places.add((tokens.data_ptr(), positions.data_ptr(), vision._out[layout.HIDDEN].data_ptr()))
             first.append(tokens.clone())
     assert len(places) == 1
     assert torch.equal(first[0], first[2])
@@ -152,7 +152,7 @@ def truncate(place: Path) -> None:
 
 
 def swap(place: Path) -> None:
-    first, last = (place / contract.stage_file(contract.ONNX_FILE, stage) for stage in range(2))
+    first, last = (place / layout.stage_file(layout.ONNX_FILE, stage) for stage in range(2))
     first.rename(place / "kept")
     last.rename(first)
     (place / "kept").rename(last)
@@ -175,8 +175,8 @@ def resize_input(name: str, axis: int, size: int) -> Callable[[Path], None]:
     [
         (truncate, r"onnxruntime cannot load .*vision\.1\.onnx"),
         (swap, r"vision\.0\.onnx has the tensors .* stage 0 of an engine in chunks has"),
-        (resize_input(contract.HIDDEN, 2, 64), r"vision\.1\.onnx"),
-        (resize_input(contract.HIDDEN, 0, 7), r"vision\.1\.onnx"),
+        (resize_input(layout.HIDDEN, 2, 64), r"vision\.1\.onnx"),
+        (resize_input(layout.HIDDEN, 0, 7), r"vision\.1\.onnx"),
     ],
 )
 def test_a_bad_stage_is_one_line(folder: Path, tmp_path: Path, change: Callable[[Path], None], line: str) -> None:
@@ -223,7 +223,7 @@ def test_a_manifest_in_chunks_names_both_stages(manifest: Manifest, engine: Path
     files = {name: record for name, record in manifest.files.items() if name != "vision.1.onnx"}
     with pytest.raises(EngineError, match=r"lists no vision\.1\.onnx"):
         dataclasses.replace(manifest, files=files)
-    engines = {contract.stage_file(contract.ENGINE_FILE, stage): FileRecord(1, "0" * 64) for stage in range(2)}
+    engines = {layout.stage_file(layout.ENGINE_FILE, stage): FileRecord(1, "0" * 64) for stage in range(2)}
     compiled = dataclasses.replace(manifest, backend="tensorrt-rtx", files=engines)
     assert choose_backend("auto", compiled) == "tensorrt-rtx"
     settings = EarlyTomConfig.from_dict(manifest.earlytom).replace(schedule="adaptive").to_dict()
@@ -241,7 +241,7 @@ class Engine:
         self.stage, self.log = stage, log
         self.addresses: dict[str, int] = {}
         self.refuses = False
-        inputs, outputs = contract.chunk_tensors(stage, received=True)
+        inputs, outputs = layout.chunk_tensors(stage, received=True)
         self.names = [*inputs, *outputs]
         self.num_io_tensors = len(self.names)
 
@@ -319,7 +319,7 @@ class Opened:
         monkeypatch.setattr(seam, "load", lambda flavour: library)
         monkeypatch.setattr(seam, "errors_of", lambda logger: ["out of memory"])
         for stage in range(2):
-            (folder / contract.stage_file(contract.ENGINE_FILE, stage)).write_bytes(b"plan")
+            (folder / layout.stage_file(layout.ENGINE_FILE, stage)).write_bytes(b"plan")
         self.vision = TensorRTChunked(folder, 4, "tensorrt-rtx", device="cpu")
         self.log.clear()
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from runtime import trt as seam
-from runtime.backends.tensorrt import all_tensors, complaint, load_engine, make_context, require_gpu
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD
+from runtime.vision.tensorrt import all_tensors, complaint, load_engine, make_context, require_gpu
 
 
 class Stages:

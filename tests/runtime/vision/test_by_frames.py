@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from runtime.backends.by_frames import ByFrames
 from runtime.errors import EngineError
 from runtime.video import clip_from_frames, frames_for, load_clip
+from runtime.vision.by_frames import ByFrames
 
 
 class Recorded:

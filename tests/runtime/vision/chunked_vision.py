@@ -10,8 +10,8 @@ from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
 from earlytom.families import LLAVA_ONEVISION
-from runtime.backends.chunked import ChunkedVision, Room
-from runtime.backends.torch import TorchChunked, TorchVision
+from runtime.vision.chunked import ChunkedVision, Room
+from runtime.vision.torch import TorchChunked, TorchVision
 
 from ..earlytom.tiny import PATCH, tiny_projector, tiny_tower
 

@@ -16,13 +16,13 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import checked_depth, encode, head, rest
 from earlytom.families import Vision, family_of
 from earlytom.methods.earlytom import EachVideo, EarlyTom
-from runtime import contract
-from runtime.backends import VisionBackend
-from runtime.backends.by_frames import ByFrames
-from runtime.backends.chunked import CHUNK, ChunkedVision, Room
 from runtime.checkpoint import Checkpoint, VisionPart, load_vision
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
+from runtime.vision import VisionBackend
+from runtime.vision.by_frames import ByFrames
+from runtime.vision.chunked import CHUNK, ChunkedVision, Room
 
 
 class TorchVision:
@@ -57,7 +57,7 @@ class TorchVision:
     ) -> None:
         self.config = config
         self.shape = shape
-        self.batch = contract.batch_of(shape)
+        self.batch = layout.batch_of(shape)
         if self.batch > 1:
             EachVideo(EarlyTom(config), self.batch)  # refuses what cannot be
         self.family = family_of(checkpoint.config)
@@ -77,7 +77,7 @@ class TorchVision:
             EngineError: frames of another shape or dtype.
             RuntimeError: called after `close`.
         """
-        contract.check_frames(frames, self.shape)
+        layout.check_frames(frames, self.shape)
         return self._encode(frames.flatten(0, -4), self.batch)
 
     def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -85,7 +85,7 @@ class TorchVision:
 
         Errors as those of `encode`.
         """
-        contract.check_clips(clips, self.shape)
+        layout.check_clips(clips, self.shape)
         tokens, positions = self._encode(torch.cat(list(clips)), len(clips))
         return [(tokens, positions)] if len(clips) == 1 else list(zip(tokens, positions, strict=True))
 
@@ -111,7 +111,7 @@ class TorchVision:
 
 
 class TorchChunked(ChunkedVision):
-    """A `TorchVision` that takes a clip in chunks; see `runtime.backends.chunked`.
+    """A `TorchVision` that takes a clip in chunks; see `runtime.vision.chunked`.
 
     Args:
         vision: the backend whose model runs; closed with this one.
@@ -162,7 +162,7 @@ def open_torch(
     dtype: torch.dtype,
     frames: Sequence[int] | None = None,
 ) -> VisionBackend:
-    """What `runtime.backends.open_backend` is to engines: a checkpoint with the settings and shapes of an engine.
+    """What `runtime.vision.open_backend` is to engines: a checkpoint with the settings and shapes of an engine.
 
     Args:
         manifest: of the engine; of several frame counts each is taken, and the model is loaded once. Clips come in

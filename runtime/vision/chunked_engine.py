@@ -1,4 +1,4 @@
-"""What engines whose clips come in chunks (see `runtime.contract`) have in common, whichever library runs their graphs.
+"""What engines whose clips come in chunks (see `runtime.engine.layout`) have in common, whichever library runs their graphs.
 
 Two graphs of static shapes: stage 0 is the head and writes to buffers of its own, from where a clip's memory gets it;
 stage 1 is the rest and reads and writes the memory of the clip. Everything is allocated once. This module knows neither
@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.backends.chain import Tensors, fixed
-from runtime.backends.chunked import ChunkedVision, Room
-from runtime.contract import (
+from runtime.engine.layout import (
     DTYPES,
     FRAMES,
     FRAMES_DTYPE,
@@ -28,6 +26,8 @@ from runtime.contract import (
 )
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD
+from runtime.vision.chain import Tensors, fixed
+from runtime.vision.chunked import ChunkedVision, Room
 
 _FLOATS = tuple(DTYPES.values())
 # Rank and dtypes of every tensor.
@@ -50,7 +50,7 @@ class ChunkedEngine(ChunkedVision):
         device: where the buffers are.
 
     Raises:
-        EngineError: the tensors are not those of `runtime.contract`, or do not fit from one stage to the other.
+        EngineError: the tensors are not those of `runtime.engine.layout`, or do not fit from one stage to the other.
     """
 
     def __init__(

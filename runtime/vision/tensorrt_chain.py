@@ -1,6 +1,6 @@
 """The adaptive schedule's chain on an NVIDIA GPU, through either TensorRT flavour: `vision.0.engine`, ...
 
-One engine and one context a stage, all made once, as are the buffers (see `runtime.backends.chain`); a call tells each
+One engine and one context a stage, all made once, as are the buffers (see `runtime.vision.chain`); a call tells each
 context how many frames arrive and runs it on a stream of its own. After each stage the host waits for its count, eight
 bytes that are copied into pinned memory, since it must know the next shape: unlike a single engine's, this `encode`
 returns when the GPU is done. What it returns can be read on any stream at once.
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.backends.chain import ChainVision, Room
-from runtime.backends.tensorrt_stages import Stages
-from runtime.contract import COUNT, ENGINE_FILE, FRAMES_DTYPE, stage_file, stage_tensors
+from runtime.engine.layout import COUNT, ENGINE_FILE, FRAMES_DTYPE, stage_file, stage_tensors
 from runtime.errors import EngineError
+from runtime.vision.chain import ChainVision, Room
+from runtime.vision.tensorrt_stages import Stages
 
 
 class TensorRTChain(ChainVision):

@@ -11,8 +11,8 @@ from typing import cast
 
 from torch import Tensor
 
-from runtime.backends import BatchedVision, VisionBackend
 from runtime.errors import EngineError
+from runtime.vision import BatchedVision, VisionBackend
 
 
 class ByFrames:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from runtime import live as live_module
-from runtime.backends.chunked import ChunkedVision
 from runtime.errors import EngineError
 from runtime.live import LiveClip, completion
 from runtime.video import clip_from_frames, sample_indices
+from runtime.vision.chunked import ChunkedVision
 
 from ..processes import HANG_SECONDS as WAIT
 from .chunked_vision import TinyVision, Toy, tiny_chunked
@@ -473,7 +473,7 @@ def test_a_clip_that_nobody_closes_leaves_no_thread(vision: Watched) -> None:
 def test_an_interpreter_with_an_open_clip_exits() -> None:
     program = """
 import torch
-from runtime.backends.chunked import ChunkedVision, Room
+from runtime.vision.chunked import ChunkedVision, Room
 from runtime.live import LiveClip
 class Vision(ChunkedVision):
     def _make_room(self): return Room(torch.zeros(8, 3, 4), None)

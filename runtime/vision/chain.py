@@ -1,4 +1,4 @@
-"""What chains of the adaptive schedule (see `runtime.contract`) have in common, whichever library runs their graphs.
+"""What chains of the adaptive schedule (see `runtime.engine.layout`) have in common, whichever library runs their graphs.
 
 One stage after the other: how many frames a merge left is read by one small copy, and the next stage gets so many rows
 of the same memory. Every buffer is allocated once, for the most that any video needs; a call binds the first rows of
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from earlytom.budget import most_tokens, token_count
-from runtime.contract import (
+from runtime.engine.layout import (
     COUNT,
     DTYPES,
     FRAMES,
@@ -79,7 +79,7 @@ class Room:
 
 
 class ChainVision:
-    """A `VisionBackend` (see `runtime.backends`) made of stages.
+    """A `VisionBackend` (see `runtime.vision`) made of stages.
 
     Args:
         name: of the backend.
@@ -94,7 +94,7 @@ class ChainVision:
         device: where it runs.
 
     Raises:
-        EngineError: the tensors are not those of `runtime.contract`, or do not fit from one stage to the next.
+        EngineError: the tensors are not those of `runtime.engine.layout`, or do not fit from one stage to the next.
     """
 
     batch = 1

@@ -18,13 +18,13 @@ from torch import Tensor
 from earlytom import EarlyTomConfig, encode_video
 from earlytom.families import geometry
 from runtime import trt
-from runtime.backends import VisionBackend, choose_backend, open_backend
-from runtime.backends.torch import TorchVision
 from runtime.checkpoint import describe, load_vision
 from runtime.choices import ENGINE_BACKENDS
 from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
+from runtime.vision import VisionBackend, choose_backend, open_backend
+from runtime.vision.torch import TorchVision
 
 from ..processes import HANG_SECONDS
 
@@ -141,8 +141,8 @@ def test_torch_closes_twice_and_is_closed_then(engine: Path, frames: Tensor) -> 
 def test_opening_torch_takes_nothing_from_the_choice(engine: Path) -> None:
     """A module `torch` in this package must not stand in for torch itself, which the choice asks for a GPU."""
     code = (
-        "import sys, runtime.backends.torch\n"
-        "from runtime.backends import choose_backend\n"
+        "import sys, runtime.vision.torch\n"
+        "from runtime.vision import choose_backend\n"
         "from runtime.manifest import Manifest\n"
         "import dataclasses\n"
         "manifest = Manifest.read(sys.argv[1])\n"

@@ -1,6 +1,6 @@
 """Clips in chunks on an NVIDIA GPU, through either TensorRT flavour: `vision.0.engine` and `vision.1.engine`.
 
-One engine and one context a stage, all made once, as are the buffers (see `runtime.backends.chunked_engine`). All work,
+One engine and one context a stage, all made once, as are the buffers (see `runtime.vision.chunked_engine`). All work,
 that of several clips too, is queued on one stream of the backend's own, between what the caller's stream has and will
 get; no call waits for the GPU but for the copy out of the pinned buffer that the frames of the call before went
 through. What `finish` returns is ready for work that is queued on the caller's stream.
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.backends.chunked import Room
-from runtime.backends.chunked_engine import ChunkedEngine
-from runtime.backends.tensorrt_stages import Stages
-from runtime.contract import CHUNK_STAGES, ENGINE_FILE, FRAMES_DTYPE, stage_file
+from runtime.engine.layout import CHUNK_STAGES, ENGINE_FILE, FRAMES_DTYPE, stage_file
 from runtime.errors import EngineError
+from runtime.vision.chunked import Room
+from runtime.vision.chunked_engine import ChunkedEngine
+from runtime.vision.tensorrt_stages import Stages
 
 
 class TensorRTChunked(ChunkedEngine):

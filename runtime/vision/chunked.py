@@ -28,7 +28,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from runtime.contract import FRAMES_DTYPE, check_frames
+from runtime.engine.layout import FRAMES_DTYPE, check_frames
 from runtime.errors import EngineError
 
 CHUNK = 4  # frames of a chunk, if nothing else is asked for
@@ -151,7 +151,7 @@ class OpenClip:
 
 
 class ChunkedVision:
-    """A `VisionBackend` (see `runtime.backends`) that also takes a clip in chunks.
+    """A `VisionBackend` (see `runtime.vision`) that also takes a clip in chunks.
 
     Args:
         name: of the backend.

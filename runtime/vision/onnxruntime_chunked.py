@@ -1,7 +1,7 @@
 """Clips in chunks in ONNX Runtime on the CPU: `vision.0.onnx` for each chunk, `vision.1.onnx` for the rest.
 
 Two sessions, opened once. Inputs and outputs are bound to memory that lives as long as the backend or the clip (see
-`runtime.backends.chunked_engine`), so a call allocates nothing on our side.
+`runtime.vision.chunked_engine`), so a call allocates nothing on our side.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runtime.backends.chunked_engine import ChunkedEngine
-from runtime.backends.onnxruntime_stages import Stages
-from runtime.contract import CHUNK_STAGES, ONNX_FILE, chunk_tensors, stage_file
+from runtime.engine.layout import CHUNK_STAGES, ONNX_FILE, chunk_tensors, stage_file
+from runtime.vision.chunked_engine import ChunkedEngine
+from runtime.vision.onnxruntime_stages import Stages
 
 
 class OnnxRuntimeChunked(ChunkedEngine):

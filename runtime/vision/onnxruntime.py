@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.contract import (
+from runtime.engine.layout import (
     DTYPES,
     FRAMES,
     FRAMES_DTYPE,
@@ -48,7 +48,7 @@ _TYPES: dict[torch.dtype, tuple[str, int]] = {
 
 
 class OnnxRuntimeVision:
-    """A `VisionBackend` (see `runtime.backends` for who owns the returned tensors).
+    """A `VisionBackend` (see `runtime.vision` for who owns the returned tensors).
 
     Args:
         onnx_path: the graph; external data lies beside it.
@@ -60,7 +60,7 @@ class OnnxRuntimeVision:
 
     Raises:
         EngineError: onnxruntime is missing, or the file is missing, damaged, needs kernels that the CPU does not have,
-            or does not have the inputs and outputs of `runtime.contract`.
+            or does not have the inputs and outputs of `runtime.engine.layout`.
     """
 
     name = "onnxruntime"

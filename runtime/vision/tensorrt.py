@@ -8,7 +8,7 @@ allocates no tensor and returns before the GPU has run:
 
     caller's stream ──wait──> engine's stream: copy frames in, run ──event──> caller's stream goes on
 
-The tensors that `encode` returns are the engine's own buffers (see `runtime.backends`): before the next `encode` writes
+The tensors that `encode` returns are the engine's own buffers (see `runtime.vision`): before the next `encode` writes
 over them it waits, on the GPU, for what the caller's stream had queued by then.
 
 Written for a GPU and unverified without one: what a test on a CPU can reach is the checks and the errors.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from runtime import trt as seam
-from runtime.contract import (
+from runtime.engine.layout import (
     FRAMES,
     FRAMES_DTYPE,
     OUTPUTS,
@@ -38,7 +38,7 @@ from runtime.contract import (
     check_frames,
 )
 from runtime.errors import EngineError
-from runtime.graphs import Replay
+from runtime.gpu.graphs import Replay
 from runtime.manifest import REBUILD
 
 # By the names of `DataType`, which both flavours share.
@@ -68,7 +68,7 @@ class TensorRTVision:
 
     Raises:
         EngineError: no such file, no GPU that torch can use, the flavour is missing, the engine was built by another
-            version or for another GPU, or its tensors are not those of `runtime.contract`.
+            version or for another GPU, or its tensors are not those of `runtime.engine.layout`.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ def engine_tensors(path: Path, engine: Any) -> dict[str, tuple[tuple[int, ...], 
     """Shape and dtype of every tensor of a deserialised engine, by name.
 
     Raises:
-        EngineError: they are not those of `runtime.contract`, or a shape is not fixed.
+        EngineError: they are not those of `runtime.engine.layout`, or a shape is not fixed.
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if str(engine.get_tensor_mode(name)).endswith("INPUT")]

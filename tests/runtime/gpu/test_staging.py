@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.staging import Arriving, Upload, as_of_now
+from runtime.gpu.staging import Arriving, Upload, as_of_now
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
 

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from earlytom.config import EarlyTomConfig
 from runtime import choices, trt
-from runtime.backends import VisionBackend, choose_backend, open_backend
-from runtime.backends.onnxruntime import OnnxRuntimeVision
 from runtime.errors import EngineError
 from runtime.manifest import FileRecord, Manifest, ModelRecord, PreprocessingRecord
+from runtime.vision import VisionBackend, choose_backend, open_backend
+from runtime.vision.onnxruntime import OnnxRuntimeVision
 
 from ..processes import HANG_SECONDS
 

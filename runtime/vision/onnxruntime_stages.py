@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.backends.chain import DYNAMIC, Tensors
-from runtime.backends.onnxruntime import dtype_of, first_line, memory_of, open_session
-from runtime.contract import DTYPES, FRAMES_DTYPE, POSITIONS_DTYPE
+from runtime.engine.layout import DTYPES, FRAMES_DTYPE, POSITIONS_DTYPE
 from runtime.errors import EngineError
+from runtime.vision.chain import DYNAMIC, Tensors
+from runtime.vision.onnxruntime import dtype_of, first_line, memory_of, open_session
 
 
 class Stages:

@@ -18,13 +18,13 @@ from torch import Tensor, cuda
 from torch import device as Device
 
 from runtime.choices import BACKENDS, ENGINE_BACKENDS
-from runtime.contract import ENGINE_FILE, ONNX_FILE
+from runtime.engine.layout import ENGINE_FILE, ONNX_FILE
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 
 
 class VisionBackend(Protocol):
-    """One loaded vision engine; tensors as in `runtime.contract`.
+    """One loaded vision engine; tensors as in `runtime.engine.layout`.
 
     `batch` is B, the videos that it takes at once; where that is more than 1 it is a `BatchedVision`. Frames may be on
     the CPU, or on `device`, where it runs.
@@ -120,10 +120,10 @@ def open_backend(
     """Load the engine of a folder whose manifest was read (and thereby checked).
 
     Of several frame counts all are loaded, and each call runs the one that its frames fit
-    (`runtime.backends.by_frames`).
+    (`runtime.vision.by_frames`).
 
     Args:
-        asked: "auto" or one of `ENGINE_BACKENDS` ("torch" needs a checkpoint: `runtime.backends.torch`).
+        asked: "auto" or one of `ENGINE_BACKENDS` ("torch" needs a checkpoint: `runtime.vision.torch`).
         threads: of onnxruntime; torch's number by default.
         frames: load only these of the frame counts (default: all).
 
@@ -134,7 +134,7 @@ def open_backend(
     name = choose_backend(asked, manifest)
     counts = manifest.counts if not frames else tuple(sorted(set(frames)))
     if len(counts) > 1:
-        from runtime.backends.by_frames import ByFrames
+        from runtime.vision.by_frames import ByFrames
 
         each: dict[int, VisionBackend] = {}
         try:
@@ -149,16 +149,16 @@ def open_backend(
     if name == "torch":
         raise EngineError(f"engine {manifest.name} runs here in PyTorch, from its checkpoint: use Pipeline.load")
     if name == "onnxruntime" and manifest.adaptive:
-        from runtime.backends.chain import Room
-        from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
+        from runtime.vision.chain import Room
+        from runtime.vision.onnxruntime_chain import OnnxRuntimeChain
 
         return OnnxRuntimeChain(folder, Room.of(manifest), threads)
     if name == "onnxruntime" and manifest.chunk is not None:
-        from runtime.backends.onnxruntime_chunked import OnnxRuntimeChunked
+        from runtime.vision.onnxruntime_chunked import OnnxRuntimeChunked
 
         return OnnxRuntimeChunked(folder, manifest.frames, threads)
     if name == "onnxruntime":
-        from runtime.backends.onnxruntime import OnnxRuntimeVision
+        from runtime.vision.onnxruntime import OnnxRuntimeVision
 
         return OnnxRuntimeVision(Path(folder) / manifest.file(ONNX_FILE), threads)
     from runtime import trt
@@ -170,14 +170,14 @@ def open_backend(
             f"engines run only with the version that built them: {REBUILD}"
         )
     if manifest.adaptive:
-        from runtime.backends.chain import Room
-        from runtime.backends.tensorrt_chain import TensorRTChain
+        from runtime.vision.chain import Room
+        from runtime.vision.tensorrt_chain import TensorRTChain
 
         return TensorRTChain(folder, Room.of(manifest), name)
     if manifest.chunk is not None:
-        from runtime.backends.tensorrt_chunked import TensorRTChunked
+        from runtime.vision.tensorrt_chunked import TensorRTChunked
 
         return TensorRTChunked(folder, manifest.frames, name)
-    from runtime.backends.tensorrt import TensorRTVision
+    from runtime.vision.tensorrt import TensorRTVision
 
     return TensorRTVision(Path(folder) / manifest.file(ENGINE_FILE), name)

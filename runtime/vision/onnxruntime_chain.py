@@ -1,7 +1,7 @@
 """The adaptive schedule's chain in ONNX Runtime on the CPU: `vision.0.onnx`, `vision.1.onnx`, ...
 
 One session a stage, all opened once. Inputs and outputs are bound to the rows of the chain's own buffers (see
-`runtime.backends.chain`), the frames to the caller's memory, so a call copies and allocates nothing on our side.
+`runtime.vision.chain`), the frames to the caller's memory, so a call copies and allocates nothing on our side.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runtime.backends.chain import ChainVision, Room
-from runtime.backends.onnxruntime_stages import Stages
-from runtime.contract import ONNX_FILE, stage_file, stage_tensors
+from runtime.engine.layout import ONNX_FILE, stage_file, stage_tensors
+from runtime.vision.chain import ChainVision, Room
+from runtime.vision.onnxruntime_stages import Stages
 
 
 class OnnxRuntimeChain(ChainVision):

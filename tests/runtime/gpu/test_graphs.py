@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.graphs import WARM_UP_RUNS, Replay, ToHost
+from runtime.gpu.graphs import WARM_UP_RUNS, Replay, ToHost
 
 from .recorded_graph import RecordedReplay
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
-from runtime.backends.chunked import CHUNK
-from runtime.backends.torch import TorchChunked, TorchVision
 from runtime.checkpoint import describe
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.video import clip_from_frames, load_clip
+from runtime.vision.chunked import CHUNK
+from runtime.vision.torch import TorchChunked, TorchVision
 
 from ..processes import HANG_SECONDS
 from .chunked_vision import SIDE, TinyVision, Toy, tiny_chunked
