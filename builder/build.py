@@ -40,8 +40,10 @@ from builder.plugins import choose, kernel_target
 from builder.precision import set_vision_precision
 from builder.shared_weights import SharedWeights
 from builder.show import progress_line, show_kept, show_plan, show_result, summary
-from runtime import cli, contract
+from runtime import cli
 from runtime.checkpoint import load_vision
+from runtime.engine import layout as contract
+from runtime.engine.dtypes import DTYPES
 from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
 
 
@@ -204,13 +206,13 @@ def export_graphs(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
 
 def export(config: BuildConfig, place: Path) -> ExportedGraph:
     """`vision.onnx` in `place`. The weights are freed before anything else starts."""
-    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     return export_onnx(graph, config.frames, size, place / contract.ONNX_FILE, batch=config.batch)
 
 
 def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
     """`vision.f8.onnx`, `vision.f16.onnx`, ... in `place`, and their weights in one file."""
-    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     shared = SharedWeights(place / contract.DATA_FILE)
     return tuple(
         export_onnx(graph, one.frames, size, place / one.file(contract.ONNX_FILE), batch=one.batch, shared=shared)
@@ -220,7 +222,7 @@ def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
 
 def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
     """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
-    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     if config.chunk is not None:
         return export_chunks(graph, config.frames, config.chunk, size, place)
     return export_chain(graph, config.frames, size, place)

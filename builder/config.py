@@ -20,12 +20,13 @@ from builder.compile import WORKSPACE_GIB
 from builder.islands import DEFAULT, Costs, Islands
 from builder.plugins import triton_version
 from earlytom import flops
-from earlytom.budget import frames_per_stage, most_tokens, pooled_side, token_count
+from earlytom.budget import pooled_side
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
-from runtime import contract
 from runtime.checkpoint import Checkpoint
+from runtime.engine.dtypes import DTYPES
+from runtime.engine.layout import Layout, Sizes, count_file
 
 DISTRIBUTION = "earlytom-engine-builder"
 TARGETS = {"a100": (8, 0)}
@@ -152,7 +153,14 @@ class BuildConfig:
 
     def file(self, name: str) -> str:
         """The name that a file gets: `name`, with the frame count in it where there are several."""
-        return name if self.frame_counts is None else contract.count_file(name, self.frames)
+        return name if self.frame_counts is None else count_file(name, self.frames)
+
+    @property
+    def layout(self) -> Layout:
+        """What the engine is: its graphs, tensors and counts."""
+        config, side = self.model, self.model.vision_config.image_size
+        sizes = Sizes(self.tokens_per_frame, (side, side), config.text_config.hidden_size, self.depth)
+        return Layout(self.earlytom, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
     def model(self) -> Any:
@@ -177,10 +185,7 @@ class BuildConfig:
     @property
     def stages(self) -> tuple[int, ...]:
         """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them."""
-        merges = len(self.earlytom.merge_layers)
-        if self.adaptive:
-            return (self.frames,) * (merges + 1)
-        return frames_per_stage(self.frames, merges=merges, frame_budget=self.earlytom.frame_budget)
+        return self.layout.stages
 
     @property
     def tokens_per_frame(self) -> int:
@@ -191,14 +196,11 @@ class BuildConfig:
     @property
     def tokens(self) -> int:
         """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
-        if self.adaptive:
-            merges = len(self.earlytom.merge_layers)
-            return most_tokens(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, merges=merges)
-        return self.tokens_of(self.stages[-1])
+        return self.layout.tokens
 
     def tokens_of(self, frames_left: int) -> int:
         """Tokens that reach the LLM of so many frames, none of them static."""
-        return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
+        return self.layout.tokens_of(frames_left)
 
     @property
     def flops(self) -> dict[str, int]:
@@ -227,7 +229,7 @@ class BuildConfig:
         """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
         config = self.model
         vision, width = config.vision_config, config.text_config.hidden_size
-        size = contract.DTYPES[self.dtype].itemsize
+        size = DTYPES[self.dtype].itemsize
         hidden, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
         layer = 4 * hidden * hidden + 2 * hidden * inner + 9 * hidden + inner  # products, biases, two layer norms
         grid = vision.image_size // patch
@@ -321,5 +323,6 @@ def _code_digest() -> dict[str, str]:
     paths += [
         path for folder in ("builder/plugins", "earlytom", "earlytom/kernels") for path in (root / folder).glob("*.py")
     ]
-    paths += [root / "runtime" / f"{name}.py" for name in ("checkpoint", "checkpoint_files", "contract", "trt")]
+    runtime = ("checkpoint", "checkpoint_files", "engine/dtypes", "engine/layout", "trt")
+    paths += [root / "runtime" / f"{name}.py" for name in runtime]
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}

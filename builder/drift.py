@@ -37,14 +37,17 @@ from builder import build
 from builder.batches import fill
 from builder.config import BuildConfig, parse_target
 from builder.export import VisionGraph
-from builder.runners import Arrays, ForcedDecisions, run_tapped
+from builder.runners import ForcedDecisions
+from builder.runs import Arrays, run_tapped
 from builder.verify import GATES
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import Decisions
 from earlytom.errors import UserError
-from runtime import cli, contract
+from runtime import cli
 from runtime.checkpoint import describe
 from runtime.clip import draw_clip
+from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.manifest import Manifest
 from runtime.video import load_clip
 
@@ -101,7 +104,7 @@ def measure(
     reference.every_layer = True
     try:
         clips = frames if frames.dim() == 5 else frames[None]
-        names, feeds = reference.trace_names, [{contract.FRAMES: clip.numpy()} for clip in clips]
+        names, feeds = reference.trace_names, [{layout.FRAMES: clip.numpy()} for clip in clips]
         half = rounded and dtype != "fp32"
         ((_, iterations),) = run_tapped(onnx_path, names, feeds, rounded=half, batch=len(clips))
         each: list[Arrays] = [{name: np.asarray(one[name]) for name in names} for one in iterations]
@@ -115,7 +118,7 @@ def measure(
         wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}
     finally:
         reference.decisions, reference.every_layer = kept
-    limit = torch.finfo(contract.DTYPES[dtype]).max
+    limit = torch.finfo(DTYPES[dtype]).max
     for name in wanted:
         if not wanted[name].isfinite().all():
             raise UserError(f"{name} of the fp32 reference is not finite: the checkpoint's weights are unusable")
@@ -189,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     frames, clip = frames_for(options.engine, manifest, options.video)
     reference = load_reference(manifest, options.model)
     screen.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
-    paths = [options.engine / name for name in manifest.stage_files(contract.ONNX_FILE)]
+    paths = [options.engine / name for name in manifest.stage_files(layout.ONNX_FILE)]
     taps = measure(paths if manifest.in_stages else paths[0], reference, frames, manifest.dtype)
     show(screen, taps, manifest.dtype)
     bad = first_bad(taps, manifest.dtype)
@@ -237,7 +240,7 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
     uint8 [F, 3, H, W]; of B videos at once [B, F, 3, H, W], all but the first made of it (`builder.batches.fill`).
     """
     size = manifest.model.preprocessing.size
-    saved = engine / manifest.file(contract.REFERENCE_INPUTS_FILE)
+    saved = engine / manifest.file(layout.REFERENCE_INPUTS_FILE)
     if video is not None or not saved.is_file():  # not there: built with --no-verify
         with tempfile.TemporaryDirectory() as folder:
             path = video or draw_clip(Path(folder) / "drawn.mp4")
@@ -249,7 +252,7 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
         return torch.stack(list(clips.values())), "; ".join(clips)
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
         (inputs,) = load_json(str(saved))
-    return torch.from_numpy(inputs[contract.FRAMES]), "the frames that it was verified on"
+    return torch.from_numpy(inputs[layout.FRAMES]), "the frames that it was verified on"
 
 
 def show(screen: cli.Screen, taps: list[Tap], dtype: str) -> None:

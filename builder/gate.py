@@ -17,7 +17,8 @@ from builder.config import BuildConfig
 from builder.export import VisionGraph
 from builder.kept_reference import save_reference
 from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
-from runtime import cli, contract
+from runtime import cli
+from runtime.engine import layout as contract
 
 
 def check_each(

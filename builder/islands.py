@@ -25,8 +25,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
-from earlytom.encoder import layer_spans
 from earlytom.errors import UserError
+from earlytom.spans import layer_spans
 from runtime import cli
 
 if TYPE_CHECKING:

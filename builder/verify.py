@@ -47,11 +47,14 @@ from torch import Tensor
 
 from builder.export import VisionGraph
 from builder.kept_reference import COMPARE_FILE, keep_reference
-from builder.runners import Arrays, ForcedDecisions, TorchRunner, run_tapped
+from builder.runners import ForcedDecisions, TorchRunner
+from builder.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import Decisions, select, trace_names
+from earlytom.encoder import Decisions, select
 from earlytom.errors import UserError
-from runtime import cli, contract
+from earlytom.spans import trace_names
+from runtime import cli
+from runtime.engine import layout as contract
 
 # Of weights computed from equal similarities by two runtimes.
 PLAN_TOLERANCE = 1e-4

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.merge import apply_weights, segments_of
 from earlytom.select import select_varying
+from earlytom.spans import layer_spans
 from earlytom.towers import Tower, grid_side, tower_of
 
 
@@ -249,11 +249,6 @@ def rest(
     return VisualTokens(tokens, positions, hidden, kept, start, tuple(counts), frame_weights)
 
 
-def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
-    """The layers between the merges of a tower of which `depth` run: all spans but the last end with a merge layer."""
-    return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in config.merge_layers), depth))]
-
-
 def embed(tower: Tower, pixels: Tensor) -> Tensor:
     """Normalised pixels [F, 3, H, W] to the hidden states [F, T, D] that enter the first layer."""
     hidden = tower.embed(pixels)
@@ -302,22 +297,6 @@ def project(
         note(projected=projected)
     note(features=features, relevance=relevance)
     return features, relevance
-
-
-def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
-    """The keys of a trace that `encode` fills, in the order in which they are computed.
-
-    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
-    """
-    names: list[str] = []
-    for layer in config.merge_layers if layers is None else range(layers):
-        names.append(f"hidden_{layer}")
-        if layer in config.merge_layers:
-            names += [f"similarity_{layer}", f"weights_{layer}"]
-    names.append("static")
-    if layers is not None:
-        names.append("projected")
-    return [*names, "features", "relevance", "tokens", "positions"]
 
 
 def planned_frames(frames: int, config: EarlyTomConfig) -> tuple[int | None, ...]:

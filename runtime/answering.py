@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from runtime.backends import BatchedVision, VisionBackend, encode_one
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
+from runtime.gpu.staging import Upload
 from runtime.manifest import Manifest
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import Prompt, build_prompt, check_length, splice
@@ -42,9 +42,9 @@ from runtime.requests import (
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Turn
-from runtime.staging import Upload
 from runtime.text import TextStream
 from runtime.video import Clip, clip_from_frames, load_clip
+from runtime.vision import BatchedVision, VisionBackend, encode_one
 
 MAX_NEW_TOKENS = 128
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for

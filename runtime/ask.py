@@ -18,13 +18,13 @@ import torch
 from earlytom.errors import UserError
 from runtime import cli
 from runtime.answering import MAX_NEW_TOKENS
-from runtime.backends import BACKENDS
 from runtime.decoder import InnerMerge
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
 from runtime.pipeline import DECODERS, Pipeline
 from runtime.requests import Answer, Delta, Timings
 from runtime.sampling import Sampling
+from runtime.vision import BACKENDS
 
 ENGINES = Path("engines")
 INNER_RATIO = 0.5

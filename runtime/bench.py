@@ -33,7 +33,7 @@ from runtime.benchmark.overhead import compression_share
 from runtime.benchmark.variants import Bench, Variant, read_engine, settings
 from runtime.checkpoint import describe
 from runtime.clip import draw_clip
-from runtime.contract import DTYPES
+from runtime.engine.dtypes import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

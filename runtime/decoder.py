@@ -36,7 +36,7 @@ from earlytom.errors import UserError
 from earlytom.inner_decoder import Prompt as InnerPrompt
 from earlytom.inner_decoder import apply_inner
 from earlytom.transfers import to_device
-from runtime.graphs import Replay, ToHost
+from runtime.gpu.graphs import Replay, ToHost
 from runtime.prefix import Prefix
 from runtime.sampling import GREEDY, Picker, Sampling, pick_best
 

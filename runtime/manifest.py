@@ -22,7 +22,7 @@ from typing import Any, cast
 from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from runtime.contract import CHUNK_STAGES, DTYPES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
+from runtime.engine.layout import DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, Layout, Sizes, count_file
 from runtime.errors import EngineError
 from runtime.manifest_records import (
     REBUILD,
@@ -152,6 +152,13 @@ class Manifest:
             self.at(frames)  # checks that count as this did the most
 
     @property
+    def layout(self) -> Layout:
+        """What the engine is: its graphs, tensors and counts."""
+        config = EarlyTomConfig.from_dict(self.earlytom)
+        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
+        return Layout(config, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+
+    @property
     def adaptive(self) -> bool:
         """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
         return EarlyTomConfig.from_dict(self.earlytom).schedule == "adaptive"
@@ -208,10 +215,7 @@ class Manifest:
 
         The files of another count are those of `at`.
         """
-        if self.in_stages:
-            stages = len(self.frames_per_stage) if self.adaptive else CHUNK_STAGES
-            return tuple(stage_file(name, stage) for stage in range(stages))
-        return (self.file(name),)
+        return tuple(graph.file(name) for graph in self.layout.graphs)
 
     def _check_types(self) -> None:
         texts = ("name", "project_version", "backend_version")
@@ -224,7 +228,7 @@ class Manifest:
             (("key",), is_hex, "hex digits"),
             (("created",), is_time, "an ISO 8601 time"),
             (("frames_per_stage",), lambda v: isinstance(v, (list, tuple)) and all(map(is_count, v)), "frame counts"),
-            (("dtype",), lambda v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
+            (("dtype",), lambda v: isinstance(v, str) and v in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}"),
             (("target",), lambda v: matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
             (("backend",), lambda v: isinstance(v, str) and v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),

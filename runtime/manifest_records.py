@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from runtime.contract import MANIFEST_FILE
+from runtime.engine.layout import MANIFEST_FILE
 from runtime.errors import EngineError
 
 REBUILD = "rebuild it with python -m builder.build --force"

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from runtime import contract
 from runtime.answering import MAX_NEW_TOKENS, WATCH_BYTES, Answering
-from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, describe, load_model, load_tokenizer
 from runtime.decoder import Decoder, InnerMerge
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
+from runtime.gpu.staging import Arriving, as_of_now
 from runtime.job import Job
 from runtime.manifest import Manifest
 from runtime.prefix_cache import PrefixCache
@@ -37,8 +37,8 @@ from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Delta, Ready, Remembered, Seen, Video, Work
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Scheduler, check_waiting
-from runtime.staging import Arriving, as_of_now
 from runtime.video import Clip
+from runtime.vision import VisionBackend, choose_backend, open_backend
 from runtime.watch import Watched
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Pipeline:
                 f"was built from with --model, or build an engine for this one with python -m builder.build "
                 f"--model {checkpoint.source}"
             )
-        precision = dtype or (torch.float32 if where.type == "cpu" else contract.DTYPES[manifest.dtype])
+        precision = dtype or (torch.float32 if where.type == "cpu" else DTYPES[manifest.dtype])
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
         make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner)
         made = cls(
@@ -369,7 +369,7 @@ def _open_vision(
 ) -> VisionBackend:
     if backend != "torch":
         return open_backend(backend, folder, manifest)
-    from runtime.backends.torch import open_torch
+    from runtime.vision.torch import open_torch
 
     return open_torch(checkpoint, manifest, device=device, dtype=dtype)
 

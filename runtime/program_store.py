@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from runtime.contract import MANIFEST_FILE
+from runtime.engine.layout import MANIFEST_FILE
 from runtime.manifest import describe_files
 
 SCHEMA = 1

@@ -13,7 +13,7 @@ import torch
 from earlytom.errors import UserError
 from runtime import cli
 from runtime.benchmark.variants import VARIANTS
-from runtime.contract import DTYPES
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import VideoError
 from runtime.frames import MIN_FRAMES
 

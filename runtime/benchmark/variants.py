@@ -26,13 +26,13 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode_video
 from earlytom.errors import UserError
 from earlytom.model import feature_depth
-from runtime.backends import VisionBackend, choose_backend, encode_one, open_backend
 from runtime.benchmark.naive import encode_naive
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder import Decoder
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.prompt import Prompt, build_prompt, check_length
+from runtime.vision import VisionBackend, choose_backend, encode_one, open_backend
 
 VARIANTS = ("full", "naive", "adaptive", "budget")
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())

@@ -16,8 +16,8 @@ from builder.config import BuildConfig, parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import PRESETS
 from earlytom.errors import UserError
-from runtime import contract
 from runtime.checkpoint import describe
+from runtime.engine.dtypes import DTYPES
 
 Parse = Callable[..., BuildConfig]
 
@@ -66,7 +66,7 @@ def test_expected_sizes_are_those_of_the_shapes(parsed: Parse) -> None:
     for dtype, size in (("fp16", 2), ("fp32", 4)):
         one = parsed(f"--{dtype}")
         graph = build.vision_graph(one, torch.float32)
-        stored = build.vision_graph(one, contract.DTYPES[dtype])  # with layer norms in fp32
+        stored = build.vision_graph(one, DTYPES[dtype])  # with layer norms in fp32
         used = [p for name, p in stored.named_parameters() if "post_layernorm" not in name]
         sizes = one.expected_bytes
         assert sizes["weights"] == sum(p.numel() * p.itemsize for p in used)
@@ -183,7 +183,7 @@ def test_code_digest_covers_the_sources_that_decide(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Path, "read_bytes", reading)
     config._code_digest()
-    for needed in ("earlytom/encoder.py", "builder/functions.py", "runtime/contract.py", "runtime/checkpoint.py"):
+    for needed in ("earlytom/encoder.py", "builder/functions.py", "engine/layout.py", "runtime/checkpoint.py"):
         assert needed in read
     for needed in ("kernels/frame_plan.py", "kernels/launch.py", "plugins/ptx.py", "plugins/registry.py"):
         assert needed in read

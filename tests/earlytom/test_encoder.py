@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video, frames_per_stage, plan_frames, select_tokens, token_count
-from earlytom.encoder import Decisions, VisualTokens, encode, pool, trace_names
+from earlytom.encoder import Decisions, VisualTokens, encode, pool
 from earlytom.merge import frame_similarity, segments_of
+from earlytom.spans import trace_names
 from earlytom.towers import tower_of
 
 from .reference import adaptive_plan, budget_plan, dense, segments, select_positions

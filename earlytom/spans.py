@@ -1,0 +1,28 @@
+"""Where the merges cut a tower, and what the values between them are called. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from earlytom.config import EarlyTomConfig
+
+
+def layer_spans(config: EarlyTomConfig, depth: int) -> list[range]:
+    """The layers between the merges of a tower of which `depth` run: all spans but the last end with a merge layer."""
+    return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in config.merge_layers), depth))]
+
+
+def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
+    """The keys of a trace that `encode` fills, in the order in which they are computed.
+
+    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
+    """
+    names: list[str] = []
+    for layer in config.merge_layers if layers is None else range(layers):
+        names.append(f"hidden_{layer}")
+        if layer in config.merge_layers:
+            names += [f"similarity_{layer}", f"weights_{layer}"]
+    names.append("static")
+    if layers is not None:
+        names.append("projected")
+    return [*names, "features", "relevance", "tokens", "positions"]
