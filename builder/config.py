@@ -175,12 +175,12 @@ class BuildConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
-        return self.earlytom.schedule == "adaptive"
+        return self.layout.adaptive
 
     @property
     def in_stages(self) -> bool:
         """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
-        return self.adaptive or self.chunk is not None
+        return self.layout.in_stages
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -161,12 +161,12 @@ class Manifest:
     @property
     def adaptive(self) -> bool:
         """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
-        return EarlyTomConfig.from_dict(self.earlytom).schedule == "adaptive"
+        return self.layout.adaptive
 
     @property
     def in_stages(self) -> bool:
         """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
-        return self.adaptive or self.chunk is not None
+        return self.layout.in_stages
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -186,15 +186,14 @@ class Manifest:
             )
         if self.counts == (frames,):
             return self
-        config = EarlyTomConfig.from_dict(self.earlytom)
-        rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
-        graph = count_file(ONNX_FILE, frames)
+        one = self.layout.at(frames)
+        graph = one.graphs[0].file(ONNX_FILE)
         return dataclasses.replace(
             self,
             frames=frames,
-            frames_per_stage=frames_per_stage(frames, **rule),
-            tokens=token_count(frames, self.tokens_per_frame, config.retention_ratio, **rule),
-            tokens_full=frames * self.tokens_per_frame,
+            frames_per_stage=one.stages,
+            tokens=one.tokens,
+            tokens_full=one.tokens_full,
             frame_counts=(frames,),
             polygraphy=next((line for line in self.polygraphy.split(AND) if graph in line.split()), ""),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,18 @@ def test_it_needs_no_pytorch() -> None:
         [sys.executable, "-c", WITHOUT_PYTORCH], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout.strip()) == (0, "vision.onnx"), done.stderr
+
+
+def spelt(path: Path) -> set[str]:
+    """The texts in a module that are names of graphs' tensors or files and of nothing else."""
+    names = {"merged_hidden", "merged_received", "vision.onnx", "vision.engine", "vision.data"}
+    tree = ast.parse(path.read_text("utf-8"))
+    found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return found & names
+
+
+def test_no_other_module_spells_these_names() -> None:
+    home = ROOT / "runtime" / "engine" / "layout.py"
+    assert len(spelt(home)) == 5  # negative control
+    sources = [path for package in ("earlytom", "runtime", "builder") for path in (ROOT / package).rglob("*.py")]
+    assert {path: found for path in sources if path != home and (found := spelt(path))} == {}
