@@ -170,7 +170,7 @@ def test_two_run_side_by_side(folder: Path, manifest: Manifest, clips: dict[str,
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(300)
     assert all(torch.equal(one, want) for one, want in zip(found, wanted, strict=True))
 
 
