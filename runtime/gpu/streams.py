@@ -8,7 +8,7 @@ GPU and unverified without one: what a test on a CPU can reach is the order of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,7 @@ class Here:
     def hand_over(self, outputs: Sequence[Tensor]) -> None:
         """The caller reads these."""
 
-    def warm_up(self, run: Any, shape: Sequence[int]) -> None:
+    def warm_up(self, run: Callable[[Tensor], Any], shape: Sequence[int]) -> None:
         """What takes long in a first call would be done here."""
 
     def drain(self) -> None:
@@ -184,7 +184,7 @@ class Lane(Here):
         for output in outputs:
             output.record_stream(caller)
 
-    def warm_up(self, run: Any, shape: Sequence[int]) -> None:
+    def warm_up(self, run: Callable[[Tensor], Any], shape: Sequence[int]) -> None:
         """Run once on frames of `shape`, which takes the library's own set-up out of the first request."""
         run(torch.zeros(tuple(shape), dtype=torch.uint8))
         if not self.waits:
