@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from builder import functions
 from builder.export import OPSET, ExportedGraph, VisionGraph, save, tokens_per_frame, trace
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import embed, layer_spans, project, run_span
+from earlytom.encoder import embed, project, run_span
 from earlytom.errors import UserError
 from earlytom.merge import apply_weights, frame_similarity
 from earlytom.methods.earlytom import EarlyTom
@@ -50,16 +50,18 @@ class StageGraph(nn.Module):
         self.whole = whole  # "graph" is taken: the exporter has an attribute of that name
         self.stage = stage
         self.frames = frames
-        self.spans = layer_spans(whole.config.merge_layers, whole.layers)
+        self.stages = layout_of(whole, frames).graphs
+        self.span = self.stages[stage].span
 
     def forward(self, entering: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        tower, last = self.whole.tower, self.stage == len(self.spans) - 1
+        tower, last = self.whole.tower, self.stage == len(self.stages) - 1
         hidden = entering if self.stage else embed(tower, self.whole.pixels(entering))
         static = None if received is None else self._plan(self._similarity(hidden))[1]
+        assert self.span is not None
         hidden, column = run_span(
             tower,
-            self.spans[self.stage],
+            self.span,
             hidden,
             EarlyTom(self.whole.config),
             self.whole.layers,
@@ -83,12 +85,8 @@ class StageGraph(nn.Module):
     @property
     def names(self) -> list[str]:
         """The keys of what `forward` returns, in its order."""
-        names = [f"hidden_{layer}" for layer in self.spans[self.stage]]
-        outputs = layout.stage_tensors(self.stage, len(self.spans))[1]
-        if self.stage < len(self.spans) - 1:
-            layer = self.whole.config.merge_layers[self.stage]
-            return [*names, f"similarity_{layer}", f"weights_{layer}", *outputs]
-        return [*names, "static", "projected", "features", "relevance", *outputs]
+        graph = self.stages[self.stage]
+        return [*graph.taps, *(tensor.name for tensor in graph.outputs if tensor.name not in graph.taps)]
 
     def _merge(self, hidden: Tensor, column: Tensor | None) -> dict[str, Tensor]:
         layer = self.whole.config.merge_layers[self.stage]
@@ -135,7 +133,7 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         graph: from `VisionGraph`, in the precision of the engine.
         frames: F.
         size: (H, W) of a frame.
-        folder: where the files go, see `runtime.engine.layout.stage_file`.
+        folder: where the files go, see `runtime.engine.layout.Graph.file`.
 
     Raises:
         UserError: the budget schedule, which is one graph.
@@ -150,19 +148,27 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         layout.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
         layout.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
     }
-    stages = len(layer_spans(graph.config.merge_layers, graph.layers))
-    return tuple(_export_stage(StageGraph(graph, stage, frames), stages, examples, folder) for stage in range(stages))
+    return tuple(
+        _export_stage(StageGraph(graph, stage, frames), examples, folder)
+        for stage in range(len(layout_of(graph, frames).graphs))
+    )
 
 
-def _export_stage(module: StageGraph, stages: int, examples: dict[str, Tensor], folder: Path) -> ExportedGraph:
-    inputs, outputs = layout.stage_tensors(module.stage, stages)
+def layout_of(graph: VisionGraph, frames: int) -> layout.Layout:
+    """The layout of a chain, as far as its graphs go by it."""
+    return layout.Layout(graph.config, frames, sizes=layout.Sizes(layers=graph.layers))
+
+
+def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path) -> ExportedGraph:
+    written = module.stages[module.stage]
+    inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (written.inputs, written.outputs))
     dynamic = None
     if module.stage:
         arriving = torch.export.Dim("n", min=1, max=max(module.frames, EXAMPLE_FRAMES))
         dynamic = tuple({0: arriving} for _ in inputs)
     model = trace(module, {name: examples[name] for name in inputs}, module.names, dynamic)
     _name_rows(model)
-    path = folder / layout.stage_file(layout.ONNX_FILE, module.stage)
+    path = folder / written.file(layout.ONNX_FILE)
     return save(model, path, outputs, lambda node: _body(node, module.whole.config, module.frames))
 
 

@@ -40,7 +40,8 @@ from builder.config import BuildConfig
 from builder.export import VisionGraph, vision_graph
 from builder.gate.limits import GATES
 from builder.options import parse_target
-from builder.runners import Arrays, ForcedDecisions, run_tapped
+from builder.runners import ForcedDecisions
+from builder.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
@@ -49,6 +50,7 @@ from runtime import cli
 from runtime.checkpoint import describe
 from runtime.drawing import draw_clip
 from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 from runtime.manifest_records import cut
@@ -123,7 +125,7 @@ def measure(
         wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}
     finally:
         reference.decisions, reference.every_layer = kept
-    limit = torch.finfo(layout.DTYPES[dtype]).max
+    limit = torch.finfo(DTYPES[dtype]).max
     for name in wanted:
         if not wanted[name].isfinite().all():
             raise UserError(f"{name} of the fp32 reference is not finite: the checkpoint's weights are unusable")

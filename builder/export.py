@@ -1,8 +1,8 @@
 """Stage one of a build: the vision part with EarlyTom inside, as one portable ONNX graph with static shapes.
 
-In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.engine.layout`). Of B videos all three
-have a leading B; inside, their frames are [B * F, ...], and each video has calls of its own. Normalisation is in the
-graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
+In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.engine.layout`). Of B videos all
+three have a leading B; inside, their frames are [B * F, ...], and each video has calls of its own. Normalisation is in
+the graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
 Values that the accuracy gate and the drift table look at keep the names of the encoder's trace ("hidden_6",
 "weights_6", "features", ...).
 """
@@ -32,7 +32,8 @@ from earlytom.errors import UserError
 from earlytom.families import LLAVA_ONEVISION, Family, Vision, family_of
 from earlytom.merge import frame_similarity
 from earlytom.method import Method
-from earlytom.methods.earlytom import EachVideo, EarlyTom, trace_names
+from earlytom.methods.earlytom import EachVideo, EarlyTom
+from earlytom.spans import trace_names
 from earlytom.towers import Tower
 from runtime.checkpoint import load_vision
 from runtime.engine import layout

@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from builder.kernel_times import Clock, cases, measure_limits, measure_path, measured
+    from runtime.engine.dtypes import DTYPES
 
-    device, dtype = torch.device(options.device), layout.DTYPES[options.dtype]
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     if device.type == "cuda" and not torch.cuda.is_available():  # the driver shows one; was PyTorch built for it?
         raise UserError(NO_GPU)
     clock = Clock(device, options.repeats)

@@ -35,6 +35,7 @@ from builder.shared_weights import SharedWeights
 from builder.show import progress_line, show_kept
 from runtime import cli
 from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
 
 
@@ -127,13 +128,13 @@ def export_graphs(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
 
 def export(config: BuildConfig, place: Path) -> ExportedGraph:
     """`vision.onnx` in `place`. The weights are freed before anything else starts."""
-    graph, size = vision_graph(config, layout.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     return export_onnx(graph, config.frames, size, place / layout.ONNX_FILE, batch=config.batch)
 
 
 def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
     """`vision.f8.onnx`, `vision.f16.onnx`, ... in `place`, and their weights in one file."""
-    graph, size = vision_graph(config, layout.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     shared = SharedWeights(place / layout.DATA_FILE)
     return tuple(
         export_onnx(graph, one.frames, size, place / one.file(layout.ONNX_FILE), batch=one.batch, shared=shared)
@@ -143,7 +144,7 @@ def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
 
 def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
     """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
-    graph, size = vision_graph(config, layout.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     if config.chunk is not None:
         return export_chunks(graph, config.frames, config.chunk, size, place)
     return export_chain(graph, config.frames, size, place)

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--top-k and --top-p are for sampling, and --temperature 0 samples nothing: raise it")
     folder = options.engine or newest_engine(ENGINES)
     Manifest.read(folder, verify_files=False)
+    from runtime.engine.dtypes import DTYPES
     from runtime.pipeline import Pipeline
 
     if options.decoder != "torch":
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.model,
         options.backend,
         device=options.device,
-        dtype=None if options.dtype is None else layout.DTYPES[options.dtype],
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
         decoder=options.decoder,
         inner=inner_merge(options),
         limits=limits,

@@ -31,7 +31,7 @@ from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.decoder import Decoder, InnerMerge
-from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
 from runtime.gpu.staging import Arriving, as_of_now
 from runtime.manifest import Manifest
@@ -164,7 +164,7 @@ class Pipeline:
         manifest = Manifest.read(folder)
         choice = choose_backend(backend, manifest)
         checkpoint = checkpoint_of(manifest, model)
-        precision, note = dtype or layout.DTYPES[manifest.dtype], None
+        precision, note = dtype or DTYPES[manifest.dtype], None
         if dtype is None and where.type == "cpu":
             precision, note = fitting_dtype(checkpoint)
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)

@@ -42,10 +42,12 @@ from torch import Tensor
 
 from builder.export import VisionGraph
 from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, STEPS, Gate
-from builder.runners import Arrays, ForcedDecisions, TorchRunner, run_tapped
+from builder.runners import ForcedDecisions, TorchRunner
+from builder.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.methods.earlytom import EarlyTom, trace_names
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.spans import trace_names
 from runtime.engine import layout
 
 

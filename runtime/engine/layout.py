@@ -1,4 +1,4 @@
-"""What the builder and the runtime agree on: tensor names, dtypes and shapes of an engine, and the files of its folder.
+"""What an engine is, which the builder and the runtime agree on: its graphs, tensors, counts, and files of its folder.
 
 An engine maps one clip to the visual tokens that reach the LLM, with static shapes:
 
@@ -27,23 +27,19 @@ layers up to the first merge, which runs once for each chunk, and `vision.1.onnx
     hidden           [C, T, D], [F, T, D]     what the one returns of a chunk and the other takes of a clip
     received         fp32 [C, S], [F, S]      where the first merge is the last, or there is none: received attention
 
-The model's `image_newline` is not among the tokens: the runtime appends it. Nothing else may spell these names.
+The model's `image_newline` is not among the tokens: the runtime appends it. Nothing else may spell these names. A
+`Layout` has the graphs of one engine in their order, and derives every count from the settings. Needs no PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from runtime.errors import EngineError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    DTYPES: dict[str, torch.dtype]
-    FRAMES_DTYPE: torch.dtype
-    POSITIONS_DTYPE: torch.dtype
+from earlytom.budget import frames_per_stage, most_tokens, token_count
+from earlytom.config import EarlyTomConfig
+from earlytom.spans import layer_spans, trace_names
 
 FRAMES = "frames"
 TOKENS = "tokens"
@@ -53,11 +49,9 @@ HIDDEN, RECEIVED = "hidden", "received"
 MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
 COUNT = "count"
 
-# The dtypes a graph may have, by the name used in folder names, manifests and flags (--fp16, --bf16, --fp32).
-# `DTYPES` maps them to PyTorch's.
+# The dtypes of a graph, by their names in folder names, manifests and flags (--fp16, --bf16, --fp32): tokens and hidden
+# states may have any of them. `runtime.engine.dtypes` has the libraries' own.
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
-
-CHUNK_STAGES = 2  # graphs of an engine whose clips come in chunks
 
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "vision.onnx"
@@ -68,21 +62,8 @@ DATA_FILE = "vision.data"
 REFERENCE_INPUTS_FILE = "reference_inputs.json"
 REFERENCE_OUTPUTS_FILE = "reference_outputs.json"
 
-
-def __getattr__(name: str) -> Any:
-    """PyTorch's dtypes, made when they are first asked for: names and files need no PyTorch."""
-    if name not in ("DTYPES", "FRAMES_DTYPE", "POSITIONS_DTYPE"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import torch
-
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    known = {
-        "DTYPES": dict(zip(DTYPE_NAMES, dtypes, strict=True)),
-        "FRAMES_DTYPE": torch.uint8,
-        "POSITIONS_DTYPE": torch.int64,
-    }
-    globals().update(known)
-    return known[name]
+VARIES = -1  # a size that only the video tells
+Mode = Literal["whole", "adaptive", "chunked"]
 
 
 def stage_file(name: str, stage: int) -> str:
@@ -97,7 +78,235 @@ def count_file(name: str, frames: int) -> str:
     return f"{stem}.f{frames}.{suffix}"
 
 
-def stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a graph.
+
+    Attributes:
+        shape: a size that only the video tells is `VARIES`; one that the layout does not know is None.
+        dtypes: names of those that it may have.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph of an engine.
+
+    Attributes:
+        stage: its place among several, from 0; None of a graph that a clip runs through alone.
+        span: encoder layers that it has; None where their number is not known.
+        inputs, outputs: in their order.
+        calls: how often it runs for one clip.
+        taps: values that are compared with PyTorch's, in the order of computation.
+        count: the number of frames in its files' names, where the folder has graphs for several.
+    """
+
+    stage: int | None
+    span: range | None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    calls: int = 1
+    taps: tuple[str, ...] = ()
+    count: int | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the inputs and outputs."""
+        return frozenset(tensor.name for tensor in (*self.inputs, *self.outputs))
+
+    def file(self, name: str) -> str:
+        """Its file: of "vision.onnx" that, "vision.2.onnx" of a stage, "vision.f8.onnx" of one of several counts."""
+        if self.stage is not None:
+            return stage_file(name, self.stage)
+        return name if self.count is None else count_file(name, self.count)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the model fixes; None where whoever asks does not know.
+
+    Attributes:
+        tokens_per_frame: P, tokens of a whole frame after pooling.
+        image: (H, W) of a frame.
+        width: D, width of a token.
+        layers: encoder layers that run.
+    """
+
+    tokens_per_frame: int | None = None
+    image: tuple[int, int] | None = None
+    width: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One engine.
+
+    Attributes:
+        earlytom: the method's settings.
+        frames: F, frames of a clip; where the engine takes one of several counts, the most, which the rest is about.
+        batch: B, videos at once; counts and tokens are those of one.
+        chunk: C, frames of a chunk where clips come in chunks.
+        dtype: "fp16", "bf16" or "fp32".
+        frame_counts: the frame counts, ascending, where there are several; what `at` returns has one of them.
+    """
+
+    earlytom: EarlyTomConfig
+    frames: int
+    batch: int = 1
+    chunk: int | None = None
+    dtype: str = "fp32"
+    sizes: Sizes = Sizes()
+    frame_counts: tuple[int, ...] | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """In which order the graphs run: one for a whole clip, a chain of stages, or one for each chunk and a rest."""
+        if self.earlytom.schedule == "adaptive":
+            return "adaptive"
+        return "whole" if self.chunk is None else "chunked"
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
+        return self.mode == "adaptive"
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        return self.mode != "whole"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The frame counts that the engine takes, ascending."""
+        return self.frame_counts or (self.frames,)
+
+    def at(self, frames: int) -> Layout:
+        """The layout for one of `counts`."""
+        return self if self.counts == (frames,) else replace(self, frames=frames, frame_counts=(frames,))
+
+    @property
+    def merges(self) -> int:
+        return len(self.earlytom.merge_layers)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them.
+
+        Raises:
+            UserError: a frame budget that does not fit.
+        """
+        if self.adaptive:
+            return (self.frames,) * (self.merges + 1)
+        return frames_per_stage(self.frames, merges=self.merges, frame_budget=self.earlytom.frame_budget)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P, tokens of a whole frame."""
+        assert self.sizes.tokens_per_frame is not None
+        return self.sizes.tokens_per_frame
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
+        if self.adaptive:
+            ratio = self.earlytom.retention_ratio
+            return most_tokens(self.frames, self.tokens_per_frame, ratio, merges=self.merges)
+        return self.tokens_of(self.stages[-1])
+
+    @property
+    def tokens_full(self) -> int:
+        """`F * P`, what the uncompressed model would send to the LLM."""
+        return self.frames * self.tokens_per_frame
+
+    def tokens_of(self, frames_left: int) -> int:
+        """Tokens of so many frames, none of them static: M, the rows that a chain's last stage writes for them."""
+        return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Values inside the graphs that are compared with PyTorch's, in the order of computation.
+
+        Of every layer where their number is known, else of the merge layers.
+        """
+        return tuple(trace_names(self.earlytom, self.sizes.layers))
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The graphs that a clip of `frames` runs through, in their order."""
+        if self.mode == "whole":
+            return (self._graph(None, (FRAMES,), OUTPUTS, rows=self.frames),)
+        if self.mode == "chunked":
+            between = (HIDDEN, RECEIVED) if self.merges <= 1 else (HIDDEN,)
+            assert self.chunk is not None
+            calls = self.frames // self.chunk
+            head = self._graph(0, (FRAMES,), between, rows=self.chunk, calls=calls)
+            return head, self._graph(1, between, OUTPUTS, rows=self.frames)
+        rows = (self.frames, *[VARIES] * self.merges)
+        return tuple(self._graph(n, *_stage_tensors(n, len(rows)), rows=count) for n, count in enumerate(rows))
+
+    @property
+    def files(self) -> tuple[Graph, ...]:
+        """The graphs of every frame count."""
+        return tuple(graph for count in self.counts for graph in self.at(count).graphs)
+
+    def _graph(
+        self, stage: int | None, inputs: Iterable[str], outputs: Iterable[str], *, rows: int, calls: int = 1
+    ) -> Graph:
+        return Graph(
+            stage,
+            self._span(stage),
+            tuple(self._tensor(name, rows) for name in inputs),
+            tuple(self._tensor(name, rows) for name in outputs),
+            calls,
+            self._taps(stage),
+            None if self.frame_counts is None else self.frames,
+        )
+
+    def _tensor(self, name: str, rows: int) -> Tensor:
+        videos = () if self.batch == 1 else (self.batch,)
+        tokens = VARIES if self.adaptive else None if self.sizes.tokens_per_frame is None else self.tokens
+        shapes: dict[str, tuple[int | None, ...]] = {
+            FRAMES: (*videos, rows, 3, *(self.sizes.image or (None, None))),
+            HIDDEN: (rows, None, None),
+            RECEIVED: (rows, None),
+            TOKENS: (*videos, tokens, self.sizes.width),
+            POSITIONS: (*videos, tokens),
+            COUNT: (1,),
+        }
+        dtypes = {FRAMES: "uint8", POSITIONS: "int64", COUNT: "int64", RECEIVED: "fp32"}
+        kind = {MERGED_HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED}.get(name, name)
+        return Tensor(name, shapes[kind], (dtypes[kind],) if kind in dtypes else DTYPE_NAMES)
+
+    def _span(self, stage: int | None) -> range | None:
+        """Encoder layers of one graph."""
+        if self.sizes.layers is None:
+            return None
+        spans = layer_spans(self.earlytom.merge_layers, self.sizes.layers)
+        if self.mode == "adaptive":
+            return spans[stage or 0]
+        if self.mode == "whole":
+            return range(self.sizes.layers)
+        return range(spans[0].stop, self.sizes.layers) if stage else spans[0]
+
+    def _taps(self, stage: int | None) -> tuple[str, ...]:
+        """Those of `taps` that one graph has."""
+        span = self._span(stage)
+        if span is None or self.mode == "whole":
+            return self.taps
+        if self.mode == "chunked":  # the first merge is part of the rest
+            head = {f"hidden_{layer}" for layer in range(layer_spans(self.earlytom.merge_layers, span.stop)[0].stop)}
+            return tuple(name for name in self.taps if (name in head) == (stage == 0))
+        of_layers = {f"{what}_{layer}" for what in ("hidden", "similarity", "weights") for layer in span}
+        last = stage == self.merges
+        return tuple(n for n in self.taps if n in of_layers or (last and not n.rpartition("_")[2].isdigit()))
+
+
+def _stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Inputs and outputs of one stage of a chain of `stages`, by name."""
     last = stages - 1
     inputs: tuple[str, ...] = (HIDDEN,) if stage else (FRAMES,)
@@ -106,56 +315,3 @@ def stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, 
     if stage == last:
         return inputs, (*OUTPUTS, COUNT)
     return inputs, (MERGED_HIDDEN, COUNT, *([MERGED_RECEIVED] * (stage == last - 1)))
-
-
-def chunk_tensors(stage: int, received: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Inputs and outputs of stage 0 or 1 of an engine whose clips come in chunks, by name.
-
-    `received`: whether received attention goes from the one to the other.
-    """
-    between = (HIDDEN, RECEIVED) if received else (HIDDEN,)
-    return (between, OUTPUTS) if stage else ((FRAMES,), between)
-
-
-def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
-    """Refuse frames that an engine built for `shape` = [F, 3, H, W], or [B, F, 3, H, W] for B videos, cannot take.
-
-    Raises:
-        EngineError: another shape or dtype.
-    """
-    import torch
-
-    expected = tuple(shape)
-    if tuple(frames.shape) != expected:
-        *batch, count, _, height, width = expected
-        what = f"[{'B, ' * len(batch)}F, 3, H, W]"
-        several = f" of each of {batch[0]} videos" if batch else ""
-        raise EngineError(
-            f"this engine takes {FRAMES} of shape {list(expected)} {what}, got {list(frames.shape)}: sample "
-            f"{count} frames{several} at {height}x{width}, or build another engine with python -m builder.build"
-        )
-    if frames.dtype != torch.uint8:
-        raise EngineError(
-            f"this engine takes {FRAMES} of dtype uint8 (RGB, 0 to 255; it normalises them itself), got {frames.dtype}"
-        )
-
-
-def batch_of(shape: Sequence[int]) -> int:
-    """B of an engine whose frames have this shape: 1 for [F, 3, H, W], else the first of [B, F, 3, H, W]."""
-    return shape[0] if len(shape) == 5 else 1
-
-
-def check_clips(clips: Sequence[Tensor], shape: Sequence[int]) -> None:
-    """Refuse clips that an engine whose frames have `shape` cannot take at once.
-
-    Raises:
-        EngineError: no clip or more than it has room for, or a clip of another shape or dtype.
-    """
-    most = batch_of(shape)
-    if not 1 <= len(clips) <= most:
-        raise EngineError(
-            f"this engine takes 1 to {most} clips at once, got {len(clips)}: give it fewer, or build one for more with "
-            "python -m builder.build --batch"
-        )
-    for clip in clips:
-        check_frames(clip, shape[-4:])

@@ -12,7 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from runtime.errors import EngineError
-from runtime.vision import BatchedVision, VisionBackend
+from runtime.vision.protocol import BatchedVision, VisionBackend
 
 
 class ByFrames:

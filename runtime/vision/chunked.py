@@ -11,7 +11,9 @@ makes no difference to the result when its frames came: the same calls on the sa
 
 Several clips may be under way at once, each with memory of its own, which is allocated for the first that needs it and
 used again; their calls take turns. A head call always has `chunk` frames, of which the last is repeated where fewer
-came. This module knows no library. A subclass says how large the memory is and runs the head and the rest.
+came. This module knows no library. `ChunkedVision` leaves open what runs the head and the rest; `Chunked` runs the two
+graphs of an engine, whose clips may come on any stream: no call waits for a GPU but for the copy out of the pinned
+buffer that the frames of the call before went through.
 
 Notation: F frames, C frames of a chunk, c <= C frames that were given, T tokens a frame inside the tower, S patches, D
 tower width, E LLM width, N tokens kept.
@@ -20,7 +22,7 @@ tower width, E LLM width, N tokens kept.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,12 +30,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from runtime.engine.layout import FRAMES_DTYPE, check_frames
+from runtime.engine.dtypes import FRAMES_DTYPE
+from runtime.engine.layout import FRAMES, HIDDEN, POSITIONS, RECEIVED, TOKENS, Layout
 from runtime.errors import EngineError
+from runtime.gpu.streams import Here
+from runtime.manifest import REBUILD
+from runtime.vision.frames import check_frames
+from runtime.vision.runner import CLOSED, Runner, Turn, check_names, fixed
 
 CHUNK = 4  # frames of a chunk, if nothing else is asked for
-
-_CLOSED = "this vision backend is closed"
+MakeLane = Callable[[tuple[int, ...]], Here]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +163,7 @@ class ChunkedVision:
         name: of the backend.
         shape: [F, 3, H, W] of a whole clip.
         chunk: C.
-        device: where the head's frames are.
+        lane: where the head's frames are, [C, 3, H, W], and its work is queued; default: a CPU.
 
     Attributes:
         name, shape, chunk: as given.
@@ -168,27 +174,30 @@ class ChunkedVision:
     batch = 1
 
     def __init__(
-        self, name: str, shape: tuple[int, int, int, int], chunk: int, device: torch.device | str = "cpu"
+        self,
+        name: str,
+        shape: tuple[int, int, int, int],
+        chunk: int,
+        lane: Callable[[tuple[int, ...]], Here] | None = None,
     ) -> None:
         if not 1 <= chunk <= shape[0]:
             raise EngineError(f"a chunk must have between 1 and {shape[0]} frames (those of a clip), got {chunk}")
         self.name = name
         self.shape = shape
         self.chunk = chunk
-        self._entering = torch.zeros((chunk, *shape[1:]), dtype=FRAMES_DTYPE, device=device)
-        self.device = self._entering.device
-        self._turn, self._whole = threading.Lock(), threading.Lock()
+        self._lane = (lane or _on_cpu)((chunk, *shape[1:]))
+        self.device = self._lane.device
+        self._turn, self._whole = threading.Lock(), Turn()
         self._rooms: list[Room] = []  # that no clip has
         self._own: OpenClip | None = None  # of `encode`
         self._closed = False
         self._alike: bool | None = None
-        self._worked = torch.cuda.Event() if self.device.type == "cuda" else None
 
     def begin(self) -> OpenClip:
         """A new clip. Raises RuntimeError when the backend is closed."""
         with self._turn:
             if self._closed:
-                raise RuntimeError(_CLOSED)
+                raise RuntimeError(CLOSED)
             return OpenClip(self, self._rooms.pop() if self._rooms else self._make_room())
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,16 +210,12 @@ class ChunkedVision:
             RuntimeError: called while another call is under way, or after `close`.
         """
         check_frames(frames, self.shape)
-        if not self._whole.acquire(blocking=False):
-            raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
-        try:
+        with self._whole():
             clip = self._own = self._own or self.begin()
             clip.restart()
             for some in frames.split(self.chunk):
                 clip.push(some)
             return clip.finish()
-        finally:
-            self._whole.release()
 
     @property
     def rows_alike(self) -> bool:
@@ -222,7 +227,8 @@ class ChunkedVision:
         """
         if self._alike is None:
             generator = torch.Generator().manual_seed(0)
-            frames = torch.randint(0, 256, tuple(self._entering.shape), generator=generator, dtype=FRAMES_DTYPE)
+            shape = (self.chunk, *self.shape[1:])
+            frames = torch.randint(0, 256, shape, generator=generator, dtype=FRAMES_DTYPE)
             with self.turn():
                 same = [value.clone() for value in self.run_head(frames[:1]) if value is not None]
                 mixed = [value for value in self.run_head(frames) if value is not None]
@@ -236,6 +242,7 @@ class ChunkedVision:
         with self._turn:
             if not self._closed:
                 self._closed = True
+                self._lane.drain()
                 self._free()
                 self._rooms.clear()
                 self._own = None
@@ -245,14 +252,13 @@ class ChunkedVision:
         """For `OpenClip`: this clip's turn with the library and its buffers."""
         with self._turn:
             if self._closed:
-                raise RuntimeError(_CLOSED)
-            with self._working():
+                raise RuntimeError(CLOSED)
+            with self._lane.working():
                 yield
 
     def run_head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         """For `OpenClip`, in its turn: [c, 3, H, W] to hidden [C, T, D] and received [C, S], valid until the next."""
-        self._enter(frames)
-        return self._head(self._entering)
+        return self._head(self._lane.fill(frames))
 
     def run_rest(self, room: Room) -> tuple[Tensor, Tensor]:
         """For `OpenClip`, in its turn: tokens and positions of the clip in `room`."""
@@ -263,24 +269,6 @@ class ChunkedVision:
         with self._turn:
             if not self._closed:
                 self._rooms.append(room)
-
-    def _enter(self, frames: Tensor) -> None:
-        """Copy frames [c, 3, H, W] to where the head reads them, the last one as often as it takes to fill it."""
-        self._entering[: len(frames)].copy_(frames)
-        self._entering[len(frames) :].copy_(frames[-1:].expand(self.chunk - len(frames), -1, -1, -1))
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """Around everything that runs or touches a room: in the order of the turns, whatever streams they are on."""
-        if self._worked is None:
-            yield
-            return
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(self._worked)
-        try:
-            yield
-        finally:
-            self._worked.record(stream)
 
     def _make_room(self) -> Room:
         raise NotImplementedError
@@ -293,3 +281,67 @@ class ChunkedVision:
 
     def _free(self) -> None:
         raise NotImplementedError
+
+
+class Chunked(ChunkedVision):
+    """A `ChunkedVision` made of two graphs of static shapes.
+
+    The head writes to buffers of its own, from where a clip's memory gets it; the rest reads and writes the memory of
+    the clip. Everything is allocated once.
+
+    Args:
+        runners: of the head and the rest.
+        layout: of the engine.
+
+    Raises:
+        EngineError: the tensors are not those of the layout, or do not fit from one graph to the other.
+    """
+
+    def __init__(self, runners: Sequence[Runner], layout: Layout) -> None:
+        for runner, graph in zip(runners, layout.graphs, strict=True):
+            check_names(runner, graph, "an engine in chunks")
+            for tensor in (*graph.inputs, *graph.outputs):
+                fixed(runner, tensor)
+        first, second = runners
+        frames, (chunk, *image) = layout.frames, first.tensors[FRAMES][0]
+        between = [tensor.name for tensor in layout.graphs[1].inputs]
+        for name in between:
+            (some, kind), (every, other) = first.tensors[name], second.tensors[name]
+            if (some[0], every[0], kind) != (chunk, frames, other) or some[1:] != every[1:] or frames % chunk:
+                raise EngineError(
+                    f"{name} is {kind} {list(some)} in {first.path} and {other} {list(every)} in {second.path}, for "
+                    f"clips of {frames} frames in chunks of {chunk}: they are of two builds; {REBUILD}"
+                )
+        shape: tuple[int, int, int, int] = (frames, *image)  # type: ignore[assignment]
+        super().__init__(first.name, shape, chunk, lambda some: first.lane(some, kept=True))
+        self.runners = (first, second)
+        self._out = {name: self._buffer(first, name) for name in between}
+        self._lane.warm_up(self.encode, self.shape)
+
+    def _buffer(self, runner: Runner, name: str) -> Tensor:
+        shape, dtype = runner.tensors[name]
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _make_room(self) -> Room:
+        buffers = {name: self._buffer(self.runners[1], name) for name in self.runners[1].tensors}
+        self._lane.own(list(buffers.values()))
+        return Room(buffers[HIDDEN], buffers.get(RECEIVED), buffers[TOKENS], buffers[POSITIONS])
+
+    def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.runners[0].run({FRAMES: frames, **self._out})
+        return self._out[HIDDEN], self._out.get(RECEIVED)
+
+    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+        assert room.tokens is not None
+        assert room.positions is not None
+        tensors = {HIDDEN: room.hidden, RECEIVED: room.received, TOKENS: room.tokens, POSITIONS: room.positions}
+        self.runners[1].run({name: tensor for name, tensor in tensors.items() if tensor is not None})
+        return room.tokens, room.positions
+
+    def _free(self) -> None:
+        for runner in self.runners:
+            runner.close()
+
+
+def _on_cpu(shape: tuple[int, ...]) -> Here:
+    return Here("cpu", shape, kept=True)

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: runs `vision.onnx` on any machine, with no GPU and no compiled engine.
 
-The session is made once; outputs are bound once to tensors that this object owns, and the input is bound to the
-caller's own memory, so a call copies and allocates nothing on our side.
+A session is made once; inputs and outputs are bound to memory that others own, the frames to the caller's, so a call
+copies and allocates nothing on our side.
 
 Session options, as measured on two cores with an exported SigLIP tower (6 layers of width 576, 8 frames of 256 tokens,
 interleaved runs): optimiser level, memory pattern, arena and weight prepacking change nothing beyond noise, so they
@@ -12,136 +12,84 @@ without). bf16 graphs do not load: there are no CPU kernels for them.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.engine.layout import (
-    DTYPES,
-    FRAMES,
-    FRAMES_DTYPE,
-    OUTPUTS,
-    POSITIONS,
-    POSITIONS_DTYPE,
-    TOKENS,
-    batch_of,
-    check_clips,
-    check_frames,
-)
+from runtime.engine import layout
+from runtime.engine.dtypes import FLOATS, FRAMES_DTYPE, ONNX, POSITIONS_DTYPE
+from runtime.engine.layout import FRAMES, OUTPUTS, POSITIONS, TOKENS, VARIES
 from runtime.errors import EngineError
+from runtime.gpu.streams import Here
 from runtime.manifest import REBUILD
-
-# torch dtype -> (how onnxruntime prints it, its number in ONNX's TensorProto.DataType)
-_TYPES: dict[torch.dtype, tuple[str, int]] = {
-    torch.uint8: ("tensor(uint8)", 2),
-    torch.int64: ("tensor(int64)", 7),
-    torch.float32: ("tensor(float)", 1),
-    torch.float16: ("tensor(float16)", 10),
-    torch.bfloat16: ("tensor(bfloat16)", 16),
-}
+from runtime.vision.runner import Tensors
 
 
-class OnnxRuntimeVision:
-    """A `VisionBackend` (see `runtime.vision` for who owns the returned tensors).
+class OnnxRunner:
+    """A `Runner` around one session.
 
     Args:
-        onnx_path: the graph; external data lies beside it.
-        threads: threads of the session; as many as torch uses by default, since the decoder follows on the same cores.
-
-    Attributes:
-        shape: [F, 3, H, W] of the frames it takes, of B > 1 videos at once [B, F, 3, H, W].
-        batch: B.
+        path: the graph; external data lies beside it.
+        part: what it is of the engine.
+        threads: of the session.
 
     Raises:
         EngineError: onnxruntime is missing, or the file is missing, damaged, needs kernels that the CPU does not have,
-            or does not have the inputs and outputs of `runtime.engine.layout`.
+            or does not have the inputs and outputs of a vision engine.
     """
 
     name = "onnxruntime"
     device = torch.device("cpu")
 
-    def __init__(self, onnx_path: str | os.PathLike[str], threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads must be at least 1, got {threads}")
-        self._path = Path(onnx_path)
-        self._lock = threading.Lock()
-        self._session: Any = open_session(self._path, threads or torch.get_num_threads())
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = {value.name: value for value in self._session.get_outputs()}
-        if set(inputs) != {FRAMES} or not set(OUTPUTS) <= set(outputs):
-            raise EngineError(
-                f"{self._path} takes {sorted(inputs)} and returns {sorted(outputs)}, expected {FRAMES} and "
-                f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
-            )
-        several = len(inputs[FRAMES].shape) == 5  # a leading B everywhere
-        self.shape = _static(self._path, inputs[FRAMES], 4 + several)
-        self.batch = batch_of(self.shape)
-        dtype_of(self._path, inputs[FRAMES], FRAMES_DTYPE)
-        self._tokens = _empty(self._path, outputs[TOKENS], 2 + several, *DTYPES.values())  # [N, D]
-        self._positions = _empty(self._path, outputs[POSITIONS], 1 + several, POSITIONS_DTYPE)  # [N]
-        self._stack = torch.zeros(self.shape, dtype=FRAMES_DTYPE) if several else None  # of `encode_several`
-        self._binding = self._session.io_binding()
-        for name, tensor in ((TOKENS, self._tokens), (POSITIONS, self._positions)):
-            self._binding.bind_output(name, **memory_of(tensor))
+    def __init__(self, path: Path, part: layout.Graph, threads: int) -> None:
+        self.path = path
+        self.session: Any = open_session(path, threads)
+        read = _stage if part.stage is not None else _whole
+        self.tensors = read(path, self.session)
+        self._inputs = {value.name for value in self.session.get_inputs()}
+        self._binding = self.session.io_binding()
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, D] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
+    def lane(self, shape: Sequence[int], *, kept: bool = False, waits: bool = False) -> Here:
+        return Here(self.device, shape, kept=kept)
 
-        All three have a leading B where the graph takes several videos. Both are valid until the next call, which
-        writes over them.
+    def fix(self, tensors: Mapping[str, Tensor], lane: Here) -> None:
+        self._bind(tensors)
 
-        Raises:
-            EngineError: frames of another shape or dtype, or onnxruntime failed.
-            RuntimeError: called while another call is under way, or after `close`.
-        """
-        check_frames(frames, self.shape)
-        frames = frames.cpu().contiguous()  # both are no-ops for frames as `runtime.video` gives them
-        with self._turn():
-            self._run(frames)
-        return self._tokens, self._positions
+    def _bind(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
+            bind(name, **memory_of(tensor))
 
-    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Visual tokens [N, D] and positions int64 [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run.
-
-        What is left of B is filled with the last clip. Valid as those of `encode`; errors as there.
-        """
-        check_clips(clips, self.shape)
-        if self._stack is None:
-            return [self.encode(clips[0])]
-        with self._turn():
-            for place in range(self.batch):
-                self._stack[place].copy_(clips[min(place, len(clips) - 1)])
-            self._run(self._stack)
-        return [(self._tokens[place], self._positions[place]) for place in range(len(clips))]
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        self._bind(tensors)
         try:
-            if self._session is None:
-                raise RuntimeError("this vision backend is closed")
-            yield
-        finally:
-            self._lock.release()
-
-    def _run(self, frames: Tensor) -> None:
-        self._binding.bind_input(FRAMES, **memory_of(frames))
-        try:
-            self._session.run_with_iobinding(self._binding)
+            self.session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's errors share no base class
-            raise EngineError(f"onnxruntime failed on {self._path}: {first_line(error)}") from error
+            raise EngineError(f"onnxruntime failed on {self.path}: {_first_line(error)}") from error
 
     def close(self) -> None:
         """Free the session. Tensors returned before stay readable."""
-        with self._lock:
-            self._session = self._binding = None
+        self.session = self._binding = None
+
+
+def load(paths: Sequence[Path], parts: Sequence[layout.Graph], threads: int | None = None) -> list[OnnxRunner]:
+    """A runner for each graph.
+
+    Args:
+        paths, parts: the files, and what they are of the engine.
+        threads: of each session; as many as torch uses by default, since the decoder follows on the same cores. No two
+            of them run at a time.
+
+    Raises:
+        EngineError: see `OnnxRunner`; no number of threads.
+    """
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads must be at least 1, got {threads}")
+    count = threads or torch.get_num_threads()
+    return [OnnxRunner(path, part, count) for path, part in zip(paths, parts, strict=True)]
 
 
 def open_session(path: Path, threads: int) -> Any:
@@ -167,13 +115,46 @@ def open_session(path: Path, threads: int) -> Any:
             remedy = "its dtype has no CPU kernels; build with --fp16 or --fp32, or use --backend torch"
         else:
             remedy = REBUILD
-        raise EngineError(f"onnxruntime cannot load {path} ({first_line(error)}): {remedy}") from error
+        raise EngineError(f"onnxruntime cannot load {path} ({_first_line(error)}): {remedy}") from error
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """What onnxruntime says, in one line of at most 200 characters."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _whole(path: Path, session: Any) -> Tensors:
+    """The tensors of a graph that a clip runs through alone; other outputs than tokens and positions are left out."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    if set(inputs) != {FRAMES} or not set(OUTPUTS) <= set(outputs):
+        raise EngineError(
+            f"{path} takes {sorted(inputs)} and returns {sorted(outputs)}, expected {FRAMES} and "
+            f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
+        )
+    several = len(inputs[FRAMES].shape) == 5  # a leading B everywhere
+    wanted = (
+        (inputs[FRAMES], 4, (FRAMES_DTYPE,)),
+        (outputs[TOKENS], 2, FLOATS),
+        (outputs[POSITIONS], 1, (POSITIONS_DTYPE,)),
+    )
+    return {
+        value.name: (_static(path, value, rank + several), _dtype_of(path, value, *allowed))
+        for value, rank, allowed in wanted
+    }
+
+
+def _stage(path: Path, session: Any) -> Tensors:
+    """The tensors of one of several graphs; a size that is not fixed is `VARIES`."""
+    allowed = sorted({*FLOATS, FRAMES_DTYPE, POSITIONS_DTYPE}, key=str)
+    return {
+        value.name: (
+            tuple(size if isinstance(size, int) else VARIES for size in value.shape),
+            _dtype_of(path, value, *allowed),
+        )
+        for value in (*session.get_inputs(), *session.get_outputs())
+    }
 
 
 def _static(path: Path, value: Any, rank: int) -> tuple[int, ...]:
@@ -182,17 +163,13 @@ def _static(path: Path, value: Any, rank: int) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def dtype_of(path: Path, value: Any, *allowed: torch.dtype) -> torch.dtype:
+def _dtype_of(path: Path, value: Any, *allowed: torch.dtype) -> torch.dtype:
     """The dtype of a session's input or output. Raises EngineError if it is none of `allowed`."""
     for dtype in allowed:
-        if _TYPES[dtype][0] == value.type:
+        if ONNX[dtype][0] == value.type:
             return dtype
-    expected = " or ".join(_TYPES[dtype][0] for dtype in allowed)
+    expected = " or ".join(ONNX[dtype][0] for dtype in allowed)
     raise EngineError(f"{path}: {value.name} is {value.type}, expected {expected}; {REBUILD}")
-
-
-def _empty(path: Path, value: Any, rank: int, *allowed: torch.dtype) -> Tensor:
-    return torch.empty(_static(path, value, rank), dtype=dtype_of(path, value, *allowed))
 
 
 def memory_of(tensor: Tensor) -> dict[str, Any]:
@@ -200,7 +177,7 @@ def memory_of(tensor: Tensor) -> dict[str, Any]:
     return {
         "device_type": "cpu",
         "device_id": 0,
-        "element_type": _TYPES[tensor.dtype][1],
+        "element_type": ONNX[tensor.dtype][1],
         "shape": list(tensor.shape),
         "buffer_ptr": tensor.data_ptr(),
     }

@@ -17,12 +17,13 @@ from earlytom.encoder import checked_depth, encode, head, rest
 from earlytom.families import Vision, family_of
 from earlytom.methods.earlytom import EachVideo, EarlyTom
 from runtime.checkpoint import Checkpoint, VisionPart, load_vision
-from runtime.engine import layout
 from runtime.errors import EngineError
+from runtime.gpu.streams import Here
 from runtime.manifest import Manifest
-from runtime.vision import VisionBackend
 from runtime.vision.by_frames import ByFrames
 from runtime.vision.chunked import CHUNK, ChunkedVision, Room
+from runtime.vision.frames import batch_of, check_clips, check_frames
+from runtime.vision.protocol import VisionBackend
 
 
 class TorchVision:
@@ -57,7 +58,7 @@ class TorchVision:
     ) -> None:
         self.config = config
         self.shape = shape
-        self.batch = layout.batch_of(shape)
+        self.batch = batch_of(shape)
         if self.batch > 1:
             EachVideo(EarlyTom(config), self.batch)  # refuses what cannot be
         self.family = family_of(checkpoint.config)
@@ -77,7 +78,7 @@ class TorchVision:
             EngineError: frames of another shape or dtype.
             RuntimeError: called after `close`.
         """
-        layout.check_frames(frames, self.shape)
+        check_frames(frames, self.shape)
         return self._encode(frames.flatten(0, -4), self.batch)
 
     def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -85,7 +86,7 @@ class TorchVision:
 
         Errors as those of `encode`.
         """
-        layout.check_clips(clips, self.shape)
+        check_clips(clips, self.shape)
         tokens, positions = self._encode(torch.cat(list(clips)), len(clips))
         return [(tokens, positions)] if len(clips) == 1 else list(zip(tokens, positions, strict=True))
 
@@ -127,9 +128,11 @@ class TorchChunked(ChunkedVision):
             raise EngineError(
                 f"clips in chunks are one video at a time, and this takes {vision.batch}: leave out --batch"
             )
-        super().__init__(vision.name, cast(tuple[int, int, int, int], vision.shape), chunk, vision.scale.device)
+        whole = cast(tuple[int, int, int, int], vision.shape)
+        super().__init__(vision.name, whole, chunk, lambda shape: Here(vision.scale.device, shape, kept=True))
         self._vision = vision
-        self._sample = self._head(self._entering)  # the sizes of what the head returns; warms up on the way
+        assert self._lane.frames is not None
+        self._sample = self._head(self._lane.frames)  # the sizes of what the head returns; warms up on the way
 
     def _make_room(self) -> Room:
         hidden, received = (

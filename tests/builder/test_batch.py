@@ -31,10 +31,11 @@ from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.vision import encode_one, open_backend
-from runtime.vision.onnxruntime import OnnxRuntimeVision
 from runtime.vision.torch import TorchVision, open_torch
+from runtime.vision.whole import Whole
 
 from ..processes import HANG_SECONDS
+from ..runtime.vision.opened import open_whole
 from .conftest import FRAMES, Exported
 from .needed import needs_rtx
 
@@ -53,13 +54,13 @@ def several(clips: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def together(exported: Make) -> OnnxRuntimeVision:
-    return OnnxRuntimeVision(exported(*BATCH, "--fp32").path)
+def together(exported: Make) -> Whole:
+    return open_whole(exported(*BATCH, "--fp32").path)
 
 
 @pytest.fixture(scope="module")
-def alone(exported: Make) -> OnnxRuntimeVision:
-    return OnnxRuntimeVision(exported(*SINGLE, "--fp32").path)
+def alone(exported: Make) -> Whole:
+    return open_whole(exported(*SINGLE, "--fp32").path)
 
 
 # The clips
@@ -98,9 +99,7 @@ def test_what_is_stacked_comes_apart_again() -> None:
 # The graph
 
 
-def test_every_video_is_encoded_as_if_it_were_alone(
-    several: dict[str, Tensor], together: OnnxRuntimeVision, alone: OnnxRuntimeVision
-) -> None:
+def test_every_video_is_encoded_as_if_it_were_alone(several: dict[str, Tensor], together: Whole, alone: Whole) -> None:
     clips = list(several.values())
     assert (together.batch, together.shape) == (B, (B, FRAMES, 3, 72, 72))
     assert (alone.batch, alone.shape) == (1, (FRAMES, 3, 72, 72))
@@ -114,9 +113,7 @@ def test_every_video_is_encoded_as_if_it_were_alone(
     assert not torch.allclose(tokens[1], wanted[1][0], **CLOSE)  # negative control
 
 
-def test_fewer_clips_than_the_batch(
-    several: dict[str, Tensor], together: OnnxRuntimeVision, alone: OnnxRuntimeVision
-) -> None:
+def test_fewer_clips_than_the_batch(several: dict[str, Tensor], together: Whole, alone: Whole) -> None:
     clips = list(several.values())
     for count in range(1, B + 1):
         found = [(tokens.clone(), positions.clone()) for tokens, positions in together.encode_several(clips[:count])]
@@ -136,16 +133,14 @@ def test_fewer_clips_than_the_batch(
         together.encode(clips[0])
 
 
-def test_results_of_several_are_the_backend_s_own_memory(
-    several: dict[str, Tensor], together: OnnxRuntimeVision
-) -> None:
+def test_results_of_several_are_the_backend_s_own_memory(several: dict[str, Tensor], together: Whole) -> None:
     clips = list(several.values())
     first = together.encode_several(clips)
     again = together.encode_several(clips[:1])
     assert again[0][0].data_ptr() == first[0][0].data_ptr() != first[1][0].data_ptr()
 
 
-def test_the_pytorch_backend_agrees(several: dict[str, Tensor], exported: Make, together: OnnxRuntimeVision) -> None:
+def test_the_pytorch_backend_agrees(several: dict[str, Tensor], exported: Make, together: Whole) -> None:
     config = exported(*BATCH, "--fp32").config
     device = {"device": torch.device("cpu"), "dtype": torch.float32}
     vision = TorchVision(config.checkpoint, config.earlytom, together.shape, **device)  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from torch import Tensor
 from builder import build, calibrate, inspect, verify
 from builder.compile import compile_engine
 from builder.gate import accuracy
+from earlytom.budget import most_tokens
 from earlytom.errors import UserError
 from runtime import ask, cli
 from runtime.engine import layout
 from runtime.manifest import Manifest
-from runtime.vision.chain import Room
 
 from .conftest import FRAMES, TAU, Chain
 from .needed import needs_rtx
@@ -47,7 +47,7 @@ def test_the_command_builds_one_folder_with_one_manifest(folder: Path, chain: Ch
     assert manifest.verification is not None
     assert set(manifest.verification["steps"]) == set(accuracy.STEPS)
     assert manifest.frames_per_stage == (FRAMES,) * 3
-    assert manifest.tokens == Room(FRAMES, 25, 0.3, len(STAGES) - 1).most
+    assert manifest.tokens == most_tokens(FRAMES, 25, 0.3, merges=len(STAGES) - 1)
     measured = json.loads((folder / layout.REPORT_FILE).read_text())["frames_kept"]
     assert set(measured["clips"]) == {path.name for path in videos}
     assert manifest.frames_kept is not None

@@ -19,9 +19,11 @@ from builder import drift, verify
 from builder.arguments import parse
 from builder.drift import Tap, first_bad, measure
 from builder.export import export_onnx, vision_graph
-from builder.runners import ForcedDecisions, run_tapped
+from builder.runners import ForcedDecisions
+from builder.runs import run_tapped
 from earlytom.errors import UserError
 from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
@@ -56,7 +58,7 @@ def test_an_honest_graph_stays_close_everywhere(exported: Make, clip: Tensor, dt
     assert [tap.name for tap in taps] == TAPS
     assert all(tap.cosine > cosine and tap.nonfinite == 0 for tap in taps), taps
     assert first_bad(taps, dtype) is None
-    limit = float(torch.finfo(layout.DTYPES[dtype]).max)
+    limit = float(torch.finfo(DTYPES[dtype]).max)
     for tap in taps:
         assert tap.share == pytest.approx(max(map(abs, tap.graph)) / limit)
         assert tap.graph == pytest.approx(tap.reference, abs=0.05 * max(map(abs, tap.reference)))

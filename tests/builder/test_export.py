@@ -19,9 +19,9 @@ from builder import export, functions, stages
 from builder.chain import export_chain
 from builder.config import BuildConfig
 from builder.export import OPSET, export_onnx, vision_graph
-from builder.runners import write_tapped
+from builder.runs import write_tapped
 from earlytom.errors import UserError
-from earlytom.methods.earlytom import trace_names
+from earlytom.spans import trace_names
 from runtime.engine import layout
 
 from .conftest import SMALL, Exported
@@ -80,7 +80,7 @@ def test_fp32_graph_equals_the_reference(
         np.testing.assert_allclose(got[layout.TOKENS], wanted["tokens"].numpy(), rtol=0, atol=1e-5)
 
 
-def test_names_shapes_and_dtypes_are_those_of_the_contract(variant: tuple[Exported, tuple[int, ...], int]) -> None:
+def test_names_shapes_and_dtypes_are_those_of_the_layout(variant: tuple[Exported, tuple[int, ...], int]) -> None:
     made, stages, tokens = variant
     model = onnx.load(str(made.path))
     (frames,) = model.graph.input

@@ -37,10 +37,11 @@ from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
 from runtime.vision import choose_backend, open_backend
 from runtime.vision.by_frames import ByFrames
-from runtime.vision.onnxruntime import OnnxRuntimeVision
 from runtime.vision.torch import open_torch
+from runtime.vision.whole import Whole
 
 from ..processes import HANG_SECONDS
+from ..runtime.vision.opened import open_whole
 from .conftest import TAU
 from .needed import needs_rtx
 
@@ -196,7 +197,7 @@ def test_every_count_is_what_it_would_be_alone(
     for frames in COUNTS:
         clip = load_clip(videos[0], frames, (72, 72)).frames
         tokens, positions = vision.encode(clip)
-        wanted = OnnxRuntimeVision(alone[frames]).encode(clip)
+        wanted = open_whole(alone[frames]).encode(clip)
         assert torch.equal(positions, wanted[1])
         assert torch.equal(tokens, wanted[0])  # the same operators on the same weights
     with pytest.raises(EngineError, match="takes clips of 4 or 8 frames"):
@@ -218,7 +219,7 @@ def test_a_folder_that_was_moved_still_runs(folder: Path, videos: tuple[Path, ..
 
 def test_only_some_of_the_counts(folder: Path, manifest: Manifest) -> None:
     one = open_backend("onnxruntime", folder, manifest, frames=(4,))
-    assert isinstance(one, OnnxRuntimeVision)
+    assert isinstance(one, Whole)
     assert one.shape[0] == 4
     assert open_backend("onnxruntime", folder, manifest.at(8)).shape[0] == 8  # type: ignore[attr-defined]
     both = open_backend("onnxruntime", folder, manifest, frames=(8, 4))
@@ -236,17 +237,17 @@ def test_what_was_opened_is_closed_where_another_count_cannot_be(
 ) -> None:
     closed: list[tuple[int, ...]] = []
 
-    class Second(OnnxRuntimeVision):
-        def __init__(self, path: Path, threads: int | None = None) -> None:
-            if "f8" in path.name:
+    class Second(Whole):
+        def __init__(self, runner: Any) -> None:
+            if "f8" in runner.path.name:
                 raise EngineError("no room")
-            super().__init__(path, threads)
+            super().__init__(runner)
 
         def close(self) -> None:
             closed.append(self.shape)
             super().close()
 
-    monkeypatch.setattr("runtime.vision.onnxruntime.OnnxRuntimeVision", Second)
+    monkeypatch.setattr("runtime.vision.open.Whole", Second)
     with pytest.raises(EngineError, match="no room"):
         open_backend("onnxruntime", folder, manifest)
     assert closed == [(4, 3, 72, 72)]
@@ -292,7 +293,7 @@ def test_several_videos_of_several_counts(small_checkpoint: Path, tmp_path: Path
     config = config_of(small_checkpoint, "--batch", "2", "--fp32")
     graphs = stages.export_graphs(config, tmp_path)
     assert "-f4+8-b2-" in config.name(config.key())
-    each = {frames: OnnxRuntimeVision(graph.path) for frames, graph in zip(COUNTS, graphs, strict=True)}
+    each = {frames: open_whole(graph.path) for frames, graph in zip(COUNTS, graphs, strict=True)}
     vision = ByFrames(each)  # type: ignore[arg-type]
     some = [clip[:frames] for frames in COUNTS for clip in clips.values()]
     for one, other in ((0, 1), (2, 3), (0, 3)):

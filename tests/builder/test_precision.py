@@ -24,6 +24,7 @@ from earlytom.families import llava_onevision
 from earlytom.towers import tower_of
 from runtime.checkpoint import load_vision
 from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 
 from .conftest import FRAMES, TAU
 from .stress import NaiveSymbols, NaiveTower, naive_graph, plain_graph, stress_checkpoint
@@ -190,7 +191,7 @@ def test_all_half_breaks(
     config = config_of(stressed)
     monkeypatch.setattr(llava_onevision, "tower_of", NaiveTower)
     monkeypatch.setattr(export, "SymbolicDecisions", NaiveSymbols)
-    graph = naive_graph(config, layout.DTYPES[dtype])
+    graph = naive_graph(config, DTYPES[dtype])
     in_torch = graph(clip)["tokens"]
     exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / layout.ONNX_FILE)
     monkeypatch.undo()
@@ -208,7 +209,7 @@ def test_half_holds_by_default(
     clip = clips["drawn0.mp4"]
     config = config_of(stressed, f"--{dtype}")
     least = {"fp16": 0.9999, "bf16": 0.999}[dtype]
-    graph = vision_graph(config, layout.DTYPES[dtype])
+    graph = vision_graph(config, DTYPES[dtype])
     exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / layout.ONNX_FILE)
     taps = measure(exported.path, reference, clip, dtype)
     assert len(taps) == 4 + 4  # layers, and what follows

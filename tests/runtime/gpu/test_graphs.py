@@ -11,7 +11,7 @@ import torch
 
 from runtime.gpu.graphs import WARM_UP_RUNS, Replay, ToHost
 
-from .recorded_graph import RecordedReplay
+from ..recorded_graph import RecordedReplay
 
 CPU = torch.device("cpu")
 

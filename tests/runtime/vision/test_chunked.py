@@ -18,7 +18,7 @@ from runtime.video import clip_from_frames, load_clip
 from runtime.vision.chunked import CHUNK
 from runtime.vision.torch import TorchChunked, TorchVision
 
-from ..processes import HANG_SECONDS
+from ...processes import HANG_SECONDS
 from .chunked_vision import SIDE, TinyVision, Toy, tiny_chunked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +133,7 @@ def test_calls_that_cannot_be() -> None:
             late()
     with pytest.raises(EngineError, match=r"takes frames of shape \[6, 3, 20, 20\]"):
         vision.encode(noise(5))
-    with vision._whole, pytest.raises(RuntimeError, match="busy"):
+    with vision._whole(), pytest.raises(RuntimeError, match="busy"):
         vision.encode(noise(6))
     for chunk in (0, 7):
         with pytest.raises(EngineError, match=f"between 1 and 6 frames .* got {chunk}"):

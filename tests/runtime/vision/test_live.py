@@ -25,7 +25,7 @@ from runtime.live import LiveClip, completion
 from runtime.video import clip_from_frames, sample_indices
 from runtime.vision.chunked import ChunkedVision
 
-from ..processes import HANG_SECONDS as WAIT
+from ...processes import HANG_SECONDS as WAIT
 from .chunked_vision import TinyVision, Toy, tiny_chunked
 
 

@@ -14,10 +14,12 @@ from earlytom.config import EarlyTomConfig
 from runtime import choices, trt
 from runtime.errors import EngineError
 from runtime.manifest import FileRecord, Manifest, ModelRecord, PreprocessingRecord
-from runtime.vision import VisionBackend, choose_backend, open_backend
-from runtime.vision.onnxruntime import OnnxRuntimeVision
+from runtime.vision import VisionBackend, choose_backend
+from runtime.vision.onnxruntime import OnnxRunner
+from runtime.vision.whole import Whole
 
-from ..processes import HANG_SECONDS
+from ...processes import HANG_SECONDS
+from .opened import open_whole
 
 SHAPE = (2, 3, 4, 4)
 TOKENS, WIDTH = 6, 5
@@ -74,8 +76,8 @@ def expected(frames: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
 
 
 @pytest.fixture
-def vision(tmp_path: Path) -> OnnxRuntimeVision:
-    return OnnxRuntimeVision(save(tmp_path / "vision.onnx"))
+def vision(tmp_path: Path) -> Whole:
+    return open_whole(save(tmp_path / "vision.onnx"))
 
 
 # Running
@@ -83,7 +85,7 @@ def vision(tmp_path: Path) -> OnnxRuntimeVision:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_encode_runs_the_graph(tmp_path: Path, dtype: torch.dtype) -> None:
-    vision: VisionBackend = OnnxRuntimeVision(save(tmp_path / "vision.onnx", dtype), threads=1)
+    vision: VisionBackend = open_whole(save(tmp_path / "vision.onnx", dtype), threads=1)
     tokens, positions = vision.encode(clip())
     assert (tokens.dtype, positions.dtype) == (dtype, torch.int64)
     torch.testing.assert_close(tokens, expected(clip(), dtype), rtol=1e-2 if dtype == torch.float16 else 1e-5, atol=1)
@@ -94,21 +96,11 @@ def test_encode_runs_the_graph(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_external_data_is_found_beside_the_graph(tmp_path: Path) -> None:
     path = save(tmp_path / "vision.onnx", external=True)
-    tokens, _ = OnnxRuntimeVision(path).encode(clip())
+    tokens, _ = open_whole(path).encode(clip())
     torch.testing.assert_close(tokens, expected(clip()), rtol=1e-4, atol=1e-2)
 
 
-def test_results_are_the_backend_s_own_memory_and_change_with_the_next_call(vision: OnnxRuntimeVision) -> None:
-    tokens, positions = vision.encode(clip(0))
-    kept = tokens.clone()
-    again, _ = vision.encode(clip(1))
-    assert again.data_ptr() == tokens.data_ptr()
-    assert not torch.equal(tokens, kept)
-    assert torch.equal(vision.encode(clip(0))[0], kept)
-    assert positions.data_ptr() == vision.encode(clip(0))[1].data_ptr()
-
-
-def test_frames_are_read_from_the_caller_s_memory_each_time(vision: OnnxRuntimeVision) -> None:
+def test_frames_are_read_from_the_caller_s_memory_each_time(vision: Whole) -> None:
     frames = clip(0)
     vision.encode(frames)
     frames.copy_(clip(1))
@@ -118,7 +110,7 @@ def test_frames_are_read_from_the_caller_s_memory_each_time(vision: OnnxRuntimeV
     torch.testing.assert_close(vision.encode(strided)[0], expected(clip(2)), rtol=1e-4, atol=1e-2)
 
 
-def test_a_second_call_at_the_same_time_is_refused(vision: OnnxRuntimeVision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_at_the_same_time_is_refused(vision: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
     running, done = threading.Event(), threading.Event()
 
     class Slow:
@@ -126,7 +118,7 @@ def test_a_second_call_at_the_same_time_is_refused(vision: OnnxRuntimeVision, mo
             running.set()
             assert done.wait(HANG_SECONDS)
 
-    monkeypatch.setattr(vision, "_session", Slow())
+    monkeypatch.setattr(vision.runner, "session", Slow())
     thread = threading.Thread(target=vision.encode, args=(clip(),))
     thread.start()
     assert running.wait(HANG_SECONDS)
@@ -137,47 +129,21 @@ def test_a_second_call_at_the_same_time_is_refused(vision: OnnxRuntimeVision, mo
     vision.encode(clip())  # free again
 
 
-def test_close(vision: OnnxRuntimeVision) -> None:
-    tokens, _ = vision.encode(clip())
-    vision.close()
-    vision.close()
-    torch.testing.assert_close(tokens, expected(clip()), rtol=1e-4, atol=1e-2)
-    with pytest.raises(RuntimeError, match="closed"):
-        vision.encode(clip())
-
-
 def test_threads_default_to_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "vision.onnx")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert OnnxRuntimeVision(path)._session.get_session_options().intra_op_num_threads == 3
-    assert OnnxRuntimeVision(path, threads=1)._session.get_session_options().intra_op_num_threads == 1
+    assert open_whole(path).runner.session.get_session_options().intra_op_num_threads == 3
+    assert open_whole(path, threads=1).runner.session.get_session_options().intra_op_num_threads == 1
     with pytest.raises(EngineError, match="at least 1"):
-        OnnxRuntimeVision(path, threads=0)
+        open_whole(path, threads=0)
 
 
 # What it refuses
 
 
-@pytest.mark.parametrize(
-    ("frames", "match"),
-    [
-        (torch.zeros(3, 3, 4, 4, dtype=torch.uint8), r"shape \[2, 3, 4, 4\].*got \[3, 3, 4, 4\]"),
-        (torch.zeros(2, 3, 4, 5, dtype=torch.uint8), r"got \[2, 3, 4, 5\]"),
-        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), r"got \[2, 4, 4, 3\]"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), r"got \[3, 4, 4\]"),
-        (torch.zeros(2, 3, 4, 4), "dtype uint8.*got torch.float32"),
-        (torch.zeros(2, 3, 4, 4, dtype=torch.int8), "dtype uint8.*got torch.int8"),
-    ],
-)
-def test_wrong_frames(vision: OnnxRuntimeVision, frames: torch.Tensor, match: str) -> None:
-    with pytest.raises(EngineError, match=match):
-        vision.encode(frames)
-    vision.encode(clip())  # and it works afterwards
-
-
 def refused(path: Path, match: str) -> None:
     with pytest.raises(EngineError, match=match) as caught:
-        OnnxRuntimeVision(path)
+        open_whole(path)
     assert "\n" not in str(caught.value)
 
 
@@ -186,7 +152,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     refused(path, "is missing")
     save(path)
     content = path.read_bytes()
-    OnnxRuntimeVision(path)  # negative control
+    open_whole(path)  # negative control
     for broken in (b"", b"no graph", content[: len(content) // 2]):
         path.write_bytes(broken)
         refused(path, "cannot load .*--force")
@@ -216,12 +182,12 @@ def test_graphs_that_are_no_engine_of_ours(tmp_path: Path, changes: dict[str, An
     refused(save(tmp_path / "vision.onnx", **changes), match)
 
 
-def test_a_failing_run_is_one_line(vision: OnnxRuntimeVision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_run_is_one_line(vision: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run_with_iobinding(self, binding: object) -> None:
             raise Exception("node_3 failed\nlong story")
 
-    monkeypatch.setattr(vision, "_session", Broken())
+    monkeypatch.setattr(vision.runner, "session", Broken())
     with pytest.raises(EngineError, match=r"node_3 failed$"):
         vision.encode(clip())
 
@@ -291,21 +257,5 @@ def test_a_backend_by_name_is_not_exchanged(monkeypatch: pytest.MonkeyPatch) -> 
             choose_backend(asked, made)
 
 
-def test_open_backend_opens_the_onnx_file(tmp_path: Path) -> None:
-    save(tmp_path / "vision.onnx")
-    opened = open_backend("onnxruntime", tmp_path, manifest())
-    torch.testing.assert_close(opened.encode(clip())[0], expected(clip()), rtol=1e-4, atol=1e-2)
-
-
-class Library:
-    __version__ = "1.8.0.2"
-
-
-def test_an_engine_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt, "load", lambda name: Library)
-    with pytest.raises(EngineError, match=r"built with tensorrt-rtx 1\.7\.1\.116 and 1\.8\.0\.2 is installed.*--force"):
-        open_backend("tensorrt-rtx", tmp_path, manifest())
-
-
 def test_every_backend_has_a_name_to_ask_for() -> None:
-    assert {"auto", "torch", OnnxRuntimeVision.name, *trt.FLAVOURS} == set(choices.BACKENDS)
+    assert {"auto", "torch", OnnxRunner.name, *trt.FLAVOURS} == set(choices.BACKENDS)
