@@ -3,7 +3,7 @@
 How many frames a merge leaves is for the video to say, so what follows it has a dynamic first dimension. Within one
 graph that would be a shape that depends on data, which TensorRT-RTX does not have; between two graphs it is a number
 that the runtime reads. Each graph holds its own layers, so no weight is there twice; files and tensors are named in
-`runtime.contract`, the decisions are calls of the functions `builder.functions` has for this schedule.
+`runtime.engine.layout`, the decisions are calls of the functions `builder.functions` has for this schedule.
 
     stage 0        frames -> layers up to the first merge -> similarity -> plan -> merge
     stage 1, ...   hidden states -> layers up to the next merge -> similarity -> plan -> merge
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from builder import functions
 from builder.export import OPSET, ExportedGraph, VisionGraph, save, tokens_per_frame, trace
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import embed, layer_spans, project, run_span
+from earlytom.encoder import embed, project, run_span
 from earlytom.errors import UserError
 from earlytom.merge import apply_weights, frame_similarity
 from earlytom.methods.earlytom import EarlyTom
-from runtime import contract
+from runtime.engine import layout
 
 # Frames of the example that is traced: not 1, which exporters take for a constant.
 EXAMPLE_FRAMES = 2
@@ -50,16 +50,18 @@ class StageGraph(nn.Module):
         self.whole = whole  # "graph" is taken: the exporter has an attribute of that name
         self.stage = stage
         self.frames = frames
-        self.spans = layer_spans(whole.config.merge_layers, whole.layers)
+        self.stages = layout_of(whole, frames).graphs
+        self.span = self.stages[stage].span
 
     def forward(self, entering: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        tower, last = self.whole.tower, self.stage == len(self.spans) - 1
+        tower, last = self.whole.tower, self.stage == len(self.stages) - 1
         hidden = entering if self.stage else embed(tower, self.whole.pixels(entering))
         static = None if received is None else self._plan(self._similarity(hidden))[1]
+        assert self.span is not None
         hidden, column = run_span(
             tower,
-            self.spans[self.stage],
+            self.span,
             hidden,
             EarlyTom(self.whole.config),
             self.whole.layers,
@@ -78,25 +80,21 @@ class StageGraph(nn.Module):
         assert seen.relevance is not None
         tokens, positions, count = self._select(seen.features, seen.relevance, static)
         outputs = (tokens.to(self.whole.dtype), positions, count)
-        return values | dict(zip((*contract.OUTPUTS, contract.COUNT), outputs, strict=True))
+        return values | dict(zip((*layout.OUTPUTS, layout.COUNT), outputs, strict=True))
 
     @property
     def names(self) -> list[str]:
         """The keys of what `forward` returns, in its order."""
-        names = [f"hidden_{layer}" for layer in self.spans[self.stage]]
-        outputs = contract.stage_tensors(self.stage, len(self.spans))[1]
-        if self.stage < len(self.spans) - 1:
-            layer = self.whole.config.merge_layers[self.stage]
-            return [*names, f"similarity_{layer}", f"weights_{layer}", *outputs]
-        return [*names, "static", "projected", "features", "relevance", *outputs]
+        graph = self.stages[self.stage]
+        return [*graph.taps, *(tensor.name for tensor in graph.outputs if tensor.name not in graph.taps)]
 
     def _merge(self, hidden: Tensor, column: Tensor | None) -> dict[str, Tensor]:
         layer = self.whole.config.merge_layers[self.stage]
         similarity = self._similarity(hidden)
         weights, _, count = self._plan(similarity)
         values = {f"similarity_{layer}": similarity, f"weights_{layer}": weights}
-        values |= {contract.MERGED_HIDDEN: apply_weights(weights, hidden), contract.COUNT: count}
-        return values if column is None else values | {contract.MERGED_RECEIVED: apply_weights(weights, column)}
+        values |= {layout.MERGED_HIDDEN: apply_weights(weights, hidden), layout.COUNT: count}
+        return values if column is None else values | {layout.MERGED_RECEIVED: apply_weights(weights, column)}
 
     def _similarity(self, hidden: Tensor) -> Tensor:
         return frame_similarity(hidden[:, self.whole.tower.prefix :], self.whole.similarity_dtype)
@@ -135,7 +133,7 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         graph: from `VisionGraph`, in the precision of the engine.
         frames: F.
         size: (H, W) of a frame.
-        folder: where the files go, see `runtime.contract.stage_file`.
+        folder: where the files go, see `runtime.engine.layout.Graph.file`.
 
     Raises:
         UserError: the budget schedule, which is one graph.
@@ -146,23 +144,31 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
     with torch.no_grad():
         tokens, width = embed(graph.tower, graph.pixels(clip[:1])).shape[1:]
     examples = {
-        contract.FRAMES: clip,
-        contract.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
-        contract.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
+        layout.FRAMES: clip,
+        layout.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
+        layout.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
     }
-    stages = len(layer_spans(graph.config.merge_layers, graph.layers))
-    return tuple(_export_stage(StageGraph(graph, stage, frames), stages, examples, folder) for stage in range(stages))
+    return tuple(
+        _export_stage(StageGraph(graph, stage, frames), examples, folder)
+        for stage in range(len(layout_of(graph, frames).graphs))
+    )
 
 
-def _export_stage(module: StageGraph, stages: int, examples: dict[str, Tensor], folder: Path) -> ExportedGraph:
-    inputs, outputs = contract.stage_tensors(module.stage, stages)
+def layout_of(graph: VisionGraph, frames: int) -> layout.Layout:
+    """The layout of a chain, as far as its graphs go by it."""
+    return layout.Layout(graph.config, frames, sizes=layout.Sizes(layers=graph.layers))
+
+
+def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path) -> ExportedGraph:
+    written = module.stages[module.stage]
+    inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (written.inputs, written.outputs))
     dynamic = None
     if module.stage:
         arriving = torch.export.Dim("n", min=1, max=max(module.frames, EXAMPLE_FRAMES))
         dynamic = tuple({0: arriving} for _ in inputs)
     model = trace(module, {name: examples[name] for name in inputs}, module.names, dynamic)
     _name_rows(model)
-    path = folder / contract.stage_file(contract.ONNX_FILE, module.stage)
+    path = folder / written.file(layout.ONNX_FILE)
     return save(model, path, outputs, lambda node: _body(node, module.whole.config, module.frames))
 
 
@@ -172,7 +178,7 @@ def _name_rows(model: ir.Model) -> None:
         value for node in model.graph if node.op_type == functions.ADAPTIVE_SELECT_TOKENS for value in node.outputs
     ]
     for value in (*chosen[:2], *model.graph.outputs):
-        if value in chosen[:2] or value.name in contract.OUTPUTS:
+        if value in chosen[:2] or value.name in layout.OUTPUTS:
             assert value.shape is not None
             value.shape = ir.Shape(["M", *value.shape[1:]])
 

@@ -5,7 +5,7 @@
 
 A clip of F frames runs the head F / C times and the rest once. Where the first merge is the last, or there is none, the
 head also takes received attention [C, S]. Each graph holds its own layers, so no weight is there twice; both have
-static shapes. Files and tensors are named in `runtime.contract`; values keep the names of the encoder's trace.
+static shapes. Files and tensors are named in `runtime.engine.layout`; values keep the names of the encoder's trace.
 
 Notation: F frames, C frames of a chunk, T = S + prefix tokens a frame inside the tower, D its width.
 """
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from builder.export import ExportedGraph, VisionGraph, form_of, save, trace
 from builder.options import check_chunk
-from earlytom.encoder import head, layer_spans, rest
-from earlytom.methods.earlytom import EarlyTom, trace_names
-from runtime import contract
+from earlytom.encoder import head, rest
+from earlytom.methods.earlytom import EarlyTom
+from runtime.engine import layout
 
 
 class HeadGraph(nn.Module):
-    """For the exporter: uint8 frames [C, 3, H, W] to the values of the head by name."""
+    """For the exporter: uint8 frames [C, 3, H, W] to the values of the head by name; `part` is its layout."""
 
-    def __init__(self, whole: VisionGraph) -> None:
+    def __init__(self, whole: VisionGraph, part: layout.Graph) -> None:
         super().__init__()
         self.whole = whole
-        self.span = layer_spans(whole.config.merge_layers, whole.layers)[0]
+        self.part = part
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -40,30 +40,29 @@ class HeadGraph(nn.Module):
         _, received = head(
             whole.tower, whole.pixels(frames), method, whole.layers, lambda **found: values.update(found), True
         )
-        return values if received is None else values | {contract.RECEIVED: received}
+        return values if received is None else values | {layout.RECEIVED: received}
 
     @property
     def last(self) -> str:
         """The name of the last layer's result."""
-        return f"hidden_{self.span[-1]}"
-
-    @property
-    def received(self) -> bool:
-        """Whether the head has the layer that received attention is taken from."""
-        return len(self.whole.config.merge_layers) <= 1
+        return self.part.taps[-1]
 
     @property
     def names(self) -> list[str]:
         """The keys of what `forward` returns, in its order."""
-        return [*(f"hidden_{layer}" for layer in self.span), *([contract.RECEIVED] if self.received else [])]
+        return [*self.part.taps, *(tensor.name for tensor in self.part.outputs if tensor.name != layout.HIDDEN)]
 
 
 class RestGraph(nn.Module):
-    """For the exporter: what the head made of all F frames to the other values of the encoder's trace."""
+    """For the exporter: what the head made of all F frames to the other values of the encoder's trace.
 
-    def __init__(self, whole: VisionGraph) -> None:
+    `names` are the keys of what `forward` returns, in its order.
+    """
+
+    def __init__(self, whole: VisionGraph, part: layout.Graph) -> None:
         super().__init__()
         self.whole = whole
+        self.names = list(part.taps)
 
     def forward(self, hidden: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -77,14 +76,7 @@ class RestGraph(nn.Module):
             lambda **found: values.update(found),
             True,
         )
-        return values | {contract.TOKENS: values[contract.TOKENS].to(whole.dtype)}
-
-    @property
-    def names(self) -> list[str]:
-        """The keys of what `forward` returns, in its order."""
-        layers = self.whole.layers
-        before = {f"hidden_{layer}" for layer in layer_spans(self.whole.config.merge_layers, layers)[0]}
-        return [name for name in trace_names(self.whole.config, layers) if name not in before]
+        return values | {layout.TOKENS: values[layout.TOKENS].to(whole.dtype)}
 
 
 def export_chunks(
@@ -97,22 +89,23 @@ def export_chunks(
         frames: F.
         chunk: C.
         size: (H, W) of a frame.
-        folder: where the files go, see `runtime.contract.stage_file`.
+        folder: where the files go, see `runtime.engine.layout.Graph.file`.
 
     Raises:
         UserError: the adaptive schedule, or chunks that do not fill a clip.
     """
     check_chunk(chunk, frames, graph.config.schedule)
-    first, second, form = HeadGraph(graph), RestGraph(graph), form_of(graph.decisions)
-    paths = [folder / contract.stage_file(contract.ONNX_FILE, stage) for stage in range(contract.CHUNK_STAGES)]
-    (_, between), (_, outputs) = (contract.chunk_tensors(stage, first.received) for stage in range(len(paths)))
+    parts = layout.Layout(graph.config, frames, chunk=chunk, sizes=layout.Sizes(layers=graph.layers)).graphs
+    first, second, form = HeadGraph(graph, parts[0]), RestGraph(graph, parts[1]), form_of(graph.decisions)
+    paths = [folder / part.file(layout.ONNX_FILE) for part in parts]
+    between, outputs = ([tensor.name for tensor in part.outputs] for part in parts)
     some = torch.zeros(chunk, 3, *size, dtype=torch.uint8)
-    model = trace(first, {contract.FRAMES: some}, first.names)
-    _name_output(model, first.last, contract.HIDDEN)
+    model = trace(first, {layout.FRAMES: some}, first.names)
+    _name_output(model, first.last, layout.HIDDEN)
     written = save(model, paths[0], between, lambda node: form.body(node, graph.config, frames))
     with torch.no_grad():
         values = first(some[:1])
-    values = {contract.HIDDEN: values[first.last], **values}
+    values = {layout.HIDDEN: values[first.last], **values}
     entering = {name: torch.cat([values[name]] * frames) for name in between}
     model = trace(second, entering, second.names)
     return written, save(model, paths[1], outputs, lambda node: form.body(node, graph.config, frames))

@@ -20,12 +20,12 @@ from builder.key import code_digest
 from builder.options import WORKSPACE_GIB, check_batch, check_counts, check_shapes
 from builder.plugins import triton_version
 from earlytom import flops
-from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import Geometry, family_of
-from runtime import contract
 from runtime.checkpoint import Checkpoint
+from runtime.engine.dtypes import DTYPES
+from runtime.engine.layout import Layout, Sizes, count_file
 
 DISTRIBUTION = "earlytom-engine-builder"
 # Libraries whose version may change the exported graph.
@@ -117,7 +117,14 @@ class BuildConfig:
 
     def file(self, name: str) -> str:
         """The name that a file gets: `name`, with the frame count in it where there are several."""
-        return name if self.frame_counts is None else contract.count_file(name, self.frames)
+        return name if self.frame_counts is None else count_file(name, self.frames)
+
+    @property
+    def layout(self) -> Layout:
+        """What the engine is: its graphs, tensors and counts."""
+        frame = self.geometry
+        sizes = Sizes(frame.tokens_per_frame, frame.size, frame.llm_width, frame.depth)
+        return Layout(self.earlytom, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
     def model(self) -> Any:
@@ -137,20 +144,17 @@ class BuildConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
-        return self.earlytom.schedule == "adaptive"
+        return self.layout.adaptive
 
     @property
     def in_stages(self) -> bool:
         """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
-        return self.adaptive or self.chunk is not None
+        return self.layout.in_stages
 
     @property
     def stages(self) -> tuple[int, ...]:
         """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them."""
-        merges = len(self.earlytom.merge_layers)
-        if self.adaptive:
-            return (self.frames,) * (merges + 1)
-        return frames_per_stage(self.frames, merges=merges, frame_budget=self.earlytom.frame_budget)
+        return self.layout.stages
 
     @property
     def tokens_per_frame(self) -> int:
@@ -160,14 +164,11 @@ class BuildConfig:
     @property
     def tokens(self) -> int:
         """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
-        if self.adaptive:
-            merges = len(self.earlytom.merge_layers)
-            return most_tokens(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, merges=merges)
-        return self.tokens_of(self.stages[-1])
+        return self.layout.tokens
 
     def tokens_of(self, frames_left: int) -> int:
         """Tokens that reach the LLM of so many frames, none of them static."""
-        return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
+        return self.layout.tokens_of(frames_left)
 
     @property
     def flops(self) -> dict[str, int]:
@@ -193,7 +194,7 @@ class BuildConfig:
     @property
     def expected_bytes(self) -> dict[str, int]:
         """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
-        size, (height, width) = contract.DTYPES[self.dtype].itemsize, self.geometry.size
+        size, (height, width) = DTYPES[self.dtype].itemsize, self.geometry.size
         wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
         return {
             "weights": size * family_of(self.model).vision_weights(self.model) + wider,

@@ -40,14 +40,17 @@ from builder.config import BuildConfig
 from builder.export import VisionGraph, vision_graph
 from builder.gate.limits import GATES
 from builder.options import parse_target
-from builder.runners import Arrays, ForcedDecisions, run_tapped
+from builder.runners import ForcedDecisions
+from builder.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.numbers import shown
-from runtime import cli, contract
+from runtime import cli
 from runtime.checkpoint import describe
 from runtime.drawing import draw_clip
+from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 from runtime.manifest_records import cut
@@ -108,7 +111,7 @@ def measure(
     reference.every_layer = True
     try:
         clips = frames if frames.dim() == 5 else frames[None]
-        names, feeds = reference.trace_names, [{contract.FRAMES: clip.numpy()} for clip in clips]
+        names, feeds = reference.trace_names, [{layout.FRAMES: clip.numpy()} for clip in clips]
         half = rounded and dtype != "fp32"
         ((_, iterations),) = run_tapped(onnx_path, names, feeds, rounded=half, batch=len(clips))
         each: list[Arrays] = [{name: np.asarray(one[name]) for name in names} for one in iterations]
@@ -122,7 +125,7 @@ def measure(
         wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}
     finally:
         reference.decisions, reference.every_layer = kept
-    limit = torch.finfo(contract.DTYPES[dtype]).max
+    limit = torch.finfo(DTYPES[dtype]).max
     for name in wanted:
         if not wanted[name].isfinite().all():
             raise UserError(f"{name} of the fp32 reference is not finite: the checkpoint's weights are unusable")
@@ -179,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
     frames, clip = frames_for(options.engine, manifest, options.video)
     reference = load_reference(manifest, options.model)
     screen.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
-    paths = [options.engine / name for name in manifest.stage_files(contract.ONNX_FILE)]
+    paths = [options.engine / name for name in manifest.stage_files(layout.ONNX_FILE)]
     taps = measure(paths if manifest.in_stages else paths[0], reference, frames, manifest.dtype)
     show(screen, taps, manifest.dtype)
     bad = first_bad(taps, manifest.dtype)
@@ -227,7 +230,7 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
     uint8 [F, 3, H, W]; of B videos at once [B, F, 3, H, W], all but the first made of it (`builder.batches.fill`).
     """
     size = manifest.model.preprocessing.size
-    saved = engine / manifest.file(contract.REFERENCE_INPUTS_FILE)
+    saved = engine / manifest.file(layout.REFERENCE_INPUTS_FILE)
     if video is not None or not saved.is_file():  # not there: built with --no-verify
         with tempfile.TemporaryDirectory() as folder:
             path = video or draw_clip(Path(folder) / "drawn.mp4")
@@ -256,7 +259,7 @@ def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
             raise ValueError(f"{size} bytes")
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             (inputs,) = load_json(str(path))
-        frames = inputs[contract.FRAMES]
+        frames = inputs[layout.FRAMES]
         if (frames.dtype, frames.shape) != (np.uint8, shape):
             raise ValueError(f"{frames.dtype} {shown(frames.shape)}")
     except (AttributeError, LookupError, PolygraphyException, RecursionError, TypeError, ValueError) as error:

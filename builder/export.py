@@ -1,8 +1,8 @@
 """Stage one of a build: the vision part with EarlyTom inside, as one portable ONNX graph with static shapes.
 
-In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.contract`). Of B videos all three
-have a leading B; inside, their frames are [B * F, ...], and each video has calls of its own. Normalisation is in the
-graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
+In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.engine.layout`). Of B videos all
+three have a leading B; inside, their frames are [B * F, ...], and each video has calls of its own. Normalisation is in
+the graph. The two decisions are calls of ONNX functions (`builder.functions`), so nothing forks the graph per backend.
 Values that the accuracy gate and the drift table look at keep the names of the encoder's trace ("hidden_6",
 "weights_6", "features", ...).
 """
@@ -32,10 +32,11 @@ from earlytom.errors import UserError
 from earlytom.families import LLAVA_ONEVISION, Family, Vision, family_of
 from earlytom.merge import frame_similarity
 from earlytom.method import Method
-from earlytom.methods.earlytom import EachVideo, EarlyTom, trace_names
+from earlytom.methods.earlytom import EachVideo, EarlyTom
+from earlytom.spans import trace_names
 from earlytom.towers import Tower
-from runtime import contract
 from runtime.checkpoint import load_vision
+from runtime.engine import layout
 
 if TYPE_CHECKING:
     from builder.config import BuildConfig
@@ -175,7 +176,7 @@ class VisionGraph(nn.Module):
             trace=trace,
             every_layer=self.every_layer,
         )
-        return trace | {contract.TOKENS: trace[contract.TOKENS].to(self.dtype)}
+        return trace | {layout.TOKENS: trace[layout.TOKENS].to(self.dtype)}
 
     def _island(self, name: str) -> torch.dtype:
         return torch.float32 if name in self.islands else self.dtype
@@ -269,10 +270,10 @@ def export_onnx(
     graph.every_layer = True  # so that all values have their names
     shape = (frames, 3, *size) if batch == 1 else (batch, frames, 3, *size)
     try:
-        model = trace(graph, {contract.FRAMES: torch.zeros(shape, dtype=torch.uint8)}, graph.trace_names)
+        model = trace(graph, {layout.FRAMES: torch.zeros(shape, dtype=torch.uint8)}, graph.trace_names)
     finally:
         graph.decisions, graph.every_layer = kept
-    return save(model, path, contract.OUTPUTS, lambda node: form.body(node, graph.config, frames), shared)
+    return save(model, path, layout.OUTPUTS, lambda node: form.body(node, graph.config, frames), shared)
 
 
 def trace(

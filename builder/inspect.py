@@ -31,7 +31,8 @@ from rich.filesize import decimal
 from builder.inspection import Record
 from builder.inspection.comparison import compare
 from builder.inspection.layers import MOST_BYTES, chain_layers, compiled_layers, graph_layers
-from runtime import cli, contract
+from runtime import cli
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import REBUILD, Manifest
 from runtime.manifest_records import cut
@@ -103,10 +104,10 @@ def describe(path: Path, frames: int | None = None) -> Record:
             count that the engine does not take.
     """
     folder = path.parent if path.is_file() else path
-    if path.is_file() and not (folder / contract.MANIFEST_FILE).is_file():
+    if path.is_file() and not (folder / layout.MANIFEST_FILE).is_file():
         raise EngineError(f"{path} is no file of an engine folder: name one that python -m builder.build wrote")
     manifest = Manifest.read(folder)
-    if path.is_file() and path.name not in (contract.MANIFEST_FILE, *manifest.files):
+    if path.is_file() and path.name not in (layout.MANIFEST_FILE, *manifest.files):
         raise EngineError(f"{path} is no file of the engine in {folder}: name the folder or its manifest.json")
     one = manifest.at(manifest.frames if frames is None else frames)
     try:
@@ -124,8 +125,8 @@ def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
     A file that some other version wrote may raise anything that `describe` catches.
     """
     report: Record = {}
-    if contract.REPORT_FILE in manifest.files:
-        report = read_json(folder / contract.REPORT_FILE, REBUILD, MOST_BYTES)
+    if layout.REPORT_FILE in manifest.files:
+        report = read_json(folder / layout.REPORT_FILE, REBUILD, MOST_BYTES)
     compiled = report.get("compile")
     for found in _reports(compiled):
         found["warnings"] = list(map(str, found["warnings"]))
@@ -134,9 +135,9 @@ def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
     if manifest.in_stages:
         layers = chain_layers(folder, manifest)
     elif manifest.backend == "onnx":
-        layers = graph_layers(folder / one.file(contract.ONNX_FILE))
-    elif one.file(contract.LAYERS_FILE) in manifest.files:
-        layers = compiled_layers(folder / one.file(contract.LAYERS_FILE))
+        layers = graph_layers(folder / one.file(layout.ONNX_FILE))
+    elif one.file(layout.LAYERS_FILE) in manifest.files:
+        layers = compiled_layers(folder / one.file(layout.LAYERS_FILE))
         if manifest.frame_counts is not None:
             layers["source"] += f", {one.frames} frames"
     return {
@@ -159,9 +160,9 @@ def _tensors(manifest: Manifest) -> list[Record]:
     frames = [manifest.frames, 3, *manifest.model.preprocessing.size]
     tokens = [manifest.tokens, manifest.dim]
     rows = [
-        (contract.FRAMES, "in", "uint8", videos + frames),
-        (contract.TOKENS, "out", manifest.dtype, videos + tokens),
-        (contract.POSITIONS, "out", "int64", videos + tokens[:1]),
+        (layout.FRAMES, "in", "uint8", videos + frames),
+        (layout.TOKENS, "out", manifest.dtype, videos + tokens),
+        (layout.POSITIONS, "out", "int64", videos + tokens[:1]),
     ]
     return [dict(zip(("name", "direction", "dtype", "shape"), row, strict=True)) for row in rows]
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
 from earlytom.errors import UserError
+from earlytom.spans import layer_spans
 from runtime import cli
 
 if TYPE_CHECKING:
@@ -169,7 +170,6 @@ class Costs:
     """The cost of every island of a build; `stages`: frames at each, if not those of the build."""
 
     def __init__(self, config: BuildConfig, stages: Sequence[int] | None = None) -> None:
-        from earlytom.encoder import layer_spans
         from earlytom.families import family_of
         from earlytom.methods.earlytom import EarlyTom
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from builder.gate import COMPARE_FILE
 from earlytom.errors import UserError
-from runtime import contract
+from runtime.engine import layout
 from runtime.manifest import Manifest
 from runtime.partial import partial
 
@@ -61,21 +61,21 @@ def save_reference(inputs: Path, outputs: Path, clips: Sequence[Tensor], wanted:
     """
     name, iterations = wanted[0]
     frames = torch.stack(list(clips[:batch])).numpy()
-    values = {key: np.stack([np.asarray(one[key]) for one in iterations[:batch]]) for key in contract.OUTPUTS}
+    values = {key: np.stack([np.asarray(one[key]) for one in iterations[:batch]]) for key in layout.OUTPUTS}
     if batch == 1:  # graphs of one video know no batch
         frames, values = frames[0], {key: value[0] for key, value in values.items()}
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([{contract.FRAMES: frames}], str(inputs))
+        save_json([{layout.FRAMES: frames}], str(inputs))
         RunResults([(name, [IterationResult(values, runner_name=name)])]).save(str(outputs))
 
 
 def polygraphy_command(tolerance: float, file: Callable[[str], str] = str) -> str:
     """The line that repeats step 3 when pasted in the engine's folder; `file` gives the names of its files there."""
-    words = ["polygraphy", "run", file(contract.ONNX_FILE), "--onnxrt"]
-    words += ["--onnx-outputs", *contract.OUTPUTS]  # or an output that the graph lost would silently not be compared
-    saved = (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)
+    words = ["polygraphy", "run", file(layout.ONNX_FILE), "--onnxrt"]
+    words += ["--onnx-outputs", *layout.OUTPUTS]  # or an output that the graph lost would silently not be compared
+    saved = (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)
     words += ["--load-inputs", file(saved[0]), "--load-outputs", file(saved[1])]
-    words += ["--check-error-stat", "max", "--atol", f"{contract.TOKENS}:{tolerance:.6g}", f"{contract.POSITIONS}:0"]
+    words += ["--check-error-stat", "max", "--atol", f"{layout.TOKENS}:{tolerance:.6g}", f"{layout.POSITIONS}:0"]
     words += ["--rtol", "0", "--validate"]
     return shlex.join(words)
 
@@ -102,8 +102,8 @@ def keep_reference(engine: Path, place: Path, frames: int | None = None) -> Path
     if place.resolve() == engine.resolve():
         raise UserError(f"{place} is the engine itself: name another folder with --polygraphy")
     place.mkdir(parents=True, exist_ok=True)
-    line = manifest.polygraphy.replace(manifest.file(contract.ONNX_FILE), '"$1"')
-    for name in map(manifest.file, (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)):
+    line = manifest.polygraphy.replace(manifest.file(layout.ONNX_FILE), '"$1"')
+    for name in map(manifest.file, (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)):
         with partial(place / name) as copy:
             shutil.copyfile(engine / name, copy)
         line = line.replace(name, f'"$(dirname "$0")/{name}"')

@@ -20,7 +20,8 @@ from typing import Any
 from builder.kernel_sizes import SIZES
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from runtime import cli, contract, trt
+from runtime import cli, trt
+from runtime.engine import layout
 
 NO_GPU = "no CUDA GPU can be used here: add --device cpu --size tiny to see what is measured"
 
@@ -40,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from builder.kernel_times import Clock, cases, measure_limits, measure_path, measured
+    from runtime.engine.dtypes import DTYPES
 
-    device, dtype = torch.device(options.device), contract.DTYPES[options.dtype]
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     if device.type == "cuda" and not torch.cuda.is_available():  # the driver shows one; was PyTorch built for it?
         raise UserError(NO_GPU)
     clock = Clock(device, options.repeats)
@@ -102,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         "  python -m builder.kernels --device cpu --size tiny",
     )
     result.add_argument("--size", choices=SIZES, default="so400m", help="default: so400m, as in LLaVA-OneVision-7B")
-    result.add_argument("--dtype", choices=contract.DTYPE_NAMES, default="bf16", help="default: bf16")
+    result.add_argument("--dtype", choices=layout.DTYPE_NAMES, default="bf16", help="default: bf16")
     result.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     result.add_argument("--ratio", type=float, default=0.1, help="retention ratio (default: 0.1)")
     result.add_argument("--repeats", type=int, default=30, metavar="N", help="timed calls of each (default: 30)")

@@ -36,8 +36,8 @@ _MICRO = ("random_model", "weights")
 # Of the runtime what reads checkpoints, makes the frames that the gate goes by, and writes the folder.
 _RUNTIME = (
     "checkpoint",
-    "contract",
     "drawing",
+    "engine",
     "manifest",
     "manifest_records",
     "scenes",

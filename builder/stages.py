@@ -33,7 +33,9 @@ from builder.kept_reference import polygraphy_command
 from builder.options import AUTO
 from builder.shared_weights import SharedWeights
 from builder.show import progress_line, show_kept
-from runtime import cli, contract
+from runtime import cli
+from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
 
 
@@ -111,7 +113,7 @@ def build(
         counts = config.flops_of(usual, config.tokens_of(usual[-1]))
     figures |= {f"flops_{what}": float(count) for what, count in counts.items()}
     verified = accuracy.joined(reports) if config.frame_counts else reports.get(config.frames)
-    write_report(place / contract.REPORT_FILE, config, verified, compiled, figures, key_parts, kept)
+    write_report(place / layout.REPORT_FILE, config, verified, compiled, figures, key_parts, kept)
     manifest = describe(config, key, name, place, reports, compiled, figures, kept)
     manifest.write(place)
     return manifest
@@ -126,23 +128,23 @@ def export_graphs(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
 
 def export(config: BuildConfig, place: Path) -> ExportedGraph:
     """`vision.onnx` in `place`. The weights are freed before anything else starts."""
-    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
-    return export_onnx(graph, config.frames, size, place / contract.ONNX_FILE, batch=config.batch)
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    return export_onnx(graph, config.frames, size, place / layout.ONNX_FILE, batch=config.batch)
 
 
 def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
     """`vision.f8.onnx`, `vision.f16.onnx`, ... in `place`, and their weights in one file."""
-    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
-    shared = SharedWeights(place / contract.DATA_FILE)
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    shared = SharedWeights(place / layout.DATA_FILE)
     return tuple(
-        export_onnx(graph, one.frames, size, place / one.file(contract.ONNX_FILE), batch=one.batch, shared=shared)
+        export_onnx(graph, one.frames, size, place / one.file(layout.ONNX_FILE), batch=one.batch, shared=shared)
         for one in config.each
     )
 
 
 def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
     """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
-    graph, size = vision_graph(config, contract.DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
     if config.chunk is not None:
         return export_chunks(graph, config.frames, config.chunk, size, place)
     return export_chain(graph, config.frames, size, place)
@@ -174,9 +176,9 @@ def compile_graphs(
     shares = config.stage_half_shares if config.in_stages else tuple(one.half_share for one in config.each)
     reports = []
     for stage, graph in enumerate(graphs):
-        engine, layers = contract.ENGINE_FILE, contract.LAYERS_FILE
+        engine, layers = layout.ENGINE_FILE, layout.LAYERS_FILE
         if config.in_stages:
-            engine, layers = (contract.stage_file(name, stage) for name in (engine, layers))
+            engine, layers = (layout.stage_file(name, stage) for name in (engine, layers))
         else:
             engine, layers = map(config.each[stage].file, (engine, layers))
         reports.append(

@@ -13,9 +13,7 @@ after pooling, D tower width, E LLM width, N tokens kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from earlytom.errors import UserError
 from earlytom.families import Features, Vision
 from earlytom.merge import segments_of
 from earlytom.method import Method, Note
+from earlytom.spans import layer_spans
 from earlytom.towers import Tower
 
 
@@ -170,11 +169,6 @@ def rest(
         tuple(state.stages),
         state.frame_weights,
     )
-
-
-def layer_spans(layers: Sequence[int], depth: int) -> list[range]:
-    """The layers between those of a method, in a tower of which `depth` run: all spans but the last end with one."""
-    return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in layers), depth))]
 
 
 def embed(tower: Tower, pixels: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from earlytom.numbers import shown, whole
-from runtime.backends import BatchedVision, VisionBackend, encode_one
 from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder import Decoder, Finish
 from runtime.errors import Closed
+from runtime.gpu.staging import Upload
 from runtime.manifest import Manifest
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
@@ -46,10 +46,10 @@ from runtime.requests import (
 )
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Turn
-from runtime.staging import Upload
 from runtime.text import TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
+from runtime.vision import BatchedVision, VisionBackend, encode_one
 
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
 

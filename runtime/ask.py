@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime import cli, contract
+from runtime import cli
 from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
+from runtime.engine import layout
 from runtime.errors import EngineError, VideoError
 from runtime.manifest import Manifest
 from runtime.sampling import Sampling
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--top-k and --top-p are for sampling, and --temperature 0 samples nothing: raise it")
     folder = options.engine or newest_engine(ENGINES)
     Manifest.read(folder, verify_files=False)
+    from runtime.engine.dtypes import DTYPES
     from runtime.pipeline import Pipeline
 
     if options.decoder != "torch":
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.model,
         options.backend,
         device=options.device,
-        dtype=None if options.dtype is None else contract.DTYPES[options.dtype],
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
         decoder=options.decoder,
         inner=inner_merge(options),
         limits=limits,
@@ -129,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--dtype",
-        choices=contract.DTYPE_NAMES,
+        choices=layout.DTYPE_NAMES,
         help="of the decoder (default: the engine's on a GPU; on a CPU fp32, or what the checkpoint is stored in where "
         "fp32 does not fit into memory)",
     )

@@ -37,7 +37,7 @@ from earlytom.inner_decoder import Prompt as InnerPrompt
 from earlytom.inner_decoder import apply_inner
 from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
-from runtime.graphs import Replay, ToHost
+from runtime.gpu.graphs import Replay, ToHost
 from runtime.picking import Picker, pick_best
 from runtime.prefix import Prefix
 from runtime.sampling import GREEDY, Sampling

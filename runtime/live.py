@@ -7,7 +7,7 @@
 
 What comes out is exactly what `runtime.video.clip_from_frames` of all frames and the backend's `encode` give. Frames
 are resized where they are pushed; as soon as there are enough for a chunk that are certain to be in the sample, a
-thread of this clip's own runs the layers up to the first merge on them (`runtime.backends.chunked`). What is left after
+thread of this clip's own runs the layers up to the first merge on them (`runtime.vision.chunked`). What is left after
 the last frame is the last chunk and the rest of the encoder.
 
 A source of known length (`total`) has a known sample: no other frame is looked at. Of one that may end at any time all
@@ -42,11 +42,11 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
-from runtime.backends.chunked import CHUNK, ChunkedVision
 from runtime.errors import EngineError
 from runtime.forks import Home
 from runtime.video import sample_indices
 from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames, stack_frames
+from runtime.vision.chunked import CHUNK, ChunkedVision
 
 _CLOSED = "this live clip was finished or closed: open another one"
 MOST = 10**9  # frames of a clip: a year, so that a number that is no count is told from one

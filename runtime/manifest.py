@@ -24,7 +24,7 @@ from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.numbers import shown
-from runtime.contract import CHUNK_STAGES, DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, count_file, stage_file
+from runtime.engine.layout import DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, Layout, Sizes, count_file
 from runtime.errors import EngineError
 from runtime.manifest_records import (
     MOST_FRAMES,
@@ -173,14 +173,21 @@ class Manifest:
             self.at(frames)  # checks that count as this did the most
 
     @property
+    def layout(self) -> Layout:
+        """What the engine is: its graphs, tensors and counts."""
+        config = EarlyTomConfig.from_dict(self.earlytom)
+        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
+        return Layout(config, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+
+    @property
     def adaptive(self) -> bool:
         """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
-        return EarlyTomConfig.from_dict(self.earlytom).schedule == "adaptive"
+        return self.layout.adaptive
 
     @property
     def in_stages(self) -> bool:
         """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
-        return self.adaptive or self.chunk is not None
+        return self.layout.in_stages
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -200,15 +207,14 @@ class Manifest:
             )
         if self.counts == (frames,):
             return self
-        config = EarlyTomConfig.from_dict(self.earlytom)
-        rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
-        graph = count_file(ONNX_FILE, frames)
+        one = self.layout.at(frames)
+        graph = one.graphs[0].file(ONNX_FILE)
         return dataclasses.replace(
             self,
             frames=frames,
-            frames_per_stage=frames_per_stage(frames, **rule),
-            tokens=token_count(frames, self.tokens_per_frame, config.retention_ratio, **rule),
-            tokens_full=frames * self.tokens_per_frame,
+            frames_per_stage=one.stages,
+            tokens=one.tokens,
+            tokens_full=one.tokens_full,
             frame_counts=(frames,),
             polygraphy=next((line for line in self.polygraphy.split(AND) if graph in line.split()), ""),
         )
@@ -229,10 +235,7 @@ class Manifest:
 
         The files of another count are those of `at`.
         """
-        if self.in_stages:
-            stages = len(self.frames_per_stage) if self.adaptive else CHUNK_STAGES
-            return tuple(stage_file(name, stage) for stage in range(stages))
-        return (self.file(name),)
+        return tuple(graph.file(name) for graph in self.layout.graphs)
 
     def _check_types(self) -> None:
         texts = ("project_version", "backend_version")

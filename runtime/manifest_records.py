@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from earlytom.numbers import shown
-from runtime.contract import MANIFEST_FILE
+from runtime.engine.layout import MANIFEST_FILE
 from runtime.errors import EngineError
 
 REBUILD = "rebuild it with python -m builder.build --force"

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime import contract
 from runtime.answering import WATCH_BYTES, Answering
 from runtime.asking import Request
-from runtime.backends import VisionBackend, choose_backend, open_backend
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.decoder import Decoder, InnerMerge
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
+from runtime.gpu.staging import Arriving, as_of_now
 from runtime.manifest import Manifest
 from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
 from runtime.origin import checkpoint_of
@@ -42,9 +42,9 @@ from runtime.prompt import stop_token_ids
 from runtime.requests import Answer, Arrived, Delta, Ready, Remembered, Seen, Taken, Video, Work
 from runtime.sampling import GREEDY, Sampling
 from runtime.scheduler import Scheduler
-from runtime.staging import Arriving, as_of_now
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
+from runtime.vision import VisionBackend, choose_backend, open_backend
 from runtime.watch import Watched
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Pipeline:
         manifest = Manifest.read(folder)
         choice = choose_backend(backend, manifest)
         checkpoint = checkpoint_of(manifest, model)
-        precision, note = dtype or contract.DTYPES[manifest.dtype], None
+        precision, note = dtype or DTYPES[manifest.dtype], None
         if dtype is None and where.type == "cpu":
             precision, note = fitting_dtype(checkpoint)
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
@@ -353,7 +353,7 @@ def _open_vision(
 ) -> VisionBackend:
     if backend != "torch":
         return open_backend(backend, folder, manifest)
-    from runtime.backends.torch import open_torch
+    from runtime.vision.torch import open_torch
 
     return open_torch(checkpoint, manifest, device=device, dtype=dtype)
 

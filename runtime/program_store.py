@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from runtime import staged
-from runtime.contract import MANIFEST_FILE
+from runtime.engine.layout import MANIFEST_FILE
 from runtime.errors import EngineError
 from runtime.manifest import FileRecord, Manifest, ProgramRecord, describe_file
 from runtime.plain_files import read_json

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.decoder import Finish
+from runtime.gpu.staging import Arriving
 from runtime.prefix import Prefix
 from runtime.prompt import Prompt
 from runtime.sampling import Sampling
-from runtime.staging import Arriving
 from runtime.video import Clip, Spooled
 
 

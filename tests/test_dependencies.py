@@ -86,8 +86,8 @@ def test_packages_keep_to_the_rules(package: str) -> None:
         ("earlytom/deep/x.py", "def f():\n    import builder.cache as c"),
         ("earlytom/x.py", "import importlib\nimportlib.import_module('runtime.video')"),
         ("runtime/x.py", "from builder import cache"),
-        ("runtime/backends/x.py", "import tensorrt"),
-        ("runtime/backends/x.py", "def f():\n    from tensorrt_rtx import Builder"),
+        ("runtime/vision/x.py", "import tensorrt"),
+        ("runtime/vision/x.py", "def f():\n    from tensorrt_rtx import Builder"),
         ("builder/x.py", "import tensorrt as trt"),
         ("earlytom/x.py", "import os\nos.environ['TAU']"),
         ("earlytom/x.py", "import os\ntau = os.getenv('TAU', 1)"),
@@ -102,9 +102,9 @@ def test_a_made_up_violation_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("builder/x.py", "import runtime.trt, earlytom\nfrom runtime import contract"),
+        ("builder/x.py", "import runtime.trt, earlytom\nfrom runtime.engine import layout"),
         ("runtime/x.py", "from earlytom.errors import UserError\nfrom runtime.trt import load"),
-        ("runtime/backends/x.py", "from . import torch\nfrom ..trt import seam\nfrom .. import contract"),
+        ("runtime/vision/x.py", "from . import torch\nfrom ..trt import seam\nfrom ..engine import layout"),
         ("runtime/trt.py", "def f():\n    import tensorrt_rtx\n    import tensorrt"),
         ("runtime/x.py", "import os\nos.environ.get('HOME')"),
         ("earlytom/x.py", "import runtime_checks, os.path  # a name that only begins alike\n'import builder'"),

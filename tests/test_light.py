@@ -32,7 +32,7 @@ SLOW = (
 # Importable without any of them, and so for whoever only wants settings, errors or an engine's manifest.
 LIGHT = (
     *("earlytom", "earlytom.budget", "earlytom.config", "earlytom.errors", "earlytom.flops", "earlytom.micro"),
-    *("earlytom.numbers", "runtime", "runtime.choices", "runtime.cli", "runtime.contract", "runtime.drawing"),
+    *("earlytom.numbers", "runtime", "runtime.choices", "runtime.cli", "runtime.engine.layout", "runtime.drawing"),
     *("runtime.errors", "runtime.manifest", "runtime.sampling", "runtime.trt", "builder", "builder.arguments"),
     *("builder.gate.limits", "builder.inspection.comparison", "builder.islands", "builder.key", "builder.options"),
     *("builder.plugins", "builder.show", *COMMANDS),

@@ -18,11 +18,11 @@ from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data.scene import FRAMES
-from runtime.backends import choose_backend, encode_one, open_backend
-from runtime.backends.chain import ChainVision
 from runtime.checkpoint import Checkpoint
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
+from runtime.vision import choose_backend, encode_one, open_backend
+from runtime.vision.adaptive import Adaptive
 
 ENGINE, TWIN = "engine", "engine-torch"
 _BACKEND = "onnxruntime"
@@ -73,7 +73,7 @@ def engine_methods(folder: str) -> list[Row]:
     def engine(clip: ClipPasses, ratio: float) -> Visual:
         tokens, _ = encode_one(backend, clip.frames)
         # The tokens belong to the backend, which will write over them.
-        stages = backend.frames_per_stage if isinstance(backend, ChainVision) else manifest.frames_per_stage
+        stages = backend.frames_per_stage if isinstance(backend, Adaptive) else manifest.frames_per_stage
         return Visual(tokens.float().clone(), stages, config.merge_layers)
 
     def twin(clip: ClipPasses, ratio: float) -> Visual:

@@ -42,11 +42,13 @@ from torch import Tensor
 
 from builder.export import VisionGraph
 from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, STEPS, Gate
-from builder.runners import Arrays, ForcedDecisions, TorchRunner, run_tapped
+from builder.runners import ForcedDecisions, TorchRunner
+from builder.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.methods.earlytom import EarlyTom, trace_names
-from runtime import contract
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.spans import trace_names
+from runtime.engine import layout
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def verify(
         The report, and the reference's outputs under the graph's decisions (for `builder.kept_reference`).
     """
     config = reference.config
-    feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
+    feeds = [{layout.FRAMES: frames.numpy()} for frames in clips.values()]
     shape = tuple(next(iter(clips.values())).shape)
     half = dtype != "fp32"
     say(f"running the graph in ONNX Runtime{', every result rounded' if half else ''}")
@@ -158,7 +160,7 @@ def verify(
             wanted = Comparator.run([TorchRunner(reference, forced, shape, "reference")], data_loader=feeds)
 
     gate = GATES[dtype]
-    scale = float(np.sqrt(np.mean([np.mean(out[contract.TOKENS].astype(np.float64) ** 2) for out in own])))
+    scale = float(np.sqrt(np.mean([np.mean(out[layout.TOKENS].astype(np.float64) ** 2) for out in own])))
     if not np.isfinite(scale) or scale == 0:
         raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
     checks = _compare_values(got, wanted, config, gate, gate.error * scale)
@@ -175,7 +177,7 @@ def verify(
     else:
         say("comparing the decoder's next tokens")
         against = [_arrays(iteration) for iteration in wanted[0][1]] if text_with_equal_decisions else own
-        pairs = [(out[contract.TOKENS], ref[contract.TOKENS]) for out, ref in zip(outputs, against, strict=True)]
+        pairs = [(out[layout.TOKENS], ref[layout.TOKENS]) for out, ref in zip(outputs, against, strict=True)]
         share = min(text(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in pairs)
         checks.append(Check("text", "share of next tokens that agree", share, gate.text, share >= gate.text))
     if dtype == "fp16" and isinstance(onnx_path, Path):
@@ -201,7 +203,7 @@ def _same_decisions(config: EarlyTomConfig, a: Arrays, b: Arrays) -> bool:
     if any(a[name].shape != b[name].shape for name in plans):  # the adaptive schedule kept other numbers
         return False
     same_plans = all(np.allclose(a[name], b[name], atol=1e-2) and _pattern(a[name], b[name]) for name in plans)
-    return same_plans and all(np.array_equal(a[name], b[name]) for name in ("static", contract.POSITIONS))
+    return same_plans and all(np.array_equal(a[name], b[name]) for name in ("static", layout.POSITIONS))
 
 
 def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -230,8 +232,8 @@ def _compare_values(
     checks: list[Check] = []
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(divide="ignore", invalid="ignore"):
         errors, cosines = Comparator.compare_accuracy(both, compare_func=[simple, cosine])
-    for name in [*taps, contract.TOKENS]:
-        step = "tokens" if name == contract.TOKENS else "hidden"
+    for name in [*taps, layout.TOKENS]:
+        step = "tokens" if name == layout.TOKENS else "hidden"
         lowest = min(_finite(row[name].cosine_similarity, -1.0) for row in _rows(cosines))
         checks.append(Check(step, f"{name}: cosine", lowest, gate.cosine, lowest >= gate.cosine))
     for name in taps:
@@ -239,9 +241,9 @@ def _compare_values(
         spread = max(float(np.std(np.asarray(it[name], dtype=np.float64))) for it in wanted[0][1])
         limit = gate.error / 5 * spread
         checks.append(Check("hidden", f"{name}: mean error", mean, limit, mean <= limit))
-    worst = max(_finite(row[contract.TOKENS].max_absdiff, float("inf")) for row in _rows(errors))
+    worst = max(_finite(row[layout.TOKENS].max_absdiff, float("inf")) for row in _rows(errors))
     checks.append(Check("tokens", "tokens: largest error", worst, tolerance, worst <= tolerance))
-    moved = max(_finite(row[contract.POSITIONS].max_absdiff, float("inf")) for row in _rows(errors))
+    moved = max(_finite(row[layout.POSITIONS].max_absdiff, float("inf")) for row in _rows(errors))
     checks.append(Check("tokens", "positions: largest error", moved, 0.0, moved == 0))
     return checks
 
@@ -264,7 +266,7 @@ def _compare_decisions(config: EarlyTomConfig, got: list[Arrays], own: list[Arra
         ids = [
             {
                 (kept[p // per_frame], p % per_frame)
-                for p in out[contract.POSITIONS].tolist()
+                for p in out[layout.POSITIONS].tolist()
                 if 0 <= p // per_frame < len(kept)
             }
             for kept, out in ((kept_a, a), (kept_b, b))
@@ -291,7 +293,7 @@ def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) ->
             same_count = weights.shape == taken.shape
             plans.append(_finite(float((weights - taken).abs().max()), 1.0) if same_count else 1.0)
         features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
-        positions = out[contract.POSITIONS]
+        positions = out[layout.POSITIONS]
         _, repeated = rule.keep(features, relevance, static, frames)
         same_count = len(repeated) == len(positions)
         places.append(float(np.mean(repeated.numpy() == positions)) if same_count else 0.0)

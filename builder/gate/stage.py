@@ -17,7 +17,8 @@ from builder.export import VisionGraph
 from builder.gate import accuracy
 from builder.kept_reference import save_reference
 from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
-from runtime import cli, contract
+from runtime import cli
+from runtime.engine import layout
 
 
 def check_each(
@@ -74,7 +75,7 @@ def check(
     )
     place = (graph if isinstance(graph, Path) else graph[0]).parent
     inputs, outputs = (
-        place / config.file(name) for name in (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)
+        place / config.file(name) for name in (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)
     )
     save_reference(inputs, outputs, list(clips.values()), wanted, config.batch)
     screen.table(

@@ -15,7 +15,7 @@ from typing import Any
 
 from builder.inspection import Record
 from builder.layers import BYTES, Layer, LayerSummary, LayerTensor, elements, summarise
-from runtime import contract
+from runtime.engine import layout
 from runtime.manifest import REBUILD, Manifest
 from runtime.plain_files import MIB, read_json
 
@@ -44,20 +44,20 @@ def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
 
     Flops are those of the median clip; where clips come in chunks, those of a whole clip.
     """
-    names = manifest.stage_files(contract.ONNX_FILE if manifest.backend == "onnx" else contract.LAYERS_FILE)
+    graphs = manifest.layout.graphs
+    names = [graph.file(layout.ONNX_FILE if manifest.backend == "onnx" else layout.LAYERS_FILE) for graph in graphs]
     if not all(name in manifest.files for name in names):
         return None
     source, every, unfused = "", [], []
-    calls = 1 if manifest.chunk is None else manifest.frames // manifest.chunk
     kept = manifest.frames_kept if manifest.adaptive else ((1, 1, 1),) * len(names)  # these have no dynamic sizes
-    for stage, (name, (_, usual, _)) in enumerate(zip(names, kept or (), strict=True)):
+    for stage, (graph, name, (_, usual, _)) in enumerate(zip(graphs, names, kept or (), strict=True)):
         if manifest.backend == "onnx":
             source, layers, summary = _graph(folder / name, usual)
         else:
             source, layers, summary = _listed(folder / name)
             layers = [_for_frames(layer, usual) for layer in layers]
-        if stage == 0:
-            layers = [dataclasses.replace(layer, flops=layer.flops * calls) for layer in layers]
+        if graph.calls > 1:
+            layers = [dataclasses.replace(layer, flops=layer.flops * graph.calls) for layer in layers]
         every += [_in_stage(layer, stage) for layer in layers]
         unfused += [f"{stage}: {node}" for node in summary.attention_unfused]
     summary = dataclasses.replace(summarise(every), attention_unfused=tuple(unfused))

@@ -164,19 +164,3 @@ class EachVideo(EarlyTom):
     def _each(self, values: Tensor) -> Tensor:
         """[B * F, ...] to [B, F, ...], a view."""
         return values.unflatten(0, (self.videos, -1))
-
-
-def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
-    """The keys of a trace that `earlytom.encoder.encode` fills with EarlyTom, in the order in which they are computed.
-
-    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
-    """
-    names: list[str] = []
-    for layer in config.merge_layers if layers is None else range(layers):
-        names.append(f"hidden_{layer}")
-        if layer in config.merge_layers:
-            names += [f"similarity_{layer}", f"weights_{layer}"]
-    names.append("static")
-    if layers is not None:
-        names.append("projected")
-    return [*names, "features", "relevance", "tokens", "positions"]

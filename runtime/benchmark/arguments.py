@@ -13,7 +13,7 @@ from earlytom.errors import UserError
 from runtime import cli
 from runtime.ask import ENGINES, newest_engine
 from runtime.choices import MIN_FRAMES
-from runtime.contract import DTYPE_NAMES
+from runtime.engine.layout import DTYPE_NAMES
 from runtime.errors import VideoError
 from runtime.manifest import Manifest
 

@@ -24,7 +24,7 @@ from runtime.benchmark.overhead import compression_share
 from runtime.benchmark.variants import Bench, Variant, read_engine, settings
 from runtime.checkpoint import describe
 from runtime.checkpoint.precision import fitting_dtype
-from runtime.contract import DTYPES
+from runtime.engine.dtypes import DTYPES
 
 
 def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:

@@ -27,12 +27,12 @@ import torch
 
 from runtime import cli
 from runtime.ask import ENGINES, newest_engine
-from runtime.backends.chunked import ChunkedVision
 from runtime.benchmark.measure import median, percentiles
-from runtime.contract import DTYPES
+from runtime.engine.dtypes import DTYPES
 from runtime.pipeline import Pipeline
 from runtime.requests import Answer
 from runtime.video import Clip, load_clip
+from runtime.vision.chunked import ChunkedVision
 
 STAGES = ("decode", "preprocess", "vision", "prefill", "first_token")
 

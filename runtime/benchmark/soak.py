@@ -25,7 +25,7 @@ import torch
 from runtime import cli
 from runtime.ask import ENGINES, newest_engine
 from runtime.benchmark.memory import resident
-from runtime.contract import DTYPES
+from runtime.engine.dtypes import DTYPES
 from runtime.pipeline import Pipeline
 from runtime.video import Clip, load_clip
 

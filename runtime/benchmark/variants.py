@@ -25,7 +25,6 @@ from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.families import family_of, geometry
 from earlytom.model import encode_video
-from runtime.backends import VisionBackend, choose_backend, encode_one, open_backend
 from runtime.benchmark.arguments import method
 from runtime.benchmark.naive import encode_naive
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
@@ -33,6 +32,7 @@ from runtime.decoder import Decoder
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.prompt import Prompt, build_prompt, check_length
+from runtime.vision import VisionBackend, choose_backend, encode_one, open_backend
 
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 

@@ -24,8 +24,8 @@ from builder.config import BuildConfig
 from builder.export import ExportedGraph, VisionGraph, vision_graph
 from earlytom import encode_video, micro
 from earlytom.encoder import VisualTokens
-from runtime import contract
 from runtime.drawing import draw_clip
+from runtime.engine import layout
 from runtime.manifest import Manifest
 from runtime.video import load_clip
 
@@ -60,7 +60,7 @@ class Chain:
 
     @property
     def paths(self) -> list[Path]:
-        return [self.folder / contract.stage_file(contract.ONNX_FILE, n) for n in range(len(self.config.stages))]
+        return [self.folder / layout.stage_file(layout.ONNX_FILE, n) for n in range(len(self.config.stages))]
 
     def encode(self, frames: Tensor) -> VisualTokens:
         return reference_of(self.reference, frames)

@@ -13,7 +13,8 @@ import pytest
 
 from builder import inspect
 from builder.layers import Layer, LayerTensor, summarise
-from runtime import cli, contract
+from runtime import cli
+from runtime.engine import layout
 from runtime.manifest import Manifest, describe_files
 
 Command = Callable[..., tuple[int, str, str]]
@@ -79,7 +80,7 @@ def drop(*path: str) -> Callable[[dict[str, Any]], object]:
 
 def look_compiled(folder: Path) -> Path:
     """Make a folder like that of a compiled engine; its layers are made up."""
-    (folder / contract.ENGINE_FILE).write_bytes(b"not an engine at all")
+    (folder / layout.ENGINE_FILE).write_bytes(b"not an engine at all")
     document = {
         "source": "build log",
         "flavour": "tensorrt-rtx",
@@ -87,8 +88,8 @@ def look_compiled(folder: Path) -> Path:
         "summary": summarise(LAYERS, ("attention", "lost")).to_dict(),
         "layers": [dataclasses.asdict(one) for one in LAYERS],
     }
-    (folder / contract.LAYERS_FILE).write_text(json.dumps(document))
+    (folder / layout.LAYERS_FILE).write_text(json.dumps(document))
     report = {"flavour": "tensorrt-rtx", "warnings": ["the sun is shining"], "layers": {}, "seconds": {"total": 1.0}}
-    edit_json(folder / contract.REPORT_FILE, lambda values: values.update(compile=report))
+    edit_json(folder / layout.REPORT_FILE, lambda values: values.update(compile=report))
     seal(folder, backend="tensorrt-rtx", backend_version="1.7.1")
     return folder

@@ -25,15 +25,17 @@ from builder.compile import compile_engine
 from builder.gate import accuracy
 from builder.options import MAX_BATCH
 from earlytom.errors import UserError
-from runtime import ask, cli, contract
-from runtime.backends import encode_one, open_backend
-from runtime.backends.onnxruntime import OnnxRuntimeVision
-from runtime.backends.torch import TorchVision, open_torch
+from runtime import ask, cli
 from runtime.checkpoint import describe
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
+from runtime.vision import encode_one, open_backend
+from runtime.vision.torch import TorchVision, open_torch
+from runtime.vision.whole import Whole
 
 from ..processes import HANG_SECONDS
+from ..runtime.vision.opened import open_whole
 from .conftest import FRAMES, Exported
 from .needed import needs_rtx
 
@@ -52,13 +54,13 @@ def several(clips: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def together(exported: Make) -> OnnxRuntimeVision:
-    return OnnxRuntimeVision(exported(*BATCH, "--fp32").path)
+def together(exported: Make) -> Whole:
+    return open_whole(exported(*BATCH, "--fp32").path)
 
 
 @pytest.fixture(scope="module")
-def alone(exported: Make) -> OnnxRuntimeVision:
-    return OnnxRuntimeVision(exported(*SINGLE, "--fp32").path)
+def alone(exported: Make) -> Whole:
+    return open_whole(exported(*SINGLE, "--fp32").path)
 
 
 # The clips
@@ -97,9 +99,7 @@ def test_what_is_stacked_comes_apart_again() -> None:
 # The graph
 
 
-def test_every_video_is_encoded_as_if_it_were_alone(
-    several: dict[str, Tensor], together: OnnxRuntimeVision, alone: OnnxRuntimeVision
-) -> None:
+def test_every_video_is_encoded_as_if_it_were_alone(several: dict[str, Tensor], together: Whole, alone: Whole) -> None:
     clips = list(several.values())
     assert (together.batch, together.shape) == (B, (B, FRAMES, 3, 72, 72))
     assert (alone.batch, alone.shape) == (1, (FRAMES, 3, 72, 72))
@@ -113,9 +113,7 @@ def test_every_video_is_encoded_as_if_it_were_alone(
     assert not torch.allclose(tokens[1], wanted[1][0], **CLOSE)  # negative control
 
 
-def test_fewer_clips_than_the_batch(
-    several: dict[str, Tensor], together: OnnxRuntimeVision, alone: OnnxRuntimeVision
-) -> None:
+def test_fewer_clips_than_the_batch(several: dict[str, Tensor], together: Whole, alone: Whole) -> None:
     clips = list(several.values())
     for count in range(1, B + 1):
         found = [(tokens.clone(), positions.clone()) for tokens, positions in together.encode_several(clips[:count])]
@@ -135,16 +133,14 @@ def test_fewer_clips_than_the_batch(
         together.encode(clips[0])
 
 
-def test_results_of_several_are_the_backend_s_own_memory(
-    several: dict[str, Tensor], together: OnnxRuntimeVision
-) -> None:
+def test_results_of_several_are_the_backend_s_own_memory(several: dict[str, Tensor], together: Whole) -> None:
     clips = list(several.values())
     first = together.encode_several(clips)
     again = together.encode_several(clips[:1])
     assert again[0][0].data_ptr() == first[0][0].data_ptr() != first[1][0].data_ptr()
 
 
-def test_the_pytorch_backend_agrees(several: dict[str, Tensor], exported: Make, together: OnnxRuntimeVision) -> None:
+def test_the_pytorch_backend_agrees(several: dict[str, Tensor], exported: Make, together: Whole) -> None:
     config = exported(*BATCH, "--fp32").config
     device = {"device": torch.device("cpu"), "dtype": torch.float32}
     vision = TorchVision(config.checkpoint, config.earlytom, together.shape, **device)  # type: ignore[arg-type]
@@ -211,8 +207,8 @@ def second_video_s_frames(model: onnx.ModelProto) -> None:
     """The first two videos change places."""
     model.graph.initializer.append(helper.make_tensor("order", onnx.TensorProto.INT64, [B], [1, 0, 2]))
     for node in model.graph.node:
-        node.input[:] = ["swapped" if name == contract.FRAMES else name for name in node.input]
-    model.graph.node.insert(0, helper.make_node("Gather", [contract.FRAMES, "order"], ["swapped"], axis=0))
+        node.input[:] = ["swapped" if name == layout.FRAMES else name for name in node.input]
+    model.graph.node.insert(0, helper.make_node("Gather", [layout.FRAMES, "order"], ["swapped"], axis=0))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -228,18 +224,18 @@ def second_video_s_frames(model: onnx.ModelProto) -> None:
 def test_a_graph_that_mixes_videos_fails(
     exported: Make, several: dict[str, Tensor], tmp_path: Path, edit: Any, what: str, dtype: str
 ) -> None:
-    report = run_gate(exported(*BATCH, f"--{dtype}"), several, tmp_path / contract.ONNX_FILE, edit)
+    report = run_gate(exported(*BATCH, f"--{dtype}"), several, tmp_path / layout.ONNX_FILE, edit)
     assert what in failed(report)
     with pytest.raises(UserError, match="does not reproduce the model"):
         report.require()
-    assert [path.name for path in tmp_path.iterdir()] == [contract.ONNX_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [layout.ONNX_FILE]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_graph_that_does_not_passes(exported: Make, several: dict[str, Tensor], tmp_path: Path, dtype: str) -> None:
     """As it is, and on six clips, which are two runs of it."""
     made = exported(*BATCH, f"--{dtype}")
-    report = run_gate(made, several, tmp_path / contract.ONNX_FILE, lambda model: None)
+    report = run_gate(made, several, tmp_path / layout.ONNX_FILE, lambda model: None)
     assert not failed(report)
     assert report.clips == tuple(several)
     found = {check.what: check.value for check in report.checks}
@@ -346,10 +342,10 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     spoiled.mkdir()
     for file in folder.iterdir():
         (spoiled / file.name).write_bytes(file.read_bytes())
-    model = onnx.load(str(spoiled / contract.ONNX_FILE))
-    positions = next(node for node in model.graph.node if contract.POSITIONS in node.output)
+    model = onnx.load(str(spoiled / layout.ONNX_FILE))
+    positions = next(node for node in model.graph.node if layout.POSITIONS in node.output)
     positions.input[:] = [positions.input[1], positions.input[0]]  # the two videos change places
-    onnx.save(model, str(spoiled / contract.ONNX_FILE))
+    onnx.save(model, str(spoiled / layout.ONNX_FILE))
     assert paste(spoiled) != 0
 
     capsys.readouterr()
@@ -364,7 +360,7 @@ def test_a_batched_graph_compiles(exported: Make, tmp_path: Path) -> None:
     made = exported(*BATCH, "--fp16")
     report = compile_engine(
         made.path,
-        tmp_path / contract.ENGINE_FILE,
+        tmp_path / layout.ENGINE_FILE,
         flavour="tensorrt-rtx",
         dtype="fp16",
         expected_share=made.config.half_share,

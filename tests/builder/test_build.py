@@ -24,8 +24,9 @@ from builder.config import project_version
 from builder.gate import accuracy, stage
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
-from runtime import cli, contract
+from runtime import cli
 from runtime.drawing import draw_clip
+from runtime.engine import layout
 from runtime.manifest import Manifest
 
 from ..processes import HANG_SECONDS
@@ -34,11 +35,11 @@ from .needed import needs_rtx
 
 ROOT = Path(build.__file__).resolve().parents[1]
 FILES = {
-    contract.MANIFEST_FILE,
-    contract.ONNX_FILE,
-    contract.REFERENCE_INPUTS_FILE,
-    contract.REFERENCE_OUTPUTS_FILE,
-    contract.REPORT_FILE,
+    layout.MANIFEST_FILE,
+    layout.ONNX_FILE,
+    layout.REFERENCE_INPUTS_FILE,
+    layout.REFERENCE_OUTPUTS_FILE,
+    layout.REPORT_FILE,
 }
 Command = Callable[..., tuple[int, str, str]]
 
@@ -100,7 +101,7 @@ def test_the_folder_is_what_the_manifest_says(engine: Path, build_arguments: lis
     config = parse(build_arguments)[1]
     assert manifest.name == engine.name == config.name(manifest.key)
     assert manifest.key == config.key()
-    assert set(manifest.files) == FILES - {contract.MANIFEST_FILE}
+    assert set(manifest.files) == FILES - {layout.MANIFEST_FILE}
     assert manifest.project_version == project_version()
     assert manifest.verification is not None
     assert manifest.verification["passed"] is True
@@ -122,9 +123,9 @@ def test_the_whole_command_tells_its_stages(command: Command, out: Path) -> None
     manifest = Manifest.read(folder)
     assert (manifest.verification, manifest.polygraphy) == (None, "")
     assert {path.name for path in folder.iterdir()} == {
-        contract.MANIFEST_FILE,
-        contract.ONNX_FILE,
-        contract.REPORT_FILE,
+        layout.MANIFEST_FILE,
+        layout.ONNX_FILE,
+        layout.REPORT_FILE,
     }
     lines = stdout.splitlines()
     stages = [line for line in lines if line.startswith(("export:", "compile:", "verify:"))]
@@ -162,19 +163,19 @@ def test_an_unchanged_build_returns_at_once_and_says_so(command: Command, built:
 
 
 def test_force_builds_again(command: Command, built: Path, out: Path) -> None:
-    inode = (built / contract.ONNX_FILE).stat().st_ino
+    inode = (built / layout.ONNX_FILE).stat().st_ino
     status, stdout, _ = command("--force", "--no-verify")
     assert status == 0
     assert "unchanged" not in stdout
     assert last_line(stdout)["built"] is True
-    assert (built / contract.ONNX_FILE).stat().st_ino != inode
+    assert (built / layout.ONNX_FILE).stat().st_ino != inode
     assert list(out.iterdir()) == [built]
 
 
 def test_a_damaged_folder_is_built_again(command: Command, built: Path, out: Path) -> None:
-    content = bytearray((built / contract.ONNX_FILE).read_bytes())
+    content = bytearray((built / layout.ONNX_FILE).read_bytes())
     content[len(content) // 2] ^= 1
-    (built / contract.ONNX_FILE).write_bytes(content)
+    (built / layout.ONNX_FILE).write_bytes(content)
     status, stdout, _ = command("--no-verify")
     assert status == 0
     assert "damaged" in stdout
@@ -339,7 +340,7 @@ def test_what_fails_the_gate_is_not_published(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def half(config: Any, place: Path) -> None:
-        (place / contract.ONNX_FILE).write_bytes(b"half")
+        (place / layout.ONNX_FILE).write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(stages, "export", half)
@@ -431,8 +432,8 @@ def test_an_engine_is_compiled_and_published(command: Command) -> None:
     folder = Path(last_line(stdout)["folder"])
     manifest = Manifest.read(folder)
     assert manifest.backend == "tensorrt-rtx"
-    assert {contract.ENGINE_FILE, contract.LAYERS_FILE, contract.ONNX_FILE} <= set(manifest.files)
-    report = json.loads((folder / contract.REPORT_FILE).read_text())
+    assert {layout.ENGINE_FILE, layout.LAYERS_FILE, layout.ONNX_FILE} <= set(manifest.files)
+    report = json.loads((folder / layout.REPORT_FILE).read_text())
     assert len(report["compile"]["layers"]["attention_fused"]) == 3  # all but the explicit one
     assert manifest.figures["compile_seconds"] > 0
     assert [line.split(":")[0] for line in stdout.splitlines() if ": done in" in line] == ["export", "compile"]

@@ -18,8 +18,8 @@ from builder.options import parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import PRESETS
 from earlytom.errors import UserError
-from runtime import contract
 from runtime.checkpoint import describe
+from runtime.engine.dtypes import DTYPES
 
 Parse = Callable[..., BuildConfig]
 
@@ -68,7 +68,7 @@ def test_expected_sizes_are_those_of_the_shapes(parsed: Parse) -> None:
     for dtype, size in (("fp16", 2), ("fp32", 4)):
         one = parsed(f"--{dtype}")
         graph = vision_graph(one, torch.float32)
-        stored = vision_graph(one, contract.DTYPES[dtype])  # with layer norms in fp32
+        stored = vision_graph(one, DTYPES[dtype])  # with layer norms in fp32
         used = [p for name, p in stored.named_parameters() if "post_layernorm" not in name]
         sizes = one.expected_bytes
         assert sizes["weights"] == sum(p.numel() * p.itemsize for p in used)

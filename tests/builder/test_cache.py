@@ -16,7 +16,7 @@ import pytest
 
 from builder import cache
 from earlytom.errors import UserError
-from runtime import contract
+from runtime.engine import layout
 from runtime.manifest import Manifest
 
 from ..processes import HANG_SECONDS
@@ -166,7 +166,7 @@ def test_find_takes_what_is_whole_and_of_this_key(copy: Path) -> None:
     assert cache.find(copy.with_name("missing"), key, verified=True) is None
 
 
-@pytest.mark.parametrize("name", [contract.MANIFEST_FILE, contract.ONNX_FILE, contract.REPORT_FILE])
+@pytest.mark.parametrize("name", [layout.MANIFEST_FILE, layout.ONNX_FILE, layout.REPORT_FILE])
 def test_damage_counts_as_missing(copy: Path, name: str) -> None:
     key = Manifest.read(copy).key
     path = copy / name

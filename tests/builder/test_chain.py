@@ -24,16 +24,16 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import run_span
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
-from runtime import contract
-from runtime.backends.chain import Room
-from runtime.backends.onnxruntime_chain import OnnxRuntimeChain
+from runtime.engine import layout
+from runtime.engine.layout import Layout, Sizes
+from runtime.vision.adaptive import Adaptive
+from runtime.vision.open import open_onnxruntime
 
 from ..earlytom.tiny import PATCH, tiny_projector, tiny_tower
 from .conftest import FRAMES, Chain, reference_of
 
 MERGES = (1, 2)  # of the small checkpoint's four layers
-ROOM = Room(FRAMES, 25, 0.3, len(MERGES))
-STAGES = [contract.stage_file(contract.ONNX_FILE, stage) for stage in range(len(MERGES) + 1)]
+STAGES = [layout.stage_file(layout.ONNX_FILE, stage) for stage in range(len(MERGES) + 1)]
 
 
 def videos_of(clips: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,7 +52,8 @@ def videos_of(clips: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_counts_positions_and_tokens_are_those_of_pytorch(chain: Chain, clips: dict[str, Tensor]) -> None:
-    vision = OnnxRuntimeChain(chain.folder, ROOM)
+    vision = open_onnxruntime(chain.folder, chain.config.layout)
+    assert isinstance(vision, Adaptive)
     counts = {}
     for name, frames in videos_of(clips).items():
         wanted = chain.encode(frames)
@@ -83,10 +84,11 @@ def _matrices(path: Path) -> list[bytes]:
     return [numpy_helper.to_array(tensor).tobytes() for tensor in tensors]
 
 
-def test_inputs_and_outputs_are_those_of_the_contract(chain: Chain) -> None:
+def test_inputs_and_outputs_are_those_of_the_layout(chain: Chain) -> None:
     for stage, path in enumerate(chain.paths):
         graph = onnx.load(path).graph
-        inputs, outputs = contract.stage_tensors(stage, len(STAGES))
+        part = chain.config.layout.graphs[stage]
+        inputs, outputs = (tuple(t.name for t in tensors) for tensors in (part.inputs, part.outputs))
         assert tuple(value.name for value in graph.input) == inputs
         assert {value.name for value in graph.output} == set(outputs)
         sizes = [value.type.tensor_type.shape.dim[0] for value in graph.input]
@@ -107,14 +109,14 @@ def test_a_stage_runs_on_any_number_of_frames(chain: Chain, arriving: int) -> No
     found = dict(
         zip([value.name for value in session.get_outputs()], session.run(None, {"hidden": hidden.numpy()}), strict=True)
     )
-    assert found[contract.COUNT].tolist() == [arriving]  # noise is not merged
-    np.testing.assert_allclose(found[contract.MERGED_HIDDEN], wanted, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found[contract.MERGED_RECEIVED], column, rtol=0, atol=1e-6)
-    feeds = {name: found[f"merged_{name}"] for name in (contract.HIDDEN, contract.RECEIVED)}
+    assert found[layout.COUNT].tolist() == [arriving]  # noise is not merged
+    np.testing.assert_allclose(found[layout.MERGED_HIDDEN], wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[layout.MERGED_RECEIVED], column, rtol=0, atol=1e-6)
+    feeds = {name: found[f"merged_{name}"] for name in (layout.HIDDEN, layout.RECEIVED)}
     tokens, positions, (count,) = onnxruntime.InferenceSession(chain.paths[2]).run(
-        [contract.TOKENS, contract.POSITIONS, contract.COUNT], feeds
+        [layout.TOKENS, layout.POSITIONS, layout.COUNT], feeds
     )
-    assert len(tokens) == len(positions) == ROOM.rows(arriving) >= count > 0
+    assert len(tokens) == len(positions) == chain.config.layout.tokens_of(arriving) >= count > 0
 
 
 @pytest.mark.parametrize(("family", "frames", "layers"), [("clip", 6, (0,)), ("siglip", 1, (3,)), ("dinov2", 5, ())])
@@ -125,7 +127,8 @@ def test_other_towers_one_frame_and_other_cuts(
     config = EarlyTomConfig(retention_ratio=0.4, merge_layers=layers, tau=0.3)
     graph = VisionGraph(tiny_tower(family), tiny_projector(), config, mean=[0.5] * 3, std=[0.5] * 3)
     export_chain(graph, frames, (5 * PATCH, 5 * PATCH), tmp_path)
-    vision = OnnxRuntimeChain(tmp_path, Room(frames, 9, 0.4, len(layers)))
+    vision = open_onnxruntime(tmp_path, Layout(config, frames, sizes=Sizes(tokens_per_frame=9)))
+    assert isinstance(vision, Adaptive)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         clip = torch.randint(0, 256, (frames, 3, 5 * PATCH, 5 * PATCH), generator=generator, dtype=torch.uint8)
@@ -157,7 +160,7 @@ def test_the_gate_passes(chain_of: Callable[..., Chain], clips: dict[str, Tensor
     checks = {check.what: check.value for check in report.checks}
     assert checks["frames that a merge keeps: largest error"] == 0
     assert checks["token choices repeated: share that is equal"] == 1
-    assert len(wanted[0][1][0][contract.TOKENS]) < len(wanted[0][1][0]["features"]) * 25
+    assert len(wanted[0][1][0][layout.TOKENS]) < len(wanted[0][1][0]["features"]) * 25
     assert sorted(path.name for path in made.folder.iterdir()) == STAGES  # nothing is left behind
 
 

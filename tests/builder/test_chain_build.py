@@ -13,15 +13,16 @@ from torch import Tensor
 from builder import build, calibrate, inspect, verify
 from builder.compile import compile_engine
 from builder.gate import accuracy
+from earlytom.budget import most_tokens
 from earlytom.errors import UserError
-from runtime import ask, cli, contract
-from runtime.backends.chain import Room
+from runtime import ask, cli
+from runtime.engine import layout
 from runtime.manifest import Manifest
 
 from .conftest import FRAMES, TAU, Chain
 from .needed import needs_rtx
 
-STAGES = [contract.stage_file(contract.ONNX_FILE, stage) for stage in range(3)]
+STAGES = [layout.stage_file(layout.ONNX_FILE, stage) for stage in range(3)]
 
 
 # The commands
@@ -42,12 +43,12 @@ def test_the_command_builds_one_folder_with_one_manifest(folder: Path, chain: Ch
     manifest = Manifest.read(folder)
     assert manifest.adaptive
     assert set(STAGES) <= manifest.files.keys()
-    assert contract.ONNX_FILE not in manifest.files
+    assert layout.ONNX_FILE not in manifest.files
     assert manifest.verification is not None
     assert set(manifest.verification["steps"]) == set(accuracy.STEPS)
     assert manifest.frames_per_stage == (FRAMES,) * 3
-    assert manifest.tokens == Room(FRAMES, 25, 0.3, len(STAGES) - 1).most
-    measured = json.loads((folder / contract.REPORT_FILE).read_text())["frames_kept"]
+    assert manifest.tokens == most_tokens(FRAMES, 25, 0.3, merges=len(STAGES) - 1)
+    measured = json.loads((folder / layout.REPORT_FILE).read_text())["frames_kept"]
     assert set(measured["clips"]) == {path.name for path in videos}
     assert manifest.frames_kept is not None
     for stage, row in enumerate(manifest.frames_kept):
@@ -129,12 +130,12 @@ def test_every_stage_compiles(chain_of: Callable[..., Chain], tmp_path: Path, dt
     for stage, path in list(enumerate(made.paths))[0 if dtype == "fp16" else 2 :]:
         report = compile_engine(
             path,
-            tmp_path / contract.stage_file(contract.ENGINE_FILE, stage),
+            tmp_path / layout.stage_file(layout.ENGINE_FILE, stage),
             flavour="tensorrt-rtx",
             dtype=dtype,
             profile=(1, 7, FRAMES),
             expected_share=made.config.stage_half_shares[stage] if dtype == "fp16" else 1.0,
-            layers_path=tmp_path / contract.stage_file(contract.LAYERS_FILE, stage),
+            layers_path=tmp_path / layout.stage_file(layout.LAYERS_FILE, stage),
         )
         assert report.engine_bytes > 100_000
         assert not (report.layers.attention_unfused and dtype == "fp16")

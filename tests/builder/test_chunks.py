@@ -19,26 +19,28 @@ from torch import Tensor
 
 from builder import build, inspect, stages, verify
 from builder.arguments import parse
-from builder.chunk_run import is_chunked, run_chunks
 from builder.chunks import export_chunks
 from builder.compile import compile_engine
 from builder.config import BuildConfig
 from builder.export import VisionGraph, vision_graph
 from builder.gate import accuracy
 from builder.islands import Costs
+from builder.runs import run_stages
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
-from runtime import ask, cli, contract
-from runtime.backends.onnxruntime_chunked import OnnxRuntimeChunked
+from runtime import ask, cli
+from runtime.engine import layout
+from runtime.engine.layout import Layout, Sizes
 from runtime.manifest import Manifest
+from runtime.vision.open import open_onnxruntime
 
 from ..earlytom.tiny import PATCH, tiny_projector, tiny_tower
-from .conftest import FRAMES, TAU, Chain, Exported, reference_of
+from .conftest import FRAMES, TAU, Exported, reference_of
 from .needed import needs_rtx
 
 CHUNK = 4
-FILES = [contract.stage_file(contract.ONNX_FILE, stage) for stage in range(2)]
+FILES = [layout.stage_file(layout.ONNX_FILE, stage) for stage in range(2)]
 MERGES = {"usual": "1,2", "one merge": "2", "none": "none", "first layer": "0,1"}
 
 
@@ -85,7 +87,7 @@ def test_tokens_and_positions_are_those_of_pytorch(
     chunked_of: Callable[..., Chunked], clips: dict[str, Tensor], merges: str
 ) -> None:
     made = chunked_of("--fp32", *([] if merges == "usual" else ["--merge-layers", MERGES[merges]]))
-    vision = OnnxRuntimeChunked(made.folder, FRAMES)
+    vision = open_onnxruntime(made.folder, made.config.layout)
     seen = []
     for frames in clips.values():
         wanted = reference_of(made.reference, frames)
@@ -101,19 +103,21 @@ def test_they_say_what_one_graph_says(
 ) -> None:
     session = onnxruntime.InferenceSession(exported("--fp32", "--ratio", "0.3").path)
     for frames in clips.values():
-        tokens, positions = session.run(list(contract.OUTPUTS), {contract.FRAMES: frames.numpy()})
-        found, where = OnnxRuntimeChunked(chunked.folder, FRAMES).encode(frames)
+        tokens, positions = session.run(list(layout.OUTPUTS), {layout.FRAMES: frames.numpy()})
+        found, where = open_onnxruntime(chunked.folder, chunked.config.layout).encode(frames)
         assert np.array_equal(positions, where)
         np.testing.assert_allclose(found, tokens, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("merges", MERGES)
-def test_inputs_and_outputs_are_those_of_the_contract(chunked_of: Callable[..., Chunked], merges: str) -> None:
+def test_inputs_and_outputs_are_those_of_the_layout(chunked_of: Callable[..., Chunked], merges: str) -> None:
     made = chunked_of("--fp32", *([] if merges == "usual" else ["--merge-layers", MERGES[merges]]))
     received = merges in ("one merge", "none")
     for stage, path in enumerate(made.paths):
         graph = onnx.load(path).graph
-        inputs, outputs = contract.chunk_tensors(stage, received)
+        part = made.config.layout.graphs[stage]
+        inputs, outputs = (tuple(t.name for t in tensors) for tensors in (part.inputs, part.outputs))
+        assert (layout.RECEIVED in part.names) == received
         assert tuple(value.name for value in graph.input) == inputs
         assert {value.name for value in graph.output} == set(outputs)
         sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
@@ -157,7 +161,8 @@ def test_other_towers_one_frame_and_other_cuts(
     shape = (frames, 3, 5 * PATCH, 5 * PATCH)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     wanted = reference_of(graph, noise)
-    tokens, positions = OnnxRuntimeChunked(tmp_path, frames).encode(noise)
+    made = Layout(config, frames, chunk=chunk, sizes=Sizes(tokens_per_frame=9))
+    tokens, positions = open_onnxruntime(tmp_path, made).encode(noise)
     assert torch.equal(positions, wanted.positions)
     torch.testing.assert_close(tokens, wanted.tokens, rtol=0, atol=1e-4)
 
@@ -198,18 +203,18 @@ def changed(made: Chunked, place: Path, stage: int, change: Callable[[onnx.Graph
 def first_for_all(graph: onnx.GraphProto) -> None:
     """Every frame of a chunk is encoded as its first one."""
     for node in graph.node:
-        node.input[:] = ["chosen" if name == contract.FRAMES else name for name in node.input]
+        node.input[:] = ["chosen" if name == layout.FRAMES else name for name in node.input]
     graph.initializer.append(numpy_helper.from_array(np.zeros(CHUNK, np.int64), "places"))
-    graph.node.insert(0, helper.make_node("Gather", [contract.FRAMES, "places"], ["chosen"], axis=0))
+    graph.node.insert(0, helper.make_node("Gather", [layout.FRAMES, "places"], ["chosen"], axis=0))
 
 
 def mixed_up(graph: onnx.GraphProto) -> None:
     """The rest takes the frames in another order."""
     for node in graph.node:
-        node.input[:] = ["chosen" if name == contract.HIDDEN else name for name in node.input]
+        node.input[:] = ["chosen" if name == layout.HIDDEN else name for name in node.input]
     order = np.roll(np.arange(FRAMES), CHUNK).astype(np.int64)
     graph.initializer.append(numpy_helper.from_array(order, "places"))
-    graph.node.insert(0, helper.make_node("Gather", [contract.HIDDEN, "places"], ["chosen"], axis=0))
+    graph.node.insert(0, helper.make_node("Gather", [layout.HIDDEN, "places"], ["chosen"], axis=0))
 
 
 @pytest.mark.parametrize(("stage", "change"), [(0, first_for_all), (1, mixed_up)])
@@ -222,24 +227,22 @@ def test_the_gate_notices(
         report.require()
 
 
-def test_values_are_named_and_joined(chunked: Chunked, chain: Chain, clips: dict[str, Tensor]) -> None:
-    assert is_chunked(chunked.paths)
-    assert not is_chunked(chain.paths)
-    feeds = [{contract.FRAMES: frames.numpy()} for frames in clips.values()]
+def test_values_are_named_and_joined(chunked: Chunked, clips: dict[str, Tensor]) -> None:
+    feeds = [{layout.FRAMES: frames.numpy()} for frames in clips.values()]
     chunked.reference.every_layer = True
     chunked.reference.decisions = EarlyTom(chunked.config.earlytom)  # its own, not those that the gate forced on it
     try:
         names = chunked.reference.trace_names
-        results = run_chunks(chunked.paths, names, feeds, rounded=False)
+        results = run_stages(chunked.paths, names, feeds, rounded=False)
         for result, feed in zip(results, feeds, strict=True):
-            wanted = chunked.reference(torch.from_numpy(feed[contract.FRAMES]))
+            wanted = chunked.reference(torch.from_numpy(feed[layout.FRAMES]))
             assert set(result) == set(wanted)
             for name in names:
                 np.testing.assert_allclose(np.asarray(result[name]), wanted[name], rtol=0, atol=1e-3, err_msg=name)
     finally:
         chunked.reference.every_layer = False
     with pytest.raises(UserError, match=r"no graph of .* has a value named hidden_99"):
-        run_chunks(chunked.paths, ["hidden_99"], feeds, rounded=False)
+        run_stages(chunked.paths, ["hidden_99"], feeds, rounded=False)
 
 
 # What is asked for
@@ -314,9 +317,9 @@ def test_the_command_builds_one_folder_with_one_manifest(folder: Path) -> None:
     assert manifest.chunk == CHUNK
     assert manifest.in_stages
     assert not manifest.adaptive
-    assert manifest.stage_files(contract.ONNX_FILE) == tuple(FILES)
+    assert manifest.stage_files(layout.ONNX_FILE) == tuple(FILES)
     assert set(FILES) <= manifest.files.keys()
-    assert contract.ONNX_FILE not in manifest.files
+    assert layout.ONNX_FILE not in manifest.files
     assert manifest.verification is not None
     assert manifest.verification["passed"]
     assert {"hidden", "decisions", "tokens"} <= set(manifest.verification["steps"])
@@ -371,11 +374,11 @@ def test_both_compile(chunked_of: Callable[..., Chunked], tmp_path: Path, dtype:
     for stage, path in enumerate(made.paths):
         report = compile_engine(
             path,
-            tmp_path / contract.stage_file(contract.ENGINE_FILE, stage),
+            tmp_path / layout.stage_file(layout.ENGINE_FILE, stage),
             flavour="tensorrt-rtx",
             dtype=dtype,
             expected_share=made.config.stage_half_shares[stage] if dtype == "fp16" else 1.0,
-            layers_path=tmp_path / contract.stage_file(contract.LAYERS_FILE, stage),
+            layers_path=tmp_path / layout.stage_file(layout.LAYERS_FILE, stage),
         )
         assert report.engine_bytes > 100_000
         assert not (report.layers.attention_unfused and dtype == "fp16")

@@ -19,9 +19,11 @@ from builder import drift, verify
 from builder.arguments import parse
 from builder.drift import Tap, first_bad, measure
 from builder.export import export_onnx, vision_graph
-from builder.runners import ForcedDecisions, run_tapped
+from builder.runners import ForcedDecisions
+from builder.runs import run_tapped
 from earlytom.errors import UserError
-from runtime import contract
+from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
@@ -44,8 +46,8 @@ def scaled(made: Exported, weight: str, factor: float, place: Path) -> Path:
     (tensor,) = (t for t in model.graph.initializer if t.name.endswith(weight))
     array = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array((array * factor).astype(array.dtype), tensor.name))
-    onnx.save(model, str(place / contract.ONNX_FILE))
-    return place / contract.ONNX_FILE
+    onnx.save(model, str(place / layout.ONNX_FILE))
+    return place / layout.ONNX_FILE
 
 
 @pytest.mark.parametrize(("dtype", "cosine"), [("fp32", 1 - 1e-9), ("fp16", 0.99999), ("bf16", 0.999)])
@@ -56,12 +58,12 @@ def test_an_honest_graph_stays_close_everywhere(exported: Make, clip: Tensor, dt
     assert [tap.name for tap in taps] == TAPS
     assert all(tap.cosine > cosine and tap.nonfinite == 0 for tap in taps), taps
     assert first_bad(taps, dtype) is None
-    limit = float(torch.finfo(contract.DTYPES[dtype]).max)
+    limit = float(torch.finfo(DTYPES[dtype]).max)
     for tap in taps:
         assert tap.share == pytest.approx(max(map(abs, tap.graph)) / limit)
         assert tap.graph == pytest.approx(tap.reference, abs=0.05 * max(map(abs, tap.reference)))
     # Nothing is left behind, neither in the folder nor in the reference.
-    assert [path.name for path in made.path.parent.iterdir()] == [contract.ONNX_FILE]
+    assert [path.name for path in made.path.parent.iterdir()] == [layout.ONNX_FILE]
     assert made.path.read_bytes() == written
     assert not made.reference.every_layer
 
@@ -71,7 +73,7 @@ def test_the_figures_are_what_they_say(exported: Make, clip: Tensor) -> None:
     made = exported("--ratio", "0.3", "--fp16")
     tap = measure(made.path, made.reference, clip, "fp16")[-1]
     names = ["tokens", "positions", "static", *(f"weights_{layer}" for layer in (1, 2))]
-    feeds = [{contract.FRAMES: clip.numpy()}]
+    feeds = [{layout.FRAMES: clip.numpy()}]
     got = run_tapped(made.path, names, feeds, rounded=True)[0][1][0]
     made.reference.decisions = ForcedDecisions(made.reference.config, {name: got[name] for name in names})
     wanted = made.reference(clip)["tokens"].double().numpy()
@@ -130,7 +132,7 @@ def stressed(source: Path, folder: Path, islands: str, **how: float) -> Callable
     place = folder / str(len(list(folder.iterdir())))
     place.mkdir()
     graph = vision_graph(config, torch.float16)
-    exported = export_onnx(graph, FRAMES, (72, 72), place / contract.ONNX_FILE)
+    exported = export_onnx(graph, FRAMES, (72, 72), place / layout.ONNX_FILE)
     reference = vision_graph(config, torch.float32)
     return lambda clip: measure(exported.path, reference, clip, "fp16")
 
@@ -216,7 +218,7 @@ def test_an_unverified_engine_is_measured_on_a_drawn_clip(engine: Path, tmp_path
 def test_saved_frames_that_are_none_are_one_line(
     engine: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / contract.REFERENCE_INPUTS_FILE).write_bytes(content)
+    (tmp_path / layout.REFERENCE_INPUTS_FILE).write_bytes(content)
     with pytest.raises(EngineError, match=r"holds no frames uint8 \[\d+, 3, 72, 72\]") as caught:
         drift.frames_for(tmp_path, Manifest.read(engine))
     assert len(str(caught.value)) < 600
@@ -256,6 +258,6 @@ def test_a_graph_without_names_is_one_of_another_version(exported: Make, clip: T
             names[:] = ["add_9" if name == "hidden_0" else name for name in names]
     for value in model.graph.value_info:
         value.name = "add_9" if value.name == "hidden_0" else value.name
-    onnx.save(model, str(tmp_path / contract.ONNX_FILE))
+    onnx.save(model, str(tmp_path / layout.ONNX_FILE))
     with pytest.raises(UserError, match="no value named hidden_0, so another version exported it"):
-        measure(tmp_path / contract.ONNX_FILE, made.reference, clip, "fp16")
+        measure(tmp_path / layout.ONNX_FILE, made.reference, clip, "fp16")

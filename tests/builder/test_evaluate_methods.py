@@ -18,8 +18,8 @@ from earlytom.errors import UserError
 from earlytom.families import geometry
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data import labelled_clip
-from runtime.backends.torch import TorchVision
 from runtime.checkpoint import describe, load_vision
+from runtime.vision.torch import TorchVision
 
 BASE = EarlyTomConfig(merge_layers=(2, 4, 6))
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)

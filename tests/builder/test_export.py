@@ -19,16 +19,16 @@ from builder import export, functions, stages
 from builder.chain import export_chain
 from builder.config import BuildConfig
 from builder.export import OPSET, export_onnx, vision_graph
-from builder.runners import write_tapped
+from builder.runs import write_tapped
 from earlytom.errors import UserError
-from earlytom.methods.earlytom import trace_names
-from runtime import contract
+from earlytom.spans import trace_names
+from runtime.engine import layout
 
 from .conftest import SMALL, Exported
 
 Make = Callable[..., Exported]
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
-DATA_FILE = f"{contract.ONNX_FILE}.data"
+DATA_FILE = f"{layout.ONNX_FILE}.data"
 # name -> the arguments of an export and what (frames per stage, tokens) come to
 VARIANTS: dict[str, tuple[list[str], tuple[int, ...], int]] = {
     "default": (["--ratio", "0.3"], (12, 9, 7), 7 * 13),
@@ -48,7 +48,7 @@ def outputs(path: Path, frames: Tensor) -> dict[str, np.ndarray[Any, Any]]:
     """Every output of a graph, by name, run by ONNX Runtime."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, {contract.FRAMES: frames.numpy()}), strict=True))
+    return dict(zip(names, session.run(names, {layout.FRAMES: frames.numpy()}), strict=True))
 
 
 def shape(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -76,23 +76,23 @@ def test_fp32_graph_equals_the_reference(
     for frames in clips.values():
         frames = frames[: stages[0]]
         got, wanted = outputs(made.path, frames), made.reference(frames)
-        assert np.array_equal(got[contract.POSITIONS], wanted["positions"].numpy())
-        np.testing.assert_allclose(got[contract.TOKENS], wanted["tokens"].numpy(), rtol=0, atol=1e-5)
+        assert np.array_equal(got[layout.POSITIONS], wanted["positions"].numpy())
+        np.testing.assert_allclose(got[layout.TOKENS], wanted["tokens"].numpy(), rtol=0, atol=1e-5)
 
 
-def test_names_shapes_and_dtypes_are_those_of_the_contract(variant: tuple[Exported, tuple[int, ...], int]) -> None:
+def test_names_shapes_and_dtypes_are_those_of_the_layout(variant: tuple[Exported, tuple[int, ...], int]) -> None:
     made, stages, tokens = variant
     model = onnx.load(str(made.path))
     (frames,) = model.graph.input
-    assert frames.name == contract.FRAMES
+    assert frames.name == layout.FRAMES
     assert shape(frames) == [stages[0], 3, 72, 72]
     assert frames.type.tensor_type.elem_type == TensorProto.UINT8
-    assert [value.name for value in model.graph.output] == list(contract.OUTPUTS)
+    assert [value.name for value in model.graph.output] == list(layout.OUTPUTS)
     assert [shape(value) for value in model.graph.output] == [[tokens, 256], [tokens]]
     assert [value.type.tensor_type.elem_type for value in model.graph.output] == [FLOAT, TensorProto.INT64]
     assert all(isinstance(size, int) for value in model.graph.value_info for size in shape(value))
-    assert made.graph.files == (contract.ONNX_FILE,)
-    assert [path.name for path in made.path.parent.iterdir()] == [contract.ONNX_FILE]
+    assert made.graph.files == (layout.ONNX_FILE,)
+    assert [path.name for path in made.path.parent.iterdir()] == [layout.ONNX_FILE]
 
 
 def test_standard_operators_but_for_the_two_functions(variant: tuple[Exported, tuple[int, ...], int]) -> None:
@@ -168,7 +168,7 @@ def test_half_graph_has_fp32_where_it_matters(exported: Make) -> None:
     for layer in (1, 2):
         assert kind[f"hidden_{layer}"] == HALF
         assert kind[f"similarity_{layer}"] == kind[f"weights_{layer}"] == FLOAT
-    assert (kind["relevance"], kind["features"], kind[contract.TOKENS]) == (FLOAT, HALF, HALF)
+    assert (kind["relevance"], kind["features"], kind[layout.TOKENS]) == (FLOAT, HALF, HALF)
     # Similarity is fp32 from the hidden states on, not only at its end.
     size = {value.name: shape(value) for value in model.graph.value_info}
     products = [node for node in model.graph.node if node.op_type == "MatMul" and kind[node.output[0]] == FLOAT]
@@ -184,7 +184,7 @@ def test_bf16_graph_is_bf16(exported: Make) -> None:
     model = onnx.load(str(exported("--ratio", "0.3", "--bf16").path))
     onnx.checker.check_model(model, full_check=True)
     kind = types(model)
-    assert kind[contract.TOKENS] == kind["features"] == TensorProto.BFLOAT16
+    assert kind[layout.TOKENS] == kind["features"] == TensorProto.BFLOAT16
     assert HALF not in kind.values()
     norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
     assert {kind[name] for node in norms for name in (*node.input, *node.output)} == {FLOAT}
@@ -208,12 +208,12 @@ def test_large_weights_go_beside_the_graph(
     made = exported("--ratio", "0.3", "--fp32")
     monkeypatch.setattr(export, "EXTERNAL_DATA_BYTES", 1)
     graph = again(made, tmp_path / "external")
-    assert graph.files == (contract.ONNX_FILE, DATA_FILE)
+    assert graph.files == (layout.ONNX_FILE, DATA_FILE)
     assert sorted(path.name for path in graph.path.parent.iterdir()) == sorted(graph.files)
     assert graph.path.stat().st_size < made.path.stat().st_size / 4
     frames = clips["drawn0.mp4"]
     inside, beside = outputs(made.path, frames), outputs(graph.path, frames)
-    assert all(np.array_equal(inside[name], beside[name]) for name in contract.OUTPUTS)
+    assert all(np.array_equal(inside[name], beside[name]) for name in layout.OUTPUTS)
     (graph.path.parent / DATA_FILE).unlink()  # the weights really are there
     with pytest.raises(Exception, match=DATA_FILE):
         outputs(graph.path, frames)
@@ -224,7 +224,7 @@ def test_adaptive_schedule_is_refused(exported: Make, tmp_path: Path) -> None:
     graph = vision_graph(made.config, torch.float32)
     graph.config = graph.config.replace(schedule="adaptive")
     with pytest.raises(UserError, match="--schedule budget"):
-        export_onnx(graph, 12, (72, 72), tmp_path / contract.ONNX_FILE)
+        export_onnx(graph, 12, (72, 72), tmp_path / layout.ONNX_FILE)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--schedule adaptive"):  # and a chain is not for the other
         export_chain(vision_graph(made.config, torch.float32), 12, (72, 72), tmp_path)
@@ -240,7 +240,7 @@ def test_reference_still_decides_itself_after_an_export(
     rule = graph.decisions
     monkeypatch.setattr(graph, "forward", lambda frames: 1 / 0)
     with pytest.raises(Exception, match="division"):
-        export_onnx(graph, 12, (72, 72), tmp_path / contract.ONNX_FILE)
+        export_onnx(graph, 12, (72, 72), tmp_path / layout.ONNX_FILE)
     assert graph.decisions is rule
     assert not list(tmp_path.iterdir())
 

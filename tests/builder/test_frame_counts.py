@@ -28,18 +28,20 @@ from builder.kept_reference import COMPARE_FILE, keep_reference
 from builder.layers import summarise
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
-from runtime import ask, cli, contract
-from runtime.backends import choose_backend, open_backend
-from runtime.backends.by_frames import ByFrames
-from runtime.backends.onnxruntime import OnnxRuntimeVision
-from runtime.backends.torch import open_torch
+from runtime import ask, cli
 from runtime.benchmark.variants import read_engine
 from runtime.checkpoint import describe
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
+from runtime.vision import choose_backend, open_backend
+from runtime.vision.by_frames import ByFrames
+from runtime.vision.torch import open_torch
+from runtime.vision.whole import Whole
 
 from ..processes import HANG_SECONDS
+from ..runtime.vision.opened import open_whole
 from .conftest import TAU
 from .needed import needs_rtx
 
@@ -77,19 +79,19 @@ def config_of(checkpoint: Path, *words: str) -> BuildConfig:
 
 
 def names(*files: str) -> set[str]:
-    return {contract.count_file(name, frames) for name in files for frames in COUNTS}
+    return {layout.count_file(name, frames) for name in files for frames in COUNTS}
 
 
 # The folder
 
 
 def test_the_folder_has_files_for_every_count_and_weights_once(folder: Path, manifest: Manifest) -> None:
-    references = (contract.REFERENCE_INPUTS_FILE, contract.REFERENCE_OUTPUTS_FILE)
-    expected = names(contract.ONNX_FILE, *references) | {contract.DATA_FILE, contract.REPORT_FILE}
+    references = (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)
+    expected = names(layout.ONNX_FILE, *references) | {layout.DATA_FILE, layout.REPORT_FILE}
     assert set(manifest.files) == expected
-    weights = manifest.files[contract.DATA_FILE].bytes
+    weights = manifest.files[layout.DATA_FILE].bytes
     for frames in COUNTS:
-        assert manifest.files[contract.count_file(contract.ONNX_FILE, frames)].bytes < 0.15 * weights
+        assert manifest.files[layout.count_file(layout.ONNX_FILE, frames)].bytes < 0.15 * weights
     parameters = 2 * sum(value.numel() for value in vision_graph(config_at(manifest), torch.float32).parameters())
     assert weights == pytest.approx(parameters, rel=0.05)
     assert "-f4+8-" in folder.name
@@ -105,18 +107,18 @@ def test_the_manifest_has_a_view_for_every_count(folder: Path, manifest: Manifes
     single = Manifest.read(engine)
     assert "frame_counts" not in single.to_dict()
     assert single.at(single.frames) is single
-    assert single.file(contract.ONNX_FILE) == contract.ONNX_FILE
+    assert single.file(layout.ONNX_FILE) == layout.ONNX_FILE
     for frames in COUNTS:
         one = manifest.at(frames)
         assert (one.frames, one.counts) == (frames, (frames,))
         assert one.frames_per_stage == frames_per_stage(frames, merges=2)
         assert one.tokens == token_count(frames, 25, 0.3, merges=2)
         assert one.tokens_full == 25 * frames
-        assert one.stage_files(contract.ONNX_FILE) == (f"vision.f{frames}.onnx",)
+        assert one.stage_files(layout.ONNX_FILE) == (f"vision.f{frames}.onnx",)
         assert one.at(frames) is one
         assert f"vision.f{frames}.onnx" in one.polygraphy
         assert "&&" not in one.polygraphy
-    assert manifest.stage_files(contract.ONNX_FILE) == ("vision.f8.onnx",)
+    assert manifest.stage_files(layout.ONNX_FILE) == ("vision.f8.onnx",)
     assert " && ".join(manifest.at(frames).polygraphy for frames in COUNTS) == manifest.polygraphy
     with pytest.raises(EngineError, match=r"takes 4 or 8 frames, not 6: .*--frames 4,6,8"):
         manifest.at(6)
@@ -150,7 +152,7 @@ def test_a_view_is_no_folder(manifest: Manifest, tmp_path: Path) -> None:
 
 
 def test_every_check_says_of_which_count_it_is(folder: Path, manifest: Manifest) -> None:
-    report = json.loads((folder / contract.REPORT_FILE).read_text())
+    report = json.loads((folder / layout.REPORT_FILE).read_text())
     assert manifest.verification == report["verification"]
     for checks in report["verification"]["steps"].values():
         per_count = {frames: [c["what"] for c in checks if c["frames"] == frames] for frames in COUNTS}
@@ -195,7 +197,7 @@ def test_every_count_is_what_it_would_be_alone(
     for frames in COUNTS:
         clip = load_clip(videos[0], frames, (72, 72)).frames
         tokens, positions = vision.encode(clip)
-        wanted = OnnxRuntimeVision(alone[frames]).encode(clip)
+        wanted = open_whole(alone[frames]).encode(clip)
         assert torch.equal(positions, wanted[1])
         assert torch.equal(tokens, wanted[0])  # the same operators on the same weights
     with pytest.raises(EngineError, match="takes clips of 4 or 8 frames"):
@@ -210,14 +212,14 @@ def test_a_folder_that_was_moved_still_runs(folder: Path, videos: tuple[Path, ..
     clip = load_clip(videos[0], 8, (72, 72)).frames
     found = open_backend("onnxruntime", moved, Manifest.read(moved)).encode(clip)
     assert torch.equal(found[0], open_backend("onnxruntime", folder, Manifest.read(folder)).encode(clip)[0])
-    (moved / contract.DATA_FILE).write_bytes(b"")
+    (moved / layout.DATA_FILE).write_bytes(b"")
     with pytest.raises(EngineError, match=r"vision.data has 0 bytes"):
         Manifest.read(moved)
 
 
 def test_only_some_of_the_counts(folder: Path, manifest: Manifest) -> None:
     one = open_backend("onnxruntime", folder, manifest, frames=(4,))
-    assert isinstance(one, OnnxRuntimeVision)
+    assert isinstance(one, Whole)
     assert one.shape[0] == 4
     assert open_backend("onnxruntime", folder, manifest.at(8)).shape[0] == 8  # type: ignore[attr-defined]
     both = open_backend("onnxruntime", folder, manifest, frames=(8, 4))
@@ -235,17 +237,17 @@ def test_what_was_opened_is_closed_where_another_count_cannot_be(
 ) -> None:
     closed: list[tuple[int, ...]] = []
 
-    class Second(OnnxRuntimeVision):
-        def __init__(self, path: Path, threads: int | None = None) -> None:
-            if "f8" in path.name:
+    class Second(Whole):
+        def __init__(self, runner: Any) -> None:
+            if "f8" in runner.path.name:
                 raise EngineError("no room")
-            super().__init__(path, threads)
+            super().__init__(runner)
 
         def close(self) -> None:
             closed.append(self.shape)
             super().close()
 
-    monkeypatch.setattr("runtime.backends.onnxruntime.OnnxRuntimeVision", Second)
+    monkeypatch.setattr("runtime.vision.open.Whole", Second)
     with pytest.raises(EngineError, match="no room"):
         open_backend("onnxruntime", folder, manifest)
     assert closed == [(4, 3, 72, 72)]
@@ -291,7 +293,7 @@ def test_several_videos_of_several_counts(small_checkpoint: Path, tmp_path: Path
     config = config_of(small_checkpoint, "--batch", "2", "--fp32")
     graphs = stages.export_graphs(config, tmp_path)
     assert "-f4+8-b2-" in config.name(config.key())
-    each = {frames: OnnxRuntimeVision(graph.path) for frames, graph in zip(COUNTS, graphs, strict=True)}
+    each = {frames: open_whole(graph.path) for frames, graph in zip(COUNTS, graphs, strict=True)}
     vision = ByFrames(each)  # type: ignore[arg-type]
     some = [clip[:frames] for frames in COUNTS for clip in clips.values()]
     for one, other in ((0, 1), (2, 3), (0, 3)):
@@ -337,7 +339,7 @@ def test_drift_and_inspect_take_one_count(folder: Path, manifest: Manifest, caps
     assert (most["layers"]["source"], least["layers"]["source"]) == ("vision.f8.onnx", "vision.f4.onnx")
     assert most["layers"]["matrix_flops"] > least["layers"]["matrix_flops"]
     assert [row["frames"] for row in most["counts"]] == list(COUNTS)
-    assert [t["shape"][0] for t in most["tensors"] if t["name"] == contract.FRAMES] == list(COUNTS)
+    assert [t["shape"][0] for t in most["tensors"] if t["name"] == layout.FRAMES] == list(COUNTS)
     assert {check["frames"] for check in most["verification"]["checks"]} == set(COUNTS)
     assert inspect.main([str(folder), "--frames", "4"]) == 0
     shown = capsys.readouterr().out
@@ -425,14 +427,14 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
 
     monkeypatch.setattr(stages, "compile_engine", compiler)
     config = replace(config_of(Path(manifest.model.source)), backend="tensorrt-rtx")
-    graphs = [ExportedGraph(folder / one.file(contract.ONNX_FILE), ()) for one in config.each]
+    graphs = [ExportedGraph(folder / one.file(layout.ONNX_FILE), ()) for one in config.each]
     screen = cli.Screen(json_only=True)
     reports = stages.compile_graphs(config, graphs, tmp_path, None, screen)
     assert asked == [(f"vision.f{n}.onnx", f"vision.f{n}.engine", f"layers.f{n}.json") for n in COUNTS]
     assert shares == [one.half_share for one in config.each]
     assert shares[0] != shares[1]
-    stages.write_report(tmp_path / contract.REPORT_FILE, config, None, reports, {}, {})
-    record = json.loads((tmp_path / contract.REPORT_FILE).read_text())
+    stages.write_report(tmp_path / layout.REPORT_FILE, config, None, reports, {}, {})
+    record = json.loads((tmp_path / layout.REPORT_FILE).read_text())
     assert [one["frames"] for one in record["compile"]] == list(COUNTS)
 
 
@@ -441,13 +443,13 @@ def test_every_count_compiles_from_the_shared_weights(folder: Path, manifest: Ma
     config = config_of(Path(manifest.model.source))
     for one in config.each:
         report = compile_engine(
-            folder / one.file(contract.ONNX_FILE),
-            tmp_path / one.file(contract.ENGINE_FILE),
+            folder / one.file(layout.ONNX_FILE),
+            tmp_path / one.file(layout.ENGINE_FILE),
             flavour="tensorrt-rtx",
             dtype="fp16",
             expected_share=one.half_share,
-            layers_path=tmp_path / one.file(contract.LAYERS_FILE),
+            layers_path=tmp_path / one.file(layout.LAYERS_FILE),
         )
-        assert report.engine_bytes > 0.9 * manifest.files[contract.DATA_FILE].bytes  # an engine holds its own
+        assert report.engine_bytes > 0.9 * manifest.files[layout.DATA_FILE].bytes  # an engine holds its own
     files = describe_files(tmp_path)
-    assert set(files) == names(contract.ENGINE_FILE, contract.LAYERS_FILE)
+    assert set(files) == names(layout.ENGINE_FILE, layout.LAYERS_FILE)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from builder import build, inspect
 from builder.inspection.comparison import compare
 from builder.inspection.layers import BIGGEST, graph_layers
-from runtime import contract
+from runtime.engine import layout
 from runtime.manifest import Manifest, PluginRecord
 
 from ..processes import HANG_SECONDS
@@ -64,7 +64,7 @@ def test_a_record_says_what_the_manifest_says(engine: Path) -> None:
 
 
 def test_the_tensors_are_those_of_the_graph(engine: Path) -> None:
-    graph = onnx.load(str(engine / contract.ONNX_FILE), load_external_data=False).graph
+    graph = onnx.load(str(engine / layout.ONNX_FILE), load_external_data=False).graph
     found = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
     assert {t["name"]: t["shape"] for t in inspect.describe(engine)["tensors"]} == found
 
@@ -72,7 +72,7 @@ def test_the_tensors_are_those_of_the_graph(engine: Path) -> None:
 def test_the_layers_of_a_graph(engine: Path) -> None:
     record = inspect.describe(engine)
     layers, figures = record["layers"], record["manifest"]["figures"]
-    graph = onnx.load(str(engine / contract.ONNX_FILE)).graph
+    graph = onnx.load(str(engine / layout.ONNX_FILE)).graph
     weights = [numpy_helper.to_array(t) for t in graph.initializer]
     assert layers["weight_bytes"] == sum(w.nbytes for w in weights if np.issubdtype(w.dtype, np.floating))
     assert layers["count"] == len(graph.node) == sum(kind["layers"] for kind in layers["kinds"])
@@ -97,8 +97,8 @@ def test_a_graph_in_fp32_has_nothing_in_half(exported: Callable[..., Exported]) 
 
 
 def test_weights_beside_a_graph_are_not_read(engine: Path, tmp_path: Path) -> None:
-    path = tmp_path / contract.ONNX_FILE
-    model = onnx.load(str(engine / contract.ONNX_FILE))
+    path = tmp_path / layout.ONNX_FILE
+    model = onnx.load(str(engine / layout.ONNX_FILE))
     onnx.save(model, str(path), save_as_external_data=True, location="data", size_threshold=0)
     (tmp_path / "data").unlink()
     assert graph_layers(path) == inspect.describe(engine)["layers"]
@@ -150,7 +150,7 @@ def test_the_layers_of_a_compiled_engine(compiled: Path) -> None:
 
 
 def test_an_engine_without_a_list_of_layers(compiled: Path, command: Command) -> None:
-    (compiled / contract.LAYERS_FILE).unlink()
+    (compiled / layout.LAYERS_FILE).unlink()
     seal(compiled)
     assert inspect.describe(compiled)["layers"] is None
     status, stdout, _ = command(compiled)
@@ -167,11 +167,11 @@ def test_an_engine_that_was_really_compiled(build_arguments: list[str], tmp_path
     layers = record["layers"]
     assert (layers["attention_fused"], layers["attention_unfused"]) == (3, [])
     assert layers["half_share"] > 0.95
-    graph = graph_layers(folder / contract.ONNX_FILE)
+    graph = graph_layers(folder / layout.ONNX_FILE)
     assert layers["matrix_flops"] == pytest.approx(graph["matrix_flops"], rel=0.1)
     assert layers["weight_bytes"] == pytest.approx(graph["weight_bytes"], rel=0.25)
-    assert layers["weight_bytes"] < (folder / contract.ENGINE_FILE).stat().st_size
-    assert record["compile"]["engine_bytes"] == (folder / contract.ENGINE_FILE).stat().st_size
+    assert layers["weight_bytes"] < (folder / layout.ENGINE_FILE).stat().st_size
+    assert record["compile"]["engine_bytes"] == (folder / layout.ENGINE_FILE).stat().st_size
 
 
 def test_people_see_what_matters(engine: Path, command: Command) -> None:
@@ -232,7 +232,7 @@ def test_json_is_one_document(engine: Path, command: Command, words: list[str]) 
 
 def test_a_file_of_the_engine_stands_for_it(compiled: Path, tmp_path: Path) -> None:
     record = inspect.describe(compiled)
-    for name in (contract.MANIFEST_FILE, contract.ENGINE_FILE, contract.ONNX_FILE):
+    for name in (layout.MANIFEST_FILE, layout.ENGINE_FILE, layout.ONNX_FILE):
         assert inspect.describe(compiled / name) == record
 
 
@@ -297,7 +297,7 @@ def test_what_is_no_engine_folder(tmp_path: Path, command: Command, copy: Path) 
     assert "ENGINE" in stderr
 
 
-@pytest.mark.parametrize("name", [contract.MANIFEST_FILE, contract.ENGINE_FILE, contract.LAYERS_FILE, "report.json"])
+@pytest.mark.parametrize("name", [layout.MANIFEST_FILE, layout.ENGINE_FILE, layout.LAYERS_FILE, "report.json"])
 def test_a_file_that_changed(compiled: Path, command: Command, name: str) -> None:
     path = compiled / name
     content = bytearray(path.read_bytes())
@@ -311,15 +311,15 @@ def test_a_file_that_changed(compiled: Path, command: Command, name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
-        (contract.LAYERS_FILE, drop("layers")),
-        (contract.LAYERS_FILE, drop("summary")),
-        (contract.LAYERS_FILE, drop("summary", "matrix_flops")),
-        (contract.LAYERS_FILE, lambda values: values.update(layers=[{"name": "x"}])),
-        (contract.LAYERS_FILE, lambda values: values["layers"][0].update(flops="many")),
-        (contract.LAYERS_FILE, lambda values: values["summary"].update(flop_shares=[1])),
-        (contract.REPORT_FILE, lambda values: values.update(compile="yes")),
-        (contract.REPORT_FILE, lambda values: values.update(compile={})),
-        (contract.REPORT_FILE, lambda values: values["key_parts"].update(frames=float("nan"))),
+        (layout.LAYERS_FILE, drop("layers")),
+        (layout.LAYERS_FILE, drop("summary")),
+        (layout.LAYERS_FILE, drop("summary", "matrix_flops")),
+        (layout.LAYERS_FILE, lambda values: values.update(layers=[{"name": "x"}])),
+        (layout.LAYERS_FILE, lambda values: values["layers"][0].update(flops="many")),
+        (layout.LAYERS_FILE, lambda values: values["summary"].update(flop_shares=[1])),
+        (layout.REPORT_FILE, lambda values: values.update(compile="yes")),
+        (layout.REPORT_FILE, lambda values: values.update(compile={})),
+        (layout.REPORT_FILE, lambda values: values["key_parts"].update(frames=float("nan"))),
     ],
 )
 def test_files_that_another_version_wrote(
@@ -333,7 +333,7 @@ def test_files_that_another_version_wrote(
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{", b"null", b"\xff", pytest.param(b"[" * 9000, id="deep")], ids=repr
 )
-@pytest.mark.parametrize("name", [contract.LAYERS_FILE, contract.REPORT_FILE])
+@pytest.mark.parametrize("name", [layout.LAYERS_FILE, layout.REPORT_FILE])
 def test_files_that_hold_something_else(compiled: Path, command: Command, name: str, content: bytes) -> None:
     (compiled / name).write_bytes(content)
     seal(compiled)
@@ -347,7 +347,7 @@ def test_a_gate_that_another_version_ran(copy: Path, command: Command, steps: An
 
 
 def test_a_graph_that_is_none(copy: Path, command: Command) -> None:
-    (copy / contract.ONNX_FILE).write_bytes(b"this is no graph at all")
+    (copy / layout.ONNX_FILE).write_bytes(b"this is no graph at all")
     seal(copy)
     assert "no ONNX graph" in refused(command(copy))
 
@@ -372,9 +372,9 @@ HOSTILE: list[bytes] = [
 
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
-@pytest.mark.parametrize("name", [contract.REPORT_FILE, contract.LAYERS_FILE])
+@pytest.mark.parametrize("name", [layout.REPORT_FILE, layout.LAYERS_FILE])
 def test_a_hostile_report_or_layer_list_is_one_line(copy: Path, command: Command, name: str, content: bytes) -> None:
-    if name == contract.LAYERS_FILE:
+    if name == layout.LAYERS_FILE:
         look_compiled(copy)
     (copy / name).write_bytes(content)
     seal(copy)

@@ -16,7 +16,7 @@ from builder import build, cache, inspect, stages
 from builder.arguments import parse
 from builder.config import BuildConfig
 from builder.inspection.comparison import SET_BY, compare, set_by
-from runtime import contract
+from runtime.engine import layout
 from runtime.manifest import Manifest
 
 from .engine_folders import Command, copy_of, drop, edit_json, inspect_command, look_compiled, seal
@@ -42,8 +42,8 @@ def compiled(copy: Path) -> Path:
 def rebuilt(folder: Path, change: Callable[[dict[str, Any]], object], **changes: Any) -> Path:
     """A copy of an engine as if it had been built with other parts of the key."""
     other = Path(shutil.copytree(folder, folder.with_name("other")))
-    edit_json(other / contract.REPORT_FILE, lambda values: change(values["key_parts"]))
-    parts = json.loads((other / contract.REPORT_FILE).read_text())["key_parts"]
+    edit_json(other / layout.REPORT_FILE, lambda values: change(values["key_parts"]))
+    parts = json.loads((other / layout.REPORT_FILE).read_text())["key_parts"]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     seal(other, key=key, name=other.name, **changes)
     return other
@@ -95,7 +95,7 @@ def test_looking_into_engines_is_not_among_the_sources_that_change_them(build_ar
         "builder/runners.py",
         "builder/kept_reference.py",
         "earlytom/merge.py",
-        "runtime/contract.py",
+        "runtime/engine/layout.py",
     } < set(code)
 
 
@@ -171,7 +171,7 @@ def test_what_one_of_them_lacks_is_one_field(copy: Path, command: Command) -> No
 
 def test_an_engine_that_did_not_record_its_key(copy: Path) -> None:
     other = rebuilt(copy, lambda parts: parts.update(frames=3))
-    edit_json(other / contract.REPORT_FILE, drop("key_parts"))
+    edit_json(other / layout.REPORT_FILE, drop("key_parts"))
     seal(other)
     record = compare(inspect.describe(copy), inspect.describe(other))
     assert record["key_parts"] == []

@@ -21,8 +21,8 @@ from builder.gate import accuracy
 from builder.islands import DEFAULT, ISLANDS, LAYERED, Costs, Islands
 from builder.layers import LayerSummary, check_precision
 from earlytom.errors import UserError
-from runtime import contract
 from runtime import trt as seam
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
@@ -160,7 +160,7 @@ def test_what_is_chosen_is_fp32_and_the_rest_is_half(exported: Make) -> None:
             product = producer(model, node.input[0])
             assert {kind[name] for name in product.input} == {FLOAT}
     assert {kind[f"hidden_{layer}"] for layer in range(DEPTH)} == {FLOAT}
-    assert (kind["features"], kind[contract.TOKENS]) == (FLOAT, HALF)
+    assert (kind["features"], kind[layout.TOKENS]) == (FLOAT, HALF)
 
 
 def producer(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
@@ -195,7 +195,7 @@ def test_without_islands_everything_is_half_but_what_decides(exported: Make) -> 
 
 def test_all_is_fp32_but_for_the_tokens(exported: Make) -> None:
     made, model = exported_with(exported, "all")
-    assert {name for name, kind in kinds(model).items() if kind == HALF} == {contract.TOKENS}
+    assert {name for name, kind in kinds(model).items() if kind == HALF} == {layout.TOKENS}
     assert made.config.half_share == 0
 
 
@@ -301,7 +301,7 @@ def test_the_manifest_says_so_only_where_it_is_not_the_usual(
 ) -> None:
     usual = Manifest.read(engine)
     assert usual.islands is None
-    assert "islands" not in json.loads((engine / contract.MANIFEST_FILE).read_text())
+    assert "islands" not in json.loads((engine / layout.MANIFEST_FILE).read_text())
     for words in ((), ("norms", "mlp:1")):
         other = replace(usual, islands=words)
         assert other.to_dict()["islands"] == list(words)

@@ -70,7 +70,7 @@ def test_a_copy_has_the_digest_of_these_sources(tree: Path) -> None:
         "runtime/drawing",
         "runtime/scenes",
         "runtime/checkpoint",
-        "runtime/contract",
+        "runtime/engine",
         "runtime/manifest",
     ],
 )
@@ -144,7 +144,7 @@ HARMLESS = (
     "runtime/cli",
     "runtime/decoder",
     "runtime/errors",
-    "runtime/graphs",
+    "runtime/gpu",
     "runtime/partial",
     "runtime/plain_files",
     "runtime/choices",

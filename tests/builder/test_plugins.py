@@ -36,8 +36,9 @@ from builder.plugins import graph, ptx
 from builder.plugins.registry import PLUGINS, plain
 from earlytom import merge, select
 from earlytom.errors import UserError
-from runtime import cli, contract
+from runtime import cli
 from runtime import trt as seam
+from runtime.engine import layout
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
@@ -175,16 +176,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, 
     few = {**FULL, "budget": SMALL["budget"], "single": SMALL["single"]}
 
     def make(target: tuple[int, int], folder: Path) -> Built:
-        onnx.save(model(CALLS if target == (8, 0) else few), folder / contract.ONNX_FILE)
+        onnx.save(model(CALLS if target == (8, 0) else few), folder / layout.ONNX_FILE)
         report = compile_engine(
-            folder / contract.ONNX_FILE,
-            folder / contract.ENGINE_FILE,
+            folder / layout.ONNX_FILE,
+            folder / layout.ENGINE_FILE,
             flavour="tensorrt",
             dtype="fp16",
             target=target,
             compression="plugin",
         )
-        launches = json.loads((folder / contract.ENGINE_FILE).read_text())
+        launches = json.loads((folder / layout.ENGINE_FILE).read_text())
         return Built(report, {launch["node"]: launch for launch in launches})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -425,11 +426,11 @@ def test_the_build_command_with_plugins(
     for plugin in manifest.plugins:
         assert plugin.ptx_sha256[:12] in printed
         assert plugin.tensors in printed
-    launches = json.loads((Path(record["folder"]) / contract.ENGINE_FILE).read_text())
+    launches = json.loads((Path(record["folder"]) / layout.ENGINE_FILE).read_text())
     stages = manifest.frames_per_stage
     assert [launch["inputs"][0][0] for launch in launches] == [*stages, stages[-1]]
     assert launches[-1]["outputs"][1] == [manifest.tokens]
-    report = json.loads((Path(record["folder"]) / contract.REPORT_FILE).read_text())
+    report = json.loads((Path(record["folder"]) / layout.REPORT_FILE).read_text())
     assert [kernel["ptx_sha256"] for kernel in report["compile"]["plugins"]] == [p.ptx_sha256 for p in manifest.plugins]
 
 

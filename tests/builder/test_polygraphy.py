@@ -20,7 +20,8 @@ from onnx import helper, numpy_helper
 from builder import arguments, build, functions, kept_reference, verify
 from builder.kept_reference import COMPARE_FILE
 from earlytom.budget import most_tokens
-from runtime import cli, contract
+from runtime import cli
+from runtime.engine import layout
 from runtime.manifest import Manifest, describe_files
 
 from ..processes import HANG_SECONDS
@@ -77,7 +78,7 @@ def compare(place: Path, reference: Path, bundled_engine: Path) -> Callable[...,
         shutil.rmtree(place / "built", ignore_errors=True)
         shutil.copytree(bundled_engine, place / "built" / bundled_engine.name)
         if edit is not None:
-            path = place / "built" / bundled_engine.name / contract.ONNX_FILE
+            path = place / "built" / bundled_engine.name / layout.ONNX_FILE
             model = onnx.load(str(path))
             edit(model)
             onnx.save(model, str(path))
@@ -115,16 +116,16 @@ def more_places(more: int) -> Edit:
 
 
 def shift_positions(model: onnx.ModelProto) -> None:
-    (node,) = (node for node in model.graph.node if contract.POSITIONS in node.output)
-    node.output[list(node.output).index(contract.POSITIONS)] = "raw"
+    (node,) = (node for node in model.graph.node if layout.POSITIONS in node.output)
+    node.output[list(node.output).index(layout.POSITIONS)] = "raw"
     model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "one"))
-    model.graph.node.append(helper.make_node("Add", ["raw", "one"], [contract.POSITIONS]))
+    model.graph.node.append(helper.make_node("Add", ["raw", "one"], [layout.POSITIONS]))
 
 
 def lose_positions(model: onnx.ModelProto) -> None:
-    (node,) = (node for node in model.graph.node if contract.POSITIONS in node.output)
-    node.output[list(node.output).index(contract.POSITIONS)] = ""
-    kept = [output for output in model.graph.output if output.name != contract.POSITIONS]
+    (node,) = (node for node in model.graph.node if layout.POSITIONS in node.output)
+    node.output[list(node.output).index(layout.POSITIONS)] = ""
+    kept = [output for output in model.graph.output if output.name != layout.POSITIONS]
     del model.graph.output[:]
     model.graph.output.extend(kept)
 
@@ -136,18 +137,18 @@ def test_the_recipe_is_three_commands_that_exist() -> None:
     assert make[:3] == ["python", "-m", "builder.build"]
     options = arguments.parser().parse_args(make[3:])
     assert options.verify  # the build's own gate is part of the job
-    assert hold == ["sh", f"reference/{COMPARE_FILE}", f"{options.out}/*/{contract.ONNX_FILE}"]
+    assert hold == ["sh", f"reference/{COMPARE_FILE}", f"{options.out}/*/{layout.ONNX_FILE}"]
 
 
 def test_the_same_sources_pass(compare: Callable[..., tuple[int, str]], place: Path, reference: Path) -> None:
     """What was built in another process, at another time, is held against the reference that was kept."""
     status, printed = compare()
     assert status == 0, printed[-2000:]
-    for name in contract.OUTPUTS:
+    for name in layout.OUTPUTS:
         assert f"PASSED | Output: '{name}'" in printed
     assert {path.name for path in reference.iterdir()} == {
-        contract.REFERENCE_INPUTS_FILE,
-        contract.REFERENCE_OUTPUTS_FILE,
+        layout.REFERENCE_INPUTS_FILE,
+        layout.REFERENCE_OUTPUTS_FILE,
         COMPARE_FILE,
     }
     Manifest.read(place / "engines" / "NAME")  # nothing was written there
@@ -192,7 +193,7 @@ def test_the_script_wants_one_graph(place: Path, reference: Path, words: str) ->
 def test_the_script_works_from_anywhere(place: Path, reference: Path, tmp_path: Path) -> None:
     moved = tmp_path / "a folder"
     shutil.copytree(reference, moved)
-    graph = place / "engines" / "NAME" / contract.ONNX_FILE
+    graph = place / "engines" / "NAME" / layout.ONNX_FILE
     done = shell(f"sh {shlex.quote(str(moved / COMPARE_FILE))} {shlex.quote(str(graph))}", tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
@@ -203,7 +204,7 @@ def as_chain(engine: Path, folder: Path) -> Path:
     old = Manifest.read(folder)
     stages, frames = len(old.frames_per_stage), old.frames
     for stage in range(stages):
-        shutil.copy(folder / contract.ONNX_FILE, folder / contract.stage_file(contract.ONNX_FILE, stage))
+        shutil.copy(folder / layout.ONNX_FILE, folder / layout.stage_file(layout.ONNX_FILE, stage))
     dataclasses.replace(
         old,
         earlytom=old.earlytom | {"schedule": "adaptive"},

@@ -22,8 +22,9 @@ from builder.precision import TypedLayerNorm, set_precision, set_vision_precisio
 from earlytom.errors import UserError
 from earlytom.families import llava_onevision
 from earlytom.towers import tower_of
-from runtime import contract
 from runtime.checkpoint import load_vision
+from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
 
 from .conftest import FRAMES, TAU
 from .stress import NaiveSymbols, NaiveTower, naive_graph, plain_graph, stress_checkpoint
@@ -190,9 +191,9 @@ def test_all_half_breaks(
     config = config_of(stressed)
     monkeypatch.setattr(llava_onevision, "tower_of", NaiveTower)
     monkeypatch.setattr(export, "SymbolicDecisions", NaiveSymbols)
-    graph = naive_graph(config, contract.DTYPES[dtype])
+    graph = naive_graph(config, DTYPES[dtype])
     in_torch = graph(clip)["tokens"]
-    exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / contract.ONNX_FILE)
+    exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / layout.ONNX_FILE)
     monkeypatch.undo()
     taps = measure(exported.path, reference, clip, dtype)
     assert lowest(taps) < 0.9
@@ -208,8 +209,8 @@ def test_half_holds_by_default(
     clip = clips["drawn0.mp4"]
     config = config_of(stressed, f"--{dtype}")
     least = {"fp16": 0.9999, "bf16": 0.999}[dtype]
-    graph = vision_graph(config, contract.DTYPES[dtype])
-    exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / contract.ONNX_FILE)
+    graph = vision_graph(config, DTYPES[dtype])
+    exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / layout.ONNX_FILE)
     taps = measure(exported.path, reference, clip, dtype)
     assert len(taps) == 4 + 4  # layers, and what follows
     assert lowest(taps) > least, taps
@@ -241,7 +242,7 @@ def test_the_bias_of_the_keys_is_what_half_could_not_bear(
     assert all(not layer.self_attn.k_proj.bias.any() for layer in layers)
     for layer, source in zip(layers, tower_of(reference.vision_tower).layers, strict=True):
         layer.self_attn.k_proj.bias.data = source.self_attn.k_proj.bias.half()
-    exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / contract.ONNX_FILE)
+    exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / layout.ONNX_FILE)
     assert lowest(measure(exported.path, reference, clip, "fp16")) < 0.999
 
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from builder.shared_weights import ALIGNMENT, LEAST_BYTES, SharedWeights
-from runtime import contract
+from runtime.engine import layout
 
 
 def ir_model(**tensors: np.ndarray[Any, Any]) -> ir.Model:
@@ -32,7 +32,7 @@ def test_equal_tensors_share_a_place_and_others_stay_inside(tmp_path: Path) -> N
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((32, 16)).astype(np.float32) for _ in range(2))
     small = np.zeros(LEAST_BYTES // 4 - 1, np.float32)
-    shared = SharedWeights(tmp_path / contract.DATA_FILE)
+    shared = SharedWeights(tmp_path / layout.DATA_FILE)
     first = ir_model(a=a, b=b, again=a, small=small)
     shared.move(first)
     size = shared.path.stat().st_size

@@ -23,8 +23,8 @@ from builder.gate import accuracy
 from builder.gate.accuracy import GATES, STEPS, Report
 from builder.next_tokens import NextTokens
 from earlytom.errors import UserError
-from runtime import contract
 from runtime.checkpoint import describe
+from runtime.engine import layout
 from runtime.manifest import Manifest
 
 from ..processes import HANG_SECONDS
@@ -43,10 +43,10 @@ def gate(exported: Make, clips: dict[str, Tensor], tmp_path: Path) -> Callable[.
         made = exported(*RATIO, "--fp32")
         model = onnx.load(str(made.path))
         edit(model)
-        path = tmp_path / contract.ONNX_FILE
+        path = tmp_path / layout.ONNX_FILE
         onnx.save(model, str(path))
         report, _ = accuracy.verify(path, made.reference, clips, "fp32", **options)
-        assert [file.name for file in tmp_path.iterdir()] == [contract.ONNX_FILE]
+        assert [file.name for file in tmp_path.iterdir()] == [layout.ONNX_FILE]
         return report
 
     return run
@@ -119,7 +119,7 @@ def test_an_honest_graph_passes(exported: Make, clips: dict[str, Tensor], dtype:
     assert lines
     assert any("--verify-text" in note for note in report.notes)
     assert any("bf16" in note for note in report.notes) == (dtype == "bf16")
-    assert [path.name for path in made.path.parent.iterdir()] == [contract.ONNX_FILE]  # no copy of the graph is left
+    assert [path.name for path in made.path.parent.iterdir()] == [layout.ONNX_FILE]  # no copy of the graph is left
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_single_half_weight_fails(exported: Make, clips: dict[str, Tensor], tm
     made = exported(*RATIO, "--fp16")
     model = onnx.load(str(made.path))
     scale_weight("layers.0.layer_norm1.weight", 1.2)(model)
-    path = tmp_path / contract.ONNX_FILE
+    path = tmp_path / layout.ONNX_FILE
     onnx.save(model, str(path))
     report, _ = accuracy.verify(path, made.reference, clips, "fp16")
     assert {"hidden", "tokens"} <= failed(report)
@@ -306,7 +306,7 @@ def test_report_is_plain_json(exported: Make, clips: dict[str, Tensor], engine: 
         set(check) == {"what", "value", "limit", "passed"} for step in record["steps"].values() for check in step
     )
     assert sum(map(len, record["steps"].values())) == len(report.checks)
-    saved = json.loads((engine / contract.REPORT_FILE).read_text())
+    saved = json.loads((engine / layout.REPORT_FILE).read_text())
     assert saved["verification"]["passed"] is True
     assert list(saved["verification"]["steps"]) == list(STEPS)  # the session's engine was built with --verify-text
     assert saved["compile"] is None
@@ -337,9 +337,9 @@ def test_the_polygraphy_line_of_the_manifest_works_when_pasted(engine: Path, tmp
 
     spoiled = tmp_path / "spoiled"
     shutil.copytree(engine, spoiled)
-    model = onnx.load(str(spoiled / contract.ONNX_FILE))
+    model = onnx.load(str(spoiled / layout.ONNX_FILE))
     scale_weight("projector.linear_1.bias", 1.5)(model)
-    onnx.save(model, str(spoiled / contract.ONNX_FILE))
+    onnx.save(model, str(spoiled / layout.ONNX_FILE))
     assert paste(manifest.polygraphy, spoiled).returncode != 0
 
 
@@ -347,11 +347,11 @@ def test_saved_reference_is_what_the_reference_says(engine: Path, exported: Make
     from polygraphy.comparator import RunResults
     from polygraphy.json import load_json
 
-    (inputs,) = load_json(str(engine / contract.REFERENCE_INPUTS_FILE))
-    frames = torch.from_numpy(inputs[contract.FRAMES])
+    (inputs,) = load_json(str(engine / layout.REFERENCE_INPUTS_FILE))
+    frames = torch.from_numpy(inputs[layout.FRAMES])
     assert (frames.dtype, tuple(frames.shape)) == (torch.uint8, (FRAMES, 3, 72, 72))
-    ((_, (saved,)),) = RunResults.load(str(engine / contract.REFERENCE_OUTPUTS_FILE))
-    assert list(saved) == list(contract.OUTPUTS)
+    ((_, (saved,)),) = RunResults.load(str(engine / layout.REFERENCE_OUTPUTS_FILE))
+    assert list(saved) == list(layout.OUTPUTS)
     wanted = exported(*RATIO, "--fp32").reference(frames)
-    np.testing.assert_allclose(saved[contract.TOKENS], wanted["tokens"].numpy(), atol=1e-5)
-    assert np.array_equal(saved[contract.POSITIONS], wanted["positions"].numpy())
+    np.testing.assert_allclose(saved[layout.TOKENS], wanted["tokens"].numpy(), atol=1e-5)
+    assert np.array_equal(saved[layout.POSITIONS], wanted["positions"].numpy())

@@ -19,7 +19,8 @@ from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.families.llava_onevision import pool
 from earlytom.merge import frame_similarity, segments_of
-from earlytom.methods.earlytom import EarlyTom, trace_names
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.spans import trace_names
 
 from .reference import adaptive_plan, budget_plan, dense, segments, select_positions
 from .tiny import FAMILIES, PATCH, made_video, tiny_projector, tiny_tower, untouched

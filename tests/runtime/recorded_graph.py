@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from runtime.graphs import WARM_UP_RUNS, CaptureError, Replay
+from runtime.gpu.graphs import WARM_UP_RUNS, CaptureError, Replay
 
 # Operators for whose result the host waits.
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "masked_select")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.decoder import Decoder
-from runtime.graphs import Replay, ToHost
+from runtime.gpu.graphs import Replay, ToHost
 from runtime.picking import Picker
 from runtime.prompt import Prompt, splice
 from runtime.sampling import GREEDY, Sampling

@@ -25,12 +25,12 @@ from torch import Tensor
 from earlytom.errors import UserError
 from runtime import pipeline as pipeline_module
 from runtime.answering import Answering
-from runtime.backends import VisionBackend
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
 from runtime.pipeline import Pipeline
 from runtime.prompt import splice
 from runtime.requests import Answer, Delta, Question, Ready, Seen
 from runtime.video import Clip
+from runtime.vision import VisionBackend
 
 from ..processes import HANG_SECONDS as LONG
 

@@ -10,10 +10,10 @@ import pytest
 from torch import Tensor
 
 from runtime import bench, cli
-from runtime.backends.chunked import ChunkedVision
 from runtime.benchmark.service import Service
 from runtime.live import LiveClip
 from runtime.pipeline import Pipeline
+from runtime.vision.chunked import ChunkedVision
 
 from ..processes import HANG_SECONDS
 

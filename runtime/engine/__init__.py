@@ -1,0 +1,1 @@
+"""What an engine is: its graphs and tensors, its counts, its files."""

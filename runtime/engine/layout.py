@@ -1,0 +1,317 @@
+"""What an engine is, which the builder and the runtime agree on: its graphs, tensors, counts, and files of its folder.
+
+An engine maps one clip to the visual tokens that reach the LLM, with static shapes:
+
+    frames     uint8 [F, 3, H, W]   RGB at the model's resolution; scaling and normalising happen inside the engine
+    tokens     dtype [N, D]         D is the width of the LLM; dtype is that of the graph
+    positions  int64 [N]            ascending; position = f * P + cell, f the index among the frames that are left
+
+An engine for B > 1 videos at once has a leading B in all three: frames [B, F, 3, H, W], tokens [B, N, D], positions
+[B, N]; every video is treated as if it were alone.
+
+That is one graph, `vision.onnx` or `vision.engine`, in the budget schedule. A folder for several frame counts has a
+graph for each, `vision.f8.onnx`, `vision.f16.onnx`, ..., so do its other files; ONNX weights of all of them are in
+`vision.data`. In the adaptive one it is a chain of them,
+`vision.0.onnx`, `vision.1.onnx`, ..., each with the layers up to a merge and the merge itself; n <= F frames arrive:
+
+    hidden           [n, T, D]       all stages but the first: what the stage before merged
+    received         fp32 [n, S]     the last stage: received attention
+    merged_hidden    [n, T, D]       all stages but the last; rows from `count` on are zero
+    merged_received  fp32 [n, S]     the last stage but one; likewise
+    count            int64 [1]       frames left; of the last stage, the tokens that count: [M, D] come, of which the
+                                     first N are the answer, M = `places` * n being what n frames have room for
+
+An engine whose clips come in chunks of C frames (budget schedule, C divides F) is two graphs, `vision.0.onnx` with the
+layers up to the first merge, which runs once for each chunk, and `vision.1.onnx` with everything from there on:
+
+    hidden           [C, T, D], [F, T, D]     what the one returns of a chunk and the other takes of a clip
+    received         fp32 [C, S], [F, S]      where the first merge is the last, or there is none: received attention
+
+The model's `image_newline` is not among the tokens: the runtime appends it. Nothing else may spell these names. A
+`Layout` has the graphs of one engine in their order, and derives every count from the settings. Needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from earlytom.budget import frames_per_stage, most_tokens, token_count
+from earlytom.config import EarlyTomConfig
+from earlytom.spans import layer_spans, trace_names
+
+FRAMES = "frames"
+TOKENS = "tokens"
+POSITIONS = "positions"
+OUTPUTS = (TOKENS, POSITIONS)
+HIDDEN, RECEIVED = "hidden", "received"
+MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
+COUNT = "count"
+
+# The dtypes of a graph, by their names in folder names, manifests and flags (--fp16, --bf16, --fp32): tokens and hidden
+# states may have any of them. `runtime.engine.dtypes` has the libraries' own.
+DTYPE_NAMES = ("fp16", "bf16", "fp32")
+
+MANIFEST_FILE = "manifest.json"
+ONNX_FILE = "vision.onnx"
+ENGINE_FILE = "vision.engine"
+REPORT_FILE = "report.json"
+LAYERS_FILE = "layers.json"
+DATA_FILE = "vision.data"
+REFERENCE_INPUTS_FILE = "reference_inputs.json"
+REFERENCE_OUTPUTS_FILE = "reference_outputs.json"
+
+VARIES = -1  # a size that only the video tells
+Mode = Literal["whole", "adaptive", "chunked"]
+
+
+def stage_file(name: str, stage: int) -> str:
+    """The file of one stage of a chain: "vision.onnx", 2 to "vision.2.onnx"."""
+    stem, suffix = name.rsplit(".", maxsplit=1)
+    return f"{stem}.{stage}.{suffix}"
+
+
+def count_file(name: str, frames: int) -> str:
+    """The file of one of several frame counts: "vision.onnx", 8 to "vision.f8.onnx"."""
+    stem, suffix = name.rsplit(".", maxsplit=1)
+    return f"{stem}.f{frames}.{suffix}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a graph.
+
+    Attributes:
+        shape: a size that only the video tells is `VARIES`; one that the layout does not know is None.
+        dtypes: names of those that it may have.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph of an engine.
+
+    Attributes:
+        stage: its place among several, from 0; None of a graph that a clip runs through alone.
+        span: encoder layers that it has; None where their number is not known.
+        inputs, outputs: in their order.
+        calls: how often it runs for one clip.
+        taps: values that are compared with PyTorch's, in the order of computation.
+        count: the number of frames in its files' names, where the folder has graphs for several.
+    """
+
+    stage: int | None
+    span: range | None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    calls: int = 1
+    taps: tuple[str, ...] = ()
+    count: int | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the inputs and outputs."""
+        return frozenset(tensor.name for tensor in (*self.inputs, *self.outputs))
+
+    def file(self, name: str) -> str:
+        """Its file: of "vision.onnx" that, "vision.2.onnx" of a stage, "vision.f8.onnx" of one of several counts."""
+        if self.stage is not None:
+            return stage_file(name, self.stage)
+        return name if self.count is None else count_file(name, self.count)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the model fixes; None where whoever asks does not know.
+
+    Attributes:
+        tokens_per_frame: P, tokens of a whole frame after pooling.
+        image: (H, W) of a frame.
+        width: D, width of a token.
+        layers: encoder layers that run.
+    """
+
+    tokens_per_frame: int | None = None
+    image: tuple[int, int] | None = None
+    width: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One engine.
+
+    Attributes:
+        earlytom: the method's settings.
+        frames: F, frames of a clip; where the engine takes one of several counts, the most, which the rest is about.
+        batch: B, videos at once; counts and tokens are those of one.
+        chunk: C, frames of a chunk where clips come in chunks.
+        dtype: "fp16", "bf16" or "fp32".
+        frame_counts: the frame counts, ascending, where there are several; what `at` returns has one of them.
+    """
+
+    earlytom: EarlyTomConfig
+    frames: int
+    batch: int = 1
+    chunk: int | None = None
+    dtype: str = "fp32"
+    sizes: Sizes = Sizes()
+    frame_counts: tuple[int, ...] | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """In which order the graphs run: one for a whole clip, a chain of stages, or one for each chunk and a rest."""
+        if self.earlytom.schedule == "adaptive":
+            return "adaptive"
+        return "whole" if self.chunk is None else "chunked"
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
+        return self.mode == "adaptive"
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        return self.mode != "whole"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The frame counts that the engine takes, ascending."""
+        return self.frame_counts or (self.frames,)
+
+    def at(self, frames: int) -> Layout:
+        """The layout for one of `counts`."""
+        return self if self.counts == (frames,) else replace(self, frames=frames, frame_counts=(frames,))
+
+    @property
+    def merges(self) -> int:
+        return len(self.earlytom.merge_layers)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them.
+
+        Raises:
+            UserError: a frame budget that does not fit.
+        """
+        if self.adaptive:
+            return (self.frames,) * (self.merges + 1)
+        return frames_per_stage(self.frames, merges=self.merges, frame_budget=self.earlytom.frame_budget)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P, tokens of a whole frame."""
+        assert self.sizes.tokens_per_frame is not None
+        return self.sizes.tokens_per_frame
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
+        if self.adaptive:
+            ratio = self.earlytom.retention_ratio
+            return most_tokens(self.frames, self.tokens_per_frame, ratio, merges=self.merges)
+        return self.tokens_of(self.stages[-1])
+
+    @property
+    def tokens_full(self) -> int:
+        """`F * P`, what the uncompressed model would send to the LLM."""
+        return self.frames * self.tokens_per_frame
+
+    def tokens_of(self, frames_left: int) -> int:
+        """Tokens of so many frames, none of them static: M, the rows that a chain's last stage writes for them."""
+        return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Values inside the graphs that are compared with PyTorch's, in the order of computation.
+
+        Of every layer where their number is known, else of the merge layers.
+        """
+        return tuple(trace_names(self.earlytom, self.sizes.layers))
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The graphs that a clip of `frames` runs through, in their order."""
+        if self.mode == "whole":
+            return (self._graph(None, (FRAMES,), OUTPUTS, rows=self.frames),)
+        if self.mode == "chunked":
+            between = (HIDDEN, RECEIVED) if self.merges <= 1 else (HIDDEN,)
+            assert self.chunk is not None
+            calls = self.frames // self.chunk
+            head = self._graph(0, (FRAMES,), between, rows=self.chunk, calls=calls)
+            return head, self._graph(1, between, OUTPUTS, rows=self.frames)
+        rows = (self.frames, *[VARIES] * self.merges)
+        return tuple(self._graph(n, *_stage_tensors(n, len(rows)), rows=count) for n, count in enumerate(rows))
+
+    @property
+    def files(self) -> tuple[Graph, ...]:
+        """The graphs of every frame count."""
+        return tuple(graph for count in self.counts for graph in self.at(count).graphs)
+
+    def _graph(
+        self, stage: int | None, inputs: Iterable[str], outputs: Iterable[str], *, rows: int, calls: int = 1
+    ) -> Graph:
+        return Graph(
+            stage,
+            self._span(stage),
+            tuple(self._tensor(name, rows) for name in inputs),
+            tuple(self._tensor(name, rows) for name in outputs),
+            calls,
+            self._taps(stage),
+            None if self.frame_counts is None else self.frames,
+        )
+
+    def _tensor(self, name: str, rows: int) -> Tensor:
+        videos = () if self.batch == 1 else (self.batch,)
+        tokens = VARIES if self.adaptive else None if self.sizes.tokens_per_frame is None else self.tokens
+        shapes: dict[str, tuple[int | None, ...]] = {
+            FRAMES: (*videos, rows, 3, *(self.sizes.image or (None, None))),
+            HIDDEN: (rows, None, None),
+            RECEIVED: (rows, None),
+            TOKENS: (*videos, tokens, self.sizes.width),
+            POSITIONS: (*videos, tokens),
+            COUNT: (1,),
+        }
+        dtypes = {FRAMES: "uint8", POSITIONS: "int64", COUNT: "int64", RECEIVED: "fp32"}
+        kind = {MERGED_HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED}.get(name, name)
+        return Tensor(name, shapes[kind], (dtypes[kind],) if kind in dtypes else DTYPE_NAMES)
+
+    def _span(self, stage: int | None) -> range | None:
+        """Encoder layers of one graph."""
+        if self.sizes.layers is None:
+            return None
+        spans = layer_spans(self.earlytom.merge_layers, self.sizes.layers)
+        if self.mode == "adaptive":
+            return spans[stage or 0]
+        if self.mode == "whole":
+            return range(self.sizes.layers)
+        return range(spans[0].stop, self.sizes.layers) if stage else spans[0]
+
+    def _taps(self, stage: int | None) -> tuple[str, ...]:
+        """Those of `taps` that one graph has."""
+        span = self._span(stage)
+        if span is None or self.mode == "whole":
+            return self.taps
+        if self.mode == "chunked":  # the first merge is part of the rest
+            head = {f"hidden_{layer}" for layer in range(layer_spans(self.earlytom.merge_layers, span.stop)[0].stop)}
+            return tuple(name for name in self.taps if (name in head) == (stage == 0))
+        of_layers = {f"{what}_{layer}" for what in ("hidden", "similarity", "weights") for layer in span}
+        last = stage == self.merges
+        return tuple(n for n in self.taps if n in of_layers or (last and not n.rpartition("_")[2].isdigit()))
+
+
+def _stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Inputs and outputs of one stage of a chain of `stages`, by name."""
+    last = stages - 1
+    inputs: tuple[str, ...] = (HIDDEN,) if stage else (FRAMES,)
+    if 0 < stage == last:
+        inputs = (HIDDEN, RECEIVED)
+    if stage == last:
+        return inputs, (*OUTPUTS, COUNT)
+    return inputs, (MERGED_HIDDEN, COUNT, *([MERGED_RECEIVED] * (stage == last - 1)))

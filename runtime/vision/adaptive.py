@@ -1,0 +1,165 @@
+"""The adaptive schedule: a chain of graphs, one stage after the other.
+
+How many frames a merge left is read by one small copy, and the next stage gets so many rows of the same memory. Every
+buffer is allocated once, for the most that any video needs; a call binds the first rows of them and allocates nothing.
+Two buffers hold hidden states: a stage reads one and writes the other. As the host must know each count, this `encode`
+returns when the last stage is done, also on a GPU. What it returns can be read on any stream at once.
+
+Notation: F frames, n frames that arrive at a stage, T tokens a frame inside the tower, S patches, P after pooling, D
+tower width, E LLM width, M rows of tokens that n frames have room for, N tokens that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.engine.layout import (
+    COUNT,
+    FRAMES,
+    HIDDEN,
+    MERGED_HIDDEN,
+    MERGED_RECEIVED,
+    POSITIONS,
+    RECEIVED,
+    TOKENS,
+    Layout,
+)
+from runtime.errors import EngineError
+from runtime.manifest import REBUILD
+from runtime.vision.frames import check_frames
+from runtime.vision.runner import Runner, Turn, check_names, fixed
+
+# Tensors that go from one stage to the next, and the memory that they are in.
+_BETWEEN = {MERGED_HIDDEN: HIDDEN, HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED, RECEIVED: RECEIVED}
+_Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Adaptive:
+    """A `VisionBackend` made of stages.
+
+    Args:
+        runners: of the stages, in their order.
+        layout: of the engine.
+
+    Attributes:
+        shape: [F, 3, H, W] of the frames it takes.
+        frames_per_stage: frames before the first merge and after each one, of the last clip.
+        batch: always 1.
+        device: where it runs.
+
+    Raises:
+        EngineError: the tensors are not those of the layout, or do not fit from one stage to the next.
+    """
+
+    batch = 1
+
+    def __init__(self, runners: Sequence[Runner], layout: Layout) -> None:
+        self.name = runners[0].name
+        self.layout = layout
+        self.runners = tuple(runners)
+        self.frames_per_stage: tuple[int, ...] = ()
+        self._graphs = layout.graphs
+        self._turn = Turn()
+        for runner, graph in zip(runners, self._graphs, strict=True):
+            check_names(runner, graph, str(len(runners)))
+        self.shape = fixed(runners[0], self._graphs[0].inputs[0])
+        if self.shape[0] != layout.frames:
+            raise EngineError(
+                f"{runners[0].path} takes {self.shape[0]} frames, the manifest says {layout.frames}: {REBUILD}"
+            )
+        self._buffers = {
+            name: torch.zeros(shape, dtype=dtype, device=runners[0].device)
+            for name, (shape, dtype) in self._sizes().items()
+        }
+        self.device = self._buffers[COUNT].device
+        self._lane = runners[0].lane(self.shape, waits=True)
+        self._lane.warm_up(self.encode, self.shape)
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, E] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
+
+        Both are valid until the next call, which writes over them.
+
+        Raises:
+            EngineError: frames of another shape or dtype or on another device, a stage failed, or kept a number of
+                frames that cannot be.
+            RuntimeError: called while another call is under way, or after `close`.
+        """
+        check_frames(frames, self.shape)
+        with self._turn():
+            self._lane.check(frames)
+            with self._lane.bringing([frames]) as entering:
+                count = self._run(entering)
+            tokens, positions = self._buffers[TOKENS][:count], self._buffers[POSITIONS][:count]
+            self._lane.hand_over((tokens, positions))
+            return tokens, positions
+
+    def _run(self, frames: Tensor) -> int:
+        """All stages; the number of tokens."""
+        arriving, counts = self.layout.frames, [self.layout.frames]
+        for stage, runner in enumerate(self.runners):
+            runner.run(self._views(stage, arriving, frames))
+            last = stage == len(self.runners) - 1
+            limit, count = self._rows(arriving) if last else arriving, self._lane.read(self._buffers[COUNT])
+            if not 1 <= count <= limit:
+                what = "tokens" if last else "frames"
+                raise EngineError(
+                    f"stage {stage} of the {self.name} engine kept {count} of {limit} {what}, so its arithmetic failed "
+                    f"on this clip: build with --bf16 or --fp32"
+                )
+            arriving = count
+            counts.append(count)
+        self.frames_per_stage = tuple(counts[:-1])
+        return arriving
+
+    def _rows(self, frames_left: int) -> int:
+        """M, the rows of tokens that the last stage writes for so many frames."""
+        return self.layout.tokens_of(frames_left)
+
+    def _views(self, stage: int, arriving: int, frames: Tensor) -> dict[str, Tensor]:
+        """The tensors of a stage for so many frames, all of them contiguous."""
+        rows = {TOKENS: self._rows(arriving), POSITIONS: self._rows(arriving), COUNT: 1}
+        buffers = {**self._buffers, FRAMES: frames}
+        read, written = f"{HIDDEN}{stage % 2}", f"{HIDDEN}{(stage + 1) % 2}"
+        buffer_of = {HIDDEN: read, MERGED_HIDDEN: written, MERGED_RECEIVED: RECEIVED}
+        graph = self._graphs[stage]
+        names = (tensor.name for tensor in (*graph.inputs, *graph.outputs))
+        return {name: buffers[buffer_of.get(name, name)][: rows.get(name, arriving)] for name in names}
+
+    def _sizes(self) -> _Buffers:
+        """Shape and dtype of every buffer, by the names `_views` uses."""
+        most, last = self.layout.tokens, self.runners[-1]
+        tensors = {tensor.name: tensor for tensor in self._graphs[-1].outputs}
+        wanted: _Buffers = {
+            name: (fixed(last, tensors[name], most), last.tensors[name][1]) for name in (TOKENS, POSITIONS)
+        }
+        wanted[COUNT] = ((1,), torch.int64)
+        between: _Buffers = {}
+        for runner, graph in zip(self.runners, self._graphs, strict=True):
+            for tensor in (*graph.outputs, *graph.inputs):
+                if tensor.name == COUNT:
+                    fixed(runner, tensor)
+                if tensor.name not in _BETWEEN:
+                    continue
+                dtype = runner.tensors[tensor.name][1]
+                found = (fixed(runner, tensor, self.layout.frames), dtype)
+                if (other := between.setdefault(_BETWEEN[tensor.name], found)) != found:
+                    raise EngineError(
+                        f"{runner.path}: {tensor.name} is {dtype} {list(found[0])}, another stage has {other[1]} "
+                        f"{list(other[0])}: they are of two builds; {REBUILD}"
+                    )
+        if HIDDEN in between:
+            wanted |= dict.fromkeys((f"{HIDDEN}0", f"{HIDDEN}1"), between.pop(HIDDEN))
+        return wanted | between
+
+    def close(self) -> None:
+        """Free the stages and the buffers; a second call does nothing. Tensors returned before stay readable."""
+        with self._turn.closing() as first:
+            if first:
+                self._lane.drain()
+                for runner in self.runners:
+                    runner.close()
+                self._buffers = {}

@@ -1,0 +1,76 @@
+"""One backend for each of several frame counts, which a call chooses by the frames it brings.
+
+All of them are loaded when this is made, so that no request waits for one. Each has buffers of its own: what a call
+returned is valid until the next call with as many frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import Tensor
+
+from runtime.errors import EngineError
+from runtime.vision.protocol import BatchedVision, VisionBackend
+
+
+class ByFrames:
+    """A `VisionBackend` made of others.
+
+    Args:
+        backends: by the frames of the clips that each takes; at least one, all of the same library and batch.
+
+    Attributes:
+        name, batch, device: those of the backends.
+        counts: the frame counts, ascending.
+    """
+
+    def __init__(self, backends: Mapping[int, VisionBackend]) -> None:
+        self._backends = dict(sorted(backends.items()))
+        first = next(iter(self._backends.values()))
+        self.name = first.name
+        self.batch = first.batch
+        self.device = first.device
+        self.counts = tuple(self._backends)
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """As the backend for that many frames has it: uint8 [F, 3, H, W], or [B, F, 3, H, W].
+
+        Raises:
+            EngineError: frames of another count, shape or dtype.
+        """
+        return self._backend(frames).encode(frames)
+
+    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each clip by the backend for its frames, clips of as many frames together; results in the order of the clips.
+
+        Raises:
+            EngineError: no clip, or more than `batch`, or frames of another count, shape or dtype.
+        """
+        if not 1 <= len(clips) <= self.batch:
+            raise EngineError(f"this engine takes 1 to {self.batch} clips at once, got {len(clips)}")
+        groups: dict[int, list[int]] = {}
+        for place, clip in enumerate(clips):
+            self._backend(clip)
+            groups.setdefault(clip.shape[-4], []).append(place)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for count, places in groups.items():
+            backend = cast(BatchedVision, self._backends[count])
+            found.update(zip(places, backend.encode_several([clips[place] for place in places]), strict=True))
+        return [found[place] for place in range(len(clips))]
+
+    def close(self) -> None:
+        """Close all of them; a second call does nothing."""
+        for backend in self._backends.values():
+            backend.close()
+
+    def _backend(self, frames: Tensor) -> VisionBackend:
+        count = frames.shape[-4] if frames.dim() >= 4 else 0
+        if count not in self._backends:
+            counts = " or ".join(map(str, self.counts))
+            raise EngineError(
+                f"this engine takes clips of {counts} frames, got frames {list(frames.shape)}: sample one of these "
+                "counts, or build another engine with python -m builder.build --frames"
+            )
+        return self._backends[count]

@@ -1,0 +1,347 @@
+"""Vision that takes a clip in chunks, as its frames arrive: what such backends share, whichever library they run.
+
+Up to the first merge no frame knows of another, so the layers up to there, the head, run on `chunk` frames at a time
+and need not wait for the others; the rest runs once all frames are there. A whole clip goes the same way, so that it
+makes no difference to the result when its frames came: the same calls on the same values in the same order.
+
+    clip = vision.begin()
+    clip.push(frames)                        at most `chunk` frames, as often as it takes
+    tokens, positions = clip.finish()
+    clip.close()
+
+Several clips may be under way at once, each with memory of its own, which is allocated for the first that needs it and
+used again; their calls take turns. A head call always has `chunk` frames, of which the last is repeated where fewer
+came. This module knows no library. `ChunkedVision` leaves open what runs the head and the rest; `Chunked` runs the two
+graphs of an engine, whose clips may come on any stream: no call waits for a GPU but for the copy out of the pinned
+buffer that the frames of the call before went through.
+
+Notation: F frames, C frames of a chunk, c <= C frames that were given, T tokens a frame inside the tower, S patches, D
+tower width, E LLM width, N tokens kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from runtime.engine.dtypes import FRAMES_DTYPE
+from runtime.engine.layout import FRAMES, HIDDEN, POSITIONS, RECEIVED, TOKENS, Layout
+from runtime.errors import EngineError
+from runtime.gpu.streams import Here
+from runtime.manifest import REBUILD
+from runtime.vision.frames import check_frames
+from runtime.vision.runner import CLOSED, Runner, Turn, check_names, fixed
+
+CHUNK = 4  # frames of a chunk, if nothing else is asked for
+MakeLane = Callable[[tuple[int, ...]], Here]
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """The memory of one clip.
+
+    Attributes:
+        hidden: [F, T, D] what the head made of the frames so far.
+        received: [F, S] fp32 received attention, where the head has the layer it is taken from.
+        tokens, positions: [N, E] and [N] what the rest writes; None where it makes new tensors.
+    """
+
+    hidden: Tensor
+    received: Tensor | None
+    tokens: Tensor | None = None
+    positions: Tensor | None = None
+
+
+class OpenClip:
+    """A clip under way; made by `ChunkedVision.begin`. For one thread at a time. A context manager that closes.
+
+    Attributes:
+        encoded: how many frames the head has run on, or `arrange` has left.
+        device: where it runs.
+    """
+
+    def __init__(self, vision: ChunkedVision, room: Room) -> None:
+        self.encoded = 0
+        self.device = room.hidden.device
+        self._vision = vision
+        self._room: Room | None = room  # None once closed
+
+    def push(self, frames: Tensor) -> None:
+        """Run the head on the next frames, uint8 [c, 3, H, W] with 1 <= c <= `chunk`.
+
+        Raises:
+            EngineError: frames of another shape or dtype, more than the clip has, or the head failed.
+            RuntimeError: the clip or the backend is closed.
+        """
+        vision, room = self._vision, self._open()
+        count, most = len(frames) if frames.dim() == 4 else 0, min(vision.chunk, vision.shape[0] - self.encoded)
+        if not 1 <= count <= most:
+            raise EngineError(
+                f"a chunk is 1 to {most} frames here, {self.encoded} of {vision.shape[0]} being there, got frames "
+                f"{list(frames.shape)}"
+            )
+        check_frames(frames, (count, *vision.shape[1:]))
+        rows = slice(self.encoded, self.encoded + count)
+        with vision.turn():
+            hidden, received = vision.run_head(frames)
+            room.hidden[rows].copy_(hidden[:count])
+            if room.received is not None and received is not None:
+                room.received[rows].copy_(received[:count])
+        self.encoded += count
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Let the frames encoded so far be those at `rows` of them: some left out, or some several times.
+
+        Args:
+            rows: ascending, with repeats where there are more of them than frames encoded; at most F.
+
+        Raises:
+            EngineError: rows that there are not, not ascending, or that would have to move both up and down.
+            RuntimeError: the clip or the backend is closed.
+        """
+        room, places = self._open(), list(enumerate(rows))
+        forward = all(row >= place for place, row in places)
+        fits = len(rows) <= len(room.hidden) and all(0 <= row < self.encoded for row in rows)
+        if list(rows) != sorted(rows) or not fits or not (forward or all(row <= place for place, row in places)):
+            raise EngineError(f"{self.encoded} encoded frames cannot be arranged as {list(rows)}")
+        with self._vision.turn():
+            # In place: no row is overwritten before it was read.
+            for place, row in places if forward else reversed(places):
+                if place != row:
+                    room.hidden[place].copy_(room.hidden[row])
+                    if room.received is not None:
+                        room.received[place].copy_(room.received[row])
+        self.encoded = len(rows)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, E] and positions int64 [N] of the F frames; valid until the clip is closed.
+
+        Raises:
+            EngineError: frames are missing, or the rest failed.
+            RuntimeError: the clip or the backend is closed.
+        """
+        vision, room = self._vision, self._open()
+        if self.encoded != vision.shape[0]:
+            raise EngineError(f"this engine takes clips of {vision.shape[0]} frames, {self.encoded} were pushed")
+        with vision.turn():
+            return vision.run_rest(room)
+
+    def restart(self) -> None:
+        """Forget the frames pushed so far."""
+        self.encoded = 0
+
+    def close(self) -> None:
+        """Give the memory back, and with it what `finish` returned; a second call does nothing."""
+        room, self._room = self._room, None
+        if room is not None:
+            self._vision.give_back(room)
+
+    def __enter__(self) -> OpenClip:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> Room:
+        if self._room is None:
+            raise RuntimeError("this clip is closed")
+        return self._room
+
+
+class ChunkedVision:
+    """A `VisionBackend` (see `runtime.vision`) that also takes a clip in chunks.
+
+    Args:
+        name: of the backend.
+        shape: [F, 3, H, W] of a whole clip.
+        chunk: C.
+        lane: where the head's frames are, [C, 3, H, W], and its work is queued; default: a CPU.
+
+    Attributes:
+        name, shape, chunk: as given.
+        device: where it runs.
+        batch: always 1.
+    """
+
+    batch = 1
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int, int, int],
+        chunk: int,
+        lane: Callable[[tuple[int, ...]], Here] | None = None,
+    ) -> None:
+        if not 1 <= chunk <= shape[0]:
+            raise EngineError(f"a chunk must have between 1 and {shape[0]} frames (those of a clip), got {chunk}")
+        self.name = name
+        self.shape = shape
+        self.chunk = chunk
+        self._lane = (lane or _on_cpu)((chunk, *shape[1:]))
+        self.device = self._lane.device
+        self._turn, self._whole = threading.Lock(), Turn()
+        self._rooms: list[Room] = []  # that no clip has
+        self._own: OpenClip | None = None  # of `encode`
+        self._closed = False
+        self._alike: bool | None = None
+
+    def begin(self) -> OpenClip:
+        """A new clip. Raises RuntimeError when the backend is closed."""
+        with self._turn:
+            if self._closed:
+                raise RuntimeError(CLOSED)
+            return OpenClip(self, self._rooms.pop() if self._rooms else self._make_room())
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, E] and positions int64 [N] of a whole clip, uint8 [F, 3, H, W], chunk by chunk.
+
+        Both are valid until the next call, which writes over them. Clips under way are not disturbed.
+
+        Raises:
+            EngineError: frames of another shape or dtype, or the library failed.
+            RuntimeError: called while another call is under way, or after `close`.
+        """
+        check_frames(frames, self.shape)
+        with self._whole():
+            clip = self._own = self._own or self.begin()
+            clip.restart()
+            for some in frames.split(self.chunk):
+                clip.push(some)
+            return clip.finish()
+
+    @property
+    def rows_alike(self) -> bool:
+        """Whether the head makes the very same of a frame wherever in a chunk it is and whatever is beside it.
+
+        Then what was encoded in one chunk may stand in for the same frame in another. Libraries promise no such thing,
+        but the order of their sums does not depend on the values, so that one frame in every place shows it. Two calls
+        of the head, once.
+        """
+        if self._alike is None:
+            generator = torch.Generator().manual_seed(0)
+            shape = (self.chunk, *self.shape[1:])
+            frames = torch.randint(0, 256, shape, generator=generator, dtype=FRAMES_DTYPE)
+            with self.turn():
+                same = [value.clone() for value in self.run_head(frames[:1]) if value is not None]
+                mixed = [value for value in self.run_head(frames) if value is not None]
+                everywhere = all(torch.equal(value, value[:1].expand_as(value)) for value in same)
+                beside = all(torch.equal(a[0], b[0]) for a, b in zip(same, mixed, strict=True))
+            self._alike = everywhere and beside
+        return self._alike
+
+    def close(self) -> None:
+        """Free what the backend holds; a second call does nothing. A clip under way cannot go on."""
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                self._lane.drain()
+                self._free()
+                self._rooms.clear()
+                self._own = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For `OpenClip`: this clip's turn with the library and its buffers."""
+        with self._turn:
+            if self._closed:
+                raise RuntimeError(CLOSED)
+            with self._lane.working():
+                yield
+
+    def run_head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For `OpenClip`, in its turn: [c, 3, H, W] to hidden [C, T, D] and received [C, S], valid until the next."""
+        return self._head(self._lane.fill(frames))
+
+    def run_rest(self, room: Room) -> tuple[Tensor, Tensor]:
+        """For `OpenClip`, in its turn: tokens and positions of the clip in `room`."""
+        return self._rest(room)
+
+    def give_back(self, room: Room) -> None:
+        """For `OpenClip`: another clip may have this memory."""
+        with self._turn:
+            if not self._closed:
+                self._rooms.append(room)
+
+    def _make_room(self) -> Room:
+        raise NotImplementedError
+
+    def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _free(self) -> None:
+        raise NotImplementedError
+
+
+class Chunked(ChunkedVision):
+    """A `ChunkedVision` made of two graphs of static shapes.
+
+    The head writes to buffers of its own, from where a clip's memory gets it; the rest reads and writes the memory of
+    the clip. Everything is allocated once.
+
+    Args:
+        runners: of the head and the rest.
+        layout: of the engine.
+
+    Raises:
+        EngineError: the tensors are not those of the layout, or do not fit from one graph to the other.
+    """
+
+    def __init__(self, runners: Sequence[Runner], layout: Layout) -> None:
+        for runner, graph in zip(runners, layout.graphs, strict=True):
+            check_names(runner, graph, "an engine in chunks")
+            for tensor in (*graph.inputs, *graph.outputs):
+                fixed(runner, tensor)
+        first, second = runners
+        frames, (chunk, *image) = layout.frames, first.tensors[FRAMES][0]
+        between = [tensor.name for tensor in layout.graphs[1].inputs]
+        for name in between:
+            (some, kind), (every, other) = first.tensors[name], second.tensors[name]
+            if (some[0], every[0], kind) != (chunk, frames, other) or some[1:] != every[1:] or frames % chunk:
+                raise EngineError(
+                    f"{name} is {kind} {list(some)} in {first.path} and {other} {list(every)} in {second.path}, for "
+                    f"clips of {frames} frames in chunks of {chunk}: they are of two builds; {REBUILD}"
+                )
+        shape: tuple[int, int, int, int] = (frames, *image)  # type: ignore[assignment]
+        super().__init__(first.name, shape, chunk, lambda some: first.lane(some, kept=True))
+        self.runners = (first, second)
+        self._out = {name: self._buffer(first, name) for name in between}
+        self._lane.warm_up(self.encode, self.shape)
+
+    def _buffer(self, runner: Runner, name: str) -> Tensor:
+        shape, dtype = runner.tensors[name]
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _make_room(self) -> Room:
+        buffers = {name: self._buffer(self.runners[1], name) for name in self.runners[1].tensors}
+        self._lane.own(list(buffers.values()))
+        return Room(buffers[HIDDEN], buffers.get(RECEIVED), buffers[TOKENS], buffers[POSITIONS])
+
+    def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.runners[0].run({FRAMES: frames, **self._out})
+        return self._out[HIDDEN], self._out.get(RECEIVED)
+
+    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+        assert room.tokens is not None
+        assert room.positions is not None
+        tensors = {HIDDEN: room.hidden, RECEIVED: room.received, TOKENS: room.tokens, POSITIONS: room.positions}
+        self.runners[1].run({name: tensor for name, tensor in tensors.items() if tensor is not None})
+        return room.tokens, room.positions
+
+    def _free(self) -> None:
+        for runner in self.runners:
+            runner.close()
+
+
+def _on_cpu(shape: tuple[int, ...]) -> Here:
+    return Here("cpu", shape, kept=True)

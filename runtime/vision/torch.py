@@ -1,0 +1,193 @@
+"""The reference backend: the checkpoint's own vision part in PyTorch, with the settings of the engine folder.
+
+Runs anywhere PyTorch does, in the precision of its weights. It exists to compare engines with, and for machines for
+which no engine was built. `TorchVision` takes whole clips, `TorchChunked` also the frames of a clip as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from earlytom.config import EarlyTomConfig
+from earlytom.encoder import checked_depth, encode, head, rest
+from earlytom.families import Vision, family_of
+from earlytom.methods.earlytom import EachVideo, EarlyTom
+from runtime.checkpoint import Checkpoint, VisionPart, load_vision
+from runtime.errors import EngineError
+from runtime.gpu.streams import Here
+from runtime.manifest import Manifest
+from runtime.vision.by_frames import ByFrames
+from runtime.vision.chunked import CHUNK, ChunkedVision, Room
+from runtime.vision.frames import batch_of, check_clips, check_frames
+from runtime.vision.protocol import VisionBackend
+
+
+class TorchVision:
+    """The vision part of a checkpoint as a backend; see `VisionBackend`.
+
+    Args:
+        checkpoint: from `runtime.checkpoint.describe`.
+        config: the method's settings; any schedule.
+        shape: [F, 3, H, W] of the frames it will be given, of B > 1 videos at once [B, F, 3, H, W].
+        device, dtype: where and in which precision it runs.
+        part: the model, if it was loaded before; default that of the checkpoint.
+
+    Attributes:
+        batch: B.
+        device: as given.
+
+    Raises:
+        UserError: as `runtime.checkpoint.load_vision`; several videos in the adaptive schedule.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EarlyTomConfig,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        part: VisionPart | None = None,
+    ) -> None:
+        self.config = config
+        self.shape = shape
+        self.batch = batch_of(shape)
+        if self.batch > 1:
+            EachVideo(EarlyTom(config), self.batch)  # refuses what cannot be
+        self.family = family_of(checkpoint.config)
+        self.depth = self.family.geometry(checkpoint.config).depth
+        self.part: VisionPart | None = part or load_vision(checkpoint, dtype).to(device)  # None once closed
+        self.device, self.dtype = torch.device(device), dtype
+        pixels = checkpoint.preprocessing
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, D] and positions [N] of frames uint8 [F, 3, H, W]; new tensors, so calls may overlap.
+
+        All three have a leading B where it takes several videos.
+
+        Raises:
+            EngineError: frames of another shape or dtype.
+            RuntimeError: called after `close`.
+        """
+        check_frames(frames, self.shape)
+        return self._encode(frames.flatten(0, -4), self.batch)
+
+    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Visual tokens [N, D] and positions [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run of as many.
+
+        Errors as those of `encode`.
+        """
+        check_clips(clips, self.shape)
+        tokens, positions = self._encode(torch.cat(list(clips)), len(clips))
+        return [(tokens, positions)] if len(clips) == 1 else list(zip(tokens, positions, strict=True))
+
+    def _encode(self, frames: Tensor, videos: int) -> tuple[Tensor, Tensor]:
+        method = EarlyTom(self.config)
+        deciding = method if videos == 1 else EachVideo(method, videos)
+        visual = encode(self.vision, self.pixels(frames), deciding, depth=self.depth)
+        return visual.tokens, visual.positions
+
+    @property
+    def vision(self) -> Vision:
+        """The model as the encoder runs it. Raises RuntimeError once closed."""
+        part = _part(self)
+        return self.family.vision(part.vision_tower, part.projector)
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """uint8 [n, 3, H, W] to normalised pixels, where and in the precision in which the model runs."""
+        return (frames.to(self.scale.device).float() * self.scale + self.shift).to(self.dtype)
+
+    def close(self) -> None:
+        """Free the weights; a second call does nothing."""
+        self.part = None
+
+
+class TorchChunked(ChunkedVision):
+    """A `TorchVision` that takes a clip in chunks; see `runtime.vision.chunked`.
+
+    Args:
+        vision: the backend whose model runs; closed with this one.
+        chunk: C, any number of frames up to those of a clip.
+
+    Raises:
+        EngineError: a chunk that is none.
+        UserError: the model cannot run these settings.
+    """
+
+    def __init__(self, vision: TorchVision, chunk: int = CHUNK) -> None:
+        if vision.batch > 1:
+            raise EngineError(
+                f"clips in chunks are one video at a time, and this takes {vision.batch}: leave out --batch"
+            )
+        whole = cast(tuple[int, int, int, int], vision.shape)
+        super().__init__(vision.name, whole, chunk, lambda shape: Here(vision.scale.device, shape, kept=True))
+        self._vision = vision
+        assert self._lane.frames is not None
+        self._sample = self._head(self._lane.frames)  # the sizes of what the head returns; warms up on the way
+
+    def _make_room(self) -> Room:
+        hidden, received = (
+            None if value is None else value.new_zeros(self.shape[0], *value.shape[1:]) for value in self._sample
+        )
+        assert hidden is not None
+        return Room(hidden, received)
+
+    @torch.no_grad()
+    def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        vision = self._vision
+        tower, method = vision.vision.tower, EarlyTom(vision.config)
+        return head(tower, vision.pixels(frames), method, checked_depth(tower, method, vision.depth))
+
+    @torch.no_grad()
+    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+        vision = self._vision
+        visual = rest(vision.vision, room.hidden, room.received, EarlyTom(vision.config), vision.depth)
+        return visual.tokens, visual.positions
+
+    def _free(self) -> None:
+        self._vision.close()
+
+
+def open_torch(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    frames: Sequence[int] | None = None,
+) -> VisionBackend:
+    """What `runtime.vision.open_backend` is to engines: a checkpoint with the settings and shapes of an engine.
+
+    Args:
+        manifest: of the engine; of several frame counts each is taken, and the model is loaded once. Clips come in
+            chunks if they do there.
+        device, dtype: where and in which precision it runs.
+        frames: only for these frame counts (default: all).
+
+    Raises:
+        UserError: as `TorchVision`; a frame count that the engine does not take.
+    """
+    config = EarlyTomConfig.from_dict(manifest.earlytom)
+    videos = () if manifest.batch == 1 else (manifest.batch,)
+    backends: dict[int, VisionBackend] = {}
+    part: VisionPart | None = None
+    for count in frames or manifest.counts:
+        shape = (*videos, manifest.at(count).frames, 3, *manifest.model.preprocessing.size)
+        vision = TorchVision(checkpoint, config, shape, device=device, dtype=dtype, part=part)
+        backends[count], part = vision if manifest.chunk is None else TorchChunked(vision, manifest.chunk), vision.part
+    return next(iter(backends.values())) if len(backends) == 1 else ByFrames(backends)
+
+
+def _part(vision: TorchVision) -> VisionPart:
+    if vision.part is None:
+        raise RuntimeError("this vision backend is closed")
+    return vision.part

@@ -1,0 +1,88 @@
+"""An engine of one graph: a clip, or several videos at once, go through it in one run.
+
+Outputs are allocated once, and the graph is told of them once. On a CPU it reads frames where they are. On a GPU they
+are copied to its own buffer, and `encode` returns before it has run: the tokens are ready for work that is queued on
+the caller's stream. Before the next call writes over them it waits, on the GPU, for what that stream had queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.engine.layout import FRAMES, OUTPUTS
+from runtime.vision.frames import batch_of, check_clips, check_frames
+from runtime.vision.runner import Runner, Turn
+
+
+class Whole:
+    """A `VisionBackend` around one graph (see there for who owns the returned tensors).
+
+    Attributes:
+        shape: [F, 3, H, W] of the frames it takes, of B > 1 videos at once [B, F, 3, H, W].
+        batch: B.
+        device: where it runs.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.name = runner.name
+        self.shape = runner.tensors[FRAMES][0]
+        self.batch = batch_of(self.shape)
+        self.runner = runner
+        self._turn = Turn()
+        self._lane = runner.lane(self.shape, kept=self.batch > 1)
+        self.device = self._lane.device
+        self._out = {
+            name: torch.zeros(shape, dtype=dtype, device=self.device)
+            for name, (shape, dtype) in runner.tensors.items()
+            if name != FRAMES
+        }
+        runner.fix(self._out, self._lane)
+        self._lane.warm_up(self.encode, self.shape)
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, D] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
+
+        All three have a leading B where the graph takes several videos. Both are valid until the next call, which
+        writes over them.
+
+        Raises:
+            EngineError: frames of another shape or dtype or on another device, or the library failed.
+            RuntimeError: called while another call is under way, or after `close`.
+        """
+        check_frames(frames, self.shape)
+        self._lane.check(frames)
+        with self._turn():
+            return self._run([frames])
+
+    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Visual tokens [N, D] and positions int64 [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run.
+
+        What is left of B is filled with the last clip. Places, validity and errors as those of `encode`.
+        """
+        check_clips(clips, self.shape)
+        if self.batch == 1:
+            return [self.encode(clips[0])]
+        for clip in clips:
+            self._lane.check(clip)
+        filled = [*clips, *[clips[-1]] * (self.batch - len(clips))]
+        with self._turn():
+            tokens, positions = self._run(filled)
+            return list(zip(tokens.unbind(), positions.unbind(), strict=True))[: len(clips)]
+
+    def _run(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        with self._lane.bringing(clips) as entering:
+            self.runner.run({FRAMES: entering})
+        tokens, positions = (self._out[name] for name in OUTPUTS)
+        self._lane.hand_over((tokens, positions))
+        return tokens, positions
+
+    def close(self) -> None:
+        """Wait for what is running and free the graph; a second call does nothing. What was returned stays readable."""
+        with self._turn.closing() as first:
+            if first:
+                self._lane.drain()
+                self.runner.close()
+                self._out = {}
