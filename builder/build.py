@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from builder.arguments import configured, read
-from builder.options import AUTO
 from builder.plugins import choose, kernel_target
+from builder.settings.arguments import configured, read
+from builder.settings.options import AUTO
 from runtime import cli
 
 
@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options, choice = read(argv)
     config = configured(options, choice)
-    from builder import cache, islands
-    from builder.compile import check_target
+    from builder import cache
+    from builder.compile.engine import check_target
+    from builder.precision import islands
     from builder.show import show_plan, show_result, summary
     from builder.source import check_answers
 

@@ -3,7 +3,7 @@
 A build works in a hidden staging folder under a lock, and its folder takes its final name in one step, with everything
 in it verified. So a folder that carries an engine's name is complete, two builds of one thing do not do the work twice,
 and an interrupted one leaves nothing behind. What a killed one leaves, the next build in the same place clears, of
-whatever engine it is (`runtime.staged`).
+whatever engine it is (`runtime.files.staged`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from earlytom.errors import UserError
-from runtime import staged
+from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
-from runtime.manifest import Manifest
+from runtime.files import staged
 
 
 def find(folder: Path, key: str, *, verified: bool, text: bool = False) -> Manifest | None:

@@ -33,10 +33,10 @@ from builder.inspection.comparison import compare
 from builder.inspection.layers import MOST_BYTES, chain_layers, compiled_layers, graph_layers
 from runtime import cli
 from runtime.engine import layout
+from runtime.engine.manifest import REBUILD, Manifest
+from runtime.engine.records import cut
 from runtime.errors import EngineError
-from runtime.manifest import REBUILD, Manifest
-from runtime.manifest_records import cut
-from runtime.plain_files import read_json
+from runtime.files.plain import read_json
 
 WIDTH = 60  # of a value in a table
 # Fields of the manifest that have a place of their own on the screen.

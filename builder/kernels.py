@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from builder.kernel_sizes import SIZES
+from builder.operators.sizes import SIZES
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli, trt
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = EarlyTomConfig(retention_ratio=options.ratio, merge_layers=size.merge_layers, schedule="budget")
     import torch
 
-    from builder.kernel_times import Clock, cases, measure_limits, measure_path, measured
+    from builder.operators.times import Clock, cases, measure_limits, measure_path, measured
     from runtime.engine.dtypes import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]

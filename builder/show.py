@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from runtime import cli
-from runtime.manifest import Manifest
+from runtime.engine.manifest import Manifest
 
 if TYPE_CHECKING:
-    from builder.calibrate import FramesKept
-    from builder.compile import Progress
-    from builder.config import BuildConfig
+    from builder.clips import FramesKept
+    from builder.compile.engine import Progress
+    from builder.settings.config import BuildConfig
 
 
 def show_plan(screen: cli.Screen, config: BuildConfig) -> None:

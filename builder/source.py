@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from earlytom.errors import UserError
 from runtime.checkpoint import Checkpoint, load_tokenizer
-from runtime.prompt import build_prompt
+from runtime.text.prompt import build_prompt
 
 QUESTION = "?"  # that a template is tried with
 

@@ -20,23 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder import islands
-from builder.calibrate import FramesKept, calibration_clips, frames_kept
-from builder.chain import export_chain
-from builder.chunks import export_chunks
-from builder.compile import CompileReport, compile_engine
-from builder.config import BuildConfig, project_version
-from builder.export import ExportedGraph, export_onnx, vision_graph
+from builder.clips import FramesKept, calibration_clips, frames_kept
+from builder.compile.engine import CompileReport, compile_engine
+from builder.export.chain import export_chain
+from builder.export.chunks import export_chunks
+from builder.export.shared_weights import SharedWeights
+from builder.export.vision import ExportedGraph, export_onnx, vision_graph
 from builder.gate import accuracy
+from builder.gate.kept_reference import polygraphy_command
 from builder.gate.stage import check_each
-from builder.kept_reference import polygraphy_command
-from builder.options import AUTO
-from builder.shared_weights import SharedWeights
+from builder.precision import islands
+from builder.settings.config import BuildConfig, project_version
+from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
 from runtime import cli
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
-from runtime.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
 
 
 class Stages:

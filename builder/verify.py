@@ -1,7 +1,7 @@
 """Look at what an engine was verified against.
 
     python -m builder.verify ENGINE --polygraphy DIR    keep an engine's reference for comparisons in CI
-    python -m builder.verify ENGINE --layers            see where its graph drifts (`builder.drift`)
+    python -m builder.verify ENGINE --layers            see where its graph drifts (`builder.gate.drift`)
 
 A build verifies an engine by itself (`builder.gate`).
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from builder.gate import COMPARE_FILE
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.manifest import Manifest
+from runtime.engine.manifest import Manifest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--polygraphy {options.polygraphy} is a file: give a folder, which need not exist")
     Manifest.read(options.engine, verify_files=False)
     if options.polygraphy is not None:
-        from builder.kept_reference import keep_reference
+        from builder.gate.kept_reference import keep_reference
 
         script = keep_reference(options.engine, options.polygraphy, options.frames)
         screen = cli.Screen(json_only=options.json)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.layers:
             screen.result({"engine": str(options.engine), "reference": str(options.polygraphy), "script": str(script)})
     if options.layers:
-        from builder import drift
+        from builder.gate import drift
 
         drift.run(options)
     return 0

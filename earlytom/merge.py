@@ -3,7 +3,7 @@
 Decide once, apply many: the decision is a row-stochastic matrix `W [F', F]`, and merging anything that has one entry a
 frame (hidden states, received attention) is `W @ x`. Everything is decided from the `F x F` similarity matrix, in fp32,
 by a fixed tensor program: no loop over frames, no host sync (but for the adaptive schedule's output size, which only
-the video knows). `builder.functions` writes the same program in ONNX operators.
+the video knows). `builder.export.functions` writes the same program in ONNX operators.
 
 Two schedules, see `plan_frames`. Notation: F frames, S tokens a frame, D width, G segments.
 """

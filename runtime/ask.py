@@ -17,15 +17,15 @@ from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import cli
 from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
+from runtime.decoder.sampling import Sampling
 from runtime.engine import layout
+from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError, VideoError
-from runtime.manifest import Manifest
-from runtime.sampling import Sampling
 from runtime.video import Limits
 
 if TYPE_CHECKING:  # what loads PyTorch is imported when nothing is left to refuse
-    from runtime.decoder import InnerMerge
-    from runtime.requests import Answer, Delta, Timings
+    from runtime.decoder.eager import InnerMerge
+    from runtime.service.requests import Answer, Delta, Timings
 
 ENGINES = Path("engines")
 INNER_RATIO = 0.5
@@ -234,7 +234,7 @@ def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
     """What --inner-layer and --inner-ratio ask for."""
     if options.inner_layer is None:
         return None
-    from runtime.decoder import InnerMerge
+    from runtime.decoder.eager import InnerMerge
 
     return InnerMerge(options.inner_layer, INNER_RATIO if options.inner_ratio is None else options.inner_ratio)
 

@@ -1,12 +1,12 @@
 """Measure what EarlyTom buys: `python -m runtime.bench`.
 
-One process, one set of weights, one question about one video. The variants (`runtime.benchmark.variants`) take turns
+One process, one set of weights, one question about one video. The variants (`runtime.measure.variants`) take turns
 request by request, after a warm-up that is not counted. Then, each apart: peak memory, throughput with several clients,
 scaling over frames and over the retention ratio, the cost of the compression itself. Answers have a fixed length, so
 that all variants decode equally many tokens. Ends with one JSON line.
 
 Two more measure an engine through the `Pipeline`: `--service` what a service sees of it, watched and live videos and
-many callers included (`runtime.benchmark.service`), `--soak N` its memory over N requests (`runtime.benchmark.soak`).
+many callers included (`runtime.measure.service`), `--soak N` its memory over N requests (`runtime.measure.soak`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.benchmark import arguments
-from runtime.drawing import draw_clip
+from runtime.drawing.clips import draw_clip
+from runtime.measure import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.place(options)
     import torch
 
-    from runtime.benchmark import comparison, plot, report, service, soak
+    from runtime.measure import comparison, plot, report, service, soak
 
     screen = cli.Screen(json_only=options.json)
     with _threads(options.threads), tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Draws a video clip (`runtime.drawing`) where no video is at hand.
+"""Draws a video clip (`runtime.drawing.clips`) where no video is at hand.
 
     python -m runtime.clip OUT.mp4 [--seconds 6] [--fps 24] [--size 320x240] [--seed 0]
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from runtime.cli import Parser, run
-from runtime.drawing import draw_clip, write_test_clip
+from runtime.drawing.clips import draw_clip, write_test_clip
 
 EXAMPLES = """
 examples:

@@ -13,7 +13,7 @@ import torch
 from earlytom.errors import UserError
 from earlytom.numbers import shown
 from runtime.checkpoint import Checkpoint, Source
-from runtime.sampling import Sampling
+from runtime.decoder.sampling import Sampling
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -5,8 +5,8 @@
             print(delta.text, end="")
 
 Everything is loaded once. Requests come from any number of threads and wait in a bounded line; one worker decodes and
-resizes the next video while another answers the request before it (`runtime.scheduler`, `runtime.answering`). A caller
-that reads slowly, or not at all, holds up nobody.
+resizes the next video while another answers the request before it (`runtime.service.scheduler`,
+`runtime.service.answering`). A caller that reads slowly, or not at all, holds up nobody.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime.answering import WATCH_BYTES, Answering
-from runtime.asking import Request
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
-from runtime.decoder import Decoder, InnerMerge
+from runtime.decoder.eager import Decoder, InnerMerge
+from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.dtypes import DTYPES
+from runtime.engine.manifest import Manifest
+from runtime.engine.origin import checkpoint_of
 from runtime.errors import EngineError
 from runtime.gpu.staging import Arriving, as_of_now
-from runtime.manifest import Manifest
 from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
-from runtime.origin import checkpoint_of
-from runtime.prefix_cache import PrefixCache
-from runtime.prompt import stop_token_ids
-from runtime.requests import Answer, Arrived, Delta, Ready, Remembered, Seen, Taken, Video, Work
-from runtime.sampling import GREEDY, Sampling
-from runtime.scheduler import Scheduler
+from runtime.service.answering import WATCH_BYTES, Answering
+from runtime.service.asking import Request
+from runtime.service.prefixes import PrefixCache
+from runtime.service.requests import Answer, Arrived, Delta, Ready, Remembered, Seen, Taken, Video, Work
+from runtime.service.scheduler import Scheduler
+from runtime.service.watched import Watched
+from runtime.text.prompt import stop_token_ids
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
 from runtime.vision import VisionBackend, choose_backend, open_backend
-from runtime.watch import Watched
 
 if TYPE_CHECKING:
-    from runtime.decoder_compiler import Compiler
-    from runtime.live_video import LiveVideo
+    from runtime.decoder.compiler import Compiler
+    from runtime.service.live_video import LiveVideo
 
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
@@ -314,8 +314,8 @@ class Pipeline:
             RuntimeError: the pipeline is closed, or was loaded before the process forked.
         """
         self._scheduler.home.check()
-        from runtime.live import LiveClip
-        from runtime.live_video import LiveVideo
+        from runtime.service.live_video import LiveVideo
+        from runtime.vision.live import LiveClip
 
         clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device)  # type: ignore[arg-type]
         return LiveVideo(self, clip)
@@ -364,7 +364,7 @@ def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:
         raise EngineError(f"unknown decoder {decoder!r}: expected one of {', '.join(DECODERS)} (--decoder)")
     if decoder == "torch":
         return None
-    from runtime.decoder_compiler import TorchTensorRT
+    from runtime.decoder.compiler import TorchTensorRT
 
     return TorchTensorRT(device)
 
@@ -381,8 +381,8 @@ def _make_decoder(
     if compiler is None:
         torch.nn.Module.to(model, device)
         return Decoder.from_model(model, inner=inner)
-    from runtime.compiled_decoder import CompiledDecoder, default_size
-    from runtime.program_store import ProgramStore
+    from runtime.decoder.compiled import CompiledDecoder, default_size
+    from runtime.decoder.store import ProgramStore
 
     size = default_size(manifest.tokens + 1, model.get_decoder().config.max_position_embeddings)
     return CompiledDecoder.compile(model, compiler, ProgramStore(folder / DECODER_FOLDER), [size])

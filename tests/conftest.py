@@ -29,7 +29,7 @@ from tokenizers import pre_tokenizers
 
 from earlytom.micro.checkpoint import architecture, write_checkpoint
 from earlytom.micro.random_model import SPECIAL_TOKENS, random_model
-from runtime.drawing import draw_clip
+from runtime.drawing.clips import draw_clip
 
 # What is slow is so because the machine is busy: no example fails for that.
 _ANY_SPEED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}

@@ -36,9 +36,9 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import cli
-from runtime.benchmark.memory import resident
-from runtime.drawing import draw_clip
+from runtime.drawing.clips import draw_clip
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
+from runtime.measure.memory import resident
 from runtime.pipeline import Pipeline, Request
 from runtime.video import load_clip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("earlytom", "runtime", "builder")

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import earlytom
-
-from .runtime.test_manifest import make
+from tests.runtime.engine.test_manifest import make
 
 ROOT = Path(__file__).parents[1]
 BUILD, VERIFY, INSPECT, EVALUATE = "builder.build", "builder.verify", "builder.inspect", "builder.evaluate"
@@ -31,11 +30,13 @@ SLOW = (
 )
 # Importable without any of them, and so for whoever only wants settings, errors or an engine's manifest.
 LIGHT = (
-    *("earlytom", "earlytom.budget", "earlytom.config", "earlytom.errors", "earlytom.flops", "earlytom.micro"),
-    *("earlytom.numbers", "runtime", "runtime.choices", "runtime.cli", "runtime.engine.layout", "runtime.drawing"),
-    *("runtime.errors", "runtime.manifest", "runtime.sampling", "runtime.trt", "builder", "builder.arguments"),
-    *("builder.gate.limits", "builder.inspection.comparison", "builder.islands", "builder.key", "builder.options"),
-    *("builder.plugins", "builder.show", *COMMANDS),
+    *("earlytom", "earlytom.budget", "earlytom.config", "earlytom.errors", "earlytom.flops"),
+    *("earlytom.micro", "earlytom.numbers", "runtime", "runtime.choices", "runtime.cli"),
+    *("runtime.engine.layout", "runtime.drawing.clips", "runtime.errors", "runtime.engine.manifest"),
+    *("runtime.decoder.sampling", "runtime.trt", "builder", "builder.settings.arguments"),
+    *("builder.gate.limits", "builder.inspection.comparison", "builder.precision.islands"),
+    *("builder.settings.key", "builder.settings.options", "builder.plugins", "builder.show"),
+    *COMMANDS,
 )
 
 

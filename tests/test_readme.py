@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from builder import arguments, build, inspect, kernels, verify
+from builder import build, inspect, kernels, verify
 from builder.evaluation import arguments as evaluation_arguments
 from builder.micro import train
 from builder.plugins import __main__ as plugins
+from builder.settings import arguments
 from earlytom import UserError
 from earlytom.config import PRESETS
 from runtime import ask, cli, clip
-from runtime.benchmark import arguments as bench_arguments
-
-from . import fuzz_video, soak_pipeline
-from .processes import HANG_SECONDS
+from runtime.measure import arguments as bench_arguments
+from tests import fuzz_video, soak_pipeline
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "builder/README.md", "earlytom/README.md", "engines/README.md", "runtime/README.md")

@@ -14,7 +14,7 @@ from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from runtime import cli
-from runtime.manifest import Manifest
+from runtime.engine.manifest import Manifest
 
 if TYPE_CHECKING:
     from builder.evaluation.bench import Job

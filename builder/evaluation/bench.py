@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from builder.child import end_with_parent
+from builder.compile.child import end_with_parent
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
 from builder.evaluation.methods import Row, Visual, chosen, methods
 from builder.evaluation.passes import ClipPasses, Vision

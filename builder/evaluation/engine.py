@@ -19,8 +19,8 @@ from earlytom.config import EarlyTomConfig
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data.scene import FRAMES
 from runtime.checkpoint import Checkpoint
+from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
-from runtime.manifest import Manifest
 from runtime.vision import choose_backend, encode_one, open_backend
 from runtime.vision.adaptive import Adaptive
 

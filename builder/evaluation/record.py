@@ -15,7 +15,7 @@ from builder.evaluation.options import CLIPS
 from earlytom import micro
 from earlytom.errors import UserError
 from runtime.checkpoint import MICRO, Checkpoint
-from runtime.partial import partial
+from runtime.files.partial import partial
 
 PATH = micro.PATH / micro.ACCURACY_FILE
 _WEIGHTS = "model.safetensors"

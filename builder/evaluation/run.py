@@ -30,7 +30,7 @@ from builder.gate.limits import GATES
 from builder.micro.card import write_card
 from runtime import cli
 from runtime.checkpoint import MICRO, Checkpoint
-from runtime.manifest import Manifest
+from runtime.engine.manifest import Manifest
 
 AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on its benchmarks
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from builder.evaluation.bench import Bench, Setting
 from builder.evaluation.passes import ClipPasses
-from runtime.decoder import Decoder
-from runtime.prompt import build_prompt, splice
+from runtime.decoder.eager import Decoder
+from runtime.text.prompt import build_prompt, splice
 
 
 @dataclass(frozen=True)

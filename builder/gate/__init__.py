@@ -5,4 +5,4 @@ build, which runs the gate for every frame count.
 """
 
 COMPARE_FILE = "compare.sh"
-"""The script beside a kept reference, which compares a graph with it (`builder.kept_reference`)."""
+"""The script beside a kept reference, which compares a graph with it (`builder.gate.kept_reference`)."""

@@ -11,13 +11,14 @@ say little. Hence four steps:
               exactly
 4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
 
-Half graphs are run operator by operator: fp32 arithmetic, every result rounded (`builder.rounding`). As they are, ONNX
-Runtime leaves out roundings of fp16 on a CPU, and with them the overflows of a GPU, and has no bf16 kernels at all.
+Half graphs are run operator by operator: fp32 arithmetic, every result rounded (`builder.precision.rounding`). As they
+are, ONNX Runtime leaves out roundings of fp16 on a CPU, and with them the overflows of a GPU, and has no bf16 kernels
+at all.
 
-The graph's outputs are compared with what `builder.runners` returns, and every step's limits are those of the graph's
-precision in `builder.gate.limits`. Nothing is printed and nothing stays in the folder: the report says what was
-measured, and `builder.kept_reference` saves the reference's outputs and makes the command line that repeats step 3 in
-CI.
+The graph's outputs are compared with what `builder.gate.runners` returns, and every step's limits are those of the
+graph's precision in `builder.gate.limits`. Nothing is printed and nothing stays in the folder: the report says what was
+measured, and `builder.gate.kept_reference` saves the reference's outputs and makes the command line that repeats step 3
+in CI.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from polygraphy.comparator import (
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
-from builder.export import VisionGraph
+from builder.export.vision import VisionGraph
 from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, STEPS, Gate
-from builder.runners import ForcedDecisions, TorchRunner
-from builder.runs import Arrays, run_tapped
+from builder.gate.runners import ForcedDecisions, TorchRunner
+from builder.gate.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
@@ -128,7 +129,8 @@ def verify(
         reference: the same vision part in fp32.
         clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
         dtype: precision of the graph, which chooses the gate.
-        batch: videos that the graph takes at once; `clips` are then those of whole batches (`builder.batches.fill`).
+        batch: videos that the graph takes at once; `clips` are then those of whole batches
+            (`builder.gate.batches.fill`).
         text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
             the step and says so.
         text_with_equal_decisions: compare with the reference under the graph's decisions, not with its own. For
@@ -137,7 +139,7 @@ def verify(
         say: progress, one line at a time.
 
     Returns:
-        The report, and the reference's outputs under the graph's decisions (for `builder.kept_reference`).
+        The report, and the reference's outputs under the graph's decisions (for `builder.gate.kept_reference`).
     """
     config = reference.config
     feeds = [{layout.FRAMES: frames.numpy()} for frames in clips.values()]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from builder.batches import fill
-from builder.config import BuildConfig
-from builder.export import VisionGraph
+from builder.export.vision import VisionGraph
 from builder.gate import accuracy
-from builder.kept_reference import save_reference
-from builder.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
+from builder.gate.batches import fill
+from builder.gate.kept_reference import save_reference
+from builder.gate.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
+from builder.settings.config import BuildConfig
 from runtime import cli
 from runtime.engine import layout
 

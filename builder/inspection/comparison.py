@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from builder.arguments import flags
 from builder.inspection import Record
+from builder.settings.arguments import flags
 
 # What to type, or to look at, for a part of the cache key that differs, where that is not the option of its name.
 SET_BY = {

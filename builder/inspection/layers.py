@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from builder.compile.layers import BYTES, Layer, LayerSummary, LayerTensor, elements, summarise
 from builder.inspection import Record
-from builder.layers import BYTES, Layer, LayerSummary, LayerTensor, elements, summarise
 from runtime.engine import layout
-from runtime.manifest import REBUILD, Manifest
-from runtime.plain_files import MIB, read_json
+from runtime.engine.manifest import REBUILD, Manifest
+from runtime.files.plain import MIB, read_json
 
 BIGGEST = 5
 MOST_BYTES = 64 * MIB  # of a list of layers, or of a report: a few for a tower of 26 layers

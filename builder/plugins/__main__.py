@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from builder.options import MAX_FRAMES, parse_target
+from builder.settings.options import MAX_FRAMES, parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError

@@ -3,7 +3,7 @@
 TensorRT's parser runs the body of a function it knows, unless it finds a plugin for the call. It looks for one under
 the namespace that the node's attribute `plugin_namespace` gives (the empty one without it, whatever the node's domain),
 and silently takes the body where it finds none. So every call gets the attribute, the bodies are taken out, and what
-the parser made of the calls is counted (`builder.engine_process`): an engine has the plugins or is not built.
+the parser made of the calls is counted (`builder.compile.process`): an engine has the plugins or is not built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from builder import functions
+from builder.export import functions
 from builder.plugins import NATIVE
 from earlytom.errors import UserError
 

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builder import functions
-from builder.functions import DOMAIN
+from builder.export import functions
+from builder.export.functions import DOMAIN
 from builder.plugins import NATIVE
 from builder.plugins.ptx import CompiledKernel, compile_launch
+from runtime.engine.manifest import PluginRecord
 from runtime.errors import EngineError
-from runtime.manifest import PluginRecord
 from runtime.trt import Capability
 
 if TYPE_CHECKING:

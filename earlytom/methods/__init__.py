@@ -1,7 +1,7 @@
 """Methods, by name: who decides which frames and which tokens of a video the LLM sees.
 
 What a method is, and when its hooks are called, says `earlytom.method.Method`. A new one is a module here and its
-class in `METHODS`. To be built into an engine it also needs its steps in ONNX, see `builder.export.FORMS`.
+class in `METHODS`. To be built into an engine it also needs its steps in ONNX, see `builder.export.vision.FORMS`.
 """
 
 from __future__ import annotations

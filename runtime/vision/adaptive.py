@@ -27,8 +27,8 @@ from runtime.engine.layout import (
     TOKENS,
     Layout,
 )
+from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
-from runtime.manifest import REBUILD
 from runtime.vision.frames import check_frames
 from runtime.vision.runner import Runner, Turn, check_names, fixed
 

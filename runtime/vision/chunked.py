@@ -32,9 +32,9 @@ from torch import Tensor
 
 from runtime.engine.dtypes import FRAMES_DTYPE
 from runtime.engine.layout import FRAMES, HIDDEN, POSITIONS, RECEIVED, TOKENS, Layout
+from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
-from runtime.manifest import REBUILD
 from runtime.vision.frames import check_frames
 from runtime.vision.runner import CLOSED, Runner, Turn, check_names, fixed
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from runtime.engine import layout
 from runtime.engine.dtypes import FLOATS, FRAMES_DTYPE, ONNX, POSITIONS_DTYPE
 from runtime.engine.layout import FRAMES, OUTPUTS, POSITIONS, TOKENS, VARIES
+from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
-from runtime.manifest import REBUILD
 from runtime.vision.runner import Tensors
 
 

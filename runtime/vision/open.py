@@ -14,8 +14,8 @@ import torch
 from runtime import trt
 from runtime.choices import BACKENDS, ENGINE_BACKENDS
 from runtime.engine.layout import ENGINE_FILE, ONNX_FILE, Layout
+from runtime.engine.manifest import REBUILD, Manifest
 from runtime.errors import EngineError
-from runtime.manifest import REBUILD, Manifest
 from runtime.vision import onnxruntime, tensorrt
 from runtime.vision.adaptive import Adaptive
 from runtime.vision.by_frames import ByFrames

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from runtime.engine import layout
 from runtime.engine.dtypes import NAMED
+from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
-from runtime.manifest import REBUILD
 
 CLOSED = "this vision backend is closed"
 # Name -> shape and dtype; a size that only the video tells is `layout.VARIES`.

@@ -21,10 +21,10 @@ from runtime import trt as seam
 from runtime.engine import layout
 from runtime.engine.dtypes import FRAMES_DTYPE, POSITIONS_DTYPE, TENSORRT
 from runtime.engine.layout import FRAMES, OUTPUTS, POSITIONS, TOKENS
+from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.graphs import Replay
 from runtime.gpu.streams import Here, Lane
-from runtime.manifest import REBUILD
 from runtime.vision.runner import Tensors
 
 

@@ -17,9 +17,9 @@ from earlytom.encoder import checked_depth, encode, head, rest
 from earlytom.families import Vision, family_of
 from earlytom.methods.earlytom import EachVideo, EarlyTom
 from runtime.checkpoint import Checkpoint, VisionPart, load_vision
+from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
-from runtime.manifest import Manifest
 from runtime.vision.by_frames import ByFrames
 from runtime.vision.chunked import CHUNK, ChunkedVision, Room
 from runtime.vision.frames import batch_of, check_clips, check_frames

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builder import build, stages
-from builder.arguments import parse
-from builder.config import BuildConfig
-from builder.export import ExportedGraph, VisionGraph, vision_graph
+from builder.export.vision import ExportedGraph, VisionGraph, vision_graph
+from builder.settings.arguments import parse
+from builder.settings.config import BuildConfig
 from earlytom import encode_video, micro
 from earlytom.encoder import VisualTokens
-from runtime.drawing import draw_clip
+from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
-from runtime.manifest import Manifest
+from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
 
 # Of the small checkpoint below: vision layers, decoder layers.

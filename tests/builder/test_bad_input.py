@@ -15,8 +15,7 @@ import pytest
 from builder import build
 from earlytom import micro
 from runtime import cli, trt
-
-from ..processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(build.__file__).resolve().parents[1]
 ONNX = ["--backend", "onnx"]

@@ -19,19 +19,18 @@ import pytest
 import torch
 
 from builder import build, cache, stages
-from builder.arguments import parse
-from builder.config import project_version
 from builder.gate import accuracy, stage
+from builder.settings.arguments import parse
+from builder.settings.config import project_version
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.drawing import draw_clip
+from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
-from runtime.manifest import Manifest
-
-from ..processes import HANG_SECONDS
-from .conftest import FRAMES
-from .needed import needs_rtx
+from runtime.engine.manifest import Manifest
+from tests.builder.conftest import FRAMES
+from tests.builder.needed import needs_rtx
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(build.__file__).resolve().parents[1]
 FILES = {

@@ -17,9 +17,8 @@ import pytest
 from builder import cache
 from earlytom.errors import UserError
 from runtime.engine import layout
-from runtime.manifest import Manifest
-
-from ..processes import HANG_SECONDS
+from runtime.engine.manifest import Manifest
+from tests.processes import HANG_SECONDS
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 

@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from builder import build, calibrate, inspect, verify
-from builder.compile import compile_engine
+from builder import build, inspect, verify
+from builder.compile.engine import compile_engine
 from builder.gate import accuracy
 from earlytom.budget import most_tokens
 from earlytom.errors import UserError
 from runtime import ask, cli
 from runtime.engine import layout
-from runtime.manifest import Manifest
-
-from .conftest import FRAMES, TAU, Chain
-from .needed import needs_rtx
+from runtime.engine.manifest import Manifest
+from tests.builder.conftest import FRAMES, TAU, Chain
+from tests.builder.needed import needs_rtx
 
 STAGES = [layout.stage_file(layout.ONNX_FILE, stage) for stage in range(3)]
 
@@ -102,7 +101,7 @@ def test_auto_budget_is_what_the_clips_keep(
     small_checkpoint: Path, videos: tuple[Path, ...], clips: dict[str, Tensor], chain: Chain, capsys: Any
 ) -> None:
     words = f"--frames {FRAMES} --ratio 0.3 --tau {TAU} --fp32 --backend onnx --dry-run --json".split()
-    found = calibrate.frames_kept(chain.reference, clips).budget()
+    found = clips.frames_kept(chain.reference, clips).budget()
 
     def dry_run(*more: str) -> dict[str, Any]:
         build.main(["--model", str(small_checkpoint), *words, *more])

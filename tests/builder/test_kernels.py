@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from builder import kernel_times, kernels
+from builder import kernels
+from builder.operators import times
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 
@@ -37,14 +38,14 @@ def test_every_operator_and_the_whole_path_are_measured(capsys: pytest.CaptureFi
 
 
 def test_operators_and_plain_formulations_agree() -> None:
-    for case in kernel_times.cases(TINY, torch.float32, CPU, CONFIG):
+    for case in times.cases(TINY, torch.float32, CPU, CONFIG):
         mine, theirs = case.ours(*case.inputs[0]), case.plain(*case.inputs[0])
         mine, theirs = (x[0] if isinstance(x, tuple) else x for x in (mine, theirs))
         assert torch.allclose(mine, theirs, atol=1e-5), case.name
 
 
 def test_bytes_are_those_of_what_is_read_and_written() -> None:
-    found = {case.name: case for case in kernel_times.cases(TINY, torch.float16, CPU, CONFIG)}
+    found = {case.name: case for case in times.cases(TINY, torch.float16, CPU, CONFIG)}
     hidden, (query, key) = found["frame_similarity"].inputs[0][0], found["received_attention"].inputs[0]
     assert found["frame_similarity"].bytes == hidden.nbytes
     assert found["received_attention"].bytes == query.nbytes + key.nbytes + 4 * query.shape[0] * query.shape[2]

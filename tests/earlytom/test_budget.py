@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from earlytom import UserError, frames_per_stage, select_tokens, token_count
 from earlytom.budget import dynamic_tokens, effective_ratio, static_tokens
-
-from .reference import token_counts
+from tests.earlytom.reference import token_counts
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 

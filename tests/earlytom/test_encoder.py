@@ -21,9 +21,8 @@ from earlytom.families.llava_onevision import pool
 from earlytom.merge import frame_similarity, segments_of
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.spans import trace_names
-
-from .reference import adaptive_plan, budget_plan, dense, segments, select_positions
-from .tiny import FAMILIES, PATCH, made_video, tiny_projector, tiny_tower, untouched
+from tests.earlytom.reference import adaptive_plan, budget_plan, dense, segments, select_positions
+from tests.earlytom.tiny import FAMILIES, PATCH, made_video, tiny_projector, tiny_tower, untouched
 
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 1, 2), tau=0.3, schedule="budget")

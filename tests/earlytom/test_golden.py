@@ -14,8 +14,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from earlytom import EarlyTomConfig, encode_video, plan_frames, segment_frames, select_tokens, token_count
 from earlytom.select import keep_mask
-
-from .reference import adaptive_plan, dense, segments, similarity, token_counts
+from tests.earlytom.reference import adaptive_plan, dense, segments, similarity, token_counts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "earlytom"
 

@@ -22,10 +22,9 @@ from transformers import (
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from earlytom.inner_decoder import AppliedInner, Held, Prompt, apply_inner, later_mask
-
-from ..processes import HANG_SECONDS
-from .slow_decoder import Model, slow_answer, slow_logits
-from .tiny import VIDEO_TOKEN, VOCABULARY, made_video, randomise, tiny_llava, video_prompt
+from tests.earlytom.slow_decoder import Model, slow_answer, slow_logits
+from tests.earlytom.tiny import VIDEO_TOKEN, VOCABULARY, made_video, randomise, tiny_llava, video_prompt
+from tests.processes import HANG_SECONDS
 
 DEPTH, WIDTH = 4, 32
 FULL: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}

@@ -23,8 +23,7 @@ from earlytom.merge import (
     segments_of,
     static_frames,
 )
-
-from .reference import adaptive_plan, budget_plan, dense, segments, similarity
+from tests.earlytom.reference import adaptive_plan, budget_plan, dense, segments, similarity
 
 KINDS = ("noise", "uniform", "quantised", "coarse", "equal", "drift", "scenes", "still", "falling")
 TAUS = (-1.0, -0.3, 0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 0.99, 1.0)

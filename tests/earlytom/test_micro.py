@@ -27,7 +27,7 @@ from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.render import NOBODY
 from earlytom.micro.random_model import SPECIAL_TOKENS
 from earlytom.micro.weights import random_tensor
-from runtime.prompt import build_prompt, splice
+from runtime.text.prompt import build_prompt, splice
 
 FILES = (
     "README.md",

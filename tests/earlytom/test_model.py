@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom, encode_video
-
-from .tiny import IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY, made_video, tiny_llava, video_prompt
+from tests.earlytom.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY, made_video, tiny_llava, video_prompt
 
 Model = Any  # a LlavaOnevisionForConditionalGeneration, whose generate takes whatever
 FRAMES = 8

@@ -16,8 +16,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods.earlytom import EarlyTom
-
-from .tiny import made_video, tiny_projector, tiny_tower
+from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 
 PLAN = {"tau": 0.8, "max_window": 6, "ema": 0.9, "trailing": "released"}
 

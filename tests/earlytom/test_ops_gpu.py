@@ -8,8 +8,7 @@ from torch import Tensor
 
 from earlytom import merge, ops, select
 from earlytom.attention import attention_matrix, column_means
-
-from .tiny import made_video, tiny_projector, tiny_tower
+from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 
 pytestmark = [
     pytest.mark.gpu,

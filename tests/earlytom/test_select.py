@@ -12,8 +12,7 @@ from torch import Tensor
 
 from earlytom import UserError, select_tokens, token_count
 from earlytom.select import keep_mask, select_fixed, window_of_cell
-
-from .reference import select_positions, windows
+from tests.earlytom.reference import select_positions, windows
 
 SCHEDULES = ("adaptive", "budget")
 

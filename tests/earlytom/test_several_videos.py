@@ -10,8 +10,7 @@ from earlytom import EarlyTomConfig, UserError, encode_video
 from earlytom.encoder import checked_depth, encode, head, rest
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods.earlytom import EachVideo, EarlyTom
-
-from .tiny import FAMILIES, made_video, tiny_projector, tiny_tower
+from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower
 
 CONFIGS = {
     "three merges": EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 1, 2), tau=0.3, schedule="budget"),

@@ -14,8 +14,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video
 from earlytom.towers import TOWERS, tower_of
-
-from .tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
+from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 
 
 def with_attention(model: Any) -> Any:

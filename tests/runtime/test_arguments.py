@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from earlytom.errors import UserError
-from runtime.decoder import InnerMerge
+from runtime.decoder.eager import InnerMerge
+from runtime.decoder.sampling import Sampling
 from runtime.errors import DeadlineExceeded
 from runtime.pipeline import Pipeline
-from runtime.sampling import Sampling
 from runtime.video import Clip, Limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

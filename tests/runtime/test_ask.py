@@ -19,11 +19,10 @@ import pytest
 import torch
 
 from runtime import ask, cli, trt
-from runtime.drawing import draw_clip
-from runtime.manifest import Manifest, describe_files
+from runtime.drawing.clips import draw_clip
+from runtime.engine.manifest import Manifest, describe_files
 from runtime.pipeline import Pipeline
-
-from ..processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,8 +16,7 @@ import torch
 from earlytom.errors import UserError
 from runtime import cli
 from runtime.errors import EngineError
-
-from ..processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 
 def failing(error: BaseException) -> Callable[[object], int]:

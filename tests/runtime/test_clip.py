@@ -11,13 +11,13 @@ import pytest
 
 from earlytom.errors import UserError
 from earlytom.micro.data import labelled_clip
-from runtime import clip, drawing, scenes
+from runtime import clip
 from runtime.cli import run
-from runtime.drawing import draw_clip, draw_frames, write_test_clip
+from runtime.drawing import clips, scenes
+from runtime.drawing.clips import draw_clip, draw_frames, write_test_clip
 from runtime.errors import VideoError
 from runtime.video import load_clip
-
-from ..processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 
 def changes(frames):
@@ -101,7 +101,7 @@ def test_defaults_are_six_seconds_at_24_frames(tmp_path):
 
 
 def test_mpeg4_where_there_is_no_h264(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "_ENCODERS", {"no such encoder": {}, "mpeg4": drawing._ENCODERS["mpeg4"]})
+    monkeypatch.setattr(clips, "_ENCODERS", {"no such encoder": {}, "mpeg4": clips._ENCODERS["mpeg4"]})
     path = draw_clip(tmp_path / "clip.mp4", 1, size=(96, 128))
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
@@ -110,7 +110,7 @@ def test_mpeg4_where_there_is_no_h264(tmp_path, monkeypatch):
 
 
 def test_no_encoder_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "_ENCODERS", {"no such encoder": {}})
+    monkeypatch.setattr(clips, "_ENCODERS", {"no such encoder": {}})
     with pytest.raises(VideoError, match="without an encoder"):
         draw_clip(tmp_path / "clip.mp4", 1)
     assert not list(tmp_path.iterdir())
@@ -126,7 +126,7 @@ def test_an_older_file_is_replaced(tmp_path):
 def test_nothing_half_written_stays(tmp_path, monkeypatch, failure):
     path = tmp_path / "clip.mp4"
     path.write_text("old")
-    drawn = drawing._frames(144, 32, 32, 0)  # more than the encoder holds back
+    drawn = clips._frames(144, 32, 32, 0)  # more than the encoder holds back
     seen = []
 
     def break_off(*_):
@@ -136,7 +136,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, failure):
                 raise failure
             yield frame
 
-    monkeypatch.setattr(drawing, "_frames", break_off)
+    monkeypatch.setattr(clips, "_frames", break_off)
     with pytest.raises(type(failure)) as caught:
         draw_clip(path, 6, size=(32, 32))
     assert len(seen) == 2  # it was being written, beside the old one
@@ -231,7 +231,7 @@ def test_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(drawing.os, "replace", full)
+    monkeypatch.setattr(clips.os, "replace", full)
     assert run(clip.main, [str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "32x32"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")

@@ -21,19 +21,18 @@ from torch import Tensor
 from transformers import SiglipVisionModel
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
-from runtime import answering
 from runtime.checkpoint import describe, load_model, load_tokenizer
-from runtime.decoder import InnerMerge
-from runtime.drawing import draw_clip
+from runtime.decoder.eager import InnerMerge
+from runtime.decoder.sampling import Sampling
+from runtime.drawing.clips import draw_clip
+from runtime.engine.manifest import FileRecord, Manifest, describe_files
 from runtime.errors import EngineError, VideoError
-from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
-from runtime.prompt import build_prompt, splice
-from runtime.requests import Answer, Delta, Ready
-from runtime.sampling import Sampling
+from runtime.service import answering
+from runtime.service.requests import Answer, Delta, Ready
+from runtime.text.prompt import build_prompt, splice
 from runtime.video import Clip, load_clip
-
-from ..processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

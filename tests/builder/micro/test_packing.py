@@ -15,7 +15,7 @@ from builder.micro.packing import IGNORE, Batch, Pack, Packer, batch, logits, ri
 from builder.micro.see import normalised
 from earlytom import micro
 from earlytom.micro.data import Question, labelled_clip
-from runtime.prompt import build_prompt
+from runtime.text.prompt import build_prompt
 
 FRAMES = (3, 1, 2)  # of each clip: unequal numbers of visual tokens
 TOLERANCE = {"atol": 2e-4, "rtol": 2e-4}

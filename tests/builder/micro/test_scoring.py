@@ -13,7 +13,7 @@ from builder.micro.packing import IGNORE, Batch
 from builder.micro.scoring import Scorer
 from earlytom.micro.data import Question
 from runtime.checkpoint import load_model, load_tokenizer
-from runtime.prompt import build_prompt, splice
+from runtime.text.prompt import build_prompt, splice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ("What color is the circle?", "Did the red object stop?", "How many shapes appeared?")

@@ -13,8 +13,7 @@ from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from earlytom.encoder import encode
 from earlytom.families import FAMILIES, Family, family_of, geometry
 from earlytom.methods.earlytom import EarlyTom
-
-from ..tiny import made_video, tiny_llava
+from tests.earlytom.tiny import made_video, tiny_llava
 
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 F = 6

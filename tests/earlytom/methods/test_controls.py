@@ -22,8 +22,7 @@ from earlytom.methods.controls import (
     even_frames,
     pooling_grid,
 )
-
-from ..tiny import made_video, tiny_projector, tiny_tower
+from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 
 F, P = 8, 9
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())

@@ -14,9 +14,8 @@ from earlytom.method import Counts, Method, State
 from earlytom.methods import METHODS, by_name, method_of
 from earlytom.methods.controls import TopK
 from earlytom.methods.earlytom import EarlyTom
-
-from ..test_encoder import NoHostSync
-from ..tiny import VIDEO_TOKEN, made_video, tiny_llava, tiny_projector, tiny_tower, video_prompt
+from tests.earlytom.test_encoder import NoHostSync
+from tests.earlytom.tiny import VIDEO_TOKEN, made_video, tiny_llava, tiny_projector, tiny_tower, video_prompt
 
 F, P = 8, 9
 BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 2), tau=0.3, schedule="budget")

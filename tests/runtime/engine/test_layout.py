@@ -17,8 +17,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.spans import trace_names
 from runtime.engine.layout import VARIES, Graph, Layout, Sizes
-
-from ...processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 SIZES = Sizes(tokens_per_frame=25, image=(72, 72), width=256, layers=8)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from runtime.gpu.graphs import WARM_UP_RUNS, Replay, ToHost
-
-from ..recorded_graph import RecordedReplay
+from tests.runtime.gpu.recorded_graph import RecordedReplay
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,7 @@ from earlytom.errors import UserError
 from runtime.errors import VideoError
 from runtime.video import apply_display_matrix, clip_from_frames, decode, load, load_clip, sample_indices
 from runtime.video.frames import resize_frames, resize_in_float
-
-from ...processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 HEIGHT, WIDTH, BITS = 48, 80, 10
 SIZE = (HEIGHT, WIDTH)

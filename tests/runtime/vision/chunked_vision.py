@@ -12,8 +12,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.families import LLAVA_ONEVISION
 from runtime.vision.chunked import ChunkedVision, Room
 from runtime.vision.torch import TorchChunked, TorchVision
-
-from ...earlytom.tiny import PATCH, tiny_projector, tiny_tower
+from tests.earlytom.tiny import PATCH, tiny_projector, tiny_tower
 
 SIDE = 5 * PATCH
 

@@ -104,7 +104,7 @@ def test_counts_that_are_none_are_refused(frames: Any) -> None:
 
 
 def test_a_file_gets_the_count_that_suits_it(tmp_path: Any) -> None:
-    from runtime.drawing import draw_clip
+    from runtime.drawing.clips import draw_clip
 
     path = draw_clip(tmp_path / "drawn.mp4")
     length = load_clip(path, 2, (32, 32)).source_frames

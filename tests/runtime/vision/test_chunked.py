@@ -12,14 +12,13 @@ from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
 from runtime.checkpoint import describe
+from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
-from runtime.manifest import Manifest
 from runtime.video import clip_from_frames, load_clip
 from runtime.vision.chunked import CHUNK
 from runtime.vision.torch import TorchChunked, TorchVision
-
-from ...processes import HANG_SECONDS
-from .chunked_vision import SIDE, TinyVision, Toy, tiny_chunked
+from tests.processes import HANG_SECONDS
+from tests.runtime.vision.chunked_vision import SIDE, TinyVision, Toy, tiny_chunked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,7 +192,7 @@ def test_clips_of_several_threads_take_turns() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_torch_in_chunks_on_a_gpu(drawn_clip: Path) -> None:
-    from runtime.live import LiveClip
+    from runtime.vision.live import LiveClip
 
     checkpoint = describe(None)
     size = checkpoint.preprocessing.size
@@ -215,7 +214,7 @@ def test_torch_in_chunks_on_a_gpu(drawn_clip: Path) -> None:
 @pytest.mark.parametrize("total", [8, None])
 def test_frames_as_they_come_wait_for_nothing_else_on_a_gpu(drawn_clip: Path, total: int | None) -> None:
     """Pushed from a stream of the caller's, resized there, and encoded while the stream of all threads is busy."""
-    from runtime.live import LiveClip
+    from runtime.vision.live import LiveClip
 
     checkpoint, cuda = describe(None), torch.device("cuda")
     size = checkpoint.preprocessing.size

@@ -18,19 +18,18 @@ from earlytom import EarlyTomConfig, encode_video
 from earlytom.families import geometry
 from runtime.checkpoint import describe, load_vision
 from runtime.engine import layout
+from runtime.engine.manifest import FileRecord, Manifest, describe_files
 from runtime.errors import EngineError
-from runtime.live import LiveClip
-from runtime.manifest import FileRecord, Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.video import clip_from_frames, load_clip
 from runtime.vision import choose_backend, open_backend
 from runtime.vision.adaptive import Adaptive
 from runtime.vision.chunked import Chunked
+from runtime.vision.live import LiveClip
 from runtime.vision.open import open_onnxruntime
 from runtime.vision.torch import TorchChunked, TorchVision, open_torch
 from runtime.vision.whole import Whole
-
-from ...processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

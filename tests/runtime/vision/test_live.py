@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earlytom.errors import UserError
-from runtime import live as live_module
 from runtime.errors import EngineError
-from runtime.live import LiveClip, completion
 from runtime.video import clip_from_frames, sample_indices
+from runtime.vision import live as live_module
 from runtime.vision.chunked import ChunkedVision
-
-from ...processes import HANG_SECONDS as WAIT
-from .chunked_vision import TinyVision, Toy, tiny_chunked
+from runtime.vision.live import LiveClip, completion
+from tests.processes import HANG_SECONDS as WAIT
+from tests.runtime.vision.chunked_vision import TinyVision, Toy, tiny_chunked
 
 
 @pytest.fixture(autouse=True)
@@ -474,7 +473,7 @@ def test_an_interpreter_with_an_open_clip_exits() -> None:
     program = """
 import torch
 from runtime.vision.chunked import ChunkedVision, Room
-from runtime.live import LiveClip
+from runtime.vision.live import LiveClip
 class Vision(ChunkedVision):
     def _make_room(self): return Room(torch.zeros(8, 3, 4), None)
     def _head(self, frames): return frames.flatten(2).float(), None

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from runtime import trt as seam
 from runtime.checkpoint import describe
-from runtime.live import LiveClip
-from runtime.manifest import Manifest
+from runtime.engine.manifest import Manifest
 from runtime.video import clip_from_frames, load_clip
 from runtime.vision import open_backend
 from runtime.vision.chunked import Chunked
+from runtime.vision.live import LiveClip
 from runtime.vision.open import open_tensorrt
 from runtime.vision.torch import open_torch
-
-from ..gpu_flavour import FLAVOUR, WHY_NOT
-from .stand_ins import LAYOUTS
+from tests.runtime.gpu.gpu_flavour import FLAVOUR, WHY_NOT
+from tests.runtime.vision.stand_ins import LAYOUTS
 
 MATRIX = np.random.default_rng(0).standard_normal((768, 64)).astype(np.float32)
 
@@ -33,7 +32,7 @@ def compile_products(folder: Path, flavour: str, *videos: int, target: Any) -> A
     """An engine for `videos` (none: one) at once. A frame's token is its pixels, as one row, times `MATRIX`, which is
     large enough for a kernel that shows as a matrix product; its position is its largest pixel."""
     onnx = pytest.importorskip("onnx")
-    from builder.compile import compile_engine
+    from builder.compile.engine import compile_engine
 
     helper, proto, rank = onnx.helper, onnx.TensorProto, len(videos)
     nodes = [

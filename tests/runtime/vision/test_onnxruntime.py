@@ -12,14 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from earlytom.config import EarlyTomConfig
 from runtime import choices, trt
+from runtime.engine.manifest import FileRecord, Manifest, ModelRecord, PreprocessingRecord
 from runtime.errors import EngineError
-from runtime.manifest import FileRecord, Manifest, ModelRecord, PreprocessingRecord
 from runtime.vision import VisionBackend, choose_backend
 from runtime.vision.onnxruntime import OnnxRunner
 from runtime.vision.whole import Whole
-
-from ...processes import HANG_SECONDS
-from .opened import open_whole
+from tests.processes import HANG_SECONDS
+from tests.runtime.vision.opened import open_whole
 
 SHAPE = (2, 3, 4, 4)
 TOKENS, WIDTH = 6, 5

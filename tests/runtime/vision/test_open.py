@@ -19,13 +19,12 @@ from earlytom import EarlyTomConfig
 from runtime import trt
 from runtime.checkpoint import describe
 from runtime.choices import ENGINE_BACKENDS
+from runtime.engine.manifest import Manifest, describe_files
 from runtime.errors import EngineError
-from runtime.manifest import Manifest, describe_files
 from runtime.video import load_clip
 from runtime.vision import choose_backend, open_backend
 from runtime.vision.torch import TorchVision
-
-from ...processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,7 +93,7 @@ def test_opening_torch_takes_nothing_from_the_choice(engine: Path) -> None:
     code = (
         "import sys, runtime.vision.torch\n"
         "from runtime.vision import choose_backend\n"
-        "from runtime.manifest import Manifest\n"
+        "from runtime.engine.manifest import Manifest\n"
         "import dataclasses\n"
         "manifest = Manifest.read(sys.argv[1])\n"
         "files = {**manifest.files, 'vision.engine': manifest.files['vision.onnx']}\n"

@@ -17,8 +17,7 @@ from runtime.gpu.graphs import Replay
 from runtime.vision import tensorrt
 from runtime.vision.open import open_tensorrt
 from runtime.vision.tensorrt import engine_tensors
-
-from .stand_ins import LAYOUTS, Engine, Gpu, tensors_of
+from tests.runtime.vision.stand_ins import LAYOUTS, Engine, Gpu, tensors_of
 
 Opened = Callable[[str], tuple[Any, list[Engine], list[str]]]
 CLIP = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)

@@ -1,0 +1,382 @@
+"""The process in which `builder.compile.engine` lets TensorRT build: one request in, progress and one answer out.
+
+Reads a `Request` as a line of JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done",
+"steps"}`, then one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (a traceback of
+ours). Writes the engine and the layer list to the temporary paths of the request; removing or publishing them is the
+caller's business. The caller keeps its end of a pipe to stdin open: where that closes, this process ends.
+
+    python -c "import sys; from builder.compile.process import serve; sys.exit(serve())" < request.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.compile.child import end_with_parent
+from builder.compile.layers import LayerSummary, check_precision, parse_layers, summarise
+from builder.plugins import NATIVE, kernel_target
+from earlytom.errors import UserError
+from runtime import trt as seam
+from runtime.cli import limit_reached
+from runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from builder.plugins.registry import Plugins
+
+Say = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the build process is told. Plain types only: it crosses a pipe as JSON."""
+
+    onnx: str
+    engine: str
+    layers: str
+    flavour: str
+    target: seam.Capability
+    dtype: str
+    hardware_compatible: bool
+    workspace_bytes: int
+    expected_share: float = 1.0
+    compression: str = "native"
+    profile: tuple[int, int, int] | None = None
+
+
+def serve() -> int:
+    """Read a request from stdin, write progress and one answer as JSON lines. Returns the exit status."""
+    request = Request(**json.loads(sys.stdin.readline()))
+    # The library may print; the channel is for us alone, so whatever is written to stdout goes to stderr.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # Ctrl-C reaches this process too: end at once instead of raising inside a callback. The same when the caller dies.
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    end_with_parent(sys.stdin.fileno())
+    lock = threading.Lock()
+
+    def say(message: dict[str, Any]) -> None:
+        with lock:
+            channel.write(json.dumps(message) + "\n")
+
+    try:
+        say({"result": _build(request, say)})
+    except UserError as error:
+        say({"error": str(error), "kind": type(error).__name__})
+        return 2
+    except OSError as error:
+        # The caller knows no partial files: name the folder that they are in.
+        ours = error.filename in (None, request.engine, request.layers)
+        name = str(Path(request.engine).parent) if ours else str(error.filename)
+        say({"oserror": [error.errno, error.strerror, name]})
+        return 2
+    except Exception as error:
+        if (line := limit_reached(error)) is not None:
+            say({"error": line, "kind": "UserError"})
+            return 2
+        say({"defect": traceback.format_exc()})
+        return 1
+    return 0
+
+
+def _build(request: Request, say: Say) -> dict[str, Any]:
+    trt = seam.load(request.flavour)
+    say({"phase": "Parsing", "done": 0, "steps": 0})
+    started = time.monotonic()
+    nodes = check_nodes(Path(request.onnx))
+    logger = seam.collecting_logger(trt, verbose=True)
+    plugins = _register_plugins(trt, request)
+    builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt, plugins))
+    calls = _parse(trt, network, logger, request.onnx, plugins)
+    dynamic = _dynamic_inputs(network, request)
+    if dynamic:
+        _allow_decomposition(trt, network)
+    parsed = time.monotonic()
+    config = _configure(trt, builder, request)
+    _add_profile(builder, config, dynamic, request)
+    monitor = seam.progress_monitor(trt, _throttled(say))
+    config.progress_monitor = monitor
+    with open(request.engine, "wb") as file:
+        writer = seam.stream_writer(trt, file)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    if plugins is not None:
+        plugins.check()
+    if not built or not writer.written:
+        raise UserError(_refusal(trt, logger, request))
+    if plugins is not None and calls and not plugins.kernels:
+        raise EngineError(f"{request.flavour} {trt.__version__} asked for no plugin kernel: {NATIVE}")
+    done = time.monotonic()
+    summary = _save_layers(trt, logger, request, nodes)
+    check_precision(summary, request.dtype, expected=request.expected_share)
+    return {
+        "version": str(trt.__version__),
+        "engine_bytes": writer.written,
+        "peak_rss_bytes": _peak_rss(),
+        "seconds": {"parse": parsed - started, "build": done - parsed},
+        "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if _is_warning(m)}),
+        "layers": asdict(summary),
+        "plugins": [] if plugins is None else [asdict(record) for record in plugins.records],
+    }
+
+
+def _register_plugins(trt: Any, request: Request) -> Plugins | None:
+    """The compression stage's plugins in TensorRT's registry, if this engine is to have them."""
+    if request.compression != "plugin":
+        return None
+    from builder.plugins.registry import register
+
+    major, minor = request.target
+    target = kernel_target((major, minor), request.hardware_compatible)
+    return register(trt, seam.load_plugins(request.flavour), target)
+
+
+def _network_flags(trt: Any, plugins: Plugins | None) -> int:
+    known = trt.NetworkDefinitionCreationFlag
+    # TensorRT 11 knows strongly typed networks only.
+    flags = [known.STRONGLY_TYPED] if hasattr(known, "STRONGLY_TYPED") else []
+    if plugins is not None:
+        flags.append(known.PREFER_AOT_PYTHON_PLUGINS)
+    return sum(1 << int(flag) for flag in flags)
+
+
+def _parse(trt: Any, network: Any, logger: Any, path: str, plugins: Plugins | None) -> int:
+    """Fill the network from the file, whose external data lies beside it; every parser error is one in the message.
+
+    Returns the number of plugin layers.
+    """
+    parser = trt.OnnxParser(network, logger)
+    calls = 0
+    if plugins is None:
+        good = parser.parse_from_file(path)
+    else:
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+        model, calls = _with_plugin_calls(trt, Path(path))
+        good = parser.parse(model, path)
+        plugins.check()
+    if not good or parser.num_errors:
+        errors = seam.parser_errors(parser) or seam.errors_of(logger) or ["no reason given"]
+        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise UserError(f"TensorRT cannot parse {Path(path).name}: {'; '.join(errors[:5])}{more}")
+    if plugins is not None:
+        _check_network(trt, network, calls)
+    return calls
+
+
+def _dynamic_inputs(network: Any, request: Request) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every input of which the first size is -1.
+
+    Raises:
+        UserError: another size is, or there is no profile for it.
+    """
+    found = {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if -1 not in shape:
+            continue
+        if request.profile is None or -1 in shape[1:]:
+            expected = "a fixed one" if request.profile is None else "no other size than the first to be"
+            raise UserError(
+                f"input {tensor.name!r} of {Path(request.onnx).name} has dynamic shape {shape}, expected {expected}: "
+                f"export with a fixed number of --frames"
+            )
+        found[str(tensor.name)] = shape
+    return found
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention in fp32 be taken apart: there are no fused kernels for it, and with dynamic shapes the library asks
+    (with fixed ones it does so by itself)."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.float32:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]], request: Request) -> None:
+    """Tell the builder between which sizes the first dimension of the dynamic inputs will be."""
+    if not dynamic or request.profile is None:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shape in dynamic.items():
+        profile.set_shape(name, *((size, *shape[1:]) for size in request.profile))
+    if config.add_optimization_profile(profile) < 0:
+        raise UserError(f"{request.flavour} refused the profile {request.profile} of {Path(request.onnx).name}")
+
+
+def _with_plugin_calls(trt: Any, path: Path) -> tuple[bytes, int]:
+    """The file's graph with plugin nodes for the compression stage, as bytes, and their number.
+
+    Raises:
+        UserError: a call that TensorRT's own registry has no plugin for.
+    """
+    import onnx
+
+    from builder.plugins.graph import as_plugin_calls
+    from builder.plugins.registry import DOMAIN, PLUGINS, VERSION
+
+    registry = trt.get_plugin_registry()
+    registered = {name for name in PLUGINS if registry.get_creator(name, VERSION, DOMAIN) is not None}
+    model = onnx.load(str(path), load_external_data=False)
+    calls = as_plugin_calls(model, path.name, registered, VERSION)
+    return model.SerializeToString(), calls
+
+
+def _check_network(trt: Any, network: Any, calls: int) -> None:
+    """Refuse a parsed network that does not hold one plugin layer for every call.
+
+    Raises:
+        EngineError: the parser imported some of them as something else.
+    """
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    layers = kinds.count(trt.LayerType.PLUGIN_V3)
+    if layers != calls:
+        raise EngineError(f"TensorRT made {layers} plugin layers of {calls} calls of the compression stage: {NATIVE}")
+
+
+def _configure(trt: Any, builder: Any, request: Request) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if request.flavour == "tensorrt-rtx":
+        # No timing cache, STRIP_PLAN or REFIT: each of them looks for a GPU.
+        config.num_compute_capabilities = 1
+        capability = getattr(trt.ComputeCapability, "SM{}{}".format(*request.target))
+        if not config.set_compute_capability(capability, 0):
+            raise EngineError(f"tensorrt-rtx refused compute capability {request.target}: choose another --target")
+        # A CUDA graph holds addresses: memory that the library took while running could be somewhere else next time.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    elif request.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return config
+
+
+def _refusal(trt: Any, logger: Any, request: Request) -> str:
+    reason = next(iter(seam.errors_of(logger)), "it gave no reason")
+    room = f" within {request.workspace_bytes / 2**30:.4g} GiB (--workspace)" if "workspace" in reason.lower() else ""
+    return f"{request.flavour} {trt.__version__} cannot build this graph{room}: {reason}"
+
+
+def _throttled(say: Say, interval: float = 0.1) -> Callable[[str, int, int], None]:
+    """Every change of phase, and steps at most every `interval` seconds: there are thousands, of microseconds each."""
+    last = ("", 0.0)
+
+    def report(phase: str, done: int, steps: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if phase != last[0] or now - last[1] >= interval:
+            last = (phase, now)
+            say({"phase": phase, "done": done, "steps": steps})
+
+    return report
+
+
+def _save_layers(trt: Any, logger: Any, request: Request, nodes: OnnxNodes) -> LayerSummary:
+    source, layers = "build log", parse_layers("\n".join(m.text for m in logger.messages if "LayerType: " in m.text))
+    if not layers and seam.has_gpu():
+        source, layers = "engine inspector", parse_layers(_inspect(trt, logger, request.engine))
+    summary = summarise(layers, nodes.attention, nodes.matrix)
+    document = {
+        "source": source,
+        "flavour": request.flavour,
+        "version": str(trt.__version__),
+        "summary": summary.to_dict(),
+        "layers": [asdict(layer) for layer in layers],
+    }
+    Path(request.layers).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _inspect(trt: Any, logger: Any, engine_path: str) -> str:
+    """The engine inspector's own list, where the log has none. Needs a GPU; not run so far on one."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(Path(engine_path).read_bytes())
+    if engine is None:
+        return ""
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
+def _peak_rss() -> int:
+    """Peak resident bytes of this process. Not `getrusage`: its maximum is inherited from the process that forked."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- the ONNX file
+
+
+@dataclass(frozen=True)
+class OnnxNodes:
+    """Names of the nodes, bodies of local functions included, that end in fused attention or in a matrix product."""
+
+    attention: tuple[str, ...]
+    matrix: tuple[str, ...]
+
+
+def check_nodes(path: Path) -> OnnxNodes:
+    """Refuse a file with a node that is neither a standard ONNX operator nor a call of one of its own functions.
+
+    Done before TensorRT sees the file: its parser looks at the operator name alone, takes any other node for a plugin,
+    and aborts the process for some kinds of them.
+
+    Raises:
+        UserError: no such file, not an ONNX model, or such a node, by name.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise UserError(f"no such ONNX file: {path}")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # the protobuf library's own errors, which differ with its implementation
+        raise UserError(f"{path.name} is not an ONNX model ({' '.join(str(error).split())})") from error
+    if not model.graph.node:
+        raise UserError(f"{path.name} is not an ONNX model, or has no node")
+    functions = {(function.domain, function.name) for function in model.functions}
+    attention, matrix, foreign = [], [], []
+    for node in _walk(model):
+        standard = node.domain in ("", "ai.onnx")
+        if not standard and (node.domain, node.op_type) not in functions:
+            foreign.append(f"{node.name!r} ({node.domain}::{node.op_type})")
+        if standard and node.op_type == "Attention":
+            attention.append(node.name)
+        if standard and node.op_type in ("MatMul", "Gemm", "Conv", "Einsum", "Attention"):
+            matrix.append(node.name)
+    if foreign:
+        raise UserError(
+            f"{path.name} has nodes that are neither standard ONNX nor a function of the model: "
+            f"{', '.join(foreign[:5])}; add their bodies to model.functions"
+        )
+    return OnnxNodes(tuple(attention), tuple(matrix))
+
+
+def _walk(model: Any) -> Iterator[Any]:
+    """Every node of an ONNX model: the graph's, the functions', and those of the subgraphs of If, Loop and Scan."""
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                waiting.extend(graph.node)
+
+
+def _is_warning(message: seam.Message) -> bool:
+    """Not among them: that the nodes of a function called several times share their names, once for every node."""
+    return message.severity == "WARNING" and "already exists, the output tensors" not in message.text

@@ -1,0 +1,192 @@
+"""The adaptive schedule as a chain of graphs, cut after each merge layer.
+
+How many frames a merge leaves is for the video to say, so what follows it has a dynamic first dimension. Within one
+graph that would be a shape that depends on data, which TensorRT-RTX does not have; between two graphs it is a number
+that the runtime reads. Each graph holds its own layers, so no weight is there twice; files and tensors are named in
+`runtime.engine.layout`, the decisions are calls of the functions `builder.export.functions` has for this schedule.
+
+    stage 0        frames -> layers up to the first merge -> similarity -> plan -> merge
+    stage 1, ...   hidden states -> layers up to the next merge -> similarity -> plan -> merge
+    last stage     hidden states -> segments; the remaining layers -> projector -> pooling -> selection
+
+A merge writes its n rows all the same, those past the count being zero: their weights are. With merging off there is
+one stage, which is first and last.
+
+Notation: F frames, n frames that arrive at a stage, T = S + prefix tokens a frame inside the tower, P after pooling.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from builder.export import functions
+from builder.export.vision import OPSET, ExportedGraph, VisionGraph, save, tokens_per_frame, trace
+from earlytom.config import EarlyTomConfig
+from earlytom.encoder import embed, project, run_span
+from earlytom.errors import UserError
+from earlytom.merge import apply_weights, frame_similarity
+from earlytom.methods.earlytom import EarlyTom
+from runtime.engine import layout
+
+# Frames of the example that is traced: not 1, which exporters take for a constant.
+EXAMPLE_FRAMES = 2
+
+
+class StageGraph(nn.Module):
+    """One stage, for the exporter: its inputs to all its values by name, those of the encoder's trace included.
+
+    Args:
+        whole: the vision part.
+        stage: which one, from 0.
+        frames: F.
+    """
+
+    def __init__(self, whole: VisionGraph, stage: int, frames: int) -> None:
+        super().__init__()
+        self.whole = whole  # "graph" is taken: the exporter has an attribute of that name
+        self.stage = stage
+        self.frames = frames
+        self.stages = layout_of(whole, frames).graphs
+        self.span = self.stages[stage].span
+
+    def forward(self, entering: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        tower, last = self.whole.tower, self.stage == len(self.stages) - 1
+        hidden = entering if self.stage else embed(tower, self.whole.pixels(entering))
+        static = None if received is None else self._plan(self._similarity(hidden))[1]
+        assert self.span is not None
+        hidden, column = run_span(
+            tower,
+            self.span,
+            hidden,
+            EarlyTom(self.whole.config),
+            self.whole.layers,
+            lambda **found: values.update(found),
+            True,
+        )
+        if not last:
+            return values | self._merge(hidden, column)
+        if static is None:  # merging is off: nothing came before
+            received, static = column, self._plan(self._similarity(hidden))[1]
+        assert received is not None
+        values["static"] = static
+        seen = project(
+            self.whole.vision, hidden[:, tower.prefix :], received, lambda **found: values.update(found), True
+        )
+        assert seen.relevance is not None
+        tokens, positions, count = self._select(seen.features, seen.relevance, static)
+        outputs = (tokens.to(self.whole.dtype), positions, count)
+        return values | dict(zip((*layout.OUTPUTS, layout.COUNT), outputs, strict=True))
+
+    @property
+    def names(self) -> list[str]:
+        """The keys of what `forward` returns, in its order."""
+        graph = self.stages[self.stage]
+        return [*graph.taps, *(tensor.name for tensor in graph.outputs if tensor.name not in graph.taps)]
+
+    def _merge(self, hidden: Tensor, column: Tensor | None) -> dict[str, Tensor]:
+        layer = self.whole.config.merge_layers[self.stage]
+        similarity = self._similarity(hidden)
+        weights, _, count = self._plan(similarity)
+        values = {f"similarity_{layer}": similarity, f"weights_{layer}": weights}
+        values |= {layout.MERGED_HIDDEN: apply_weights(weights, hidden), layout.COUNT: count}
+        return values if column is None else values | {layout.MERGED_RECEIVED: apply_weights(weights, column)}
+
+    def _similarity(self, hidden: Tensor) -> Tensor:
+        return frame_similarity(hidden[:, self.whole.tower.prefix :], self.whole.similarity_dtype)
+
+    def _plan(self, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A call of AdaptiveFramePlan."""
+        c, n = self.whole.config, similarity.shape[0]
+        weights, static, count = torch.onnx.ops.symbolic_multi_out(
+            f"{functions.DOMAIN}::{functions.ADAPTIVE_FRAME_PLAN}",
+            (similarity,),
+            {"tau": c.tau, "ema": c.ema, "max_window": c.max_window, "trailing": c.trailing},
+            dtypes=(torch.float32, torch.bool, torch.int64),
+            shapes=((n, n), (n,), (1,)),
+            version=functions.VERSION,
+        )
+        return weights, static, count
+
+    def _select(self, features: Tensor, relevance: Tensor, static: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A call of AdaptiveSelectTokens."""
+        rows = features.shape[0] * features.shape[1]  # stands for M, see `_name_rows`
+        tokens, positions, count = torch.onnx.ops.symbolic_multi_out(
+            f"{functions.DOMAIN}::{functions.ADAPTIVE_SELECT_TOKENS}",
+            (features, relevance, static),
+            {"frames": self.frames, "ratio": self.whole.config.retention_ratio},
+            dtypes=(features.dtype, torch.int64, torch.int64),
+            shapes=((rows, features.shape[2]), (rows,), (1,)),
+            version=functions.VERSION,
+        )
+        return tokens, positions, count
+
+
+def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder: Path) -> tuple[ExportedGraph, ...]:
+    """Write one ONNX file per stage (and, where its weights are large, a file of them beside it).
+
+    Args:
+        graph: from `VisionGraph`, in the precision of the engine.
+        frames: F.
+        size: (H, W) of a frame.
+        folder: where the files go, see `runtime.engine.layout.Graph.file`.
+
+    Raises:
+        UserError: the budget schedule, which is one graph.
+    """
+    if graph.config.schedule != "adaptive":
+        raise UserError(f"a chain of stages is for --schedule adaptive, not {graph.config.schedule}")
+    clip = torch.zeros(frames, 3, *size, dtype=torch.uint8)
+    with torch.no_grad():
+        tokens, width = embed(graph.tower, graph.pixels(clip[:1])).shape[1:]
+    examples = {
+        layout.FRAMES: clip,
+        layout.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
+        layout.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
+    }
+    return tuple(
+        _export_stage(StageGraph(graph, stage, frames), examples, folder)
+        for stage in range(len(layout_of(graph, frames).graphs))
+    )
+
+
+def layout_of(graph: VisionGraph, frames: int) -> layout.Layout:
+    """The layout of a chain, as far as its graphs go by it."""
+    return layout.Layout(graph.config, frames, sizes=layout.Sizes(layers=graph.layers))
+
+
+def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path) -> ExportedGraph:
+    written = module.stages[module.stage]
+    inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (written.inputs, written.outputs))
+    dynamic = None
+    if module.stage:
+        arriving = torch.export.Dim("n", min=1, max=max(module.frames, EXAMPLE_FRAMES))
+        dynamic = tuple({0: arriving} for _ in inputs)
+    model = trace(module, {name: examples[name] for name in inputs}, module.names, dynamic)
+    _name_rows(model)
+    path = folder / written.file(layout.ONNX_FILE)
+    return save(model, path, outputs, lambda node: _body(node, module.whole.config, module.frames))
+
+
+def _name_rows(model: ir.Model) -> None:
+    """Give the selected tokens and their positions M rows, a number that the exporter has no name for."""
+    chosen = [
+        value for node in model.graph if node.op_type == functions.ADAPTIVE_SELECT_TOKENS for value in node.outputs
+    ]
+    for value in (*chosen[:2], *model.graph.outputs):
+        if value in chosen[:2] or value.name in layout.OUTPUTS:
+            assert value.shape is not None
+            value.shape = ir.Shape(["M", *value.shape[1:]])
+
+
+def _body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:
+    if node.op_type == functions.ADAPTIVE_FRAME_PLAN:
+        return functions.adaptive_frame_plan(
+            max_frames=frames, max_window=config.max_window, trailing=config.trailing, opset=OPSET
+        )
+    ratio = config.retention_ratio  # the node's own is fp32
+    return functions.adaptive_select_tokens(frames=frames, per_frame=tokens_per_frame(node), ratio=ratio, opset=OPSET)

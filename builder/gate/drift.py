@@ -1,0 +1,298 @@
+"""Where a graph drifts from the model: a table of every tap, for `python -m builder.verify ENGINE --layers`.
+
+A tap is a value of the graph: the hidden states after every encoder layer, and at a merge layer before the frames are
+merged; the projector's output; pooled features, relevance (pooled received attention) and the tokens. The graph runs as
+in the gate, a half one with every result rounded, and the reference in fp32 with the graph's decisions forced on it, so
+that frames and tokens are the same ones. For each tap:
+
+    cosine         of all its values with the reference's. Few large values decide it: where a tower has outlier
+                   channels, it stays near 1 whatever happens to the others.
+    channel error  root mean square error over standard deviation, of the median channel: what the others lost.
+    max error      the largest difference.
+    ranges         smallest and largest value of the reference and of the graph.
+    share          the graph's largest magnitude over the largest number of its dtype. Near 1 it is about to overflow.
+
+The graph is that of the engine folder, read and not changed; a copy with more outputs lies beside it while it runs. The
+values of all taps are held, twice in fp32: 6 GB for 32 frames of SigLIP-so400m. Of an engine for several videos
+at once the values are those of all of them, and as many more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from polygraphy.exception import PolygraphyException
+from polygraphy.json import load_json
+from polygraphy.logger import G_LOGGER
+from torch import Tensor
+
+from builder.export.vision import VisionGraph, vision_graph
+from builder.gate.batches import fill
+from builder.gate.limits import GATES
+from builder.gate.runners import ForcedDecisions
+from builder.gate.runs import Arrays, run_tapped
+from builder.settings.config import BuildConfig
+from builder.settings.options import parse_target
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.numbers import shown
+from runtime import cli
+from runtime.checkpoint import describe
+from runtime.drawing.clips import draw_clip
+from runtime.engine import layout
+from runtime.engine.dtypes import DTYPES
+from runtime.engine.manifest import REBUILD, Manifest
+from runtime.engine.origin import source_of
+from runtime.engine.records import cut
+from runtime.errors import EngineError
+from runtime.files.plain import MIB, open_plain
+from runtime.video import load_clip
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One row of the table; see the top of the module.
+
+    Attributes:
+        nonfinite: how many of the graph's values are infinite or NaN. Where there are any, the cosine and the errors
+            are NaN, and `graph` is the range of the others.
+    """
+
+    name: str
+    cosine: float
+    channel_error: float
+    max_error: float
+    reference: Range
+    graph: Range
+    share: float
+    nonfinite: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what is NaN becomes null."""
+        numbers = {"cosine": self.cosine, "channel_error": self.channel_error, "max_error": self.max_error}
+        return {
+            "tap": self.name,
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+            "reference": list(self.reference),
+            "graph": list(self.graph),
+            "share": self.share,
+            "nonfinite": self.nonfinite,
+        }
+
+
+def measure(
+    onnx_path: Path | Sequence[Path], reference: VisionGraph, frames: Tensor, dtype: str, *, rounded: bool = True
+) -> list[Tap]:
+    """Run graph and reference on a clip, or on those of a graph for several videos at once.
+
+    Args:
+        onnx_path: an exported graph, or those of a chain.
+        reference: the same vision part in fp32.
+        frames: uint8 [F, 3, H, W], or [B, F, 3, H, W] for B videos.
+        dtype: of the graph.
+        rounded: round every result of a half graph; else it runs as ONNX Runtime would, see
+            `builder.precision.rounding`.
+
+    Raises:
+        UserError: the graph does not name its values (an older export), or the reference is not finite.
+    """
+    config, kept = reference.config, (reference.decisions, reference.every_layer)
+    reference.every_layer = True
+    try:
+        clips = frames if frames.dim() == 5 else frames[None]
+        names, feeds = reference.trace_names, [{layout.FRAMES: clip.numpy()} for clip in clips]
+        half = rounded and dtype != "fp32"
+        ((_, iterations),) = run_tapped(onnx_path, names, feeds, rounded=half, batch=len(clips))
+        each: list[Arrays] = [{name: np.asarray(one[name]) for name in names} for one in iterations]
+        found: list[dict[str, Tensor]] = []
+        for clip, one in zip(clips, each, strict=True):
+            # Decisions taken from NaN are none; then the reference takes its own.
+            sane = all(np.isfinite(one[f"weights_{layer}"]).all() for layer in config.merge_layers)
+            reference.decisions = ForcedDecisions(config, one) if sane else EarlyTom(config)
+            found.append(reference(clip))
+        got = {name: np.concatenate([one[name] for one in each]) for name in _taps(names)}
+        wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}
+    finally:
+        reference.decisions, reference.every_layer = kept
+    limit = torch.finfo(DTYPES[dtype]).max
+    for name in wanted:
+        if not wanted[name].isfinite().all():
+            raise UserError(f"{name} of the fp32 reference is not finite: the checkpoint's weights are unusable")
+    return [_compare(name, got[name], wanted[name].numpy(), limit) for name in wanted]
+
+
+def _taps(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("hidden_")] + ["projected", "features", "relevance", "tokens"]
+
+
+def _compare(name: str, got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], limit: float) -> Tap:
+    finite = np.isfinite(got)
+    nonfinite = int(finite.size - finite.sum())
+    cosine = channel_error = max_error = math.nan
+    if not nonfinite:
+        # Values near the limit of fp32 have squares beyond it.
+        a, b = (x.astype(np.float64).reshape(-1, 1 if name == "relevance" else x.shape[-1]) for x in (got, wanted))
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        cosine = float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b))
+        error = np.abs(a - b)
+        max_error = float(error.max())
+        spread = b.std(axis=0)
+        moved = np.sqrt((error**2).mean(axis=0))[spread > 0] / spread[spread > 0]
+        channel_error = float(np.median(moved)) if moved.size else math.nan
+    held = got[finite]
+    graph = (float(held.min()), float(held.max())) if held.size else (0.0, 0.0)
+    share = max(map(abs, graph)) / limit
+    return Tap(
+        name, cosine, channel_error, max_error, (float(wanted.min()), float(wanted.max())), graph, share, nonfinite
+    )
+
+
+def first_bad(taps: Iterable[Tap], dtype: str) -> Tap | None:
+    """The first tap, in the order of computation, that is not finite, below the gate's cosine, or as far off in the
+    median channel: an error of e standard deviations, unrelated to the values, leaves a cosine of 1 - e**2 / 2."""
+    least, most = _limits(dtype)
+    return next((t for t in taps if t.nonfinite or not t.cosine >= least or t.channel_error > most), None)
+
+
+def _limits(dtype: str) -> tuple[float, float]:
+    least = GATES[dtype].cosine
+    return least, math.sqrt(2 * (1 - least))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table of `options.engine`.
+
+    Raises:
+        UserError: no engine, another checkpoint than it was built from, or a clip that cannot be read.
+    """
+    screen = cli.Screen(json_only=options.json)
+    manifest = Manifest.read(options.engine)
+    manifest = manifest.at(manifest.frames if options.frames is None else options.frames)
+    frames, clip = frames_for(options.engine, manifest, options.video)
+    reference = load_reference(manifest, options.model)
+    screen.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
+    paths = [options.engine / name for name in manifest.stage_files(layout.ONNX_FILE)]
+    taps = measure(paths if manifest.in_stages else paths[0], reference, frames, manifest.dtype)
+    show(screen, taps, manifest.dtype)
+    bad = first_bad(taps, manifest.dtype)
+    record = {
+        "engine": str(options.engine),
+        "dtype": manifest.dtype,
+        "clip": clip,
+        "frames": manifest.frames,
+        "gate_cosine": GATES[manifest.dtype].cosine,
+    }
+    screen.result(record | {"taps": [tap.to_dict() for tap in taps], "first_bad": bad and bad.name})
+
+
+def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph:
+    """The vision part that an engine was built from, in fp32.
+
+    Args:
+        manifest: of the engine.
+        source: where the checkpoint is, if not where it was.
+
+    Raises:
+        UserError: there is no such checkpoint, or its weights are others.
+    """
+    checkpoint = describe(source_of(manifest, source))
+    if checkpoint.digest() != manifest.model.digest:
+        raise UserError(
+            f"{checkpoint.source} is not the checkpoint that {manifest.name} was built from (its digest differs): "
+            "name that one with --model, or build again"
+        )
+    config = BuildConfig(
+        checkpoint=checkpoint,
+        earlytom=EarlyTomConfig.from_dict(manifest.earlytom),
+        frames=manifest.frames,
+        dtype=manifest.dtype,
+        target=parse_target(manifest.target),
+        backend=manifest.backend,
+        backend_version=manifest.backend_version,
+    )
+    return vision_graph(config, torch.float32)
+
+
+def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> tuple[Tensor, str]:
+    """Frames as an engine takes them, of `video` or its own, and what they are.
+
+    uint8 [F, 3, H, W]; of B videos at once [B, F, 3, H, W], all but the first made of it (`builder.gate.batches.fill`).
+    """
+    size = manifest.model.preprocessing.size
+    saved = engine / manifest.file(layout.REFERENCE_INPUTS_FILE)
+    if video is not None or not saved.is_file():  # not there: built with --no-verify
+        with tempfile.TemporaryDirectory() as folder:
+            path = video or draw_clip(Path(folder) / "drawn.mp4")
+            frames = load_clip(path, manifest.frames, size).frames
+        name = "a drawn clip" if video is None else str(video)
+        if manifest.batch == 1:
+            return frames, name
+        clips = fill({name: frames}, manifest.batch)
+        return torch.stack(list(clips.values())), "; ".join(clips)
+    videos = (manifest.batch,) if manifest.batch > 1 else ()
+    frames = _saved_frames(saved, (*videos, manifest.frames, 3, *size))
+    return frames, "the frames that it was verified on"
+
+
+def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The frames in a file of `kept_reference.save_reference`.
+
+    Raises:
+        EngineError: it holds something else.
+    """
+    most = 2 * math.prod(shape) + MIB  # base64 has four characters for three bytes
+    with open_plain(path, REBUILD) as file:
+        size = os.fstat(file.fileno()).st_size
+    try:
+        if size > most:
+            raise ValueError(f"{size} bytes")
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            (inputs,) = load_json(str(path))
+        frames = inputs[layout.FRAMES]
+        if (frames.dtype, frames.shape) != (np.uint8, shape):
+            raise ValueError(f"{frames.dtype} {shown(frames.shape)}")
+    except (AttributeError, LookupError, PolygraphyException, RecursionError, TypeError, ValueError) as error:
+        raise EngineError(f"{path} holds no frames uint8 {list(shape)} ({cut(error)}): {REBUILD}") from error
+    return torch.from_numpy(frames)
+
+
+def show(screen: cli.Screen, taps: list[Tap], dtype: str) -> None:
+    """The table, and what to look at first."""
+    rows = []
+    for tap in taps:
+        values = (f"{tap.cosine:.6f}", f"{tap.channel_error:.3%}", f"{tap.max_error:.3g}")
+        ranges = (f"{low:.4g} .. {high:.4g}" for low, high in (tap.reference, tap.graph))
+        rows.append((tap.name, *(values if not tap.nonfinite else ("-", "-", "-")), *ranges, _share(tap)))
+    screen.table(("tap", "cosine", "channel error", "max error", "reference", "graph", f"of {dtype}'s largest"), rows)
+    bad, (least, most) = first_bad(taps, dtype), _limits(dtype)
+    if bad is None:
+        screen.line(f"at every tap the cosine is at least {least:g}, and the median channel's error at most {most:.1%}")
+        return
+    what = f"cosine {bad.cosine:.6f} (at least {least:g}), channel error {bad.channel_error:.1%} (at most {most:.1%})"
+    screen.line(f"{bad.name} is the first tap off: {f'{bad.nonfinite} values not finite' if bad.nonfinite else what}")
+    if dtype != "fp32":
+        screen.line(f"keep more in fp32 there: add to --islands, of {_near(bad.name)} (--islands list shows the cost)")
+
+
+def _near(tap: str) -> str:
+    """The islands that a tap's values come through."""
+    layer = tap.removeprefix("hidden_")
+    if not layer.isdigit():
+        return "projector, residual"
+    return f"residual, mlp:{layer}, attention:{layer}" + (", embeddings" if layer == "0" else "")
+
+
+def _share(tap: Tap) -> str:
+    return f"{tap.nonfinite} not finite" if tap.nonfinite else f"{tap.share:.2%}"

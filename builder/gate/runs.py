@@ -1,0 +1,164 @@
+"""Run the graphs of an engine in ONNX Runtime so that they return every value that is compared.
+
+A clip's graphs run one after the other: each takes what the one before it returned (`runtime.engine.layout`), and the
+values of all of them are put together as if one graph had them. A graph for chunks runs on every chunk of a clip, and
+its values are joined; values that a stage of the adaptive schedule pads to the frames that arrived are cut to those
+that it kept. A graph is loaded, run on every clip and let go before the next one, so that no more than one is in
+memory. What the values must be like is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import IterationResult, RunResults
+from polygraphy.logger import G_LOGGER
+
+from builder.gate.batches import split, stack
+from builder.precision.rounding import round_results
+from earlytom.errors import UserError
+from runtime.engine import layout
+from runtime.files.partial import temporary
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def run_tapped(
+    onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool, batch: int = 1
+) -> RunResults:
+    """Outputs and the values `names` of the graph, or of several in order, for every feed; see `write_tapped`.
+
+    Feeds are of one clip each, and so are the results: a graph of `batch` videos gets as many at once, in their order.
+
+    Raises:
+        UserError: no graph has a value of that name, or a stage kept a number of frames that cannot be.
+    """
+    if not isinstance(onnx_path, Path):
+        results = run_stages(onnx_path, names, feeds, rounded=rounded)
+    elif batch == 1:
+        results = run_each(onnx_path, names, feeds, rounded=rounded)
+    else:
+        stacked = stack([feed[layout.FRAMES] for feed in feeds], batch)
+        together = run_each(onnx_path, names, [{layout.FRAMES: clips} for clips in stacked], rounded=rounded)
+        results = [one for values in together for one in split(values, batch)]
+    return RunResults([("onnxruntime", [IterationResult(one, runner_name="onnxruntime") for one in results])])
+
+
+def run_stages(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> list[Arrays]:
+    """The outputs and the values `names` of graphs that a clip runs through, for every feed.
+
+    Args:
+        paths: the graphs in order; a temporary copy of each with more outputs is written beside it.
+        names: values of any of them.
+        feeds: frames by the name in `runtime.engine.layout`.
+        rounded: as `builder.precision.rounding` has it.
+
+    Raises:
+        UserError: no graph has a value of that name, or a stage kept a number of frames that cannot be.
+    """
+    graphs = [onnx.load(str(path), load_external_data=False).graph for path in paths]
+    results: list[Arrays] = [{} for _ in feeds]
+    entering = list(feeds)
+    for stage, (path, wanted) in enumerate(zip(paths, values_of(paths, graphs, names), strict=True)):
+        rows = graphs[stage].input[0].type.tensor_type.shape.dim[0].dim_value  # 0 where the video decides
+        parts = [_parts(values, rows) for values in entering]
+        outs = iter(run_each(path, wanted, [part for clip in parts for part in clip], rounded=rounded))
+        following = graphs[stage + 1].input if stage + 1 < len(graphs) else ()
+        for clip, values in enumerate(parts):
+            out = _joined([next(outs) for _ in values])
+            if layout.COUNT in out:
+                _cut(out, stage, len(next(iter(entering[clip].values()))))
+            entering[clip] = {value.name: _entering(out, value.name) for value in following}
+            results[clip] |= {name: value for name, value in out.items() if name in (*names, *layout.OUTPUTS)}
+    return results
+
+
+def _parts(values: Arrays, rows: int) -> list[Arrays]:
+    """What enters a graph of so many rows, a chunk of them after the other."""
+    every = len(next(iter(values.values())))
+    if not rows or rows == every:
+        return [values]
+    return [{name: v[first : first + rows] for name, v in values.items()} for first in range(0, every, rows)]
+
+
+def _joined(parts: Sequence[Arrays]) -> Arrays:
+    """The values of a clip's chunks, frame after frame."""
+    return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _entering(out: Arrays, name: str) -> NDArray[Any]:
+    """The input `name` of a graph, from what the one before it returned."""
+    merged = {layout.HIDDEN: layout.MERGED_HIDDEN, layout.RECEIVED: layout.MERGED_RECEIVED}[name]
+    return out[merged] if merged in out else out[name]
+
+
+def _cut(out: Arrays, stage: int, arrived: int) -> None:
+    """Cut in place what a stage padded."""
+    count = int(out[layout.COUNT][0])
+    limit = len(out[layout.TOKENS]) if layout.TOKENS in out else arrived
+    if not 1 <= count <= limit:
+        raise UserError(f"stage {stage} of the chain kept {count} of {limit}: its arithmetic failed, build with --fp32")
+    for name in out:
+        if name.startswith("weights_") or name in (layout.MERGED_HIDDEN, layout.MERGED_RECEIVED, *layout.OUTPUTS):
+            out[name] = out[name][:count]
+
+
+def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, rounded: bool) -> list[Arrays]:
+    """The outputs and the values `names` of one graph for every feed."""
+    onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
+    with temporary(onnx_path) as tapped:
+        write_tapped(onnx_path, names, rounded=rounded, path=tapped)
+        with (
+            G_LOGGER.verbosity(G_LOGGER.ERROR),
+            OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner,
+        ):
+            return [{name: np.asarray(value) for name, value in runner.infer(feed).items()} for feed in feeds]
+
+
+def values_of(paths: Sequence[Path], graphs: Sequence[Any], names: Sequence[str]) -> list[list[str]]:
+    """Of graphs that run one after the other, and their files: which of the values `names` each of them has.
+
+    Raises:
+        UserError: none of them has one of the values.
+    """
+    had = [{value.name for value in (*graph.output, *graph.value_info)} for graph in graphs]
+    missing = [name for name in names if not any(name in one for one in had)]
+    if missing:
+        raise UserError(
+            f"no graph of {paths[0].parent} has a value named {missing[0]}, so another version exported them: build "
+            "again with --force"
+        )
+    return [[name for name in names if name in one] for one in had]
+
+
+def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool, path: Path | None = None) -> Path:
+    """Write a copy of the graph that also returns the values `names`, to `path` or a file beside it.
+
+    The folder is the graph's in any case, as its external data is there.
+
+    `rounded`: as `builder.precision.rounding` has it.
+
+    Raises:
+        UserError: the graph has no such value.
+    """
+    model = onnx.load(str(onnx_path), load_external_data=False)
+    have = {value.name for value in model.graph.output}
+    known = {value.name: value for value in model.graph.value_info}
+    missing = [name for name in names if name not in have | known.keys()]
+    if missing:
+        raise UserError(
+            f"{onnx_path} has no value named {missing[0]}, so another version exported it: build it again with --force"
+        )
+    model.graph.output.extend(known[name] for name in names if name not in have)
+    if rounded:
+        round_results(model)
+    path = path or onnx_path.with_name(f".taps-{onnx_path.name}")
+    path.write_bytes(model.SerializeToString())
+    return path

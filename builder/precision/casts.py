@@ -1,0 +1,121 @@
+"""The precision of the exported graph: half where it is safe, fp32 islands where it is not.
+
+TensorRT 11 has no FP16 flag and every network is strongly typed, so the precision of an engine is the precision of its
+ONNX graph. Weights, matrix products and the residual stream are half. By default fp32 stay: normalising the pixels,
+layer norms, the softmax and the received attention of the one explicit attention layer, frame similarity, and both
+decisions; `builder.precision.islands` names them and others to choose from. (Attention layers are one fused operator
+each, whose softmax accumulates in fp32 inside the kernel.)
+
+A key's bias adds the same number to all logits of a query, which softmax does not see; trained biases can be large
+enough that half keeps little of the rest, or that the logits overflow. So half graphs are exported without it.
+
+Operators without a dtype of their own follow one rule: a product takes its operands in the dtype of its weights, a
+layer norm works in that of its weights and answers in that of the branch behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from builder.precision.islands import DEFAULT, Islands
+from earlytom.errors import UserError
+
+
+class TypedLayerNorm(nn.LayerNorm):
+    """A layer norm in the dtype of its weights whatever the input; returns `result`, or the dtype of the input."""
+
+    result: torch.dtype | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        normed = super().forward(input.to(self.weight.dtype))
+        return normed.to(self.result or input.dtype)
+
+
+class TypedLinear(nn.Linear):
+    """A linear layer that takes its input in the dtype of its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
+class Float32(nn.Module):
+    """An activation function in fp32; returns fp32."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input.float())
+
+
+def set_precision(
+    module: nn.Module, dtype: torch.dtype, *, wide: Collection[str] = (), norms: bool = True
+) -> nn.Module:
+    """Convert `module` in place to `dtype`.
+
+    Args:
+        module: in fp32.
+        wide: names of submodules that stay as they are ("" is the module itself).
+        norms: whether layer norms stay, too.
+
+    Raises:
+        UserError: a weight is too large for `dtype`.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.LayerNorm):
+            child.__class__ = TypedLayerNorm
+        elif type(child) is nn.Linear:
+            child.__class__ = TypedLinear
+        if (norms and isinstance(child, nn.LayerNorm)) or any(f"{name}.".startswith(f"{w}." if w else w) for w in wide):
+            continue
+        for key, parameter in child.named_parameters(prefix=name, recurse=False):
+            _check_range(key, parameter.detach(), dtype)
+            parameter.data = parameter.data.to(dtype)
+        for key, buffer in child.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(child, key, buffer.to(dtype))
+    return module
+
+
+def set_vision_precision(
+    tower: nn.Module, projector: nn.Module, dtype: torch.dtype, islands: Islands = DEFAULT
+) -> None:
+    """Convert a SigLIP tower and its projector in place to `dtype` with `islands` in fp32.
+
+    Raises:
+        UserError: a weight is too large for `dtype`.
+    """
+    if dtype == torch.float32:
+        islands = DEFAULT  # there is nothing else to choose from
+    layers = list(tower.encoder.layers)  # type: ignore[union-attr, arg-type]
+    narrow = dtype != torch.float32
+    for layer in layers:
+        if narrow and (bias := layer.self_attn.k_proj.bias) is not None:
+            bias.data = torch.zeros_like(bias)
+        if "gelu" in islands:
+            layer.mlp.activation_fn = Float32(layer.mlp.activation_fn)
+    if "gelu" in islands:
+        projector.act = Float32(projector.act)  # type: ignore[arg-type]
+    wide = [f"encoder.layers.{layer}.self_attn" for layer in islands.attention]
+    wide += [f"encoder.layers.{layer}.mlp" for layer in islands.mlp]
+    wide += ["embeddings"] * ("embeddings" in islands)
+    set_precision(tower, dtype, wide=wide, norms="norms" in islands)
+    set_precision(projector, dtype, wide=[""] * ("projector" in islands))
+    for index, layer in enumerate(layers):
+        layer.layer_norm1.result = torch.float32 if index in islands.attention else dtype
+        layer.layer_norm2.result = torch.float32 if index in islands.mlp else dtype
+
+
+def _check_range(name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    if weight.dtype.itemsize <= dtype.itemsize:
+        return
+    largest, limit = float(weight.abs().amax()), torch.finfo(dtype).max
+    if largest > limit:
+        raise UserError(
+            f"weight {name} holds {largest:.3g}, more than {dtype} can ({limit:.3g}): build with --bf16 or --fp32, or "
+            "keep it in fp32 with --islands"
+        )

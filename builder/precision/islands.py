@@ -1,0 +1,338 @@
+"""Islands: what stays fp32 in a graph of half precision, chosen by name, and what each costs.
+
+    --islands default,residual,mlp:20-25        (also spelt --fp16-islands; the same words for fp16 and bf16)
+
+A word is an island, or one of the layered islands with a layer or a range of layers. `default` stands for the four that
+every half graph has unless told otherwise, `all` for everything, `none` for nothing. Whatever is chosen, weights are
+read in fp32 and rounded once, the frame plan and the token choice are fp32 (numbers of [F, F] and [F, P]), and fused
+attention keeps its logits and its softmax to itself.
+
+A cost is what the island adds to a graph that has none: the arithmetic that is done in fp32, the bytes of weights that
+are stored wider, and the bytes of the results that are written wider, each counted once (a compiler that fuses writes
+fewer). Counts are exact and follow from shapes. A matrix product has 2 flops a multiply-add; element by element a layer
+norm has 7, softmax with received attention 6, GELU 9, normalising a pixel 2, adding 1. What no shape tells: attention
+in fp32 has no fused kernel in tensorrt-rtx 1.7, so that its matrix of [F, H, T, T] goes through memory.
+
+Notation: F frames, T tokens a frame, D width, I width inside the MLP, H heads, E LLM width, P tokens after pooling.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from earlytom import flops
+from earlytom.errors import UserError
+from earlytom.spans import layer_spans
+from runtime import cli
+
+if TYPE_CHECKING:
+    from builder.settings.config import BuildConfig
+
+OPTION = "--islands"
+LIST = "list"
+ISLANDS = {
+    "pixels": "normalising the pixels",
+    "norms": "statistics, scale and shift of the layer norms",
+    "softmax": "the explicit attention matrix, received attention",
+    "similarity": "the products that compare frames",
+    "logits": "query times key of the explicit attention",
+    "gelu": "activations of the MLPs and of the projector",
+    "residual": "hidden states between the branches, their merging",
+    "embeddings": "patches and positions",
+    "projector": "the projector and the pooling",
+    "attention": "attention with its projections; attention:20-25 for some layers",
+    "mlp": "the MLPs; mlp:20-25 for some layers",
+}
+LAYERED = ("attention", "mlp")
+_DEFAULT = ("pixels", "norms", "softmax", "similarity")
+_NORM, _SOFTMAX, _GELU, _PIXEL = 7, 6, 9, 2  # flops an element
+_EXTRA = 2  # bytes that fp32 takes more than half, an element
+
+
+@dataclass(frozen=True)
+class Islands:
+    """A choice.
+
+    Attributes:
+        names: the chosen islands that are not a matter of layers.
+        attention, mlp: the layers in which that branch is fp32.
+    """
+
+    names: frozenset[str] = frozenset(_DEFAULT)
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The choice in words that `parse` takes; equal choices have equal words."""
+        plain = [name for name in ISLANDS if name in self.names]
+        return (*plain, *_spans("attention", self.attention), *_spans("mlp", self.mlp))
+
+
+DEFAULT = Islands()
+
+
+def check(text: str) -> None:
+    """Raise UserError for a word that names no island, whatever the tower."""
+    for word in (word.strip().lower() for word in text.split(",")):
+        name, colon, _ = word.partition(":")
+        if colon and name not in LAYERED:
+            raise UserError(f"{OPTION} {word!r}: only {' and '.join(LAYERED)} are chosen by layer, as in mlp:20-25")
+        if name not in (*ISLANDS, "default", "all", "none"):
+            known = ", ".join(ISLANDS)
+            raise UserError(
+                f"{OPTION} {text!r}: {word!r} is no island; choose among {known}, or default, all, none "
+                f"({OPTION} {LIST} shows what each costs)"
+            )
+
+
+def parse(text: str, depth: int) -> Islands:
+    """`text` as on the command line, for a tower of which `depth` layers run.
+
+    Raises:
+        UserError: a word that names no island, layers that there are not.
+    """
+    check(text)
+    names: set[str] = set()
+    layers: dict[str, set[int]] = {name: set() for name in LAYERED}
+    for word in (word.strip().lower() for word in text.split(",")):
+        name, colon, span = word.partition(":")
+        if colon:
+            layers[name] |= set(_span(span, word, depth))
+        elif name in LAYERED:
+            layers[name] |= set(range(depth))
+        elif name in ISLANDS:
+            names.add(name)
+        elif name == "default":
+            names |= DEFAULT.names
+        elif name == "all":
+            names |= ISLANDS.keys() - set(LAYERED)
+            layers = {name: set(range(depth)) for name in LAYERED}
+    return Islands(frozenset(names), *(frozenset(layers[name]) for name in LAYERED))
+
+
+def _span(text: str, word: str, depth: int) -> range:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < depth:
+        raise UserError(f"{OPTION} {word!r}: give a layer, or a range such as {word.partition(':')[0]}:0-{depth - 1}")
+    return range(first, last + 1)
+
+
+def _spans(name: str, layers: Iterable[int]) -> Iterator[str]:
+    """Runs of layers as words: {1, 2, 3, 7} to "mlp:1-3" and "mlp:7"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return (f"{name}:{run[0]}" if len(run) == 1 else f"{name}:{run[0]}-{run[-1]}" for run in runs)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an island adds to a graph without islands.
+
+    Attributes:
+        products: flops of its matrix products, fp32 instead of half.
+        elementwise: its other flops.
+        weight_bytes, activation_bytes: how much wider weights and results are.
+    """
+
+    products: int = 0
+    elementwise: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+
+    @property
+    def flops(self) -> int:
+        return self.products + self.elementwise
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.products + other.products,
+            self.elementwise + other.elementwise,
+            self.weight_bytes + other.weight_bytes,
+            self.activation_bytes + other.activation_bytes,
+        )
+
+
+class Costs:
+    """The cost of every island of a build; `stages`: frames at each, if not those of the build."""
+
+    def __init__(self, config: BuildConfig, stages: Sequence[int] | None = None) -> None:
+        from earlytom.families import family_of
+        from earlytom.methods.earlytom import EarlyTom
+
+        vision, layers = config.model.vision_config, config.earlytom.merge_layers
+        frame = config.geometry
+        self.width, self.inner, self.llm = frame.width, vision.intermediate_size, frame.llm_width
+        self.heads, self.patch = vision.num_attention_heads, frame.patch
+        self.size, self.tokens = frame.size, frame.patches
+        self.pooled, self.stages, self.depth = config.tokens_per_frame, stages or config.stages, config.depth
+        self.spans = layer_spans(layers, self.depth)
+        self.frames = [self.stages[sum(merge < layer for merge in layers)] for layer in range(self.depth)]
+        self.deciding = EarlyTom(config.earlytom).watched(self.depth)
+        self.projector_flops = family_of(config.model).projector_flops(config.model, self.stages[-1])
+
+    def of(self, name: str) -> Cost:
+        """The cost of one island; of a layered one, in all layers."""
+        if name in LAYERED:
+            return sum((getattr(self, f"_{name}")(layer) for layer in range(self.depth)), Cost())
+        cost: Cost = getattr(self, f"_{name}")()
+        return cost
+
+    def total(self, islands: Islands) -> Cost:
+        """The cost of a choice; what two islands share counts once where it is a matrix product."""
+        total = sum((self.of(name) for name in islands.names), Cost())
+        for name in LAYERED:
+            total += sum((getattr(self, f"_{name}")(layer) for layer in getattr(islands, name)), Cost())
+        if "logits" in islands and self.deciding in islands.attention:
+            total += Cost(products=-self._logits().products)
+        return total
+
+    def half_share(self, islands: Islands) -> float:
+        """Share of the flops of all matrix products whose operands stay half."""
+        return 1 - self.total(islands).products / self.products
+
+    def stage_shares(self, islands: Islands) -> tuple[float, ...]:
+        """`half_share` of every stage of a chain."""
+        return tuple(self._stage_share(stage, islands) for stage in range(len(self.spans)))
+
+    def _stage_share(self, stage: int, islands: Islands) -> float:
+        span, frames, size = self.spans[stage], self.stages[stage], self.tokens * self.width
+        products, wide = self._layers(span, islands)
+        parts = [("similarity" in islands, 2 * frames**2 * size)]
+        if stage == 0:
+            parts.append(("embeddings" in islands, self._embeddings().products))
+        if stage < len(self.spans) - 1:
+            parts.append(("residual" in islands, 2 * frames**2 * size))  # the merge, padded
+        else:
+            parts.append(("projector" in islands, self._projector().products))
+        products += sum(count for _, count in parts)
+        wide += sum(count for chosen, count in parts if chosen)
+        return 1 - wide / products
+
+    def chunk_shares(self, islands: Islands) -> tuple[float, float]:
+        """`half_share` of the head, which has the layers up to the first merge, and of the rest."""
+        products, wide = self._layers(self.spans[0], islands)
+        products += self._embeddings().products
+        wide += self._embeddings().products * ("embeddings" in islands)
+        return 1 - wide / products, 1 - (self.total(islands).products - wide) / (self.products - products)
+
+    def _layers(self, span: range, islands: Islands) -> tuple[int, int]:
+        """Flops of the matrix products of some encoder layers: of all, and of those in fp32."""
+        products = wide = 0
+        for name in LAYERED:
+            for layer in span:
+                count = getattr(self, f"_{name}")(layer).products
+                products += count
+                wide += count * (layer in getattr(islands, name))
+        if "logits" in islands and self.deciding in span and self.deciding not in islands.attention:
+            wide += self._logits().products
+        return products, wide
+
+    @property
+    def products(self) -> int:
+        """Flops of all matrix products of the graph."""
+        parts = ("embeddings", "attention", "mlp", "projector", "similarity", "residual")
+        return sum(self.of(name).products for name in parts)
+
+    def _hidden(self, layer: int) -> int:
+        return self.frames[layer] * self.tokens * self.width  # elements that enter the layer
+
+    def _pixels(self) -> Cost:
+        elements = self.stages[0] * 3 * math.prod(self.size)
+        return Cost(0, _PIXEL * elements, 0, _EXTRA * elements)
+
+    def _norms(self) -> Cost:
+        elements = 2 * sum(map(self._hidden, range(self.depth)))
+        return Cost(0, _NORM * elements, _EXTRA * 4 * self.width * self.depth, _EXTRA * elements)
+
+    def _softmax(self) -> Cost:
+        elements = self.frames[self.deciding] * self.heads * self.tokens**2
+        return Cost(0, _SOFTMAX * elements, 0, _EXTRA * elements)
+
+    def _similarity(self) -> Cost:
+        # Before every merge, and once more for the segments of what is left.
+        products = sum(2 * self.tokens * n * n * self.width for n in self.stages)
+        elements = sum(self.tokens * n * (self.width + n) for n in self.stages)
+        return Cost(products, 0, 0, _EXTRA * elements)
+
+    def _logits(self) -> Cost:
+        matrix = self.frames[self.deciding] * self.tokens**2
+        elements = 2 * self._hidden(self.deciding) + self.heads * matrix
+        return Cost(2 * matrix * self.width, 0, 0, _EXTRA * elements)
+
+    def _gelu(self) -> Cost:
+        elements = self.tokens * (self.inner * sum(self.frames) + self.llm * self.stages[-1])
+        return Cost(0, _GELU * elements, 0, _EXTRA * elements)
+
+    def _residual(self) -> Cost:
+        size = self.tokens * self.width
+        merges = sum(2 * a * b * size for a, b in pairwise(self.stages))
+        adds = 2 * sum(map(self._hidden, range(self.depth)))
+        kept = self.stages[0] * size + adds + sum(self.stages[1:]) * size
+        return Cost(merges, adds, 0, _EXTRA * kept)
+
+    def _embeddings(self) -> Cost:
+        area = 3 * self.patch**2
+        elements = self.stages[0] * self.tokens * self.width
+        weights = self.width * (area + 1 + self.tokens)
+        return Cost(2 * area * elements, elements, _EXTRA * weights, _EXTRA * elements)
+
+    def _projector(self) -> Cost:
+        weights = self.llm * (self.width + self.llm + 2)
+        elements = self.stages[-1] * self.llm * (3 * self.tokens + self.pooled)
+        gelu = _GELU * self.stages[-1] * self.tokens * self.llm
+        return Cost(self.projector_flops, gelu, _EXTRA * weights, _EXTRA * elements)
+
+    def _attention(self, layer: int) -> Cost:
+        products = flops.encoder_layer(self.tokens, self.width, 0) * self.frames[layer]
+        weights = 4 * self.width * (self.width + 1)
+        return Cost(products, 0, _EXTRA * weights, _EXTRA * 5 * self._hidden(layer))
+
+    def _mlp(self, layer: int) -> Cost:
+        rows = self.frames[layer] * self.tokens
+        weights = 2 * self.width * self.inner + self.width + self.inner
+        elements = rows * (2 * self.inner + self.width)
+        return Cost(4 * rows * self.width * self.inner, _GELU * rows * self.inner, _EXTRA * weights, _EXTRA * elements)
+
+
+def record(config: BuildConfig) -> dict[str, Any]:
+    """The cost of every island, and what is chosen, in plain JSON types."""
+    costs = Costs(config)
+    every = {
+        name: {"what": what, "flops": cost.flops, **asdict(cost)}
+        for name, what, cost in ((name, what, costs.of(name)) for name, what in ISLANDS.items())
+    }
+    chosen = config.islands
+    return {"chosen": list(chosen.words), "half_share": costs.half_share(chosen), "islands": every}
+
+
+def show(screen: cli.Screen, config: BuildConfig) -> None:
+    """Every island with its cost as a table, and what is chosen."""
+    costs, rows = Costs(config), []
+    for name, what in ISLANDS.items():
+        cost = costs.of(name)
+        sizes = [f"{cost.flops / 1e9:.2f}", *(f"{n / 2**20:.2f}" for n in (cost.weight_bytes, cost.activation_bytes))]
+        rows.append((name, what, *sizes, f"{cost.products / costs.products:.2%}", _chosen(name, config.islands)))
+    columns = ("island", "in fp32", "GFLOP", "weights MiB", "results MiB", "of products", "chosen")
+    screen.table(columns, rows)
+    screen.line(f"fp32 stay: {','.join(config.islands.words) or 'none'} ({OPTION} chooses)")
+    screen.line(f"matrix products in {config.dtype}: {costs.half_share(config.islands):.2%}")
+
+
+def _chosen(name: str, islands: Islands) -> str:
+    if name not in LAYERED:
+        return "yes" if name in islands else ""
+    return ",".join(word.partition(":")[2] for word in _spans(name, getattr(islands, name)))

@@ -1,0 +1,387 @@
+"""The command line of `python -m builder.build`: from words to a checked `BuildConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.plugins import COMPRESSIONS, choose, kernel_target
+from builder.precision import islands
+from builder.settings.options import (
+    AUTO,
+    AUTO_SHARE,
+    WORKSPACE_GIB,
+    check_batch,
+    check_counts,
+    check_shapes,
+    parse_target,
+)
+from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
+from earlytom.errors import UserError
+from runtime import cli, trt
+
+if TYPE_CHECKING:
+    from builder.settings.config import BuildConfig
+
+EXAMPLES = """
+examples:
+  python -m builder.build --ratio 0.3 --fp16
+      the bundled model, to see the whole path work
+  python -m builder.build --model llava-hf/llava-onevision-qwen2-7b-ov-hf --preset videomme --ratio 0.2 --fp16
+      a real checkpoint with released settings, for an A100
+  python -m builder.build --model random:llava-onevision-qwen2-7b-ov --frames 32 --ratio 0.1 --dry-run
+      what a build would keep and cost; nothing is built
+  python -m builder.build --ratio 0.3 --fp16 --frames 8,16,32 --batch 4
+      for a service: short clips cost less than long ones, and four of them run at once
+
+The exit status is 0 when the engine is there, 2 when something asked for cannot be done (one line says what and how to
+mend it), 130 after Ctrl-C. Nothing half-written stays behind.
+"""
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, trt.BackendChoice]:
+    """Parse and check: `read`, then `configured`.
+
+    Returns:
+        The options as given, the build they ask for, and why its backend was chosen.
+    """
+    options, choice = read(argv)
+    return options, configured(options, choice), choice
+
+
+def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendChoice]:
+    """Parse, and refuse what can be refused without the model: reading one takes seconds.
+
+    Returns:
+        The options as given, and what they build with.
+
+    Raises:
+        UserError: an option that there is not, or a value that makes no sense, alone or together with others.
+        SystemExit: --help, with status 0.
+    """
+    options = parser().parse_args(argv)
+    for clip in options.calibration:
+        if not clip.is_file():
+            what = "not a file" if clip.exists() else "no such file"
+            raise UserError(f"--calibration {clip}: {what}; give video files that FFmpeg reads")
+    if options.verify_text and not options.verify:
+        raise UserError("--verify-text is a step of the gate, which --no-verify leaves out: give one of the two")
+    try:
+        str(options.out).encode()
+    except UnicodeEncodeError as error:  # ONNX takes no other names
+        raise UserError(
+            f"--out {str(options.out)!r} is not UTF-8: choose another folder, or set the locale with LC_ALL=C.UTF-8"
+        ) from error
+    if not 0 < options.workspace < math.inf:
+        raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
+    target = parse_target(options.target)
+    _check_shapes(options)
+    if options.islands not in (None, islands.LIST):
+        islands.check(options.islands)
+    choice = trt.resolve_backend(options.backend)
+    if options.hardware_compatible and choice.backend != "tensorrt":
+        raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
+    kernel = kernel_target(target, options.hardware_compatible)
+    choose(options.compression, choice.backend, kernel, options.schedule)
+    return options, choice
+
+
+def _check_shapes(options: argparse.Namespace) -> None:
+    """What `BuildConfig` refuses, as far as it does not hang on the model."""
+    method = _method(options, None)
+    counts = () if options.frames is None else _counts(options.frames, 0)
+    if len(counts) > 1 and options.frame_budget == AUTO:
+        raise UserError(
+            f"--frame-budget {AUTO} gives a budget for one frame count, got --frames {options.frames}: give it a share "
+            "such as 0.75, or --frames one number"
+        )
+    if options.islands is not None and options.dtype == "fp32":
+        raise UserError(f"{islands.OPTION} is for --fp16 and --bf16: with --fp32 everything is fp32")
+    check_counts(counts)
+    check_batch(options.batch)
+    check_shapes(
+        method.schedule,
+        method.frame_budget,
+        counts[-1] if counts else None,
+        counts if len(counts) > 1 else None,
+        batch=options.batch,
+        chunk=options.chunk,
+    )
+
+
+def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
+    """The build that options which `read` accepted ask for.
+
+    Raises:
+        UserError: the model cannot be used, or a value makes no sense together with it.
+    """
+    from builder.settings.config import BuildConfig
+    from earlytom.families import geometry
+    from runtime.checkpoint import describe
+
+    target = parse_target(options.target)
+    checkpoint = describe(options.model)
+    kernel = kernel_target(target, options.hardware_compatible)
+    kernels = choose(options.compression, choice.backend, kernel, options.schedule)
+    depth = geometry(checkpoint.config).depth
+    counts = _counts(options.frames, checkpoint.frames)
+    return BuildConfig(
+        checkpoint=checkpoint,
+        earlytom=_method(options, depth),
+        frames=counts[-1],
+        dtype=options.dtype,
+        target=target,
+        backend=choice.backend,
+        backend_version=_version(choice.backend),
+        hardware_compatible=options.hardware_compatible,
+        workspace_gib=options.workspace,
+        compression=kernels.compression,
+        calibration=tuple(options.calibration),
+        islands=islands.DEFAULT if options.islands in (None, islands.LIST) else islands.parse(options.islands, depth),
+        batch=options.batch,
+        frame_counts=counts if len(counts) > 1 else None,
+        chunk=options.chunk,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, with a help text that teaches."""
+    p = cli.Parser(
+        prog="python -m builder.build",
+        description="Compile the vision part of a LLaVA-OneVision checkpoint, with EarlyTom token compression inside, "
+        "into an engine folder for python -m runtime.ask.",
+        epilog=EXAMPLES,
+    )
+    p.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help="a checkpoint folder, a hub id (ORG/NAME or ORG/NAME@REVISION), random:NAME for a published configuration "
+        "with random weights; default: the small bundled model",
+    )
+    _method_options(p.add_argument_group("compression"))
+    _engine_options(p.add_argument_group("engine"))
+    _work_options(p.add_argument_group("work"))
+    return p
+
+
+def flags() -> dict[str, str]:
+    """The options that set each value, as they are typed: "dtype" is set by "--fp16, --bf16, --fp32"."""
+    found: dict[str, list[str]] = {}
+    for action in parser()._actions:
+        found.setdefault(action.dest, []).extend(action.option_strings[:1])
+    return {name: ", ".join(words) for name, words in found.items()}
+
+
+def _method_options(group: Any) -> None:
+    group.add_argument(
+        "--ratio",
+        type=_number,
+        default=0.1,
+        metavar="R",
+        help="share of the visual tokens KEPT, in (0, 1] (default: 0.1)",
+    )
+    group.add_argument(
+        "--frames",
+        metavar="F[,F,...]",
+        help="frames sampled from a clip (default: the model's own number); several numbers make one folder with an "
+        "engine for each, of which the runtime takes the one that fits the clip",
+    )
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="released settings for a benchmark at this --ratio; --tau and --merge-layers given beside it win",
+    )
+    group.add_argument(
+        "--merge-layers",
+        metavar="L,L,L",
+        help="encoder layers after which frames are merged, or 'none' (default: 6,14,20, scaled to the tower's depth)",
+    )
+    group.add_argument(
+        "--tau", type=_number, metavar="T", help="similarity below which a new segment starts (default: 0.8)"
+    )
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="budget",
+        help="budget: fixed frame counts, one engine with static shapes (default); adaptive: the video decides how "
+        "many frames stay, a chain of engines cut after each merge layer",
+    )
+    group.add_argument(
+        "--frame-budget",
+        metavar="SHARE|N,N,N|auto",
+        help="frames kept at each merge layer, as a share or as one count per layer; auto: as many as the adaptive "
+        f"schedule keeps at most in {AUTO_SHARE:.0%} of the --calibration clips (default: 0.75)".replace("%", "%%"),
+    )
+
+
+def _engine_options(group: Any) -> None:
+    group.add_argument(
+        "--batch",
+        type=_whole,
+        default=1,
+        metavar="B",
+        help="videos that the engine takes at once, each treated as if it were alone (default: 1)",
+    )
+    group.add_argument(
+        "--chunk",
+        type=_whole,
+        metavar="C",
+        help="an engine that starts on a clip before it ends: the layers up to the first merge run on C frames at a "
+        "time, as they come; C divides --frames (default: clips come whole)",
+    )
+    precision = group.add_mutually_exclusive_group()
+    for name, what in (
+        ("fp16", "half precision, fp32 where it matters (default)"),
+        ("bf16", "bfloat16, fp32 where it matters"),
+        ("fp32", "single precision, TF32 off"),
+    ):
+        precision.add_argument(f"--{name}", dest="dtype", action="store_const", const=name, help=what)
+    group.set_defaults(dtype="fp16")
+    group.add_argument(
+        islands.OPTION,
+        "--fp16-islands",
+        metavar="NAME,...",
+        help="what stays fp32 with --fp16 or --bf16, such as default,residual,mlp:20-25; 'list' shows what there is "
+        "and what it costs, 'python -m builder.verify ENGINE --layers' where it is needed (default: default)",
+    )
+    group.add_argument(
+        "--target", default="a100", metavar="GPU", help="a100, or a capability such as 8.9 (default: a100 = 8.0)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=("auto", "tensorrt", "tensorrt-rtx", "onnx"),
+        default="auto",
+        help="auto: tensorrt where it and a GPU are, else tensorrt-rtx (compiles ahead of time, needs no GPU), else "
+        "onnx (stops at the ONNX file)",
+    )
+    group.add_argument(
+        "--compression",
+        choices=COMPRESSIONS,
+        default="auto",
+        help="how the compression stage runs: as TensorRT plugins (tensorrt only, needs Triton to build) or as native "
+        "operators of the graph; auto: plugin with tensorrt, else native",
+    )
+    group.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="tensorrt only: kernels for 8.0 and newer instead of this GPU's own, at some cost in speed",
+    )
+    group.add_argument(
+        "--workspace",
+        type=_number,
+        default=WORKSPACE_GIB,
+        metavar="GIB",
+        help=f"scratch memory limit in GiB (default: {WORKSPACE_GIB:g})",
+    )
+
+
+def _work_options(group: Any) -> None:
+    group.add_argument(
+        "--out", type=Path, default=Path("engines"), metavar="DIR", help="where engine folders go (default: engines/)"
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="VIDEO",
+        help="videos like yours, whose frames the accuracy gate runs on (default: a drawn clip)",
+    )
+    group.add_argument("--no-verify", dest="verify", action="store_false", help="publish without the accuracy gate")
+    group.add_argument(
+        "--verify-text",
+        action=argparse.BooleanOptionalAction,
+        help="run the gate's last step, which loads the decoder (default: where the decoder is small)",
+    )
+    group.add_argument("--force", action="store_true", help="build even if the same engine is there already")
+    group.add_argument("--dry-run", action="store_true", help="print counts, flops, sizes and the key; build nothing")
+    group.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
+
+
+def _method(options: argparse.Namespace, depth: int | None) -> EarlyTomConfig:
+    """The method's settings: a preset's, changed by what was given explicitly; `depth` is None while not known."""
+    changes: dict[str, Any] = {"schedule": options.schedule}
+    if options.tau is not None:
+        changes["tau"] = options.tau
+    if options.merge_layers is not None:
+        changes["merge_layers"] = _layers(options.merge_layers)
+    if options.frame_budget is not None and options.schedule == "adaptive":
+        raise UserError("--frame-budget is for --schedule budget: in the adaptive one the video decides")
+    if options.frame_budget not in (None, AUTO):
+        changes["frame_budget"] = _budget(options.frame_budget)
+    budget = changes.get("frame_budget")
+    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
+    if depth is None and isinstance(budget, tuple):  # one count for each layer, of which a small tower has fewer
+        layers = tuple(range(len(budget)))
+    defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": layers}
+    try:
+        if options.preset is not None:
+            return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
+        return EarlyTomConfig(**(defaults | changes))
+    except UserError as error:  # it names the settings; on a command line they are options
+        raise UserError(_SETTING.sub(lambda match: _OPTIONS[match[0]], str(error))) from error
+
+
+_OPTIONS = {
+    "retention_ratio": "--ratio",
+    "merge_layers": "--merge-layers",
+    "frame_budget": "--frame-budget",
+    "tau": "--tau",
+}
+_SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
+
+
+def _counts(text: str | None, usual: int) -> tuple[int, ...]:
+    """The frame counts, ascending."""
+    try:
+        counts = (usual,) if text is None else tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--frames {text!r}: give a whole number, or several such as 8,16,32") from error
+    if len(set(counts)) < len(counts):
+        raise UserError(f"--frames {text!r} names a number twice: give each frame count once")
+    return tuple(sorted(counts))
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    if text.lower() == "none":
+        return ()
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--merge-layers {text!r}: give layer numbers such as 6,14,20, or none") from error
+
+
+def _budget(text: str) -> float | tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(",")) if "," in text else float(text)
+    except ValueError as error:
+        raise UserError(
+            f"--frame-budget {text!r}: give a share such as 0.75, one count per merge layer, or {AUTO}"
+        ) from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def _version(backend: str) -> str:
+    """Version of the library that makes the file the runtime will run."""
+    if backend == "onnx":
+        import onnx
+
+        return onnx.__version__
+    return ".".join(map(str, trt.version(trt.load(backend))))

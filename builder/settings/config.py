@@ -1,0 +1,263 @@
+"""What a build is asked for, checked before any work starts, and the key that names its result.
+
+A `BuildConfig` is made once from the command line (or by a caller), against the checkpoint it is for, and is frozen.
+Two builds with equal keys would produce the same folder, so the key covers everything that changes it: the weights that
+the vision engine depends on, the method's settings, precision, target, backend and its version, the clips it is checked
+on, and the code that builds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from builder.plugins import triton_version
+from builder.precision.islands import DEFAULT, Costs, Islands
+from builder.settings.key import code_digest
+from builder.settings.options import WORKSPACE_GIB, check_batch, check_counts, check_shapes
+from earlytom import flops
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.families import Geometry, family_of
+from runtime.checkpoint import Checkpoint
+from runtime.engine.dtypes import DTYPES
+from runtime.engine.layout import Layout, Sizes, count_file
+
+DISTRIBUTION = "earlytom-engine-builder"
+# Libraries whose version may change the exported graph.
+EXPORTERS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+def project_version() -> str:
+    """Version of the installed project."""
+    return metadata.version(DISTRIBUTION)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """One build.
+
+    Attributes:
+        checkpoint: the model, described but not loaded.
+        earlytom: the method's settings.
+        frames: F, frames of a clip; where the engine takes one of several counts, the most.
+        dtype: "fp16", "bf16" or "fp32".
+        target: compute capability the engine is for.
+        backend: "onnx", "tensorrt" or "tensorrt-rtx", already resolved.
+        backend_version: version of the library that compiles.
+        hardware_compatible, workspace_gib: see `builder.compile.engine.compile_engine`.
+        compression: "plugin" or "native", already resolved.
+        calibration: video files whose frames the gate runs on; none means the drawn clip.
+        islands: what stays fp32 in half precision.
+        batch: B, videos at once; counts, flops and costs are those of one.
+        frame_counts: the frame counts, ascending, if there are several; each gets a graph and an engine of its own.
+            What `at` returns has one of them, and the properties below are about `frames`.
+        chunk: C, frames of a chunk, if clips come in chunks.
+    """
+
+    checkpoint: Checkpoint
+    earlytom: EarlyTomConfig
+    frames: int
+    dtype: str
+    target: tuple[int, int]
+    backend: str
+    backend_version: str
+    hardware_compatible: bool = False
+    workspace_gib: float = WORKSPACE_GIB
+    compression: str = "native"
+    calibration: tuple[Path, ...] = ()
+    islands: Islands = DEFAULT
+    batch: int = 1
+    frame_counts: tuple[int, ...] | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts((*self.counts, self.frames))
+        if list(self.counts) != sorted(set(self.counts)) or self.frames != self.counts[-1]:
+            raise UserError(f"frame counts must be ascending, the last being {self.frames}, got {self.counts}")
+        check_batch(self.batch)
+        method = self.earlytom
+        check_shapes(
+            method.schedule,
+            method.frame_budget,
+            self.frames,
+            self.frame_counts,
+            batch=self.batch,
+            chunk=self.chunk,
+        )
+        if self.adaptive and self.compression == "plugin":
+            raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
+        if self.earlytom.merges_inside:
+            raise UserError(
+                "an engine holds the vision part, so inner merging is not part of a build: give "
+                f"--inner-layer {self.earlytom.inner_layer} to python -m runtime.ask"
+            )
+        self.earlytom.check_layers(self.depth)
+        _ = self.stages  # a frame budget that does not fit is refused
+        for frames in self.counts[:-1]:
+            self.at(frames)  # checks it as this did the most
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The frame counts of clips that the engine takes, ascending."""
+        return self.frame_counts or (self.frames,)
+
+    def at(self, frames: int) -> BuildConfig:
+        """The build of one of the frame counts; its files have that in their names (`file`)."""
+        return self if self.counts == (frames,) else replace(self, frames=frames, frame_counts=(frames,))
+
+    @property
+    def each(self) -> tuple[BuildConfig, ...]:
+        """The build of every frame count."""
+        return tuple(map(self.at, self.counts))
+
+    def file(self, name: str) -> str:
+        """The name that a file gets: `name`, with the frame count in it where there are several."""
+        return name if self.frame_counts is None else count_file(name, self.frames)
+
+    @property
+    def layout(self) -> Layout:
+        """What the engine is: its graphs, tensors and counts."""
+        frame = self.geometry
+        sizes = Sizes(frame.tokens_per_frame, frame.size, frame.llm_width, frame.depth)
+        return Layout(self.earlytom, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+
+    @property
+    def model(self) -> Any:
+        """The checkpoint's own configuration, its parts (vision_config, text_config) filled in."""
+        return self.checkpoint.config
+
+    @property
+    def geometry(self) -> Geometry:
+        """Frames on their way to the LLM."""
+        return family_of(self.model).geometry(self.model)
+
+    @property
+    def depth(self) -> int:
+        """Encoder layers that run."""
+        return self.geometry.depth
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
+        return self.layout.adaptive
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        return self.layout.in_stages
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them."""
+        return self.layout.stages
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """P, tokens of a whole frame after pooling."""
+        return self.geometry.tokens_per_frame
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
+        return self.layout.tokens
+
+    def tokens_of(self, frames_left: int) -> int:
+        """Tokens that reach the LLM of so many frames, none of them static."""
+        return self.layout.tokens_of(frames_left)
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """`flops_of` what stays; adaptive schedule: of the most that can."""
+        return self.flops_of(self.stages, self.tokens)
+
+    def flops_of(self, stages: tuple[int, ...], tokens: int) -> dict[str, int]:
+        """Exact counts, see `earlytom.flops`: vision (tower and projector) and prefill, full and compressed.
+
+        Args:
+            stages: frames before the first merge and after each one.
+            tokens: that reach the LLM.
+        """
+        config, family = self.model, family_of(self.model)
+        text = config.text_config
+        return {
+            "vision_full": family.vision_flops(config, (self.frames,), ()),
+            "vision": family.vision_flops(config, stages, self.earlytom.merge_layers),
+            "prefill_full": flops.prefill(text, self.frames * self.tokens_per_frame),
+            "prefill": flops.prefill(text, tokens),
+        }
+
+    @property
+    def expected_bytes(self) -> dict[str, int]:
+        """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
+        size, (height, width) = DTYPES[self.dtype].itemsize, self.geometry.size
+        wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
+        return {
+            "weights": size * family_of(self.model).vision_weights(self.model) + wider,
+            "input": self.batch * self.frames * 3 * height * width,
+            "output": self.batch * self.tokens * (self.geometry.llm_width * size + 8),
+        }
+
+    @property
+    def half_share(self) -> float:
+        """Share of the flops of matrix products that a half graph with these islands has in half."""
+        return Costs(self).half_share(self.islands)
+
+    @property
+    def stage_half_shares(self) -> tuple[float, ...]:
+        """`half_share` of every stage, as its layer list has it: of one frame where they are dynamic."""
+        if self.chunk is not None:
+            return Costs(self).chunk_shares(self.islands)
+        stages = (self.frames, *([1] * len(self.earlytom.merge_layers)))
+        return Costs(self, stages).stage_shares(self.islands)
+
+    def key_parts(self) -> dict[str, Any]:
+        """Everything that changes the folder that is built, in plain JSON types; report.json keeps it."""
+        return {
+            "model": self.checkpoint.digest(),
+            "answers": self.checkpoint.answers_digest(),
+            "earlytom": self.earlytom.to_dict(),
+            "frames": self.frames,
+            "dtype": self.dtype,
+            "target": ".".join(map(str, self.target)),
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "hardware_compatible": self.hardware_compatible,
+            "workspace_gib": self.workspace_gib,
+            "compression": self.compression,
+            "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
+            "code": code_digest(),
+            "libraries": {name: metadata.version(name) for name in EXPORTERS},
+            "triton": triton_version() if self.compression == "plugin" else None,
+            # Only where it is another than usual, so that what was built before there was a choice is still found.
+            **({} if self.islands == DEFAULT else {"islands": list(self.islands.words)}),
+            **({} if self.batch == 1 else {"batch": self.batch}),
+            **({} if self.frame_counts is None else {"frame_counts": list(self.frame_counts)}),
+            **({} if self.chunk is None else {"chunk": self.chunk}),
+        }
+
+    def key(self) -> str:
+        """SHA-256 over `key_parts`."""
+        return hashlib.sha256(json.dumps(self.key_parts(), sort_keys=True).encode()).hexdigest()
+
+    def name(self, key: str) -> str:
+        """Name of the engine folder."""
+        major, minor = self.target
+        ratio = f"{self.earlytom.retention_ratio:g}"
+        words = [
+            self.checkpoint.name,
+            f"sm{major}{minor}",
+            self.backend,
+            self.dtype,
+            f"r{ratio}",
+            f"f{'+'.join(map(str, self.counts))}",
+            *([f"b{self.batch}"] if self.batch > 1 else []),
+            *([f"c{self.chunk}"] if self.chunk is not None else []),
+            *(["adaptive"] if self.adaptive else []),
+            key[:10],
+        ]
+        return "-".join(words)

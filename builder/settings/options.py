@@ -1,0 +1,95 @@
+"""What a build may be asked for: limits and defaults, and the checks that need neither a model nor a library.
+
+Numbers and words only. The command line and `builder.settings.config.BuildConfig` refuse by the same lines: the one
+before anything is loaded, the other whoever makes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from earlytom.errors import UserError
+
+# Of the clips, `--frame-budget auto` keeps so many whole: all frames that the adaptive schedule would.
+AUTO, AUTO_SHARE = "auto", 0.9
+TARGETS = {"a100": (8, 0)}
+MAX_FRAMES = 128
+MAX_BATCH = 64
+# Far above what a tower needs (0.1 GB of scratch for 8 frames of SigLIP-so400m), well below an A100: a graph that would
+# materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other bytes.
+WORKSPACE_GIB = 16.0
+
+
+def parse_target(text: str) -> tuple[int, int]:
+    """A GPU name or a compute capability: "a100" or "8.0" to (8, 0)."""
+    if text.lower() in TARGETS:
+        return TARGETS[text.lower()]
+    match = re.fullmatch(r"(\d{1,2})\.(\d)", text)
+    if match is None:
+        raise UserError(f"--target {text!r} is neither {', '.join(TARGETS)} nor a compute capability such as 8.0")
+    return int(match[1]), int(match[2])
+
+
+def check_counts(counts: Sequence[int]) -> None:
+    """Raise UserError for a frame count that no engine has."""
+    for frames in counts:
+        if not 1 <= frames <= MAX_FRAMES:
+            raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {frames}: set --frames")
+
+
+def check_batch(batch: int) -> None:
+    """Raise UserError for a number of videos that no engine takes at once."""
+    if not 1 <= batch <= MAX_BATCH:
+        raise UserError(f"the number of videos must be between 1 and {MAX_BATCH}, got {batch}: set --batch")
+
+
+def check_shapes(
+    schedule: str,
+    frame_budget: float | tuple[int, ...],
+    frames: int | None,
+    frame_counts: tuple[int, ...] | None = None,
+    *,
+    batch: int = 1,
+    chunk: int | None = None,
+) -> None:
+    """Raise UserError for what several videos, several frame counts or chunks do not go together with.
+
+    `frames` is None while it is not known.
+    """
+    if schedule == "adaptive" and batch > 1:
+        raise UserError(
+            f"in the adaptive schedule each video decides how many frames it keeps, and --batch {batch} needs "
+            "equal numbers: build with --schedule budget"
+        )
+    if schedule == "adaptive" and frame_counts is not None:
+        raise UserError(
+            f"an adaptive engine takes one frame count, got {_words(frame_counts)}: build with --schedule budget, "
+            "or give --frames one number"
+        )
+    if frame_counts is not None and isinstance(frame_budget, tuple):
+        raise UserError(
+            f"the frame budget {_words(frame_budget)} fits one frame count, got "
+            f"{_words(frame_counts)}: give --frame-budget a share such as 0.75, or --frames one number"
+        )
+    if chunk is not None:
+        if frames is not None or chunk > 0:
+            check_chunk(chunk, chunk if frames is None else frames, schedule)
+        if batch > 1 or frame_counts is not None:
+            what = f"--batch {batch}" if batch > 1 else f"--frames {_words(frame_counts or ())}"
+            raise UserError(
+                f"--chunk {chunk} is for one video of one frame count at a time, got {what}: leave out one of the two"
+            )
+
+
+def check_chunk(chunk: int, frames: int, schedule: str) -> None:
+    """Raise UserError unless chunks of `chunk` frames fill a clip of `frames`, and the schedule can be cut."""
+    if schedule != "budget":
+        raise UserError(f"--chunk cuts an engine of static shapes in two: build with --schedule budget, not {schedule}")
+    if chunk < 1 or frames % chunk:
+        divisors = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise UserError(f"--chunk {chunk} does not divide the {frames} frames of a clip: give one of {divisors}")
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,0 +1,377 @@
+"""The LLM decoder behind the vision engine: prompt embeddings in, token ids out, one at a time.
+
+It knows nothing of video, prompts or text. It drives any transformers decoder that takes `inputs_embeds` and whose
+logits are `lm_head(hidden)` (Qwen2, Llama, Mistral, ...) with a static key/value cache: one cache per length bucket,
+allocated the first time a request needs it and cleared, not reallocated, for the next one. Prefill computes logits for
+the last position only. Greedy decoding gives the tokens of `generate(inputs_embeds=..., do_sample=False)`; logits
+processors of a checkpoint's generation config (a repetition penalty, say) are not applied.
+
+    decoder = Decoder.from_model(model)
+    for token in decoder.stream(embeds, max_new_tokens=64, stop_ids=(tokenizer.eos_token_id,)):
+        ...
+
+Several questions about one video share the beginning of their prompts. It is read once:
+
+    prefix = decoder.prefill(embeds)
+    for token in decoder.stream(question, prefix=prefix, max_new_tokens=64): ...
+
+A decode step works in fixed buffers, from the token's embedding to the choice of the next one, and is a CUDA graph on
+a GPU, one for each bucket: a greedy step then allocates nothing and the host waits for the token only. With sampling
+the choice is made after the graph, in memory that torch has cached. The prefill is no graph, as lengths differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from earlytom.errors import UserError
+from earlytom.inner_decoder import Prompt as InnerPrompt
+from earlytom.inner_decoder import apply_inner
+from earlytom.numbers import real, whole
+from earlytom.transfers import to_device
+from runtime.decoder.picking import Picker, pick_best
+from runtime.decoder.prefix import Prefix
+from runtime.decoder.sampling import GREEDY, Sampling
+from runtime.gpu.graphs import Replay, ToHost
+
+SMALLEST_BUCKET = 512
+# Why a stream ended: one of the stop ids came, or the token limit was reached.
+Finish = Literal["stop", "length"]
+_BROKEN_PROMPT = "the prompt's embeddings hold values that are not finite: check the vision engine with its report.json"
+
+
+@dataclass(frozen=True)
+class InnerMerge:
+    """Merging of visual tokens inside the decoder: before which layer, and the share that is folded away (0 to 1)."""
+
+    layer: int
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no number; which ones fit, the decoder knows."""
+        object.__setattr__(self, "layer", whole("inner layer (--inner-layer)", self.layer))
+        object.__setattr__(self, "ratio", real("inner ratio (--inner-ratio)", self.ratio))
+
+
+class Decoder:
+    """One decoder and its caches; one stream at a time.
+
+    Args:
+        language_model: the transformer without its head, in the dtype and on the device to run in. Put in eval mode.
+        lm_head: hidden states to logits; its first parameter has a row for each of them.
+        buckets: cache lengths, any order; a request takes the smallest that holds prompt and answer. By default powers
+            of two from 512, and the model's context. The largest is the limit if it is below the context.
+        inner: merge visual tokens inside the decoder (Qwen2 only); the decoder's layers are wrapped for good.
+        replay: runs the decode steps; by default one that captures them on a GPU.
+
+    Attributes:
+        limit: the most positions that a prompt and its answer may take together.
+        device, dtype: of the model.
+        replay: its `reason` says why decode steps are not CUDA graphs, if they are not. To be cleared when weights
+            have moved.
+
+    Raises:
+        ValueError: a bucket below 1.
+        UserError: `inner` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        lm_head: nn.Module,
+        *,
+        buckets: Sequence[int] | None = None,
+        inner: InnerMerge | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        applied = None if inner is None else apply_inner(language_model, inner.layer, inner.ratio)
+        self._inner = applied if applied is not None and applied.ratio > 0 else None  # a ratio of 0 changes nothing
+        self._language_model = language_model.eval()
+        self._lm_head = lm_head.eval()
+        self._embedding: nn.Module = language_model.get_input_embeddings()  # type: ignore[operator]
+        self._config = cast(Any, language_model.config)
+        weight, head = next(self._embedding.parameters()), next(lm_head.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self._width = weight.shape[-1]
+        self.buckets = _buckets(self._config.max_position_embeddings, buckets)
+        self.limit = self.buckets[-1]
+        self.replay = Replay(self.device) if replay is None else replay
+        self._caches: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._mark = object()  # what prefixes are known by
+        # What a decode step reads and writes: the token last chosen, and the logits after it.
+        self._chosen = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._logits = torch.empty(len(head), dtype=head.dtype, device=self.device)
+        self._to_host = ToHost(self.device)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        *,
+        buckets: Sequence[int] | None = None,
+        inner: InnerMerge | None = None,
+        replay: Replay | None = None,
+    ) -> Decoder:
+        """The decoder of a transformers model with a language modelling head, for example
+        `LlavaOnevisionForConditionalGeneration` or `Qwen2ForCausalLM`; weights are shared."""
+        return cls(model.get_decoder(), model.get_output_embeddings(), buckets=buckets, inner=inner, replay=replay)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of token ids int64 [...]; placeholder ids for video tokens are the caller's business."""
+        with torch.no_grad():  # no inference tensors: the caller may write the video's tokens into the result
+            return self._embedding(to_device(ids, self.device))
+
+    def warm_up(self, lengths: Iterable[int]) -> None:
+        """Allocate caches, capture decode steps and run each once, so that no request pays for it.
+
+        Args:
+            lengths: positions that prompts and their answers are going to take together, each at least 3; one for
+                each bucket that will be used is enough.
+
+        Raises:
+            ValueError: a length below 3.
+            UserError: a length above `limit`, or the model's logits are not finite.
+            RuntimeError: a stream has not ended.
+        """
+        for length in lengths:
+            if length < 3:
+                raise ValueError(f"a warm-up takes lengths of at least 3 positions, got {length}")
+            embeds = torch.zeros(1, length - 2, self._width, dtype=self.dtype, device=self.device)
+            for _ in self.stream(embeds, max_new_tokens=2):
+                pass
+
+    def prefill(self, inputs_embeds: Tensor, visual: range | None = None) -> Prefix:
+        """Read the beginning of a prompt, for `stream` to go on from: any number of times, at the cost of a copy.
+
+        Logits after prefix and rest are those of the whole prompt, to rounding: their sums run in another order.
+
+        Args:
+            inputs_embeds: [1, L, D]; converted as in `stream`.
+            visual: as in `stream`.
+
+        Raises:
+            ValueError: embeddings of another shape.
+            UserError: it leaves no room in `limit` for a question and an answer; embeddings that are not finite;
+                visual tokens for inner merging, which needs the question; a model whose layers cannot be kept.
+            RuntimeError: a stream has not ended.
+        """
+        length = self._checked_length(inputs_embeds)
+        self._refuse_inner(visual)
+        if length > self.limit - 2:
+            raise UserError(
+                f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
+                f"{self.limit} positions: use an engine with fewer frames or tokens"
+            )
+        with self._alone(), torch.inference_mode():
+            cache = self._cleared_cache(length)
+            finite = torch.isfinite(inputs_embeds).all()  # if not, whoever asks would be told that the model is broken
+            self._hidden(inputs_embeds.to(self.device, self.dtype), cache, None, 0)
+            prefix = cache.take(length, self._mark)
+            if not bool(finite):  # read when all is queued, since the host waits here
+                raise UserError(_BROKEN_PROMPT)
+            return prefix
+
+    def stream(
+        self,
+        inputs_embeds: Tensor,
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        sampling: Sampling = GREEDY,
+        visual: range | None = None,
+        prefix: Prefix | None = None,
+    ) -> Generator[int, None, Finish]:
+        """Generate token ids; the first `next` runs the prefill, each further one a decode step.
+
+        Closing the generator early (leaving its loop and dropping it, or `close`) leaves the decoder ready for the next
+        request. The prompt must not be changed before the first token.
+
+        Args:
+            inputs_embeds: [1, L, D]; converted to the decoder's dtype and device where they differ.
+            max_new_tokens: at least 1.
+            stop_ids: ids that end the answer; they are not yielded.
+            sampling: greedy by default.
+            visual: positions of the prompt that inner merging may merge; of no effect without it.
+            prefix: the beginning of the prompt, from `prefill`; `inputs_embeds` are what comes after it.
+
+        Yields:
+            token ids.
+
+        Returns:
+            (as the generator's value) "stop" or "length".
+
+        Raises:
+            ValueError: a prompt of another shape.
+            UserError: prompt and answer do not fit in `limit`; a prefix of another decoder, or one together with
+                visual tokens for inner merging; while iterating, logits that are not finite.
+            RuntimeError: while iterating, another stream of this decoder has not ended.
+        """
+        length = self._checked_length(inputs_embeds)
+        max_new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
+        before = ""
+        if prefix is not None:
+            if prefix.maker is not self._mark:
+                raise UserError("this prefix was made by another decoder: make it anew with this one's prefill")
+            self._refuse_inner(visual)
+            before, length = f" ({prefix.length} of them a prefix)", length + prefix.length
+        if length + max_new_tokens > self.limit:
+            raise UserError(
+                f"a prompt of {length} tokens{before} and {max_new_tokens} new ones need {length + max_new_tokens} "
+                f"positions, the decoder has {self.limit}: lower --max-new-tokens, or use an engine with fewer frames "
+                "or tokens"
+            )
+        # The body is a generator of its own so that the checks above fail here and not at the first `next`.
+        merged: InnerPrompt | None = None
+        if self._inner is not None and visual:
+            mask = torch.zeros(1, length, dtype=torch.bool)
+            mask[0, visual.start : visual.stop] = True
+            merged = InnerPrompt.of(mask)
+        return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling, merged, prefix)
+
+    def _generate(
+        self,
+        embeds: Tensor,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        sampling: Sampling,
+        merged: InnerPrompt | None,
+        prefix: Prefix | None,
+    ) -> Generator[int, None, Finish]:
+        # Entered here and not in `stream`: nothing is undone in a generator that was never started.
+        with self._alone():
+            start = 0 if prefix is None else prefix.length
+            cache = self._cleared_cache(start + embeds.shape[1] + max_new_tokens)
+            pick = Picker(sampling, self.device)
+            self._read_prompt(embeds.to(self.device, self.dtype), cache, merged, prefix)
+            for count in range(1, max_new_tokens + 1):
+                if count > 1:
+                    self._advance(cache, merged)
+                if count == 1 or not pick.greedy:  # a step chooses greedily
+                    self._choose(pick)
+                token = self._to_host(self._chosen)  # the one wait for the device in a step
+                if token < 0:
+                    raise UserError(self._not_finite(embeds, count))
+                if token in stop_ids:
+                    return "stop"
+                yield token
+            return "length"
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within the block nobody else uses the caches. Raises RuntimeError if somebody does."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "this decoder is already streaming an answer: finish or close that stream first, or use another Decoder"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # Inference mode is entered for each step: held across a `yield` it would leak into the caller's code.
+    @torch.inference_mode()
+    def _read_prompt(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, prefix: Prefix | None) -> None:
+        """Put prefix and `embeds` [1, L, D] into an empty cache, and the logits after them into their buffer."""
+        start = 0
+        if prefix is not None:
+            cache.restore(prefix)
+            start = prefix.length
+        self._logits.copy_(self._forward(embeds, cache, merged, start))
+
+    @torch.inference_mode()
+    def _choose(self, pick: Picker) -> None:
+        self._chosen.copy_(pick(self._logits))
+
+    @torch.inference_mode()
+    def _advance(self, cache: Any, merged: InnerPrompt | None) -> None:
+        """One decode step, as a graph where there is one."""
+        step = functools.partial(self._step, cache, merged)
+        if merged is None:
+            self.replay(cache.bucket, step)
+        else:
+            step()  # what it continues from is new in every request: the tokens that merging left
+
+    def _step(self, cache: Any, merged: InnerPrompt | None) -> None:
+        """Append the chosen token to the cache; the logits after it go into their buffer, the best id into its."""
+        embeds = self._embedding(self._chosen.view(1, 1))
+        self._logits.copy_(self._forward(embeds, cache, merged))
+        self._chosen.copy_(pick_best(self._logits))
+
+    @torch.inference_mode()
+    def _forward(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, start: int | None = None) -> Tensor:
+        """The logits [V] after the last of `embeds`; otherwise as `_hidden`."""
+        return self._lm_head(self._hidden(embeds, cache, merged, start)[:, -1])[0]
+
+    @torch.inference_mode()
+    def _hidden(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, start: int | None) -> Tensor:
+        """Append `embeds` [1, L, D] to the cache, from position `start` on (None: the cache knows): hidden states."""
+        # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.
+        told = contextlib.nullcontext() if merged is None or self._inner is None else self._inner.prompt(merged)
+        with told, cache.reading(start):
+            return self._language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+
+    @torch.inference_mode()
+    def _cleared_cache(self, length: int) -> Any:
+        """The cache of the smallest bucket that holds `length` positions, empty, its decode step captured.
+
+        It is cleared before use and not after, so that no way of ending a request matters.
+        """
+        from runtime.decoder.cache import DecoderCache
+
+        bucket = next(size for size in self.buckets if size >= length)
+        if bucket not in self._caches:
+            self._caches[bucket] = DecoderCache(self._config, bucket)
+        cache = self._caches[bucket]
+        if not cache.on_device:
+            self.replay.refuse("this language model has layers (sliding windows, say) that keep count on the host")
+
+        def rewind() -> None:
+            cache.reset()
+            self._chosen.zero_()  # some id that exists: the last answer may have ended with -1
+
+        self.replay.prepare(bucket, functools.partial(self._step, cache, None), rewind)
+        cache.reset()
+        return cache
+
+    def _checked_length(self, embeds: Tensor) -> int:
+        """L of embeddings [1, L, D]. Raises ValueError if they are something else."""
+        if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != self._width:
+            raise ValueError(f"inputs_embeds must be [1, L, {self._width}], got {list(embeds.shape)}")
+        if embeds.shape[1] < 1:
+            raise ValueError("the prompt is empty: give at least one embedding")
+        return embeds.shape[1]
+
+    def _refuse_inner(self, visual: range | None) -> None:
+        """Raise UserError if there is something for inner merging in a prompt with a prefix."""
+        if self._inner is not None and visual:
+            raise UserError(
+                "inner merging ranks the visual tokens by the question, so they cannot be read before it: leave out "
+                "--inner-layer (inner=...), or ask without a prefix"
+            )
+
+    def _not_finite(self, embeds: Tensor, count: int) -> str:
+        if not bool(torch.isfinite(embeds).all()):
+            return _BROKEN_PROMPT
+        name = str(self.dtype).removeprefix("torch.")
+        return (
+            f"the language model's logits are not finite at token {count} in {name}: its activations overflow; "
+            "load it in bfloat16 or float32"
+        )
+
+
+def _buckets(context: int, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    if wanted is None:
+        doubled = (SMALLEST_BUCKET << n for n in range(max(0, context.bit_length())))
+        return (*(size for size in doubled if size < context), context)
+    if not wanted or min(wanted) < 1:
+        raise ValueError(f"buckets must be positive cache lengths, got {list(wanted)}")
+    return tuple(sorted({min(size, context) for size in wanted}))

@@ -1,0 +1,472 @@
+"""The manifest of an engine folder: what was built, from what, and what every file in the folder must be.
+
+JSON, never pickle. A `Manifest` is checked when it is made, so a builder cannot write one that a runtime would refuse,
+and `Manifest.read` compares every listed file with its recorded size and SHA-256 before anything is deserialised. The
+manifest carries a digest of itself, so damage to any byte of the folder is noticed. This guards against accidents (a
+torn copy, a bad disk, files of two builds mixed), not against somebody who can write to the folder. The compiled
+programs that a runtime adds later (`runtime.decoder.store`) are recorded here, too.
+
+Everything wrong is an `EngineError` of one line that names the file and says how to get a good folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from earlytom.budget import frames_per_stage, most_tokens, token_count
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.numbers import shown
+from runtime.engine.layout import DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, Layout, Sizes, count_file
+from runtime.engine.records import (
+    MOST_FRAMES,
+    REBUILD,
+    FileRecord,
+    ModelRecord,
+    PluginRecord,
+    PreprocessingRecord,
+    ProgramRecord,
+    check,
+    cut,
+    is_ascending,
+    is_count,
+    is_file_name,
+    is_hex,
+    is_kept,
+    is_number,
+    is_plugins,
+    is_programs,
+    is_text,
+    is_time,
+    is_verification,
+    is_words,
+    matches,
+    plain,
+    record_of,
+)
+from runtime.errors import EngineError
+from runtime.files.partial import partial
+from runtime.files.plain import MIB, open_plain, read_json
+
+SCHEMA = 2
+# backend -> the file it cannot run without (there may be several of it: see `Manifest.stage_files`)
+BACKENDS = {"onnx": ONNX_FILE, "tensorrt": ENGINE_FILE, "tensorrt-rtx": ENGINE_FILE}
+# How the compression stage runs in the engine: as the graph's own operators, or as TensorRT plugins.
+COMPRESSIONS = ("native", "plugin")
+BUILD = "build one with python -m builder.build"
+
+_MOST_BYTES = MIB  # of a manifest, which has a few kilobytes
+_BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the calls, takes the time
+_SEAL = "manifest_sha256"
+# Fields that are not written where they have this value.
+_OPTIONAL_OF_MODEL = ("answers", "commit")  # None
+_OPTIONAL: dict[str, Any] = {
+    "islands": None,
+    "frames_kept": None,
+    "frame_counts": None,
+    "batch": 1,
+    "chunk": None,
+    "programs": {},
+}
+AND = " && "  # between the Polygraphy lines of several frame counts
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One engine folder.
+
+    Attributes:
+        name: name of the folder.
+        key: cache key (hex) of everything that changes the artefact.
+        project_version, created: version of this project; ISO 8601 time of the build.
+        earlytom: `EarlyTomConfig.to_dict()`.
+        frames: `F`, frames the engine takes; where it takes one of several counts, the most, which the rest is about.
+        frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
+        tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
+        tokens_per_frame: `P`, tokens of one whole frame.
+        tokens_full: `F * P`, what the uncompressed model would send to the LLM.
+        dim: `D`, width of a token.
+        dtype: "fp16", "bf16" or "fp32", the dtype of the graph and of the tokens.
+        target: compute capability, for example "8.0".
+        backend: "onnx", "tensorrt" or "tensorrt-rtx".
+        backend_version: version of the library that compiled (or, for "onnx", checked) it.
+        files: every file of the folder but the manifest, external data included.
+        compression: "native" or "plugin", how the compression stage runs.
+        plugins: the kernels that plugins put into the engine; none where the stage is native.
+        figures: measurements of the build (seconds, bytes, flops); names are free, values are finite numbers.
+        verification: {"passed": bool, ...steps}, or None where it was switched off.
+        polygraphy: command line that compares the folder's files with the saved reference, to be pasted in the folder;
+            of several frame counts one after the other.
+        islands: what is fp32 in a half graph, in words of `--islands`; None (and not written) for the usual ones.
+        frames_kept: adaptive schedule: least, median and most frames before the first merge and after each one, on the
+            clips that the engine was calibrated on; None (and not written) in the budget schedule.
+        batch: `B`, videos that the engine takes at once; all counts are of one. 1 is not written.
+        frame_counts: the frame counts it takes, ascending, each with files of its own (`at`); None (and not written)
+            for one count. What `at` returns has that count alone.
+        chunk: `C`, frames of a chunk where clips come in chunks; None (and not written) where they come whole.
+        programs: the compiled programs of the decoder that runtimes have added, by the names of their folders; none
+            (and not written) when the engine is built.
+    """
+
+    name: str
+    key: str
+    project_version: str
+    created: str
+    model: ModelRecord
+    earlytom: dict[str, Any]
+    frames: int
+    frames_per_stage: tuple[int, ...]
+    tokens: int
+    tokens_per_frame: int
+    tokens_full: int
+    dim: int
+    dtype: str
+    target: str
+    backend: str
+    backend_version: str
+    files: dict[str, FileRecord]
+    compression: str = "native"
+    plugins: tuple[PluginRecord, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
+    verification: dict[str, Any] | None = None
+    polygraphy: str = ""
+    islands: tuple[str, ...] | None = None
+    frames_kept: tuple[tuple[int, int, int], ...] | None = None
+    batch: int = 1
+    frame_counts: tuple[int, ...] | None = None
+    chunk: int | None = None
+    programs: dict[str, ProgramRecord] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise EngineError unless every field is of its type and the fields agree with each other."""
+        self._check_types()
+        for name in ("earlytom", "figures", "verification"):
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
+        for name in ("frames_per_stage", "plugins"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "programs", dict(self.programs))
+        if self.islands is not None:
+            object.__setattr__(self, "islands", tuple(self.islands))
+        if self.frames_kept is not None:
+            object.__setattr__(self, "frames_kept", tuple(map(tuple, self.frames_kept)))
+        if self.frame_counts is not None:
+            object.__setattr__(self, "frame_counts", tuple(self.frame_counts))
+        self._check_counts()
+        for name in self.files:
+            if not is_file_name(name):
+                raise EngineError(f"manifest lists a file named {shown(name)}, which is no plain file name: {REBUILD}")
+        if self.compression == "plugin" and self.backend != "tensorrt":
+            raise EngineError(f"manifest contradicts itself: compression is plugin, {self.backend} has none: {REBUILD}")
+        if self.plugins and self.compression != "plugin":
+            raise EngineError(f"manifest contradicts itself: compression is native and plugins are listed: {REBUILD}")
+        for name in self.stage_files(BACKENDS[self.backend]):
+            if name not in self.files:
+                raise EngineError(f"manifest lists no {name}, which {self.backend} needs: {REBUILD}")
+        for frames in self.counts[:-1]:
+            self.at(frames)  # checks that count as this did the most
+
+    @property
+    def layout(self) -> Layout:
+        """What the engine is: its graphs, tensors and counts."""
+        config = EarlyTomConfig.from_dict(self.earlytom)
+        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
+        return Layout(config, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
+        return self.layout.adaptive
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        return self.layout.in_stages
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The frame counts that the engine takes, ascending."""
+        return self.frame_counts or (self.frames,)
+
+    def at(self, frames: int) -> Manifest:
+        """The manifest of one of the frame counts: its counts, the names of its files, its Polygraphy line.
+
+        Raises:
+            EngineError: the engine does not take that many.
+        """
+        if frames not in self.counts:
+            raise EngineError(
+                f"engine {self.name} takes {' or '.join(map(str, self.counts))} frames, not {frames}: "
+                f"{self._offer(frames)}"
+            )
+        if self.counts == (frames,):
+            return self
+        one = self.layout.at(frames)
+        graph = one.graphs[0].file(ONNX_FILE)
+        return dataclasses.replace(
+            self,
+            frames=frames,
+            frames_per_stage=one.stages,
+            tokens=one.tokens,
+            tokens_full=one.tokens_full,
+            frame_counts=(frames,),
+            polygraphy=next((line for line in self.polygraphy.split(AND) if graph in line.split()), ""),
+        )
+
+    def _offer(self, frames: object) -> str:
+        """What whoever wanted `frames` may do."""
+        given = "leave the number out" if len(self.counts) == 1 else "give one of them"
+        if not is_count(frames):
+            return given
+        return f"{given}, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, cast(int, frames)})))}"
+
+    def file(self, name: str) -> str:
+        """The name that a file has in this folder: `name`, with the frame count in it where there are several."""
+        return name if self.frame_counts is None else count_file(name, self.frames)
+
+    def stage_files(self, name: str) -> tuple[str, ...]:
+        """That file (of the most frames, where there are several counts), or where there are stages that of each.
+
+        The files of another count are those of `at`.
+        """
+        return tuple(graph.file(name) for graph in self.layout.graphs)
+
+    def _check_types(self) -> None:
+        texts = ("project_version", "backend_version")
+        counts = ("tokens", "tokens_per_frame", "tokens_full", "dim", "batch")
+        mappings = ("earlytom", "files", "figures")
+        rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+            (texts, is_text, "a text"),
+            (("name",), lambda v: is_text(v) and len(v) <= 255, "a text of at most 255 characters"),
+            (counts, is_count, "a positive whole number"),
+            (("frames",), lambda v: is_count(v, 1, MOST_FRAMES), f"a positive whole number up to {MOST_FRAMES}"),
+            (mappings, lambda v: isinstance(v, Mapping), "an object"),
+            (("key",), is_hex, "hex digits"),
+            (("created",), is_time, "an ISO 8601 time"),
+            (("frames_per_stage",), lambda v: isinstance(v, (list, tuple)) and all(map(is_count, v)), "frame counts"),
+            (("dtype",), lambda v: isinstance(v, str) and v in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}"),
+            (("target",), lambda v: matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
+            (("backend",), lambda v: isinstance(v, str) and v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+            (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
+            (("plugins",), is_plugins, "plugin records"),
+            (("polygraphy",), lambda v: isinstance(v, str), "a text"),
+            (("islands",), is_words, "null or a list of words"),
+            (("frames_kept",), is_kept, "null or least, median and most of every stage"),
+            (("frame_counts",), is_ascending, "null or ascending frame counts"),
+            (("chunk",), lambda v: v is None or is_count(v), "null or a positive whole number"),
+            (("verification",), is_verification, 'null or an object with "passed": true or false'),
+            (("programs",), is_programs, "program records by the names of their folders"),
+        ]
+        for names, good, expected in rules:
+            for name in names:
+                check(good(getattr(self, name)), name, expected, getattr(self, name))
+        check(isinstance(self.model, ModelRecord), "model", "an object", self.model)
+        check(all(isinstance(v, FileRecord) for v in self.files.values()), "files", "file records", self.files)
+        check(all(map(is_number, self.figures.values())), "figures", "finite numbers", self.figures)
+
+    def _check_counts(self) -> None:
+        """The counts must be those that `earlytom.budget` gives for the recorded settings."""
+        expected: dict[str, Any] = {"tokens_full": self.frames * self.tokens_per_frame}
+        try:
+            config = EarlyTomConfig.from_dict(self.earlytom)
+            if config.schedule == "budget":
+                rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
+                expected["frames_per_stage"] = frames_per_stage(self.frames, **rule)
+                expected["tokens"] = token_count(self.frames, self.tokens_per_frame, config.retention_ratio, **rule)
+                expected["frames_kept"] = None
+            else:
+                merges = len(config.merge_layers)
+                expected["frames_per_stage"] = (self.frames,) * (merges + 1)
+                expected["tokens"] = most_tokens(
+                    self.frames, self.tokens_per_frame, config.retention_ratio, merges=merges
+                )
+        except UserError as error:
+            raise EngineError(f"manifest has EarlyTom settings that make no sense ({cut(error)}): {REBUILD}") from error
+        for name, value in expected.items():
+            if (got := getattr(self, name)) != value:
+                raise EngineError(
+                    f"manifest contradicts itself: {name} is {shown(got)}, its settings give {shown(value)}: {REBUILD}"
+                )
+        if self.frames != self.counts[-1]:
+            raise EngineError(
+                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {shown(self.counts)} it must "
+                f"be the last: {REBUILD}"
+            )
+        if self.frame_counts is not None and isinstance(config.frame_budget, tuple):
+            raise EngineError(
+                f"manifest contradicts itself: frame_budget {shown(config.frame_budget)} fits one frame count, "
+                f"frame_counts is {shown(self.frame_counts)}: {REBUILD}"
+            )
+        whole = self.batch == 1 and self.frame_counts is None and config.schedule == "budget"
+        if self.chunk is not None and not (whole and self.frames % self.chunk == 0):
+            raise EngineError(
+                f"manifest contradicts itself: chunk is {self.chunk}, which is for one video of one frame count in the "
+                f"budget schedule and divides its {self.frames} frames: {REBUILD}"
+            )
+        if config.schedule == "adaptive":
+            if self.batch > 1 or self.frame_counts is not None:
+                raise EngineError(
+                    f"manifest contradicts itself: an adaptive engine takes one video of one frame count, batch is "
+                    f"{self.batch} and frame_counts {shown(self.frame_counts)}: {REBUILD}"
+                )
+            kept = self.frames_kept or ()
+            fits = len(kept) == merges + 1 and kept[0] == (self.frames,) * 3
+            if not fits or any(most > self.frames for _, _, most in kept):
+                raise EngineError(
+                    f"manifest contradicts itself: frames_kept is {shown(self.frames_kept)}, its settings give "
+                    f"{merges + 1} stages of at most {self.frames} frames: {REBUILD}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the schema version first; `from_dict` is its inverse."""
+        values = {"schema": SCHEMA, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        for name, usual in _OPTIONAL.items():
+            if values[name] == usual:
+                del values[name]
+        for name in _OPTIONAL_OF_MODEL:
+            if values["model"][name] is None:
+                del values["model"][name]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_dict`.
+
+        Raises:
+            EngineError: another schema version, a key too many or too few, a wrong type, counts that disagree.
+        """
+        schema = values.get("schema") if isinstance(values, Mapping) else None
+        if not isinstance(schema, int) or isinstance(schema, bool):
+            raise EngineError(f"manifest has no schema version, expected {SCHEMA}: {REBUILD}")
+        if schema != SCHEMA:
+            remedy = f"update this project or {REBUILD}" if schema > SCHEMA else REBUILD
+            raise EngineError(f"manifest has schema {shown(schema)}, this version reads {SCHEMA}: {remedy}")
+        rest: dict[str, Any] = _OPTIONAL | {name: value for name, value in values.items() if name != "schema"}
+        if isinstance(counts := rest["frame_counts"], list) and len(counts) < 2:
+            check(False, "frame_counts", "null or several frame counts", counts)  # one alone is for `at`
+        if isinstance(rest.get("model"), Mapping):
+            model = dict.fromkeys(_OPTIONAL_OF_MODEL) | dict(rest["model"])
+            model["preprocessing"] = record_of(
+                PreprocessingRecord, model.get("preprocessing"), "manifest: model: preprocessing"
+            )
+            rest["model"] = record_of(ModelRecord, model, "manifest: model")
+        if isinstance(rest.get("files"), Mapping):
+            rest["files"] = {
+                n: record_of(FileRecord, v, f"manifest: files: {shown(n)}") for n, v in rest["files"].items()
+            }
+        if isinstance(rest.get("plugins"), list):
+            rest["plugins"] = tuple(record_of(PluginRecord, v, "manifest: plugins") for v in rest["plugins"])
+        if isinstance(rest["programs"], Mapping):
+            found = rest["programs"].items()
+            rest["programs"] = {n: record_of(ProgramRecord, v, f"manifest: programs: {shown(n)}") for n, v in found}
+        return record_of(cls, rest, "manifest")
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `manifest.json` into `folder`, all of it or nothing, and return its path.
+
+        Raises:
+            EngineError: this is the manifest of one count of several (`at`), of which there is no folder.
+            OSError: no space, read-only, no permission; no temporary file is left behind.
+        """
+        if len(self.frame_counts or ()) == 1:
+            raise EngineError(f"{self.name}: a manifest has all frame counts of its folder, not {self.counts[0]} alone")
+        values = self.to_dict()
+        text = json.dumps({**values, _SEAL: _seal(values)}, indent=2, allow_nan=False) + "\n"
+        if len(text) > _MOST_BYTES:
+            raise EngineError(f"{self.name}: a manifest has at most {_MOST_BYTES} bytes, this one has {len(text)}")
+        target = Path(folder) / MANIFEST_FILE
+        with partial(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.name == "posix":  # the new name itself is durable only once the folder is
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return target
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str], verify_files: bool = True) -> Manifest:
+        """Read and check the manifest of an engine folder.
+
+        Args:
+            folder: an engine folder.
+            verify_files: also compare every listed file's size and SHA-256 (about a second per gigabyte).
+
+        Raises:
+            EngineError: no engine folder, or one that is not what was built.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            what = "is not a folder" if path.exists() else "does not exist"
+            raise EngineError(f"engine folder {path} {what}: {BUILD}")
+        if not (path / MANIFEST_FILE).is_file():
+            raise EngineError(f"{path} is no engine folder, it has no {MANIFEST_FILE}: {BUILD}")
+        values = read_json(path / MANIFEST_FILE, REBUILD, _MOST_BYTES)
+        seal = values.pop(_SEAL, None) if isinstance(values, dict) else None
+        try:
+            manifest = cls.from_dict(values)
+        except EngineError as error:
+            raise EngineError(f"{path / MANIFEST_FILE}: {error}") from error
+        if seal != _seal(values):
+            raise EngineError(f"{path / MANIFEST_FILE} changed since it was written (its digest differs): {REBUILD}")
+        if verify_files:
+            manifest.verify(path)
+        return manifest
+
+    def verify(self, folder: str | os.PathLike[str]) -> None:
+        """Compare the files of `folder` with the records; sizes first, as they cost nothing.
+
+        Raises:
+            EngineError: a file is missing, has another size or another content.
+        """
+        for name, record in self.files.items():
+            path = Path(folder) / name
+            if not path.is_file():
+                raise EngineError(f"{path} is missing: {REBUILD}")
+            if (size := path.stat().st_size) != record.bytes:
+                raise EngineError(f"{path} has {size} bytes, the manifest says {record.bytes}: {REBUILD}")
+        for name, record in self.files.items():
+            path = Path(folder) / name
+            if (digest := _sha256(path)) != record.sha256:
+                raise EngineError(
+                    f"{path} changed since it was built (sha256 {digest[:12]}..., the manifest says "
+                    f"{record.sha256[:12]}...): {REBUILD}"
+                )
+
+
+def describe_files(folder: str | os.PathLike[str]) -> dict[str, FileRecord]:
+    """Records of every file in `folder` but the manifest, by name; so that no external data file is forgotten."""
+    paths = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name != MANIFEST_FILE)
+    return {path.name: describe_file(path) for path in paths}
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Record of one file; EngineError if it is no plain one."""
+    with open_plain(path, REBUILD) as file:
+        size = os.fstat(file.fileno()).st_size
+    return FileRecord(size, _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    """Digest of a plain file as far as it reached when it was opened, and of a byte more if it grows."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with open_plain(path, REBUILD) as file:
+        left = os.fstat(file.fileno()).st_size + 1
+        while left > 0 and (count := file.readinto(block[: min(left, _BLOCK)])):
+            digest.update(block[:count])
+            left -= count
+    return digest.hexdigest()
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    """Digest of the content, whatever the order and layout of the file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,230 @@
+"""The command line of `python -m runtime.bench`, and what can be refused before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from runtime import cli
+from runtime.ask import ENGINES, newest_engine
+from runtime.choices import MIN_FRAMES
+from runtime.engine.layout import DTYPE_NAMES
+from runtime.engine.manifest import Manifest
+from runtime.errors import VideoError
+
+VARIANTS = ("full", "naive", "adaptive", "budget")  # see `runtime.measure.variants`
+QUESTION = "What happens in this video?"
+NONE = "none"
+EXAMPLES = """
+what is measured:
+  full       transformers, sdpa, all tokens
+  naive      EarlyTom as first released: attention formed in every layer, Python loops over frames
+  adaptive   this project in PyTorch, with the decisions of the naive form
+  budget     this project in PyTorch, fixed frame counts
+  --engine   an engine folder, with each backend that runs it here
+
+examples:
+  python -m runtime.bench
+      the bundled model, about a minute on two cores
+  python -m runtime.bench --model random:siglip-base-qwen2-0.5b --repeats 3 --requests 2 --max-new-tokens 4
+      a mid-size model with random weights, minutes on two cores
+  python -m runtime.bench --model random:llava-onevision-qwen2-7b-ov --device cuda --scale-frames 8,32,128 --plot plots
+      full size; needs a GPU
+  python -m runtime.bench --engine engines/NAME --service
+      what a service sees: watched and live videos, many callers
+  python -m runtime.bench --engine engines/NAME --soak 10000
+      whether memory stays steady over many requests, minutes on two cores
+"""
+
+# What only the comparison knows, of the options that are None where they were not given.
+_COMPARISON = ("frames", "merge_layers", "scale_frames", "scale_ratios", "plot")
+N = TypeVar("N", int, float)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, with a help text that teaches."""
+    p = cli.Parser(
+        prog="python -m runtime.bench",
+        description="Measure the time to the first token, stage by stage, of EarlyTom and of what it is compared with.",
+        epilog=EXAMPLES,
+    )
+    what = p.add_argument_group("what is measured")
+    what.add_argument("--model", metavar="SOURCE", help="checkpoint folder, hub id or random:NAME (default: bundled)")
+    what.add_argument("--video", type=Path, metavar="FILE", help="default: a clip that is drawn")
+    what.add_argument("--question", default=QUESTION, metavar="TEXT", help=f"default: {QUESTION}")
+    what.add_argument("--frames", type=int, metavar="F", help="default: as many as the model is meant to be shown")
+    what.add_argument("--ratio", type=float, default=0.1, metavar="R", help="retention ratio (default: 0.1)")
+    what.add_argument("--merge-layers", type=layers, metavar="A,B,C", help="or none (default: those of the tower)")
+    what.add_argument("--tau", type=float, default=0.8, help="similarity threshold of a segment (default: 0.8)")
+    what.add_argument("--variants", type=names, default=VARIANTS, metavar="LIST", help=f"default: {','.join(VARIANTS)}")
+    what.add_argument(
+        "--engine", type=Path, action="append", default=[], metavar="DIR", help="an engine folder; may be repeated"
+    )
+    how = p.add_argument_group("how")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    how.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        help="of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in "
+        "where fp32 does not fit into memory)",
+    )
+    how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: PyTorch's)")
+    how.add_argument("--warmup", type=int, default=2, metavar="N", help="requests not counted (default: 2)")
+    how.add_argument("--repeats", type=int, default=10, metavar="N", help="requests of each variant (default: 10)")
+    how.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="of every answer, at least 2 (default: 16, with --soak 2)"
+    )
+    how.add_argument(
+        "--concurrency", type=counts, default=(1, 2, 4, 8), metavar="LIST", help="clients, or none (default: 1,2,4,8)"
+    )
+    how.add_argument("--requests", type=int, default=8, metavar="N", help="at each concurrency, at least (default: 8)")
+    how.add_argument(
+        "--scale-frames", type=counts, metavar="LIST", help="or none (default: 8,16,32 with the bundled model)"
+    )
+    how.add_argument(
+        "--scale-ratios", type=ratios, metavar="LIST", help="or none (default: 0.05,0.1,0.3,1 with the bundled model)"
+    )
+    how.add_argument("--scale-repeats", type=int, default=3, metavar="N", help="requests of each point (default: 3)")
+    soak = p.add_argument_group("instead of all that: one engine, as a service uses it")
+    soak.add_argument(
+        "--service",
+        action="store_true",
+        help="first token of fresh, watched and live videos, and many callers (default: the newest under engines/)",
+    )
+    soak.add_argument(
+        "--soak", type=int, metavar="N", help="memory over N requests (default: the newest under engines/)"
+    )
+    soak.add_argument("--soak-clients", type=int, default=4, metavar="N", help="that ask at a time (default: 4)")
+    out = p.add_argument_group("output")
+    out.add_argument("--plot", type=Path, metavar="DIR", help="draw ttft.png and scaling.png there (needs matplotlib)")
+    out.add_argument("--json", action="store_true", help="print the JSON line alone")
+    return p
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s.
+
+    Raises:
+        UserError: a value that makes no sense, no such video or engine, matplotlib is missing.
+        OSError: the folder for the plots cannot be made.
+    """
+    for name, least in (
+        ("repeats", 1), ("warmup", 0), ("requests", 1), ("scale_repeats", 1), ("max_new_tokens", 2), ("threads", 1),
+        ("frames", MIN_FRAMES), ("soak", 1), ("soak_clients", 1),
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if options.max_new_tokens is None:
+        options.max_new_tokens = 16 if options.soak is None else 2
+    if options.soak is not None and options.service:
+        raise UserError("--soak and --service measure different things: give one of them")
+    if (options.soak is not None or options.service) and len(options.engine) > 1:
+        what = "--service" if options.service else "--soak"
+        raise UserError(f"{what} measures one engine, got {len(options.engine)}: give --engine once")
+    if options.soak is not None or options.service:
+        ignored = [name for name in _COMPARISON if getattr(options, name) is not None]
+        if ignored:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            what = "--service" if options.service else "--soak"
+            raise UserError(f"{what} measures one engine, as it was built, and draws nothing: leave out {flags}")
+    bundled = options.model in (None, "micro")
+    if options.scale_frames is None:
+        options.scale_frames = (8, 16, 32) if bundled else ()
+    if options.scale_ratios is None:
+        options.scale_ratios = (0.05, 0.1, 0.3, 1.0) if bundled else ()
+    if min(options.scale_frames, default=MIN_FRAMES) < MIN_FRAMES:
+        raise UserError(f"--scale-frames must each be at least {MIN_FRAMES}, got {min(options.scale_frames)}")
+    if not options.variants and not options.engine:
+        raise UserError(f"nothing to measure: give --variants (of {', '.join(VARIANTS)}) or --engine")
+    if options.video is not None and not options.video.is_file():
+        raise VideoError(f"video {str(options.video)!r} is not a file; give the path of a video, or leave --video out")
+    alone = options.soak is not None or options.service
+    if not alone:
+        method(options.ratio, options.merge_layers or (), options.tau)
+    for folder in options.engine or ([newest_engine(ENGINES)] if alone else []):
+        Manifest.read(folder, verify_files=False)
+    if options.plot is not None:
+        try:
+            importlib.import_module("matplotlib")
+        except ImportError as error:
+            raise UserError(
+                'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
+            ) from error
+        options.plot.mkdir(parents=True, exist_ok=True)
+
+
+def place(options: argparse.Namespace) -> None:
+    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU.
+
+    Raises:
+        UserError: a GPU was asked for, and there is none.
+    """
+    import torch
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"no GPU that torch {torch.__version__} can use for --device cuda: use --device cpu")
+    if options.dtype is None and options.device == "cuda":
+        options.dtype = "bf16"  # on a CPU that depends on the model
+
+
+def method(ratio: float, merge_layers: tuple[int, ...], tau: float) -> EarlyTomConfig:
+    """The method's settings; UserError for a value out of range."""
+    try:
+        return EarlyTomConfig(retention_ratio=ratio, merge_layers=merge_layers, tau=tau, schedule="budget")
+    except UserError as error:
+        raise UserError(f"{error} (--ratio, --merge-layers, --tau)") from error
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A list of variants."""
+    found = _split(text, str)
+    for name in found:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(VARIANTS)} (or none)")
+    return found
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers from 1 on."""
+    return _numbers(text, int, lambda n: n >= 1, "whole numbers of at least 1")
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Numbers from 0 on."""
+    return _numbers(text, int, lambda n: n >= 0, "layer numbers from 0 on")
+
+
+def ratios(text: str) -> tuple[float, ...]:
+    """Numbers in (0, 1]."""
+    return _numbers(text, float, lambda n: 0 < n <= 1, "ratios in (0, 1]")
+
+
+def _numbers(text: str, kind: type[N], good: Callable[[N], bool], expected: str) -> tuple[N, ...]:
+    try:
+        found = _split(text, kind)
+    except ValueError:
+        found = ()
+        good_all = False
+    else:
+        good_all = all(map(good, found))
+    if not good_all:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}, separated by commas, or none")
+    return found
+
+
+S = TypeVar("S", str, int, float)
+
+
+def _split(text: str, kind: type[S]) -> tuple[S, ...]:
+    """What commas separate, each once, in order; nothing for "none"."""
+    if text == NONE:
+        return ()
+    parts: Sequence[S] = [kind(part) for part in text.split(",")]
+    return tuple(dict.fromkeys(parts))

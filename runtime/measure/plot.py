@@ -1,0 +1,65 @@
+"""Plots of a benchmark's record: TTFT as stacked bars, and scaling curves, as PNG. matplotlib is loaded here only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.measure.measure import STAGES
+
+_SIZE, _DPI = (9.0, 4.5), 160  # inches; a README shows about 900 pixels
+# The colours can be told apart with any colour vision (Okabe and Ito).
+_COLOURS = ("#999999", "#CC79A7", "#F0E442", "#D55E00", "#56B4E9", "#0072B2", "#000000")
+_LINES = {"full": ("#999999", "D"), "naive": ("#E69F00", "^"), "adaptive": ("#0072B2", "s"), "budget": ("#D55E00", "o")}
+
+
+def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write `ttft.png`, and `scaling.png` if scaling was measured, into `folder`; returns their paths."""
+    written = [_draw_bars(record, folder / "ttft.png")]
+    if any(record["scaling"].values()):
+        written.append(_draw_curves(record["scaling"], folder / "scaling.png"))
+    return written
+
+
+def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)  # no display is needed, and pyplot's global state stays untouched
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _draw_bars(record: Mapping[str, Any], path: Path) -> Path:
+    figure, (axes,) = _figure(1)
+    names = [one["name"] for one in record["variants"]]
+    places = list(range(len(names)))[::-1]  # the first one on top
+    left = [0.0] * len(names)
+    for stage, colour in zip(STAGES, _COLOURS, strict=True):
+        width = [1000 * one["stages"][stage]["p50"] for one in record["variants"]]
+        axes.barh(places, width, left=left, color=colour, label=stage)
+        left = [begin + more for begin, more in zip(left, width, strict=True)]
+    axes.set_yticks(places, names)
+    axes.set_xlabel("time to the first token, ms (medians of the stages)")
+    axes.set_title(f"{record['model']}, {record['frames']} frames, {record['dtype']}, {record['device']}")
+    figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False)
+    figure.savefig(path)
+    return path
+
+
+def _draw_curves(scaling: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """One panel for each axis that was measured."""
+    measured = [(axis, key) for axis, key in (("frames", "frames"), ("ratios", "ratio")) if scaling[axis]]
+    figure, panels = _figure(len(measured))
+    for axes, (axis, key) in zip(panels, measured, strict=True):
+        for name in dict.fromkeys(point["name"] for point in scaling[axis]):
+            colour, marker = _LINES[name]
+            points = sorted((p[key], 1000 * p["ttft"]) for p in scaling[axis] if p["name"] == name)
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+        axes.set_xlabel("frames" if key == "frames" else "retention ratio")
+        axes.set_ylabel("time to the first token, ms")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,181 @@
+"""What was measured, as tables and as the JSON line. Tables show milliseconds, the JSON line has seconds and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runtime.cli import Screen
+from runtime.measure.measure import STAGES, Load, Request, median, percentiles, summary
+from runtime.measure.memory import Memory
+from runtime.measure.variants import Bench, Variant
+
+Record = dict[str, Any]
+
+
+def variant_record(
+    bench: Bench, variant: Variant, requests: Sequence[Request], first: float, memory: Memory, peak: float
+) -> Record:
+    """The figures of one variant; `peak` is the rate of a matrix product, `first` the time of the very first request.
+
+    A share is of the arithmetic that the variant should do (`earlytom.flops`), in the time of its stage, at that rate.
+    """
+    found = summary(requests)
+    vision, prefill = bench.arithmetic(tuple(found["frames_per_stage"]), found["visual_tokens"], variant.config)
+    stages = found["stages"]
+    return {
+        "name": variant.name,
+        "about": variant.about,
+        "engine": variant.folder,
+        "earlytom": variant.config.to_dict(),
+        **found,
+        "first_ttft": None if first != first else first,  # NaN: there was no warm-up
+        "memory": dataclasses.asdict(memory),
+        "flops": {"vision": vision, "prefill": prefill},
+        "of_peak": {
+            "vision": vision / stages["vision"]["p50"] / peak,
+            "prefill": prefill / stages["prefill"]["p50"] / peak,
+        },
+    }
+
+
+def load_record(variant: Variant, load: Load) -> Record:
+    """Throughput and waiting times at one concurrency."""
+    return {
+        "name": variant.name,
+        "clients": load.clients,
+        "requests": load.requests,
+        "requests_per_second": load.requests / load.seconds,
+        "ttft": percentiles(load.ttft),
+        "total": percentiles(load.total),
+    }
+
+
+def point_record(variant: Variant, requests: Sequence[Request]) -> Record:
+    """One point of a scaling curve, medians in seconds."""
+    return {
+        "name": variant.name,
+        "frames": variant.frames,
+        "ratio": variant.config.retention_ratio,
+        "visual_tokens": requests[-1].visual_tokens,
+        "ttft": median([request.ttft for request in requests]),
+        **{name: median([request.stages[name] for request in requests]) for name in ("vision", "prefill")},
+    }
+
+
+def gains(variants: Sequence[Mapping[str, Any]], compression: Mapping[str, float]) -> Record:
+    """What compression brought, from medians; None where the variants that it takes were not measured.
+
+    `vision_of_flops` is the speed-up of the vision part of the budget schedule as a share of what its arithmetic alone
+    would give; `compression` the share of the encoder that the compression takes, by schedule.
+    """
+    by = {record["name"]: record for record in variants}
+
+    def ratio(above: str, below: str, *path: str) -> float | None:
+        if above not in by or below not in by:
+            return None
+        values = []
+        for record in (by[above], by[below]):
+            value: Any = record
+            for key in path:
+                value = value[key]
+            values.append(value)
+        return values[0] / values[1]
+
+    speedup = ratio("full", "budget", "stages", "vision", "p50")
+    arithmetic = ratio("full", "budget", "flops", "vision")
+    return {
+        "ttft_full_over_budget": ratio("full", "budget", "ttft", "p50"),
+        "ttft_naive_over_budget": ratio("naive", "budget", "ttft", "p50"),
+        "ttft_naive_over_adaptive": ratio("naive", "adaptive", "ttft", "p50"),
+        "vision_full_over_budget": speedup,
+        "vision_flops_full_over_budget": arithmetic,
+        "vision_of_flops": speedup / arithmetic if speedup and arithmetic else None,
+        "compression_of_encoder": dict(compression),
+    }
+
+
+def show(screen: Screen, record: Mapping[str, Any]) -> None:
+    """All tables."""
+    variants = record["variants"]
+    columns = ("variant", "tokens", *STAGES, "TTFT p50", "p90", "p99", "TPOT")
+    rows = [
+        (
+            one["name"],
+            str(one["visual_tokens"]),
+            *(_ms(one["stages"][name]["p50"]) for name in STAGES),
+            *(_ms(one["ttft"][q]) for q in ("p50", "p90", "p99")),
+            _ms(one["tpot"]["p50"]),
+        )
+        for one in variants
+    ]
+    screen.table(columns, rows, title=f"time to the first token, ms (stages: medians of {record['repeats']} requests)")
+    work = ("variant", "frames", "vision GFLOP", "of peak", "prefill GFLOP", "of peak", "RSS MB", "growth MB", "GPU MB")
+    rows = [
+        (
+            one["name"],
+            " -> ".join(map(str, one["frames_per_stage"])),
+            f"{one['flops']['vision'] / 1e9:.2f}",
+            f"{one['of_peak']['vision']:.0%}",
+            f"{one['flops']['prefill'] / 1e9:.2f}",
+            f"{one['of_peak']['prefill']:.0%}",
+            *(_mb(one["memory"][name]) for name in ("rss", "growth", "cuda")),
+        )
+        for one in variants
+    ]
+    peak = record["matmul"] / 1e12
+    title = f"arithmetic (peak: {peak:.3g} TFLOP/s, a {record['dtype']} matrix product in PyTorch) and peak memory"
+    screen.table(work, rows, title=title)
+    if record["throughput"]:
+        rows = [
+            (
+                one["name"],
+                str(one["clients"]),
+                f"{one['requests_per_second']:.2f}",
+                *(_ms(one["ttft"][q]) for q in ("p50", "p90", "p99")),
+                _ms(one["total"]["p50"]),
+            )
+            for one in record["throughput"]
+        ]
+        title = "clients in line for one model, which answers one request at a time; decoding of videos overlaps; ms"
+        screen.table(("variant", "clients", "requests/s", "TTFT p50", "p90", "p99", "answer p50"), rows, title=title)
+    for axis, points in record["scaling"].items():
+        if points:
+            rows = [
+                (
+                    one["name"],
+                    str(one["frames"]),
+                    f"{one['ratio']:g}",
+                    str(one["visual_tokens"]),
+                    *(_ms(one[name]) for name in ("vision", "prefill", "ttft")),
+                )
+                for one in points
+            ]
+            title = f"scaling over {axis}, ms (medians of {record['scale_repeats']})"
+            screen.table(("variant", "frames", "ratio", "tokens", "vision", "prefill", "TTFT"), rows, title=title)
+    _show_gains(screen, record["gains"])
+
+
+def _show_gains(screen: Screen, found: Mapping[str, Any]) -> None:
+    """What it comes to, in sentences."""
+    for key, text in (
+        ("ttft_full_over_budget", "TTFT, full over budget: {:.2f}x"),
+        ("ttft_naive_over_budget", "TTFT, naive over budget: {:.2f}x"),
+        ("ttft_naive_over_adaptive", "TTFT, naive over adaptive: {:.2f}x"),
+        ("vision_full_over_budget", "vision, full over budget: {:.2f}x"),
+        ("vision_flops_full_over_budget", "vision arithmetic, full over budget: {:.2f}x"),
+        ("vision_of_flops", "vision speed-up as a share of that: {:.0%}"),
+    ):
+        if found[key] is not None:
+            screen.line(text.format(found[key]))
+    for name, share in found["compression_of_encoder"].items():
+        screen.line(f"compression, {name}: {share:.1%} of its encoder")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}"
+
+
+def _mb(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.0f}"

@@ -1,0 +1,194 @@
+"""What a service sees of a pipeline: `python -m runtime.bench --service`.
+
+One engine, one question, through `Pipeline` as a service uses it:
+
+    fresh       a video file that nothing is known of
+    ready       a clip that was decoded and resized before
+    watched     the second and further questions about a watched video
+    live        a video that comes frame by frame, asked about when its last frame is there (engines with --chunk)
+
+and many callers with video files in its line, where the next video is decoded while one is answered. Live frames come
+as fast as the encoder's first layers can take them, or they would only wait; the pace is measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime import cli
+from runtime.ask import ENGINES, newest_engine
+from runtime.engine.dtypes import DTYPES
+from runtime.measure.measure import median, percentiles
+from runtime.pipeline import Pipeline
+from runtime.service.requests import Answer
+from runtime.video import Clip, load_clip
+from runtime.vision.chunked import ChunkedVision
+
+STAGES = ("decode", "preprocess", "vision", "prefill", "first_token")
+
+
+class Service:
+    """A loaded pipeline, a video and a question about it."""
+
+    def __init__(self, pipeline: Pipeline, video: Path, question: str, new_tokens: int) -> None:
+        self.pipeline, self.video, self.question = pipeline, video, question
+        self.how: dict[str, Any] = {"max_new_tokens": new_tokens}
+        size = pipeline.manifest.model.preprocessing.size
+        self.clip: Clip = load_clip(video, pipeline.manifest.frames, size)
+
+    def fresh(self) -> Answer:
+        return self.pipeline.ask(self.video, self.question, **self.how)
+
+    def ready(self) -> Answer:
+        return self.pipeline.ask(self.clip, self.question, **self.how)
+
+    def watched(self, repeats: int) -> tuple[float, list[Answer], int]:
+        """Seconds until the video was read, the answers after that, and the bytes that are kept of it."""
+        started = time.perf_counter()
+        with self.pipeline.watch(self.clip) as watched:
+            seconds = time.perf_counter() - started
+            answers = [watched.ask(self.question, **self.how) for _ in range(repeats)]
+            return seconds, answers, self.pipeline.watched.counters.bytes
+
+    def live(self, vision: ChunkedVision, repeats: int) -> dict[str, Any]:
+        """Frames as they come: medians of what is left after the last one, and of the first token after it."""
+        frames = self.clip.frames
+        pace = 1.25 * self._head_seconds(vision) / vision.chunk
+        left, first, share = [], [], []
+        for turn in range(repeats + 1):
+            with self.pipeline.open_stream(total=len(frames)) as video:
+                for frame in frames[:-1]:
+                    video.push(frame)
+                    time.sleep(pace)
+                last = time.perf_counter()
+                video.push(frames[-1])
+                timings = video.finish()
+                answer = video.ask(self.question, **self.how)
+                if turn:  # the first one allocates
+                    left.append(timings.after_last_frame)
+                    share.append(timings.share)
+                    first.append(time.perf_counter() - last - answer.timings.total + answer.timings.first_token)
+        return {
+            "seconds_between_frames": pace,
+            "after_last_frame": median(left),
+            "first_token_after_last_frame": median(first),
+            "share_before": median(share),
+            "chunk": vision.chunk,
+        }
+
+    def _head_seconds(self, vision: ChunkedVision) -> float:
+        """Of a chunk."""
+        seconds = []
+        with vision.begin() as clip:
+            for some in self.clip.frames.split(vision.chunk):
+                started = time.perf_counter()
+                clip.push(some)
+                if clip.device.type == "cuda":
+                    torch.cuda.synchronize(clip.device)
+                seconds.append(time.perf_counter() - started)
+        return median(seconds)
+
+    def callers(self, count: int, requests: int) -> dict[str, Any]:
+        """`requests` requests of `count` callers, each of which asks again as soon as it was answered."""
+        lock, tickets, answers = threading.Lock(), iter(range(requests)), []
+
+        def ask() -> None:
+            while True:
+                with lock:
+                    if next(tickets, None) is None:
+                        return
+                answers.append(self.fresh())
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(count) as pool:
+            for job in [pool.submit(ask) for _ in range(count)]:
+                job.result()
+        seconds = time.perf_counter() - started
+        return {
+            "callers": count,
+            "requests": requests,
+            "requests_per_second": requests / seconds,
+            "first_token": percentiles([answer.timings.first_token for answer in answers]),
+            "waiting": percentiles([answer.timings.waiting for answer in answers]),
+        }
+
+
+def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:
+    """Load an engine, measure it as `options` (checked) say and show the result; the record of the JSON line.
+
+    Raises:
+        UserError: no engine, or one that cannot be used, or an unusable video or question.
+    """
+    folder = options.engine[0] if options.engine else newest_engine(ENGINES)
+    waiting = max(options.concurrency, default=1)
+    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES.get(options.dtype), "waiting": waiting}
+    with Pipeline.load(folder, options.model, **how) as pipeline:
+        manifest = pipeline.manifest
+        screen.line(f"{manifest.name} ({pipeline.vision.name}), {manifest.frames} frames, {manifest.tokens} tokens ...")
+        service = Service(pipeline, video, options.question, options.max_new_tokens)
+        requests = {"fresh": _in_turn(service.fresh, options), "ready": _in_turn(service.ready, options)}
+        reading, requests["watched"], kept = service.watched(options.repeats)
+        vision = pipeline.vision
+        record = {
+            "service": {name: _stages(answers) for name, answers in requests.items()},
+            "watch_seconds": reading,
+            "watched_bytes": kept,
+            "live": service.live(vision, options.repeats) if isinstance(vision, ChunkedVision) else None,
+            "callers": [service.callers(count, max(count, options.requests)) for count in options.concurrency],
+            "new_tokens": options.max_new_tokens,
+            "repeats": options.repeats,
+            "engine": manifest.name,
+            "backend": vision.name,
+            "device": options.device,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+        }
+    show(screen, record)
+    return record
+
+
+def _in_turn(call: Callable[[], Answer], options: argparse.Namespace) -> list[Answer]:
+    answers = [call() for _ in range(options.warmup + options.repeats)]
+    return answers[options.warmup :]
+
+
+def _stages(answers: list[Answer]) -> dict[str, float]:
+    """Medians, seconds."""
+    return {name: median([getattr(answer.timings, name) for answer in answers]) for name in STAGES}
+
+
+def show(screen: cli.Screen, record: dict[str, Any]) -> None:
+    """The tables for people."""
+    rows = [(name, *(f"{1000 * stages[stage]:.1f}" for stage in STAGES)) for name, stages in record["service"].items()]
+    words = [stage.replace("_", " ") for stage in STAGES]
+    screen.table(("request", *words), rows, f"ms (medians of {record['repeats']} requests, one at a time)")
+    screen.line(f"to watch a video: {1000 * record['watch_seconds']:.1f} ms, {record['watched_bytes']:,} bytes kept")
+    if (live := record["live"]) is not None:
+        screen.line(
+            f"live, a frame every {1000 * live['seconds_between_frames']:.1f} ms: visual tokens "
+            f"{1000 * live['after_last_frame']:.1f} ms and the first token "
+            f"{1000 * live['first_token_after_last_frame']:.1f} ms after the last frame, {live['share_before']:.0%} of "
+            f"the first layers' work done before it"
+        )
+    if record["callers"]:
+        found = [
+            (
+                one["callers"],
+                f"{one['requests_per_second']:.2f}",
+                *(f"{1000 * one['first_token'][p]:.1f}" for p in ("p50", "p90", "p99")),
+                f"{1000 * one['waiting']['p50']:.1f}",
+            )
+            for one in record["callers"]
+        ]
+        columns = ("callers", "requests/s", "first token p50", "p90", "p99", "of it in line p50")
+        screen.table(columns, found, "callers in the pipeline's line, each with a video file; ms")

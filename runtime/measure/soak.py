@@ -1,0 +1,177 @@
+"""Many requests on one pipeline: does its memory stay where it is? `python -m runtime.bench --soak N`.
+
+Several clients, each with a request under way at any time, ask the same question about a clip that was decoded once;
+every other request is read token by token. Memory is what the process has resident (and what PyTorch has allocated on a
+GPU), sampled between requests after a warm-up, in which caches fill and the allocators find their size. Nothing is
+given back by hand in between, so what a request leaves behind is in the figures, fragmentation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import os
+import platform
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime import cli
+from runtime.ask import ENGINES, newest_engine
+from runtime.engine.dtypes import DTYPES
+from runtime.measure.memory import resident
+from runtime.pipeline import Pipeline
+from runtime.video import Clip, load_clip
+
+SAMPLES = 200  # during the run, at most
+MOST_WARMUP = 500
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Bytes after so many requests; None where there is no such figure."""
+
+    requests: int
+    rss: int | None
+    cuda: int | None
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What `requests` requests of `clients` clients took, after a warm-up, and memory from its end on."""
+
+    requests: int
+    clients: int
+    warmup: int
+    seconds: float
+    samples: tuple[Sample, ...]
+
+    def memory(self, kind: str) -> dict[str, float] | None:
+        """First, last and peak bytes of "rss" or "cuda", and how many they grew by in a thousand requests."""
+        values = [getattr(sample, kind) for sample in self.samples]
+        if None in values:
+            return None
+        growth = (values[-1] - values[0]) / self.requests * 1000
+        return {"first": values[0], "last": values[-1], "peak": max(values), "growth_per_thousand": growth}
+
+
+def soak(pipeline: Pipeline, clip: Clip, question: str, *, requests: int, clients: int, new_tokens: int) -> Soak:
+    """Ask `requests` times, after a tenth as many that do not count.
+
+    Args:
+        pipeline: one in whose line `clients` requests may wait.
+
+    Raises:
+        the first error that a client gets.
+    """
+    warmup = min(MOST_WARMUP, max(1, requests // 10))
+    _ask(pipeline, clip, question, warmup, clients, new_tokens, every=warmup)
+    gc.collect()
+    samples = [_sample(0, pipeline)]
+    started = time.perf_counter()
+    samples += _ask(pipeline, clip, question, requests, clients, new_tokens, every=max(1, requests // SAMPLES))
+    seconds = time.perf_counter() - started
+    gc.collect()
+    return Soak(requests, clients, warmup, seconds, (*samples, _sample(requests, pipeline)))
+
+
+def _ask(
+    pipeline: Pipeline, clip: Clip, question: str, requests: int, clients: int, new_tokens: int, every: int
+) -> list[Sample]:
+    tickets, lock, stop = itertools.count(1), threading.Lock(), threading.Event()
+    samples: list[Sample] = []
+    errors: list[BaseException] = []
+
+    def client() -> None:
+        try:
+            while not stop.is_set() and (ticket := next(tickets)) <= requests:
+                if ticket % 2:
+                    pipeline.ask(clip, question, max_new_tokens=new_tokens)
+                else:
+                    for _ in pipeline.stream(clip, question, max_new_tokens=new_tokens):
+                        pass
+                if ticket % every == 0:
+                    with lock:
+                        samples.append(_sample(ticket, pipeline))
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+    if errors:
+        raise errors[0]
+    return samples
+
+
+def _sample(requests: int, pipeline: Pipeline) -> Sample:
+    decoder = pipeline.decoder
+    on_gpu = decoder is not None and decoder.device.type == "cuda"
+    return Sample(requests, resident(), torch.cuda.memory_allocated() if on_gpu else None)
+
+
+def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:
+    """Load an engine, soak it as `options` (checked) say and show the result; the record of the JSON line.
+
+    Raises:
+        UserError: no engine, or one that cannot be used, or an unusable video or question.
+    """
+    folder = options.engine[0] if options.engine else newest_engine(ENGINES)
+    how: dict[str, Any] = {
+        "device": options.device,
+        "dtype": DTYPES.get(options.dtype),
+        "waiting": options.soak_clients,
+    }
+    with Pipeline.load(folder, options.model, **how) as pipeline:
+        manifest = pipeline.manifest
+        clip = load_clip(video, manifest.frames, manifest.model.preprocessing.size)
+        screen.line(f"{manifest.name} ({pipeline.vision.name}), {options.soak} requests of {options.soak_clients} ...")
+        found = soak(
+            pipeline,
+            clip,
+            options.question,
+            requests=options.soak,
+            clients=options.soak_clients,
+            new_tokens=options.max_new_tokens,
+        )
+        record = {
+            "soak": found.requests,
+            "clients": found.clients,
+            "warmup": found.warmup,
+            "new_tokens": options.max_new_tokens,
+            "seconds": found.seconds,
+            "requests_per_second": found.requests / found.seconds,
+            "rss": found.memory("rss"),
+            "cuda": found.memory("cuda"),
+            "samples": [dataclasses.asdict(sample) for sample in found.samples],
+            "engine": manifest.name,
+            "backend": pipeline.vision.name,
+            "device": options.device,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+        }
+    screen.line(_line(record))
+    return record
+
+
+def _line(record: dict[str, Any]) -> str:
+    parts = [f"{record['requests_per_second']:.1f} requests/s"]
+    for name, kind in (("resident", "rss"), ("on the GPU", "cuda")):
+        if (found := record[kind]) is not None:
+            first, last, peak = (found[key] / 2**20 for key in ("first", "last", "peak"))
+            parts.append(f"{name} {first:.1f} MiB at first, {last:.1f} at last, {peak:.1f} at most")
+            if record["soak"] >= 1000:  # of fewer it would be a guess
+                parts[-1] += f", {found['growth_per_thousand'] / 2**10:+.1f} KiB in a thousand requests"
+    return "; ".join(parts)

@@ -1,0 +1,266 @@
+"""What is compared: each variant answers the same question about the same video with the same weights.
+
+    full       transformers as it is (sdpa): all tokens; its own forward pass and its growing cache
+    naive      EarlyTom as it was first released (`runtime.measure.naive`), adaptive schedule; decoder as above
+    adaptive   this project in PyTorch, the same decisions as the naive one; `runtime.decoder.eager`
+    budget     this project in PyTorch, static shapes; `runtime.decoder.eager`
+    engine     an engine folder, once for each backend that can run it here; `runtime.decoder.eager`
+
+A variant is two parts, one that makes visual tokens and one that turns embeddings into ids. All share one model, so a
+second copy of its weights is only in the engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from earlytom import flops
+from earlytom.budget import token_count
+from earlytom.config import EarlyTomConfig
+from earlytom.families import family_of, geometry
+from earlytom.model import encode_video
+from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
+from runtime.decoder.eager import Decoder
+from runtime.engine.manifest import Manifest
+from runtime.errors import EngineError
+from runtime.measure.arguments import method
+from runtime.measure.naive import encode_naive
+from runtime.text.prompt import Prompt, build_prompt, check_length
+from runtime.vision import VisionBackend, choose_backend, encode_one, open_backend
+
+OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Visual tokens [N, E], whether `image_newline` is the last of them, and the frames before the first merge and
+    after each one."""
+
+    tokens: Tensor
+    newline: bool
+    frames_per_stage: tuple[int, ...]
+
+
+class Decoding(Protocol):
+    """Embeddings to ids: `embed` as in `runtime.text.prompt.splice`, `stream` gives exactly `count` ids."""
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+    def stream(self, embeds: Tensor, count: int) -> Generator[int, None, Any]: ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that is measured.
+
+    Attributes:
+        name, about: short and in words.
+        config: the method's settings; `OFF` for the full tokens.
+        frames: F it takes.
+        copy: frames uint8 [F, 3, H, W] in host memory to what `see` takes, on the device.
+        see: that to the visual tokens.
+        decoding: the decoder.
+        folder: of an engine, else None.
+    """
+
+    name: str
+    about: str
+    config: EarlyTomConfig
+    frames: int
+    copy: Callable[[Tensor], Tensor]
+    see: Callable[[Tensor], Seen]
+    decoding: Decoding
+    folder: str | None = None
+
+
+class TransformersDecoding:
+    """The model's own forward pass with the cache that `generate` makes by default."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        return self._model.get_input_embeddings()(ids)
+
+    def stream(self, embeds: Tensor, count: int) -> Generator[int, None, None]:
+        given: dict[str, Any] = {"inputs_embeds": embeds}
+        cache = None
+        for _ in range(count):
+            with torch.no_grad():  # not held across a yield
+                out = self._model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                chosen = out.logits[0, -1].argmax()
+            cache, given = out.past_key_values, {"input_ids": chosen.view(1, 1)}
+            yield int(chosen)
+
+
+class RuntimeDecoding:
+    """`runtime.decoder.eager`, which does not stop."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.embed = decoder.embed
+
+    def stream(self, embeds: Tensor, count: int) -> Generator[int, None, Any]:
+        return self._decoder.stream(embeds, max_new_tokens=count)
+
+
+class Bench:
+    """A loaded model, one question, and the variants that can be made of them.
+
+    Args:
+        checkpoint: from `runtime.checkpoint.describe`.
+        question: asked of every video.
+        device, dtype: of the model.
+
+    Raises:
+        UserError: the checkpoint or the question cannot be used.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.tokenizer = load_tokenizer(checkpoint)
+        self.prompt: Prompt = build_prompt(self.tokenizer, question)
+        self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
+        self.inner: Any = self.model.model
+        self.depth = geometry(checkpoint.config).depth
+        self.newline: Tensor = self.inner.image_newline.detach()
+        self.plain = TransformersDecoding(self.model)
+        self.ours = RuntimeDecoding(Decoder.from_model(self.model))
+        pixels = checkpoint.preprocessing
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def check(self, frames: int, new_tokens: int) -> None:
+        """Raise UserError unless all tokens of `frames` frames, the question and the answer fit in the context."""
+        full = full_tokens(self.checkpoint, frames)
+        text: Any = self.checkpoint.config.text_config
+        context = text.max_position_embeddings
+        check_length(self.prompt, visual_tokens=full + 1, new_tokens=new_tokens, context=context)
+
+    def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
+        """One of `arguments.VARIANTS` for videos of `frames` frames; `config` gives ratio, tau and merge layers."""
+        if name == "full":
+            return Variant(name, "transformers, sdpa, all tokens", OFF, frames, self._pixels, self._full, self.plain)
+        if name == "naive":
+            config = config.replace(schedule="adaptive")
+            about = "EarlyTom as first released: attention formed in every layer, loops over frames"
+            return Variant(name, about, config, frames, self._pixels, self._naive(config), self.plain)
+        config = config.replace(schedule=name)
+        about = f"this project in PyTorch, {name} schedule"
+        return Variant(name, about, config, frames, self._pixels, self._compressed(config), self.ours)
+
+    def engines(self, folder: Path, manifest: Manifest) -> tuple[list[Variant], list[str]]:
+        """The variants of an engine folder, one for each backend that runs here, and why others are left out.
+
+        `manifest`: from `read_engine`. Raises EngineError if none of its backends runs here.
+        """
+        found, missing = [], []
+        compiled = () if manifest.backend == "onnx" else (manifest.backend,)
+        for backend in ("onnxruntime", *compiled):
+            try:
+                choose_backend(backend, manifest)
+                found.append(self._engine(manifest, backend, open_backend(backend, folder, manifest)))
+            except EngineError as error:
+                missing.append(f"{backend}: {error}")
+        if not found:
+            raise EngineError(f"engine {manifest.name} does not run here: {'; '.join(missing)}")
+        return found, missing
+
+    def _engine(self, manifest: Manifest, backend: str, vision: VisionBackend) -> Variant:
+        config = EarlyTomConfig.from_dict(manifest.earlytom)
+        # One engine takes frames that are on the device already; chains and ONNX Runtime copy for themselves.
+        on_device = backend.startswith("tensorrt") and not manifest.adaptive
+
+        def see(frames: Tensor) -> Seen:
+            tokens = encode_one(vision, frames)[0].to(self.device)
+            stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
+            return Seen(tokens, False, tuple(stages))
+
+        about = f"{manifest.name} in {backend}"
+        name = f"{backend} {manifest.dtype} r{config.retention_ratio:g}"
+        copy = self._to_device if on_device else torch.Tensor.contiguous
+        return Variant(name, about, config, manifest.frames, copy, see, self.ours, manifest.name)
+
+    def _to_device(self, frames: Tensor) -> Tensor:
+        return frames.to(self.device)
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        """uint8 frames to normalised pixels on the device."""
+        return (self._to_device(frames).float() * self._scale + self._shift).to(self.dtype)
+
+    @torch.no_grad()
+    def _full(self, pixels: Tensor) -> Seen:
+        config = self.model.config
+        out = self.inner.get_video_features(
+            pixels[None],
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+        return Seen(out.pooler_output.flatten(0, -2), True, (len(pixels),))
+
+    def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], Seen]:
+        def see(pixels: Tensor) -> Seen:
+            tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
+            out = encode_naive(tower, projector, pixels, config, depth=self.depth)
+            return Seen(out.tokens, False, out.frames_per_stage)
+
+        return see
+
+    def _compressed(self, config: EarlyTomConfig) -> Callable[[Tensor], Seen]:
+        def see(pixels: Tensor) -> Seen:
+            tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
+            out = encode_video(tower, projector, pixels, config, depth=self.depth)
+            return Seen(out.tokens, False, out.frames_per_stage)
+
+        return see
+
+    def arithmetic(self, seen_frames: tuple[int, ...], tokens: int, config: EarlyTomConfig) -> tuple[int, int]:
+        """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
+        whole: Any = self.checkpoint.config
+        vision = family_of(whole).vision_flops(whole, seen_frames, config.merge_layers)
+        return vision, flops.prefill(whole.text_config, self.prompt.length(tokens + 1))
+
+
+def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
+    """The manifest of an engine folder, of several frame counts that of `frames`.
+
+    Raises:
+        EngineError: no such folder, a broken one, an engine of another model or for another number of frames.
+    """
+    manifest = Manifest.read(folder)
+    if manifest.model.digest != checkpoint.digest():
+        raise EngineError(
+            f"engine {manifest.name} was built from {manifest.model.source}, with other weights than "
+            f"{checkpoint.source}: give that with --model, or leave --engine out"
+        )
+    if frames not in manifest.counts:
+        counts = " or ".join(map(str, manifest.counts))
+        raise EngineError(
+            f"engine {manifest.name} takes {counts} frames and {frames} are measured: use --frames {counts}, or build "
+            f"one with python -m builder.build --frames {frames}"
+        )
+    return manifest.at(frames)
+
+
+def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
+    """F * P, the visual tokens of the uncompressed model."""
+    return token_count(frames, geometry(checkpoint.config).tokens_per_frame, 1.0, merges=0)
+
+
+def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
+    """The method's settings for a checkpoint; its own merge layers by default.
+
+    Raises:
+        UserError: a value out of range, or a layer that the tower does not have.
+    """
+    depth = geometry(checkpoint.config).depth
+    config = method(ratio, EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers, tau)
+    config.check_layers(depth)
+    return config

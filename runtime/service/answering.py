@@ -1,0 +1,356 @@
+"""From a video and a question to an answer: what a `Pipeline` does when it is a request's turn.
+
+    core = Answering(manifest, vision, decoder, newline, tokenizer, stops)
+    question = core.question("What happens?", max_new_tokens=64)
+    for delta in core.answer(Ready(core.prepare("clip.mp4"), question)): ...
+
+The stages: decode and resize the frames (`prepare`), run the vision engine, splice its tokens into the prompt, prefill,
+decode token by token (`answer`). Nothing here knows of threads or lines. The buffers of the engine and the decoder are
+used again by every answer, so one has to end before the next begins; `question` and `prepare` may run at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from earlytom.errors import UserError
+from earlytom.numbers import shown, whole
+from runtime.choices import MAX_NEW_TOKENS
+from runtime.decoder.eager import Decoder, Finish
+from runtime.decoder.sampling import GREEDY, Sampling
+from runtime.engine.manifest import Manifest
+from runtime.errors import Closed
+from runtime.gpu.staging import Upload
+from runtime.service.prefixes import PrefixCache
+from runtime.service.requests import (
+    Answer,
+    Arrived,
+    Delta,
+    Question,
+    Ready,
+    Remembered,
+    Seen,
+    Taken,
+    Timings,
+    Video,
+    Work,
+)
+from runtime.service.scheduler import Turn
+from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
+from runtime.text.stream import TextStream
+from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
+from runtime.video.limits import DEFAULT_LIMITS
+from runtime.vision import BatchedVision, VisionBackend, encode_one
+
+WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
+
+
+class Answering:
+    """One engine and one decoder.
+
+    Args:
+        watch_bytes: what videos that were read, to be asked more than once, may take together.
+        limits: the largest video that is read.
+
+    Attributes:
+        batch: videos that the engine encodes at once.
+        decoder: None once closed.
+        watched: videos that were read.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        vision: VisionBackend,
+        decoder: Decoder,
+        newline: Tensor,
+        tokenizer: Any,
+        stops: Any,
+        *,
+        watch_bytes: int = WATCH_BYTES,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.manifest = manifest
+        self.limits = limits
+        self.vision = vision
+        self.batch = vision.batch
+        self.decoder: Decoder | None = decoder
+        self.newline = newline
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self._bytes_per_token = bytes_per_token(tokenizer)
+        self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
+        # Where the engine takes frames from its GPU, they are on their way there while it computes.
+        self._upload = Upload(vision.device)
+
+    def question(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = GREEDY,
+        system: str | None = None,
+        frames: int | None = None,
+    ) -> Question:
+        """Check what can be checked of a question before its video is there.
+
+        Raises:
+            UserError: an unusable prompt, one that is too long for the decoder, a frame count the engine does not have,
+                a number of new tokens that is none, another thing than a `Sampling` (None: greedy).
+            Closed: after `close`.
+        """
+        context = self._open_decoder().limit
+        least = self.manifest.at(self.manifest.counts[0] if frames is None else whole("frames", frames, 1))
+        new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
+        if not isinstance(sampling, Sampling | None):
+            raise UserError(f"sampling must be a Sampling, got {shown(sampling)}: give Sampling(temperature=...)")
+        # A longer text has more tokens than there are positions.
+        most = None if self._bytes_per_token is None else context * self._bytes_per_token
+        words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
+        check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
+        return Question(words, new_tokens, sampling or GREEDY)
+
+    def take(self, video: Video | Seen | Arrived) -> Taken:
+        """What a caller gives as a video, checked and brought to one form; its content is copied, nothing is decoded.
+
+        Raises:
+            UserError: it cannot be a video, or is larger than the limits allow.
+        """
+        if isinstance(video, Seen | Arrived):
+            return video
+        if isinstance(video, Clip):
+            channels_first(video.frames)
+        return take_video(video, self.limits)
+
+    def prepare(
+        self,
+        video: str | Path | Spooled | Tensor | NDArray[Any] | Clip,
+        frames: int | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Clip:
+        """Decode and resize a video: a file, decoded frames, or a clip, which is ready. Resized where the engine runs.
+
+        Args:
+            frames: one of the engine's frame counts; by default the one that suits the video.
+            check: called again and again while a file is read; what it raises ends that.
+
+        Raises:
+            UserError: a video that cannot be used.
+        """
+        if isinstance(video, Clip):  # decoded before this request
+            return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
+        size = self.manifest.model.preprocessing.size
+        counts = self.manifest.counts if frames is None else (frames,)
+        if isinstance(video, str | Path | Spooled):
+            return load_clip(video, counts, size, device=self.vision.device, limits=self.limits, check=check)
+        return clip_from_frames(video, counts, size, device=self.vision.device)
+
+    def prepare_work(self, work: Work, check: Callable[[], None] | None = None) -> Ready:
+        """The first stage of a request, for a scheduler."""
+        remembered = work.video if isinstance(work.video, Remembered) else None
+        if remembered is not None and (seen := self.watched.get(remembered)) is not None:
+            return Ready(seen, work.question, read_only=work.read_only)
+        video, frames = (work.video, work.frames) if remembered is None else (remembered.video, remembered.frames)
+        assert not isinstance(video, Remembered)
+        if isinstance(video, (Seen, Arrived)):
+            return Ready(video, work.question, None, remembered, work.read_only)
+        with self._upload.working():
+            if work.given is not None:
+                work.given.take()
+            clip = self.prepare(video, frames, check)
+            return Ready(clip, work.question, self._upload(clip.frames), remembered, work.read_only)
+
+    def answer_turns(self, turns: Sequence[Turn[Ready]]) -> list[Generator[Delta, None, None]]:
+        """The second stage of some requests, for a scheduler: their answers, to be run one after another.
+
+        An engine that takes several videos at once encodes them here, together.
+        """
+        if self.decoder is not None and self.decoder.device.type == "cuda":
+            torch.cuda.set_device(self.decoder.device)  # each thread has its own current one
+        clips = [turn.ready for turn in turns if isinstance(turn.ready.shown, Clip)]
+        encoded = iter(self._encode_together(clips) if len(clips) > 1 else [])
+        return [
+            self.answer(
+                turn.ready,
+                submitted=turn.submitted,
+                waited=turn.waited,
+                encoded=next(encoded, None) if isinstance(turn.ready.shown, Clip) else None,
+            )
+            for turn in turns
+        ]
+
+    def answer(
+        self,
+        ready: Ready,
+        *,
+        submitted: float | None = None,
+        waited: float = 0.0,
+        encoded: Encoded | None = None,
+    ) -> Generator[Delta, None, None]:
+        """Answer a question token by token.
+
+        Args:
+            ready: the question and its video.
+            submitted, waited: when the request came (`time.perf_counter`; default now) and how long it was in line.
+            encoded: the clip's visual tokens [N, D], and what measured that, where they are there already.
+
+        Yields:
+            a `Delta` per token, then one with `finish` and `answer`; nothing if the video is only to be read. Closing
+            the generator ends the answer.
+
+        Raises:
+            UserError: while iterating: a video and a question that do not go together with each other or the engine.
+            Closed: while iterating: after `close`.
+        """
+        resumed = time.perf_counter()
+        shown = ready.shown
+        costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
+        vision = Stopwatch(None)
+        if ready.remembered is not None and ready.remembered in self.watched:  # the request before this one has read it
+            shown = self.watched.get(ready.remembered) or shown
+        if not isinstance(shown, Seen):
+            found, vision = self._tokens(ready) if encoded is None else encoded
+            shown = self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
+            del found
+        if ready.read_only:
+            return
+        visual_tokens, source = self._start(shown, ready.question)
+        del shown, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
+        text = TextStream(self.tokenizer)
+        ids: list[int] = []
+        parts: list[str] = []
+        steps: list[tuple[float, float]] = []  # begin and end of each; between two of them the caller has its time
+        finish: Finish = "length"
+        with closing(source):  # and not left to the garbage: a traceback would keep it, and so the decoder busy
+            while True:
+                begun = time.perf_counter()
+                try:
+                    token = next(source)
+                except StopIteration as end:
+                    finish = end.value
+                    break
+                finally:
+                    steps.append((begun, time.perf_counter()))
+                ids.append(token)
+                parts.append(text.push(token))
+                yield Delta(parts[-1], token)
+        parts.append(text.finish())
+        first, further = steps[0][1], steps[1 : len(ids)]
+        submitted = resumed if submitted is None else submitted
+        seen = vision.started + vision.seconds()  # before `resumed` where others of its group were answered since then
+        timings = Timings(
+            waiting=waited + max(0.0, resumed - seen),
+            decode=costs[0],
+            preprocess=costs[1],
+            vision=vision.seconds(),
+            prefill=first - max(resumed, seen),
+            first_token=first - submitted,
+            per_token=sum(end - begun for begun, end in further) / len(further) if further else 0.0,
+            total=time.perf_counter() - submitted,
+        )
+        yield Delta(parts[-1], None, finish, Answer("".join(parts), tuple(ids), finish, timings, visual_tokens))
+
+    def close(self) -> None:
+        """Free the engine and the decoder. A second call does nothing."""
+        self.vision.close()
+        self.decoder = None
+        self.watched.clear()
+
+    def _start(self, shown: Seen | Arrived, question: Question) -> tuple[int, Generator[int, None, Finish]]:
+        """The number of visual tokens, and the answer's ids, not begun yet."""
+        decoder, words = self._open_decoder(), question.words
+        how: dict[str, Any] = {
+            "max_new_tokens": question.max_new_tokens,
+            "stop_ids": self.stops,
+            "sampling": question.sampling,
+        }
+        if isinstance(shown, Arrived):
+            count = len(shown.tokens)
+            embeds = splice(words, shown.tokens.to(decoder.device), self.newline, decoder.embed)
+            return count, decoder.stream(embeds, visual=words.visual_span(count + 1), **how)
+        if shown.before != words.prefix_ids:
+            raise UserError(
+                "this video was read after another text than the question asks for: give the same system message"
+            )
+        suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
+        return shown.visual_tokens, decoder.stream(suffix, prefix=shown.prefix, **how)
+
+    def _read(self, tokens: Tensor, words: Prompt, remembered: Remembered) -> Seen:
+        """Read a video's tokens [N, D] and what is before them, and keep that."""
+        decoder, count = self._open_decoder(), len(tokens)
+        before = dataclasses.replace(words, suffix_ids=())
+        embeds = splice(before, tokens.to(decoder.device), self.newline, decoder.embed)
+        seen = Seen(decoder.prefill(embeds, visual=words.visual_span(count + 1)), words.prefix_ids, count)
+        held = self.watched.keys()
+        for one in held:
+            if one.closed:  # let go without a word
+                self.watched.drop(one)
+        if not remembered.closed:
+            self.watched.put(remembered, seen)
+        return seen
+
+    def _tokens(self, ready: Ready) -> Encoded:
+        """A video's visual tokens [N, D], and what measured that."""
+        if isinstance(ready.shown, Arrived):
+            return ready.shown.tokens, Stopwatch(None)
+        vision = Stopwatch(self._open_decoder().device)
+        tokens, _ = encode_one(self.vision, _frames(ready))
+        vision.stop()
+        return tokens, vision
+
+    def _encode_together(self, clips: Sequence[Ready]) -> list[Encoded]:
+        """Several clips in one call; none if it fails, as one bad clip fails it for all: each is tried by itself then,
+        and has its own error."""
+        vision = Stopwatch(self._open_decoder().device)
+        try:
+            found = cast(BatchedVision, self.vision).encode_several([_frames(ready) for ready in clips])
+        except Exception:
+            return []
+        vision.stop()
+        return [(tokens, vision) for tokens, _ in found]
+
+    def _open_decoder(self) -> Decoder:
+        if self.decoder is None:
+            raise Closed("this pipeline is closed: load another one")
+        return self.decoder
+
+
+def _frames(ready: Ready) -> Tensor:
+    """The frames of its clip, where the engine wants them."""
+    assert isinstance(ready.shown, Clip)
+    return ready.shown.frames if ready.arriving is None else ready.arriving.take()
+
+
+class Stopwatch:
+    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing. Without a
+    device, and without `stop`, they are none."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.events: list[Any] = []
+        self.started = self.stopped = time.perf_counter()
+        if device is not None and device.type == "cuda":
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+
+    def stop(self) -> None:
+        self.stopped = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Valid once the host has waited for the device, as it does for every token."""
+        if self.events:
+            return self.events[0].elapsed_time(self.events[1]) / 1000
+        return self.stopped - self.started
+
+
+Encoded = tuple[Tensor, Stopwatch]  # visual tokens [N, D], and what measured the engine

@@ -1,0 +1,163 @@
+"""What goes into a `Pipeline` and what comes out: videos, questions, answers and their timings, and what a request is
+between the two. Nothing here does anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.decoder.eager import Finish
+from runtime.decoder.prefix import Prefix
+from runtime.decoder.sampling import Sampling
+from runtime.gpu.staging import Arriving
+from runtime.text.prompt import Prompt
+from runtime.video import Clip, Spooled
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one request. On a GPU the stages overlap the host; `vision` is then measured by events on the device.
+
+    Attributes:
+        waiting: in line, behind other requests.
+        decode: opening and decoding the video; preprocess: resizing its frames. Both are 0 for a `Clip`: it is ready.
+        vision: the vision engine (of all videos, where it takes several at once), and waiting for the frames' copy to
+            the device, which was begun when they were ready.
+        prefill: splice, prefill and the first token.
+        first_token: from the request to the first token (TTFT): the stages above and what is between them.
+        per_token: mean time of each further token (TPOT); 0 when there is none.
+        total: from the request to the end of the answer.
+    """
+
+    waiting: float
+    decode: float
+    preprocess: float
+    vision: float
+    prefill: float
+    first_token: float
+    per_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one more token brought.
+
+    `text` may be empty while a character is unfinished. The last delta has `finish` and `answer`, and no token.
+    """
+
+    text: str
+    token: int | None = None
+    finish: Finish | None = None
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    timings: Timings
+    visual_tokens: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that was found good, and how to answer it."""
+
+    words: Prompt
+    max_new_tokens: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A video that the decoder has read before: its prefix, which ends with the video, and what it was made of."""
+
+    prefix: Prefix
+    before: tuple[int, ...]  # ids of the text before the video
+    visual_tokens: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.prefix.bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Arrived:
+    """A video that was encoded while it came: its visual tokens [N, D], which nobody writes over."""
+
+    tokens: Tensor
+
+
+# What callers may give, and what becomes of it when it is taken (`runtime.video.take_video`).
+Video = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Tensor | NDArray[Any] | Sequence[Any] | Clip
+)
+Taken = Path | Spooled | Tensor | NDArray[Any] | Clip | Seen | Arrived
+
+
+@dataclass(eq=False)
+class Remembered:
+    """A video that is asked more than once, as a key of the cache of what was read: how to read it again.
+
+    Attributes:
+        video, frames: as in `Work`.
+        system: the message before its questions.
+        closed: it is not to be kept any more.
+    """
+
+    video: Taken
+    system: str | None
+    frames: int | None
+    closed: bool = False
+
+    def __repr__(self) -> str:
+        return f"video {str(self.video)!r}" if isinstance(self.video, Path) else "a watched video"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request.
+
+    Attributes:
+        video: what it is about.
+        question: what is asked.
+        frames: the frames to sample; None: as many as suit the video.
+        read_only: read a remembered video, and answer nothing.
+        given: frames of the video that somebody gave on a GPU, and when they are there.
+    """
+
+    video: Taken | Remembered
+    question: Question
+    frames: int | None = None
+    read_only: bool = False
+    given: Arriving | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request whose video is there.
+
+    Attributes:
+        shown: the video.
+        question: what is asked.
+        arriving: the frames of `shown`, on their way to the device, if that is another one.
+        remembered: what `shown` is to be read and kept for.
+        read_only: as in `Work`.
+    """
+
+    shown: Clip | Seen | Arrived
+    question: Question
+    arriving: Arriving | None = None
+    remembered: Remembered | None = None
+    read_only: bool = False

@@ -1,0 +1,445 @@
+"""A bounded line of jobs and two workers: one prepares a job while the other serves the one before it.
+
+    scheduler = Scheduler(prepare, serve, waiting=8)
+    job = scheduler.submit(given, deadline=2.0)
+    for item in job: ...
+
+`prepare(given, check)` makes what a job needs, and calls `check()` as often as it likes, which raises once nobody waits
+for the job any more; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of items (not None) for
+each, which are run one after another, each to its end. Jobs are served in the order in which they came. Items are kept
+for their reader, so a reader that is slow, or never comes, holds up nobody.
+
+A job ends in one of five ways, and its reader gets what came before: served to the end, an error of `prepare` or
+`serve` (that very exception), `Cancelled`, `DeadlineExceeded`, `Closed`. A worker looks at a job before it prepares it,
+at each check, before it serves it and between items, and never in the midst of a call. If a worker itself fails,
+outside those calls, every job ends with `Closed`, and so does every `submit` from then on.
+
+Knows nothing of what it runs: no tensors, no models. One lock guards everything; it is held for a few instructions at a
+time and never while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`) takes
+no lock: it may interrupt a thread that holds it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from earlytom.numbers import real, shown, whole
+from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
+from runtime.service.forks import Home
+from runtime.service.job import Item, Job
+
+EXIT_SECONDS = 10.0  # that the interpreter, at its exit, waits for a worker to come to the end of a call
+
+Given = TypeVar("Given")
+Ready = TypeVar("Ready")
+
+
+@dataclass(frozen=True)
+class Turn(Generic[Ready]):
+    """A prepared job whose turn has come.
+
+    Attributes:
+        ready: what `prepare` returned.
+        submitted: by the scheduler's clock.
+        waited: seconds since then in which it was not being prepared.
+    """
+
+    ready: Ready
+    submitted: float
+    waited: float
+
+
+class UnwantedError(Exception):
+    """Raised by a check: the job has ended, or is about to. Its reader is told why, and never sees this."""
+
+
+class Scheduler(Generic[Given, Ready, Item]):
+    """The line and its workers, which are daemons and start at once.
+
+    Args:
+        prepare: runs in one thread, with what was given and the job's check, which takes no lock; up to `batch` jobs
+            are prepared ahead of those that are served.
+        serve: runs in the other thread, as do the generators that it returns, one for each turn. If it raises, all the
+            jobs that it was given end with that.
+        waiting: jobs that may wait behind the one that is served.
+        batch: prepared jobs that one call of `serve` may be given: those that are ready then.
+        clock: seconds.
+
+    Raises:
+        UserError: `waiting` is no whole number of at least 0.
+        ValueError: `batch` is below 1.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Given, Callable[[], None]], Ready],
+        serve: Callable[[Sequence[Turn[Ready]]], Sequence[Generator[Item, None, Any]]],
+        *,
+        waiting: int,
+        batch: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        waiting = whole("waiting", waiting, 0)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        self._prepare, self._serve = prepare, serve
+        self.waiting, self.batch = waiting, batch
+        self._clock = clock
+        self.home = Home("this pipeline")
+        self._lock = threading.Lock()
+        self._open: set[Job[Item]] = set()  # that have not ended, wherever they are
+        self._line: deque[Job[Item]] = deque()
+        self._preparing: Job[Item] | None = None
+        self._prepared: deque[Job[Item]] = deque()
+        self._group: list[Job[Item]] = []  # given to `serve` and not through yet
+        self._serving: Job[Item] | None = None  # the one of them that has the worker
+        self._closing = self._aborting = self._abandoned = False
+        self._broken: str | None = None  # why no worker goes on
+        self._unheard = False  # a worker may sleep on: it could not be told that
+        # Rung when something has changed for a worker. A queue and no condition: a finalizer may ring it.
+        self._bells: tuple[SimpleQueue[None], SimpleQueue[None]] = (SimpleQueue(), SimpleQueue())
+        self._workers = [
+            threading.Thread(target=self._work, args=(work,), name=f"earlytom-{name}", daemon=True)
+            for name, work in (("prepare", self._prepare_all), ("serve", self._serve_all))
+        ]
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:  # no more threads: the one that has started is not to wait for ever
+            self.abandon()
+            raise
+        _running.add(self)
+
+    def submit(self, given: Given, *, deadline: float | None = None) -> Job[Item]:
+        """Put a job at the end of the line.
+
+        Args:
+            given: for `prepare`; let go as soon as it is prepared, or has ended.
+            deadline: seconds from now after which it ends with `DeadlineExceeded`.
+
+        Raises:
+            Overloaded: the line is full.
+            Closed: it takes no more, or this is a fork of the process that has its workers.
+            UserError: a deadline that is not a positive number.
+        """
+        seconds = _seconds(deadline)
+        self.home.check()
+        with self._lock:
+            self._admit()
+            job: Job[Item] = Job(self, given, seconds)
+            self._ring()  # first: whoever hears it waits for the lock, and if it fails nothing has changed
+            self._line.append(job)
+            self._open.add(job)
+        return job
+
+    def check_room(self, deadline: float | None = None) -> None:
+        """Raise what `submit` would raise now: for a caller who has much to do before."""
+        _seconds(deadline)
+        self.home.check()
+        with self._lock:
+            self._admit()
+
+    def close(self, *, drain: bool = False) -> None:
+        """Take no more jobs, and return when the workers have ended.
+
+        The job that is being served is served to its end; those behind it are served too with `drain`, else they end
+        with `Closed`. Any number of calls, from any thread; one without `drain` ends the line for all of them.
+        """
+        if not self.home.left:
+            self._shut(drain=drain, abort=False)
+            self._join(None)
+
+    def abort(self, timeout: float | None = None) -> None:
+        """`close`, and the job that is being served ends with `Closed` before its next item.
+
+        Args:
+            timeout: seconds to wait for each worker, which may be in a long call.
+        """
+        if not self.home.left:
+            self._shut(drain=False, abort=True)
+            self._join(timeout)
+
+    def abandon(self) -> None:
+        """`abort` without a lock or a wait, for a finalizer."""
+        self._abandoned = True
+        self._ring()
+
+    def _shut(self, *, drain: bool, abort: bool) -> None:
+        with self._lock:
+            self._closing = True
+            self._aborting |= abort
+            if not drain:
+                self._end_line()
+        self._ring()
+
+    def _join(self, timeout: float | None) -> None:
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join(EXIT_SECONDS if timeout is None and self._unheard else timeout)
+
+    def _ring(self) -> None:
+        for bell in self._bells:
+            bell.put(None)
+
+    # With the lock held
+
+    def _admit(self) -> None:
+        """Raise unless one more job may come."""
+        self._sweep()
+        if self._closing:
+            raise Closed(self._broken or "this pipeline is closed: load another one")
+        if (occupied := self._occupied()) > self.waiting:
+            raise Overloaded(
+                f"{occupied} requests are unanswered, and the limit is one that is answered and {self.waiting} "
+                f"that wait: try again when one has ended, or raise the limit with Pipeline.load(waiting=...)"
+            )
+
+    def _occupied(self) -> int:
+        """Places taken: a job that has ended has given its place back, unless it still has the worker that serves."""
+        return sum(job is self._serving or not job._ended for job in self._jobs())
+
+    def _sweep(self) -> None:
+        """End what nobody wants or waits for any more."""
+        if self._abandoned:
+            self._closing = self._aborting = True
+            self._end_line()
+        for job in self._jobs():
+            self._is_over(job)
+
+    def _jobs(self) -> list[Job[Item]]:
+        preparing = [] if self._preparing is None else [self._preparing]
+        return [*self._group, *self._prepared, *preparing, *self._line]
+
+    def _end_line(self) -> None:
+        """End every job but the one that is being served."""
+        for job in self._jobs():
+            if job is not self._serving:
+                self._end(job, Closed("this pipeline was closed before the request was answered"))
+
+    def _is_over(self, job: Job[Item]) -> bool:
+        """Whether a job has ended; it ends here if it was abandoned or its time is up."""
+        if job._ended:
+            return True
+        if job._abandoned:
+            self._end(job, Cancelled("this request was cancelled: nobody reads it any more"))
+        elif self._clock() >= job._submitted + job._deadline:
+            self._end(
+                job,
+                DeadlineExceeded(
+                    f"the request was {job._phase} when its deadline of {job._deadline:g} s passed: give it more time, "
+                    "or send fewer at once"
+                ),
+            )
+        return job._ended
+
+    def _end(self, job: Job[Item], error: BaseException | None) -> None:
+        """Only the first end counts."""
+        if job._ended:
+            return
+        job._end(error)
+        self._open.discard(job)
+        for line in (self._line, self._prepared):
+            if job in line:
+                line.remove(job)
+        self._ring()
+
+    # Both workers
+
+    def _work(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException as error:  # of the loop itself: those of the stages are the jobs'
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Everybody is told that it does not go on; with nothing that may be what has failed."""
+        reason = f"a worker of this pipeline failed with {shown(error)}: load another one, and report this"
+        with self._lock:
+            self._closing = self._aborting = True
+            self._broken = self._broken or reason
+            for job in self._open:
+                closed = Closed(reason)
+                closed.__cause__ = error
+                job._end(closed)
+            self._open.clear()
+            self._line.clear()
+            self._prepared.clear()
+        try:
+            for bell in self._bells:
+                bell.put(None)
+        except BaseException:
+            self._unheard = True
+
+    def _check(self, job: Job[Item]) -> Callable[[], None]:
+        """What raises `UnwantedError` once nobody waits for a job; called for every packet of a video, so no lock."""
+        clock, limit = self._clock, job._submitted + job._deadline
+        found = weakref.ref(job)  # an error that the job keeps knows the frames that have this
+
+        def check() -> None:
+            job = found()
+            if job is None or job._ended or job._abandoned or self._abandoned or clock() >= limit:
+                raise UnwantedError
+
+        return check
+
+    # The worker that prepares
+
+    def _prepare_all(self) -> None:
+        while (job := self._next_in_line()) is not None:
+            self._prepare_one(job)
+            del job  # or it would be kept for as long as none follows
+
+    def _next_in_line(self) -> Job[Item] | None:
+        """The next job to prepare, waited for; None when there will be none."""
+        while True:
+            _hush(self._bells[0])
+            with self._lock:
+                self._sweep()
+                if self._line and len(self._prepared) < self.batch:
+                    job = self._preparing = self._line.popleft()
+                    job._phase = "being prepared"
+                    job._waited += self._clock() - job._since
+                    return job
+                if self._closing and not self._line:
+                    return None
+            self._bells[0].get()
+
+    def _prepare_one(self, job: Job[Item]) -> None:
+        ready: Ready | None = None
+        error: BaseException | None = None
+        try:
+            ready = self._prepare(job._given, self._check(job))
+        except BaseException as caught:
+            error = caught
+        with self._lock:
+            self._sweep()  # before its error: where it is a check's, here is why
+            self._preparing = job._given = None
+            if error is not None:
+                self._end(job, error)
+            elif not job._ended:
+                job._ready = ready
+                job._phase, job._since = "waiting in line", self._clock()
+                self._prepared.append(job)
+        self._ring()
+        # A kept error knows its frames, and they know this one: the circle would live until a garbage collection.
+        del job, ready, error
+
+    # The worker that serves
+
+    def _serve_all(self) -> None:
+        while group := self._next_prepared():
+            self._serve_group(group)
+            del group
+
+    def _next_prepared(self) -> list[Job[Item]]:
+        """The next jobs to serve, waited for; none when there will be none."""
+        while True:
+            _hush(self._bells[1])
+            with self._lock:
+                self._sweep()
+                if self._prepared:
+                    group = [self._prepared.popleft() for _ in range(min(self.batch, len(self._prepared)))]
+                    for job in group:
+                        job._phase = "being served"
+                        job._waited += self._clock() - job._since
+                    self._group, self._serving = list(group), group[0]
+                    break
+                if self._closing and not self._line and (self._preparing is None or self._broken is not None):
+                    return []
+            self._bells[1].get()
+        self._ring()  # there is room for another prepared one
+        return group
+
+    def _serve_group(self, group: list[Job[Item]]) -> None:
+        try:
+            streams = self._begin(group)
+        except BaseException as error:
+            with self._lock:
+                self._group, self._serving = [], None
+                for one in group:
+                    self._end(one, error)
+                    del one
+        else:
+            for number, stream in enumerate(streams):
+                self._serve_one(group[number], stream)
+                del stream
+        finally:
+            del group  # as in `_prepare_one`
+
+    def _begin(self, group: list[Job[Item]]) -> list[Generator[Item, None, Any]]:
+        """Call `serve`; the generators hold what was prepared from here on."""
+        turns = [Turn(job._ready, job._submitted, job._waited) for job in group]
+        for job in group:
+            job._ready = None
+        try:
+            streams = list(self._serve(turns))
+            if len(streams) != len(group):
+                raise ValueError(f"serve was given {len(group)} turns and returned {len(streams)} generators")
+            return streams
+        finally:
+            del group, job, turns
+
+    def _serve_one(self, job: Job[Item], stream: Generator[Item, None, Any]) -> None:
+        with self._lock:
+            self._serving = job
+        error: BaseException | None = None
+        item: Item | None = None
+        try:
+            while error is None and self._goes_on(job, item):
+                try:
+                    item = next(stream)
+                except BaseException as caught:
+                    error = caught
+        finally:
+            item = None
+            try:
+                stream.close()
+            except BaseException as caught:
+                error = caught
+        with self._lock:  # at once, so that who has the answer finds the place free
+            self._group.remove(job)
+            self._serving = None
+            self._end(job, None if isinstance(error, StopIteration) else error)
+        del job, error
+
+    def _goes_on(self, job: Job[Item], item: Item | None = None) -> bool:
+        """Whether a job is still to be served; if so, hand it the item that was made, if any."""
+        with self._lock:
+            if self._aborting or self._abandoned:
+                self._end(job, Closed("this pipeline was closed while the request was answered"))
+            if self._is_over(job):
+                return False
+            if item is not None:
+                job._put(item)
+            return True
+
+
+def _seconds(deadline: float | None) -> float:
+    return math.inf if deadline is None else real("deadline (seconds)", deadline, 0, low_open=True)
+
+
+def _hush(bell: SimpleQueue[None]) -> None:
+    """Forget what was rung so far, before a look at what it was rung for: a busy worker would leave it to pile up."""
+    with contextlib.suppress(Empty):
+        while True:
+            bell.get_nowait()
+
+
+_running: weakref.WeakSet[Scheduler[Any, Any, Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _abort_all() -> None:
+    """A thread that is in a library's code when the interpreter is taken down can bring the process down with it."""
+    for scheduler in list(_running):
+        scheduler.abort(EXIT_SECONDS)
