@@ -19,15 +19,15 @@ from runtime import cli
 from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
 from runtime.decoder.sampling import Sampling
 from runtime.engine import layout
+from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.manifest import Manifest
-from runtime.errors import EngineError, VideoError
+from runtime.errors import VideoError
 from runtime.video import Limits
 
 if TYPE_CHECKING:  # what loads PyTorch is imported when nothing is left to refuse
     from runtime.decoder.eager import InnerMerge
     from runtime.service.requests import Answer, Delta, Timings
 
-ENGINES = Path("engines")
 INNER_RATIO = 0.5
 EXAMPLES = """
 examples:
@@ -237,30 +237,6 @@ def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
     from runtime.decoder.eager import InnerMerge
 
     return InnerMerge(options.inner_layer, INNER_RATIO if options.inner_ratio is None else options.inner_ratio)
-
-
-def newest_engine(root: Path) -> Path:
-    """The engine folder under `root` that was built last, of those whose manifest can be read.
-
-    Raises:
-        EngineError: there is none.
-    """
-    folders = [path.parent for path in root.glob("*/manifest.json") if not path.parent.name.startswith(".")]
-    if not folders:
-        raise EngineError(
-            f"no engine under {root}/: build one with python -m builder.build --ratio 0.3 --fp16, or name its folder "
-            "with --engine"
-        )
-    created: dict[Path, str] = {}
-    unreadable: list[EngineError] = []
-    for folder in sorted(folders):
-        try:
-            created[folder] = Manifest.read(folder, verify_files=False).created
-        except EngineError as error:
-            unreadable.append(error)
-    if not created:
-        raise unreadable[0]
-    return max(created, key=created.__getitem__)
 
 
 def show_times(screen: cli.Screen, answers: Sequence[Answer], manifest: Manifest) -> None:

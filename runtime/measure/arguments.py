@@ -11,8 +11,8 @@ from typing import TypeVar
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from runtime import cli
-from runtime.ask import ENGINES, newest_engine
 from runtime.choices import MIN_FRAMES
+from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
 from runtime.errors import VideoError

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from runtime import cli
-from runtime.ask import ENGINES, newest_engine
 from runtime.engine.dtypes import DTYPES
+from runtime.engine.folder import ENGINES, newest_engine
 from runtime.measure.measure import median, percentiles
 from runtime.pipeline import Pipeline
 from runtime.service.requests import Answer

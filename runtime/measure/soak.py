@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from runtime import cli
-from runtime.ask import ENGINES, newest_engine
 from runtime.engine.dtypes import DTYPES
+from runtime.engine.folder import ENGINES, newest_engine
 from runtime.measure.memory import resident
 from runtime.pipeline import Pipeline
 from runtime.video import Clip, load_clip

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from earlytom.numbers import real
 from runtime.errors import DeadlineExceeded
+from runtime.forks import Home
 from runtime.options import Options
 from runtime.service.asking import Askable, Request
-from runtime.service.forks import Home
 from runtime.service.requests import Arrived
 from runtime.vision.live import LiveClip, LiveTimings
 

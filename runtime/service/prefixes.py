@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from earlytom.errors import UserError
-from runtime.service.forks import Home
+from runtime.forks import Home
 
 
 class Sized(Protocol):

@@ -35,7 +35,7 @@ from typing import Any, Generic, TypeVar
 
 from earlytom.numbers import real, shown, whole
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
-from runtime.service.forks import Home
+from runtime.forks import Home
 from runtime.service.job import Item, Job
 
 EXIT_SECONDS = 10.0  # that the interpreter, at its exit, waits for a worker to come to the end of a call

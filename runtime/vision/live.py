@@ -43,7 +43,7 @@ from earlytom.errors import UserError
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.errors import EngineError
-from runtime.service.forks import Home
+from runtime.forks import Home
 from runtime.video import sample_indices
 from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames, stack_frames
 from runtime.vision.chunked import CHUNK, ChunkedVision

@@ -896,7 +896,7 @@ def test_a_fork_is_told_that_the_workers_stayed_behind(bench: Bench, monkeypatch
     scheduler = bench.scheduler()
     scheduler.submit(bench.work("a")).last(LONG)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.service.forks.os.getpid", lambda: -1)
+        patch.setattr("runtime.forks.os.getpid", lambda: -1)
         with scheduler._lock:  # as a fork may find it
             scheduler.close()
             with pytest.raises(Closed, match="load a pipeline after it"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import Closed
-from runtime.service.forks import Home
+from runtime.forks import Home
 
 CHILD = """
 import contextlib, json, os, sys, threading
@@ -94,7 +94,7 @@ def test_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home("this thing")
     home.check()
     assert not home.left
-    monkeypatch.setattr("runtime.service.forks.os.getpid", lambda: -1)
+    monkeypatch.setattr("runtime.forks.os.getpid", lambda: -1)
     assert home.left
     with pytest.raises(Closed, match="this thing was made before the process forked"):
         home.check()
