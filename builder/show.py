@@ -12,7 +12,7 @@ from runtime.engine.manifest import Manifest
 
 if TYPE_CHECKING:
     from builder.clips import FramesKept
-    from builder.compile.engine import Progress
+    from builder.compile.engine import CompileProgress
     from builder.settings.config import BuildConfig
 
 
@@ -116,7 +116,7 @@ def progress_line(screen: cli.Screen) -> Any:
     """A callback for the compiler: its phase, at most once in two seconds."""
     shown = 0.0
 
-    def show(progress: Progress) -> None:
+    def show(progress: CompileProgress) -> None:
         nonlocal shown
         if progress.seconds >= shown + 2:
             shown = progress.seconds

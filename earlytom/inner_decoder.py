@@ -29,7 +29,7 @@ from earlytom.transfers import to_device
 
 
 @dataclass
-class Prompt:
+class InnerPrompt:
     """A prompt to be announced with `AppliedInner.prompt`.
 
     Attributes:
@@ -76,7 +76,7 @@ class _Pass:
         later: arguments that layers k and later get instead of the earlier layers'.
     """
 
-    of: Prompt | Held
+    of: InnerPrompt | Held
     received: Tensor | None = None
     later: dict[str, Any] = field(default_factory=dict)
 
@@ -94,20 +94,20 @@ class AppliedInner(Restorable):
             self._install()
 
     @contextlib.contextmanager
-    def prompt(self, visual: Tensor | Prompt, *, last: Tensor | None = None) -> Iterator[None]:
+    def prompt(self, visual: Tensor | InnerPrompt, *, last: Tensor | None = None) -> Iterator[None]:
         """Announce a prompt: the next pass of this thread reads it and merges; passes with its cache then continue it.
 
         Several generations in one block each read the prompt anew, every one into an empty cache (a static one must
         have been reset: whether it was is not looked up, as the host would wait). A cache that holds a merged prompt
         may be continued outside the block; with a static cache on a GPU that waits for the device in every pass, so a
-        loop that leaves the block between two steps should enter it again with the same `Prompt`.
+        loop that leaves the block between two steps should enter it again with the same `InnerPrompt`.
 
         Args:
-            visual: [B, T] bool, True for visual tokens. On the host it costs no synchronisation. Or a `Prompt`.
+            visual: [B, T] bool, True for visual tokens. On the host it costs no synchronisation. Or an `InnerPrompt`.
             last: [B] int64, position of the last token of each prompt where prompts are padded on the right (to a
                 bucket, say); default T - 1.
         """
-        prompt = visual if isinstance(visual, Prompt) else Prompt.of(visual, last)
+        prompt = visual if isinstance(visual, InnerPrompt) else InnerPrompt.of(visual, last)
         outer, self._local.prompt = self._announced, prompt
         try:
             yield
@@ -115,7 +115,7 @@ class AppliedInner(Restorable):
             self._local.prompt = outer
 
     @property
-    def _announced(self) -> Prompt | None:
+    def _announced(self) -> InnerPrompt | None:
         return getattr(self._local, "prompt", None)
 
     def _check(self) -> None:
@@ -147,7 +147,7 @@ class AppliedInner(Restorable):
         @functools.wraps(own)
         def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
             run = self._local.run = self._begin(hidden_states, kwargs.get("past_key_values"))
-            if run is not None and isinstance(run.of, Prompt):
+            if run is not None and isinstance(run.of, InnerPrompt):
                 run.received = _received(layer, hidden_states, run.of, **kwargs)
             return own(hidden_states, **kwargs)
 
@@ -200,8 +200,8 @@ class AppliedInner(Restorable):
 
         Returns hidden states: [B, M, D] if so, else as they came.
         """
-        cache, held, reads = kwargs.get("past_key_values"), run.of, isinstance(run.of, Prompt)
-        if isinstance(held, Prompt):
+        cache, held, reads = kwargs.get("past_key_values"), run.of, isinstance(run.of, InnerPrompt)
+        if isinstance(held, InnerPrompt):
             assert run.received is not None  # layer k-1 saw to it
             hidden, held = self._merge(held, run.received, hidden)
             if cache is not None:
@@ -220,7 +220,7 @@ class AppliedInner(Restorable):
         run.later["attention_mask"] = later_mask(given, held, tokens, columns, reads=reads, flat=flat)
         return hidden
 
-    def _merge(self, prompt: Prompt, received: Tensor, hidden: Tensor) -> tuple[Tensor, Held]:
+    def _merge(self, prompt: InnerPrompt, received: Tensor, hidden: Tensor) -> tuple[Tensor, Held]:
         """[B, T, D] to [B, M, D], M of the row that keeps most; row by row, as their numbers of tokens may differ."""
         copies = len(hidden) // len(prompt.visual)  # beams, say: generate repeats each prompt
         plans = []
@@ -282,7 +282,7 @@ def later_mask(
 def _received(
     layer: Any,
     hidden: Tensor,
-    prompt: Prompt,
+    prompt: InnerPrompt,
     *,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.compile.layers import LayerSummary
-from builder.compile.process import Request
+from builder.compile.process import CompileRequest
 from builder.plugins import choose, kernel_target
 from builder.settings.options import WORKSPACE_GIB
 from earlytom.errors import UserError
@@ -43,7 +43,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
-class Progress:
+class CompileProgress:
     """Where a build is: the library's own name of the phase, steps done of steps (0 of 0: unknown), seconds so far."""
 
     phase: str
@@ -98,7 +98,7 @@ def compile_engine(
     expected_share: float = 1.0,
     profile: tuple[int, int, int] | None = None,
     layers_path: str | Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[CompileProgress], None] | None = None,
 ) -> CompileReport:
     """Compile `onnx_path` (its external data beside it) into `engine_path`.
 
@@ -133,7 +133,7 @@ def compile_engine(
     chosen = choose(compression, flavour, kernel, "budget" if profile is None else "adaptive").compression
     started = time.monotonic()
     with partial(layers_path) as layers, partial(engine_path) as engine:
-        request = Request(
+        request = CompileRequest(
             onnx=str(onnx_path.resolve()),
             engine=str(engine.resolve()),
             layers=str(layers.resolve()),
@@ -203,13 +203,13 @@ def check_target(flavour: str, target: seam.Capability, hardware_compatible: boo
         )
 
 
-def _run(request: Request, progress: Callable[[Progress], None] | None, started: float) -> dict[str, Any]:
+def _run(request: CompileRequest, progress: Callable[[CompileProgress], None] | None, started: float) -> dict[str, Any]:
     """Start the build process, pass its progress on, return its answer or raise its error."""
     # Triton compiles nothing in its interpreter, which this variable would choose.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-c", "import sys; from builder.compile.process import serve; sys.exit(serve())"]
-    last = Progress("Starting", 0, 0, 0.0)
+    last = CompileProgress("Starting", 0, 0, 0.0)
     answer: dict[str, Any] | None = None
     pipe = subprocess.PIPE
     with (
@@ -219,7 +219,7 @@ def _run(request: Request, progress: Callable[[Progress], None] | None, started:
         try:
             for message in _messages(process, json.dumps(asdict(request))):
                 if "phase" in message:
-                    last = Progress(message["phase"], message["done"], message["steps"], 0.0)
+                    last = CompileProgress(message["phase"], message["done"], message["steps"], 0.0)
                 elif message:
                     answer = message
                 if progress is not None:
@@ -264,7 +264,7 @@ def _messages(process: subprocess.Popen[str], request: str) -> Iterator[dict[str
 
 
 def _answer(
-    answer: dict[str, Any] | None, status: int, last: Progress, request: Request, stderr: str
+    answer: dict[str, Any] | None, status: int, last: CompileProgress, request: CompileRequest, stderr: str
 ) -> dict[str, Any]:
     if answer is not None and "result" in answer:
         result: dict[str, Any] = answer["result"]

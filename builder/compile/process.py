@@ -1,6 +1,6 @@
 """The process in which `builder.compile.engine` lets TensorRT build: one request in, progress and one answer out.
 
-Reads a `Request` as a line of JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done",
+Reads a `CompileRequest` as a line of JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done",
 "steps"}`, then one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (a traceback of
 ours). Writes the engine and the layer list to the temporary paths of the request; removing or publishing them is the
 caller's business. The caller keeps its end of a pipe to stdin open: where that closes, this process ends.
@@ -37,7 +37,7 @@ Say = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """What the build process is told. Plain types only: it crosses a pipe as JSON."""
 
     onnx: str
@@ -55,7 +55,7 @@ class Request:
 
 def serve() -> int:
     """Read a request from stdin, write progress and one answer as JSON lines. Returns the exit status."""
-    request = Request(**json.loads(sys.stdin.readline()))
+    request = CompileRequest(**json.loads(sys.stdin.readline()))
     # The library may print; the channel is for us alone, so whatever is written to stdout goes to stderr.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -89,7 +89,7 @@ def serve() -> int:
     return 0
 
 
-def _build(request: Request, say: Say) -> dict[str, Any]:
+def _build(request: CompileRequest, say: Say) -> dict[str, Any]:
     trt = seam.load(request.flavour)
     say({"phase": "Parsing", "done": 0, "steps": 0})
     started = time.monotonic()
@@ -132,7 +132,7 @@ def _build(request: Request, say: Say) -> dict[str, Any]:
     }
 
 
-def _register_plugins(trt: Any, request: Request) -> Plugins | None:
+def _register_plugins(trt: Any, request: CompileRequest) -> Plugins | None:
     """The compression stage's plugins in TensorRT's registry, if this engine is to have them."""
     if request.compression != "plugin":
         return None
@@ -175,7 +175,7 @@ def _parse(trt: Any, network: Any, logger: Any, path: str, plugins: Plugins | No
     return calls
 
 
-def _dynamic_inputs(network: Any, request: Request) -> dict[str, tuple[int, ...]]:
+def _dynamic_inputs(network: Any, request: CompileRequest) -> dict[str, tuple[int, ...]]:
     """Name and shape of every input of which the first size is -1.
 
     Raises:
@@ -207,7 +207,7 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]], request: Request) -> None:
+def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]], request: CompileRequest) -> None:
     """Tell the builder between which sizes the first dimension of the dynamic inputs will be."""
     if not dynamic or request.profile is None:
         return
@@ -248,7 +248,7 @@ def _check_network(trt: Any, network: Any, calls: int) -> None:
         raise EngineError(f"TensorRT made {layers} plugin layers of {calls} calls of the compression stage: {NATIVE}")
 
 
-def _configure(trt: Any, builder: Any, request: Request) -> Any:
+def _configure(trt: Any, builder: Any, request: CompileRequest) -> Any:
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -266,7 +266,7 @@ def _configure(trt: Any, builder: Any, request: Request) -> Any:
     return config
 
 
-def _refusal(trt: Any, logger: Any, request: Request) -> str:
+def _refusal(trt: Any, logger: Any, request: CompileRequest) -> str:
     reason = next(iter(seam.errors_of(logger)), "it gave no reason")
     room = f" within {request.workspace_bytes / 2**30:.4g} GiB (--workspace)" if "workspace" in reason.lower() else ""
     return f"{request.flavour} {trt.__version__} cannot build this graph{room}: {reason}"
@@ -286,7 +286,7 @@ def _throttled(say: Say, interval: float = 0.1) -> Callable[[str, int, int], Non
     return report
 
 
-def _save_layers(trt: Any, logger: Any, request: Request, nodes: OnnxNodes) -> LayerSummary:
+def _save_layers(trt: Any, logger: Any, request: CompileRequest, nodes: OnnxNodes) -> LayerSummary:
     source, layers = "build log", parse_layers("\n".join(m.text for m in logger.messages if "LayerType: " in m.text))
     if not layers and seam.has_gpu():
         source, layers = "engine inspector", parse_layers(_inspect(trt, logger, request.engine))

@@ -1,4 +1,4 @@
-"""The command line of `python -m builder.evaluate`: from words to a checked `Job`."""
+"""The command line of `python -m builder.evaluate`: from words to a checked `EvaluationJob`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime import cli
 from runtime.engine.manifest import Manifest
 
 if TYPE_CHECKING:
-    from builder.evaluation.bench import Job
+    from builder.evaluation.bench import EvaluationJob
     from runtime.checkpoint import Checkpoint
 
 EXAMPLES = """
@@ -149,14 +149,14 @@ def check(options: argparse.Namespace) -> None:
         Manifest.read(Path(options.engine), verify_files=False)
 
 
-def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
+def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> EvaluationJob:
     """The measurement that options which `check` accepted ask for.
 
     Raises:
         UserError: a value that makes no sense with this model.
     """
     from builder.evaluation import record
-    from builder.evaluation.bench import Job
+    from builder.evaluation.bench import EvaluationJob
     from builder.evaluation.methods import chosen, methods
     from earlytom.families import geometry
 
@@ -167,7 +167,7 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> Job:
         whole = set(options.methods) == {"all"} and set(RATIOS) <= set(options.ratios)
         record.check_recordable(checkpoint, split=options.split, seed=options.seed, clips=options.clips, whole=whole)
     ratios = tuple(sorted(set(options.ratios)))
-    return Job(checkpoint.source, config, tuple(options.methods), ratios, options.split, options.seed)
+    return EvaluationJob(checkpoint.source, config, tuple(options.methods), ratios, options.split, options.seed)
 
 
 def require_matplotlib() -> None:

@@ -1,8 +1,8 @@
 """Clips in, right and wrong answers out: the measurement, and its distribution over processes.
 
-A `Job` says what is measured and can be sent to another process; a `Bench` has the model loaded and measures some
-clips; `run` measures all of them, a few at a time, on as many processes as there are cores (the bundled model is too
-small for more than one thread). The figures of a clip do not depend on how clips are spread.
+An `EvaluationJob` says what is measured and can be sent to another process; an `EvaluationBench` has the model loaded
+and measures some clips; `run` measures all of them, a few at a time, on as many processes as there are cores (the
+bundled model is too small for more than one thread). The figures of a clip do not depend on how clips are spread.
 
 Notation: C clips, Q questions of all clips, S settings (a setting is a method at a ratio).
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from builder.compile.child import end_with_parent
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
 from builder.evaluation.methods import Row, Visual, chosen, methods
-from builder.evaluation.passes import ClipPasses, Vision
+from builder.evaluation.passes import ClipPasses, VisionPass
 from builder.micro.labels import object_cells
 from builder.micro.scoring import Outcome, Scorer
 from earlytom import flops
@@ -41,7 +41,7 @@ CLIPS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """What is measured.
 
     Attributes:
@@ -121,14 +121,14 @@ class Answers:
 
 
 @dataclass
-class Bench:
+class EvaluationBench:
     """A model loaded for a job.
 
     Attributes:
         settings: everything that is measured, in the order of `Answers`' rows.
     """
 
-    job: Job
+    job: EvaluationJob
     checkpoint: Checkpoint = field(init=False)
     model: Any = field(init=False)
     settings: tuple[Setting, ...] = field(init=False)
@@ -138,7 +138,7 @@ class Bench:
         self.model = load_model(self.checkpoint)
         self.tokenizer = load_tokenizer(self.checkpoint)
         self.scorer = Scorer(self.model, self.tokenizer)
-        self.vision = Vision(VisionPart.from_model(self.model), self.checkpoint)
+        self.vision = VisionPass(VisionPart.from_model(self.model), self.checkpoint)
         known = methods(self.job.config, self.vision.depth, seed=self.job.seed)
         found = chosen(known, self.job.methods)
         if self.job.engine is not None:
@@ -211,7 +211,9 @@ def task_checkpoint(source: str | None) -> Checkpoint:
     return checkpoint
 
 
-def run(job: Job, clips: int, workers: int, progress: Callable[[int], None], bench: Bench | None = None) -> Answers:
+def run(
+    job: EvaluationJob, clips: int, workers: int, progress: Callable[[int], None], bench: EvaluationBench | None = None
+) -> Answers:
     """Measure the clips 0 to `clips` - 1.
 
     Args:
@@ -230,9 +232,11 @@ def run(job: Job, clips: int, workers: int, progress: Callable[[int], None], ben
     return Answers.joined(parts)
 
 
-def _parts(job: Job, chunks: Sequence[range], workers: int, bench: Bench | None) -> Iterator[Answers]:
+def _parts(
+    job: EvaluationJob, chunks: Sequence[range], workers: int, bench: EvaluationBench | None
+) -> Iterator[Answers]:
     if workers <= 1:
-        yield from map((bench or Bench(job)).measure, chunks)
+        yield from map((bench or EvaluationBench(job)).measure, chunks)
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the threads that torch has started
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
@@ -247,17 +251,17 @@ def _parts(job: Job, chunks: Sequence[range], workers: int, bench: Bench | None)
             raise
 
 
-_bench: Bench | None = None  # of a worker process
+_bench: EvaluationBench | None = None  # of a worker process
 
 
-def _start(job: Job) -> None:
+def _start(job: EvaluationJob) -> None:
     global _bench
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; the parent reports it
     parent = multiprocessing.parent_process()
     assert parent is not None
     end_with_parent(parent.sentinel)
     torch.set_num_threads(1)
-    _bench = Bench(job)
+    _bench = EvaluationBench(job)
 
 
 def _measure(indices: range) -> Answers:

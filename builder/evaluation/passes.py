@@ -50,7 +50,7 @@ class Pass:
         return method.choose(self.features, self.relevance, self.state)[0]
 
 
-class Vision:
+class VisionPass:
     """The vision part of a model, ready for clips: normalised pixels in, passes out.
 
     Attributes:
@@ -92,7 +92,7 @@ class ClipPasses:
         cells: P.
     """
 
-    def __init__(self, vision: Vision, frames: Tensor, number: int) -> None:
+    def __init__(self, vision: VisionPass, frames: Tensor, number: int) -> None:
         self.frames, self.number, self.cells = frames, number, vision.cells
         self._vision = vision
         self._done: dict[Hashable, Pass] = {}

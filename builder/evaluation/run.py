@@ -19,7 +19,7 @@ import torch
 
 from builder.evaluation import plot, record, report
 from builder.evaluation.arguments import checked
-from builder.evaluation.bench import Answers, Bench, Job, run, task_checkpoint
+from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run, task_checkpoint
 from builder.evaluation.blind import Blind, questions_of
 from builder.evaluation.engine import ENGINE, build_engine, check_engine
 from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, screen: cli.Screen) -> None:
         folder = engine_folder(options, job, screen)
         manifest = check_engine(folder, checkpoint)
         job = replace(job, engine=str(folder))
-    bench = Bench(job)
+    bench = EvaluationBench(job)
     settings = bench.settings
     many = "" if len(settings) == 1 else "s"
     screen.line(
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, screen: cli.Screen) -> None:
     screen.result(summary(whole, found))
 
 
-def engine_folder(options: argparse.Namespace, job: Job, screen: cli.Screen) -> Path:
+def engine_folder(options: argparse.Namespace, job: EvaluationJob, screen: cli.Screen) -> Path:
     """The engine's folder, built first if that is asked for."""
     if options.engine != AUTO:
         return Path(options.engine)
@@ -114,7 +114,7 @@ def progress(screen: cli.Screen, what: str, total: int) -> Iterator[Callable[[in
     screen.line(f"{what}: {total} clips in {time.monotonic() - started:.1f} s")
 
 
-def without_video(answers: Answers, job: Job, clips: int, text_clips: int) -> Guess:
+def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: int) -> Guess:
     """What the questions' texts alone allow on the same clips."""
     asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed)]
     return guess(answers, Blind(text_clips, job.seed).right(asked))
@@ -148,7 +148,7 @@ def engine_record(
 def full_record(
     options: argparse.Namespace,
     checkpoint: Checkpoint,
-    job: Job,
+    job: EvaluationJob,
     answers: Answers,
     found: Sequence[Result],
     pairs: Sequence[Comparison],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.evaluation.bench import Bench, Setting
+from builder.evaluation.bench import EvaluationBench, Setting
 from builder.evaluation.passes import ClipPasses
 from runtime.decoder.eager import Decoder
 from runtime.text.prompt import build_prompt, splice
@@ -31,7 +31,7 @@ class Times:
     prefill: float
 
 
-def measure_times(bench: Bench, clips: Sequence[int], progress: Callable[[int], None]) -> list[Times]:
+def measure_times(bench: EvaluationBench, clips: Sequence[int], progress: Callable[[int], None]) -> list[Times]:
     """One `Times` for each of the bench's settings, over some clips of its split.
 
     Args:

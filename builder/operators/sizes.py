@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Size:
+class KernelSize:
     """What is encoded: frames of `grid` x `grid` patches, a tower, and the width of the LLM behind it."""
 
     frames: int
@@ -32,6 +32,6 @@ class Size:
 
 
 SIZES = {
-    "so400m": Size(32, 27, 14, 1152, 16, 4304, 26, (6, 14, 20), 3584),
-    "tiny": Size(8, 5, 4, 32, 2, 64, 4, (0, 1, 2), 24),
+    "so400m": KernelSize(32, 27, 14, 1152, 16, 4304, 26, (6, 14, 20), 3584),
+    "tiny": KernelSize(8, 5, 4, 32, 2, 64, 4, (0, 1, 2), 24),
 }

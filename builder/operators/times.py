@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.operators.sizes import Size
+from builder.operators.sizes import KernelSize
 from earlytom import attention, merge, ops, select
 from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage
 from earlytom.config import EarlyTomConfig
@@ -74,7 +74,7 @@ class Clock:
         return start.elapsed_time(end) / 1000
 
 
-def cases(size: Size, dtype: torch.dtype, device: torch.device, config: EarlyTomConfig) -> list[Case]:
+def cases(size: KernelSize, dtype: torch.dtype, device: torch.device, config: EarlyTomConfig) -> list[Case]:
     """Every operator at the sizes that the encoder calls it with, the largest of each."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -151,7 +151,7 @@ def _named(config: EarlyTomConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeviceLimits:
     """What the device was measured to do: bytes a second of a copy (read and written), operations a second of a matrix
     product."""
 
@@ -163,7 +163,7 @@ class Limits:
         return max(case.bytes / self.bandwidth, case.flops / self.matmul)
 
 
-def measure_limits(clock: Clock, dtype: torch.dtype) -> Limits:
+def measure_limits(clock: Clock, dtype: torch.dtype) -> DeviceLimits:
     """Copy bandwidth on a large tensor, and the rate of a square matrix product."""
     gpu = clock.device.type == "cuda"
     source = torch.ones(2**28 if gpu else 2**24, dtype=torch.float32, device=clock.device)
@@ -171,10 +171,10 @@ def measure_limits(clock: Clock, dtype: torch.dtype) -> Limits:
     side = 8192 if gpu else 512
     matrix = torch.randn(side, side, device=clock.device).to(dtype)
     copied = clock(target.copy_, [(source,)])
-    return Limits(2 * source.nbytes / copied, 2 * side**3 / clock(torch.matmul, [(matrix, matrix)]))
+    return DeviceLimits(2 * source.nbytes / copied, 2 * side**3 / clock(torch.matmul, [(matrix, matrix)]))
 
 
-def vision_tower(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def vision_tower(size: KernelSize, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """A SigLIP tower and a projector of that size with random weights."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -200,7 +200,7 @@ class Path:
     """The whole compression path of the budget schedule, without the model around it: called with the hidden states at
     every merge layer, query and key of the last one, and pooled features with their received attention."""
 
-    def __init__(self, size: Size, config: EarlyTomConfig) -> None:
+    def __init__(self, size: KernelSize, config: EarlyTomConfig) -> None:
         self.size, self.decisions = size, EarlyTom(config)
         self.stages = frames_per_stage(size.frames, merges=len(config.merge_layers), frame_budget=config.frame_budget)
         effective = effective_ratio(config.retention_ratio, size.frames, self.stages[-1])
@@ -239,7 +239,7 @@ def graphed(run: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Calla
     return lambda *_: graph.replay()
 
 
-def measure_path(size: Size, config: EarlyTomConfig, dtype: torch.dtype, clock: Clock) -> tuple[float, float]:
+def measure_path(size: KernelSize, config: EarlyTomConfig, dtype: torch.dtype, clock: Clock) -> tuple[float, float]:
     """Seconds of the compression path and of the vision encoder that contains it."""
     path = Path(size, config)
     inputs = [path.inputs(dtype, clock.device, seed) for seed in range(INPUTS)]
@@ -255,7 +255,7 @@ def measure_path(size: Size, config: EarlyTomConfig, dtype: torch.dtype, clock: 
     return clock(path, inputs), clock(whole, pixels)
 
 
-def measured(case: Case, clock: Clock, limits: Limits) -> dict[str, Any]:
+def measured(case: Case, clock: Clock, limits: DeviceLimits) -> dict[str, Any]:
     """The figures of one operator, seconds and counts."""
     floor, ours = limits.floor(case), clock(case.ours, case.inputs)
     return {

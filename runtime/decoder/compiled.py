@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from earlytom.errors import UserError
-from earlytom.inner_decoder import Prompt as InnerPrompt
+from earlytom.inner_decoder import InnerPrompt
 from runtime.decoder.compiler import REMEDY, Compiler
 from runtime.decoder.eager import Decoder, Finish
 from runtime.decoder.prefix import Prefix

@@ -33,8 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from earlytom.errors import UserError
-from earlytom.inner_decoder import Prompt as InnerPrompt
-from earlytom.inner_decoder import apply_inner
+from earlytom.inner_decoder import InnerPrompt, apply_inner
 from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
 from runtime.decoder.picking import Picker, pick_best

@@ -21,7 +21,7 @@ from runtime.checkpoint import describe
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.engine.dtypes import DTYPES
 from runtime.measure import report
-from runtime.measure.measure import Runner, interleaved, matmul_rate, under_load
+from runtime.measure.measure import VariantRunner, interleaved, matmul_rate, under_load
 from runtime.measure.memory import peak_memory
 from runtime.measure.overhead import compression_share
 from runtime.measure.variants import Bench, Variant, read_engine, settings
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
     for reason in missing:
         screen.line(f"  left out: {reason}")
 
-    runner = Runner(bench, video, options.max_new_tokens)
+    runner = VariantRunner(bench, video, options.max_new_tokens)
     screen.line("measuring requests in turn ...")
     rates = [matmul_rate(device, dtype)]
     first, requests = interleaved(runner, variants, warmup=options.warmup, repeats=options.repeats)
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
 
 
 def measure_scaling(
-    runner: Runner, options: argparse.Namespace, config: EarlyTomConfig, frames: int
+    runner: VariantRunner, options: argparse.Namespace, config: EarlyTomConfig, frames: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Points over the number of frames, and over the ratio; engines have a fixed shape and are not in it.
 
@@ -123,7 +123,7 @@ def measure_scaling(
     }
 
 
-def measure_compression(runner: Runner, variants: Sequence[Variant], repeats: int) -> dict[str, float]:
+def measure_compression(runner: VariantRunner, variants: Sequence[Variant], repeats: int) -> dict[str, float]:
     """The compression's share of the encoder, for each of our own variants in PyTorch, by name."""
     return {
         variant.name: compression_share(

@@ -35,7 +35,7 @@ STAGES = ("decode", "preprocess", "copy", "vision", "splice", "prefill", "first_
 
 
 @dataclass(frozen=True)
-class Request:
+class MeasuredRequest:
     """One answered request; seconds.
 
     Attributes:
@@ -77,7 +77,7 @@ class _Laps:
         return self._last - self.started
 
 
-class Runner:
+class VariantRunner:
     """Answers one question about one video, `new_tokens` ids long, with any variant."""
 
     def __init__(self, bench: Bench, video: Path, new_tokens: int) -> None:
@@ -87,7 +87,7 @@ class Runner:
         """The video, decoded and resized for a variant."""
         return load_clip(self.video, variant.frames, self.bench.checkpoint.preprocessing.size)
 
-    def answer(self, variant: Variant, clip: Clip | None = None) -> Request:
+    def answer(self, variant: Variant, clip: Clip | None = None) -> MeasuredRequest:
         """One request; a clip that was decoded before takes no time."""
         bench = self.bench
         laps = _Laps(bench.device)
@@ -114,7 +114,7 @@ class Runner:
                 ids.append(token)
                 text.push(token)
             decoding = time.perf_counter() - begun
-        return Request(
+        return MeasuredRequest(
             laps.seconds,
             ttft,
             decoding / (len(ids) - 1),
@@ -126,8 +126,8 @@ class Runner:
 
 
 def interleaved(
-    runner: Runner, variants: Sequence[Variant], *, warmup: int, repeats: int
-) -> tuple[list[float], list[list[Request]]]:
+    runner: VariantRunner, variants: Sequence[Variant], *, warmup: int, repeats: int
+) -> tuple[list[float], list[list[MeasuredRequest]]]:
     """Let variants take turns, so that what disturbs the machine disturbs all of them.
 
     Returns, for each variant, the seconds to the first token of its very first request (of the warm-up, NaN without
@@ -138,7 +138,7 @@ def interleaved(
         for index, variant in enumerate(variants):
             request = runner.answer(variant)
             first[index] = first[index] if turn else request.ttft
-    found: list[list[Request]] = [[] for _ in variants]
+    found: list[list[MeasuredRequest]] = [[] for _ in variants]
     for turn in range(repeats):
         for offset in range(len(variants)):
             index = (turn + offset) % len(variants)
@@ -157,7 +157,7 @@ class Load:
     total: tuple[float, ...]
 
 
-def under_load(runner: Runner, variant: Variant, clients: int, requests: int) -> Load:
+def under_load(runner: VariantRunner, variant: Variant, clients: int, requests: int) -> Load:
     """Answer `requests` requests of `clients` clients.
 
     The model answers one request at a time, in the order in which they come. A client decodes and resizes its video
@@ -229,7 +229,7 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
-def summary(requests: Sequence[Request]) -> dict[str, Any]:
+def summary(requests: Sequence[MeasuredRequest]) -> dict[str, Any]:
     """The figures of one variant, seconds."""
     return {
         "ttft": percentiles([request.ttft for request in requests]),

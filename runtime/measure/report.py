@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.cli import Screen
-from runtime.measure.measure import STAGES, Load, Request, median, percentiles, summary
+from runtime.measure.measure import STAGES, Load, MeasuredRequest, median, percentiles, summary
 from runtime.measure.memory import Memory
 from runtime.measure.variants import Bench, Variant
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 def variant_record(
-    bench: Bench, variant: Variant, requests: Sequence[Request], first: float, memory: Memory, peak: float
+    bench: Bench, variant: Variant, requests: Sequence[MeasuredRequest], first: float, memory: Memory, peak: float
 ) -> Record:
     """The figures of one variant; `peak` is the rate of a matrix product, `first` the time of the very first request.
 
@@ -52,7 +52,7 @@ def load_record(variant: Variant, load: Load) -> Record:
     }
 
 
-def point_record(variant: Variant, requests: Sequence[Request]) -> Record:
+def point_record(variant: Variant, requests: Sequence[MeasuredRequest]) -> Record:
     """One point of a scaling curve, medians in seconds."""
     return {
         "name": variant.name,

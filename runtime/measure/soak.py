@@ -34,7 +34,7 @@ MOST_WARMUP = 500
 
 
 @dataclass(frozen=True)
-class Sample:
+class MemorySample:
     """Bytes after so many requests; None where there is no such figure."""
 
     requests: int
@@ -50,7 +50,7 @@ class Soak:
     clients: int
     warmup: int
     seconds: float
-    samples: tuple[Sample, ...]
+    samples: tuple[MemorySample, ...]
 
     def memory(self, kind: str) -> dict[str, float] | None:
         """First, last and peak bytes of "rss" or "cuda", and how many they grew by in a thousand requests."""
@@ -83,9 +83,9 @@ def soak(pipeline: Pipeline, clip: Clip, question: str, *, requests: int, client
 
 def _ask(
     pipeline: Pipeline, clip: Clip, question: str, requests: int, clients: int, new_tokens: int, every: int
-) -> list[Sample]:
+) -> list[MemorySample]:
     tickets, lock, stop = itertools.count(1), threading.Lock(), threading.Event()
-    samples: list[Sample] = []
+    samples: list[MemorySample] = []
     errors: list[BaseException] = []
 
     def client() -> None:
@@ -116,10 +116,10 @@ def _ask(
     return samples
 
 
-def _sample(requests: int, pipeline: Pipeline) -> Sample:
+def _sample(requests: int, pipeline: Pipeline) -> MemorySample:
     decoder = pipeline.decoder
     on_gpu = decoder is not None and decoder.device.type == "cuda"
-    return Sample(requests, resident(), torch.cuda.memory_allocated() if on_gpu else None)
+    return MemorySample(requests, resident(), torch.cuda.memory_allocated() if on_gpu else None)
 
 
 def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:

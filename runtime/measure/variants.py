@@ -38,7 +38,7 @@ OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenPrompt:
     """Visual tokens [N, E], whether `image_newline` is the last of them, and the frames before the first merge and
     after each one."""
 
@@ -74,7 +74,7 @@ class Variant:
     config: EarlyTomConfig
     frames: int
     copy: Callable[[Tensor], Tensor]
-    see: Callable[[Tensor], Seen]
+    see: Callable[[Tensor], SeenPrompt]
     decoding: Decoding
     folder: str | None = None
 
@@ -178,10 +178,10 @@ class Bench:
         # One engine takes frames that are on the device already; chains and ONNX Runtime copy for themselves.
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
-        def see(frames: Tensor) -> Seen:
+        def see(frames: Tensor) -> SeenPrompt:
             tokens = encode_one(vision, frames)[0].to(self.device)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
-            return Seen(tokens, False, tuple(stages))
+            return SeenPrompt(tokens, False, tuple(stages))
 
         about = f"{manifest.name} in {backend}"
         name = f"{backend} {manifest.dtype} r{config.retention_ratio:g}"
@@ -196,28 +196,28 @@ class Bench:
         return (self._to_device(frames).float() * self._scale + self._shift).to(self.dtype)
 
     @torch.no_grad()
-    def _full(self, pixels: Tensor) -> Seen:
+    def _full(self, pixels: Tensor) -> SeenPrompt:
         config = self.model.config
         out = self.inner.get_video_features(
             pixels[None],
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         )
-        return Seen(out.pooler_output.flatten(0, -2), True, (len(pixels),))
+        return SeenPrompt(out.pooler_output.flatten(0, -2), True, (len(pixels),))
 
-    def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], Seen]:
-        def see(pixels: Tensor) -> Seen:
+    def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
+        def see(pixels: Tensor) -> SeenPrompt:
             tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
             out = encode_naive(tower, projector, pixels, config, depth=self.depth)
-            return Seen(out.tokens, False, out.frames_per_stage)
+            return SeenPrompt(out.tokens, False, out.frames_per_stage)
 
         return see
 
-    def _compressed(self, config: EarlyTomConfig) -> Callable[[Tensor], Seen]:
-        def see(pixels: Tensor) -> Seen:
+    def _compressed(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
+        def see(pixels: Tensor) -> SeenPrompt:
             tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
             out = encode_video(tower, projector, pixels, config, depth=self.depth)
-            return Seen(out.tokens, False, out.frames_per_stage)
+            return SeenPrompt(out.tokens, False, out.frames_per_stage)
 
         return see
 

@@ -34,8 +34,8 @@ from runtime.service.prefixes import PrefixCache
 from runtime.service.requests import (
     Answer,
     Arrived,
+    CheckedQuestion,
     Delta,
-    Question,
     Ready,
     Remembered,
     Seen,
@@ -100,7 +100,7 @@ class Answering:
         sampling: Sampling | None = GREEDY,
         system: str | None = None,
         frames: int | None = None,
-    ) -> Question:
+    ) -> CheckedQuestion:
         """Check what can be checked of a question before its video is there.
 
         Raises:
@@ -117,7 +117,7 @@ class Answering:
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
         check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
-        return Question(words, new_tokens, sampling or GREEDY)
+        return CheckedQuestion(words, new_tokens, sampling or GREEDY)
 
     def take(self, video: Video | Seen | Arrived) -> Taken:
         """What a caller gives as a video, checked and brought to one form; its content is copied, nothing is decoded.
@@ -265,7 +265,7 @@ class Answering:
         self.decoder = None
         self.watched.clear()
 
-    def _start(self, shown: Seen | Arrived, question: Question) -> tuple[int, Generator[int, None, Finish]]:
+    def _start(self, shown: Seen | Arrived, question: CheckedQuestion) -> tuple[int, Generator[int, None, Finish]]:
         """The number of visual tokens, and the answer's ids, not begun yet."""
         decoder, words = self._open_decoder(), question.words
         how: dict[str, Any] = {

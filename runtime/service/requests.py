@@ -70,7 +70,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckedQuestion:
     """A prompt that was found good, and how to answer it."""
 
     words: Prompt
@@ -138,7 +138,7 @@ class Work:
     """
 
     video: Taken | Remembered
-    question: Question
+    question: CheckedQuestion
     frames: int | None = None
     read_only: bool = False
     given: Arriving | None = None
@@ -157,7 +157,7 @@ class Ready:
     """
 
     shown: Clip | Seen | Arrived
-    question: Question
+    question: CheckedQuestion
     arriving: Arriving | None = None
     remembered: Remembered | None = None
     read_only: bool = False

@@ -30,7 +30,7 @@ from runtime.engine.layout import (
 from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.vision.frames import check_frames
-from runtime.vision.runner import Runner, Turn, check_names, fixed
+from runtime.vision.runner import CallGuard, Runner, check_names, fixed
 
 # Tensors that go from one stage to the next, and the memory that they are in.
 _BETWEEN = {MERGED_HIDDEN: HIDDEN, HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED, RECEIVED: RECEIVED}
@@ -62,7 +62,7 @@ class Adaptive:
         self.runners = tuple(runners)
         self.frames_per_stage: tuple[int, ...] = ()
         self._graphs = layout.graphs
-        self._turn = Turn()
+        self._turn = CallGuard()
         for runner, graph in zip(runners, self._graphs, strict=True):
             check_names(runner, graph, str(len(runners)))
         self.shape = fixed(runners[0], self._graphs[0].inputs[0])

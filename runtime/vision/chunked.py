@@ -36,7 +36,7 @@ from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
 from runtime.vision.frames import check_frames
-from runtime.vision.runner import CLOSED, Runner, Turn, check_names, fixed
+from runtime.vision.runner import CLOSED, CallGuard, Runner, check_names, fixed
 
 CHUNK = 4  # frames of a chunk, if nothing else is asked for
 MakeLane = Callable[[tuple[int, ...]], Here]
@@ -187,7 +187,7 @@ class ChunkedVision:
         self.chunk = chunk
         self._lane = (lane or _on_cpu)((chunk, *shape[1:]))
         self.device = self._lane.device
-        self._turn, self._whole = threading.Lock(), Turn()
+        self._turn, self._whole = threading.Lock(), CallGuard()
         self._rooms: list[Room] = []  # that no clip has
         self._own: OpenClip | None = None  # of `encode`
         self._closed = False

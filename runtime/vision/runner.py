@@ -61,7 +61,7 @@ class Runner(Protocol):
         ...
 
 
-class Turn:
+class CallGuard:
     """One call at a time, of something that is closed once."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from runtime.engine.layout import FRAMES, OUTPUTS
 from runtime.vision.frames import batch_of, check_clips, check_frames
-from runtime.vision.runner import Runner, Turn
+from runtime.vision.runner import CallGuard, Runner
 
 
 class Whole:
@@ -31,7 +31,7 @@ class Whole:
         self.shape = runner.tensors[FRAMES][0]
         self.batch = batch_of(self.shape)
         self.runner = runner
-        self._turn = Turn()
+        self._turn = CallGuard()
         self._lane = runner.lane(self.shape, kept=self.batch > 1)
         self.device = self._lane.device
         self._out = {

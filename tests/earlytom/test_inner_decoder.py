@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
-from earlytom.inner_decoder import AppliedInner, Held, Prompt, apply_inner, later_mask
+from earlytom.inner_decoder import AppliedInner, Held, InnerPrompt, apply_inner, later_mask
 from tests.earlytom.slow_decoder import Model, slow_answer, slow_logits
 from tests.earlytom.tiny import VIDEO_TOKEN, VOCABULARY, made_video, randomise, tiny_llava, video_prompt
 from tests.processes import HANG_SECONDS
@@ -363,7 +363,7 @@ def test_without_a_cache(qwen: Model) -> None:
 def test_a_prompt_is_announced_anew_for_every_step(qwen: Model) -> None:
     """As a generator does, which must not hold a block open while its caller runs."""
     ids, visual = text_prompt()
-    prompt, cache = Prompt.of(visual), DynamicCache()
+    prompt, cache = InnerPrompt.of(visual), DynamicCache()
     with apply_inner(qwen, 2) as inner:
         with inner.prompt(visual):
             want = qwen.generate(ids, **GREEDY)[0, 24:].tolist()

@@ -131,7 +131,7 @@ from builder.evaluation import bench
 class Stuck:
     def __init__(self, job): os.write(1, f"{os.getpid()}\\n".encode())
     def measure(self, chunk): threading.Event().wait()
-bench.Bench = Stuck
+bench.EvaluationBench = Stuck
 if __name__ == "__main__":
     list(bench._parts(None, [range(1), range(1, 2)], 2, None))
 """

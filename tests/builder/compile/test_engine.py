@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from builder.compile import engine as compiler
 from builder.compile import process
 from builder.compile.engine import check_target, compile_engine
-from builder.compile.process import Request, check_nodes
+from builder.compile.process import CompileRequest, check_nodes
 from earlytom.errors import UserError
 from runtime import trt as seam
 from runtime.errors import EngineError
@@ -99,7 +99,7 @@ def compile_small(folder, onnx_path, **options):
 
 def build_here(tmp_path, onnx_path, **changes):
     """What the build process does, in this process."""
-    request = Request(
+    request = CompileRequest(
         onnx=str(onnx_path),
         engine=str(tmp_path / "engine"),
         layers=str(tmp_path / "layers.json"),
@@ -195,7 +195,7 @@ def test_the_other_precisions(tmp_path, dtype, fused):
 def test_the_settings_and_a_strongly_typed_network(tmp_path, monkeypatch):
     trt = seam.load("tensorrt-rtx")
     builder = trt.Builder(seam.collecting_logger(trt))
-    request = Request("", "", "", "tensorrt-rtx", (8, 6), "fp32", False, 2**30)
+    request = CompileRequest("", "", "", "tensorrt-rtx", (8, 6), "fp32", False, 2**30)
     assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)  # the library's default
     config = process._configure(trt, builder, request)
     assert not config.get_flag(trt.BuilderFlag.TF32)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from builder.evaluation import record
-from builder.evaluation.bench import Bench, Job, run
+from builder.evaluation.bench import EvaluationBench, EvaluationJob, run
 from builder.evaluation.statistics import Estimate, accuracy
 from earlytom.config import EarlyTomConfig
 from runtime.checkpoint import describe
@@ -43,12 +43,12 @@ def value(recorded: dict[str, Any], name: str, ratio: float | None) -> float:
     return share
 
 
-def job(recorded: dict[str, Any]) -> Job:
-    return Job("micro", EarlyTomConfig.from_dict(recorded["settings"]), ("budget",), (0.25,))
+def job(recorded: dict[str, Any]) -> EvaluationJob:
+    return EvaluationJob("micro", EarlyTomConfig.from_dict(recorded["settings"]), ("budget",), (0.25,))
 
 
 def test_accuracy_has_not_dropped(recorded: dict[str, Any]) -> None:
-    bench = Bench(job(recorded))
+    bench = EvaluationBench(job(recorded))
     answers = run(bench.job, CLIPS, min(2, os.cpu_count() or 1), lambda done: None, bench)
     assert [(one.method.name, one.ratio) for one in bench.settings] == RECORDED
     for row, (name, ratio) in enumerate(RECORDED):
@@ -58,7 +58,7 @@ def test_accuracy_has_not_dropped(recorded: dict[str, Any]) -> None:
 
 def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any]) -> None:
     """Negative control, on fewer clips."""
-    bench = Bench(job(recorded))
+    bench = EvaluationBench(job(recorded))
     questions = [bench.clip(index)[1].questions for index in range(CLIPS // 4)]
     nothing = torch.zeros(400, bench.model.config.text_config.hidden_size)
     outcomes = bench.scorer.score([nothing] * len(questions), [bench.scorer.pack(asked) for asked in questions])

@@ -9,7 +9,7 @@ import pytest
 
 from builder.evaluation import bench as bench_module
 from builder.evaluation import report
-from builder.evaluation.bench import Answers, Bench, Job, run
+from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run
 from builder.evaluation.blind import Blind, questions_of
 from builder.evaluation.results import Result, comparisons, results
 from builder.evaluation.timing import Prefill
@@ -20,16 +20,18 @@ from tests.builder.evaluation.test_methods import BASE
 
 
 @pytest.fixture(scope="module")
-def answered() -> tuple[Bench, Answers]:
+def answered() -> tuple[EvaluationBench, Answers]:
     """Three clips in a few settings."""
-    bench = Bench(Job("micro", BASE, ("budget", "merging", "adaptive", "frames"), (0.1, 0.5)))
+    bench = EvaluationBench(EvaluationJob("micro", BASE, ("budget", "merging", "adaptive", "frames"), (0.1, 0.5)))
     return bench, bench.measure(range(3))
 
 
 # Measurement
 
 
-def test_equal_settings_are_asked_once(answered: tuple[Bench, Answers], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_settings_are_asked_once(
+    answered: tuple[EvaluationBench, Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At ratio 0.5 the budget schedule keeps every token of its frames."""
     bench, answers = answered
     rows = {(one.method.name, one.ratio): row for row, one in enumerate(bench.settings)}
@@ -47,7 +49,7 @@ def test_equal_settings_are_asked_once(answered: tuple[Bench, Answers], monkeypa
     assert (again.right == answers.right).all()
 
 
-def test_every_question_is_asked_of_its_clip(answered: tuple[Bench, Answers]) -> None:
+def test_every_question_is_asked_of_its_clip(answered: tuple[EvaluationBench, Answers]) -> None:
     _, answers = answered
     kinds = [[question.kind for question in labelled_clip("test", index).questions] for index in range(3)]
     assert [list(KINDS)[kind] for kind in answers.kind] == [kind for row in kinds for kind in row]
@@ -56,7 +58,7 @@ def test_every_question_is_asked_of_its_clip(answered: tuple[Bench, Answers]) ->
     assert (answers.correct(0) <= answers.asked()).all()
 
 
-def test_costs_are_those_of_the_shapes(answered: tuple[Bench, Answers]) -> None:
+def test_costs_are_those_of_the_shapes(answered: tuple[EvaluationBench, Answers]) -> None:
     bench, answers = answered
     config: Any = bench.checkpoint.config
     rows = {(one.method.name, one.ratio): row for row, one in enumerate(bench.settings)}
@@ -75,8 +77,8 @@ def test_costs_are_those_of_the_shapes(answered: tuple[Bench, Answers]) -> None:
 
 def test_clips_may_be_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """In whatever portions, the answers are the same, in the same order."""
-    job = Job("micro", BASE, ("random",), (0.1,), "validation", 1)
-    whole = Bench(job).measure(range(5))
+    job = EvaluationJob("micro", BASE, ("random",), (0.1,), "validation", 1)
+    whole = EvaluationBench(job).measure(range(5))
     monkeypatch.setattr(bench_module, "CLIPS_AT_ONCE", 2)
     for workers in (1, 2):
         done: list[int] = []
@@ -86,7 +88,7 @@ def test_clips_may_be_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> 
             assert np.array_equal(getattr(spread, name), getattr(whole, name)), (workers, name)
 
 
-def test_the_decoders_first_token_is_the_scorers(answered: tuple[Bench, Answers]) -> None:
+def test_the_decoders_first_token_is_the_scorers(answered: tuple[EvaluationBench, Answers]) -> None:
     """The prefill that is timed is the one that is scored."""
     bench, _ = answered
     clip, known = bench.clip(0)
@@ -124,7 +126,7 @@ def fake(right: list[list[bool]], clips: list[int]) -> Answers:
     return Answers(np.array(clips), kind, np.array(right), nothing, ones, ones, ones, ones, np.full(total, 0.5))
 
 
-def test_figures_and_comparisons(answered: tuple[Bench, Answers]) -> None:
+def test_figures_and_comparisons(answered: tuple[EvaluationBench, Answers]) -> None:
     settings = [one for one in answered[0].settings if one.ratio in (None, 0.1)]
     names = [one.method.name for one in settings]
     assert names == ["full", "budget", "adaptive", "merging", "frames"]

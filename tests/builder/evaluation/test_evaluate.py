@@ -17,7 +17,7 @@ import torch
 from builder import build, evaluate
 from builder.evaluation import bench as bench_module
 from builder.evaluation import record, run
-from builder.evaluation.bench import Bench, Job
+from builder.evaluation.bench import EvaluationBench, EvaluationJob
 from builder.evaluation.blind import questions_of
 from builder.evaluation.engine import TWIN, build_engine, check_engine
 from builder.evaluation.methods import Row
@@ -261,7 +261,9 @@ def test_an_engine_is_built_for_the_setting(
 
 def test_the_twin_has_the_engines_settings(build_engine: Callable[..., Path]) -> None:
     folder = build_engine("--ratio", "0.3", "--fp32")
-    bench = Bench(Job("micro", BASE.replace(merge_layers=(1, 3, 5)), ("full",), (0.1,), engine=str(folder)))
+    bench = EvaluationBench(
+        EvaluationJob("micro", BASE.replace(merge_layers=(1, 3, 5)), ("full",), (0.1,), engine=str(folder))
+    )
     clip, _ = bench.clip(0)
     seen = {one.method.name: one.visual(clip) for one in bench.settings}
     torch.testing.assert_close(seen["engine"].tokens, seen[TWIN].tokens, rtol=1e-3, atol=1e-3)

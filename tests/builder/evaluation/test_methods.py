@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from builder.evaluation.methods import Row, Visual, chosen, layer_choices, methods
-from builder.evaluation.passes import ClipPasses, Vision
+from builder.evaluation.passes import ClipPasses, VisionPass
 from earlytom import encode_video
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
@@ -27,8 +27,8 @@ F, P, DEPTH = 16, 25, 8
 
 
 @lru_cache
-def vision() -> Vision:
-    return Vision(load_vision(None), describe(None))
+def vision() -> VisionPass:
+    return VisionPass(load_vision(None), describe(None))
 
 
 @lru_cache

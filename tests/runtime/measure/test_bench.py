@@ -24,7 +24,7 @@ from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError, VideoError
 from runtime.measure import arguments, comparison, report
 from runtime.measure.arguments import VARIANTS
-from runtime.measure.measure import STAGES, Runner, interleaved, matmul_rate, percentiles, under_load
+from runtime.measure.measure import STAGES, VariantRunner, interleaved, matmul_rate, percentiles, under_load
 from runtime.measure.memory import Memory, peak_memory
 from runtime.measure.naive import encode_naive, find_segments
 from runtime.measure.overhead import compression_share
@@ -50,8 +50,8 @@ def config() -> EarlyTomConfig:
 
 
 @pytest.fixture(scope="module")
-def runner(loaded: Bench, drawn_clip: Path) -> Runner:
-    return Runner(loaded, drawn_clip, TOKENS)
+def runner(loaded: Bench, drawn_clip: Path) -> VariantRunner:
+    return VariantRunner(loaded, drawn_clip, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,9 @@ def test_the_naive_form_refuses_the_budget_schedule() -> None:
 # --- the variants
 
 
-def test_the_baseline_is_what_generate_gives(loaded: Bench, runner: Runner, variants: dict[str, Variant]) -> None:
+def test_the_baseline_is_what_generate_gives(
+    loaded: Bench, runner: VariantRunner, variants: dict[str, Variant]
+) -> None:
     got = runner.answer(variants["full"])
     clip = runner.clip(variants["full"])
     pixels = variants["full"].copy(clip.frames)
@@ -191,13 +193,13 @@ def test_the_baseline_is_what_generate_gives(loaded: Bench, runner: Runner, vari
     assert got.frames_per_stage == (8,)
 
 
-def test_both_decoders_give_the_same_ids(loaded: Bench, runner: Runner, variants: dict[str, Variant]) -> None:
+def test_both_decoders_give_the_same_ids(loaded: Bench, runner: VariantRunner, variants: dict[str, Variant]) -> None:
     plain, ours = (runner.answer(variants[name]) for name in ("naive", "adaptive"))
     assert plain.tokens == ours.tokens
     assert plain.visual_tokens == ours.visual_tokens < 200
 
 
-def test_every_answer_has_the_length_asked_for(runner: Runner, variants: dict[str, Variant]) -> None:
+def test_every_answer_has_the_length_asked_for(runner: VariantRunner, variants: dict[str, Variant]) -> None:
     assert {len(runner.answer(variant).tokens) for variant in variants.values()} == {TOKENS}
 
 
@@ -206,7 +208,7 @@ def test_an_engine_is_a_variant(loaded: Bench, bundled_engine: Path, drawn_clip:
     found, missing = loaded.engines(bundled_engine, manifest)
     assert [variant.name for variant in found] == ["onnxruntime fp16 r0.3"]
     assert not missing
-    runner = Runner(loaded, drawn_clip, TOKENS)
+    runner = VariantRunner(loaded, drawn_clip, TOKENS)
     budget = loaded.variant("budget", found[0].config, 16)
     got, want = runner.answer(found[0]), runner.answer(budget)
     assert (
@@ -245,7 +247,7 @@ def test_settings_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
 # --- the clock
 
 
-def test_the_stages_add_up_to_the_first_token(runner: Runner, variants: dict[str, Variant]) -> None:
+def test_the_stages_add_up_to_the_first_token(runner: VariantRunner, variants: dict[str, Variant]) -> None:
     for variant in variants.values():
         request = runner.answer(variant)
         assert tuple(request.stages) == STAGES
@@ -254,7 +256,7 @@ def test_the_stages_add_up_to_the_first_token(runner: Runner, variants: dict[str
         assert all(seconds > 0 for name, seconds in request.stages.items() if name != "copy")
 
 
-def test_a_decoded_clip_is_not_decoded_again(runner: Runner, variants: dict[str, Variant]) -> None:
+def test_a_decoded_clip_is_not_decoded_again(runner: VariantRunner, variants: dict[str, Variant]) -> None:
     request = runner.answer(variants["budget"], runner.clip(variants["budget"]))
     assert request.stages["decode"] == request.stages["preprocess"] == 0
 
@@ -280,7 +282,7 @@ def test_variants_take_turns_and_warm_up_apart() -> None:
     assert [[request.ttft for request in one] for one in found] == [[7, 12, 14], [8, 10, 15], [9, 11, 13]]
 
 
-def test_clients_wait_in_line(runner: Runner, variants: dict[str, Variant]) -> None:
+def test_clients_wait_in_line(runner: VariantRunner, variants: dict[str, Variant]) -> None:
     load = under_load(runner, variants["budget"], clients=3, requests=5)
     assert (load.clients, load.requests, len(load.ttft), len(load.total)) == (3, 5, 5, 5)
     assert all(0 < first < whole <= load.seconds for first, whole in zip(load.ttft, load.total, strict=True))
@@ -288,7 +290,7 @@ def test_clients_wait_in_line(runner: Runner, variants: dict[str, Variant]) -> N
 
 
 def test_a_client_that_fails_ends_the_others(
-    loaded: Bench, runner: Runner, variants: dict[str, Variant], monkeypatch: pytest.MonkeyPatch
+    loaded: Bench, runner: VariantRunner, variants: dict[str, Variant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = iter(range(99))
 
@@ -298,7 +300,7 @@ def test_a_client_that_fails_ends_the_others(
         return made
 
     made = runner.clip(variants["budget"])
-    failing = Runner(loaded, runner.video, TOKENS)
+    failing = VariantRunner(loaded, runner.video, TOKENS)
     monkeypatch.setattr(failing, "clip", clip)
     before = set(threading.enumerate())
     with pytest.raises(VideoError, match="no such video"):
@@ -358,7 +360,9 @@ def test_gains_are_ratios_of_medians() -> None:
     assert got["compression_of_encoder"] == {"budget": 0.02}
 
 
-def test_a_share_is_arithmetic_in_time_at_the_peak(loaded: Bench, runner: Runner, variants: dict[str, Variant]) -> None:
+def test_a_share_is_arithmetic_in_time_at_the_peak(
+    loaded: Bench, runner: VariantRunner, variants: dict[str, Variant]
+) -> None:
     variant = variants["budget"]
     requests = [runner.answer(variant)]
     got = report.variant_record(loaded, variant, requests, math.nan, Memory(None, None, None), peak=1e12)

@@ -17,7 +17,7 @@ from earlytom.errors import UserError
 from runtime import bench, cli
 from runtime.errors import EngineError, Overloaded
 from runtime.measure.memory import resident
-from runtime.measure.soak import Sample, Soak, _line, soak
+from runtime.measure.soak import MemorySample, Soak, _line, soak
 from runtime.pipeline import Pipeline
 from runtime.service.requests import Delta
 from runtime.video import Clip
@@ -76,7 +76,7 @@ def test_memory_that_is_not_given_back_shows() -> None:
 
 
 def test_growth_is_of_what_counts() -> None:
-    samples = (Sample(0, 100, None), Sample(250, 900, None), Sample(500, 150, None))
+    samples = (MemorySample(0, 100, None), MemorySample(250, 900, None), MemorySample(500, 150, None))
     found = Soak(500, 4, 50, 2.0, samples)
     assert found.memory("rss") == {"first": 100, "last": 150, "peak": 900, "growth_per_thousand": 100}
     assert found.memory("cuda") is None
