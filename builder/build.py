@@ -2,6 +2,11 @@
 
     python -m builder.build --ratio 0.3 --fp16
 
+or, from Python,
+
+    from builder.build import build_engine
+    folder = build_engine(config, Path("engines"))     # a `builder.settings.config.BuildConfig`
+
 Refuses what makes no sense; reads the checkpoint's settings, decides what is built and its key; returns at once if that
 engine is there already; else runs the stages (`builder.stages`) and publishes the folder in one step. What is not
 verified is not published, unless --no-verify says so.
@@ -11,20 +16,101 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from builder.plugins import choose, kernel_target
 from builder.settings.arguments import configured, read
 from builder.settings.options import AUTO
+from builder.trace import Trace, told
 from runtime import cli
+
+if TYPE_CHECKING:
+    from builder.clips import FramesKept
+    from builder.settings.config import BuildConfig
+    from runtime.engine.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine folder that is there: made now, or found made already."""
+
+    folder: Path
+    manifest: Manifest
+    cached: bool
+
+
+def build_engine(
+    config: BuildConfig,
+    out: Path,
+    *,
+    verify: bool = True,
+    verify_text: bool | None = None,
+    force: bool = False,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """The engine folder under `out` that `config` asks for: found there, or built and published in one step.
+
+    Args:
+        verify: run the accuracy gate; an engine that was built without counts as missing.
+        verify_text: run the gate's last step, which loads the decoder; by default where that is small.
+        force: build it even if it is there.
+        say: told what happens, line by line.
+
+    Raises:
+        UserError: the model cannot be asked, the target cannot be built for here, the graph does not pass the gate, or
+            `out` cannot be written. Nothing half-written stays behind, nor does it after Ctrl-C.
+    """
+    from builder.source import check_answers
+
+    check_answers(config.checkpoint)
+    if config.backend != "onnx":
+        from builder.compile.engine import check_target
+
+        check_target(config.backend, config.target, config.hardware_compatible)
+    return obtain(config, out, told(say), verify=verify, verify_text=verify_text, force=force).folder
+
+
+def obtain(
+    config: BuildConfig,
+    out: Path,
+    trace: Trace,
+    *,
+    verify: bool,
+    verify_text: bool | None,
+    force: bool,
+    kept: FramesKept | None = None,
+) -> Built:
+    """`build_engine` of a config that was checked; `kept` as in `builder.stages.build`."""
+    from builder import cache
+
+    key = config.key()
+    folder = out / config.name(key)
+    checks = {"verified": verify, "text": bool(verify_text)}
+    if not force and (found := cache.find(folder, key, **checks)):
+        trace.line(f"unchanged: {folder} was built {found.created} and is used as it is (--force builds it again)")
+        if found.model.source != config.checkpoint.source:
+            trace.line(f"note: it was built from {found.model.source}, where python -m runtime.ask looks for the same")
+        return Built(folder, found, cached=True)
+    if folder.is_dir() and not force:
+        trace.line(f"{folder} is damaged or, as far as it is asked for, not verified: it is built again")
+    from builder.stages import build
+
+    with cache.staging(folder, lambda: trace.line("another process is building this engine: waiting for it")) as place:
+        if not force and (found := cache.find(folder, key, **checks)):
+            trace.line(f"unchanged: {folder} was just built by another process")  # while this one waited
+            return Built(folder, found, cached=True)
+        manifest = build(config, key, folder.name, place, trace, verify=verify, verify_text=verify_text, kept=kept)
+        cache.publish(place, folder)
+    return Built(folder, manifest, cached=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
     options, choice = read(argv)
     config = configured(options, choice)
-    from builder import cache
     from builder.compile.engine import check_target
     from builder.precision import islands
     from builder.show import show_plan, show_result, summary
@@ -63,26 +149,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.line(f"key: {key}\nfolder: {folder}\nnothing was built (--dry-run)")
         screen.result(summary(config, key, folder, None, cached=False))
         return 0
-    checks = {"verified": options.verify, "text": bool(options.verify_text)}
-    if not options.force and (found := cache.find(folder, key, **checks)):
-        screen.line(f"unchanged: {folder} was built {found.created} and is used as it is (--force builds it again)")
-        if found.model.source != config.checkpoint.source:
-            screen.line(f"note: it was built from {found.model.source}, where python -m runtime.ask looks for the same")
-        screen.result(summary(config, key, folder, found, cached=True))
-        return 0
-    if folder.is_dir() and not options.force:
-        screen.line(f"{folder} is damaged or, as far as it is asked for, not verified: it is built again")
-    from builder.stages import build
-
-    with cache.staging(folder, lambda: screen.line("another process is building this engine: waiting for it")) as place:
-        if not options.force and (found := cache.find(folder, key, **checks)):
-            screen.line(f"unchanged: {folder} was just built by another process")  # while this one waited
-            screen.result(summary(config, key, folder, found, cached=True))
-            return 0
-        manifest = build(config, key, folder.name, place, options, screen, kept)
-        cache.publish(place, folder)
-    show_result(screen, manifest, folder)
-    screen.result(summary(config, key, folder, manifest, cached=False))
+    built = obtain(
+        config,
+        options.out,
+        screen,
+        verify=options.verify,
+        verify_text=options.verify_text,
+        force=options.force,
+        kept=kept,
+    )
+    if not built.cached:
+        show_result(screen, built.manifest, built.folder)
+    screen.result(summary(config, key, built.folder, built.manifest, cached=built.cached))
     return 0
 
 

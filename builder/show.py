@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from builder.clips import FramesKept
     from builder.compile.engine import CompileProgress
     from builder.settings.config import BuildConfig
+    from builder.trace import Trace
 
 
 def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
@@ -53,11 +55,11 @@ def _costs(config: BuildConfig) -> list[tuple[object, ...]]:
     ]
 
 
-def show_kept(screen: cli.Screen, config: BuildConfig, kept: FramesKept) -> None:
+def show_kept(trace: Trace, config: BuildConfig, kept: FramesKept) -> None:
     """How many frames the adaptive schedule keeps of the calibration clips."""
     names = ["input", *(f"after layer {layer}" for layer in config.earlytom.merge_layers)]
     rows = [(name, *counts) for name, counts in zip(names, kept.ranges, strict=True)]
-    screen.table((f"frames kept of {', '.join(kept.clips)}", "minimum", "median", "maximum"), rows)
+    trace.table((f"frames kept of {', '.join(kept.clips)}", "minimum", "median", "maximum"), rows)
 
 
 def show_result(screen: cli.Screen, manifest: Manifest, folder: Path) -> None:
@@ -112,7 +114,7 @@ def _sizes(config: BuildConfig) -> dict[str, Any]:
     }
 
 
-def progress_line(screen: cli.Screen) -> Any:
+def progress_line(trace: Trace) -> Callable[[CompileProgress], None]:
     """A callback for the compiler: its phase, at most once in two seconds."""
     shown = 0.0
 
@@ -120,6 +122,6 @@ def progress_line(screen: cli.Screen) -> Any:
         nonlocal shown
         if progress.seconds >= shown + 2:
             shown = progress.seconds
-            screen.line(f"  {progress.phase} ({progress.seconds:.0f} s)")
+            trace.line(f"  {progress.phase} ({progress.seconds:.0f} s)")
 
     return show

@@ -6,7 +6,6 @@ no engine.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import resource
@@ -33,31 +32,31 @@ from builder.precision import islands
 from builder.settings.config import BuildConfig, project_version
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
-from runtime import cli
+from builder.trace import Trace
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
 
 
 class Stages:
-    """Progress on screen and seconds for the manifest: one line when a stage starts, one when it is done."""
+    """Progress for who watches and seconds for the manifest: one line when a stage starts, one when it is done."""
 
-    def __init__(self, screen: cli.Screen) -> None:
-        self.screen = screen
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, what: str, work: Any) -> Any:
         """Run `work()` as the stage `name`; returns its result."""
-        self.screen.line(f"{name}: {what}")
+        self.trace.line(f"{name}: {what}")
         started = time.monotonic()
         result = work()
         self.seconds[name] = time.monotonic() - started
-        self.screen.line(f"{name}: done in {self.seconds[name]:.1f} s")
+        self.trace.line(f"{name}: done in {self.seconds[name]:.1f} s")
         return result
 
     def note(self, text: str) -> None:
         """A line inside the stage that runs."""
-        self.screen.line(f"  {text}")
+        self.trace.line(f"  {text}")
 
 
 def build(
@@ -65,21 +64,26 @@ def build(
     key: str,
     name: str,
     place: Path,
-    options: argparse.Namespace,
-    screen: cli.Screen,
+    trace: Trace,
+    *,
+    verify: bool = True,
+    verify_text: bool | None = None,
     kept: FramesKept | None = None,
 ) -> Manifest:
     """Fill the staging folder `place`; returns the manifest, already written there.
 
-    `kept`: what the frame budget was taken from, if it was measured.
+    Args:
+        verify: run the gate.
+        verify_text: run its last step, which loads the decoder; by default where that is small.
+        kept: what the frame budget was taken from, if it was measured.
     """
-    stages, key_parts = Stages(screen), config.key_parts()
+    stages, key_parts = Stages(trace), config.key_parts()
     # First, so that a clip that cannot be read costs nothing.
-    clips = {one.frames: calibration_clips(one, place) for one in config.each if options.verify or config.adaptive}
+    clips = {one.frames: calibration_clips(one, place) for one in config.each if verify or config.adaptive}
     if config.adaptive:
         what = "how many frames each merge keeps"
         kept = stages.run("calibrate", what, lambda: calibrate(config, clips[config.frames]))
-        show_kept(screen, config, kept)
+        show_kept(trace, config, kept)
     graphs: tuple[ExportedGraph, ...] = stages.run(
         "export",
         f"{config.checkpoint.name} to ONNX in {config.dtype}",
@@ -91,18 +95,16 @@ def build(
         compiled = stages.run(
             "compile",
             f"{config.backend} {config.backend_version} for compute capability {target}",
-            lambda: compile_graphs(config, graphs, place, kept, screen),
+            lambda: compile_graphs(config, graphs, place, kept, trace),
         )
     peak = peak_bytes(compiled)  # now: the gate loads more than a build needs
     reports: dict[int, accuracy.Report] = {}
-    if options.verify:
+    if verify:
         paths = [graph.path for graph in graphs]
         reports = stages.run(
             "verify",
             "against the PyTorch reference",
-            lambda: check_each(
-                config, vision_graph(config, torch.float32), paths, clips, screen, with_text=options.verify_text
-            ),
+            lambda: check_each(config, vision_graph(config, torch.float32), paths, clips, trace, with_text=verify_text),
         )
         for report in reports.values():
             report.require()
@@ -155,21 +157,21 @@ def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
     return frames_kept(vision_graph(config, torch.float32), clips)
 
 
-def auto_budget(config: BuildConfig, screen: cli.Screen) -> tuple[BuildConfig, FramesKept]:
+def auto_budget(config: BuildConfig, trace: Trace) -> tuple[BuildConfig, FramesKept]:
     """`config` with the frame budget that the calibration clips suggest, and what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         clips = calibration_clips(config, Path(folder))
     kept = calibrate(config, clips)
-    show_kept(screen, config, kept)
+    show_kept(trace, config, kept)
     if not config.calibration:
-        screen.line(f"note: --frame-budget {AUTO} goes by clips like yours: name some with --calibration")
+        trace.line(f"note: --frame-budget {AUTO} goes by clips like yours: name some with --calibration")
     budget = kept.budget()
-    screen.line(f"frame budget: {' -> '.join(map(str, (config.frames, *budget)))} (--frame-budget {AUTO})")
+    trace.line(f"frame budget: {' -> '.join(map(str, (config.frames, *budget)))} (--frame-budget {AUTO})")
     return dataclasses.replace(config, earlytom=config.earlytom.replace(frame_budget=budget)), kept
 
 
 def compile_graphs(
-    config: BuildConfig, graphs: Sequence[ExportedGraph], place: Path, kept: FramesKept | None, screen: cli.Screen
+    config: BuildConfig, graphs: Sequence[ExportedGraph], place: Path, kept: FramesKept | None, trace: Trace
 ) -> tuple[CompileReport, ...]:
     """The compile stage: an engine and a layer list for each graph."""
     usual = None if kept is None else [median for _, median, _ in kept.ranges]
@@ -194,7 +196,7 @@ def compile_graphs(
                 expected_share=shares[stage] if config.dtype != "fp32" else 1.0,
                 profile=(1, usual[stage], config.frames) if config.adaptive and usual else None,
                 layers_path=place / layers,
-                progress=progress_line(screen),
+                progress=progress_line(trace),
             )
         )
     return tuple(reports)

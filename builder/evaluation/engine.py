@@ -5,20 +5,20 @@ The engine must give the same answers as its twin, up to what the builder's accu
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from builder import build
+import onnx
+
+from builder.build import build_engine
 from builder.evaluation.methods import Row, Visual
 from builder.evaluation.options import AUTO
 from builder.evaluation.passes import ClipPasses
+from builder.settings.config import BuildConfig
+from builder.settings.options import parse_target
 from earlytom.config import EarlyTomConfig
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data.scene import FRAMES
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint import Checkpoint, describe
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
 from runtime.vision import choose_backend, encode_one, open_backend
@@ -28,19 +28,32 @@ ENGINE, TWIN = "engine", "engine-torch"
 _BACKEND = "onnxruntime"
 
 
-def build_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -> Path:
+def built_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -> Path:
     """The engine folder of one setting, in fp16, as `python -m builder.build` makes it or finds it made already.
 
     Raises:
         UserError: as there, for example because the graph does not pass the accuracy gate.
     """
-    words = ["--model", source, "--ratio", str(ratio), "--fp16", "--backend", "onnx", "--frames", str(FRAMES)]
-    words += ["--tau", str(config.tau), "--merge-layers", _listed(config.merge_layers) or "none"]
-    budget = config.frame_budget
-    words += ["--frame-budget", _listed(budget) if isinstance(budget, tuple) else str(budget)]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        build.main([*words, "--out", str(out), "--json"])
-    return Path(json.loads(printed.getvalue())["folder"])
+    method = EarlyTomConfig(
+        retention_ratio=ratio,
+        merge_layers=config.merge_layers,
+        tau=config.tau,
+        schedule="budget",
+        frame_budget=config.frame_budget,
+    )
+    return build_engine(
+        BuildConfig(
+            checkpoint=describe(source),
+            earlytom=method,
+            frames=FRAMES,
+            dtype="fp16",
+            target=parse_target("a100"),
+            backend="onnx",
+            backend_version=onnx.__version__,
+        ),
+        out,
+        say=lambda _: None,
+    )
 
 
 def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
@@ -86,7 +99,3 @@ def engine_methods(folder: str) -> list[Row]:
         Row(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine),
         Row(TWIN, f"the same in PyTorch, {what}", "engine", False, twin),
     ]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))

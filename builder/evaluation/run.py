@@ -21,7 +21,7 @@ from builder.evaluation import plot, record, report
 from builder.evaluation.arguments import checked
 from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run, task_checkpoint
 from builder.evaluation.blind import Blind, questions_of
-from builder.evaluation.engine import ENGINE, build_engine, check_engine
+from builder.evaluation.engine import ENGINE, built_engine, check_engine
 from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
 from builder.evaluation.options import AUTO, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
@@ -83,7 +83,7 @@ def engine_folder(options: argparse.Namespace, job: EvaluationJob, screen: cli.S
         return Path(options.engine)
     ratio = min(job.ratios, key=lambda ratio: abs(ratio - MAIN_RATIO))
     screen.line(f"engine: budget {ratio:g} in fp16 by python -m builder.build, about half a minute if it is new")
-    folder = build_engine(job.source, job.config, ratio, options.engines)
+    folder = built_engine(job.source, job.config, ratio, options.engines)
     screen.line(f"engine: {folder}")
     return folder
 

@@ -17,7 +17,7 @@ from builder.gate.batches import fill
 from builder.gate.kept_reference import save_reference
 from builder.gate.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
 from builder.settings.config import BuildConfig
-from runtime import cli
+from builder.trace import Trace
 from runtime.engine import layout
 
 
@@ -26,7 +26,7 @@ def check_each(
     reference: VisionGraph,
     paths: Sequence[Path],
     clips: Mapping[int, dict[str, Tensor]],
-    screen: cli.Screen,
+    trace: Trace,
     *,
     with_text: bool | None = None,
 ) -> dict[int, accuracy.Report]:
@@ -45,8 +45,8 @@ def check_each(
     reports = {}
     for one, graph in zip(config.each, graphs, strict=True):
         if config.frame_counts is not None:
-            screen.line(f"  {one.frames} frames:")
-        reports[one.frames] = check(one, reference, graph, clips[one.frames], text, screen)
+            trace.line(f"  {one.frames} frames:")
+        reports[one.frames] = check(one, reference, graph, clips[one.frames], text, trace)
     return reports
 
 
@@ -56,7 +56,7 @@ def check(
     graph: Path | Sequence[Path],
     clips: Mapping[str, Tensor],
     text: NextTokens | None,
-    screen: cli.Screen,
+    trace: Trace,
 ) -> accuracy.Report:
     """Run the gate for one frame count and show what it measured; leaves the reference beside the graph.
 
@@ -71,14 +71,14 @@ def check(
         batch=config.batch,
         text=text,
         text_with_equal_decisions=not config.checkpoint.trained,
-        say=lambda note: screen.line(f"  {note}"),
+        say=lambda note: trace.line(f"  {note}"),
     )
     place = (graph if isinstance(graph, Path) else graph[0]).parent
     inputs, outputs = (
         place / config.file(name) for name in (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)
     )
     save_reference(inputs, outputs, list(clips.values()), wanted, config.batch)
-    screen.table(
+    trace.table(
         ("step", "what", "value", "limit", ""),
         [
             (line.step, line.what, f"{line.value:.8g}", f"{line.limit:.6g}", "ok" if line.passed else "FAILED")
@@ -86,5 +86,5 @@ def check(
         ],
     )
     for note in report.notes:
-        screen.line(f"  {note}")
+        trace.line(f"  {note}")
     return report

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.spans import layer_spans
-from runtime import cli
 
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
+    from builder.trace import Trace
 
 OPTION = "--islands"
 LIST = "list"
@@ -319,7 +319,7 @@ def record(config: BuildConfig) -> dict[str, Any]:
     return {"chosen": list(chosen.words), "half_share": costs.half_share(chosen), "islands": every}
 
 
-def show(screen: cli.Screen, config: BuildConfig) -> None:
+def show(trace: Trace, config: BuildConfig) -> None:
     """Every island with its cost as a table, and what is chosen."""
     costs, rows = Costs(config), []
     for name, what in ISLANDS.items():
@@ -327,9 +327,9 @@ def show(screen: cli.Screen, config: BuildConfig) -> None:
         sizes = [f"{cost.flops / 1e9:.2f}", *(f"{n / 2**20:.2f}" for n in (cost.weight_bytes, cost.activation_bytes))]
         rows.append((name, what, *sizes, f"{cost.products / costs.products:.2%}", _chosen(name, config.islands)))
     columns = ("island", "in fp32", "GFLOP", "weights MiB", "results MiB", "of products", "chosen")
-    screen.table(columns, rows)
-    screen.line(f"fp32 stay: {','.join(config.islands.words) or 'none'} ({OPTION} chooses)")
-    screen.line(f"matrix products in {config.dtype}: {costs.half_share(config.islands):.2%}")
+    trace.table(columns, rows)
+    trace.line(f"fp32 stay: {','.join(config.islands.words) or 'none'} ({OPTION} chooses)")
+    trace.line(f"matrix products in {config.dtype}: {costs.half_share(config.islands):.2%}")
 
 
 def _chosen(name: str, islands: Islands) -> str:

@@ -436,3 +436,40 @@ def test_an_engine_is_compiled_and_published(command: Command) -> None:
     assert len(report["compile"]["layers"]["attention_fused"]) == 3  # all but the explicit one
     assert manifest.figures["compile_seconds"] > 0
     assert [line.split(":")[0] for line in stdout.splitlines() if ": done in" in line] == ["export", "compile"]
+
+
+# From Python
+
+
+def test_an_engine_is_built_from_python(build_arguments: list[str], tmp_path: Path) -> None:
+    config = parse(build_arguments)[1]
+    told: list[str] = []
+    folder = build.build_engine(config, tmp_path, verify=False, say=told.append)
+    assert Manifest.read(folder).key == config.key()
+    assert [line.split(":")[0] for line in told] == ["export", "export"]
+    told.clear()
+    assert build.build_engine(config, tmp_path, verify=False, say=told.append) == folder
+    assert told[0].startswith(f"unchanged: {folder} was built ")
+    assert len(told) == 1
+
+
+def test_what_the_gate_measures_is_told_line_by_line(build_arguments: list[str], tmp_path: Path) -> None:
+    told: list[str] = []
+    folder = build.build_engine(parse(build_arguments)[1], tmp_path, say=told.append)
+    assert Manifest.read(folder).verification["passed"]  # type: ignore[index]
+    assert any(line.startswith("step ") and "limit" in line for line in told)
+    assert not any("\n" in line for line in told)
+
+
+def test_a_model_that_cannot_be_asked_is_refused_from_python(
+    build_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(build_arguments)[1]
+
+    def refuse(checkpoint: Any) -> None:
+        raise UserError("no chat template")
+
+    monkeypatch.setattr("builder.source.load_tokenizer", refuse)
+    with pytest.raises(UserError, match="no chat template"):
+        build.build_engine(config, tmp_path / "out", say=lambda _: None)
+    assert not (tmp_path / "out").exists()

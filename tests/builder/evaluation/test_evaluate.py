@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -14,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from builder import build, evaluate
+from builder import evaluate
 from builder.evaluation import bench as bench_module
+from builder.evaluation import engine as engine_module
 from builder.evaluation import record, run
 from builder.evaluation.bench import EvaluationBench, EvaluationJob
 from builder.evaluation.blind import questions_of
-from builder.evaluation.engine import TWIN, build_engine, check_engine
+from builder.evaluation.engine import TWIN, built_engine, check_engine
 from builder.evaluation.methods import Row
 from builder.settings import arguments as build_arguments
+from builder.settings.config import BuildConfig
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.micro.data import KINDS
@@ -166,7 +166,7 @@ def test_bad_input_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch
     def load(*arguments: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(run, "Bench", load)
+    monkeypatch.setattr(run, "EvaluationBench", load)
     status, _, stderr = command(*words)
     assert status == 2
     assert stderr.startswith("error: ")
@@ -241,22 +241,17 @@ def test_engines_that_cannot_be_measured(engine: Path) -> None:
 def test_an_engine_is_built_for_the_setting(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budget: float | tuple[int, ...]
 ) -> None:
-    asked: list[list[str]] = []
-
-    def main(words: list[str]) -> int:
-        asked.append(words)
-        print("a stage\n" if "--json" not in words else json.dumps({"folder": str(tmp_path / "made")}))
-        return 0
-
-    monkeypatch.setattr(build, "main", main)
+    asked: list[tuple[BuildConfig, Path]] = []
+    monkeypatch.setattr(engine_module, "build_engine", lambda config, out, say: asked.append((config, out)) or out)
     config = EarlyTomConfig(merge_layers=(1, 3, 5), tau=0.6, frame_budget=budget)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert build_engine("micro", config, 0.15, tmp_path) == tmp_path / "made"
-    assert printed.getvalue() == ""
-    options, wanted, _ = build_arguments.parse(asked[0])
+    assert built_engine("micro", config, 0.15, tmp_path) == tmp_path
+    ((wanted, out),) = asked
+    assert out == tmp_path
     assert wanted.earlytom == config.replace(retention_ratio=0.15, schedule="budget")
-    assert (wanted.frames, wanted.dtype, wanted.backend) == (16, "fp16", "onnx")
-    assert (options.out, options.verify) == (tmp_path, True)
+    listed = str(budget) if isinstance(budget, float) else ",".join(map(str, budget))
+    words = ["--ratio", "0.15", "--fp16", "--backend", "onnx", "--frames", "16", "--tau", "0.6"]
+    words += ["--merge-layers", "1,3,5", "--frame-budget", listed]
+    assert wanted.key() == build_arguments.parse(words)[1].key()  # the command's own engine is found
 
 
 def test_the_twin_has_the_engines_settings(build_engine: Callable[..., Path]) -> None:
