@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,9 @@ from runtime.gpu.staging import Arriving, as_of_now
 from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
 from runtime.service.answering import WATCH_BYTES, Answering
 from runtime.service.asking import Request
+from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
-from runtime.service.requests import Answer, Arrived, Delta, Ready, Remembered, Seen, Taken, Video, Work
+from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Remembered, Seen, Taken, Video, Work
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.prompt import stop_token_ids
@@ -85,7 +86,7 @@ class Pipeline:
         )
         self.notes: tuple[str, ...] = ()
         # The workers know the core and not this object, so that it can be let go while they wait.
-        self._scheduler: Scheduler[Work, Ready, Delta] = Scheduler(
+        self._scheduler: Scheduler[Work, Ready, Delta | Embeds] = Scheduler(
             core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch
         )
         weakref.finalize(self, self._scheduler.abandon).atexit = False  # the scheduler sees to that
@@ -242,7 +243,7 @@ class Pipeline:
         self._scheduler.check_room(deadline)  # before a video's content is copied
         taken = video if isinstance(video, Remembered) else self._core.take(video)
         work = Work(taken, question, frames, given=_given(taken))
-        return Request(self._scheduler.submit(work, deadline=deadline), self)
+        return Request(cast(Job[Delta], self._scheduler.submit(work, deadline=deadline)), self)
 
     def check(self, prompt: str, *, deadline: float | None = None, **how: Any) -> None:
         """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it."""
@@ -270,6 +271,42 @@ class Pipeline:
         """`submit`, waited for: arguments and errors as there. Interrupted (Ctrl-C), it cancels the request."""
         with self.submit(video, prompt, **how) as request:
             return request.result()
+
+    def embed(
+        self,
+        video: Video | Arrived,
+        prompt: str,
+        *,
+        system: str | None = None,
+        frames: int | None = None,
+        deadline: float | None = None,
+    ) -> Tensor:
+        """The prompt with the video in it, as the decoder reads it; waits for that.
+
+        For a server that decodes by itself: vLLM takes it as `prompt_embeds`.
+
+        Args:
+            video, prompt, system, frames, deadline: as in `submit`.
+
+        Returns:
+            [1, L, D] on the decoder's device and in its dtype: the embeddings of the text, with the visual tokens and
+            `image_newline` in the place of the video. It is the caller's.
+
+        Raises:
+            as `submit` and its request.
+        """
+        self._scheduler.home.check()
+        question = self._core.question(prompt, max_new_tokens=1, system=system, frames=frames)
+        self._scheduler.check_room(deadline)
+        taken = self._core.take(video)
+        work = Work(taken, question, frames, given=_given(taken), embed=True)
+        job = self._scheduler.submit(work, deadline=deadline)
+        try:
+            made = job.last()
+        finally:
+            job.cancel()  # if the wait was interrupted
+        assert isinstance(made, Embeds)
+        return made.values
 
     def watch(
         self,

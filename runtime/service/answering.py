@@ -36,6 +36,7 @@ from runtime.service.requests import (
     Arrived,
     CheckedQuestion,
     Delta,
+    Embeds,
     Ready,
     Remembered,
     Seen,
@@ -162,14 +163,15 @@ class Answering:
         video, frames = (work.video, work.frames) if remembered is None else (remembered.video, remembered.frames)
         assert not isinstance(video, Remembered)
         if isinstance(video, (Seen, Arrived)):
-            return Ready(video, work.question, None, remembered, work.read_only)
+            return Ready(video, work.question, None, remembered, work.read_only, work.embed)
         with self._upload.working():
             if work.given is not None:
                 work.given.take()
             clip = self.prepare(video, frames, check)
-            return Ready(clip, work.question, self._upload(clip.frames), remembered, work.read_only)
+            arriving = self._upload(clip.frames)
+            return Ready(clip, work.question, arriving, remembered, work.read_only, work.embed)
 
-    def answer_turns(self, turns: Sequence[Turn[Ready]]) -> list[Generator[Delta, None, None]]:
+    def answer_turns(self, turns: Sequence[Turn[Ready]]) -> list[Generator[Delta | Embeds, None, None]]:
         """The second stage of some requests, for a scheduler: their answers, to be run one after another.
 
         An engine that takes several videos at once encodes them here, together.
@@ -178,15 +180,32 @@ class Answering:
             torch.cuda.set_device(self.decoder.device)  # each thread has its own current one
         clips = [turn.ready for turn in turns if isinstance(turn.ready.shown, Clip)]
         encoded = iter(self._encode_together(clips) if len(clips) > 1 else [])
+        found = [next(encoded, None) if isinstance(turn.ready.shown, Clip) else None for turn in turns]
         return [
-            self.answer(
-                turn.ready,
-                submitted=turn.submitted,
-                waited=turn.waited,
-                encoded=next(encoded, None) if isinstance(turn.ready.shown, Clip) else None,
-            )
-            for turn in turns
+            self.embeds(turn.ready, encoded=one)
+            if turn.ready.embed
+            else self.answer(turn.ready, submitted=turn.submitted, waited=turn.waited, encoded=one)
+            for turn, one in zip(turns, found, strict=True)
         ]
+
+    def embeds(self, ready: Ready, *, encoded: Encoded | None = None) -> Generator[Embeds, None, None]:
+        """The prompt with its video spliced in, for a decoder elsewhere; nothing is read or decoded.
+
+        Args:
+            ready, encoded: as in `answer`.
+
+        Yields:
+            one `Embeds`, which nobody writes over and any stream may read.
+
+        Raises:
+            Closed: while iterating: after `close`.
+        """
+        found, _ = self._tokens(ready) if encoded is None else encoded
+        decoder = self._open_decoder()
+        values = splice(ready.question.words, found.to(decoder.device), self.newline, decoder.embed)
+        if values.is_cuda:
+            torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
+        yield Embeds(values)
 
     def answer(
         self,

@@ -106,6 +106,13 @@ Video = (
 Taken = Path | Spooled | Tensor | NDArray[Any] | Clip | Seen | Arrived
 
 
+@dataclass(frozen=True, eq=False)
+class Embeds:
+    """A prompt with its video as the decoder reads it: embeddings [1, L, D]."""
+
+    values: Tensor
+
+
 @dataclass(eq=False)
 class Remembered:
     """A video that is asked more than once, as a key of the cache of what was read: how to read it again.
@@ -134,6 +141,7 @@ class Work:
         question: what is asked.
         frames: the frames to sample; None: as many as suit the video.
         read_only: read a remembered video, and answer nothing.
+        embed: only splice the video into the prompt.
         given: frames of the video that somebody gave on a GPU, and when they are there.
     """
 
@@ -142,6 +150,7 @@ class Work:
     frames: int | None = None
     read_only: bool = False
     given: Arriving | None = None
+    embed: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class Ready:
         question: what is asked.
         arriving: the frames of `shown`, on their way to the device, if that is another one.
         remembered: what `shown` is to be read and kept for.
-        read_only: as in `Work`.
+        read_only, embed: as in `Work`.
     """
 
     shown: Clip | Seen | Arrived
@@ -161,3 +170,4 @@ class Ready:
     arriving: Arriving | None = None
     remembered: Remembered | None = None
     read_only: bool = False
+    embed: bool = False

@@ -11,6 +11,7 @@ import pytest
 from torch import Tensor
 
 from builder import build, inspect, verify
+from builder.clips import frames_kept
 from builder.compile.engine import compile_engine
 from builder.gate import accuracy
 from earlytom.budget import most_tokens
@@ -101,7 +102,7 @@ def test_auto_budget_is_what_the_clips_keep(
     small_checkpoint: Path, videos: tuple[Path, ...], clips: dict[str, Tensor], chain: Chain, capsys: Any
 ) -> None:
     words = f"--frames {FRAMES} --ratio 0.3 --tau {TAU} --fp32 --backend onnx --dry-run --json".split()
-    found = clips.frames_kept(chain.reference, clips).budget()
+    found = frames_kept(chain.reference, clips).budget()
 
     def dry_run(*more: str) -> dict[str, Any]:
         build.main(["--model", str(small_checkpoint), *words, *more])

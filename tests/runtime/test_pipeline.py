@@ -26,7 +26,7 @@ from runtime.decoder.eager import InnerMerge
 from runtime.decoder.sampling import Sampling
 from runtime.drawing.clips import draw_clip
 from runtime.engine.manifest import FileRecord, Manifest, describe_files
-from runtime.errors import EngineError, VideoError
+from runtime.errors import DeadlineExceeded, EngineError, VideoError
 from runtime.pipeline import Pipeline
 from runtime.service import answering
 from runtime.service.requests import Answer, Delta, Ready
@@ -540,3 +540,36 @@ def test_inner_merging_is_an_option_of_the_pipeline(engine: Path, frames: Tensor
 def test_inner_merging_and_a_compiled_decoder_exclude_each_other(engine: Path) -> None:
     with pytest.raises(UserError, match="inner merging runs in the PyTorch decoder, not in torch-tensorrt"):
         load(engine, inner=InnerMerge(1), decoder="torch-tensorrt")
+
+
+# Embeddings, for a decoder elsewhere
+
+
+def test_embeddings_are_what_the_decoder_answers_from(pipeline: Pipeline, frames: Tensor, answer: Answer) -> None:
+    embeds = pipeline.embed(frames, QUESTION)
+    tokens = pipeline.vision.encode(frames)[0].clone()
+    prompt = build_prompt(pipeline._core.tokenizer, QUESTION)
+    assert embeds.shape == (1, prompt.length(len(tokens) + 1), pipeline.manifest.dim)
+    span = prompt.visual_span(len(tokens) + 1)
+    assert torch.equal(embeds[0, span.start : span.stop - 1], tokens)
+    assert pipeline.decoder is not None
+    stops = pipeline._core.stops
+    ids = tuple(pipeline.decoder.stream(embeds, max_new_tokens=len(answer.tokens), stop_ids=stops))
+    assert ids == answer.tokens
+
+
+def test_embeddings_belong_to_the_caller(pipeline: Pipeline, clips: list[Path]) -> None:
+    embeds = pipeline.embed(clips[0], QUESTION)
+    kept = embeds.clone()
+    pipeline.embed(clips[1], QUESTION)
+    assert torch.equal(embeds, kept)
+    assert not torch.equal(pipeline.embed(clips[1], QUESTION), kept)  # negative control
+
+
+def test_what_is_wrong_with_embeddings_is_said_as_by_submit(pipeline: Pipeline, frames: Tensor) -> None:
+    with pytest.raises(UserError, match="question is empty"):
+        pipeline.embed(frames, "")
+    with pytest.raises(UserError, match="2 frames"):
+        pipeline.embed(frames[:1], QUESTION)
+    with pytest.raises(DeadlineExceeded):
+        pipeline.embed(frames, QUESTION, deadline=1e-9)

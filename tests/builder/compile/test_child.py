@@ -82,7 +82,8 @@ def test_a_request_from_a_file_is_served_to_its_end(tmp_path: Path) -> None:
 BUILD = """
 import sys
 from pathlib import Path
-from builder import cache, compile as compiler
+from builder import cache
+from builder.compile import engine as compiler
 compiler.check_target = lambda *words: None
 compiler.sys.executable = sys.argv[2]
 with cache.staging(Path(sys.argv[1]) / "engine", lambda: None) as place:

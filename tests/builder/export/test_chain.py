@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from builder.clips import FramesKept
+from builder.clips import FramesKept, frames_kept
 from builder.export.chain import export_chain
 from builder.export.vision import VisionGraph, vision_graph
 from builder.gate import accuracy
@@ -225,10 +225,10 @@ def test_ranges_and_budget_of_measured_counts() -> None:
 
 def test_what_is_measured_is_what_the_model_keeps(chain: Chain, clips: dict[str, Tensor]) -> None:
     wanted = {name: chain.encode(frames).frames_per_stage for name, frames in clips.items()}
-    assert clips.frames_kept(chain.reference, clips).clips == wanted
+    assert frames_kept(chain.reference, clips).clips == wanted
     budget = vision_graph(chain.config, torch.float32)
     budget.config = chain.config.earlytom.replace(schedule="budget")
-    assert clips.frames_kept(budget, clips).clips == wanted  # whatever the schedule of the build
+    assert frames_kept(budget, clips).clips == wanted  # whatever the schedule of the build
 
 
 def test_shares_of_the_stages_see_their_own_islands(chain_of: Callable[..., Chain]) -> None:

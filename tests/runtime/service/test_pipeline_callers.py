@@ -27,7 +27,7 @@ from runtime import pipeline as pipeline_module
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
 from runtime.pipeline import Pipeline
 from runtime.service.answering import Answering
-from runtime.service.requests import Answer, Delta, Question, Ready, Seen
+from runtime.service.requests import Answer, CheckedQuestion, Delta, Ready, Seen
 from runtime.text.prompt import splice
 from runtime.video import Clip
 from runtime.vision import VisionBackend
@@ -516,7 +516,7 @@ def test_the_interpreter_ends_though_nobody_closed_it(engine: Path, drawn_clip: 
 # A video that was read before
 
 
-def seen(pipeline: Pipeline, clip: Clip, question: Question) -> Seen:
+def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
     tokens, _ = core.vision.encode(clip.frames)

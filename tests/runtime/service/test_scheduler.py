@@ -742,7 +742,7 @@ def test_an_idle_scheduler_ends_its_workers(bench: Bench) -> None:
 
 EXIT = """
 import sys, threading
-from runtime import scheduler
+from runtime.service import scheduler
 begun = threading.Event()
 
 def serve(turns):

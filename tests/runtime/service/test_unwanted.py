@@ -182,7 +182,7 @@ def test_watching_is_ended_too(opened: Pipeline, reading: Reading, long_group: P
 
 INTERRUPTED = """
 import sys, threading, time
-from runtime import answering
+from runtime.service import answering
 from runtime.pipeline import Pipeline
 from runtime.video import load_clip
 
