@@ -250,6 +250,7 @@ def live() -> tuple[int, int, int]:
     """Tensors, bytes of them, and caches that there are."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    found = [tensor for tensor in found if tensor.layout == torch.strided]  # others' examples have no storage
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
     return len(found), sum(storages.values()), sum(issubclass(type(thing), StaticCache) for thing in gc.get_objects())
 
