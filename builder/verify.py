@@ -51,18 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.polygraphy is not None and options.polygraphy.exists() and not options.polygraphy.is_dir():
         raise UserError(f"--polygraphy {options.polygraphy} is a file: give a folder, which need not exist")
     Manifest.read(options.engine, verify_files=False)
+    screen = cli.Screen(json_only=options.json)
     if options.polygraphy is not None:
         from builder.gate.kept_reference import keep_reference
 
         script = keep_reference(options.engine, options.polygraphy, options.frames)
-        screen = cli.Screen(json_only=options.json)
         screen.line(f"compare a graph with this reference: sh {shlex.quote(str(script))} VISION.ONNX")
         if not options.layers:
             screen.result({"engine": str(options.engine), "reference": str(options.polygraphy), "script": str(script)})
     if options.layers:
         from builder.gate import drift
 
-        drift.run(options)
+        screen.result(
+            drift.report(options.engine, screen, frames=options.frames, video=options.video, model=options.model)
+        )
     return 0
 
 

@@ -19,7 +19,6 @@ at once the values are those of all of them, and as many more.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import tempfile
@@ -42,11 +41,11 @@ from builder.gate.runners import ForcedDecisions
 from builder.gate.runs import Arrays, run_tapped
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
+from builder.trace import Trace
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.numbers import shown
-from runtime import cli
 from runtime.checkpoint import describe
 from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
@@ -171,30 +170,36 @@ def _limits(dtype: str) -> tuple[float, float]:
     return least, math.sqrt(2 * (1 - least))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Print the table of `options.engine`.
+def report(
+    engine: Path, trace: Trace, *, frames: int | None = None, video: Path | None = None, model: str | None = None
+) -> dict[str, Any]:
+    """Show the table of an engine folder; the record of the JSON line.
+
+    Args:
+        frames: which of its frame counts; default the most.
+        video: the clip; default the one that the engine was verified on, else a drawn one.
+        model: where its checkpoint is, if not where it was.
 
     Raises:
         UserError: no engine, another checkpoint than it was built from, or a clip that cannot be read.
     """
-    screen = cli.Screen(json_only=options.json)
-    manifest = Manifest.read(options.engine)
-    manifest = manifest.at(manifest.frames if options.frames is None else options.frames)
-    frames, clip = frames_for(options.engine, manifest, options.video)
-    reference = load_reference(manifest, options.model)
-    screen.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
-    paths = [options.engine / name for name in manifest.stage_files(layout.ONNX_FILE)]
-    taps = measure(paths if manifest.in_stages else paths[0], reference, frames, manifest.dtype)
-    show(screen, taps, manifest.dtype)
+    manifest = Manifest.read(engine)
+    manifest = manifest.at(manifest.frames if frames is None else frames)
+    shown_frames, clip = frames_for(engine, manifest, video)
+    reference = load_reference(manifest, model)
+    trace.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
+    paths = [engine / name for name in manifest.stage_files(layout.ONNX_FILE)]
+    taps = measure(paths if manifest.in_stages else paths[0], reference, shown_frames, manifest.dtype)
+    show(trace, taps, manifest.dtype)
     bad = first_bad(taps, manifest.dtype)
     record = {
-        "engine": str(options.engine),
+        "engine": str(engine),
         "dtype": manifest.dtype,
         "clip": clip,
         "frames": manifest.frames,
         "gate_cosine": GATES[manifest.dtype].cosine,
     }
-    screen.result(record | {"taps": [tap.to_dict() for tap in taps], "first_bad": bad and bad.name})
+    return record | {"taps": [tap.to_dict() for tap in taps], "first_bad": bad and bad.name}
 
 
 def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph:
@@ -268,22 +273,22 @@ def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(frames)
 
 
-def show(screen: cli.Screen, taps: list[Tap], dtype: str) -> None:
+def show(trace: Trace, taps: list[Tap], dtype: str) -> None:
     """The table, and what to look at first."""
     rows = []
     for tap in taps:
         values = (f"{tap.cosine:.6f}", f"{tap.channel_error:.3%}", f"{tap.max_error:.3g}")
         ranges = (f"{low:.4g} .. {high:.4g}" for low, high in (tap.reference, tap.graph))
         rows.append((tap.name, *(values if not tap.nonfinite else ("-", "-", "-")), *ranges, _share(tap)))
-    screen.table(("tap", "cosine", "channel error", "max error", "reference", "graph", f"of {dtype}'s largest"), rows)
+    trace.table(("tap", "cosine", "channel error", "max error", "reference", "graph", f"of {dtype}'s largest"), rows)
     bad, (least, most) = first_bad(taps, dtype), _limits(dtype)
     if bad is None:
-        screen.line(f"at every tap the cosine is at least {least:g}, and the median channel's error at most {most:.1%}")
+        trace.line(f"at every tap the cosine is at least {least:g}, and the median channel's error at most {most:.1%}")
         return
     what = f"cosine {bad.cosine:.6f} (at least {least:g}), channel error {bad.channel_error:.1%} (at most {most:.1%})"
-    screen.line(f"{bad.name} is the first tap off: {f'{bad.nonfinite} values not finite' if bad.nonfinite else what}")
+    trace.line(f"{bad.name} is the first tap off: {f'{bad.nonfinite} values not finite' if bad.nonfinite else what}")
     if dtype != "fp32":
-        screen.line(f"keep more in fp32 there: add to --islands, of {_near(bad.name)} (--islands list shows the cost)")
+        trace.line(f"keep more in fp32 there: add to --islands, of {_near(bad.name)} (--islands list shows the cost)")
 
 
 def _near(tap: str) -> str:
