@@ -53,7 +53,7 @@ def real(
     above = low is None or (low < number if low_open else low <= number)
     below = high is None or (number < high if high_open else number <= high)
     if not (above and below and math.isfinite(number)):  # NaN is neither above nor below
-        raise UserError(f"{name} must be {span or 'finite'}, got {shown(value)}")
+        raise UserError(f"{name} must be {span.removeprefix('of ') or 'finite'}, got {shown(value)}")
     return number
 
 

@@ -52,19 +52,19 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     `sampling` must not be greedy.
     """
     heat = min(sampling.temperature, _HOTTEST)
-    logits = (logits - logits.max()) / heat  # the best one is 0, so that none grows to infinity
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    scaled = (logits - logits.max()) / heat  # the best one is 0, so that none grows to infinity
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        smallest = scaled.topk(sampling.top_k).values[-1]
+        scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     if sampling.top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        shares = ranked.softmax(-1)
+        order = logits.sort(descending=True).indices  # as they were: in great heat the best is one of many that tie
+        shares = scaled.gather(-1, order).softmax(-1)
         before = shares.cumsum(-1) - shares  # what the more likely tokens have; 0 for the first, which always stays
         late = before >= sampling.top_p
         late[:1].fill_(False)  # in fp32 a sum that is tiny is 0, which is "reached" by nothing
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, late)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return logits
+        drop = torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, order, late)
+        scaled = scaled.masked_fill(drop, -torch.inf)
+    return scaled
 
 
 def _or_none(chosen: Tensor, logits: Tensor) -> Tensor:

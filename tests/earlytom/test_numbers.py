@@ -109,3 +109,9 @@ def test_a_refusal_says_what_was_expected(bounds: dict[str, Any], words: str) ->
 def test_a_number_without_bounds_is_finite(value: Any, words: str) -> None:
     with pytest.raises(UserError, match=f"^x must be {words}, got "):
         real("x", value)
+
+
+@pytest.mark.parametrize(("value", "bounds", "words"), [(-1, {"low": 0}, "at least 0"), (10, {"high": 9}, "at most 9")])
+def test_a_number_out_of_bounds_is_told_the_bound(value: int, bounds: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"^x must be {words}, got {value}"):
+        real("x", value, **bounds)

@@ -248,7 +248,7 @@ def test_a_question_that_spells_a_control_token(refused: Callable[..., str]) -> 
         (("--max-new-tokens", "0"), "--max-new-tokens must be at least 1, got 0"),
         (("--max-new-tokens", "-3"), "at least 1, got -3"),
         (("--max-new-tokens", "1000000"), "context of 4096"),
-        (("--temperature", "nan"), "temperature (--temperature) must be of at least 0, got nan"),
+        (("--temperature", "nan"), "temperature (--temperature) must be at least 0, got nan"),
         (("--temperature", "1e-9"), "temperature must be 0 (greedy) or at least"),
         (("--temperature", "-1"), "got -1"),
         (("--temperature", "inf"), "got inf"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -94,6 +94,7 @@ LOGIT = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_
 )
 
 
+@example([-1.1754943508222875e-38, 0.0], 16777216.0, 0.5, 0, 0)  # a tie, once they are divided
 @given(
     st.lists(LOGIT, min_size=1, max_size=12).filter(lambda logits: max(logits) > -float("inf")),
     st.floats(1e-6, 1e308),
