@@ -27,6 +27,7 @@ from builder.export.shared_weights import SharedWeights
 from builder.export.vision import ExportedGraph, export_onnx, vision_graph
 from builder.gate import accuracy
 from builder.gate.kept_reference import polygraphy_command
+from builder.gate.limits import GATES
 from builder.gate.stage import check_each
 from builder.precision import islands
 from builder.settings.config import BuildConfig, project_version
@@ -252,7 +253,9 @@ def describe(
         figures=figures,
         verification=None if report is None else report.to_dict(),
         islands=None if config.islands == islands.DEFAULT else config.islands.words,
-        polygraphy=AND.join(polygraphy_command(reports[one.frames].tolerance, one.file) for one in config.each)
+        polygraphy=AND.join(
+            polygraphy_command(reports[one.frames].tolerance, GATES[config.dtype].bias, one.file) for one in config.each
+        )
         if comparable
         else "",
         frames_kept=kept.ranges if kept is not None and config.adaptive else None,

@@ -21,7 +21,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors",
         "numbers attention transfers restorable",
         "config budget",
-        "spans merge select flops inner",
+        "spans merge select flops inner standing",
         "kernels",
         "ops",
         "inner_decoder towers",

@@ -75,7 +75,7 @@ class VisionPass:
         state = State(
             self._vision,
             list(seen.frames_per_stage),
-            seen.frame_weights,
+            seen.sources,
             self._cells,
             seen.segment_start,
             trace.get("static"),

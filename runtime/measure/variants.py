@@ -179,7 +179,7 @@ class Bench:
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
         def see(frames: Tensor) -> SeenPrompt:
-            tokens = encode_one(vision, frames)[0].to(self.device)
+            tokens = encode_one(vision, frames).tokens.to(self.device)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
             return SeenPrompt(tokens, False, tuple(stages))
 

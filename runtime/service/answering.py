@@ -322,9 +322,9 @@ class Answering:
         if isinstance(ready.shown, Arrived):
             return ready.shown.tokens, Stopwatch(None)
         vision = Stopwatch(self._open_decoder().device)
-        tokens, _ = encode_one(self.vision, _frames(ready))
+        found = encode_one(self.vision, _frames(ready))
         vision.stop()
-        return tokens, vision
+        return found.tokens, vision
 
     def _encode_together(self, clips: Sequence[Ready]) -> list[Encoded]:
         """Several clips in one call; none if it fails, as one bad clip fails it for all: each is tried by itself then,
@@ -335,7 +335,7 @@ class Answering:
         except Exception:
             return []
         vision.stop()
-        return [(tokens, vision) for tokens, _ in found]
+        return [(one.tokens, vision) for one in found]
 
     def _open_decoder(self) -> Decoder:
         if self.decoder is None:

@@ -63,8 +63,8 @@ class LiveVideo(Askable):
         self._home.check()
         with self._lock:
             if self._arrived is None or self.timings is None:
-                tokens, _, self.timings = self._clip.finish()
-                self._arrived = Arrived(tokens)
+                found, self.timings = self._clip.finish()
+                self._arrived = Arrived(found.tokens)
             return self.timings
 
     def submit(self, prompt: str, **how: Unpack[Options]) -> Request:
