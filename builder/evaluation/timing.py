@@ -19,6 +19,7 @@ from torch import Tensor
 
 from builder.evaluation.bench import EvaluationBench, Setting
 from builder.evaluation.passes import ClipPasses
+from earlytom.families import family_of
 from runtime.decoder.eager import Decoder
 from runtime.text.prompt import build_prompt, splice
 
@@ -62,7 +63,7 @@ class Prefill:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._newline = model.model.image_newline.detach()
+        self._newline = family_of(model.config).closing(model.model)
         self._decoder = Decoder.from_model(model)
 
     @torch.no_grad()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from earlytom.errors import UserError
+from earlytom.families import family_of, geometry
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
 
-PUBLISHED_FRAMES = 32
 _MOST_FRAMES = 1 << 16
 _BICUBIC = 3
 
@@ -37,13 +37,13 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
         raise files.error(f"its preprocessing settings are {shown(raw)}, expected an object; download them again")
     try:
         frames = 0 if not isinstance(video, dict) else video.get("num_frames") or 0
-        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or PUBLISHED_FRAMES
+        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family_of(config).frames
         found = Preprocessing(_size(raw), *_normalisation(raw))
     except UserError as error:
         raise files.error(f"its preprocessing settings cannot be used: {error}") from error
-    side = config.vision_config.image_size
-    if found.size != (side, side):
-        raise files.error(f"it prepares frames of {found.size[0]}x{found.size[1]}, and its tower takes {side}x{side}")
+    if found.size != (wanted := geometry(config).size):
+        got, takes = ("x".join(map(str, size)) for size in (found.size, wanted))
+        raise files.error(f"it prepares frames of {got}, and its tower takes {takes}")
     return found, frames
 
 
