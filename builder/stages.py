@@ -32,10 +32,10 @@ from builder.precision import islands
 from builder.settings.config import BuildConfig, project_version
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
-from builder.trace import Trace
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.trace import Trace
 
 
 class Stages:

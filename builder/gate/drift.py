@@ -41,7 +41,6 @@ from builder.gate.runners import ForcedDecisions
 from builder.gate.runs import Arrays, run_tapped
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
-from builder.trace import Trace
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
@@ -55,6 +54,7 @@ from runtime.engine.origin import source_of
 from runtime.engine.records import cut
 from runtime.errors import EngineError
 from runtime.files.plain import MIB, open_plain
+from runtime.trace import Trace
 from runtime.video import load_clip
 
 Range = tuple[float, float]

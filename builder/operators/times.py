@@ -8,7 +8,6 @@ encoder. `builder.kernels` shows what is measured here.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import DEFAULT_FAMILY
 from earlytom.methods.earlytom import EarlyTom
+from runtime.measure.clock import timed
 
 INPUTS = 3  # sets that take turns
 
@@ -62,9 +62,7 @@ class Clock:
 
     def _once(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
         if self.device.type != "cuda":
-            started = time.perf_counter()
-            run(*arguments)
-            return time.perf_counter() - started
+            return timed(self.device, lambda: run(*arguments))[1]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()  # long enough for the host to run ahead, so that launches are not what is timed
         start.record()

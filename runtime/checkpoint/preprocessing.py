@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from earlytom.families import family_of, geometry
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _MOST_FRAMES = 1 << 16
 _BICUBIC = 3
@@ -21,6 +25,13 @@ class Preprocessing:
     size: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def affine(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Scale and shift, fp32 [1, 3, 1, 1]: values from 0 to 255 times the one plus the other are normalised."""
+        import torch
+
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return 1 / (255 * std), -mean / std
 
 
 def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:

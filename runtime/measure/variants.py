@@ -136,9 +136,7 @@ class Bench:
         self.newline = None if closing is None else closing.detach()
         self.plain = TransformersDecoding(self.model)
         self.ours = RuntimeDecoding(Decoder.from_model(self.model))
-        pixels = checkpoint.preprocessing
-        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scale, self._shift = checkpoint.preprocessing.affine(device)
 
     def check(self, frames: int, new_tokens: int) -> None:
         """Raise UserError unless all tokens of `frames` frames, the question and the answer fit in the context."""

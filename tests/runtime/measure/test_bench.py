@@ -24,7 +24,7 @@ from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError, VideoError
 from runtime.measure import arguments, comparison, report
 from runtime.measure.arguments import VARIANTS
-from runtime.measure.measure import STAGES, VariantRunner, interleaved, matmul_rate, percentiles, under_load
+from runtime.measure.measure import STAGES, VariantRunner, interleaved, under_load
 from runtime.measure.memory import Memory, peak_memory
 from runtime.measure.naive import encode_naive, find_segments
 from runtime.measure.overhead import compression_share
@@ -321,14 +321,6 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         pytest.skip("this system keeps no high-water mark that can be reset")
     assert got.growth > 0.9 * size > nothing.growth
     assert got.cuda is None
-
-
-def test_percentiles_are_those_of_numpy() -> None:
-    assert percentiles([1.0, 2.0, 3.0]) == pytest.approx({"p50": 2.0, "p90": 2.8, "p99": 2.98})
-
-
-def test_the_rate_of_a_matrix_product_is_a_rate() -> None:
-    assert 1e8 < matmul_rate(CPU, torch.float32) < 1e15
 
 
 def test_the_compression_is_a_part_of_the_encoder(
