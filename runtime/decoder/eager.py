@@ -41,7 +41,7 @@ from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
 from runtime.decoder.checks import broken_prompt, checked_length, overflow, refuse_places, refuse_prefix
 from runtime.decoder.picking import Picker, pick_best
-from runtime.decoder.placing import Pass, Placed
+from runtime.decoder.placing import Placed, PromptPass
 from runtime.decoder.prefix import Prefix
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.gpu.graphs import Replay, ToHost
@@ -150,12 +150,9 @@ class Decoder:
             if length < 3:
                 raise ValueError(f"a warm-up takes lengths of at least 3 positions, got {length}")
             embeds = torch.zeros(1, length - 2, self._width, dtype=self.dtype, device=self.device)
-            how: dict[str, Tensor] = {}
-            if positions:
-                how["positions"] = torch.arange(length - 2, device=self.device)
-            if bias:
-                how["bias"] = torch.zeros(length - 2, device=self.device)
-            for _ in self.stream(embeds, max_new_tokens=2, **how):
+            places = torch.arange(length - 2, device=self.device) if positions else None
+            weights = torch.zeros(length - 2, device=self.device) if bias else None
+            for _ in self.stream(embeds, max_new_tokens=2, positions=places, bias=weights):
                 pass
 
     def prefill(
@@ -363,7 +360,7 @@ class Decoder:
         None for `start`: a decode step, the cache knows.
         """
         steps = cache.steps if start is None else None
-        passes: Iterable[Pass] = [Pass(slice(None), None, {} if steps is None else steps.enter())]
+        passes: Iterable[PromptPass] = [PromptPass(slice(None), None, {} if steps is None else steps.enter())]
         if placed is not None:
             passes = placed.passes(cache.bucket, self.dtype)
         # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.

@@ -33,7 +33,7 @@ MASK_ELEMENTS = 1 << 24
 _ALIGNED = 8  # the fused kernels copy a mask whose rows do not begin at a multiple of it
 
 
-class Pass(NamedTuple):
+class PromptPass(NamedTuple):
     """One pass of the language model over some of a prompt's tokens.
 
     Attributes:
@@ -72,34 +72,28 @@ class Placed:
             raise ValueError(f"positions must be int64 [{length}], got {positions.dtype} {list(positions.shape)}")
         if bias is not None and (not bias.is_floating_point() or tuple(bias.shape) != (length,)):
             raise ValueError(f"the bias must be float32 [{length}], got {bias.dtype} {list(bias.shape)}")
-        known = prefix is not None and prefix.position is not None
-        if positions is None and bias is None and not known:
+        start, behind, before = (0, None, None) if prefix is None else (prefix.length, prefix.position, prefix.bias)
+        if positions is None and bias is None and behind is None:
             return None
-        start = 0 if prefix is None else prefix.length
         if positions is None:
-            positions = torch.arange(length, device=device) + (prefix.position if prefix and known else start)
-        before = None if prefix is None else prefix.bias
-        parts = [before, None if bias is None else to_device(bias, device).float()]
-        whole = None
-        if any(part is not None for part in parts):
-            whole = torch.cat(
-                [
-                    torch.zeros(count, device=device) if part is None else part
-                    for part, count in zip(parts, (start, length), strict=True)
-                ]
-            )
-        return cls(to_device(positions, device), whole)
+            positions = torch.arange(length, device=device) + (start if behind is None else behind)
+        weights = None
+        if before is not None or bias is not None:
+            before = torch.zeros(start, device=device) if before is None else before
+            after = torch.zeros(length, device=device) if bias is None else to_device(bias, device).float()
+            weights = torch.cat((before, after))
+        return cls(to_device(positions, device), weights)
 
     @property
     def next(self) -> Tensor:
         """int64 [], the position of the token after the last."""
         return self.positions[-1] + 1
 
-    def passes(self, slots: int, dtype: torch.dtype) -> Iterator[Pass]:
+    def passes(self, slots: int, dtype: torch.dtype) -> Iterator[PromptPass]:
         """How to read the tokens into a cache of that many slots, which holds the prefix."""
         length = len(self.positions)
         if self.bias is None:
-            yield Pass(slice(0, length), None, {"position_ids": self.positions[None]})
+            yield PromptPass(slice(0, length), None, {"position_ids": self.positions[None]})
             return
         start = len(self.bias) - length
         rows = max(1, MASK_ELEMENTS // len(self.bias))
@@ -107,7 +101,7 @@ class Placed:
             tokens = slice(first, min(first + rows, length))
             columns = min(slots, -(-(start + tokens.stop) // _ALIGNED) * _ALIGNED)
             mask = causal_bias(self.bias, range(start + first, start + tokens.stop), columns, dtype)
-            yield Pass(tokens, columns, {"position_ids": self.positions[None, tokens], "attention_mask": mask})
+            yield PromptPass(tokens, columns, {"position_ids": self.positions[None, tokens], "attention_mask": mask})
 
 
 def causal_bias(bias: Tensor, queries: range, columns: int, dtype: torch.dtype) -> Tensor:
@@ -124,7 +118,7 @@ def causal_bias(bias: Tensor, queries: range, columns: int, dtype: torch.dtype) 
     rows = torch.arange(queries.start, queries.stop, device=bias.device)
     later = torch.arange(columns, device=bias.device) > rows[:, None]
     row = F.pad(bias[:columns], (0, max(0, columns - len(bias)))).to(dtype)
-    return torch.where(later, torch.finfo(dtype).min, row)[None, None]
+    return row.expand(later.shape).masked_fill(later, torch.finfo(dtype).min)[None, None]
 
 
 class StepPlaces:

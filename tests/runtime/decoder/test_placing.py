@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from earlytom import apply_inner
-from earlytom.errors import UserError
 from runtime.decoder import placing
 from runtime.decoder.eager import Decoder, InnerMerge
 from runtime.decoder.placing import Placed, StepPlaces, causal_bias
 from runtime.decoder.sampling import Sampling
 from tests.runtime.decoder.test_decode_step import live
-from tests.runtime.decoder.tiny_decoder import BUCKETS, SLIDING, WIDTH, answer, make_llama, make_qwen, prompt
+from tests.runtime.decoder.tiny_decoder import BUCKETS, answer, make_llama, make_qwen, prompt
 from tests.runtime.gpu.recorded_graph import RecordedReplay, WaitsForDeviceError, no_waiting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -477,71 +476,3 @@ def test_inner_merging_keeps_positions(model: Any) -> None:
         assert got == merged_by_hand(embeds, positions, visual, inner, 6)
         differs += got != answer(decoder, embeds, 6, visual=visual)
     assert differs > 0  # negative control: positions change answers
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_inner_merging_and_a_bias_exclude_each_other() -> None:
-    decoder = Decoder.from_model(make_qwen(num_hidden_layers=4), buckets=BUCKETS, inner=InnerMerge(2))
-    with pytest.raises(UserError, match=r"--inner-layer .*--no-bias") as error:
-        decoder.stream(prompt(12), max_new_tokens=4, visual=range(2, 9), bias=bias_of(12))
-    one_line(error)
-    plain = Decoder.from_model(make_qwen(num_hidden_layers=4), buckets=BUCKETS)
-    with_bias = answer(decoder, prompt(12), bias=bias_of(12))  # nothing to merge in it
-    assert with_bias == answer(plain, prompt(12), bias=bias_of(12))
-
-
-# What cannot work
-
-
-def test_sliding_windows_take_positions_and_no_bias() -> None:
-    model = make_qwen(**SLIDING).double()
-    decoder = Decoder.from_model(model, buckets=BUCKETS)
-    with pytest.raises(UserError, match=r"sliding windows.*--no-bias") as error:
-        decoder.stream(prompt(12), max_new_tokens=4, bias=torch.zeros(12))
-    one_line(error)
-    with pytest.raises(UserError, match="--no-bias"):
-        decoder.prefill(prompt(12), bias=torch.zeros(12))
-    shifted = answer(decoder, prompt(12), positions=torch.arange(12) + 40)
-    assert shifted == answer(decoder, prompt(12)) != answer(decoder, prompt(12), positions=positions_of(12))
-
-
-def test_attention_without_masks_is_refused() -> None:
-    model = make_qwen()
-    decoder = Decoder.from_model(model, buckets=BUCKETS)
-    model.get_decoder().config._attn_implementation = "flash_attention_2"
-    for how in ({"bias": torch.zeros(5)}, {"positions": torch.arange(5)}):
-        with pytest.raises(UserError, match=r"this model's is flash_attention_2.*'sdpa'.*--no-bias") as error:
-            decoder.stream(prompt(5), max_new_tokens=3, **how)
-        one_line(error)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"positions": torch.arange(4)},
-        {"positions": torch.arange(5.0)},
-        {"positions": torch.arange(5)[None]},
-        {"bias": torch.zeros(6)},
-        {"bias": torch.zeros(5, dtype=torch.int64)},
-        {"bias": torch.zeros(1, 5)},
-    ],
-)
-def test_other_shapes_are_refused_at_once(qwen: Any, wrong: dict[str, Tensor]) -> None:
-    decoder = Decoder.from_model(qwen, buckets=BUCKETS)
-    with pytest.raises(ValueError, match=r"must be (int64|float32) \[5\]"):
-        decoder.stream(prompt(5), max_new_tokens=3, **wrong)
-    with pytest.raises(ValueError, match=r"must be (int64|float32) \[5\]"):
-        decoder.prefill(prompt(5), **wrong)
-
-
-def test_a_bias_that_is_not_finite_is_named(qwen: Any) -> None:
-    decoder = Decoder.from_model(qwen, buckets=BUCKETS)
-    bias = bias_of(WIDTH)
-    bias[3] = torch.nan
-    with pytest.raises(UserError, match=r"attention bias.*not finite.*check the vision engine") as error:
-        answer(decoder, prompt(WIDTH), bias=bias)
-    one_line(error)
