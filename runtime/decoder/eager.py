@@ -338,6 +338,8 @@ class Decoder:
         embeds = self._embedding(self._chosen.view(1, 1))
         self._logits.copy_(self._forward(embeds, cache, merged))
         self._chosen.copy_(pick_best(self._logits))
+        if cache.steps is not None:
+            cache.steps.leave()
 
     @torch.inference_mode()
     def _forward(
@@ -359,23 +361,23 @@ class Decoder:
 
         None for `start`: a decode step, the cache knows.
         """
-        steps = cache.steps if start is None else None
-        passes: Iterable[PromptPass] = [PromptPass(slice(None), None, {} if steps is None else steps.enter())]
-        if placed is not None:
-            passes = placed.passes(cache.bucket, self.dtype)
         # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.
         told = contextlib.nullcontext() if merged is None or self._inner is None else self._inner.prompt(merged)
         hidden = embeds
         with told:
-            for tokens, columns, how in passes:
-                offset = None if start is None else start + (tokens.start or 0)
-                with cache.reading(offset, columns):
+            for tokens, columns, how in self._passes(cache, start, placed):
+                with cache.reading(None if start is None else start + tokens.start, columns):
                     hidden = self._language_model(
                         inputs_embeds=embeds[:, tokens], past_key_values=cache, use_cache=True, **how
                     ).last_hidden_state
-        if steps is not None:
-            steps.leave()
         return hidden
+
+    def _passes(self, cache: Any, start: int | None, placed: Placed | None) -> Iterable[PromptPass]:
+        """One after the other: of which tokens, and how."""
+        if placed is not None:
+            return placed.passes(cache.bucket, self.dtype)
+        how = cache.steps.enter() if start is None and cache.steps is not None else {}
+        return [PromptPass(slice(0, None), None, how)]
 
     @torch.inference_mode()
     def _cleared_cache(self, length: int, placed: Placed | None = None) -> Any:
@@ -391,7 +393,6 @@ class Decoder:
         cache = self._caches[bucket]
         if not cache.on_device:
             self.replay.refuse("this language model has layers (sliding windows, say) that keep count on the host")
-
         cache.prepare_steps(placed, self.dtype, self.device)
 
         def rewind() -> None:
