@@ -105,8 +105,7 @@ class DecoderCache(StaticCache):
         )
         if placed is None:
             return Prefix(keys, values, length, maker)
-        bias = None if placed.bias is None else placed.bias.clone()
-        return Prefix(keys, values, length, maker, placed.next, bias)
+        return Prefix(keys, values, length, maker, placed.next, placed.bias)
 
     def restore(self, prefix: Prefix) -> None:
         """Put a prefix into the empty cache, which must have room for it: as if its tokens had just been read."""

@@ -53,7 +53,7 @@ class Placed:
 
     Attributes:
         positions: int64 [L], of its tokens.
-        bias: fp32 [S + L], of all tokens so far; None if all are 0.
+        bias: fp32 [S + L], of all tokens so far, a copy of what was given; None if all are 0.
     """
 
     positions: Tensor
@@ -80,7 +80,7 @@ class Placed:
         weights = None
         if before is not None or bias is not None:
             before = torch.zeros(start, device=device) if before is None else before
-            after = torch.zeros(length, device=device) if bias is None else to_device(bias, device).float()
+            after = torch.zeros(length, device=device) if bias is None else to_device(bias.detach(), device).float()
             weights = torch.cat((before, after))
         return cls(to_device(positions, device), weights)
 

@@ -379,6 +379,16 @@ def test_graphs_of_each_kind_are_captured_once_and_take_turns(qwen: Any) -> None
     assert replay.reason is None
 
 
+def test_a_graph_is_captured_anew_in_a_cache_that_is_full(qwen: Any) -> None:
+    replay = RecordedReplay()
+    decoder = Decoder.from_model(qwen, buckets=BUCKETS, replay=replay)
+    how = {"positions": positions_of(8), "bias": bias_of(8)}
+    first = answer(decoder, prompt(8), 8, **how)  # all 16 slots
+    replay.clear()
+    assert answer(decoder, prompt(8), 8, **how) == first
+    assert replay.captures == [(16, "bias")] * 2
+
+
 def test_warm_up_captures_the_kind_that_is_asked_for(qwen: Any) -> None:
     replay = RecordedReplay()
     decoder = Decoder.from_model(qwen, buckets=BUCKETS, replay=replay)
