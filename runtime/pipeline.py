@@ -44,7 +44,7 @@ from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Reme
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
-from runtime.text.prompt import stop_token_ids
+from runtime.text.prompt import Prompt, stop_token_ids
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
 from runtime.vision import VisionBackend, choose_backend, open_backend
@@ -96,6 +96,11 @@ class Pipeline:
     def watched(self) -> PrefixCache[Remembered, Seen]:
         """What `watch` keeps: its counters, its limit."""
         return self._core.watched
+
+    @property
+    def context(self) -> int:
+        """Positions that a prompt and its answer may take together. Raises Closed once closed."""
+        return self._core.context
 
     @property
     def running(self) -> int:
@@ -261,11 +266,16 @@ class Pipeline:
         work = Work(taken, question, frames, given=_given(taken))
         return Request(cast(Job[Delta], self._scheduler.submit(work, deadline=deadline)), self)
 
-    def check(self, prompt: str | Sequence[ChatMessage], *, deadline: float | None = None, **how: Any) -> None:
-        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it."""
+    def check(self, prompt: str | Sequence[ChatMessage], *, deadline: float | None = None, **how: Any) -> Prompt:
+        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it.
+
+        Returns:
+            the tokens around the video. What is before it is what questions about one watched video have to share.
+        """
         self._scheduler.home.check()
-        self._core.question(prompt, **how)
+        question = self._core.question(prompt, **how)
         self._scheduler.check_room(deadline)
+        return question.words
 
     def stream(
         self, video: Video | Seen | Arrived, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]

@@ -98,6 +98,11 @@ class Answering:
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
         self._upload = Upload(vision.device)
 
+    @property
+    def context(self) -> int:
+        """Positions that a prompt and its answer may take together."""
+        return self._open_decoder().limit
+
     def question(
         self,
         prompt: str | Sequence[ChatMessage],
@@ -116,7 +121,7 @@ class Answering:
                 are empty or no texts.
             Closed: after `close`.
         """
-        context = self._open_decoder().limit
+        context = self.context
         least = self.manifest.at(self.manifest.counts[0] if frames is None else whole("frames", frames, 1))
         new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
         if not isinstance(sampling, Sampling | None):

@@ -84,7 +84,7 @@ def build_prompt(
         ) from error
     if most_bytes is not None:
         _refuse_long(tokenizer, str(text), most_bytes, {what: one.text for what, one in messages.items()})
-    video_token_id = tokenizer.get_vocab().get(video_token)
+    video_token_id = tokenizer.get_added_vocab().get(video_token)  # the whole one is copied when it is asked for
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
     if video_token_id is None or ids.count(video_token_id) != 1:
         count = 0 if video_token_id is None else ids.count(video_token_id)
