@@ -21,7 +21,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 from urllib.parse import urljoin
 
 import httpcore2
@@ -68,6 +68,12 @@ _PRIVATE = tuple(
 )
 _METADATA = tuple(map(ipaddress.ip_network, ("100.100.100.200/32", "fd00:ec2::/32", "fd20:ce::/32")))
 _RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve")  # a name server that hangs holds up no other thread
+
+
+class Sink(Protocol):
+    """A file to write to, as far as fetching needs one."""
+
+    def write(self, content: bytes, /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 async def fetch(
-    url: str, rules: FetchRules, into: BinaryIO, *, resolve: Resolve = resolve, tls: ssl.SSLContext | None = None
+    url: str, rules: FetchRules, into: Sink, *, resolve: Resolve = resolve, tls: ssl.SSLContext | None = None
 ) -> None:
     """Write what is at `url` into a file.
 
@@ -182,7 +188,7 @@ async def fetch(
 
 
 async def _get(
-    target: Target, rules: FetchRules, into: BinaryIO, resolve: Resolve, tls: ssl.SSLContext | None
+    target: Target, rules: FetchRules, into: Sink, resolve: Resolve, tls: ssl.SSLContext | None
 ) -> str | None:
     """One hop: the body into the file, or where it redirects to."""
     addresses = await _checked(target, rules, resolve)
@@ -217,7 +223,7 @@ async def _get(
     return None
 
 
-async def _save(response: Any, rules: FetchRules, into: BinaryIO) -> None:
+async def _save(response: Any, rules: FetchRules, into: Sink) -> None:
     size = 0
     async for part in response.aiter_stream():
         size += len(part)

@@ -1,9 +1,9 @@
 """The door of the server: who may come in, how much they may bring, and how long that may take.
 
-    app = Gate(app, keys=load_keys(path), places=9)
+    app = Door(app, keys=load_keys(path), places=9)
     uvicorn.run(app, http=connections(header_seconds=10))
 
-`Gate` is ASGI around the application, and decides in this order before a byte of the body is read: the key, the size
+`Door` is ASGI around the application, and decides in this order before a byte of the body is read: the key, the size
 that the headers name, a place. The body is then read with a limit and a deadline, whatever the headers said, and the
 application gets it whole, or, for uploads, as it comes. `connections` is below ASGI: uvicorn waits without end for
 headers that do not come, and for clients that do not read.
@@ -79,7 +79,7 @@ def key_id(key: str) -> str:
     return hashlib.sha256(b"key id\0" + key.encode()).hexdigest()[:16]
 
 
-class Gate:
+class Door:
     """ASGI application around another.
 
     keys: any of them opens paths under /v1; none given, everyone may come in. `scope["state"]["key"]` has the `key_id`.
@@ -119,7 +119,7 @@ class Gate:
         self._most = {**dict.fromkeys(LINE, places), **dict.fromkeys(UPLOADS, uploads)}
         self._inside = dict.fromkeys(self._most, 0)
         self._room, self._draining, self._retry_after, self._refused = room, draining, retry_after, refused
-        self._door = _with_cors(self._enter, cors) if cors else self._enter
+        self._enter_from = _with_cors(self._enter, cors) if cors else self._enter
 
     @property
     def inside(self) -> int:
@@ -128,7 +128,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await self._door(scope, receive, send)
+            await self._enter_from(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         else:

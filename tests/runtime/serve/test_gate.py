@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from earlytom.errors import UserError
 from runtime.serve import gate
 from runtime.serve.errors import ServeError
-from runtime.serve.gate import Gate, connections, key_id, load_keys
+from runtime.serve.gate import Door, connections, key_id, load_keys
 from tests.processes import HANG_SECONDS
 from tests.runtime.serve.servers import answered, connected, error_of, received, request, serving
 
@@ -61,10 +61,10 @@ def echo() -> Echo:
     return Echo()
 
 
-class Door:
+class Served:
     """A served gate and its settings."""
 
-    def __init__(self, port: int, guarded: Gate, statuses: list[int]) -> None:
+    def __init__(self, port: int, guarded: Door, statuses: list[int]) -> None:
         self.port, self.gate, self.statuses = port, guarded, statuses
 
     def ask(self, *parts: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -79,14 +79,14 @@ class Door:
 
 
 @pytest.fixture
-def door(echo: Echo, request: pytest.FixtureRequest) -> Iterator[Door]:
+def door(echo: Echo, request: pytest.FixtureRequest) -> Iterator[Served]:
     statuses: list[int] = []
     given = dict(getattr(request, "param", {}))
     protocol = given.pop("protocol", {"header_seconds": 60.0})
     settings = {"keys": (KEY, "second"), "max_body": 1000, "body_seconds": 60.0, **given}
-    guarded = Gate(echo, refused=statuses.append, **settings)
+    guarded = Door(echo, refused=statuses.append, **settings)
     with serving(guarded, http=connections(**protocol), lifespan="off") as port:
-        yield Door(port, guarded, statuses)
+        yield Served(port, guarded, statuses)
 
 
 def with_settings(**settings: Any) -> pytest.MarkDecorator:
@@ -96,7 +96,7 @@ def with_settings(**settings: Any) -> pytest.MarkDecorator:
 # Keys
 
 
-def test_a_key_opens_and_is_known_by_its_id(door: Door) -> None:
+def test_a_key_opens_and_is_known_by_its_id(door: Served) -> None:
     status, _, content = door.ask(request(body=b"12345", **BEARER))
     assert (status, json.loads(content)) == (200, {"bytes": 5, "key": key_id(KEY)})
     other = json.loads(door.ask(request(body=b"", Authorization="bearer second"))[2])["key"]
@@ -118,26 +118,28 @@ def test_a_key_opens_and_is_known_by_its_id(door: Door) -> None:
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models", "/V1/chat/completions", "//v1/files", "/%761/files"])
-def test_without_a_key_nothing_under_v1_is_reached(door: Door, echo: Echo, headers: dict[str, str], path: str) -> None:
+def test_without_a_key_nothing_under_v1_is_reached(
+    door: Served, echo: Echo, headers: dict[str, str], path: str
+) -> None:
     assert door.refusal(request(path=path, **headers)) == (401, "invalid_api_key")
     assert not echo.seen
     assert door.statuses == [401]
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/nothing"])
-def test_other_paths_need_no_key(door: Door, echo: Echo, path: str) -> None:
+def test_other_paths_need_no_key(door: Served, echo: Echo, path: str) -> None:
     assert door.ask(request("GET", path))[0] == 200
     assert echo.seen == [path]
 
 
-def test_a_refused_body_is_not_read(door: Door, echo: Echo) -> None:
+def test_a_refused_body_is_not_read(door: Served, echo: Echo) -> None:
     """The answer comes while the client has sent nothing of what it has announced."""
     assert door.refusal(request(length=900)) == (401, "invalid_api_key")
     assert door.refusal(request(length=900, Transfer_Encoding="chunked"))[0] == 400  # and length: smuggling
 
 
 @with_settings(keys=())
-def test_without_keys_everyone_may_come_in(door: Door) -> None:
+def test_without_keys_everyone_may_come_in(door: Served) -> None:
     assert json.loads(door.ask(request(body=b"1"))[2]) == {"bytes": 1, "key": ""}
 
 
@@ -185,7 +187,7 @@ def _statuses_of(headers: list[tuple[bytes, bytes]]) -> list[int]:
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    guarded = Gate(nothing, keys=(KEY,), refused=refused.append)
+    guarded = Door(nothing, keys=(KEY,), refused=refused.append)
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": headers}
     asyncio.run(guarded(scope, receive, nothing))
     return refused
@@ -195,14 +197,14 @@ def _statuses_of(headers: list[tuple[bytes, bytes]]) -> list[int]:
 
 
 @pytest.mark.parametrize("path", [CHAT, FILES])
-def test_a_body_of_the_limit_passes_and_one_byte_more_does_not(door: Door, echo: Echo, path: str) -> None:
+def test_a_body_of_the_limit_passes_and_one_byte_more_does_not(door: Served, echo: Echo, path: str) -> None:
     assert door.ask(request(path=path, body=b"x" * 1000, **BEARER))[0] == 200
     assert door.refusal(request(path=path, length=1001, **BEARER)) == (413, "request_too_large")
     assert echo.seen == [path]  # the second did not come that far
 
 
 @pytest.mark.parametrize("path", [CHAT, FILES])
-def test_a_body_without_a_length_is_counted(door: Door, path: str) -> None:
+def test_a_body_without_a_length_is_counted(door: Served, path: str) -> None:
     head = request(path=path, **BEARER).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     part = b"64\r\n" + b"x" * 100 + b"\r\n"
     assert json.loads(door.ask(head, part * 10, b"0\r\n\r\n")[2])["bytes"] == 1000
@@ -210,14 +212,14 @@ def test_a_body_without_a_length_is_counted(door: Door, path: str) -> None:
 
 
 @with_settings(max_upload=5000)
-def test_uploads_have_a_limit_of_their_own(door: Door) -> None:
+def test_uploads_have_a_limit_of_their_own(door: Served) -> None:
     assert door.ask(request(path=FILES, body=b"x" * 5000, **BEARER))[0] == 200
     assert door.refusal(request(path=FILES, length=5001, **BEARER))[0] == 413
     assert door.refusal(request(path=CHAT, length=1001, **BEARER))[0] == 413
 
 
 @pytest.mark.parametrize("length", ["1e3", "-1", "0x10", "9" * 400, "10, 10", "+5", ""])
-def test_odd_lengths_are_refused(door: Door, echo: Echo, length: str) -> None:
+def test_odd_lengths_are_refused(door: Served, echo: Echo, length: str) -> None:
     head = request(**BEARER).replace(b"Content-Length: 0", f"Content-Length: {length}".encode())
     status, _, content = door.ask(head)
     assert status in (400, 413)
@@ -225,7 +227,7 @@ def test_odd_lengths_are_refused(door: Door, echo: Echo, length: str) -> None:
     assert not echo.seen
 
 
-def test_a_client_that_sends_on_hears_why_it_was_refused(door: Door) -> None:
+def test_a_client_that_sends_on_hears_why_it_was_refused(door: Served) -> None:
     """The connection is not closed on a client that is busy sending."""
     body = b"x" * 5_000_000  # more than the buffers in between hold
     with connected(door.port) as client:
@@ -242,7 +244,7 @@ def _send_all(client: socket.socket, content: bytes) -> None:
         client.sendall(content)
 
 
-def test_what_is_left_of_a_body_is_no_request(door: Door, echo: Echo) -> None:
+def test_what_is_left_of_a_body_is_no_request(door: Served, echo: Echo) -> None:
     """An answer before the body's end, and the rest of the body looks like a request of its own."""
     hidden = request("GET", "/hidden")
     with connected(door.port) as client:
@@ -254,14 +256,14 @@ def test_what_is_left_of_a_body_is_no_request(door: Door, echo: Echo) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, FILES, "/nothing"])
 @with_settings(body_seconds=0.3)
-def test_a_body_that_does_not_come_is_408(door: Door, path: str) -> None:
+def test_a_body_that_does_not_come_is_408(door: Served, path: str) -> None:
     lying = request(path=path, body=b"x" * 10, length=20, **BEARER)
     assert door.refusal(lying) == (408, "request_timeout")
     assert door.gate.inside == 0
 
 
 @with_settings(body_seconds=0.3, max_body=10**6)
-def test_a_body_that_dribbles_is_408(door: Door) -> None:
+def test_a_body_that_dribbles_is_408(door: Served) -> None:
     with connected(door.port) as client:
         client.sendall(request(length=1000, **BEARER))
         dribble = threading.Thread(target=_dribble, args=(client,))
@@ -280,7 +282,7 @@ def _dribble(client: socket.socket) -> None:
 
 
 @with_settings(body_seconds=0.05, max_body=10**9)
-def test_a_long_body_that_comes_fast_may_take_longer(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_body_that_comes_fast_may_take_longer(door: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_LEAST_RATE", 10)
     with connected(door.port) as client:
         client.sendall(request(length=30_000, **BEARER))
@@ -290,7 +292,7 @@ def test_a_long_body_that_comes_fast_may_take_longer(door: Door, monkeypatch: py
         assert answered(client)[0] == 200
 
 
-def test_a_client_that_leaves_in_its_body_is_let_go(door: Door, echo: Echo) -> None:
+def test_a_client_that_leaves_in_its_body_is_let_go(door: Served, echo: Echo) -> None:
     with connected(door.port) as client:
         client.sendall(request(body=b"x", length=500, **BEARER))
     for _ in range(1000):
@@ -302,7 +304,7 @@ def test_a_client_that_leaves_in_its_body_is_let_go(door: Door, echo: Echo) -> N
     assert echo.seen == [CHAT]
 
 
-def test_a_client_that_waits_to_be_told_is_told(door: Door) -> None:
+def test_a_client_that_waits_to_be_told_is_told(door: Served) -> None:
     with connected(door.port) as client:
         client.sendall(request(length=5, Expect="100-continue", **BEARER))
         assert client.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -315,7 +317,7 @@ def test_a_client_that_waits_to_be_told_is_told(door: Door) -> None:
 
 
 @with_settings(places=2, keys=())
-def test_more_than_the_places_are_refused_before_their_bodies(door: Door, echo: Echo) -> None:
+def test_more_than_the_places_are_refused_before_their_bodies(door: Served, echo: Echo) -> None:
     echo.hold = threading.Event()
     with connected(door.port) as first, connected(door.port) as second:
         first.sendall(request())
@@ -334,7 +336,7 @@ def test_more_than_the_places_are_refused_before_their_bodies(door: Door, echo: 
 
 
 @with_settings(uploads=1, keys=())
-def test_uploads_have_places_of_their_own(door: Door, echo: Echo) -> None:
+def test_uploads_have_places_of_their_own(door: Served, echo: Echo) -> None:
     with connected(door.port) as first:
         first.sendall(request(path=FILES, length=5))
         assert echo.entered.wait(HANG_SECONDS)
@@ -352,7 +354,7 @@ def test_uploads_have_places_of_their_own(door: Door, echo: Echo) -> None:
     ],
     indirect=["door"],
 )
-def test_a_full_line_and_a_server_that_shuts_down(door: Door, echo: Echo, status: int, code: str) -> None:
+def test_a_full_line_and_a_server_that_shuts_down(door: Served, echo: Echo, status: int, code: str) -> None:
     got, headers, content = door.ask(request(length=900, **BEARER))
     assert (got, error_of(content)["code"], headers["retry-after"]) == (status, code, "7")
     assert door.refusal(request(length=900))[0] == 401  # strangers are not told of the line
@@ -372,7 +374,7 @@ def test_a_full_line_and_a_server_that_shuts_down(door: Door, echo: Echo, status
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models"])
 def test_what_the_application_raises(
-    door: Door, echo: Echo, path: str, fails: Exception, status: int, code: str
+    door: Served, echo: Echo, path: str, fails: Exception, status: int, code: str
 ) -> None:
     echo.fails = fails
     got, _, content = door.ask(request(path=path, **BEARER))
@@ -398,7 +400,7 @@ def test_an_application_that_hides_a_refusal_does_not() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": FILES, "headers": [(b"transfer-encoding", b"chunked")]}
-    asyncio.run(Gate(framework, max_body=5)(scope, receive, send))
+    asyncio.run(Door(framework, max_body=5)(scope, receive, send))
     assert next(message.get("status") for message in sent) == 413
 
 
@@ -406,7 +408,7 @@ def test_an_application_that_hides_a_refusal_does_not() -> None:
 
 
 @with_settings(cors=("https://ours.example",))
-def test_pages_of_allowed_origins_may_call(door: Door, echo: Echo) -> None:
+def test_pages_of_allowed_origins_may_call(door: Served, echo: Echo) -> None:
     asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
     status, headers, _ = door.ask(request("OPTIONS", Origin="https://ours.example", **asks))
     assert (status, headers["access-control-allow-origin"]) == (200, "https://ours.example")
@@ -417,7 +419,7 @@ def test_pages_of_allowed_origins_may_call(door: Door, echo: Echo) -> None:
     assert not echo.seen
 
 
-def test_by_default_no_other_origin_may(door: Door) -> None:
+def test_by_default_no_other_origin_may(door: Served) -> None:
     _, headers, _ = door.ask(request("GET", "/health", Origin="https://ours.example"))
     assert not [name for name in headers if name.startswith("access-control")]
 
@@ -427,13 +429,13 @@ def test_by_default_no_other_origin_may(door: Door) -> None:
 )
 def test_what_is_no_origin_is_refused(echo: Echo, origin: str) -> None:
     with pytest.raises(UserError, match="--cors"):
-        Gate(echo, cors=(origin,))
+        Door(echo, cors=(origin,))
 
 
 @pytest.mark.parametrize("setting", [{"max_body": 0}, {"body_seconds": 0}, {"max_upload": True}, {"body_seconds": "3"}])
 def test_settings_that_make_no_sense_are_refused(echo: Echo, setting: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--"):
-        Gate(echo, **setting)
+        Door(echo, **setting)
 
 
 # Connections
@@ -441,7 +443,7 @@ def test_settings_that_make_no_sense_are_refused(echo: Echo, setting: dict[str, 
 
 @pytest.mark.parametrize("sent", [b"", b"P", b"POST /v1", request()[:-1], b"\r\n"])
 @with_settings(protocol={"header_seconds": 0.3})
-def test_headers_that_do_not_come_end_the_connection(door: Door, sent: bytes) -> None:
+def test_headers_that_do_not_come_end_the_connection(door: Served, sent: bytes) -> None:
     with connected(door.port) as client:
         client.sendall(sent)
         content = received(client)  # ends: the server closes
@@ -449,7 +451,7 @@ def test_headers_that_do_not_come_end_the_connection(door: Door, sent: bytes) ->
 
 
 @with_settings(protocol={"header_seconds": 0.3})
-def test_headers_that_dribble_end_the_connection(door: Door, echo: Echo) -> None:
+def test_headers_that_dribble_end_the_connection(door: Served, echo: Echo) -> None:
     with connected(door.port) as client:
         client.sendall(request("GET", "/health"))  # a good one before does not change it
         assert answered(client)[0] == 200
@@ -471,7 +473,7 @@ def test_without_this_protocol_headers_may_dribble(echo: Echo) -> None:
 
 
 @with_settings(protocol={"header_seconds": 0.3})
-def test_a_request_that_takes_longer_than_its_headers_may(door: Door, echo: Echo) -> None:
+def test_a_request_that_takes_longer_than_its_headers_may(door: Served, echo: Echo) -> None:
     echo.hold = threading.Event()
     with connected(door.port) as client:
         client.sendall(request(**BEARER) + b"GET /he")  # and the beginning of a next one
@@ -484,7 +486,7 @@ def test_a_request_that_takes_longer_than_its_headers_may(door: Door, echo: Echo
 
 
 @with_settings(protocol={"max_header": 2000, "header_seconds": 60.0})
-def test_headers_have_a_limit(door: Door, echo: Echo) -> None:
+def test_headers_have_a_limit(door: Served, echo: Echo) -> None:
     for many in (b"X: " + b"x" * 3000, b"X: y\r\n" * 500):
         with connected(door.port) as client:
             client.sendall(b"GET / HTTP/1.1\r\n" + many)
@@ -496,7 +498,7 @@ def test_headers_have_a_limit(door: Door, echo: Echo) -> None:
 
 
 @with_settings(protocol={"most": 2, "header_seconds": 60.0})
-def test_connections_have_a_limit(door: Door) -> None:
+def test_connections_have_a_limit(door: Served) -> None:
     with connected(door.port), connected(door.port) as second:
         second.sendall(request("GET", "/"))
         assert answered(second)[0] == 200
@@ -507,7 +509,7 @@ def test_connections_have_a_limit(door: Door) -> None:
 
 
 @with_settings(protocol={"write_seconds": 0.3})
-def test_a_client_that_does_not_read_is_let_go(door: Door, echo: Echo) -> None:
+def test_a_client_that_does_not_read_is_let_go(door: Served, echo: Echo) -> None:
     echo.answers = b"x" * 50_000_000
     with connected(door.port) as client:
         client.sendall(request(**BEARER))
@@ -520,7 +522,7 @@ def test_a_client_that_does_not_read_is_let_go(door: Door, echo: Echo) -> None:
 @pytest.mark.parametrize(
     "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"]
 )
-def test_what_is_no_http_is_told_so(door: Door, sent: bytes) -> None:
+def test_what_is_no_http_is_told_so(door: Served, sent: bytes) -> None:
     with connected(door.port) as client:
         client.sendall(sent)
         content = received(client)
