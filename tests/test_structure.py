@@ -38,6 +38,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "options",
         "service",
         "pipeline",
+        "serve",
         "measure",
         "ask bench clip",
     ),
