@@ -39,6 +39,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "options",
         "service",
         "pipeline",
+        "serve",
         "measure",
         "ask bench clip",
     ),
