@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
@@ -76,7 +76,13 @@ class EarlyTomConfig:
         inner_layer: layer of the language model, from 1 on, before which visual tokens are merged on prefill (18 is
             the released one); None turns that off.
         inner_ratio: share of the visual tokens that is folded away there, in [0, 1); 0 changes nothing.
+
+    `method`, `bias` and `original_positions` are no settings: see `earlytom.settings`.
     """
+
+    method: ClassVar[str] = "earlytom"
+    bias: ClassVar[bool] = False
+    original_positions: ClassVar[bool] = False
 
     retention_ratio: float = 0.1
     merge_layers: tuple[int, ...] = (6, 14, 20)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import cli
-from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
+from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS, POSITIONS
 from runtime.decoder.sampling import Sampling
 from runtime.engine import layout
 from runtime.engine.folder import ENGINES, newest_engine
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         decoder=options.decoder,
         inner=inner_merge(options),
+        bias=options.bias,
+        positions=options.positions,
         limits=limits,
         warm_up=False,  # there is one request, and it would only come later
     ) as pipeline:
@@ -152,6 +154,17 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="R",
         help=f"share that is folded away there (default: {INNER_RATIO})",
+    )
+    p.add_argument(
+        "--bias",
+        action=argparse.BooleanOptionalAction,
+        help="let a visual token weigh as much as all those that it stands for (default: as the engine's method has it)",
+    )
+    p.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        help="original: visual tokens stand where they were in the video; consecutive: one after the other (default: "
+        "as the engine's method has it)",
     )
     p.add_argument(
         "--frames",

@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     system: str | None
     frames: int | None
     stop: Sequence[str]
+    kept: bool
 
 
 def instance(name: str, value: Any, kind: type[T], remedy: str) -> T:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.numbers import real, whole
+from earlytom.numbers import real, shown, whole
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
-from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS
+from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS, POSITIONS
 from runtime.decoder.eager import Decoder, InnerMerge
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.dtypes import DTYPES
@@ -36,7 +36,7 @@ from runtime.engine.origin import checkpoint_of
 from runtime.errors import EngineError
 from runtime.gpu.staging import Arriving, as_of_now
 from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
-from runtime.service.answering import READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
+from runtime.service.answering import CONSECUTIVE, READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
 from runtime.service.asking import Request
 from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
@@ -44,6 +44,7 @@ from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Reme
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
+from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, stop_token_ids
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
@@ -79,11 +80,20 @@ class Pipeline:
         waiting: int = WAITING,
         watch_bytes: int = WATCH_BYTES,
         limits: Limits = DEFAULT_LIMITS,
+        placing: Placing = CONSECUTIVE,
     ) -> None:
         self.manifest = manifest
         self.vision = vision
         self._core = core = Answering(
-            manifest, vision, decoder, newline, tokenizer, stops, watch_bytes=watch_bytes, limits=limits
+            manifest,
+            vision,
+            decoder,
+            newline,
+            tokenizer,
+            stops,
+            watch_bytes=watch_bytes,
+            limits=limits,
+            placing=placing,
         )
         self.notes: tuple[str, ...] = ()
         # The workers know the core and not this object, so that it can be let go while they wait.
@@ -137,6 +147,8 @@ class Pipeline:
         watch_bytes: int = WATCH_BYTES,
         warm_up: bool | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        bias: bool | None = None,
+        positions: str | None = None,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -154,6 +166,10 @@ class Pipeline:
             watch_bytes: memory on the decoder's device for videos that are watched; see `watch`.
             warm_up: answer a question about a black clip first, see `warm_up`; by default on a GPU.
             limits: the largest video that is read.
+            bias: let each visual token weigh as much as the tokens that it stands for; by default as the engine's
+                method has it.
+            positions: "original", where visual tokens were in the video, or "consecutive"; by default as the engine's
+                method has it.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
@@ -173,6 +189,10 @@ class Pipeline:
             real("inner ratio (--inner-ratio)", inner.ratio, 0, 1, high_open=True)
         if warm_up is not None:
             instance("warm_up", warm_up, bool, "True or False")
+        if bias is not None:
+            instance("bias", bias, bool, "True or False")
+        if positions is not None and positions not in POSITIONS:
+            raise UserError(f"positions must be {' or '.join(POSITIONS)}, got {shown(positions)} (--positions)")
         if inner is not None and decoder != "torch":
             raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
         compiler = _open_compiler(decoder, where)  # first: it wants to, and refuses before anything large is loaded
@@ -185,7 +205,12 @@ class Pipeline:
         if dtype is None and where.type == "cpu":
             precision, note = fitting_dtype(checkpoint)
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
-        make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner)
+        placing = placing_of(manifest, bias, positions)
+        if inner is not None and placing.bias:
+            raise UserError(
+                "tokens that are merged inside the decoder have no bias: leave out --inner-layer, or use --no-bias"
+            )
+        make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner, placing)
         made = cls(
             manifest,
             vision,
@@ -193,6 +218,7 @@ class Pipeline:
             waiting=waiting,
             watch_bytes=watch_bytes,
             limits=limits,
+            placing=placing,
         )
         made.notes = tuple(line for line in (checkpoint.generation_note, note) if line is not None)
         try:
@@ -228,6 +254,7 @@ class Pipeline:
         system: str | None = None,
         frames: int | None = None,
         stop: Sequence[str] = (),
+        kept: bool = False,
     ) -> Request:
         """Put a question about a video in line; returns at once.
 
@@ -243,6 +270,7 @@ class Pipeline:
             system: a system message before the question.
             frames: one of the engine's frame counts; by default the one that suits the video.
             stop: strings that end the answer; they are not part of its text.
+            kept: the answer says which visual tokens it looked at.
 
         Raises:
             UserError: here, an argument that makes no sense or cannot be a video; by the request, a video that cannot
@@ -257,7 +285,7 @@ class Pipeline:
                 raise UserError("frames and system message of a watched video are those it is watched with")
             system = video.system if isinstance(prompt, str) else None  # messages have theirs among them
         question = self._core.question(
-            prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames, stop=stop
+            prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames, stop=stop, kept=kept
         )
         if isinstance(video, Remembered) and question.words.prefix_ids != video.before:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
@@ -433,6 +461,13 @@ def _given(video: Taken | Remembered) -> Arriving | None:
     return as_of_now(frames) if isinstance(frames, Tensor) else None
 
 
+def placing_of(manifest: Manifest, bias: bool | None, positions: str | None) -> Placing:
+    """What the decoder is told of an engine's tokens; None as its method has it."""
+    settings = manifest.settings
+    original = settings.original_positions if positions is None else positions == POSITIONS[0]
+    return Placing(original, settings.bias if bias is None else bias)
+
+
 def _open_vision(
     folder: Path, manifest: Manifest, backend: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> VisionBackend:
@@ -460,6 +495,7 @@ def _make_decoder(
     manifest: Manifest,
     device: torch.device,
     inner: InnerMerge | None,
+    placing: Placing,
     model: Any,
 ) -> Decoder:
     """The decoder of a model, whose layers go to the device, or into compiled programs there."""
@@ -470,7 +506,8 @@ def _make_decoder(
     from runtime.decoder.store import ProgramStore
 
     size = default_size(manifest.tokens + 1, model.get_decoder().config.max_position_embeddings)
-    return CompiledDecoder.compile(model, compiler, ProgramStore(folder / DECODER_FOLDER), [size])
+    store, placed = ProgramStore(folder / DECODER_FOLDER), placing != CONSECUTIVE
+    return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)
 
 
 def _load_decoder(

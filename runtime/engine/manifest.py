@@ -24,6 +24,7 @@ from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.numbers import shown
+from earlytom.settings import SETTINGS, MethodSettings, settings_of
 from runtime.engine.layout import DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, Layout, Sizes, count_file
 from runtime.engine.records import (
     MOST_FRAMES,
@@ -73,6 +74,7 @@ _OPTIONAL: dict[str, Any] = {
     "frame_counts": None,
     "batch": 1,
     "chunk": None,
+    "method": EarlyTomConfig.method,
     "programs": {},
 }
 AND = " && "  # between the Polygraphy lines of several frame counts
@@ -86,7 +88,7 @@ class Manifest:
         name: name of the folder.
         key: cache key (hex) of everything that changes the artefact.
         project_version, created: version of this project; ISO 8601 time of the build.
-        earlytom: `EarlyTomConfig.to_dict()`.
+        method: its name. earlytom: the settings of the method (`earlytom.settings`), whichever it is.
         frames: `F`, frames the engine takes; where it takes one of several counts, the most, which the rest is about.
         frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
         tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
@@ -143,6 +145,7 @@ class Manifest:
     frame_counts: tuple[int, ...] | None = None
     chunk: int | None = None
     programs: dict[str, ProgramRecord] = field(default_factory=dict)
+    method: str = EarlyTomConfig.method
 
     def __post_init__(self) -> None:
         """Raise EngineError unless every field is of its type and the fields agree with each other."""
@@ -173,11 +176,15 @@ class Manifest:
             self.at(frames)  # checks that count as this did the most
 
     @property
+    def settings(self) -> MethodSettings:
+        """Those of the method."""
+        return settings_of(self.method, self.earlytom)
+
+    @property
     def layout(self) -> Layout:
         """What the engine is: its graphs, tensors and counts."""
-        config = EarlyTomConfig.from_dict(self.earlytom)
         sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
-        return Layout(config, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+        return Layout(self.settings, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
     def adaptive(self) -> bool:
@@ -243,6 +250,7 @@ class Manifest:
         mappings = ("earlytom", "files", "figures")
         rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
             (texts, is_text, "a text"),
+            (("method",), lambda v: isinstance(v, str) and v in SETTINGS, f"one of {', '.join(SETTINGS)}"),
             (("name",), lambda v: is_text(v) and len(v) <= 255, "a text of at most 255 characters"),
             (counts, is_count, "a positive whole number"),
             (("frames",), lambda v: is_count(v, 1, MOST_FRAMES), f"a positive whole number up to {MOST_FRAMES}"),
@@ -274,7 +282,7 @@ class Manifest:
         """The counts must be those that `earlytom.budget` gives for the recorded settings."""
         expected: dict[str, Any] = {"tokens_full": self.frames * self.tokens_per_frame}
         try:
-            config = EarlyTomConfig.from_dict(self.earlytom)
+            config = self.settings
             if config.schedule == "budget":
                 rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
                 expected["frames_per_stage"] = frames_per_stage(self.frames, **rule)
@@ -287,7 +295,9 @@ class Manifest:
                     self.frames, self.tokens_per_frame, config.retention_ratio, merges=merges
                 )
         except UserError as error:
-            raise EngineError(f"manifest has EarlyTom settings that make no sense ({cut(error)}): {REBUILD}") from error
+            raise EngineError(
+                f"manifest has settings of the method that make no sense ({cut(error)}): {REBUILD}"
+            ) from error
         for name, value in expected.items():
             if (got := getattr(self, name)) != value:
                 raise EngineError(

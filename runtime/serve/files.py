@@ -83,9 +83,7 @@ class Files:
         path = self._reserve(owner, size)
         try:
             digest = _copy(content, path)
-            made = Uploaded(
-                f"file-{secrets.token_hex(12)}", owner, name, purpose, path, digest, size, int(time.time())
-            )
+            made = Uploaded(f"file-{secrets.token_hex(12)}", owner, name, purpose, path, digest, size, int(time.time()))
             with self._lock:
                 self._files[made.id] = made
             return made

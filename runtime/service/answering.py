@@ -37,6 +37,7 @@ from runtime.service.requests import (
     CheckedQuestion,
     Delta,
     Embeds,
+    Kept,
     Ready,
     Remembered,
     Seen,
@@ -47,12 +48,14 @@ from runtime.service.requests import (
 )
 from runtime.service.scheduler import Turn
 from runtime.text.messages import ChatMessage
+from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
-from runtime.vision import BatchedVision, VisionBackend, encode_one
+from runtime.vision import BatchedVision, Encoded, VisionBackend, encode_one
 
+CONSECUTIVE = Placing()
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
 READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
@@ -66,6 +69,7 @@ class Answering:
     Args:
         watch_bytes: what videos that were read, to be asked more than once, may take together.
         limits: the largest video that is read.
+        placing: what the decoder is told of visual tokens besides themselves.
 
     Attributes:
         batch: videos that the engine encodes at once.
@@ -84,7 +88,9 @@ class Answering:
         *,
         watch_bytes: int = WATCH_BYTES,
         limits: Limits = DEFAULT_LIMITS,
+        placing: Placing = CONSECUTIVE,
     ) -> None:
+        self.placing = placing
         self.manifest = manifest
         self.limits = limits
         self.vision = vision
@@ -112,6 +118,7 @@ class Answering:
         system: str | None = None,
         frames: int | None = None,
         stop: Sequence[str] = (),
+        kept: bool = False,
     ) -> CheckedQuestion:
         """Check what can be checked of a question before its video is there.
 
@@ -132,7 +139,13 @@ class Answering:
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
         check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
-        return CheckedQuestion(words, new_tokens, sampling or GREEDY, tuple(stop))
+        if self.placing.original and words.length(least.tokens_full + 1) + new_tokens > context:
+            raise UserError(
+                f"with visual tokens where they were in the video, the answer would end at position "
+                f"{words.length(least.tokens_full + 1) + new_tokens}, and the model's context ends at {context}: use "
+                "--positions consecutive, or fewer frames"
+            )
+        return CheckedQuestion(words, new_tokens, sampling or GREEDY, tuple(stop), bool(kept))
 
     def take(self, video: Video | Seen | Arrived) -> Taken:
         """What a caller gives as a video, checked and brought to one form; its content is copied, nothing is decoded.
@@ -202,7 +215,7 @@ class Answering:
             for turn, one in zip(turns, found, strict=True)
         ]
 
-    def embeds(self, ready: Ready, *, encoded: Encoded | None = None) -> Generator[Embeds, None, None]:
+    def embeds(self, ready: Ready, *, encoded: Measured | None = None) -> Generator[Embeds, None, None]:
         """The prompt with its video spliced in, for a decoder elsewhere; nothing is read or decoded.
 
         Args:
@@ -215,8 +228,7 @@ class Answering:
             Closed: while iterating: after `close`.
         """
         found, _ = self._tokens(ready) if encoded is None else encoded
-        decoder = self._open_decoder()
-        values = splice(ready.question.words, found.to(decoder.device), self.newline, decoder.embed)
+        values, _ = self._spliced(ready.question.words, found)
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -227,14 +239,14 @@ class Answering:
         *,
         submitted: float | None = None,
         waited: float = 0.0,
-        encoded: Encoded | None = None,
+        encoded: Measured | None = None,
     ) -> Generator[Delta, None, None]:
         """Answer a question token by token.
 
         Args:
             ready: the question and its video.
             submitted, waited: when the request came (`time.perf_counter`; default now) and how long it was in line.
-            encoded: the clip's visual tokens [N, D], and what measured that, where they are there already.
+            encoded: the clip's visual tokens, and what measured that, where they are there already.
 
         Yields:
             a `Delta` per token, then one with `finish` and `answer`; nothing if the video is only to be read. Closing
@@ -258,6 +270,7 @@ class Answering:
         if ready.read_only:
             return
         question = ready.question
+        kept = (shown.kept if isinstance(shown, Seen) else _kept(shown.encoded)) if question.kept else None
         visual_tokens, source = self._start(shown, question)
         cached_tokens = shown.prefix.length if cached and isinstance(shown, Seen) else 0
         del shown, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
@@ -303,6 +316,7 @@ class Answering:
             visual_tokens=visual_tokens,
             prompt_tokens=question.words.length(visual_tokens + 1),
             cached_tokens=cached_tokens,
+            kept=kept,
         )
         yield Delta(parts[-1], None, finish, answer)
 
@@ -321,20 +335,29 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            count = len(shown.tokens)
-            embeds = splice(words, shown.tokens.to(decoder.device), self.newline, decoder.embed)
-            return count, decoder.stream(embeds, visual=words.visual_span(count + 1), **how)
+            count = len(shown.encoded.tokens)
+            embeds, placed = self._spliced(words, shown.encoded)
+            return count, decoder.stream(embeds, visual=words.visual_span(count + 1), **how | placed)
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
         return shown.visual_tokens, decoder.stream(suffix, prefix=shown.prefix, **how)
 
-    def _read(self, tokens: Tensor, words: Prompt, remembered: Remembered) -> Seen:
-        """Read a video's tokens [N, D] and what is before them, and keep that."""
-        decoder, count = self._open_decoder(), len(tokens)
-        before = dataclasses.replace(words, suffix_ids=())
-        embeds = splice(before, tokens.to(decoder.device), self.newline, decoder.embed)
-        seen = Seen(decoder.prefill(embeds, visual=words.visual_span(count + 1)), words.prefix_ids, count)
+    def _spliced(self, words: Prompt, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        """The embeddings [1, L, D] of a prompt with its video, and what else the decoder is told of it."""
+        decoder = self._open_decoder()
+        device = decoder.device
+        embeds = splice(words, encoded.tokens.to(device), self.newline, decoder.embed)
+        full = encoded.sources.shape[-1] * self.manifest.tokens_per_frame
+        place, bias = encoded.place.to(device), encoded.bias.to(device)
+        return embeds, self.placing.of_prompt(len(words.prefix_ids), place, bias, full, len(words.suffix_ids))
+
+    def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
+        """Read a video's tokens and what is before them, and keep that."""
+        decoder, count = self._open_decoder(), len(encoded.tokens)
+        embeds, placed = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
+        prefix = decoder.prefill(embeds, visual=words.visual_span(count + 1), **placed)
+        seen = Seen(prefix, words.prefix_ids, count, _kept(encoded))
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word
@@ -343,16 +366,16 @@ class Answering:
             self.watched.put(remembered, seen)
         return seen
 
-    def _tokens(self, ready: Ready) -> Encoded:
-        """A video's visual tokens [N, D], and what measured that."""
+    def _tokens(self, ready: Ready) -> Measured:
+        """A video's visual tokens, and what measured that."""
         if isinstance(ready.shown, Arrived):
-            return ready.shown.tokens, Stopwatch(None)
+            return ready.shown.encoded, Stopwatch(None)
         vision = Stopwatch(self._open_decoder().device)
         found = encode_one(self.vision, _frames(ready))
         vision.stop()
-        return found.tokens, vision
+        return found, vision
 
-    def _encode_together(self, clips: Sequence[Ready]) -> list[Encoded]:
+    def _encode_together(self, clips: Sequence[Ready]) -> list[Measured]:
         """Several clips in one call; none if it fails, as one bad clip fails it for all: each is tried by itself then,
         and has its own error."""
         vision = Stopwatch(self._open_decoder().device)
@@ -361,12 +384,17 @@ class Answering:
         except Exception:
             return []
         vision.stop()
-        return [(one.tokens, vision) for one in found]
+        return [(one, vision) for one in found]
 
     def _open_decoder(self) -> Decoder:
         if self.decoder is None:
             raise Closed("this pipeline is closed: load another one")
         return self.decoder
+
+
+def _kept(encoded: Encoded) -> Kept:
+    """Copies on a CPU."""
+    return Kept(*(value.to("cpu", copy=True) for value in (encoded.positions, encoded.sources, encoded.place)))
 
 
 def _frames(ready: Ready) -> Tensor:
@@ -398,4 +426,4 @@ class Stopwatch:
         return self.stopped - self.started
 
 
-Encoded = tuple[Tensor, Stopwatch]  # visual tokens [N, D], and what measured the engine
+Measured = tuple[Encoded, Stopwatch]  # visual tokens, and what measured the engine

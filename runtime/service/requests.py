@@ -18,6 +18,7 @@ from runtime.decoder.sampling import Sampling
 from runtime.gpu.staging import Arriving
 from runtime.text.prompt import Prompt
 from runtime.video import Clip, Spooled
+from runtime.vision import Encoded
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ class Kept:
 
     Attributes:
         positions: int64 [N], of each token: slot * P + cell, slot the frame that was left, P cells a frame.
-        sources: fp32 [F', F], what share of each frame of the clip each frame that was left is made of; None where the
-            engine does not say.
+        sources: fp32 [F', F], what share of each frame of the clip each frame that was left is made of.
+        place: int64 [N], of each token: frame of the clip * P + cell, the frame having the largest share in it.
     """
 
     positions: Tensor
-    sources: Tensor | None = None
+    sources: Tensor
+    place: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Answer:
         visual_tokens: of the video, without the newline after them.
         prompt_tokens: positions that the prompt took: text, visual tokens, newline.
         cached_tokens: those of them that were read before this request: what a watched video saves.
-        kept: which visual tokens these are, where that is known.
+        kept: which visual tokens these are, on a CPU; None unless it was asked for.
     """
 
     text: str
@@ -108,6 +110,7 @@ class CheckedQuestion:
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Seen:
     prefix: Prefix
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
+    kept: Kept
 
     @property
     def bytes(self) -> int:
@@ -126,9 +130,9 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Arrived:
-    """A video that was encoded while it came: its visual tokens [N, D], which nobody writes over."""
+    """A video that was encoded while it came: its visual tokens, which nobody writes over."""
 
-    tokens: Tensor
+    encoded: Encoded
 
 
 # What callers may give, and what becomes of it when it is taken (`runtime.video.take_video`).

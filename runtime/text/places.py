@@ -6,8 +6,33 @@ stand where they would stand behind all of them. Tensors only, and no wait for t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What a decoder is told of visual tokens besides themselves.
+
+    Attributes:
+        original: where they were in the video; else they stand one after the other, as if nothing had been left out.
+        bias: how many of the video's tokens each stands for.
+    """
+
+    original: bool = False
+    bias: bool = False
+
+    def of_prompt(
+        self, prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int
+    ) -> dict[str, Tensor]:
+        """`positions` and `bias` of a whole prompt, see `places`; those that are not wanted are left out."""
+        if not (self.original or self.bias):
+            return {}
+        found = places(prefix_length, place, bias, tokens_full, suffix_length)
+        wanted = {"positions": self.original, "bias": self.bias}
+        return {name: value for (name, wants), value in zip(wanted.items(), found, strict=True) if wants}
 
 
 def places(

@@ -5,12 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
