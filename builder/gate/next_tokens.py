@@ -37,8 +37,8 @@ class NextTokens:
         model = load_model(checkpoint, torch.float32)
         self.newline = checkpoint.family.closing(model.model)
         self.embed = model.get_input_embeddings()
-        self.language_model = model.model.language_model
-        self.head = model.lm_head
+        self.language_model = model.get_decoder()
+        self.head = model.get_output_embeddings()
         self.decoder = Decoder.from_model(model)
         self.prompt = build_prompt(load_tokenizer(checkpoint), QUESTION)
 

@@ -30,7 +30,8 @@ _APART = (
     "source",
     "verify",
 )
-# Of the method everything but the bundled model's world and training; random weights are drawn by these two.
+# Of the method everything but the bundled model's world, training and files; random weights are drawn by these two.
+_BUNDLED = ("families/bundled", "micro")
 _MICRO = ("random_model", "weights")
 # Of the runtime what reads checkpoints, makes the frames that the gate goes by, and writes the folder.
 _RUNTIME = (
@@ -46,9 +47,10 @@ def code_digest(root: Path = ROOT) -> dict[str, str]:
     """SHA-256 of every source under `root` that decides what an engine contains, by its path from there."""
     apart = {path for name in _APART for path in _sources(root / "builder", name)}
     paths = {path for path in (root / "builder").rglob("*.py") if path not in apart}
-    micro = root / "earlytom" / "micro"
-    paths |= {path for path in (root / "earlytom").rglob("*.py") if micro not in path.parents}
-    paths |= {path for name in _MICRO for path in _sources(micro, name)}
+    method = root / "earlytom"
+    bundled = {path for name in _BUNDLED for path in _sources(method, name)}
+    paths |= {path for path in method.rglob("*.py") if path not in bundled}
+    paths |= {path for name in _MICRO for path in _sources(method / "micro", name)}
     paths |= {path for name in _RUNTIME for path in _sources(root / "runtime", name)}
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 

@@ -92,7 +92,7 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             _check_finite(name, state[names[name]], files)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    inner: Any = model.model.language_model
+    inner: Any = model.get_decoder()
     inner.rotary_emb = type(inner.rotary_emb)(config=inner.config)  # its buffers are stored nowhere
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not missing, missing

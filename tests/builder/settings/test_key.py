@@ -95,6 +95,7 @@ def test_what_decides_an_engine_changes_its_key(tree: Path, module: str) -> None
         "builder/show",
         "builder/verify",
         "builder/micro",
+        "earlytom/families/bundled",
         "runtime/ask",
         "runtime/measure",
         "runtime/cli",
@@ -147,6 +148,7 @@ HARMLESS = (
     "runtime/files",
     "runtime/choices",
     "runtime/text",
+    "runtime/trace",
 )
 
 
