@@ -22,6 +22,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "numbers attention transfers restorable",
         "config budget",
         "spans merge select flops inner",
+        "cells",
         "kernels",
         "ops",
         "inner_decoder towers",

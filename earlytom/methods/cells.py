@@ -1,0 +1,143 @@
+"""The method "cells": frames are merged cell by cell inside the tower, diverse tokens are taken after the projector.
+
+`Cells` is the method; its steps that depend on the video (`plan`, `take`) are those of `earlytom.cells`; who computes
+them otherwise (an exporter) overrides them. It needs no received attention, so every layer of the tower can run fused.
+
+Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, P tokens after pooling, D
+tower width, E LLM width, M = F' P, N tokens taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from earlytom import ops
+from earlytom.budget import frames_per_stage, token_count
+from earlytom.cells.config import CellsConfig
+from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
+from earlytom.cells.select import affinity, bias_of, likeness, saliency, select_rounds, token_sizes
+from earlytom.config import check_layers
+from earlytom.families import Vision
+from earlytom.method import Counts, Method, Note, State
+
+
+@dataclass(kw_only=True)
+class CellsState(State):
+    """What has become of the cells.
+
+    Attributes:
+        size, time: [F', S] fp32, of how many original cells each is made, and which frame of the video it shows; None
+            before the first merge, where every cell is its own.
+        made: [T, F', F] fp32, what each token inside the tower is made of; None likewise.
+    """
+
+    size: Tensor | None = None
+    time: Tensor | None = None
+    made: Tensor | None = None
+
+
+class Cells(Method):
+    """See `Method`; its settings are a `CellsConfig`."""
+
+    name = "cells"
+
+    def __init__(self, config: CellsConfig) -> None:
+        self.config = config
+        self.layers = config.merge_layers
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        return cls(CellsConfig.from_dict(settings))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+        """As many tokens as EarlyTom's budget schedule has, so that both can be compared."""
+        stages = self._stages(frames)
+        tokens = token_count(frames, tokens_per_frame, self.config.retention_ratio, frames_out=stages[-1])
+        return Counts(stages, tokens)
+
+    def tower_key(self) -> Hashable:
+        return self.config.replace(retention_ratio=1.0, rounds=None)
+
+    def check(self, depth: int) -> None:
+        check_layers(self.layers, depth)
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> CellsState:
+        return CellsState(vision, [frames], torch.eye(frames, device=device))
+
+    # The steps that depend on the video
+
+    def plan(self, hidden: Tensor, frames_out: int, prefix: int) -> CellPlan:
+        """`hidden [F, T, D]`, of which the first `prefix` tokens are no cells, to what becomes of its frames."""
+        return plan_cells(hidden, frames_out, self.config.power, prefix)
+
+    def take(self, salient: Tensor, alike: Tensor, count: int) -> Tensor:
+        """`salient [M]` and `alike [M, M]` fp32 to the `count` tokens that are taken, [N] int64, ascending."""
+        if self.config.rounds is None:
+            return ops.select_greedy(salient, alike, count)
+        return select_rounds(salient, alike, count, self.config.rounds)
+
+    # The hooks
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stage I."""
+        assert isinstance(state, CellsState)  # `begin` made it
+        frames_out = self._stages(state.frames)[len(state.stages)]
+        prefix = state.vision.tower.prefix
+        if frames_out < len(hidden):
+            plan = self.plan(hidden, frames_out, prefix)
+            note(**{f"weights_{layer}": plan.weights})
+            state.size, state.time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
+            state.made = plan.weights if state.made is None else plan.weights @ state.made
+            state.frame_weights = state.made[prefix:].mean(0)
+            hidden = plan.apply(hidden)
+        state.stages.append(frames_out)
+        return hidden, received
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        """Stage II."""
+        tokens, positions, _, _ = self.keep(features, state)
+        return tokens, positions
+
+    def keep(self, features: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`features [F', P, E]` to tokens [N, E], their positions `slot * P + cell`, places `frame * P + cell` with the
+        frame of the video that each shows, both [N] int64, and biases [N] fp32 to their keys' attention logits."""
+        assert isinstance(state, CellsState)
+        per_frame = features.shape[1]
+        count = self.counts(state.frames, per_frame).tokens
+        size, time = pooled_marks(state, features)
+        tokens = features.flatten(0, 1)
+        affine = affinity(tokens, time, state.frames)
+        taken = self.take(saliency(tokens), likeness(affine), count)
+        place = time.index_select(0, taken).long() * per_frame + taken % per_frame
+        return tokens.index_select(0, taken), taken, place, bias_of(token_sizes(affine, size, taken))
+
+    def _stages(self, frames: int) -> tuple[int, ...]:
+        """Frames before the first merge and after each one."""
+        return frames_per_stage(frames, merges=len(self.layers), frame_budget=self.config.frame_budget)
+
+
+def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes and times [F', S] so far of `cells [F', S, ...]`."""
+    if state.size is None or state.time is None:
+        frames, count = cells.shape[:2]
+        time = torch.arange(frames, dtype=torch.float32, device=cells.device)
+        return torch.ones(frames, count, device=cells.device), time[:, None].expand(frames, count)
+    return state.size, state.time
+
+
+def pooled_marks(state: CellsState, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes and times [M] of the tokens `features [F', P, E]`, through the pooling that made them; times are whole."""
+    size, time = marks(state, features)
+    if state.size is not None:
+        size, time = state.vision.pool(torch.stack([size, time], -1)).unbind(-1)
+    return size.flatten(), time.flatten().round()
