@@ -90,19 +90,18 @@ def select_rounds(salient: Tensor, alike: Tensor, count: int, rounds: int) -> Te
     taken = torch.zeros_like(salient, dtype=torch.bool)
     for size in round_sizes(count, rounds):
         value = torch.where(taken, -1.0, salient * far)
-        crowd = torch.where(_beats(value), alike, 0).amax(0)  # how much the better ones resemble each
+        place = _best_first(value).argsort()  # how many go before each
+        crowd = torch.where(place[:, None] < place, alike, 0).amax(0)  # how much the better ones resemble each
         value = torch.where(taken, -1.0, value * (1 - crowd))
-        chosen = _beats(value).sum(0) < size
-        taken = taken | chosen
-        far = torch.minimum(far, 1 - torch.where(chosen[:, None], alike, 0).amax(0))
+        chosen = _best_first(value)[:size]
+        taken = taken.index_fill(0, chosen, True)
+        far = torch.minimum(far, 1 - alike.index_select(0, chosen).amax(0))
     return _places(taken, count)
 
 
-def _beats(value: Tensor) -> Tensor:
-    """[M, M] bool: whether the token of the row goes before that of the column."""
-    index = torch.arange(len(value), device=value.device)
-    mine, other = value, value[:, None]
-    return (other > mine) | ((other == mine) & (index[:, None] < index))
+def _best_first(value: Tensor) -> Tensor:
+    """[M] int64: the indices by falling value, of equal ones the lower first."""
+    return value.argsort(descending=True, stable=True)
 
 
 def _places(taken: Tensor, count: int) -> Tensor:
