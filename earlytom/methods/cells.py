@@ -1,7 +1,8 @@
 """The method "cells": frames are merged cell by cell inside the tower, diverse tokens are taken after the projector.
 
 `Cells` is the method; its steps that depend on the video (`plan`, `take`) are those of `earlytom.cells`; who computes
-them otherwise (an exporter) overrides them. It needs no received attention, so every layer of the tower can run fused.
+them otherwise (an exporter) overrides them. `EachCells` takes the decisions of several videos at once. No received
+attention is needed, so every layer of the tower can run fused.
 
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, P tokens after pooling, D
 tower width, E LLM width, M = F' P, N tokens taken.
@@ -69,7 +70,7 @@ class Cells(Method):
     def check(self, depth: int) -> None:
         check_layers(self.layers, depth)
 
-    def begin(self, vision: Vision, frames: int, device: torch.device) -> CellsState:
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
         return CellsState(vision, [frames], torch.eye(frames, device=device))
 
     # The steps that depend on the video
@@ -124,6 +125,59 @@ class Cells(Method):
     def _stages(self, frames: int) -> tuple[int, ...]:
         """Frames before the first merge and after each one."""
         return frames_per_stage(frames, merges=len(self.layers), frame_budget=self.config.frame_budget)
+
+
+@dataclass(kw_only=True)
+class SeveralStates(State):
+    """Of several videos; `each` has one for each of them."""
+
+    each: list[State]
+
+
+class EachCells(Cells):
+    """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
+
+    Frame counts are those of one video. What belongs to a video has a leading B: frame weights [B, F', F], tokens
+    [B, N, E], positions [B, N].
+    """
+
+    def __init__(self, method: Cells, videos: int) -> None:
+        super().__init__(method.config)
+        self.method = method
+        self.videos = videos
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        each = [self.method.begin(vision, frames, device) for _ in range(self.videos)]
+        return SeveralStates(vision, [frames], torch.stack([one.frame_weights for one in each]), each=each)
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(state, SeveralStates)  # `begin` made it
+        noted: dict[str, list[Tensor]] = {}
+
+        def keep(**values: Tensor) -> None:
+            for name, value in values.items():
+                noted.setdefault(name, []).append(value)
+
+        merged = [
+            self.method.after_layer(layer, one, None, own, keep)[0]
+            for one, own in zip(self._each(hidden), state.each, strict=True)
+        ]
+        note(**{name: torch.stack(values) for name, values in noted.items()})
+        state.stages = list(state.each[0].stages)
+        state.frame_weights = torch.stack([own.frame_weights for own in state.each])
+        return torch.cat(merged), received
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        assert isinstance(state, SeveralStates)
+        each = zip(self._each(features), state.each, strict=True)
+        tokens, positions = zip(*(self.method.choose(one, None, own) for one, own in each), strict=True)
+        return torch.stack(tokens), torch.stack(positions)
+
+    def _each(self, values: Tensor) -> Tensor:
+        """[B * F, ...] to [B, F, ...], a view."""
+        return values.unflatten(0, (self.videos, -1))
 
 
 def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from earlytom.cells.merge import plan_cells
 from earlytom.cells.select import select_greedy, select_rounds
 from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.methods.cells import Cells
+from earlytom.methods.cells import Cells, EachCells
 from tests.builder.export.test_functions import FLOAT, HALF, INT64, call, run, value
 from tests.earlytom.cells.test_merge import clip
 from tests.earlytom.cells.test_select import problem
@@ -173,6 +173,19 @@ def test_an_exported_vision_part_gives_the_same_tokens(tmp_path: Path, rounds: i
         assert positions.tolist() == wanted["positions"].tolist()
         np.testing.assert_allclose(tokens, wanted["tokens"].numpy(), atol=1e-4)
         np.testing.assert_allclose(sources, wanted["sources"].numpy(), atol=1e-4)
+
+
+def test_several_videos_have_calls_of_their_own(tmp_path: Path) -> None:
+    """Also a loop may be called twice: what is inside a function has no name outside it."""
+    config = CONFIG.replace(rounds=None)
+    names = ["tokens", "positions", "sources"]
+    video = torch.cat([made_video(kind, 8, seed=2) for kind in ("scenes", "noise")])
+    made = trace(Whole(EachCells(cells.SymbolicCells(config), 2), torch.float32), {"pixels": video}, names)
+    graph = save(made, tmp_path / "vision.onnx", names, lambda node: cells.body(node, OPSET))
+    wanted = Whole(EachCells(Cells(config), 2), torch.float32)(video)
+    tokens, positions, _ = onnxruntime.InferenceSession(str(graph.path)).run(None, {"pixels": video.numpy()})
+    assert positions.tolist() == wanted["positions"].tolist()
+    np.testing.assert_allclose(tokens, wanted["tokens"].numpy(), atol=1e-4)
 
 
 def test_a_graph_of_half_precision_decides_in_single(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from earlytom.cells.select import affinity, bias_of, likeness, saliency, select_
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import METHODS
-from earlytom.methods.cells import Cells
+from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.earlytom import EarlyTom
 from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 from tests.golden_vectors import HOME, folder_of, parametrize, read_cases, tensor
@@ -159,6 +159,25 @@ def test_as_many_tokens_as_earlytom_for_any_video(kind: str, frames: int, rounds
     assert out.positions.tolist() == sorted(set(out.positions.tolist()))
     counts = EarlyTom.from_dict({"retention_ratio": 0.3, "merge_layers": (0, 2), "schedule": "budget"})
     assert Cells(config).counts(frames, 9) == counts.counts(frames, 9)
+
+
+@pytest.mark.parametrize("rounds", [None, 3])
+def test_several_videos_at_once_are_each_alone(rounds: int | None) -> None:
+    videos, method = (
+        [made_video(kind, 6) for kind in ("scenes", "drift", "still")],
+        Cells(CONFIG.replace(rounds=rounds)),
+    )
+    vision = LLAVA_ONEVISION.vision(tiny_tower("clip"), tiny_projector())
+    trace: dict[str, Tensor] = {}
+    together = encode(vision, torch.cat(videos), EachCells(method, 3), trace=trace)
+    assert together.frames_per_stage == (6, 4, 3)
+    for n, video in enumerate(videos):
+        own: dict[str, Tensor] = {}
+        alone = encode(vision, video, method, trace=own)
+        assert together.positions[n].tolist() == alone.positions.tolist()
+        torch.testing.assert_close(together.tokens[n], alone.tokens, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.frame_weights[n], alone.frame_weights, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(trace["weights_2"][n], own["weights_2"], atol=1e-5, rtol=1e-4)
 
 
 def test_methods_that_run_alike_up_to_the_choice_say_so() -> None:
