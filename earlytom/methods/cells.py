@@ -32,13 +32,13 @@ class CellsState(State):
     """What has become of the cells.
 
     Attributes:
-        size, time: [F', S] fp32, of how many original cells each is made, and which frame of the video it shows; None
-            before the first merge, where every cell is its own.
+        cell_size, cell_time: [F', S] fp32, of how many original cells each is made, and which frame of the video it
+            shows; None before the first merge, where every cell is its own.
         made: [T, F', F] fp32, what each token inside the tower is made of; None likewise.
     """
 
-    size: Tensor | None = None
-    time: Tensor | None = None
+    cell_size: Tensor | None = None
+    cell_time: Tensor | None = None
     made: Tensor | None = None
 
 
@@ -94,10 +94,13 @@ class Cells(Method):
         assert isinstance(state, CellsState)  # `begin` made it
         frames_out = self._stages(state.frames)[len(state.stages)]
         prefix = state.vision.tower.prefix
-        if frames_out < len(hidden):
+        if frames_out == len(hidden):  # each frame is a group
+            eye = torch.eye(frames_out, device=hidden.device)
+            note(**{f"weights_{layer}": eye.expand(hidden.shape[1], -1, -1)})
+        else:
             plan = self.plan(hidden, frames_out, prefix)
             note(**{f"weights_{layer}": plan.weights})
-            state.size, state.time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
+            state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
             state.made = plan.weights if state.made is None else plan.weights @ state.made
             state.frame_weights = state.made[prefix:].mean(0)
             hidden = plan.apply(hidden)
@@ -118,7 +121,10 @@ class Cells(Method):
         size, time = pooled_marks(state, features)
         tokens = features.flatten(0, 1)
         affine = affinity(tokens, time, state.frames)
-        taken = self.take(saliency(tokens), likeness(affine), count)
+        if count == len(tokens):  # nothing to leave out
+            taken = torch.arange(count, device=tokens.device)
+        else:
+            taken = self.take(saliency(tokens), likeness(affine), count)
         place = time.index_select(0, taken).long() * per_frame + taken % per_frame
         return tokens.index_select(0, taken), taken, place, bias_of(token_sizes(affine, size, taken))
 
@@ -182,16 +188,16 @@ class EachCells(Cells):
 
 def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:
     """Sizes and times [F', S] so far of `cells [F', S, ...]`."""
-    if state.size is None or state.time is None:
+    if state.cell_size is None or state.cell_time is None:
         frames, count = cells.shape[:2]
         time = torch.arange(frames, dtype=torch.float32, device=cells.device)
         return torch.ones(frames, count, device=cells.device), time[:, None].expand(frames, count)
-    return state.size, state.time
+    return state.cell_size, state.cell_time
 
 
 def pooled_marks(state: CellsState, features: Tensor) -> tuple[Tensor, Tensor]:
     """Sizes and times [M] of the tokens `features [F', P, E]`, through the pooling that made them; times are whole."""
     size, time = marks(state, features)
-    if state.size is not None:
+    if state.cell_size is not None:
         size, time = state.vision.pool(torch.stack([size, time], -1)).unbind(-1)
     return size.flatten(), time.flatten().round()

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from earlytom import UserError, token_count
+from earlytom import EarlyTomConfig, UserError, encode_video, token_count
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
 from earlytom.cells.select import affinity, bias_of, likeness, saliency, select_greedy, select_rounds, token_sizes
@@ -25,6 +25,8 @@ from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import METHODS
 from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.micro.data import labelled_clip
+from runtime.checkpoint import describe, load_vision
 from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 from tests.golden_vectors import HOME, folder_of, parametrize, read_cases, tensor
 
@@ -227,3 +229,21 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 def test_a_layer_that_the_tower_lacks_is_refused() -> None:
     with pytest.raises(UserError, match="merge layer 6 does not exist: the vision tower has layers 0 to 3"):
         seen(made_video("noise", 4), CONFIG.replace(merge_layers=(0, 6)))
+
+
+# --- the bundled model
+
+
+def test_on_the_bundled_model_it_costs_what_earlytom_costs() -> None:
+    part, values = load_vision(None), describe(None).preprocessing
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (values.mean, values.std))
+    pixels = (torch.from_numpy(labelled_clip("validation", 0).frames).float() / 255 - mean) / std
+    layers = EarlyTomConfig.layers_for(8)
+    methods = [
+        EarlyTom(EarlyTomConfig(merge_layers=layers, schedule="budget")),
+        Cells(CellsConfig(merge_layers=layers)),
+        Cells(CellsConfig(merge_layers=layers, rounds=None)),
+    ]
+    seen = [encode_video(part.vision_tower, part.projector, pixels, method, depth=8) for method in methods]
+    assert [(out.frames_per_stage, len(out.tokens)) for out in seen] == [((16, 12, 9, 7), 42)] * 3
+    assert len({tuple(out.positions.tolist()) for out in seen}) == 3
