@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from builder.plugins import choose, kernel_target
 from builder.settings.arguments import configured, read
 from builder.settings.options import AUTO
-from builder.trace import Trace, told
+from builder.trace import told
 from runtime import cli
+from runtime.trace import Trace
 
 if TYPE_CHECKING:
     from builder.clips import FramesKept

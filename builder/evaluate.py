@@ -12,17 +12,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from builder.evaluation.arguments import check, parser
+from builder.evaluation.arguments import read
 from runtime import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
-    options = parser().parse_args(argv)
-    check(options)
+    asked = read(argv)
     from builder.evaluation import run
 
-    run.measure(options, cli.Screen(json_only=options.json == "-"))
+    screen = cli.Screen(json_only=asked.json_only)
+    screen.result(run.measure(asked, screen))
     return 0
 
 

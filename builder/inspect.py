@@ -158,13 +158,19 @@ def _reports(compiled: Any) -> list[Record]:
 def _tensors(manifest: Manifest) -> list[Record]:
     videos = [manifest.batch] if manifest.batch > 1 else []
     frames = [manifest.frames, 3, *manifest.model.preprocessing.size]
-    tokens = [manifest.tokens, manifest.dim]
+    tokens, left = manifest.tokens, manifest.frames_per_stage[-1]
     rows = [
-        (layout.FRAMES, "in", "uint8", videos + frames),
-        (layout.TOKENS, "out", manifest.dtype, videos + tokens),
-        (layout.POSITIONS, "out", "int64", videos + tokens[:1]),
+        (layout.FRAMES, "in", "uint8", frames),
+        (layout.TOKENS, "out", manifest.dtype, [tokens, manifest.dim]),
+        (layout.POSITIONS, "out", "int64", [tokens]),
+        (layout.SOURCES, "out", "fp32", [left, manifest.frames]),
+        (layout.PLACE, "out", "int64", [tokens]),
+        (layout.BIAS, "out", "fp32", [tokens]),
     ]
-    return [dict(zip(("name", "direction", "dtype", "shape"), row, strict=True)) for row in rows]
+    return [
+        {"name": name, "direction": direction, "dtype": dtype, "shape": videos + shape}
+        for name, direction, dtype, shape in rows
+    ]
 
 
 def _verification(gate: Record | None) -> Record | None:

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
-from runtime import cli
 from runtime.engine.manifest import Manifest
 
 if TYPE_CHECKING:
     from builder.clips import FramesKept
     from builder.compile.engine import CompileProgress
     from builder.settings.config import BuildConfig
-    from builder.trace import Trace
+    from runtime.trace import Trace
 
 
-def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
+def show_plan(trace: Trace, config: BuildConfig) -> None:
     """What will be kept and what it will cost, from shapes alone."""
     layers = config.earlytom.merge_layers
     names = ["input", *(f"after layer {layer}" for layer in layers)]
@@ -26,22 +25,22 @@ def show_plan(screen: cli.Screen, config: BuildConfig) -> None:
     counts = [f"of {frames} frames" for frames in config.counts] if several else ["frames"]
     if config.adaptive:
         counts = ["frames (at most)"]
-    screen.table(("stage", *counts), list(zip(names, *(one.stages for one in config.each), strict=True)))
+    trace.table(("stage", *counts), list(zip(names, *(one.stages for one in config.each), strict=True)))
     if config.chunk is not None:
         first = f"layer {layers[0]}" if layers else "the last layer"
-        screen.line(f"frames come in chunks of {config.chunk}, on which the layers up to {first} run")
+        trace.line(f"frames come in chunks of {config.chunk}, on which the layers up to {first} run")
     for one in config.each:
         what = f"cost of a clip of {one.frames} frames" if several else "cost of a clip"
-        screen.table((what, "full", "at most" if config.adaptive else "compressed", "share"), _costs(one))
+        trace.table((what, "full", "at most" if config.adaptive else "compressed", "share"), _costs(one))
     for one in config.each:
         sizes = one.expected_bytes
         about = ", ".join([f"{one.frames} frames"] * several + [f"{config.batch} videos at once"] * (config.batch > 1))
-        screen.line(
+        trace.line(
             f"expected{f' of {about}' if about else ''}: weights {sizes['weights'] / 2**20:.1f} MiB, "
             f"input {sizes['input'] / 2**20:.1f} MiB, output {sizes['output'] / 2**20:.2f} MiB"
         )
     if several:
-        screen.line("the ONNX files share their weights" + ("" if config.backend == "onnx" else ", the engines do not"))
+        trace.line("the ONNX files share their weights" + ("" if config.backend == "onnx" else ", the engines do not"))
 
 
 def _costs(config: BuildConfig) -> list[tuple[object, ...]]:
@@ -62,21 +61,21 @@ def show_kept(trace: Trace, config: BuildConfig, kept: FramesKept) -> None:
     trace.table((f"frames kept of {', '.join(kept.clips)}", "minimum", "median", "maximum"), rows)
 
 
-def show_result(screen: cli.Screen, manifest: Manifest, folder: Path) -> None:
+def show_result(trace: Trace, manifest: Manifest, folder: Path) -> None:
     """What was built, and what to type next."""
     rows = [(name, decimal(record.bytes)) for name, record in manifest.files.items()]
-    screen.table(("file", "size"), rows)
+    trace.table(("file", "size"), rows)
     if manifest.plugins:
         kernels = [(p.name, p.tensors, p.registers, p.shared_bytes, p.ptx_sha256[:12]) for p in manifest.plugins]
-        screen.table(("plugin", "tensors", "registers", "shared bytes", "PTX sha256"), kernels)
+        trace.table(("plugin", "tensors", "registers", "shared bytes", "PTX sha256"), kernels)
     if manifest.verification is None:
-        screen.line("not verified (--no-verify)")
+        trace.line("not verified (--no-verify)")
     if manifest.frame_counts is not None:
         each = [manifest.at(frames) for frames in manifest.counts]
         kept = [(" -> ".join(map(str, one.frames_per_stage)), one.tokens, one.tokens_full) for one in each]
-        screen.table(("frames", "tokens", "of"), kept)
-    screen.line(f"engine: {folder}")
-    screen.line(f'ask it: python -m runtime.ask --engine {folder} VIDEO "QUESTION"')
+        trace.table(("frames", "tokens", "of"), kept)
+    trace.line(f"engine: {folder}")
+    trace.line(f'ask it: python -m runtime.ask --engine {folder} VIDEO "QUESTION"')
 
 
 def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | None, *, cached: bool) -> dict[str, Any]:

@@ -27,15 +27,16 @@ from builder.export.shared_weights import SharedWeights
 from builder.export.vision import ExportedGraph, export_onnx, vision_graph
 from builder.gate import accuracy
 from builder.gate.kept_reference import polygraphy_command
+from builder.gate.limits import GATES
 from builder.gate.stage import check_each
 from builder.precision import islands
 from builder.settings.config import BuildConfig, project_version
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
-from builder.trace import Trace
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.trace import Trace
 
 
 class Stages:
@@ -213,7 +214,8 @@ def describe(
     kept: FramesKept | None = None,
 ) -> Manifest:
     """The manifest of what `place` holds. `reports`: of the gate for every frame count, none where it did not run."""
-    checkpoint, vision = config.checkpoint, config.model.vision_config
+    checkpoint, frame = config.checkpoint, config.geometry
+    height, width = frame.size
     preprocessing = checkpoint.preprocessing
     report = accuracy.joined(reports) if config.frame_counts else reports.get(config.frames)
     # ONNX Runtime cannot run bf16 graphs on a CPU, so there is no line that would work everywhere; nor does Polygraphy
@@ -231,8 +233,8 @@ def describe(
             answers=checkpoint.answers_digest(),
             commit=checkpoint.commit,
             trained=checkpoint.trained,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
+            image_size=height if height == width else frame.size,
+            patch_size=frame.patch,
             preprocessing=PreprocessingRecord(preprocessing.size, preprocessing.mean, preprocessing.std),
         ),
         earlytom=config.earlytom.to_dict(),
@@ -252,7 +254,9 @@ def describe(
         figures=figures,
         verification=None if report is None else report.to_dict(),
         islands=None if config.islands == islands.DEFAULT else config.islands.words,
-        polygraphy=AND.join(polygraphy_command(reports[one.frames].tolerance, one.file) for one in config.each)
+        polygraphy=AND.join(
+            polygraphy_command(reports[one.frames].tolerance, GATES[config.dtype].bias, one.file) for one in config.each
+        )
         if comparable
         else "",
         frames_kept=kept.ranges if kept is not None and config.adaptive else None,

@@ -1,24 +1,13 @@
-"""What a build tells while it runs: lines and tables, to a command's screen or to whoever calls it from Python."""
+"""What a build tells while it runs, to whoever calls it from Python: lines."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from typing import Protocol, TextIO, cast
+from collections.abc import Callable
+from typing import TextIO, cast
 
 from runtime.cli import Screen
-
-
-class Trace(Protocol):
-    """Who is told."""
-
-    def line(self, text: str = "") -> None:
-        """One line."""
-        ...
-
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table."""
-        ...
+from runtime.trace import Trace
 
 
 class _Lines(io.TextIOBase):

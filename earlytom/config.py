@@ -25,7 +25,7 @@ Trailing = Literal["released", "keep"]
 SCHEDULES: tuple[Schedule, ...] = ("adaptive", "budget")
 TRAILINGS: tuple[Trailing, ...] = ("released", "keep")
 
-# The depth for which the released merge layers were chosen: SigLIP-so400m without its 27th layer.
+# The depth for which the released merge layers were chosen: that of the tower they were released for.
 RELEASED_LAYERS = 26
 
 # benchmark -> retention ratio -> (tau, merge layers)
@@ -105,7 +105,7 @@ class EarlyTomConfig:
 
     @classmethod
     def preset(cls, benchmark: str, retention_ratio: float, **changes: Any) -> EarlyTomConfig:
-        """The released settings for a benchmark and a retention ratio (LLaVA-OneVision-7B).
+        """The released settings for a benchmark and a retention ratio.
 
         Raises:
             UserError: there is no such benchmark, or it was not released at this ratio.

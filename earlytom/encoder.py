@@ -13,7 +13,7 @@ after pooling, D tower width, E LLM width, N tokens kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ class VisualTokens:
             if it watches none.
         segment_start: [F'] int64, first frame of each remaining frame's final segment.
         frames_per_stage: frames before the first merge and after each one.
-        frame_weights: [F', F] fp32, what each remaining frame is made of; rows sum to one.
+        sources: [F', F] fp32, what each remaining frame is made of; rows sum to one.
+        place: [N] int64, `frame of the video * P + cell`, of the frame that has the largest share in the token's.
+        bias: [N] fp32, logarithm of how many of the video's tokens each stands for (`earlytom.standing`).
     """
 
     tokens: Tensor
@@ -47,7 +49,9 @@ class VisualTokens:
     received: Tensor
     segment_start: Tensor
     frames_per_stage: tuple[int, ...]
-    frame_weights: Tensor
+    sources: Tensor
+    place: Tensor
+    bias: Tensor
 
     @property
     def segments(self) -> Tensor:
@@ -70,7 +74,7 @@ def encode(
     Args:
         vision: from `earlytom.families.Family.vision`.
         pixels: [F, 3, H, W] normalised pixels in the tower's dtype. Of B videos that the method decides about at once
-            [B * F, 3, H, W], one after the other; tokens and positions then have a leading B.
+            [B * F, 3, H, W], one after the other; tokens, positions, sources, place and bias then have a leading B.
         method: who decides.
         depth: how many layers to run; default all (the post layer norm is never applied).
         trace: filled with the intermediate tensors by name, hidden states of every layer if `every_layer` is set.
@@ -91,11 +95,8 @@ def encode(
     if len(entering) < frames:
         pixels = pixels.unflatten(0, (method.videos, frames))[:, entering].flatten(0, 1)
     hidden, received = head(vision.tower, pixels, method, depth, note, every_layer)
-    seen = rest(vision, hidden, received, method, depth, note, every_layer)
-    if len(entering) < frames:
-        chosen = torch.eye(frames, device=pixels.device)[entering]
-        seen = replace(seen, frame_weights=seen.frame_weights @ chosen)
-    return seen
+    chosen = torch.eye(frames, device=pixels.device)[entering] if len(entering) < frames else None
+    return rest(vision, hidden, received, method, depth, note, every_layer, entering=chosen)
 
 
 def checked_depth(tower: Tower, method: Method, depth: int | None) -> int:
@@ -137,11 +138,15 @@ def rest(
     depth: int,
     note: Note = lambda **_: None,
     every_layer: bool = False,
+    *,
+    entering: Tensor | None = None,
 ) -> VisualTokens:
     """Everything from the method's first layer on: what `head` made of all frames, [F, T, D] and [F, S], to visual
-    tokens."""
+    tokens. `entering`: which of the video's frames these are, as rows of the identity; default all."""
     tower = vision.tower
     state = method.begin(vision, hidden.shape[0] // method.videos, hidden.device)
+    if entering is not None:
+        state.sources = entering
     kept: Tensor | None = None
     for stage, span in enumerate(layer_spans(method.layers, depth)):
         column = received if stage == 0 else None
@@ -159,7 +164,8 @@ def rest(
     found = project(vision, hidden, kept, note, every_layer)
     state.cells = found.cells
     tokens, positions = method.choose(found.features, found.relevance, state)
-    note(tokens=tokens, positions=positions)
+    place, bias = method.standing(found.features, positions, state)
+    note(tokens=tokens, positions=positions, sources=state.sources, place=place, bias=bias)
     return VisualTokens(
         tokens,
         positions,
@@ -167,7 +173,9 @@ def rest(
         hidden.new_empty(len(hidden), 0) if kept is None else kept,
         torch.arange(len(hidden), device=hidden.device) if state.start is None else state.start,
         tuple(state.stages),
-        state.frame_weights,
+        state.sources,
+        place,
+        bias,
     )
 
 

@@ -2,8 +2,7 @@
 
 A multiply-add is two floating-point operations. Counted are the matrix products (patches, projections, attention, MLP,
 LLM prefill; a projector is counted by its family, see `earlytom.families`); norms, softmax and the compression itself
-are left out (they are bound by memory, not arithmetic). The 26 layers of SigLIP-so400m at 384 pixels come to 641 GFLOP
-a frame; the tower on 32 frames to 20.5 TFLOP, and with the projector of LLaVA-OneVision-7B to 21.3.
+are left out (they are bound by memory, not arithmetic).
 """
 
 from __future__ import annotations

@@ -338,10 +338,10 @@ def apply_inner(model: nn.Module, layer: int, ratio: float = 0.5) -> AppliedInne
             model.generate(inputs_embeds=embeds, ...)
 
     Works as a plain call (`restore()` on the result undoes it) and as a context manager. Prompts that are not announced
-    are left alone. `earlytom.apply_earlytom` does all this for a LLaVA-OneVision.
+    are left alone. `earlytom.apply_earlytom` does all this for a whole video model.
 
     Args:
-        model: a Qwen2 decoder, or a model that has one (`Qwen2ForCausalLM`, LLaVA-OneVision).
+        model: a Qwen2 decoder, or a model that has one (`Qwen2ForCausalLM`, a video model).
         layer: k, the first layer that sees fewer tokens, from 1 on.
         ratio: share of the visual tokens that is folded away, in [0, 1); 0 changes nothing.
 

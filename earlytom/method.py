@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from earlytom.families import Vision
+from earlytom.standing import frame_times, places, size_bias, token_sizes
 
 Note = Callable[..., None]
 """Told intermediate tensors by name."""
@@ -42,18 +43,22 @@ class State:
     Attributes:
         vision: the vision part that runs.
         stages: frames of a video before the first merge and after each one so far.
-        frame_weights: [F', F] fp32, what each frame left is made of.
+        sources: [F', F] fp32, what each frame left is made of.
         cells: (rows, columns) of the tokens of a frame; known from the projector on.
         start: [F'] int64, first frame of each remaining frame's final segment; None for a method without segments.
         static: [F'] bool, the frames strictly inside their segment; None likewise.
+        time, size: [F', P] int64 and fp32, of a method that merges cell by cell: the frame of the video that a token is
+            taken to be, and of how many tokens it is made; None where `sources` say it of whole frames.
     """
 
     vision: Vision
     stages: list[int]
-    frame_weights: Tensor
+    sources: Tensor
     cells: tuple[int, int] = (0, 0)
     start: Tensor | None = None
     static: Tensor | None = None
+    time: Tensor | None = None
+    size: Tensor | None = None
 
     @property
     def frames(self) -> int:
@@ -136,3 +141,10 @@ class Method(ABC):
     @abstractmethod
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         """After the projector: `features [F', P, E]` and `relevance [F', P]` to tokens [N, E] and positions [N]."""
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """What the tokens at `positions [N]` of `features [F', P, E]` stand for: place [N] int64, bias [N] fp32."""
+        time, size = frame_times(state.sources)
+        time, size = (time if state.time is None else state.time), (size if state.size is None else state.size)
+        sizes = token_sizes(features, positions, time, size, state.sources.shape[-1])
+        return places(time, positions, features.shape[1]), size_bias(sizes)

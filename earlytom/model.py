@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import VisualTokens, encode
 from earlytom.errors import UserError
-from earlytom.families import FAMILIES, LLAVA_ONEVISION, Family, family_of
+from earlytom.families import DEFAULT_FAMILY, FAMILIES, Family, family_of
 from earlytom.inner_decoder import AppliedInner, apply_inner
 from earlytom.method import Method
 from earlytom.methods import method_of
@@ -211,12 +211,12 @@ def encode_video(
     config: EarlyTomConfig | Method,
     *,
     depth: int | None = None,
-    family: Family = LLAVA_ONEVISION,
+    family: Family = DEFAULT_FAMILY,
 ) -> VisualTokens:
     """Encode one video.
 
     Args:
-        vision_model: a Hugging Face vision tower with an adapter in `earlytom.towers`, for example SiglipVisionModel.
+        vision_model: a Hugging Face vision tower with an adapter in `earlytom.families.adapters`.
         projector: maps [F', S, D] to [F', S, E].
         pixels: [F, 3, H, W] normalised pixels in the tower's dtype.
         config: EarlyTom's settings, or another method (`earlytom.methods`).

@@ -26,4 +26,4 @@ def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
     names.append("static")
     if layers is not None:
         names.append("projected")
-    return [*names, "features", "relevance", "tokens", "positions"]
+    return [*names, "features", "relevance", "tokens", "positions", "sources", "place", "bias"]

@@ -25,31 +25,29 @@ from runtime.measure import arguments
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
-    options = arguments.parser().parse_args(argv)
-    arguments.check(options)
-    arguments.place(options)
+    asked = arguments.read(argv)
     import torch
 
     from runtime.measure import comparison, plot, report, service, soak
 
-    screen = cli.Screen(json_only=options.json)
-    with _threads(options.threads), tempfile.TemporaryDirectory() as folder:
-        video = options.video or draw_clip(Path(folder) / "drawn.mp4")
+    screen = cli.Screen(json_only=asked.json)
+    with _threads(asked.threads), tempfile.TemporaryDirectory() as folder:
+        video = asked.video or draw_clip(Path(folder) / "drawn.mp4")
         try:
-            if options.soak is not None:
-                screen.result(soak.measure(options, video, screen))
+            if asked.soak is not None:
+                screen.result(soak.measure(asked, video, screen))
                 return 0
-            if options.service:
-                screen.result(service.measure(options, video, screen))
+            if asked.service:
+                screen.result(service.measure(asked, video, screen))
                 return 0
-            record = comparison.measure(options, video, screen)
+            record = comparison.measure(asked, video, screen)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU's memory is used up: lower --frames or --scale-frames, or measure fewer --variants at once"
             ) from error
     report.show(screen, record)
-    if options.plot is not None:
-        for path in plot.draw(record, options.plot):
+    if asked.plot is not None:
+        for path in plot.draw(record, asked.plot):
             screen.line(f"plot: {path}")
     screen.result(record)
     return 0

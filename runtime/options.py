@@ -5,6 +5,7 @@ before anything is loaded. Numbers are checked by `earlytom.numbers`, videos by 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -28,6 +29,7 @@ class Options(TypedDict, total=False):
     sampling: Sampling | None
     system: str | None
     frames: int | None
+    stop: Sequence[str]
 
 
 def instance(name: str, value: Any, kind: type[T], remedy: str) -> T:

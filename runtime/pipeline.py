@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -36,14 +36,15 @@ from runtime.engine.origin import checkpoint_of
 from runtime.errors import EngineError
 from runtime.gpu.staging import Arriving, as_of_now
 from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
-from runtime.service.answering import WATCH_BYTES, Answering
+from runtime.service.answering import READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
 from runtime.service.asking import Request
 from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
 from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Remembered, Seen, Taken, Video, Work
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
-from runtime.text.prompt import stop_token_ids
+from runtime.text.messages import ChatMessage
+from runtime.text.prompt import Prompt, stop_token_ids
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
 from runtime.vision import VisionBackend, choose_backend, open_backend
@@ -95,6 +96,21 @@ class Pipeline:
     def watched(self) -> PrefixCache[Remembered, Seen]:
         """What `watch` keeps: its counters, its limit."""
         return self._core.watched
+
+    @property
+    def context(self) -> int:
+        """Positions that a prompt and its answer may take together. Raises Closed once closed."""
+        return self._core.context
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return self._scheduler.running
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait behind those, or whose videos are being read."""
+        return self._scheduler.queued
 
     @property
     def forked(self) -> bool:
@@ -204,13 +220,14 @@ class Pipeline:
     def submit(
         self,
         video: Video | Seen | Arrived | Remembered,
-        prompt: str,
+        prompt: str | Sequence[ChatMessage],
         *,
         deadline: float | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = GREEDY,
         system: str | None = None,
         frames: int | None = None,
+        stop: Sequence[str] = (),
     ) -> Request:
         """Put a question about a video in line; returns at once.
 
@@ -218,12 +235,14 @@ class Pipeline:
             video: a file, its content (bytes, or a file opened in binary mode, which are copied here), decoded frames
                 (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), which must not change before the request has ended, a list
                 of single frames or PIL images, or a `Clip`.
-            prompt: the question.
+            prompt: the question, or a conversation about the video that ends with it: messages, one of which has the
+                video.
             deadline: seconds from now after which the request ends without its answer, whether it is in line, being
                 prepared or being answered.
             max_new_tokens, sampling: of the decoder; None samples greedily.
             system: a system message before the question.
             frames: one of the engine's frame counts; by default the one that suits the video.
+            stop: strings that end the answer; they are not part of its text.
 
         Raises:
             UserError: here, an argument that makes no sense or cannot be a video; by the request, a video that cannot
@@ -236,23 +255,30 @@ class Pipeline:
         if isinstance(video, Remembered):
             if frames is not None or system not in (None, video.system):
                 raise UserError("frames and system message of a watched video are those it is watched with")
-            system = video.system
+            system = video.system if isinstance(prompt, str) else None  # messages have theirs among them
         question = self._core.question(
-            prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames
+            prompt, max_new_tokens=max_new_tokens, sampling=sampling, system=system, frames=frames, stop=stop
         )
+        if isinstance(video, Remembered) and question.words.prefix_ids != video.before:
+            raise UserError(READ_AFTER_ANOTHER_TEXT)
         self._scheduler.check_room(deadline)  # before a video's content is copied
         taken = video if isinstance(video, Remembered) else self._core.take(video)
         work = Work(taken, question, frames, given=_given(taken))
         return Request(cast(Job[Delta], self._scheduler.submit(work, deadline=deadline)), self)
 
-    def check(self, prompt: str, *, deadline: float | None = None, **how: Any) -> None:
-        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it."""
+    def check(self, prompt: str | Sequence[ChatMessage], *, deadline: float | None = None, **how: Any) -> Prompt:
+        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it.
+
+        Returns:
+            the tokens around the video. What is before it is what questions about one watched video have to share.
+        """
         self._scheduler.home.check()
-        self._core.question(prompt, **how)
+        question = self._core.question(prompt, **how)
         self._scheduler.check_room(deadline)
+        return question.words
 
     def stream(
-        self, video: Video | Seen | Arrived, prompt: str, **how: Unpack[Options]
+        self, video: Video | Seen | Arrived, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]
     ) -> Generator[Delta, None, None]:
         """Answer a question about a video, token by token: `submit` at the first `next`, and its deltas.
 
@@ -267,7 +293,7 @@ class Pipeline:
         finally:
             request._job.abandon()  # as in `Request.__del__`, which an exception that is still held would put off
 
-    def ask(self, video: Video | Seen | Arrived, prompt: str, **how: Unpack[Options]) -> Answer:
+    def ask(self, video: Video | Seen | Arrived, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Answer:
         """`submit`, waited for: arguments and errors as there. Interrupted (Ctrl-C), it cancels the request."""
         with self.submit(video, prompt, **how) as request:
             return request.result()
@@ -275,7 +301,7 @@ class Pipeline:
     def embed(
         self,
         video: Video | Arrived,
-        prompt: str,
+        prompt: str | Sequence[ChatMessage],
         *,
         system: str | None = None,
         frames: int | None = None,
@@ -329,7 +355,7 @@ class Pipeline:
         self._scheduler.home.check()
         question = self._core.question(_ANY_QUESTION, max_new_tokens=1, system=system, frames=frames)
         self._scheduler.check_room(deadline)
-        remembered = Remembered(self._core.take(video), system, frames)
+        remembered = Remembered(self._core.take(video), system, frames, question.words.prefix_ids)
         work = Work(remembered, question, read_only=True, given=_given(remembered))
         job = self._scheduler.submit(work, deadline=deadline)
         try:
@@ -337,6 +363,28 @@ class Pipeline:
         finally:
             job.cancel()
         return Watched(self, remembered)
+
+    def remember(
+        self,
+        video: Video | Seen | Arrived,
+        prompt: str | Sequence[ChatMessage] = _ANY_QUESTION,
+        *,
+        system: str | None = None,
+        frames: int | None = None,
+    ) -> Watched:
+        """`watch` that waits for nothing: the first question reads the video, for itself and for those after it.
+
+        Args:
+            video, system, frames: as in `watch`.
+            prompt: a conversation, of which all that stands before the video is read with it; questions about the
+                video have to begin with the same.
+
+        Raises:
+            UserError: an argument that makes no sense or cannot be a video.
+        """
+        self._scheduler.home.check()
+        question = self._core.question(prompt, max_new_tokens=1, system=system, frames=frames)
+        return Watched(self, Remembered(self._core.take(video), system, frames, question.words.prefix_ids))
 
     def open_stream(self, *, total: int | None = None, limit: int | None = None) -> LiveVideo:
         """A video that comes frame by frame, from a camera or a download, and is encoded while it comes.

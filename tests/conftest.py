@@ -27,8 +27,10 @@ import hypothesis
 import pytest
 from tokenizers import pre_tokenizers
 
-from earlytom.micro.checkpoint import architecture, write_checkpoint
-from earlytom.micro.random_model import SPECIAL_TOKENS, random_model
+from earlytom.families.bundled import architecture
+from earlytom.families.published import SPECIAL_TOKENS
+from earlytom.micro.checkpoint import write_checkpoint
+from earlytom.micro.random_model import random_model
 from runtime.drawing.clips import draw_clip
 from tests import golden_vectors
 

@@ -31,7 +31,16 @@ SLOW = (
 # Importable without any of them, and so for whoever only wants settings, errors or an engine's manifest.
 LIGHT = (
     *("earlytom", "earlytom.budget", "earlytom.cells.config", "earlytom.config", "earlytom.errors", "earlytom.flops"),
-    *("earlytom.micro", "earlytom.numbers", "runtime", "runtime.choices", "runtime.cli"),
+    *(
+        "earlytom.families",
+        "earlytom.families.published",
+        "earlytom.families.bundled",
+        "earlytom.micro",
+        "earlytom.numbers",
+        "runtime",
+        "runtime.choices",
+        "runtime.cli",
+    ),
     *("runtime.engine.layout", "runtime.drawing.clips", "runtime.errors", "runtime.engine.manifest"),
     *("runtime.decoder.sampling", "runtime.trt", "builder", "builder.settings.arguments"),
     *("builder.gate.limits", "builder.inspection.comparison", "builder.precision.islands"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from runtime import cli
 from runtime.engine.manifest import Manifest
+from runtime.measure.arguments import require_matplotlib
 
 if TYPE_CHECKING:
     from builder.evaluation.bench import EvaluationJob
@@ -38,6 +40,51 @@ methods (--methods takes names and groups):
 
 The exit status is 0 when everything was measured, 2 when something asked for cannot be done, 130 after Ctrl-C.
 """
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured and what is kept of it: the options by their names, checked.
+
+    Attributes:
+        model: a source, None for the bundled one.
+        ratios: as they were given. tau, merge_layers, frame_budget: EarlyTom's, None for the defaults.
+        engine: a folder, `AUTO` for one that is built under `engines`, None for none.
+        plot, json: files to write. json_only: show nothing but the JSON line.
+    """
+
+    model: str | None
+    clips: int
+    split: str
+    seed: int
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    tau: float | None
+    merge_layers: str | None
+    frame_budget: str | None
+    engine: str | None
+    engines: Path
+    workers: int
+    timed_clips: int
+    text_clips: int
+    plot: Path | None
+    json: Path | None
+    json_only: bool
+    record: bool
+
+
+def read(argv: Sequence[str] | None) -> EvaluationSettings:
+    """Parse, and refuse what can be refused without the model: loading one takes seconds.
+
+    Raises:
+        UserError: as `check` does.
+    """
+    given = vars(parser().parse_args(argv))
+    json = given.pop("json")
+    given |= {name: tuple(given[name]) for name in ("methods", "ratios")}
+    found = EvaluationSettings(**given, json=None if json in (None, "-") else Path(json), json_only=json == "-")
+    check(found)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,34 +170,33 @@ def _output_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused without the model: loading one takes seconds.
+def check(asked: EvaluationSettings) -> None:
+    """Refuse what makes no sense whatever the model.
 
     Raises:
         UserError: a value that makes no sense, no such engine, or a file that could not be written at the end.
     """
     for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
-        if (value := getattr(options, name)) < least:
+        if (value := getattr(asked, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    for ratio in options.ratios:
+    for ratio in asked.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios must be in (0, 1], got {ratio}")
-    settings_of(options, None)
-    targets = [options.plot, None if options.json in (None, "-") else Path(options.json)]
-    for path in targets:
+    settings_of(asked, None)
+    for path in (asked.plot, asked.json):
         # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
         if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
             there = "it is a folder" if path.is_dir() else "it is a device or a pipe"
             what = there if path.exists() else "its folder does not exist"
             raise UserError(f"cannot write {path}: {what}; give the path of a file")
-    if options.plot is not None:
+    if asked.plot is not None:
         require_matplotlib()
-    if options.engine not in (None, AUTO):
-        Manifest.read(Path(options.engine), verify_files=False)
+    if asked.engine not in (None, AUTO):
+        Manifest.read(Path(asked.engine), verify_files=False)
 
 
-def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> EvaluationJob:
-    """The measurement that options which `check` accepted ask for.
+def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
+    """The measurement that is asked for, of a model.
 
     Raises:
         UserError: a value that makes no sense with this model.
@@ -161,44 +207,34 @@ def checked(options: argparse.Namespace, checkpoint: Checkpoint) -> EvaluationJo
     from earlytom.families import geometry
 
     depth = geometry(checkpoint.config).depth
-    config = settings_of(options, depth)
-    chosen(methods(config, depth), options.methods)
-    if options.record:
-        whole = set(options.methods) == {"all"} and set(RATIOS) <= set(options.ratios)
-        record.check_recordable(checkpoint, split=options.split, seed=options.seed, clips=options.clips, whole=whole)
-    ratios = tuple(sorted(set(options.ratios)))
-    return EvaluationJob(checkpoint.source, config, tuple(options.methods), ratios, options.split, options.seed)
+    config = settings_of(asked, depth)
+    chosen(methods(config, depth), asked.methods)
+    if asked.record:
+        whole = set(asked.methods) == {"all"} and set(RATIOS) <= set(asked.ratios)
+        record.check_recordable(checkpoint, split=asked.split, seed=asked.seed, clips=asked.clips, whole=whole)
+    ratios = tuple(sorted(set(asked.ratios)))
+    return EvaluationJob(checkpoint.source, config, asked.methods, ratios, asked.split, asked.seed)
 
 
-def require_matplotlib() -> None:
-    """Raise UserError unless matplotlib can be loaded: before a measurement of minutes, not after it."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise UserError(
-            'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
-        ) from error
-
-
-def settings_of(options: argparse.Namespace, depth: int | None) -> EarlyTomConfig:
+def settings_of(asked: EvaluationSettings, depth: int | None) -> EarlyTomConfig:
     """EarlyTom's settings: the defaults for a tower of this depth, changed by what was given.
 
     Where the depth is not known, None, what hangs on it is not checked.
     """
     layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
     changes: dict[str, Any] = {"merge_layers": layers, "schedule": "budget"}
-    if options.merge_layers is not None:
-        changes["merge_layers"] = tuple(_numbers(options.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
-    if options.frame_budget is not None:
-        counts = "," in options.frame_budget
+    if asked.merge_layers is not None:
+        changes["merge_layers"] = tuple(_numbers(asked.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
+    if asked.frame_budget is not None:
+        counts = "," in asked.frame_budget
         budget = _numbers(
-            options.frame_budget, "--frame-budget", "a share such as 0.75, or one count a merge", whole=counts
+            asked.frame_budget, "--frame-budget", "a share such as 0.75, or one count a merge", whole=counts
         )
         changes["frame_budget"] = tuple(budget) if counts else budget[0]
-        if depth is None and counts and options.merge_layers is None:  # a small tower has fewer layers to merge after
+        if depth is None and counts and asked.merge_layers is None:  # a small tower has fewer layers to merge after
             changes["merge_layers"] = tuple(range(len(budget)))
-    if options.tau is not None:
-        changes["tau"] = options.tau
+    if asked.tau is not None:
+        changes["tau"] = asked.tau
     config = EarlyTomConfig(**changes)
     if depth is not None:
         config.check_layers(depth)

@@ -84,7 +84,7 @@ def engine_methods(folder: str) -> list[Row]:
     backend = open_backend(_BACKEND, folder, manifest)
 
     def engine(clip: ClipPasses, ratio: float) -> Visual:
-        tokens, _ = encode_one(backend, clip.frames)
+        tokens = encode_one(backend, clip.frames).tokens
         # The tokens belong to the backend, which will write over them.
         stages = backend.frames_per_stage if isinstance(backend, Adaptive) else manifest.frames_per_stage
         return Visual(tokens.float().clone(), stages, config.merge_layers)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from earlytom.encoder import encode
@@ -63,9 +62,7 @@ class VisionPass:
         frame = family.geometry(checkpoint.config)
         self.depth, self.cells, self._cells = frame.depth, frame.tokens_per_frame, frame.cells
         self._vision = family.vision(part.vision_tower, part.projector)
-        pixels = checkpoint.preprocessing
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scale, self._shift = checkpoint.preprocessing.affine()
 
     def encode(self, frames: Tensor, method: Method) -> Pass:
         """One pass over uint8 frames [F, 3, H, W]; which tokens `method` would choose of it plays no part."""
@@ -75,7 +72,7 @@ class VisionPass:
         state = State(
             self._vision,
             list(seen.frames_per_stage),
-            seen.frame_weights,
+            seen.sources,
             self._cells,
             seen.segment_start,
             trace.get("static"),

@@ -12,7 +12,7 @@ from builder.evaluation.options import MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result
 from builder.evaluation.statistics import Estimate
 from earlytom.micro.data import KINDS
-from runtime.cli import Screen
+from runtime.trace import Trace
 
 COMPARED = ("reference", "parts", "layers", "controls")
 
@@ -34,7 +34,7 @@ def best_control(found: Sequence[Result], ratio: float | None) -> Result | None:
     return max(controls, key=lambda result: result.accuracy.value, default=None)
 
 
-def show_settings(screen: Screen, found: Sequence[Result], guess: Guess | None) -> None:
+def show_settings(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
     """The one table: every setting with what it costs and how often it is right."""
     columns = "method,ratio,tokens,frames,vision GFLOP,prefill GFLOP,vision ms,prefill ms,accuracy,95 %,of full"
     rows: list[tuple[object, ...]] = []
@@ -58,10 +58,10 @@ def show_settings(screen: Screen, found: Sequence[Result], guess: Guess | None) 
                 "" if result.relative is None else percent(result.relative.value),
             )
         )
-    screen.table(columns.split(","), rows, title="accuracy and cost")
+    trace.table(columns.split(","), rows, title="accuracy and cost")
 
 
-def show_comparisons(screen: Screen, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
+def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
     """EarlyTom against the others on the same clips, at the main ratio."""
     ratio = main_ratio(found)
     for name in (BUDGET, ADAPTIVE):
@@ -72,14 +72,14 @@ def show_comparisons(screen: Screen, found: Sequence[Result], pairs: Sequence[Co
             other = find(found, pair.to, pair.to_ratio)
             if (pair.name, pair.ratio) == (name, ratio) and other is not None and other.group in COMPARED:
                 rows.append((other.title, f"{other.tokens:.0f}", points(pair.difference), f"{pair.p:.4f}"))
-        screen.table(
+        trace.table(
             ("against", "its tokens", "difference in points", "p"),
             rows,
             title=f"{ours.title} at {ratio:g} ({ours.tokens:.0f} tokens), on the same clips",
         )
 
 
-def show_kinds(screen: Screen, found: Sequence[Result], guess: Guess | None) -> None:
+def show_kinds(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
     """Accuracy by kind of question: of the full tokens, of EarlyTom and of the best control at the main ratio."""
     ratio = main_ratio(found)
     named = [find(found, FULL, None), find(found, BUDGET, ratio), find(found, ADAPTIVE, ratio)]
@@ -90,7 +90,7 @@ def show_kinds(screen: Screen, found: Sequence[Result], guess: Guess | None) -> 
         blind = [] if guess is None else [percent(guess.chances[kind]), _share(guess.kinds[kind])]
         rows.append((kind, KINDS[kind].needs, *blind, *(_share(result.kinds[kind]) for result in shown)))
     blind = [] if guess is None else ["chance", "no video"]
-    screen.table(("kind", "needs", *blind, *columns), rows, title="accuracy by kind of question")
+    trace.table(("kind", "needs", *blind, *columns), rows, title="accuracy by kind of question")
 
 
 def percent(share: float) -> str:

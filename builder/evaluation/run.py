@@ -6,7 +6,6 @@ questions about every clip in every setting, measure times, and show what was fo
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from builder.evaluation import plot, record, report
-from builder.evaluation.arguments import checked
+from builder.evaluation.arguments import EvaluationSettings, checked
 from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run, task_checkpoint
 from builder.evaluation.blind import Blind, questions_of
 from builder.evaluation.engine import ENGINE, built_engine, check_engine
@@ -28,78 +27,78 @@ from builder.evaluation.results import Comparison, Guess, Result, comparisons, g
 from builder.evaluation.timing import measure_times
 from builder.gate.limits import GATES
 from builder.micro.card import write_card
-from runtime import cli
 from runtime.checkpoint import MICRO, Checkpoint
 from runtime.engine.manifest import Manifest
+from runtime.trace import Trace
 
 AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on its benchmarks
 
 
-def measure(options: argparse.Namespace, screen: cli.Screen) -> None:
-    """Everything that `options` (parsed, and accepted by `builder.evaluation.arguments.check`) ask for.
+def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
+    """Everything that is asked for; the record of the JSON line.
 
     Raises:
         UserError: a value that makes no sense with this model, or an engine that cannot be measured or built.
     """
     started = time.monotonic()
-    checkpoint = task_checkpoint(options.model)
-    job = checked(options, checkpoint)
+    checkpoint = task_checkpoint(asked.model)
+    job = checked(asked, checkpoint)
     if not checkpoint.trained:
-        screen.line("note: its weights are not trained, so every accuracy is that of nonsense; costs are real")
+        trace.line("note: its weights are not trained, so every accuracy is that of nonsense; costs are real")
     manifest = None
-    if options.engine is not None:
-        folder = engine_folder(options, job, screen)
+    if asked.engine is not None:
+        folder = engine_folder(asked.engine, asked.engines, job, trace)
         manifest = check_engine(folder, checkpoint)
         job = replace(job, engine=str(folder))
     bench = EvaluationBench(job)
     settings = bench.settings
     many = "" if len(settings) == 1 else "s"
-    screen.line(
-        f"{options.clips} clips of the {job.split} split, {len(settings)} setting{many}, {options.workers} "
-        f"process{'es' if options.workers > 1 else ''}"
+    trace.line(
+        f"{asked.clips} clips of the {job.split} split, {len(settings)} setting{many}, {asked.workers} "
+        f"process{'es' if asked.workers > 1 else ''}"
     )
-    with progress(screen, "answers", options.clips) as advance:
-        answers = run(job, options.clips, options.workers, advance, bench)
+    with progress(trace, "answers", asked.clips, bar=not asked.json_only) as advance:
+        answers = run(job, asked.clips, asked.workers, advance, bench)
     times = None
-    if options.timed_clips:
-        with progress(screen, "times", options.timed_clips) as advance:
-            times = measure_times(bench, range(options.timed_clips), advance)
+    if asked.timed_clips:
+        with progress(trace, "times", asked.timed_clips, bar=not asked.json_only) as advance:
+            times = measure_times(bench, range(asked.timed_clips), advance)
     found, pairs = results(answers, settings, times), comparisons(answers, settings, job.seed)
-    blind = without_video(answers, job, options.clips, options.text_clips) if options.text_clips else None
-    report.show_settings(screen, found, blind)
-    screen.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
-    report.show_comparisons(screen, found, pairs)
-    report.show_kinds(screen, found, blind)
-    engine = None if manifest is None else engine_record(manifest, answers, pairs, screen)
-    whole = full_record(options, checkpoint, job, answers, found, pairs, blind, engine)
+    blind = without_video(answers, job, asked.clips, asked.text_clips) if asked.text_clips else None
+    report.show_settings(trace, found, blind)
+    trace.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
+    report.show_comparisons(trace, found, pairs)
+    report.show_kinds(trace, found, blind)
+    engine = None if manifest is None else engine_record(manifest, answers, pairs, trace)
+    whole = full_record(asked, checkpoint, job, answers, found, pairs, blind, engine)
     whole["seconds"] = time.monotonic() - started
-    save(options, whole, found, blind, screen)
-    screen.result(summary(whole, found))
+    save(asked, whole, found, blind, trace)
+    return summary(whole, found)
 
 
-def engine_folder(options: argparse.Namespace, job: EvaluationJob, screen: cli.Screen) -> Path:
-    """The engine's folder, built first if that is asked for."""
-    if options.engine != AUTO:
-        return Path(options.engine)
+def engine_folder(engine: str, engines: Path, job: EvaluationJob, trace: Trace) -> Path:
+    """The folder `engine`; where that is `AUTO`, one that is built under `engines` first."""
+    if engine != AUTO:
+        return Path(engine)
     ratio = min(job.ratios, key=lambda ratio: abs(ratio - MAIN_RATIO))
-    screen.line(f"engine: budget {ratio:g} in fp16 by python -m builder.build, about half a minute if it is new")
-    folder = built_engine(job.source, job.config, ratio, options.engines)
-    screen.line(f"engine: {folder}")
+    trace.line(f"engine: budget {ratio:g} in fp16 by python -m builder.build, about half a minute if it is new")
+    folder = built_engine(job.source, job.config, ratio, engines)
+    trace.line(f"engine: {folder}")
     return folder
 
 
 @contextmanager
-def progress(screen: cli.Screen, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far a stage is: a bar on a terminal, else a line every half minute, nothing beside a lone JSON line."""
+def progress(trace: Trace, what: str, total: int, *, bar: bool) -> Iterator[Callable[[int], None]]:
+    """Tells how far a stage is: a bar if one is wanted and there is a terminal, else a line every half minute."""
     started = shown = time.monotonic()
-    if sys.stderr.isatty() and not screen.json_only:
+    if bar and sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+            task = drawn.add_task(what, total=total)
+            yield lambda done: drawn.update(task, completed=done)
     else:
 
         def line(done: int) -> None:
@@ -108,10 +107,10 @@ def progress(screen: cli.Screen, what: str, total: int) -> Iterator[Callable[[in
             if now >= shown + 30:
                 shown = now
                 left = (now - started) / done * (total - done)
-                screen.line(f"  {what}: {done} of {total} clips, about {left / 60:.1f} min left")
+                trace.line(f"  {what}: {done} of {total} clips, about {left / 60:.1f} min left")
 
         yield line
-    screen.line(f"{what}: {total} clips in {time.monotonic() - started:.1f} s")
+    trace.line(f"{what}: {total} clips in {time.monotonic() - started:.1f} s")
 
 
 def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: int) -> Guess:
@@ -120,15 +119,13 @@ def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: 
     return guess(answers, Blind(text_clips, job.seed).right(asked))
 
 
-def engine_record(
-    manifest: Manifest, answers: Answers, pairs: Sequence[Comparison], screen: cli.Screen
-) -> dict[str, Any]:
+def engine_record(manifest: Manifest, answers: Answers, pairs: Sequence[Comparison], trace: Trace) -> dict[str, Any]:
     """How the engine's answers compare with its twin's; told on the screen too."""
     different, asked = int((~answers.same).sum()), len(answers.same)
     limit = GATES[manifest.dtype].text
     paired = next(pair for pair in pairs if pair.name == ENGINE and pair.to != FULL)
     within = 1 - different / asked >= limit
-    screen.line(
+    trace.line(
         f"engine {manifest.name}: {different} of {asked} questions answered differently than in PyTorch "
         f"({1 - different / asked:.2%} alike; the gate for {manifest.dtype} asks for {limit:.0%}: "
         f"{'passed' if within else 'FAILED'}); accuracy {report.points(paired.difference)} points, p = {paired.p:.3f}"
@@ -146,7 +143,7 @@ def engine_record(
 
 
 def full_record(
-    options: argparse.Namespace,
+    asked: EvaluationSettings,
     checkpoint: Checkpoint,
     job: EvaluationJob,
     answers: Answers,
@@ -162,7 +159,7 @@ def full_record(
         "weights": record.weights_digest() if checkpoint.source == MICRO else None,
         "split": job.split,
         "seed": job.seed,
-        "clips": options.clips,
+        "clips": asked.clips,
         "questions": len(answers.clip),
         "object_tokens": float(answers.objects.mean()),
         "settings": job.config.to_dict(),
@@ -176,20 +173,20 @@ def full_record(
 
 
 def save(
-    options: argparse.Namespace, whole: dict[str, Any], found: Sequence[Result], blind: Guess | None, screen: cli.Screen
+    asked: EvaluationSettings, whole: dict[str, Any], found: Sequence[Result], blind: Guess | None, trace: Trace
 ) -> None:
     """Write the files that were asked for."""
-    if options.json not in (None, "-"):
-        record.write(Path(options.json), whole)
-        screen.line(f"figures: {options.json}")
-    if options.record:
+    if asked.json is not None:
+        record.write(asked.json, whole)
+        trace.line(f"figures: {asked.json}")
+    if asked.record:
         record.write(record.PATH, whole)
         write_card(record.PATH.parent)
-        screen.line(f"record: {record.PATH}, and the model card beside it")
-    if options.plot is not None:
+        trace.line(f"record: {record.PATH}, and the model card beside it")
+    if asked.plot is not None:
         caption = f"{whole['questions']:,} questions about {whole['clips']:,} clips, 95 % intervals"
-        plot.draw(found, options.plot, caption=caption, chance=None if blind is None else blind.accuracy.value)
-        screen.line(f"plot: {options.plot}")
+        plot.draw(found, asked.plot, caption=caption, chance=None if blind is None else blind.accuracy.value)
+        trace.line(f"plot: {asked.plot}")
 
 
 def summary(whole: dict[str, Any], found: Sequence[Result]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ them; the median over the clips is what is reported.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from builder.evaluation.bench import EvaluationBench, Setting
 from builder.evaluation.passes import ClipPasses
+from earlytom.families import family_of
 from runtime.decoder.eager import Decoder
+from runtime.measure.clock import Laps
 from runtime.text.prompt import build_prompt, splice
 
 
@@ -44,11 +45,12 @@ def measure_times(bench: EvaluationBench, clips: Sequence[int], progress: Callab
         question = known.questions[0].text
 
         def one(setting: Setting, clip: ClipPasses = clip, question: str = question) -> tuple[float, float]:
-            started = time.perf_counter()
+            laps = Laps(bench.model.device, ("vision", "prefill"))
             tokens = setting.visual(ClipPasses(bench.vision, clip.frames, clip.number)).tokens
-            encoded = time.perf_counter()
+            laps("vision")
             prefill(tokens, question)
-            return encoded - started, time.perf_counter() - encoded
+            laps("prefill")
+            return laps.seconds["vision"], laps.seconds["prefill"]
 
         if not done:
             one(bench.settings[0])  # warms up
@@ -62,7 +64,7 @@ class Prefill:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._newline = model.model.image_newline.detach()
+        self._newline = family_of(model.config).closing(model.model)
         self._decoder = Decoder.from_model(model)
 
     @torch.no_grad()

@@ -9,6 +9,8 @@ that the runtime reads. Each graph holds its own layers, so no weight is there t
     stage 1, ...   hidden states -> layers up to the next merge -> similarity -> plan -> merge
     last stage     hidden states -> segments; the remaining layers -> projector -> pooling -> selection
 
+What the frames are made of goes along: each merge multiplies it by its weights.
+
 A merge writes its n rows all the same, those past the count being zero: their weights are. With merging off there is
 one stage, which is first and last.
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from builder.export import functions
+from builder.export.standing import ADAPTIVE_STANDING, adaptive_standing
 from builder.export.vision import OPSET, ExportedGraph, VisionGraph, save, tokens_per_frame, trace
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import embed, project, run_span
@@ -53,8 +56,10 @@ class StageGraph(nn.Module):
         self.stages = layout_of(whole, frames).graphs
         self.span = self.stages[stage].span
 
-    def forward(self, entering: Tensor, received: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, entering: Tensor, *beside: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
+        *some, made_of = beside if self.stage else (None,)
+        received = some[0] if some else None
         tower, last = self.whole.tower, self.stage == len(self.stages) - 1
         hidden = entering if self.stage else embed(tower, self.whole.pixels(entering))
         static = None if received is None else self._plan(self._similarity(hidden))[1]
@@ -69,7 +74,7 @@ class StageGraph(nn.Module):
             True,
         )
         if not last:
-            return values | self._merge(hidden, column)
+            return values | self._merge(hidden, column, made_of)
         if static is None:  # merging is off: nothing came before
             received, static = column, self._plan(self._similarity(hidden))[1]
         assert received is not None
@@ -79,7 +84,9 @@ class StageGraph(nn.Module):
         )
         assert seen.relevance is not None
         tokens, positions, count = self._select(seen.features, seen.relevance, static)
-        outputs = (tokens.to(self.whole.dtype), positions, count)
+        sources = torch.eye(self.frames) if made_of is None else made_of.clone()  # an output is no input
+        place, bias = self._standing(seen.features, positions, sources, count)
+        outputs = (tokens.to(self.whole.dtype), positions, sources, place, bias, count)
         return values | dict(zip((*layout.OUTPUTS, layout.COUNT), outputs, strict=True))
 
     @property
@@ -88,12 +95,14 @@ class StageGraph(nn.Module):
         graph = self.stages[self.stage]
         return [*graph.taps, *(tensor.name for tensor in graph.outputs if tensor.name not in graph.taps)]
 
-    def _merge(self, hidden: Tensor, column: Tensor | None) -> dict[str, Tensor]:
+    def _merge(self, hidden: Tensor, column: Tensor | None, made_of: Tensor | None) -> dict[str, Tensor]:
         layer = self.whole.config.merge_layers[self.stage]
         similarity = self._similarity(hidden)
         weights, _, count = self._plan(similarity)
         values = {f"similarity_{layer}": similarity, f"weights_{layer}": weights}
-        values |= {layout.MERGED_HIDDEN: apply_weights(weights, hidden), layout.COUNT: count}
+        # A product with the identity too: the exporter must not make one value of two that have names of their own.
+        sources = weights @ (torch.eye(self.frames) if made_of is None else made_of)
+        values |= {layout.MERGED_HIDDEN: apply_weights(weights, hidden), layout.SOURCES: sources, layout.COUNT: count}
         return values if column is None else values | {layout.MERGED_RECEIVED: apply_weights(weights, column)}
 
     def _similarity(self, hidden: Tensor) -> Tensor:
@@ -125,6 +134,19 @@ class StageGraph(nn.Module):
         )
         return tokens, positions, count
 
+    def _standing(self, features: Tensor, positions: Tensor, sources: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """A call of AdaptiveStanding."""
+        rows = positions.shape[0]
+        place, bias = torch.onnx.ops.symbolic_multi_out(
+            f"{functions.DOMAIN}::{ADAPTIVE_STANDING}",
+            (features, positions, sources, count),
+            {},
+            dtypes=(torch.int64, torch.float32),
+            shapes=((rows,), (rows,)),
+            version=functions.VERSION,
+        )
+        return place, bias
+
 
 def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder: Path) -> tuple[ExportedGraph, ...]:
     """Write one ONNX file per stage (and, where its weights are large, a file of them beside it).
@@ -147,6 +169,7 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         layout.FRAMES: clip,
         layout.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
         layout.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
+        layout.MADE_OF: torch.zeros(EXAMPLE_FRAMES, frames),
     }
     return tuple(
         _export_stage(StageGraph(graph, stage, frames), examples, folder)
@@ -165,7 +188,8 @@ def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path)
     dynamic = None
     if module.stage:
         arriving = torch.export.Dim("n", min=1, max=max(module.frames, EXAMPLE_FRAMES))
-        dynamic = tuple({0: arriving} for _ in inputs)
+        first, *beside = ({0: arriving} for _ in inputs)
+        dynamic = (first, tuple(beside))  # as `forward` takes them
     model = trace(module, {name: examples[name] for name in inputs}, module.names, dynamic)
     _name_rows(model)
     path = folder / written.file(layout.ONNX_FILE)
@@ -175,10 +199,13 @@ def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path)
 def _name_rows(model: ir.Model) -> None:
     """Give the selected tokens and their positions M rows, a number that the exporter has no name for."""
     chosen = [
-        value for node in model.graph if node.op_type == functions.ADAPTIVE_SELECT_TOKENS for value in node.outputs
+        value
+        for node in model.graph
+        if node.op_type in (functions.ADAPTIVE_SELECT_TOKENS, ADAPTIVE_STANDING)
+        for value in node.outputs[:2]
     ]
-    for value in (*chosen[:2], *model.graph.outputs):
-        if value in chosen[:2] or value.name in layout.OUTPUTS:
+    for value in (*chosen, *model.graph.outputs):
+        if value in chosen or value.name in layout.OF_TOKENS:
             assert value.shape is not None
             value.shape = ir.Shape(["M", *value.shape[1:]])
 
@@ -188,5 +215,7 @@ def _body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:
         return functions.adaptive_frame_plan(
             max_frames=frames, max_window=config.max_window, trailing=config.trailing, opset=OPSET
         )
+    if node.op_type == ADAPTIVE_STANDING:
+        return adaptive_standing(per_frame=tokens_per_frame(node), opset=OPSET)
     ratio = config.retention_ratio  # the node's own is fp32
     return functions.adaptive_select_tokens(frames=frames, per_frame=tokens_per_frame(node), ratio=ratio, opset=OPSET)

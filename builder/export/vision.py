@@ -29,7 +29,7 @@ from builder.precision.islands import DEFAULT, Islands
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.errors import UserError
-from earlytom.families import LLAVA_ONEVISION, Family, Vision, family_of
+from earlytom.families import DEFAULT_FAMILY, Family, Vision, family_of
 from earlytom.merge import frame_similarity
 from earlytom.method import Method
 from earlytom.methods.earlytom import EachVideo, EarlyTom
@@ -119,7 +119,7 @@ class VisionGraph(nn.Module):
         depth: int | None = None,
         dtype: torch.dtype | None = None,
         islands: Islands = DEFAULT,
-        family: Family = LLAVA_ONEVISION,
+        family: Family = DEFAULT_FAMILY,
     ) -> None:
         super().__init__()
         self.vision_tower = vision_tower

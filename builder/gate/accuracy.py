@@ -42,7 +42,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from builder.export.vision import VisionGraph
-from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, STEPS, Gate
+from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, SOURCES_TOLERANCE, STEPS, Gate
 from builder.gate.runners import ForcedDecisions, TorchRunner
 from builder.gate.runs import Arrays, run_tapped
 from earlytom.config import EarlyTomConfig
@@ -245,8 +245,15 @@ def _compare_values(
         checks.append(Check("hidden", f"{name}: mean error", mean, limit, mean <= limit))
     worst = max(_finite(row[layout.TOKENS].max_absdiff, float("inf")) for row in _rows(errors))
     checks.append(Check("tokens", "tokens: largest error", worst, tolerance, worst <= tolerance))
-    moved = max(_finite(row[layout.POSITIONS].max_absdiff, float("inf")) for row in _rows(errors))
-    checks.append(Check("tokens", "positions: largest error", moved, 0.0, moved == 0))
+    for name, bound in (
+        (layout.POSITIONS, 0.0),
+        (layout.PLACE, 0.0),
+        (layout.SOURCES, SOURCES_TOLERANCE),
+    ):
+        moved = max(_finite(row[name].max_absdiff, float("inf")) for row in _rows(errors))
+        checks.append(Check("tokens", f"{name}: largest error", moved, bound, moved <= bound))
+    mean = max(_finite(row[layout.BIAS].mean_absdiff, float("inf")) for row in _rows(errors))
+    checks.append(Check("tokens", f"{layout.BIAS}: mean error", mean, gate.bias, mean <= gate.bias))
     return checks
 
 

@@ -13,8 +13,8 @@ that frames and tokens are the same ones. For each tap:
     share          the graph's largest magnitude over the largest number of its dtype. Near 1 it is about to overflow.
 
 The graph is that of the engine folder, read and not changed; a copy with more outputs lies beside it while it runs. The
-values of all taps are held, twice in fp32: 6 GB for 32 frames of SigLIP-so400m. Of an engine for several videos
-at once the values are those of all of them, and as many more.
+values of all taps are held, twice in fp32: 6 GB for 32 frames of the largest published tower. Of an engine for several
+videos at once the values are those of all of them, and as many more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from builder.gate.runners import ForcedDecisions
 from builder.gate.runs import Arrays, run_tapped
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
-from builder.trace import Trace
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.methods.earlytom import EarlyTom
@@ -55,6 +54,7 @@ from runtime.engine.origin import source_of
 from runtime.engine.records import cut
 from runtime.errors import EngineError
 from runtime.files.plain import MIB, open_plain
+from runtime.trace import Trace
 from runtime.video import load_clip
 
 Range = tuple[float, float]

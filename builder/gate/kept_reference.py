@@ -38,6 +38,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from builder.gate import COMPARE_FILE
+from builder.gate.limits import SOURCES_TOLERANCE
 from earlytom.errors import UserError
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
@@ -69,13 +70,22 @@ def save_reference(inputs: Path, outputs: Path, clips: Sequence[Tensor], wanted:
         RunResults([(name, [IterationResult(values, runner_name=name)])]).save(str(outputs))
 
 
-def polygraphy_command(tolerance: float, file: Callable[[str], str] = str) -> str:
-    """The line that repeats step 3 when pasted in the engine's folder; `file` gives the names of its files there."""
+def polygraphy_command(tolerance: float, bias: float, file: Callable[[str], str] = str) -> str:
+    """The line that repeats step 3 when pasted in the engine's folder.
+
+    Args:
+        tolerance: largest error of a token.
+        bias: mean error of the tokens' bias.
+        file: gives the names of its files there.
+    """
     words = ["polygraphy", "run", file(layout.ONNX_FILE), "--onnxrt"]
     words += ["--onnx-outputs", *layout.OUTPUTS]  # or an output that the graph lost would silently not be compared
     saved = (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)
     words += ["--load-inputs", file(saved[0]), "--load-outputs", file(saved[1])]
-    words += ["--check-error-stat", "max", "--atol", f"{layout.TOKENS}:{tolerance:.6g}", f"{layout.POSITIONS}:0"]
+    words += ["--check-error-stat", "max", f"{layout.BIAS}:mean"]
+    limits = {layout.TOKENS: tolerance, layout.POSITIONS: 0.0, layout.PLACE: 0.0, layout.BIAS: bias}
+    limits[layout.SOURCES] = SOURCES_TOLERANCE
+    words += ["--atol", *(f"{name}:{limit:.6g}" for name, limit in limits.items())]
     words += ["--rtol", "0", "--validate"]
     return shlex.join(words)
 

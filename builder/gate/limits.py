@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # Of weights computed from equal similarities by two runtimes.
 PLAN_TOLERANCE = 1e-4
+# Of their products over all merges.
+SOURCES_TOLERANCE = 1e-3
 # How much nearer to another video's similarities than to its own is too near.
 OTHER_VIDEO = 2.0
 STEPS = ("hidden", "decisions", "tokens", "text")
@@ -20,6 +22,8 @@ class Gate:
         frames, tokens: share of the reference's kept frames and tokens that the graph keeps too, at least.
         error: largest element-wise error of a token, in units of the reference tokens' root mean square.
         text: share of next tokens that agree, at least.
+        bias: mean error of what tokens stand for, in logarithms; tokens that are as much alike to one as to another
+            change sides for a rounding error.
     """
 
     cosine: float
@@ -27,10 +31,11 @@ class Gate:
     tokens: float
     error: float
     text: float
+    bias: float
 
 
 GATES = {
-    "fp32": Gate(cosine=0.99999, frames=0.99, tokens=0.99, error=1e-3, text=0.99),
-    "fp16": Gate(cosine=0.999, frames=0.85, tokens=0.85, error=0.05, text=0.9),
-    "bf16": Gate(cosine=0.99, frames=0.7, tokens=0.7, error=0.3, text=0.8),
+    "fp32": Gate(cosine=0.99999, frames=0.99, tokens=0.99, error=1e-3, text=0.99, bias=0.02),
+    "fp16": Gate(cosine=0.999, frames=0.85, tokens=0.85, error=0.05, text=0.9, bias=0.1),
+    "bf16": Gate(cosine=0.99, frames=0.7, tokens=0.7, error=0.3, text=0.8, bias=0.3),
 }

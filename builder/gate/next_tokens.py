@@ -35,7 +35,7 @@ class NextTokens:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         model = load_model(checkpoint, torch.float32)
-        self.newline = model.model.image_newline.detach()
+        self.newline = checkpoint.family.closing(model.model)
         self.embed = model.get_input_embeddings()
         self.language_model = model.model.language_model
         self.head = model.lm_head

@@ -22,7 +22,7 @@ from torch import Tensor
 from builder.export.vision import VisionGraph
 from builder.gate.runs import Arrays
 from earlytom.config import EarlyTomConfig
-from earlytom.method import Method
+from earlytom.method import Method, State
 from earlytom.methods.earlytom import EarlyTom
 from runtime.engine import layout
 
@@ -52,6 +52,9 @@ class ForcedDecisions(EarlyTom):
         self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
     ) -> tuple[Tensor, Tensor]:
         return self.select(features, received, static, places)
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        return super().standing(features, positions.clamp(0, features.shape[:2].numel() - 1), state)
 
 
 class TorchRunner(BaseRunner):

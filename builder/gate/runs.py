@@ -95,18 +95,23 @@ def _joined(parts: Sequence[Arrays]) -> Arrays:
 
 def _entering(out: Arrays, name: str) -> NDArray[Any]:
     """The input `name` of a graph, from what the one before it returned."""
-    merged = {layout.HIDDEN: layout.MERGED_HIDDEN, layout.RECEIVED: layout.MERGED_RECEIVED}[name]
+    merged = {
+        layout.HIDDEN: layout.MERGED_HIDDEN,
+        layout.RECEIVED: layout.MERGED_RECEIVED,
+        layout.MADE_OF: layout.SOURCES,
+    }[name]
     return out[merged] if merged in out else out[name]
 
 
 def _cut(out: Arrays, stage: int, arrived: int) -> None:
     """Cut in place what a stage padded."""
-    count = int(out[layout.COUNT][0])
-    limit = len(out[layout.TOKENS]) if layout.TOKENS in out else arrived
+    count, last = int(out[layout.COUNT][0]), layout.TOKENS in out
+    limit = len(out[layout.TOKENS]) if last else arrived
     if not 1 <= count <= limit:
         raise UserError(f"stage {stage} of the chain kept {count} of {limit}: its arithmetic failed, build with --fp32")
+    padded = layout.OF_TOKENS if last else (layout.MERGED_HIDDEN, layout.MERGED_RECEIVED, layout.SOURCES)
     for name in out:
-        if name.startswith("weights_") or name in (layout.MERGED_HIDDEN, layout.MERGED_RECEIVED, *layout.OUTPUTS):
+        if name.startswith("weights_") or name in padded:
             out[name] = out[name][:count]
 
 

@@ -17,8 +17,8 @@ from builder.gate.batches import fill
 from builder.gate.kept_reference import save_reference
 from builder.gate.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
 from builder.settings.config import BuildConfig
-from builder.trace import Trace
 from runtime.engine import layout
+from runtime.trace import Trace
 
 
 def check_each(

@@ -28,7 +28,7 @@ from builder.micro.labels import MOTION, cell_motion
 from builder.micro.loop import Optimizer, Progress, Report, made_ahead
 from builder.micro.packing import IGNORE, Pack, Packer, batch, logits
 from builder.micro.see import normalised
-from earlytom.families.llava_onevision import pool
+from earlytom.families import DEFAULT_FAMILY
 from earlytom.micro.data.questions import Question, questions
 from earlytom.micro.data.scene import FRAMES, Scene
 from earlytom.micro.data.splits import labelled_clip
@@ -145,8 +145,8 @@ def train_answering(
 ) -> float:
     """Run one stage in place, from where `work` says that a run stopped. Returns the seconds that all steps took."""
     torch.manual_seed(stage.seed)
-    newline = nn.ParameterList([model.model.image_newline])
-    optimizer = Optimizer([model.model.language_model, newline, head], stage.rate, stage.steps)
+    closing = nn.ParameterList([_closing(model)])
+    optimizer = Optimizer([model.model.language_model, closing, head], stage.rate, stage.steps)
     modules, others = {"model": model, "head": head}, {"optimizer": optimizer}
     progress = Progress(work / f"{stage.name}.pt", modules, others, repr(stage), model.device)
     kept: deque[Example] = deque(maxlen=stage.kept)
@@ -178,10 +178,18 @@ def _stretch(count: int, part: float, random: Generator) -> Tensor:
 def _with_tokens(model: Any, examples: list[Example]) -> list[Example]:
     """The examples with visual tokens in the place of frames, in half precision as many of them are kept."""
     frames = torch.cat([example.visual for example in examples]).to(model.device)
-    hidden = model.model.vision_tower(pixel_values=normalised(frames), output_hidden_states=True).hidden_states[-1]
-    tokens = pool(model.model.multi_modal_projector(hidden)).half()
+    tower, projector, _ = DEFAULT_FAMILY.modules(model.model)
+    hidden = tower(pixel_values=normalised(frames), output_hidden_states=True).hidden_states[-1]
+    tokens = DEFAULT_FAMILY.pool(projector(hidden)).half()
     shares = tokens.split([len(example.visual) for example in examples])
     return [replace(example, visual=share.flatten(0, 1)) for share, example in zip(shares, examples, strict=True)]
+
+
+def _closing(model: Any) -> nn.Parameter:
+    """What follows the visual tokens of a clip, [E]; it is trained, too."""
+    closing = DEFAULT_FAMILY.closing(model.model)
+    assert closing is not None
+    return closing
 
 
 def answer_loss(
@@ -192,8 +200,8 @@ def answer_loss(
     The motion is read by `head` from the visual tokens after `_MOTION_LAYER` layers of the decoder. Right is given as
     a part of the questions of each kind, with the motion's loss beside them.
     """
-    newline = model.model.image_newline[None]
-    visual = [torch.cat((example.visual.float(), newline)) for example in examples]
+    closing = _closing(model)[None]
+    visual = [torch.cat((example.visual.float(), closing)) for example in examples]
     packs = [example.pack for example in examples]
     sequences = batch(packer.prefix, visual, packs, model.get_input_embeddings(), stretch)
     answered = sequences.target != IGNORE

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from earlytom.families import DEFAULT_FAMILY
 from earlytom.micro import ACCURACY_FILE, TRAINING_FILE
 from earlytom.micro.data.questions import KINDS
 from earlytom.micro.data.splits import draw
@@ -19,15 +20,15 @@ _CARD = """\
 license: apache-2.0
 library_name: transformers
 ---
-# Micro LLaVA-OneVision
+# Micro {family}
 
 A video LLM small enough to be kept with the sources, in exactly the architecture and the layout of the published
-LLaVA-OneVision checkpoints, so that exporting, compiling, running and *measuring* can be tried without a download.
+{family} checkpoints, so that exporting, compiling, running and *measuring* can be tried without a download.
 It answers questions about short clips of moving shapes, and nothing else.
 
 | part | size |
 |---|---|
-| vision tower | SigLIP, {layers} layers, width {width}, {grid} x {grid} patches of {patch} pixels, no pooling head |
+| vision tower | {tower}, {layers} layers, width {width}, {grid} x {grid} patches of {patch} pixels, no pooling head |
 | decoder | Qwen2, {text_layers} layers, width {text_width}, {heads} heads ({kv_heads} key-value), tied embeddings |
 | tokenizer | byte-level BPE, {vocabulary} tokens, trained on generated questions about drawn clips |
 | weights | {megabytes:.1f} MB in half precision |
@@ -61,6 +62,8 @@ def write_card(folder: Path) -> None:
     vision, text = config["vision_config"], config["text_config"]
     accuracy = folder / ACCURACY_FILE
     card = _CARD.format(
+        family=DEFAULT_FAMILY.title,
+        tower=DEFAULT_FAMILY.tower_title,
         layers=vision["num_hidden_layers"],
         width=vision["hidden_size"],
         grid=vision["image_size"] // vision["patch_size"],

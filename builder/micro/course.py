@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from builder.micro import see
 from builder.micro.answering import Stage, motion_head, train_answering
 from builder.micro.packing import Packer
 from builder.micro.see import train_perception
-from earlytom.micro.checkpoint import architecture, build_tokenizer
+from earlytom.families import DEFAULT_FAMILY
+from earlytom.families.bundled import architecture
+from earlytom.micro.checkpoint import build_tokenizer
 
 SEED = 0
 PERCEPTION_STEPS = 3600
@@ -39,7 +40,7 @@ STAGES = (
 def new_model(seed: int = SEED) -> Any:
     """The bundled architecture in fp32, as it is before training."""
     torch.manual_seed(seed)
-    model = LlavaOnevisionForConditionalGeneration(architecture()).float()
+    model = DEFAULT_FAMILY.new_model(architecture()).float()
     with torch.no_grad():
         nn.init.normal_(model.get_input_embeddings().weight, std=1 / math.sqrt(model.config.text_config.hidden_size))
         for name, matrix in model.model.language_model.layers.named_parameters():

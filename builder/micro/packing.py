@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from earlytom.families import DEFAULT_FAMILY
+
 IGNORE = -100
-VIDEO = "<video>"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Packer:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        before, after = text.split(VIDEO)
+        before, after = text.split(DEFAULT_FAMILY.video_token)
         self._before_question, self._after_question = after.split("{question}")
         self.prefix = torch.tensor(tokenizer(before)["input_ids"], dtype=torch.int64)
         """[L] int64: the tokens before the video."""

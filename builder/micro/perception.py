@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builder.micro.labels import CELL_WORDS, COLOUR_NAMES, IGNORE, LOOKS, PATCH
-from earlytom.families.llava_onevision import pool
+from earlytom.families import DEFAULT_FAMILY
 from earlytom.micro.data.scene import DIGITS, SIDE
 
 _COLOUR_LEVELS = 3
@@ -67,7 +67,7 @@ def perception_loss(
     empty = (labels["look"] == len(LOOKS)).to(hidden)[..., None]
     present = heads.present((hidden * empty).sum(1) / empty.sum(1).clamp_min(1))
     parts["present"] = 5 * functional.binary_cross_entropy_with_logits(present, labels["present"])
-    cells = pool(tokens)  # [B, P, E]
+    cells = DEFAULT_FAMILY.pool(tokens)  # [B, P, E]
     logits = heads.word_scale * torch.einsum("bpe,kwe->bpkw", cells, words) + heads.word_bias
     target = labels["words"][:, :, None].expand_as(logits)
     known = ~target.isnan()
@@ -76,7 +76,7 @@ def perception_loss(
     parts["words"] = 2 * (error[positive].mean() + 4 * error[negative].mean())
     placed = ~labels["place"][..., 0].isnan()
     parts["place"] = 20 * functional.smooth_l1_loss(heads.place(cells)[placed], labels["place"][placed], beta=0.05)
-    parts["tint"] = functional.mse_loss(heads.tint(cells), pool(ground))
+    parts["tint"] = functional.mse_loss(heads.tint(cells), DEFAULT_FAMILY.pool(ground))
     with torch.no_grad():
         right = {
             name: _accuracy(logit, labels[name])

@@ -4,7 +4,7 @@
     packs = [scorer.pack(clip.questions) for clip in clips]
     outcomes = scorer.score(tokens, packs)  # outcomes[clip][question].right
 
-The decoder sees what it sees at inference: the prompt, the visual tokens, the closing `image_newline`, the question.
+The decoder sees what it sees at inference: the prompt, the visual tokens, what closes them, the question.
 All questions of some clips run in one pass (see `packing`), which tells exactly what greedy decoding would begin with.
 Knows nothing of where visual tokens come from, and does not ask how sure the model is.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from builder.micro import packing
 from builder.micro.packing import IGNORE, Batch, Pack, Packer
+from earlytom.families import family_of
 from earlytom.micro.data import Question
 
 BATCH = 16
@@ -43,7 +44,7 @@ class Scorer:
     """Asks one model.
 
     Args:
-        model: a LlavaOnevisionForConditionalGeneration in fp32, in eval mode.
+        model: a model of a supported family in fp32, in eval mode.
         tokenizer: its tokenizer, with the chat template.
         batch: how many clips run through the decoder at once; changes memory and speed, not the outcomes.
     """
@@ -75,12 +76,13 @@ class Scorer:
             raise ValueError(
                 f"{len(visual)} clips and {len(packs)} packs of questions: expected one pack for each clip"
             )
-        newline = self._model.model.image_newline.detach()
+        closing = family_of(self._model.config).closing(self._model.model)
         embed = self._model.get_input_embeddings()
+        ends = [] if closing is None else [closing.detach()[None]]
         outcomes: list[list[Outcome]] = []
         for start in range(0, len(packs), self._batch):
             some = packs[start : start + self._batch]
-            closed = [torch.cat((tokens.to(newline), newline[None])) for tokens in visual[start : start + self._batch]]
+            closed = [torch.cat((tokens.to(embed.weight), *ends)) for tokens in visual[start : start + self._batch]]
             sequences = packing.batch(self._packer.prefix, closed, some, embed)
             scores = packing.logits(self._model, sequences)
             right = packing.right_answers(scores, sequences, some)

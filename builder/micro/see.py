@@ -14,6 +14,7 @@ from torch import Tensor
 from builder.micro.labels import frame_labels
 from builder.micro.loop import Optimizer, Progress, Report, made_ahead
 from builder.micro.perception import PerceptionHeads, perception_loss, word_embeddings
+from earlytom.families import DEFAULT_FAMILY
 from earlytom.micro.data.render import render
 from earlytom.micro.data.scene import DIGIT_SHAPES, DIGITS, FRAMES, Scene, Shape, casts_of
 from earlytom.micro.data.splits import draw, split_of
@@ -64,7 +65,7 @@ def train_perception(model: Any, tokenizer: Any, steps: int, work: Path, report:
     """
     torch.manual_seed(_SEED)
     device = model.device
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower, projector, _ = DEFAULT_FAMILY.modules(model.model)
     heads = PerceptionHeads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size).to(device)
     embeddings = model.get_input_embeddings()
     parts = {"tower": tower, "projector": projector, "embeddings": embeddings, "heads": heads}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from earlytom.families import DEFAULT_FAMILY
 
 
 @dataclass(frozen=True)
 class KernelSize:
-    """What is encoded: frames of `grid` x `grid` patches, a tower, and the width of the LLM behind it."""
+    """What is encoded: frames of (rows, columns) patches, a tower, and the width of the LLM behind it."""
 
     frames: int
-    grid: int
+    grid: tuple[int, int]
     patch: int
     width: int
     heads: int
@@ -20,18 +23,22 @@ class KernelSize:
     llm_width: int
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a frame in pixels."""
+        rows, columns = self.grid
+        return rows * self.patch, columns * self.patch
+
+    @property
     def tokens(self) -> int:
-        return self.grid**2
+        return math.prod(self.grid)
 
     @property
     def cells(self) -> int:
         """P, tokens of a frame after pooling."""
-        from earlytom.families.llava_onevision import pooled_side  # which imports PyTorch
-
-        return pooled_side(self.grid) ** 2
+        return math.prod(DEFAULT_FAMILY.cells(self.grid))
 
 
 SIZES = {
-    "so400m": KernelSize(32, 27, 14, 1152, 16, 4304, 26, (6, 14, 20), 3584),
-    "tiny": KernelSize(8, 5, 4, 32, 2, 64, 4, (0, 1, 2), 24),
+    "so400m": KernelSize(32, (27, 27), 14, 1152, 16, 4304, 26, (6, 14, 20), 3584),
+    "tiny": KernelSize(8, (5, 5), 4, 32, 2, 64, 4, (0, 1, 2), 24),
 }

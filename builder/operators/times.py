@@ -8,7 +8,6 @@ encoder. `builder.kernels` shows what is measured here.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,9 @@ from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage
 from earlytom.cells import select as diverse
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
-from earlytom.families.llava_onevision import LLAVA_ONEVISION, pool
+from earlytom.families import DEFAULT_FAMILY
 from earlytom.methods.earlytom import EarlyTom
+from runtime.measure.clock import timed
 
 INPUTS = 3  # sets that take turns
 
@@ -63,9 +63,7 @@ class Clock:
 
     def _once(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
         if self.device.type != "cuda":
-            started = time.perf_counter()
-            run(*arguments)
-            return time.perf_counter() - started
+            return timed(self.device, lambda: run(*arguments))[1]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()  # long enough for the host to run ahead, so that launches are not what is timed
         start.record()
@@ -188,18 +186,19 @@ def measure_limits(clock: Clock, dtype: torch.dtype) -> DeviceLimits:
 
 
 def vision_tower(size: KernelSize, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A SigLIP tower and a projector of that size with random weights."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+    """A tower and a projector of that size with random weights."""
+    from transformers import AutoConfig, AutoModel
 
     with torch.device(device):
         torch.manual_seed(0)
-        tower: Any = SiglipVisionModel(
-            SiglipVisionConfig(
+        tower: Any = AutoModel.from_config(
+            AutoConfig.for_model(
+                DEFAULT_FAMILY.towers[0],
                 hidden_size=size.width,
                 intermediate_size=size.intermediate,
                 num_hidden_layers=size.layers,
                 num_attention_heads=size.heads,
-                image_size=size.grid * size.patch,
+                image_size=size.size[0],
                 patch_size=size.patch,
                 vision_use_head=False,
             )
@@ -238,7 +237,7 @@ class Path:
             merged = merge.apply_weights(weights, x)
         received = merge.apply_weights(weights, ops.received_attention(query, key, query.shape[-1] ** -0.5))
         _, _, static = self.decisions.plan(self.decisions.similarity(merged), self.stages[-1])
-        relevance = pool(received[:, :, None])[:, :, 0]
+        relevance = DEFAULT_FAMILY.pool(received[:, :, None])[:, :, 0]
         return self.decisions.select(features, relevance, static, self.places)[0]
 
 
@@ -257,11 +256,10 @@ def measure_path(size: KernelSize, config: EarlyTomConfig, dtype: torch.dtype, c
     path = Path(size, config)
     inputs = [path.inputs(dtype, clock.device, seed) for seed in range(INPUTS)]
     tower, projector = vision_tower(size, dtype, clock.device)
-    side = size.grid * size.patch
-    pixels = [(torch.randn(size.frames, 3, side, side, device=clock.device).to(dtype),) for _ in range(INPUTS)]
+    pixels = [(torch.randn(size.frames, 3, *size.size, device=clock.device).to(dtype),) for _ in range(INPUTS)]
 
     def whole(x: Tensor) -> Tensor:
-        return encode(LLAVA_ONEVISION.vision(tower, projector), x, EarlyTom(config)).tokens
+        return encode(DEFAULT_FAMILY.vision(tower, projector), x, EarlyTom(config)).tokens
 
     if clock.device.type == "cuda":
         return clock(graphed(path, inputs), inputs), clock(graphed(whole, pixels), pixels)

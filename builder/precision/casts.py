@@ -84,7 +84,7 @@ def set_precision(
 def set_vision_precision(
     tower: nn.Module, projector: nn.Module, dtype: torch.dtype, islands: Islands = DEFAULT
 ) -> None:
-    """Convert a SigLIP tower and its projector in place to `dtype` with `islands` in fp32.
+    """Convert a vision tower and its projector in place to `dtype` with `islands` in fp32.
 
     Raises:
         UserError: a weight is too large for `dtype`.

@@ -31,7 +31,7 @@ from earlytom.spans import layer_spans
 
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
-    from builder.trace import Trace
+    from runtime.trace import Trace
 
 OPTION = "--islands"
 LIST = "list"

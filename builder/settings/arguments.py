@@ -22,6 +22,7 @@ from builder.settings.options import (
 )
 from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.families import TITLES
 from runtime import cli, trt
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     """The options, with a help text that teaches."""
     p = cli.Parser(
         prog="python -m builder.build",
-        description="Compile the vision part of a LLaVA-OneVision checkpoint, with EarlyTom token compression inside, "
+        description=f"Compile the vision part of a {TITLES} checkpoint, with EarlyTom token compression inside, "
         "into an engine folder for python -m runtime.ask.",
         epilog=EXAMPLES,
     )

@@ -16,8 +16,9 @@ AUTO, AUTO_SHARE = "auto", 0.9
 TARGETS = {"a100": (8, 0)}
 MAX_FRAMES = 128
 MAX_BATCH = 64
-# Far above what a tower needs (0.1 GB of scratch for 8 frames of SigLIP-so400m), well below an A100: a graph that would
-# materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other bytes.
+# Far above what a tower needs (0.1 GB of scratch for 8 frames of a published one), well below an A100: a graph that
+# would materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other
+# bytes.
 WORKSPACE_GIB = 16.0
 
 

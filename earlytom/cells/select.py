@@ -3,7 +3,7 @@
 The best token is taken, all that resemble it lose value, the next best is taken, and so on (`select_greedy`). In rounds
 many are taken at a time, and each of a round loses value by those better than it (`select_rounds`); with as many rounds
 as tokens that is the same choice. Tokens left out are not lost to the decoder: each counts for the taken one that it
-resembles most, and `bias` is what m equal keys add to an attention logit, log m.
+resembles most (see `earlytom.standing` for what comes of that).
 
 All decisions are taken in fp32 from `saliency [M]` and `likeness [M, M]`; of equal values the lower index goes first,
 on every backend, as nothing here relies on the order in which a top-k operator returns them. Nothing waits for the
@@ -21,8 +21,6 @@ from torch import Tensor
 
 from earlytom.cells.merge import unit
 from earlytom.errors import UserError
-
-LEAST_SIZE = 0.1  # of a token taken that no token resembles most
 
 
 def saliency(features: Tensor) -> Tensor:
@@ -123,8 +121,3 @@ def token_sizes(affine: Tensor, size: Tensor, taken: Tensor) -> Tensor:
     best = column.amax(1, keepdim=True)
     owner = torch.where(column == best, index, len(taken)).amin(1)  # of equal ones the first
     return size @ (owner[:, None] == index).float()
-
-
-def bias_of(size: Tensor) -> Tensor:
-    """What a token of this size adds to the attention logits of its key."""
-    return size.clamp_min(LEAST_SIZE).log()

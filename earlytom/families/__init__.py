@@ -1,17 +1,39 @@
-"""Model families, by the `model_type` of their configurations. A new one is a module here and a line in `FAMILIES`."""
+"""Model families, by the `model_type` of their configurations. A new one is a module here and a line in `FAMILIES`.
+
+What is one family's stands in its module, its checkpoints' configurations in `published` and `bundled`; all other rooms
+ask.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import Family, Features, Geometry, Vision
+from earlytom.families.family import Family, Features, Geometry, Vision, VisionModules
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 
-__all__ = ["FAMILIES", "LLAVA_ONEVISION", "Family", "Features", "Geometry", "Vision", "family_of", "geometry"]
+__all__ = [
+    "DEFAULT_FAMILY",
+    "FAMILIES",
+    "LLAVA_ONEVISION",
+    "TITLES",
+    "Family",
+    "Features",
+    "Geometry",
+    "Vision",
+    "VisionModules",
+    "family_of",
+    "geometry",
+]
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION,)}
 """The supported families by model type."""
+
+DEFAULT_FAMILY: Family = LLAVA_ONEVISION
+"""That of modules which come without a configuration to tell it by, and of the bundled checkpoint."""
+
+TITLES = " or ".join(family.title for family in FAMILIES.values())
+"""What people call them."""
 
 
 def family_of(config: Any) -> Family:

@@ -1,8 +1,10 @@
 """What a model family answers for: everything that is true of its models and of no other family's.
 
 The rest of the project asks a `Family` and knows no model by name. Its parts: the geometry of a frame on its way to the
-LLM, the vision part as the encoder runs it (`Vision`), the names of the tensors, what the vision part costs, and where
-visual tokens stand in a prompt.
+LLM, the vision part as the encoder runs it (`Vision`), what a checkpoint of it must have, the names of its tensors and
+how a model is made without them, what the vision part costs, and where visual tokens stand in a prompt.
+
+Nothing here imports PyTorch or transformers before it needs them: what a family is called, help texts say, too.
 
 Notation: F' frames, S patch tokens a frame, P tokens a frame after projector and pooling, D tower width, E LLM width.
 """
@@ -11,13 +13,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from earlytom.towers import Tower
+    from earlytom.towers import Tower
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ class Geometry:
         return math.prod(self.cells)
 
 
+class VisionModules(NamedTuple):
+    """The vision part of a transformers model.
+
+    Attributes:
+        vision_tower: [F, 3, H, W] to hidden states, of width D.
+        projector: D to E.
+        closing: [E], what follows the visual tokens of a video; None where nothing does.
+    """
+
+    vision_tower: nn.Module
+    projector: nn.Module
+    closing: nn.Parameter | None
+
+
 class Features(NamedTuple):
     """Frames as the LLM would see them before any token is left out.
 
@@ -87,19 +104,63 @@ class Vision(ABC):
 
     @abstractmethod
     def pool(self, values: Tensor) -> Tensor:
-        """Anything that patches have, [F', S, n], brought to the cells by the family's own pooling, [F', P, n]."""
+        """As `Family.pool`."""
 
 
 class Family(ABC):
     """One model family; `config` is always the Hugging Face configuration of one of its models.
 
+    Canonical names are those of `canonical_name`.
+
     Attributes:
         model_type: what such a configuration calls the family.
+        title, tower_title: what people call the family and its tower.
         model_class: transformers' class of the whole model.
+        towers: model types of the vision towers that its checkpoints may have.
+        frames: how many of a video a checkpoint is shown that does not say.
+        vision_names, decoder_names: what the canonical names of the tensors of either part begin with.
+        closing_name, embeddings_name, head_name: canonical names of three tensors: what closes the visual tokens (None
+            where nothing does), the decoder's embeddings, its output layer.
+        video_token: the text that stands for a video in a prompt.
+        activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
+            tokens, and the encoder layer whose states are taken.
     """
 
     model_type: ClassVar[str]
+    title: ClassVar[str]
+    tower_title: ClassVar[str]
     model_class: ClassVar[str]
+    towers: ClassVar[tuple[str, ...]]
+    frames: ClassVar[int]
+    vision_names: ClassVar[tuple[str, ...]]
+    decoder_names: ClassVar[tuple[str, ...]]
+    closing_name: ClassVar[str | None]
+    embeddings_name: ClassVar[str]
+    head_name: ClassVar[str]
+    video_token: ClassVar[str]
+    activations: ClassVar[tuple[str, ...]]
+    token_ids: ClassVar[tuple[str, ...]]
+    layer_setting: ClassVar[str]
+
+    @abstractmethod
+    def check(self, raw: Mapping[str, Any]) -> None:
+        """Refuse settings of a config.json that transformers takes and that fail only later, on arithmetic.
+
+        Raises:
+            UserError: there is one.
+        """
+
+    @abstractmethod
+    def config(self, raw: dict[str, Any]) -> Any:
+        """transformers' configuration of the content of a config.json; it raises what that raises."""
+
+    @abstractmethod
+    def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of tokens that a grid of patches becomes."""
+
+    @abstractmethod
+    def pool(self, values: Tensor) -> Tensor:
+        """Anything that patches have, [F', S, n], brought to the cells by the family's own pooling, [F', P, n]."""
 
     @abstractmethod
     def geometry(self, config: Any) -> Geometry:
@@ -113,9 +174,51 @@ class Family(ABC):
             UserError: the tower has no adapter.
         """
 
-    @abstractmethod
     def vision_of(self, model: Any) -> Vision:
         """The vision part of a whole transformers model (without its language-model head); nothing is copied."""
+        return self.vision(*self.modules(model)[:2])
+
+    @abstractmethod
+    def modules(self, model: Any) -> VisionModules:
+        """The same as modules."""
+
+    @abstractmethod
+    def new_modules(self, config: Any) -> VisionModules:
+        """The vision part alone, on the default device, without weights that mean anything."""
+
+    def new_model(self, config: Any) -> Any:
+        """The whole model on the default device, without weights that mean anything."""
+        return self.transformers_class()(config)
+
+    def transformers_class(self) -> Any:
+        """`model_class`, imported."""
+        import transformers
+
+        return getattr(transformers, self.model_class)
+
+    @abstractmethod
+    def drop_vision(self, model: Any) -> None:
+        """Take tower and projector out of a whole model (with its head), in place; `closing` stays."""
+
+    @abstractmethod
+    def restore_buffers(self, tower: nn.Module) -> None:
+        """Make the buffers of a tower that are stored nowhere, after its weights were loaded."""
+
+    @abstractmethod
+    def module_name(self, name: str) -> str:
+        """Where a tensor of the vision part stands in `VisionModules`, by canonical name: "vision_tower.x",
+        "projector.x" or "closing"."""
+
+    @abstractmethod
+    def vision_settings(self, config: Any) -> dict[str, Any]:
+        """What the vision part computes with beside its weights, in plain JSON types, each under a name of its own."""
+
+    @abstractmethod
+    def own_tokens(self, model: Any, pixels: Tensor) -> Tensor:
+        """The visual tokens of one video as the model makes them itself, all of them and what closes them, [N, E].
+
+        `model` is a whole transformers model with its head, `pixels` are [F, 3, H, W].
+        """
 
     @abstractmethod
     def canonical_name(self, name: str) -> str:
@@ -144,7 +247,7 @@ class Family(ABC):
         """The id that stands for one visual token in a prompt."""
 
     @abstractmethod
-    def closing(self, model: Any) -> Tensor | None:
+    def closing(self, model: Any) -> nn.Parameter | None:
         """What follows the visual tokens of a video, [E]; None where nothing does. `model` as in `vision_of`."""
 
     @abstractmethod

@@ -21,10 +21,11 @@ from earlytom import ops
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
-from earlytom.cells.select import affinity, bias_of, likeness, saliency, select_rounds, token_sizes
+from earlytom.cells.select import affinity, likeness, saliency, select_rounds, token_sizes
 from earlytom.config import check_layers
 from earlytom.families import Vision
 from earlytom.method import Counts, Method, Note, State
+from earlytom.standing import places, size_bias
 
 
 @dataclass(kw_only=True)
@@ -35,11 +36,13 @@ class CellsState(State):
         cell_size, cell_time: [F', S] fp32, of how many original cells each is made, and which frame of the video it
             shows; None before the first merge, where every cell is its own.
         made: [T, F', F] fp32, what each token inside the tower is made of; None likewise.
+        affine: [M, M] fp32, how much tokens resemble each other; known from `choose` on.
     """
 
     cell_size: Tensor | None = None
     cell_time: Tensor | None = None
     made: Tensor | None = None
+    affine: Tensor | None = None
 
 
 class Cells(Method):
@@ -102,31 +105,33 @@ class Cells(Method):
             note(**{f"weights_{layer}": plan.weights})
             state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
             state.made = plan.weights if state.made is None else plan.weights @ state.made
-            state.frame_weights = state.made[prefix:].mean(0)
+            state.sources = state.made[prefix:].mean(0)
             hidden = plan.apply(hidden)
         state.stages.append(frames_out)
         return hidden, received
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         """Stage II."""
-        tokens, positions, _, _ = self.keep(features, state)
-        return tokens, positions
-
-    def keep(self, features: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`features [F', P, E]` to tokens [N, E], their positions `slot * P + cell`, places `frame * P + cell` with the
-        frame of the video that each shows, both [N] int64, and biases [N] fp32 to their keys' attention logits."""
         assert isinstance(state, CellsState)
-        per_frame = features.shape[1]
-        count = self.counts(state.frames, per_frame).tokens
-        size, time = pooled_marks(state, features)
         tokens = features.flatten(0, 1)
-        affine = affinity(tokens, time, state.frames)
+        count = self.counts(state.frames, features.shape[1]).tokens
+        state.size, time = pooled_marks(state, features)
+        state.time = time.long()
+        state.affine = affinity(tokens, time.flatten(), state.frames)
         if count == len(tokens):  # nothing to leave out
             taken = torch.arange(count, device=tokens.device)
         else:
-            taken = self.take(saliency(tokens), likeness(affine), count)
-        place = time.index_select(0, taken).long() * per_frame + taken % per_frame
-        return tokens.index_select(0, taken), taken, place, bias_of(token_sizes(affine, size, taken))
+            taken = self.take(saliency(tokens), likeness(state.affine), count)
+        return tokens.index_select(0, taken), taken
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """As in `Method`, from what `choose` found: how much tokens resemble each other is not computed again."""
+        assert isinstance(state, CellsState)
+        assert state.affine is not None
+        assert state.size is not None
+        assert state.time is not None
+        sizes = token_sizes(state.affine, state.size.flatten(), positions)
+        return places(state.time, positions, features.shape[1]), size_bias(sizes)
 
     def _stages(self, frames: int) -> tuple[int, ...]:
         """Frames before the first merge and after each one."""
@@ -143,8 +148,8 @@ class SeveralStates(State):
 class EachCells(Cells):
     """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
 
-    Frame counts are those of one video. What belongs to a video has a leading B: frame weights [B, F', F], tokens
-    [B, N, E], positions [B, N].
+    Frame counts are those of one video. What belongs to a video has a leading B: sources [B, F', F], tokens
+    [B, N, E], positions, place and bias [B, N].
     """
 
     def __init__(self, method: Cells, videos: int) -> None:
@@ -154,7 +159,7 @@ class EachCells(Cells):
 
     def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
         each = [self.method.begin(vision, frames, device) for _ in range(self.videos)]
-        return SeveralStates(vision, [frames], torch.stack([one.frame_weights for one in each]), each=each)
+        return SeveralStates(vision, [frames], torch.stack([one.sources for one in each]), each=each)
 
     def after_layer(
         self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
@@ -172,7 +177,7 @@ class EachCells(Cells):
         ]
         note(**{name: torch.stack(values) for name, values in noted.items()})
         state.stages = list(state.each[0].stages)
-        state.frame_weights = torch.stack([own.frame_weights for own in state.each])
+        state.sources = torch.stack([own.sources for own in state.each])
         return torch.cat(merged), received
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
@@ -180,6 +185,12 @@ class EachCells(Cells):
         each = zip(self._each(features), state.each, strict=True)
         tokens, positions = zip(*(self.method.choose(one, None, own) for one, own in each), strict=True)
         return torch.stack(tokens), torch.stack(positions)
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        assert isinstance(state, SeveralStates)
+        each = zip(self._each(features), positions, state.each, strict=True)
+        place, bias = zip(*(self.method.standing(*one) for one in each), strict=True)
+        return torch.stack(place), torch.stack(bias)
 
     def _each(self, values: Tensor) -> Tensor:
         """[B * F, ...] to [B, F, ...], a view."""
@@ -196,8 +207,8 @@ def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_marks(state: CellsState, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Sizes and times [M] of the tokens `features [F', P, E]`, through the pooling that made them; times are whole."""
+    """Sizes and times [F', P] of tokens `features [F', P, E]`, through the pooling that made them; times are whole."""
     size, time = marks(state, features)
     if state.cell_size is not None:
         size, time = state.vision.pool(torch.stack([size, time], -1)).unbind(-1)
-    return size.flatten(), time.flatten().round()
+    return size, time.round()

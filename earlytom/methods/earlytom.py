@@ -11,6 +11,7 @@ tower width, E LLM width, N tokens kept.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,7 @@ from earlytom import ops
 from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, static_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.families import Vision
 from earlytom.merge import apply_weights
 from earlytom.method import Counts, Method, Note, State
 from earlytom.select import select_varying
@@ -95,7 +97,7 @@ class EarlyTom(Method):
         weights, _, _ = self.plan(similarity, self._planned(state.frames)[len(state.stages)])
         note(**{f"similarity_{layer}": similarity, f"weights_{layer}": weights})
         hidden = apply_weights(weights, hidden)
-        state.frame_weights = weights @ state.frame_weights
+        state.sources = weights @ state.sources
         state.stages.append(weights.shape[-2])
         return hidden, None if received is None else apply_weights(weights, received)
 
@@ -135,8 +137,8 @@ class EarlyTom(Method):
 class EachVideo(EarlyTom):
     """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
 
-    Frame counts are those of one video. What belongs to a video has a leading B: similarity [B, F, F], weights
-    [B, F', F], segment start and static [B, F], tokens [B, N, E], positions [B, N].
+    Frame counts are those of one video. What belongs to a video has a leading B: similarity [B, F, F], weights and
+    sources [B, F', F], segment start and static [B, F], tokens [B, N, E], positions, place and bias [B, N].
     """
 
     def __init__(self, method: EarlyTom, videos: int) -> None:
@@ -160,6 +162,18 @@ class EachVideo(EarlyTom):
         each = zip(self._each(features), self._each(received), static, strict=True)
         tokens, positions = zip(*(self.method.select(*one, places) for one in each), strict=True)
         return torch.stack(tokens), torch.stack(positions)
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        state = super().begin(vision, frames, device)
+        state.sources = state.sources.expand(self.videos, -1, -1)
+        return state
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        each = zip(self._each(features), positions, state.sources, strict=True)
+        place, bias = zip(
+            *(self.method.standing(one, where, replace(state, sources=made)) for one, where, made in each), strict=True
+        )
+        return torch.stack(place), torch.stack(bias)
 
     def _each(self, values: Tensor) -> Tensor:
         """[B * F, ...] to [B, F, ...], a view."""

@@ -1,4 +1,4 @@
-"""The bundled small LLaVA-OneVision checkpoint, so that everything can be tried without a download.
+"""The bundled small checkpoint, so that everything can be tried without a download.
 
 `PATH` is a folder in exactly the layout of a published checkpoint; it is loaded by the same code. This module itself
 imports no model library. `python -m builder.micro.train` makes the folder's files.

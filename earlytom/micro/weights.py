@@ -1,4 +1,4 @@
-"""Seeded random weights for a LLaVA-OneVision model: scaled, reproducible, cheap.
+"""Seeded random weights for a video model: scaled, reproducible, cheap.
 
 Used for the bundled model before training and for the published configurations that are measured without a
 download. Knows tensor names and shapes only; it builds no module and reads no file.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from earlytom.families.llava_onevision import canonical_name
+from earlytom.families import DEFAULT_FAMILY, Family
 
 SCHEME = "uniform-pcg64-1"
 """Names this way of drawing weights. Changing any number below changes the weights, so it must change this name too."""
@@ -59,7 +59,7 @@ _BIAS_STD = 0.05
 _NORM_STD = 0.1
 
 
-def _moments(name: str, shape: Sequence[int]) -> tuple[float, float]:
+def _moments(name: str, shape: Sequence[int], family: Family) -> tuple[float, float]:
     """Mean and standard deviation of the tensor `name`."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     if "norm" in module:
@@ -70,22 +70,24 @@ def _moments(name: str, shape: Sequence[int]) -> tuple[float, float]:
         return 0.0, _BIAS_STD
     if name.endswith("position_embedding.weight"):
         return 0.0, _POSITION_STD
-    if name.endswith(("embed_tokens.weight", "image_newline")):
+    if name.endswith("embed_tokens.weight") or name == family.closing_name:
         return 0.0, 1.0 / math.sqrt(shape[-1])
-    gains = _DECODER_GAINS if name.startswith("language_model.") else _VISION_GAINS
+    gains = _DECODER_GAINS if name.startswith(family.decoder_names) else _VISION_GAINS
     gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
 
-def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+def random_tensor(
+    name: str, shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0, family: Family = DEFAULT_FAMILY
+) -> Tensor:
     """The tensor `name` of shape `shape` in `dtype`, uniform with the mean and spread that its role asks for.
 
     `name` is first brought to its canonical form. The values depend on the name, the shape and the seed only.
     """
-    name = canonical_name(name)
+    name = family.canonical_name(name)
     key = hashlib.sha256(f"{SCHEME}:{seed}:{name}".encode()).digest()
     words = np.random.PCG64(int.from_bytes(key[:16], "little"))
-    mean, std = _moments(name, shape)
+    mean, std = _moments(name, shape, family)
     tensor = torch.empty(tuple(shape), dtype=dtype)
     flat = tensor.view(-1)
     for start in range(0, flat.numel(), _BLOCK):
@@ -96,6 +98,8 @@ def random_tensor(name: str, shape: Sequence[int], dtype: torch.dtype, *, seed: 
     return tensor
 
 
-def random_state(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, *, seed: int = 0) -> dict[str, Tensor]:
+def random_state(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, *, seed: int = 0, family: Family = DEFAULT_FAMILY
+) -> dict[str, Tensor]:
     """One random tensor for each name and shape, under the names given."""
-    return {name: random_tensor(name, shape, dtype, seed=seed) for name, shape in shapes.items()}
+    return {name: random_tensor(name, shape, dtype, seed=seed, family=family) for name, shape in shapes.items()}

@@ -4,50 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from earlytom import micro
 from earlytom.errors import UserError
-from earlytom.families.llava_onevision import canonical_name
+from earlytom.families import Family, family_of
+from earlytom.families.published import MID_SIZE, MID_SIZE_FRAMES, PUBLISHED, mid_size
 from earlytom.micro.weights import SCHEME
 from runtime.checkpoint.files import TOKENIZER_BYTES, Files, first_line
 from runtime.checkpoint.generation import FILE as GENERATION_FILE
 from runtime.checkpoint.generation import generation_config, left_out, read_generation
 from runtime.checkpoint.hub import HubFiles, is_hub_id
-from runtime.checkpoint.preprocessing import PUBLISHED_FRAMES, Preprocessing, read_preprocessing
+from runtime.checkpoint.preprocessing import Preprocessing, read_preprocessing
 from runtime.checkpoint.settings import CONFIG, read_config, read_flag
 from runtime.checkpoint.tokenizer import TEMPLATE_FILES, TOKENIZER_FILES
 from runtime.checkpoint.weights import Weights
 
-if TYPE_CHECKING:
-    from transformers import LlavaOnevisionConfig
-
 MICRO = "micro"
 RANDOM = "random:"
 RANDOM_SEED = 0
-MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8  # between the bundled and the published ones
 
-VISION = ("vision_tower.", "multi_modal_projector.", "image_newline")  # canonical names of the vision part's tensors
-DECODER = ("language_model.", "lm_head.")
-_TOWER_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "vision_use_head",
-)
 # Of config.json: what another release writes without meaning anything else, or what the vision digest is about.
 _NOT_ANSWERS = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "vision_config")
 
@@ -60,23 +42,28 @@ class Checkpoint:
         source: what finds it again from anywhere: "micro" (also for None), "random:NAME", an absolute path, or a hub id
             as it was asked for.
         name: a short name, fit for a folder.
-        config: the model's configuration; its vision tower is SigLIP.
+        config: the model's configuration, transformers' own.
         preprocessing: of video frames; its size is that of the vision tower.
         trained: false for random weights, and for the bundled model until it is trained.
         files: None for random weights.
-        frames: how many frames of a video it is meant to be shown; its video processor's `num_frames`, else 32, the
-            published number.
+        frames: how many frames of a video it is meant to be shown; its video processor's `num_frames`, else its
+            family's.
         generation_note: what its generation_config.json asks for and this runtime leaves out; None if nothing.
     """
 
     source: str
     name: str
-    config: LlavaOnevisionConfig
+    config: Any
     preprocessing: Preprocessing
     trained: bool
+    frames: int
     files: Files | None = field(default=None, repr=False, compare=False)
-    frames: int = PUBLISHED_FRAMES
     generation_note: str | None = None
+
+    @property
+    def family(self) -> Family:
+        """Of the model."""
+        return family_of(self.config)
 
     @property
     def commit(self) -> str | None:
@@ -87,28 +74,26 @@ class Checkpoint:
     def weights(self) -> Weights:
         """The tensors in its files."""
         assert self.files is not None  # random ones are in none
-        head = {"lm_head.weight"}
-        return Weights(self.files, unused=head - self.shapes.keys())
+        return Weights(self.files, {self.family.head_name} - self.shapes.keys(), self.family)
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each tensor of the whole model, by canonical name; a tied output layer is none of its own."""
-        from transformers import LlavaOnevisionForConditionalGeneration
-
+        family = self.family
         with torch.device("meta"):
-            model = LlavaOnevisionForConditionalGeneration(self.config)
+            model = family.new_model(self.config)
         model.tie_weights()
-        return {canonical_name(name): parameter.shape for name, parameter in model.named_parameters()}
+        return {family.canonical_name(name): parameter.shape for name, parameter in model.named_parameters()}
 
     @property
     def vision_shapes(self) -> dict[str, torch.Size]:
         """`shapes` of the vision part."""
-        return {name: shape for name, shape in self.shapes.items() if name.startswith(VISION)}
+        return {name: shape for name, shape in self.shapes.items() if name.startswith(self.family.vision_names)}
 
     @property
     def decoder_shapes(self) -> dict[str, torch.Size]:
         """`shapes` of the language model and its head."""
-        return {name: shape for name, shape in self.shapes.items() if name.startswith(DECODER)}
+        return {name: shape for name, shape in self.shapes.items() if name.startswith(self.family.decoder_names)}
 
     def digest(self) -> str:
         """SHA-256 (hex) of everything that a vision engine depends on: tensors, their settings, the preprocessing.
@@ -144,8 +129,7 @@ class Checkpoint:
     @cached_property
     def _digest(self) -> str:
         settings = {
-            "tower": {name: getattr(self.config.vision_config, name) for name in _TOWER_FIELDS},
-            "projector": [self.config.projector_hidden_act, self.config.multimodal_projector_bias],
+            **self.family.vision_settings(self.config),
             "preprocessing": asdict(self.preprocessing),
         }
         sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -153,7 +137,7 @@ class Checkpoint:
         if self.files is None:
             sha.update(f"{SCHEME}:{RANDOM_SEED}:{sorted((n, tuple(s)) for n, s in shapes.items())}".encode())
             return sha.hexdigest()
-        for name, tensor in self.weights.tensors(shapes, VISION):
+        for name, tensor in self.weights.tensors(shapes, self.family.vision_names):
             sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
             sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
@@ -185,8 +169,8 @@ Source = str | Path | Checkpoint | None
 def describe(source: Source = None) -> Checkpoint:
     """Configuration, preprocessing and origin of `source`; no weights are read.
 
-    Raises `UserError` if there is no such source, if its files are missing or broken, or if its model is not a
-    LLaVA-OneVision with a SigLIP tower. A `Checkpoint` is returned as it is.
+    Raises `UserError` if there is no such source, if its files are missing or broken, or if its model is of
+    no family in `earlytom.families`. A `Checkpoint` is returned as it is.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -199,7 +183,7 @@ def describe(source: Source = None) -> Checkpoint:
     preprocessing, frames = read_preprocessing(files, config)
     note = left_out(read_generation(files))
     generation_config(files, config)  # stop tokens of no sense are refused now
-    found = Checkpoint(files.source, files.name, config, preprocessing, trained, files, frames, note)
+    found = Checkpoint(files.source, files.name, config, preprocessing, trained, frames, files, note)
     try:
         _ = found.shapes
     except Exception as error:  # what a configuration makes impossible, the library finds out in many ways
@@ -231,30 +215,12 @@ def open_files(label: str) -> Files:
 
 
 def _describe_random(label: str) -> Checkpoint:
-    from earlytom.micro.random_model import PUBLISHED
-
     name = label.removeprefix(RANDOM)
-    known: dict[str, Callable[[], LlavaOnevisionConfig]] = {**PUBLISHED, MID_SIZE: _mid_size}
+    known = {**PUBLISHED, MID_SIZE: mid_size}
     if name not in known:
         raise UserError(f"--model {label}: no such configuration; known are {', '.join(RANDOM + n for n in known)}")
-    config, frames = known[name](), MID_SIZE_FRAMES if name == MID_SIZE else PUBLISHED_FRAMES
-    vision: Any = config.vision_config
-    size = (vision.image_size,) * 2
-    return Checkpoint(label, f"random-{name}", config, Preprocessing(size), trained=False, frames=frames)
-
-
-def _mid_size() -> LlavaOnevisionConfig:
-    """SigLIP base at 384 pixels and the smallest published decoder: what a CPU can be measured with in minutes."""
-    from transformers import LlavaOnevisionConfig
-
-    from earlytom.micro.random_model import PUBLISHED
-
-    settings = PUBLISHED["llava-onevision-qwen2-0.5b-ov"]().to_dict()
-    settings["vision_config"] |= {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "patch_size": 16,
-    }
-    return LlavaOnevisionConfig.from_dict(settings)
+    config = known[name]()
+    family = family_of(config)
+    frames = MID_SIZE_FRAMES if name == MID_SIZE else family.frames
+    preprocessing = Preprocessing(family.geometry(config).size)
+    return Checkpoint(label, f"random-{name}", config, preprocessing, trained=False, frames=frames)

@@ -7,69 +7,66 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from earlytom.families.llava_onevision import canonical_name
+from earlytom.families import VisionModules, family_of
 from earlytom.micro.weights import random_state, random_tensor
-from runtime.checkpoint.describe import DECODER, MICRO, RANDOM_SEED, VISION, Checkpoint, Source, describe
+from runtime.checkpoint.describe import MICRO, RANDOM_SEED, Checkpoint, Source, describe
 from runtime.checkpoint.files import Files, first_line, out_of_memory, some
 from runtime.checkpoint.generation import generation_config
 from runtime.checkpoint.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
-
-_NEWLINE = "image_newline"
+    from transformers import PreTrainedTokenizerBase
 
 
 class VisionPart(nn.Module):
     """The part of a model that becomes the vision engine, and the vector that the runtime appends to its tokens.
 
     Attributes:
-        vision_tower: SiglipVisionModel, width D.
-        projector: D to the width E of the decoder.
-        image_newline: [E] parameter.
+        vision_tower, projector, closing: as in `earlytom.families.VisionModules`.
     """
 
-    def __init__(self, vision_tower: nn.Module, projector: nn.Module, image_newline: nn.Parameter) -> None:
+    closing: nn.Parameter | None
+
+    def __init__(self, modules: VisionModules) -> None:
         super().__init__()
-        self.vision_tower = vision_tower
-        self.projector = projector
-        self.image_newline = image_newline
+        self.vision_tower = modules.vision_tower
+        self.projector = modules.projector
+        self.register_parameter("closing", modules.closing)
 
     @classmethod
-    def from_model(cls, model: LlavaOnevisionForConditionalGeneration) -> VisionPart:
+    def from_model(cls, model: Any) -> VisionPart:
         """The vision part of a loaded model; modules are shared, nothing is copied."""
-        inner: Any = model.model
-        return cls(inner.vision_tower, inner.multi_modal_projector, inner.image_newline)
+        return cls(family_of(model.config).modules(model.model))
 
 
 def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> VisionPart:
-    """Vision tower, projector and `image_newline` of `source` in `dtype`, on the CPU, in eval mode, without gradients.
+    """Vision tower, projector and closing of `source` in `dtype`, on the CPU, in eval mode, without gradients.
 
     Raises `UserError` as `describe` does, and for tensors that are missing, unexpected, of a wrong shape or not finite.
     """
     checkpoint = describe(source)
-    shapes = checkpoint.vision_shapes
+    family, shapes = checkpoint.family, checkpoint.vision_shapes
     if checkpoint.files is None:
-        state = random_state(shapes, dtype, seed=RANDOM_SEED)
+        state = random_state(shapes, dtype, seed=RANDOM_SEED, family=family)
     else:
         state = {}
         with checkpoint.files.in_memory():
-            for name, tensor in checkpoint.weights.tensors(shapes, VISION):
+            for name, tensor in checkpoint.weights.tensors(shapes, family.vision_names):
                 state[name] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
                 _check_finite(name, state[name], checkpoint.files)
-    part = _empty_vision(checkpoint)
-    part.load_state_dict({name.removeprefix("multi_modal_"): tensor for name, tensor in state.items()}, assign=True)
-    embeddings: Any = part.vision_tower.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)  # a buffer that is not stored
+    with torch.device("meta"):
+        part = VisionPart(family.new_modules(checkpoint.config))
+    part.load_state_dict({family.module_name(name): tensor for name, tensor in state.items()}, assign=True)
+    family.restore_buffers(part.vision_tower)
     return part.eval().requires_grad_(False)
 
 
-def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
+def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model of `source` without vision tower and projector, in `dtype`, on the CPU, in eval mode, no gradients.
 
-    What answers need beside an engine: the language model, its head, `image_newline` and the stop tokens in
-    `generation_config`. Of a checkpoint's files only those tensors are read, and each exists once. Equal to the same
-    parts of `load_model`; raises `UserError` as that does.
+    What answers need beside an engine: the language model, its head, what closes the visual tokens and the stop tokens
+    in `generation_config`. Of a checkpoint's files only those tensors are read, and each exists once. Equal to the
+    same parts of `load_model`; raises `UserError` as that does.
     """
     checkpoint = describe(source)
     if checkpoint.files is None:
@@ -78,18 +75,19 @@ def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> L
         return _decoder_of(checkpoint, dtype)
 
 
-def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
-    files = checkpoint.files
-    wanted = {**checkpoint.decoder_shapes, _NEWLINE: checkpoint.shapes[_NEWLINE]}
+def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    files, family = checkpoint.files, checkpoint.family
+    closing = () if family.closing_name is None else (family.closing_name,)
+    wanted = checkpoint.decoder_shapes | {name: checkpoint.shapes[name] for name in closing}
     model = _empty_decoder(checkpoint)
-    names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    names = {family.canonical_name(name): name for name, _ in model.named_parameters()}
     state: dict[str, Tensor] = {}
     if files is None:
         for name, shape in wanted.items():
-            state[names[name]] = random_tensor(name, shape, dtype, seed=RANDOM_SEED)
+            state[names[name]] = random_tensor(name, shape, dtype, seed=RANDOM_SEED, family=family)
     else:
         checkpoint.check_weights()
-        for name, tensor in checkpoint.weights.by_file(wanted, (*DECODER, _NEWLINE)):
+        for name, tensor in checkpoint.weights.by_file(wanted, (*family.decoder_names, *closing)):
             state[names[name]] = tensor.to(dtype, copy=True)
             _check_finite(name, state[names[name]], files)
     model.load_state_dict(state, strict=False, assign=True)
@@ -101,13 +99,12 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> LlavaOnevisionFor
     return model.eval().requires_grad_(False)
 
 
-def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> LlavaOnevisionForConditionalGeneration:
+def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Any:
     """The whole model of `source` in `dtype`, on the CPU, in eval mode, each weight created once.
 
     Raises `UserError` as `load_vision` does, for the decoder's tensors too.
     """
     from safetensors import SafetensorError
-    from transformers import LlavaOnevisionForConditionalGeneration
 
     from earlytom.micro.progress import without_progress_bars
     from earlytom.micro.random_model import random_model
@@ -121,7 +118,7 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Lla
     checkpoint.check_weights()  # says more clearly what is wrong than the library does
     try:
         with without_progress_bars():
-            loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
+            loaded: Any = checkpoint.family.transformers_class().from_pretrained(
                 files.folder(["config.json", "generation_config.json"]),
                 config=checkpoint.config,
                 dtype=dtype,
@@ -157,28 +154,14 @@ def load_tokenizer(source: Source = None) -> PreTrainedTokenizerBase:
     return read_tokenizer(checkpoint.files, checkpoint.config)
 
 
-def _empty_vision(checkpoint: Checkpoint) -> VisionPart:
-    """The vision part without memory for its weights."""
-    from transformers import AutoModel
-    from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
-
-    config = checkpoint.config
-    text: Any = config.text_config
-    with torch.device("meta"):
-        newline = nn.Parameter(torch.empty(text.hidden_size))
-        tower = AutoModel.from_config(config.vision_config)
-        return VisionPart(tower, LlavaOnevisionMultiModalProjector(config), newline)
-
-
 def _empty_decoder(checkpoint: Checkpoint) -> Any:
     """The model without its vision part, and without memory for its weights."""
-    from transformers import LlavaOnevisionForConditionalGeneration
-
     from earlytom.micro.random_model import greedy
 
+    family = checkpoint.family
     with torch.device("meta"):
-        model: Any = LlavaOnevisionForConditionalGeneration(checkpoint.config)
-    del model.model.vision_tower, model.model.multi_modal_projector
+        model = family.new_model(checkpoint.config)
+    family.drop_vision(model)
     model.tie_weights()
     files = checkpoint.files
     model.generation_config = (

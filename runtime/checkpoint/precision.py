@@ -44,7 +44,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """fp16 or bf16 where the decoder is stored in that, else fp32; random weights are as good in any, bf16."""
     if checkpoint.files is None:
         return torch.bfloat16
-    dtype = checkpoint.weights.dtype_of("language_model.embed_tokens.weight")
+    dtype = checkpoint.weights.dtype_of(checkpoint.family.embeddings_name)
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(dtype, torch.float32)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
+from earlytom.families import family_of, geometry
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
 
-PUBLISHED_FRAMES = 32
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 _MOST_FRAMES = 1 << 16
 _BICUBIC = 3
 
@@ -21,6 +25,13 @@ class Preprocessing:
     size: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def affine(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Scale and shift, fp32 [1, 3, 1, 1]: values from 0 to 255 times the one plus the other are normalised."""
+        import torch
+
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return 1 / (255 * std), -mean / std
 
 
 def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
@@ -37,13 +48,13 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
         raise files.error(f"its preprocessing settings are {shown(raw)}, expected an object; download them again")
     try:
         frames = 0 if not isinstance(video, dict) else video.get("num_frames") or 0
-        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or PUBLISHED_FRAMES
+        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family_of(config).frames
         found = Preprocessing(_size(raw), *_normalisation(raw))
     except UserError as error:
         raise files.error(f"its preprocessing settings cannot be used: {error}") from error
-    side = config.vision_config.image_size
-    if found.size != (side, side):
-        raise files.error(f"it prepares frames of {found.size[0]}x{found.size[1]}, and its tower takes {side}x{side}")
+    if found.size != (wanted := geometry(config).size):
+        got, takes = ("x".join(map(str, size)) for size in (found.size, wanted))
+        raise files.error(f"it prepares frames of {got}, and its tower takes {takes}")
     return found, frames
 
 

@@ -7,18 +7,14 @@ of that size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.llava_onevision import feature_depth
+from earlytom.families import FAMILIES, TITLES, Family
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
 
-if TYPE_CHECKING:
-    from transformers import LlavaOnevisionConfig
-
 CONFIG = "config.json"
-_FAMILY, _TOWER = "llava_onevision", "siglip_vision_model"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # The largest of each that is taken for a size: several times what any published model has.
 _SIZES = {
@@ -37,7 +33,7 @@ _TEXT_SIZES = _SIZES | {
 _MAY_BE_NULL = ("head_dim", "num_key_value_heads")
 
 
-def read_config(files: Files) -> tuple[dict[str, Any], LlavaOnevisionConfig]:
+def read_config(files: Files) -> tuple[dict[str, Any], Any]:
     """config.json as it is, and as a configuration whose vision path and decoder this project implements.
 
     Raises `UserError` for what is no such thing: an adapter, quantised weights, another family, sizes out of reason.
@@ -45,25 +41,31 @@ def read_config(files: Files) -> tuple[dict[str, Any], LlavaOnevisionConfig]:
     raw = files.json(CONFIG)
     _refuse_adapter(files, raw)
     if raw is None:
-        raise files.error(f"it has no {CONFIG}; expected the folder of a LLaVA-OneVision checkpoint")
-    family = raw.get("model_type")
-    if family != _FAMILY:
-        raise files.error(f"model family {shown(family)} is not supported; supported is {_FAMILY!r} (LLaVA-OneVision)")
+        raise files.error(f"it has no {CONFIG}; expected the folder of a {TITLES} checkpoint")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(f"{name!r} ({one.title})" for name, one in FAMILIES.items())
+        raise files.error(f"model family {shown(kind)} is not supported; supported is {known}")
+    family = FAMILIES[kind]
     sections = {name: _section(files, raw, name) for name in ("vision_config", "text_config")}
     for where in (raw, *sections.values()):
         if where.get("quantization_config"):
             raise files.error("quantised weights are not supported; use the original checkpoint")
     for name, sizes in (("vision_config", _VISION_SIZES), ("text_config", _TEXT_SIZES)):
         _check_sizes(files, name, sections[name].get, {size: sizes[size] for size in sizes if size in sections[name]})
-    _check_layers(files, raw)
-    config = _parse(files, raw)
+    try:
+        family.check(raw)
+    except UserError as error:
+        raise files.error(str(error)) from error
+    config = _parse(files, raw, family)
     _check_vision(files, config.vision_config)
     _check_text(files, config.text_config)
-    _check_activation(files, "projector_hidden_act", config.projector_hidden_act)
+    for name in family.activations:
+        _check_activation(files, name, getattr(config, name))
     text: Any = config.text_config
-    for name in ("image_token_id", "video_token_id"):
+    for name in family.token_ids:
         _in(files, name, lambda name=name: whole(name, getattr(config, name), 0, text.vocab_size - 1))  # type: ignore[misc]
-    _in(files, "vision_feature_layer", lambda: feature_depth(config))
+    _in(files, family.layer_setting, lambda: family.geometry(config))
     return raw, config
 
 
@@ -99,32 +101,23 @@ def _section(files: Files, raw: dict[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _parse(files: Files, raw: dict[str, Any]) -> Any:
-    from transformers import LlavaOnevisionConfig
+def _parse(files: Files, raw: dict[str, Any], family: Family) -> Any:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it may write pages about a value, before it refuses it or not
     try:
-        config = LlavaOnevisionConfig.from_dict(raw)
+        config = family.config(raw)
     except Exception as error:  # the library checks with exceptions of several kinds
         what = " ".join(str(error).split())  # its first line names the field, the second what is wrong
         raise files.error(f"{CONFIG} is not a valid configuration ({what[:240]})") from error
     finally:
         logging.set_verbosity(verbosity)
     tower = getattr(config.vision_config, "model_type", None)
-    if tower != _TOWER:
-        raise files.error(f"vision tower {shown(tower)} is not supported; supported is {_TOWER!r}")
+    if tower not in family.towers:
+        known = ", ".join(map(repr, family.towers))
+        raise files.error(f"vision tower {shown(tower)} is not supported; supported is {known}")
     return config
-
-
-def _check_layers(files: Files, raw: dict[str, Any]) -> None:
-    """Refuse now what later only fails on an arithmetic of layers."""
-    if not isinstance(raw.get("vision_feature_layer", -1), int) or isinstance(raw.get("vision_feature_layer"), bool):
-        raise files.error(
-            f"vision_feature_layer must be one layer, got {shown(raw['vision_feature_layer'])}; several layers are not "
-            "supported"
-        )
 
 
 def _check_vision(files: Files, vision: Any) -> None:

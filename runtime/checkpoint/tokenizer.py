@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from earlytom.families import family_of
 from runtime.checkpoint.files import TOKENIZER_BYTES, Files, first_line
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
     """The tokenizer in `files`; raises `UserError` as `runtime.checkpoint.load_tokenizer` does."""
     from transformers import AutoTokenizer
 
-    from earlytom.micro.random_model import VIDEO
-
+    video = family_of(config).video_token
     if not files.has("tokenizer.json") and not files.has("vocab.json"):
         raise files.error(
             "it has neither tokenizer.json nor vocab.json; expected the tokenizer's files beside the weights"
@@ -47,8 +47,8 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
             local_files_only=True,
             trust_remote_code=False,
         )
-        known, largest = tokenizer.get_added_vocab().get(VIDEO), max(tokenizer.get_vocab().values(), default=0)
-        tokenizer(VIDEO, verbose=False)  # what settings of no sense fail on
+        known, largest = tokenizer.get_added_vocab().get(video), max(tokenizer.get_vocab().values(), default=0)
+        tokenizer(video, verbose=False)  # what settings of no sense fail on
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
     except BaseException as error:
@@ -66,7 +66,7 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         raise files.error("it has no chat template; expected chat_template.jinja or chat_template.json")
     if known != config.video_token_id:
-        raise files.error(f"its tokenizer has the id {known} for {VIDEO}, and config.json says {config.video_token_id}")
+        raise files.error(f"its tokenizer has the id {known} for {video}, and config.json says {config.video_token_id}")
     return tokenizer
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from earlytom.families.llava_onevision import canonical_name
+from earlytom.families import DEFAULT_FAMILY, Family
 from earlytom.numbers import shown
 from runtime.checkpoint.files import INDEX_BYTES, Files, first_line, out_of_memory, some
 
@@ -44,10 +44,12 @@ class Weights:
     """The tensors in the safetensors files of a checkpoint, found by canonical name.
 
     `unused` are canonical names of tensors that may be stored and are not needed: an output layer that is tied.
+    `family` says what is canonical.
     """
 
-    def __init__(self, files: Files, unused: Set[str] = frozenset()) -> None:
+    def __init__(self, files: Files, unused: Set[str] = frozenset(), family: Family = DEFAULT_FAMILY) -> None:
         self._files = files
+        self._canonical_name = family.canonical_name
         self._unused = unused
 
     @property
@@ -81,7 +83,7 @@ class Weights:
         """Where each expected tensor is; the checks are those of `tensors`."""
         places: dict[str, Place] = {}
         for raw, file in sorted(self._weight_map.items()):
-            name = canonical_name(raw)
+            name = self._canonical_name(raw)
             if not name.startswith(prefixes) or name.endswith(_BUFFERS) or name in self._unused:
                 continue
             if _QUANTISED.search(raw):
@@ -112,13 +114,13 @@ class Weights:
             if _QUANTISED.search(raw):
                 raise self._quantised(f"{_cut(raw)} is a tensor of quantised weights")
         self._check_complete(self.shards)
-        if missing := sorted(expected.keys() - set(map(canonical_name, self._index))):
+        if missing := sorted(expected.keys() - set(map(self._canonical_name, self._index))):
             raise self._files.error(f"missing tensors in {INDEX}: {some(missing)}; the checkpoint is not complete")
 
     def dtype_of(self, name: str) -> str:
         """What the tensor of that canonical name is stored in, such as "BF16"; empty if there is no such tensor."""
         for raw, file in self._weight_map.items():
-            if canonical_name(raw) == name:
+            if self._canonical_name(raw) == name:
                 with self._opened(file) as tensors:
                     return tensors.get_slice(raw).get_dtype() if raw in tensors.keys() else ""  # noqa: SIM118
         return ""

@@ -7,7 +7,7 @@ the device; `reading` tells it what the host knows anyway, so that no prefill wa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from earlytom.errors import UserError
+from runtime.decoder.placing import Placed, StepPlaces
 from runtime.decoder.prefix import Prefix
 
 
@@ -24,12 +25,16 @@ class DecoderCache(StaticCache):
 
     Attributes:
         bucket: tokens that it holds at most.
+        steps: what the decode steps of the request under way read beside their token; None for nothing.
     """
 
     def __init__(self, config: Any, bucket: int) -> None:
         super().__init__(config=config, max_cache_len=bucket)
         self.bucket = bucket
         self._offset: int | None = None
+        self._columns: int | None = None
+        self.steps: StepPlaces | None = None
+        self._steps: dict[bool, StepPlaces] = {}  # by whether there is a bias
 
     @property
     def on_device(self) -> bool:
@@ -39,26 +44,52 @@ class DecoderCache(StaticCache):
         """
         return all(type(layer) is StaticLayer for layer in self.layers)
 
+    @property
+    def key(self) -> Hashable:
+        """By which a graph of the decode step is known: it reads these buffers."""
+        return self.bucket if self.steps is None else (self.bucket, self.steps.kind)
+
     def reset(self) -> None:
         """Empty it. Zeroed, and not only rewound: masked positions have weight 0, but 0 times a stale NaN is NaN."""
         super().reset()
+        if self.steps is not None:
+            self.steps.begin(None)
         self._earlytom_inner = None  # of a merged prompt, see `earlytom.inner_decoder`: it is gone, too
 
+    def prepare_steps(self, placed: Placed | None, dtype: torch.dtype, device: torch.device) -> None:
+        """Choose `steps` for a prompt, which is yet to be read; its buffers stay where they are."""
+        biased = placed is not None and placed.bias is not None
+        if placed is not None and biased not in self._steps:
+            self._steps[biased] = StepPlaces(self.bucket, dtype, device, biased=biased)
+        self.steps = None if placed is None else self._steps[biased]
+
     @contextlib.contextmanager
-    def reading(self, offset: int | None) -> Iterator[None]:
-        """Within the block a pass reads tokens from position `offset` on; None: the device alone knows."""
-        self._offset = offset
+    def reading(self, offset: int | None, columns: int | None = None) -> Iterator[None]:
+        """Within the block a pass reads tokens into slots from `offset` on; None: the device alone knows.
+
+        It attends to the first `columns` slots; None: to all. Not to be used with layers that are no `on_device`.
+        """
+        self._offset, self._columns = offset, columns
         try:
             yield
         finally:
-            self._offset = None
+            self._offset = self._columns = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values of a pass in a layer: those to attend to."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._columns is None:
+            return keys, values
+        return keys[:, :, : self._columns], values[:, :, : self._columns]
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Where the tokens of this pass begin; transformers' masks ask."""
         return super().get_query_offset(layer_idx) if self._offset is None else self._offset
 
-    def take(self, length: int, maker: object) -> Prefix:
-        """A copy of the `length` tokens that were read since the last `reset`.
+    def take(self, length: int, maker: object, placed: Placed | None = None) -> Prefix:
+        """A copy of the `length` tokens that were read since the last `reset`, placed as they were.
 
         Raises:
             UserError: the model has layers that keep something else than keys and values.
@@ -72,7 +103,9 @@ class DecoderCache(StaticCache):
         keys, values = (
             tuple(_copied(getattr(layer, name), length) for layer in self.layers) for name in ("keys", "values")
         )
-        return Prefix(keys, values, length, maker)
+        if placed is None:
+            return Prefix(keys, values, length, maker)
+        return Prefix(keys, values, length, maker, placed.next, placed.bias)
 
     def restore(self, prefix: Prefix) -> None:
         """Put a prefix into the empty cache, which must have room for it: as if its tokens had just been read."""

@@ -9,6 +9,8 @@ copy, so the model's are moved off the device and let go.
     decoder = CompiledDecoder.compile(model, compiler, ProgramStore(folder), sizes=[Size(768, 1280)])
     for token in decoder.stream(embeds, max_new_tokens=64): ...
 
+Programs take positions and a bias only if they were made for it (`placed=True`), as these are inputs more for everyone.
+
 A program is stored only if its result on an example, read back from the store's file, is that of PyTorch to within
 `TOLERANCE`: a wrong mask or a wrong slot is an error at build time and not a strange answer later.
 
@@ -36,6 +38,7 @@ from earlytom.errors import UserError
 from earlytom.inner_decoder import InnerPrompt
 from runtime.decoder.compiler import REMEDY, Compiler
 from runtime.decoder.eager import Decoder, Finish
+from runtime.decoder.placing import Placed
 from runtime.decoder.prefix import Prefix
 from runtime.decoder.programs import (
     FAMILY,
@@ -60,6 +63,10 @@ _NO_PREFIX = (
     "the compiled decoder cannot keep the beginning of a prompt for several questions: use --decoder torch, or ask "
     "without a prefix"
 )
+_NO_PLACES = (
+    "this compiled decoder was made without positions and attention bias: use --decoder torch, or --no-bias "
+    "--positions consecutive"
+)
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -83,11 +90,13 @@ def default_size(visual_tokens: int, context: int) -> Size:
 
 @dataclass
 class _Request:
-    """The state of one answer: positions it may take; after the prefill its size, its last slot and the caches."""
+    """The state of one answer: slots it may take; after the prefill its size, its last slot and the caches."""
 
-    positions: int
+    slots: int
     size: Size | None = None
     last: Tensor | None = None  # int64 [1]
+    places: tuple[Tensor, ...] = ()  # where programs take them: the last position, int64 [1], and the bias, fp32 [C]
+    steps: None = None  # as in `DecoderCache`: here `places` take that part
     caches: tuple[Tensor, ...] = ()
 
 
@@ -96,6 +105,7 @@ class CompiledDecoder(Decoder):
 
     Attributes:
         sizes: the sizes there are programs for, the smallest first.
+        placed: whether they take positions and a bias.
         limit, buckets: as in `Decoder`, of the caches.
     """
 
@@ -105,7 +115,10 @@ class CompiledDecoder(Decoder):
         lm_head: nn.Module,
         programs: Mapping[ProgramSize, Program],
         sizes: Sequence[Size],
+        *,
+        placed: bool = False,
     ) -> None:
+        self.placed = placed
         self.sizes = tuple(sorted(set(sizes), key=lambda size: (size.cache, size.prompt)))
         super().__init__(language_model, lm_head, buckets=[size.cache for size in self.sizes])
         self._programs = dict(programs)
@@ -115,7 +128,9 @@ class CompiledDecoder(Decoder):
         del self._language_model, self._lm_head  # the programs hold the weights
 
     @classmethod
-    def compile(cls, model: Any, compiler: Compiler, store: ProgramStore, sizes: Sequence[Size]) -> CompiledDecoder:
+    def compile(
+        cls, model: Any, compiler: Compiler, store: ProgramStore, sizes: Sequence[Size], *, placed: bool = False
+    ) -> CompiledDecoder:
         """The compiled decoder of a transformers model with a Qwen2 decoder.
 
         Args:
@@ -124,6 +139,7 @@ class CompiledDecoder(Decoder):
             compiler: makes and loads programs.
             store: where they are kept.
             sizes: prompts and caches to compile for; a request takes the smallest that holds it.
+            placed: make programs that take positions and a bias.
 
         Raises:
             EngineError: another family of models; a program that cannot be compiled, or computes something else.
@@ -140,7 +156,7 @@ class CompiledDecoder(Decoder):
                 raise ValueError(
                     f"a size needs 2 <= prompt < cache <= {config.max_position_embeddings}, got {tuple(size)}"
                 )
-        wanted = sorted({ProgramSize(size.cache, tokens) for size in sizes for tokens in (size.prompt, 1)})
+        wanted = sorted({ProgramSize(size.cache, tokens, placed) for size in sizes for tokens in (size.prompt, 1)})
         with _one_at_a_time, tempfile.TemporaryDirectory(prefix="programs-") as spare:
             source = _Source(language_model, lm_head, compiler, store, ProgramStore(Path(spare)))
             files = {size: source.file(size) for size in wanted}
@@ -148,7 +164,7 @@ class CompiledDecoder(Decoder):
             lm_head.to("cpu")
             programs = {size: compiler.load(file) for size, file in files.items()}
         language_model.get_input_embeddings().to(compiler.device)
-        made = cls(language_model, lm_head, programs, sizes)
+        made = cls(language_model, lm_head, programs, sizes, placed=placed)
         made._warm_up()
         return made
 
@@ -158,12 +174,30 @@ class CompiledDecoder(Decoder):
         last = torch.zeros(1, dtype=torch.int64, device=self.device)
         for size, program in self._programs.items():
             embeds = torch.zeros(1, size.tokens, self._width, dtype=self.dtype, device=self.device)
-            program(embeds, last, *self._empty[size.cache])
+            program(embeds, last, *self._places(size, None), *self._empty[size.cache])
 
-    def warm_up(self, lengths: Iterable[int]) -> None:
+    def _places(self, size: ProgramSize, placed: Placed | None) -> tuple[Tensor, ...]:
+        """Positions [L] and bias [C] of a prompt, padded, where programs take them."""
+        if not self.placed:
+            return ()
+        positions = torch.arange(size.tokens, device=self.device) if placed is None else placed.positions
+        bias = torch.zeros(size.cache, device=self.device) if placed is None or placed.bias is None else placed.bias
+        return (
+            nn.functional.pad(positions, (0, size.tokens - len(positions))),
+            nn.functional.pad(bias, (0, size.cache - len(bias))),
+        )
+
+    def warm_up(self, lengths: Iterable[int], *, positions: bool = False, bias: bool = False) -> None:
         """Nothing is left to do: `compile` has run every program."""
 
-    def prefill(self, inputs_embeds: Tensor, visual: range | None = None) -> Prefix:
+    def prefill(
+        self,
+        inputs_embeds: Tensor,
+        visual: range | None = None,
+        *,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Prefix:
         """Always raises UserError: the compiled prefill begins with an empty cache, so there is no use for a prefix."""
         raise UserError(_NO_PREFIX)
 
@@ -176,12 +210,25 @@ class CompiledDecoder(Decoder):
         sampling: Sampling = GREEDY,
         visual: range | None = None,
         prefix: Prefix | None = None,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
-        """As `Decoder.stream`; a prompt that no size holds, and any prefix, is refused too, with UserError."""
+        """As `Decoder.stream`; a prompt that no size holds, and any prefix, is refused too, with UserError.
+
+        So are positions and a bias, if `placed` is false.
+        """
         if prefix is not None:
             raise UserError(_NO_PREFIX)
+        if not self.placed and (positions is not None or bias is not None):
+            raise UserError(_NO_PLACES)
         tokens = super().stream(
-            inputs_embeds, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, visual=visual
+            inputs_embeds,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            sampling=sampling,
+            visual=visual,
+            positions=positions,
+            bias=bias,
         )
         length = inputs_embeds.shape[1]
         if self._size(length, length + max_new_tokens) is None:
@@ -192,10 +239,10 @@ class CompiledDecoder(Decoder):
             )
         return tokens
 
-    def _size(self, prompt: int, positions: int) -> Size | None:
-        return next((size for size in self.sizes if prompt <= size.prompt and positions <= size.cache), None)
+    def _size(self, prompt: int, slots: int) -> Size | None:
+        return next((size for size in self.sizes if prompt <= size.prompt and slots <= size.cache), None)
 
-    def _cleared_cache(self, length: int) -> Any:
+    def _cleared_cache(self, length: int, placed: Placed | None = None) -> Any:
         return _Request(length)
 
     @torch.inference_mode()
@@ -204,20 +251,30 @@ class CompiledDecoder(Decoder):
 
     @torch.inference_mode()
     def _forward(
-        self, embeds: Tensor, cache: Any, merged: InnerPrompt | None = None, start: int | None = None
+        self,
+        embeds: Tensor,
+        cache: Any,
+        merged: InnerPrompt | None = None,
+        start: int | None = None,
+        placed: Placed | None = None,
     ) -> Tensor:
         request = cast(_Request, cache)
         if request.size is None or request.last is None:
             length = embeds.shape[1]
-            request.size = self._size(length, request.positions)
+            request.size = self._size(length, request.slots)
             assert request.size is not None  # `stream` has looked
             request.caches = self._empty[request.size.cache]
             request.last = torch.full((1,), length - 1, device=self.device)
             embeds = nn.functional.pad(embeds, (0, 0, 0, request.size.prompt - length))
+            places = self._places(ProgramSize(request.size.cache, request.size.prompt), placed)
+            request.places = (places[0][length - 1 : length], places[1]) if places else ()
         else:
             request.last = request.last + 1  # on the device: nothing is copied to it in a step
-        program = self._programs[ProgramSize(request.size.cache, embeds.shape[1])]
-        logits, *caches = program(embeds, request.last, *request.caches)
+            if request.places:
+                request.places = (request.places[0] + 1, request.places[1])
+            places = request.places
+        program = self._programs[ProgramSize(request.size.cache, embeds.shape[1], self.placed)]
+        logits, *caches = program(embeds, request.last, *places, *request.caches)
         request.caches = tuple(caches)
         return logits[0]
 
@@ -252,6 +309,8 @@ class _Source:
     def file(self, size: ProgramSize) -> Path:
         """The compiled program of one size; made, checked and stored if the store does not have it."""
         identity: Identity = {"kind": size.kind, "tokens": size.tokens, "cache": size.cache, **self._identity}
+        if size.placed:  # not said of the others, whose identity is older than this
+            identity = {**identity, "placed": 1}
         if (file := self._store.find(identity)) is not None:  # without the lock: the store may be read-only
             return file
         try:

@@ -15,9 +15,12 @@ Several questions about one video share the beginning of their prompts. It is re
     prefix = decoder.prefill(embeds)
     for token in decoder.stream(question, prefix=prefix, max_new_tokens=64): ...
 
+The tokens of a prompt may have positions of their own and a bias on their keys, see `runtime.decoder.placing`.
+
 A decode step works in fixed buffers, from the token's embedding to the choice of the next one, and is a CUDA graph on
-a GPU, one for each bucket: a greedy step then allocates nothing and the host waits for the token only. With sampling
-the choice is made after the graph, in memory that torch has cached. The prefill is no graph, as lengths differ.
+a GPU, one for each bucket, and again one for prompts with positions or a bias: a greedy step then allocates nothing and
+the host waits for the token only. With sampling the choice is made after the graph, in memory that torch has cached.
+The prefill is no graph, as lengths differ.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from earlytom.errors import UserError
 from earlytom.inner_decoder import InnerPrompt, apply_inner
 from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
+from runtime.decoder.checks import broken_prompt, checked_length, overflow, refuse_places, refuse_prefix
 from runtime.decoder.picking import Picker, pick_best
+from runtime.decoder.placing import Placed, PromptPass
 from runtime.decoder.prefix import Prefix
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.gpu.graphs import Replay, ToHost
@@ -44,7 +49,6 @@ from runtime.gpu.graphs import Replay, ToHost
 SMALLEST_BUCKET = 512
 # Why a stream ended: one of the stop ids came, or the token limit was reached.
 Finish = Literal["stop", "length"]
-_BROKEN_PROMPT = "the prompt's embeddings hold values that are not finite: check the vision engine with its report.json"
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,13 @@ class Decoder:
         with torch.no_grad():  # no inference tensors: the caller may write the video's tokens into the result
             return self._embedding(to_device(ids, self.device))
 
-    def warm_up(self, lengths: Iterable[int]) -> None:
+    def warm_up(self, lengths: Iterable[int], *, positions: bool = False, bias: bool = False) -> None:
         """Allocate caches, capture decode steps and run each once, so that no request pays for it.
 
         Args:
             lengths: positions that prompts and their answers are going to take together, each at least 3; one for
                 each bucket that will be used is enough.
+            positions, bias: whether the prompts will have them.
 
         Raises:
             ValueError: a length below 3.
@@ -145,38 +150,49 @@ class Decoder:
             if length < 3:
                 raise ValueError(f"a warm-up takes lengths of at least 3 positions, got {length}")
             embeds = torch.zeros(1, length - 2, self._width, dtype=self.dtype, device=self.device)
-            for _ in self.stream(embeds, max_new_tokens=2):
+            places = torch.arange(length - 2, device=self.device) if positions else None
+            weights = torch.zeros(length - 2, device=self.device) if bias else None
+            for _ in self.stream(embeds, max_new_tokens=2, positions=places, bias=weights):
                 pass
 
-    def prefill(self, inputs_embeds: Tensor, visual: range | None = None) -> Prefix:
+    def prefill(
+        self,
+        inputs_embeds: Tensor,
+        visual: range | None = None,
+        *,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Prefix:
         """Read the beginning of a prompt, for `stream` to go on from: any number of times, at the cost of a copy.
 
         Logits after prefix and rest are those of the whole prompt, to rounding: their sums run in another order.
 
         Args:
             inputs_embeds: [1, L, D]; converted as in `stream`.
-            visual: as in `stream`.
+            visual, positions, bias: as in `stream`.
 
         Raises:
-            ValueError: embeddings of another shape.
+            ValueError: embeddings, positions or a bias of another shape.
             UserError: it leaves no room in `limit` for a question and an answer; embeddings that are not finite;
-                visual tokens for inner merging, which needs the question; a model whose layers cannot be kept.
+                visual tokens for inner merging, which needs the question; a model whose layers cannot be kept, or
+                take no positions or bias.
             RuntimeError: a stream has not ended.
         """
-        length = self._checked_length(inputs_embeds)
-        self._refuse_inner(visual)
+        length = checked_length(inputs_embeds, self._width)
+        refuse_prefix(merging=self._merges(visual))
+        placed = self._placed(length, positions, bias)
         if length > self.limit - 2:
             raise UserError(
                 f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
                 f"{self.limit} positions: use an engine with fewer frames or tokens"
             )
         with self._alone(), torch.inference_mode():
-            cache = self._cleared_cache(length)
-            finite = torch.isfinite(inputs_embeds).all()  # if not, whoever asks would be told that the model is broken
-            self._hidden(inputs_embeds.to(self.device, self.dtype), cache, None, 0)
-            prefix = cache.take(length, self._mark)
-            if not bool(finite):  # read when all is queued, since the host waits here
-                raise UserError(_BROKEN_PROMPT)
+            cache = self._cleared_cache(length, placed)
+            self._hidden(inputs_embeds.to(self.device, self.dtype), cache, None, 0, placed)
+            prefix = cache.take(length, self._mark, placed)
+            # Else whoever asks would be told that the model is broken. When all is queued, since the host waits here.
+            if (broken := broken_prompt(inputs_embeds, placed)) is not None:
+                raise UserError(broken)
             return prefix
 
     def stream(
@@ -188,6 +204,8 @@ class Decoder:
         sampling: Sampling = GREEDY,
         visual: range | None = None,
         prefix: Prefix | None = None,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
         """Generate token ids; the first `next` runs the prefill, each further one a decode step.
 
@@ -201,6 +219,10 @@ class Decoder:
             sampling: greedy by default.
             visual: positions of the prompt that inner merging may merge; of no effect without it.
             prefix: the beginning of the prompt, from `prefill`; `inputs_embeds` are what comes after it.
+            positions: int64 [L] position ids of `inputs_embeds`, any; the answer's go on from the last. Default: one
+                after the other, from 0 or behind the prefix.
+            bias: fp32 [L], added to the attention logits of the key of each of `inputs_embeds`, in all layers. The
+                keys of a prefix have theirs, those of the answer none.
 
         Yields:
             token ids.
@@ -209,18 +231,19 @@ class Decoder:
             (as the generator's value) "stop" or "length".
 
         Raises:
-            ValueError: a prompt of another shape.
+            ValueError: a prompt, positions or a bias of another shape.
             UserError: prompt and answer do not fit in `limit`; a prefix of another decoder, or one together with
-                visual tokens for inner merging; while iterating, logits that are not finite.
+                visual tokens for inner merging; a bias together with these; a model whose attention takes no positions
+                or bias; while iterating, logits that are not finite.
             RuntimeError: while iterating, another stream of this decoder has not ended.
         """
-        length = self._checked_length(inputs_embeds)
+        length = checked_length(inputs_embeds, self._width)
         max_new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
-        before = ""
+        before, rest = "", length
         if prefix is not None:
             if prefix.maker is not self._mark:
                 raise UserError("this prefix was made by another decoder: make it anew with this one's prefill")
-            self._refuse_inner(visual)
+            refuse_prefix(merging=self._merges(visual))
             before, length = f" ({prefix.length} of them a prefix)", length + prefix.length
         if length + max_new_tokens > self.limit:
             raise UserError(
@@ -228,13 +251,14 @@ class Decoder:
                 f"positions, the decoder has {self.limit}: lower --max-new-tokens, or use an engine with fewer frames "
                 "or tokens"
             )
+        placed = self._placed(rest, positions, bias, prefix, visual)
         # The body is a generator of its own so that the checks above fail here and not at the first `next`.
         merged: InnerPrompt | None = None
-        if self._inner is not None and visual:
+        if visual and self._merges(visual):
             mask = torch.zeros(1, length, dtype=torch.bool)
             mask[0, visual.start : visual.stop] = True
             merged = InnerPrompt.of(mask)
-        return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling, merged, prefix)
+        return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling, merged, prefix, placed)
 
     def _generate(
         self,
@@ -244,13 +268,14 @@ class Decoder:
         sampling: Sampling,
         merged: InnerPrompt | None,
         prefix: Prefix | None,
+        placed: Placed | None,
     ) -> Generator[int, None, Finish]:
         # Entered here and not in `stream`: nothing is undone in a generator that was never started.
         with self._alone():
             start = 0 if prefix is None else prefix.length
-            cache = self._cleared_cache(start + embeds.shape[1] + max_new_tokens)
+            cache = self._cleared_cache(start + embeds.shape[1] + max_new_tokens, placed)
             pick = Picker(sampling, self.device)
-            self._read_prompt(embeds.to(self.device, self.dtype), cache, merged, prefix)
+            self._read_prompt(embeds.to(self.device, self.dtype), cache, merged, prefix, placed)
             for count in range(1, max_new_tokens + 1):
                 if count > 1:
                     self._advance(cache, merged)
@@ -258,7 +283,7 @@ class Decoder:
                     self._choose(pick)
                 token = self._to_host(self._chosen)  # the one wait for the device in a step
                 if token < 0:
-                    raise UserError(self._not_finite(embeds, count))
+                    raise UserError(broken_prompt(embeds, placed) or overflow(self.dtype, count))
                 if token in stop_ids:
                     return "stop"
                 yield token
@@ -278,13 +303,22 @@ class Decoder:
 
     # Inference mode is entered for each step: held across a `yield` it would leak into the caller's code.
     @torch.inference_mode()
-    def _read_prompt(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, prefix: Prefix | None) -> None:
+    def _read_prompt(
+        self,
+        embeds: Tensor,
+        cache: Any,
+        merged: InnerPrompt | None,
+        prefix: Prefix | None,
+        placed: Placed | None = None,
+    ) -> None:
         """Put prefix and `embeds` [1, L, D] into an empty cache, and the logits after them into their buffer."""
         start = 0
         if prefix is not None:
             cache.restore(prefix)
             start = prefix.length
-        self._logits.copy_(self._forward(embeds, cache, merged, start))
+        self._logits.copy_(self._forward(embeds, cache, merged, start, placed))
+        if cache.steps is not None:
+            cache.steps.begin(placed)
 
     @torch.inference_mode()
     def _choose(self, pick: Picker) -> None:
@@ -295,7 +329,7 @@ class Decoder:
         """One decode step, as a graph where there is one."""
         step = functools.partial(self._step, cache, merged)
         if merged is None:
-            self.replay(cache.bucket, step)
+            self.replay(cache.key, step)
         else:
             step()  # what it continues from is new in every request: the tokens that merging left
 
@@ -304,22 +338,49 @@ class Decoder:
         embeds = self._embedding(self._chosen.view(1, 1))
         self._logits.copy_(self._forward(embeds, cache, merged))
         self._chosen.copy_(pick_best(self._logits))
+        if cache.steps is not None:
+            cache.steps.leave()
 
     @torch.inference_mode()
-    def _forward(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, start: int | None = None) -> Tensor:
+    def _forward(
+        self,
+        embeds: Tensor,
+        cache: Any,
+        merged: InnerPrompt | None,
+        start: int | None = None,
+        placed: Placed | None = None,
+    ) -> Tensor:
         """The logits [V] after the last of `embeds`; otherwise as `_hidden`."""
-        return self._lm_head(self._hidden(embeds, cache, merged, start)[:, -1])[0]
+        return self._lm_head(self._hidden(embeds, cache, merged, start, placed)[:, -1])[0]
 
     @torch.inference_mode()
-    def _hidden(self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, start: int | None) -> Tensor:
-        """Append `embeds` [1, L, D] to the cache, from position `start` on (None: the cache knows): hidden states."""
+    def _hidden(
+        self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, start: int | None, placed: Placed | None
+    ) -> Tensor:
+        """Append `embeds` [1, L, D] to the cache, from slot `start` on: hidden states of the last pass.
+
+        None for `start`: a decode step, the cache knows.
+        """
         # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.
         told = contextlib.nullcontext() if merged is None or self._inner is None else self._inner.prompt(merged)
-        with told, cache.reading(start):
-            return self._language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = embeds
+        with told:
+            for tokens, columns, how in self._passes(cache, start, placed):
+                with cache.reading(None if start is None else start + tokens.start, columns):
+                    hidden = self._language_model(
+                        inputs_embeds=embeds[:, tokens], past_key_values=cache, use_cache=True, **how
+                    ).last_hidden_state
+        return hidden
+
+    def _passes(self, cache: Any, start: int | None, placed: Placed | None) -> Iterable[PromptPass]:
+        """One after the other: of which tokens, and how."""
+        if placed is not None:
+            return placed.passes(cache.bucket, self.dtype)
+        how = cache.steps.enter() if start is None and cache.steps is not None else {}
+        return [PromptPass(slice(0, None), None, how)]
 
     @torch.inference_mode()
-    def _cleared_cache(self, length: int) -> Any:
+    def _cleared_cache(self, length: int, placed: Placed | None = None) -> Any:
         """The cache of the smallest bucket that holds `length` positions, empty, its decode step captured.
 
         It is cleared before use and not after, so that no way of ending a request matters.
@@ -332,39 +393,32 @@ class Decoder:
         cache = self._caches[bucket]
         if not cache.on_device:
             self.replay.refuse("this language model has layers (sliding windows, say) that keep count on the host")
+        cache.prepare_steps(placed, self.dtype, self.device)
 
         def rewind() -> None:
             cache.reset()
             self._chosen.zero_()  # some id that exists: the last answer may have ended with -1
 
-        self.replay.prepare(bucket, functools.partial(self._step, cache, None), rewind)
+        self.replay.prepare(cache.key, functools.partial(self._step, cache, None), rewind)
         cache.reset()
         return cache
 
-    def _checked_length(self, embeds: Tensor) -> int:
-        """L of embeddings [1, L, D]. Raises ValueError if they are something else."""
-        if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != self._width:
-            raise ValueError(f"inputs_embeds must be [1, L, {self._width}], got {list(embeds.shape)}")
-        if embeds.shape[1] < 1:
-            raise ValueError("the prompt is empty: give at least one embedding")
-        return embeds.shape[1]
+    def _placed(
+        self,
+        length: int,
+        positions: Tensor | None,
+        bias: Tensor | None,
+        prefix: Prefix | None = None,
+        visual: range | None = None,
+    ) -> Placed | None:
+        """Where the `length` tokens of a prompt after a prefix stand. Raises UserError where they cannot."""
+        placed = Placed.of(length, positions, bias, prefix, self.device)
+        if placed is not None:
+            refuse_places(placed, self._config, merging=self._merges(visual))
+        return placed
 
-    def _refuse_inner(self, visual: range | None) -> None:
-        """Raise UserError if there is something for inner merging in a prompt with a prefix."""
-        if self._inner is not None and visual:
-            raise UserError(
-                "inner merging ranks the visual tokens by the question, so they cannot be read before it: leave out "
-                "--inner-layer (inner=...), or ask without a prefix"
-            )
-
-    def _not_finite(self, embeds: Tensor, count: int) -> str:
-        if not bool(torch.isfinite(embeds).all()):
-            return _BROKEN_PROMPT
-        name = str(self.dtype).removeprefix("torch.")
-        return (
-            f"the language model's logits are not finite at token {count} in {name}: its activations overflow; "
-            "load it in bfloat16 or float32"
-        )
+    def _merges(self, visual: range | None) -> bool:
+        return self._inner is not None and bool(visual)
 
 
 def _buckets(context: int, wanted: Sequence[int] | None) -> tuple[int, ...]:

@@ -24,17 +24,22 @@ class Prefix:
             in its dtype. Layers with a sliding window hold the last tokens only, at most a window of them.
         length: L, positions that it takes in a prompt.
         maker: identifies the decoder that made it, and does not keep it alive.
+        position: int64 [], of the token that comes after it; None if that is L.
+        bias: fp32 [L], added to the attention logits of its keys; None if all are 0.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     length: int
     maker: object = field(repr=False)
+    position: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def bytes(self) -> int:
         """Memory that its tensors take."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        tensors = (*self.keys, *self.values, self.position, self.bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def __repr__(self) -> str:
         return f"Prefix(length={self.length}, layers={len(self.keys)}, bytes={self.bytes})"

@@ -12,6 +12,12 @@ inputs and outputs and nothing is changed in place.
 
 A slot is attended only by tokens at or after it. So a slot that padding wrote is never looked at before a decode step
 has written it again, and no mask has to tell padding from text.
+
+Programs for prompts with places (see `runtime.decoder.placing`) take these too, and are others:
+
+    program(embeds, last, positions int64 [L], bias fp32 [C], *caches) -> (logits, *caches)
+
+`positions` go into the rotary embedding and nowhere else; bias j is added to the logits of the key in slot j.
 """
 
 from __future__ import annotations
@@ -41,10 +47,14 @@ Program = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, order=True)
 class ProgramSize:
-    """The static sizes of a program: slots of the caches, and tokens that it takes at once (1 for a decode step)."""
+    """The static sizes of a program: slots of the caches, and tokens that it takes at once (1 for a decode step).
+
+    `placed`: it takes positions and a bias.
+    """
 
     cache: int
     tokens: int
+    placed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens < self.cache:
@@ -64,8 +74,9 @@ class DecoderProgram(nn.Module):
         self.lm_head = lm_head
         self.size = size
 
-    def forward(self, embeds: Tensor, last: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, embeds: Tensor, last: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """See the module's docstring. Call it inside `explicit_attention`."""
+        places, caches = (rest[:2], rest[2:]) if self.size.placed else ((), rest)
         config = cast(Any, self.language_model.config)
         slots = torch.arange(self.size.cache, device=embeds.device)
         if self.size.kind == "decode":
@@ -78,6 +89,9 @@ class DecoderProgram(nn.Module):
         masks = {"full_attention": _additive(distance >= 0)}
         if "sliding_attention" in config.layer_types:
             masks["sliding_attention"] = _additive((distance >= 0) & (distance < config.sliding_window))
+        if places:
+            positions, bias = places
+            masks = {kind: mask + bias[: mask.shape[-1]] for kind, mask in masks.items()}
         hidden = self.language_model(
             inputs_embeds=embeds,
             attention_mask=masks,
@@ -184,9 +198,14 @@ def example_inputs(language_model: nn.Module, size: ProgramSize) -> tuple[Tensor
     ids = torch.randint(embedding.shape[0], (1, size.tokens), generator=generator)
     last = size.cache // 2 if size.kind == "decode" else size.tokens - 1 - size.tokens // 4
     caches = empty_caches(cast(Any, language_model.config), size.cache, embedding.dtype, embedding.device)
+    places: tuple[Tensor, ...] = ()
+    if size.placed:
+        gaps = torch.randint(1, 4, (size.tokens,), generator=generator)
+        places = (gaps.cumsum(0) + last, torch.randn(size.cache, generator=generator))
     return (
         nn.functional.embedding(ids.to(embedding.device), embedding),
         torch.tensor([last], device=embedding.device),
+        *(tensor.to(embedding.device) for tensor in places),
         *(torch.randn(cache.shape, generator=generator).to(cache) for cache in caches),
     )
 

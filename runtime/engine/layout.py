@@ -4,10 +4,13 @@ An engine maps one clip to the visual tokens that reach the LLM, with static sha
 
     frames     uint8 [F, 3, H, W]   RGB at the model's resolution; scaling and normalising happen inside the engine
     tokens     dtype [N, D]         D is the width of the LLM; dtype is that of the graph
-    positions  int64 [N]            ascending; position = f * P + cell, f the index among the frames that are left
+    positions  int64 [N]            ascending; position = f * P + cell, f the index among the F' frames that are left
+    sources    fp32 [F', F]         what each frame that is left is made of
+    place      int64 [N]            where a token is in the video: frame of the video * P + cell
+    bias       fp32 [N]             the logarithm of how many of the video's tokens it stands for
 
-An engine for B > 1 videos at once has a leading B in all three: frames [B, F, 3, H, W], tokens [B, N, D], positions
-[B, N]; every video is treated as if it were alone.
+An engine for B > 1 videos at once has a leading B in all of them: frames [B, F, 3, H, W], tokens [B, N, D], positions
+[B, N], ...; every video is treated as if it were alone.
 
 That is one graph, `vision.onnx` or `vision.engine`, in the budget schedule. A folder for several frame counts has a
 graph for each, `vision.f8.onnx`, `vision.f16.onnx`, ..., so do its other files; ONNX weights of all of them are in
@@ -16,10 +19,14 @@ graph for each, `vision.f8.onnx`, `vision.f16.onnx`, ..., so do its other files;
 
     hidden           [n, T, D]       all stages but the first: what the stage before merged
     received         fp32 [n, S]     the last stage: received attention
+    made_of          fp32 [n, F]     all stages but the first: `sources` of the stage before
+    sources          fp32 [n, F]     all stages: what the frames are made of after its merge; rows from `count` on are
+                                     zero
     merged_hidden    [n, T, D]       all stages but the last; rows from `count` on are zero
     merged_received  fp32 [n, S]     the last stage but one; likewise
     count            int64 [1]       frames left; of the last stage, the tokens that count: [M, D] come, of which the
-                                     first N are the answer, M = `places` * n being what n frames have room for
+                                     first N are the answer, M = `places` * n being what n frames have room for; so
+                                     it is with positions, place and bias [M]
 
 An engine whose clips come in chunks of C frames (budget schedule, C divides F) is two graphs, `vision.0.onnx` with the
 layers up to the first merge, which runs once for each chunk, and `vision.1.onnx` with everything from there on:
@@ -44,9 +51,14 @@ from earlytom.spans import layer_spans, trace_names
 FRAMES = "frames"
 TOKENS = "tokens"
 POSITIONS = "positions"
-OUTPUTS = (TOKENS, POSITIONS)
+SOURCES = "sources"
+PLACE = "place"
+BIAS = "bias"
+OUTPUTS = (TOKENS, POSITIONS, SOURCES, PLACE, BIAS)
+OF_TOKENS = (TOKENS, POSITIONS, PLACE, BIAS)  # those with a row for each token
 HIDDEN, RECEIVED = "hidden", "received"
 MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
+MADE_OF = "made_of"
 COUNT = "count"
 
 # The dtypes of a graph, by their names in folder names, manifests and flags (--fp16, --bf16, --fp32): tokens and hidden
@@ -270,16 +282,21 @@ class Layout:
     def _tensor(self, name: str, rows: int) -> Tensor:
         videos = () if self.batch == 1 else (self.batch,)
         tokens = VARIES if self.adaptive else None if self.sizes.tokens_per_frame is None else self.tokens
+        left = rows if self.adaptive else self.stages[-1]
         shapes: dict[str, tuple[int | None, ...]] = {
             FRAMES: (*videos, rows, 3, *(self.sizes.image or (None, None))),
             HIDDEN: (rows, None, None),
             RECEIVED: (rows, None),
             TOKENS: (*videos, tokens, self.sizes.width),
             POSITIONS: (*videos, tokens),
+            SOURCES: (*videos, left, self.frames),
+            PLACE: (*videos, tokens),
+            BIAS: (*videos, tokens),
             COUNT: (1,),
         }
-        dtypes = {FRAMES: "uint8", POSITIONS: "int64", COUNT: "int64", RECEIVED: "fp32"}
-        kind = {MERGED_HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED}.get(name, name)
+        dtypes = {FRAMES: "uint8"} | dict.fromkeys((POSITIONS, PLACE, COUNT), "int64")
+        dtypes |= dict.fromkeys((RECEIVED, SOURCES, BIAS), "fp32")
+        kind = {MERGED_HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED, MADE_OF: SOURCES}.get(name, name)
         return Tensor(name, shapes[kind], (dtypes[kind],) if kind in dtypes else DTYPE_NAMES)
 
     def _span(self, stage: int | None) -> range | None:
@@ -309,9 +326,9 @@ class Layout:
 def _stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Inputs and outputs of one stage of a chain of `stages`, by name."""
     last = stages - 1
-    inputs: tuple[str, ...] = (HIDDEN,) if stage else (FRAMES,)
+    inputs: tuple[str, ...] = (HIDDEN, MADE_OF) if stage else (FRAMES,)
     if 0 < stage == last:
-        inputs = (HIDDEN, RECEIVED)
+        inputs = (HIDDEN, RECEIVED, MADE_OF)
     if stage == last:
         return inputs, (*OUTPUTS, COUNT)
-    return inputs, (MERGED_HIDDEN, COUNT, *([MERGED_RECEIVED] * (stage == last - 1)))
+    return inputs, (MERGED_HIDDEN, SOURCES, COUNT, *([MERGED_RECEIVED] * (stage == last - 1)))

@@ -64,14 +64,15 @@ class ModelRecord:
 
     `digest` identifies the weights that are in the engine; `trained` is False for random weights. `answers` identifies
     everything else that answers depend on, decoder and tokenizer; `commit` that of a hub repository. Manifests of
-    earlier versions have neither, and None is not written.
+    earlier versions have neither, and None is not written. `image_size` is the side of a square frame in pixels, or
+    (height, width).
     """
 
     source: str
     family: str
     digest: str
     trained: bool
-    image_size: int
+    image_size: int | tuple[int, int]
     patch_size: int
     preprocessing: PreprocessingRecord
     answers: str | None = None
@@ -84,10 +85,18 @@ class ModelRecord:
         for name in ("answers", "commit"):
             value = getattr(self, name)
             check(value is None or is_hex(value), f"model: {name}", "hex digits or left out", value)
-        for name in ("image_size", "patch_size"):
-            check(is_count(getattr(self, name)), f"model: {name}", "a positive whole number", getattr(self, name))
+        check(is_count(self.patch_size), "model: patch_size", "a positive whole number", self.patch_size)
         side = self.image_size
-        check(self.preprocessing.size == (side, side), "preprocessing: size", [side, side], self.preprocessing.size)
+        if isinstance(side, (list, tuple)):
+            ok = len(side) == 2 and all(map(is_count, side)) and side[0] != side[1]
+            check(ok, "model: image_size", "two different positive whole numbers", side)
+            height, width = side
+            object.__setattr__(self, "image_size", (height, width))
+        else:
+            check(is_count(side), "model: image_size", "a positive whole number", side)
+            height = width = side
+        size = height, width
+        check(self.preprocessing.size == size, "preprocessing: size", list(size), self.preprocessing.size)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +45,53 @@ examples:
 # What only the comparison knows, of the options that are None where they were not given.
 _COMPARISON = ("frames", "merge_layers", "scale_frames", "scale_ratios", "plot")
 N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured and how: the options by their names, checked, with every default that needs no model.
+
+    Attributes:
+        model: a source, None for the bundled one. video: None for one that is drawn. frames: None for as many as the
+            model is meant to be shown. merge_layers: None for those of the tower.
+        engine: folders, of which --service and --soak measure one: the newest, if there is none.
+        device: "cpu" or "cuda". dtype: None for what the model fits in.
+        soak: requests whose memory is watched; None to measure something else.
+    """
+
+    model: str | None
+    video: Path | None
+    question: str
+    frames: int | None
+    ratio: float
+    merge_layers: tuple[int, ...] | None
+    tau: float
+    variants: tuple[str, ...]
+    engine: tuple[Path, ...]
+    device: str
+    dtype: str | None
+    threads: int | None
+    warmup: int
+    repeats: int
+    max_new_tokens: int
+    concurrency: tuple[int, ...]
+    requests: int
+    scale_frames: tuple[int, ...]
+    scale_ratios: tuple[float, ...]
+    scale_repeats: int
+    service: bool
+    soak: int | None
+    soak_clients: int
+    plot: Path | None
+    json: bool
+
+
+def read(argv: Sequence[str] | None) -> BenchSettings:
+    """Parse, and refuse what can be refused without the model: `check`, then `place`."""
+    options = parser().parse_args(argv)
+    check(options)
+    place(options)
+    return BenchSettings(**vars(options) | {"engine": tuple(options.engine)})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,13 +198,18 @@ def check(options: argparse.Namespace) -> None:
     for folder in options.engine or ([newest_engine(ENGINES)] if alone else []):
         Manifest.read(folder, verify_files=False)
     if options.plot is not None:
-        try:
-            importlib.import_module("matplotlib")
-        except ImportError as error:
-            raise UserError(
-                'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
-            ) from error
+        require_matplotlib()
         options.plot.mkdir(parents=True, exist_ok=True)
+
+
+def require_matplotlib() -> None:
+    """Raise UserError unless matplotlib can be loaded: before a measurement of minutes, not after it."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise UserError(
+            'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
+        ) from error
 
 
 def place(options: argparse.Namespace) -> None:

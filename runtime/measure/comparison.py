@@ -6,7 +6,6 @@ request by request, after a warm-up that is not counted; then come memory, throu
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Sequence
@@ -16,63 +15,65 @@ from typing import Any
 import torch
 
 from earlytom.config import EarlyTomConfig
-from runtime import cli
 from runtime.checkpoint import describe
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.engine.dtypes import DTYPES
 from runtime.measure import report
-from runtime.measure.measure import VariantRunner, interleaved, matmul_rate, under_load
+from runtime.measure.arguments import BenchSettings
+from runtime.measure.clock import matmul_rate
+from runtime.measure.measure import VariantRunner, interleaved, under_load
 from runtime.measure.memory import peak_memory
 from runtime.measure.overhead import compression_share
 from runtime.measure.variants import Bench, Variant, read_engine, settings
+from runtime.trace import Trace
 
 
-def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:
-    """Everything that `options` (checked) ask for; the record of the JSON line.
+def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
+    """Everything that `asked` ask for; the record of the JSON line.
 
     Raises:
         UserError: the model, the video or an engine cannot be used, or the prompt is too long for the model.
     """
-    checkpoint = describe(options.model)
-    frames = options.frames or checkpoint.frames
-    config = settings(checkpoint, options.ratio, options.merge_layers, options.tau)
-    device, dtype, note = torch.device(options.device), DTYPES.get(options.dtype), None
+    checkpoint = describe(asked.model)
+    frames = asked.frames or checkpoint.frames
+    config = settings(checkpoint, asked.ratio, asked.merge_layers, asked.tau)
+    device, dtype, note = torch.device(asked.device), DTYPES.get(asked.dtype or ""), None
     if dtype is None:
         dtype, note = fitting_dtype(checkpoint, whole=True)
     precision = next(name for name, one in DTYPES.items() if one == dtype)
-    manifests = [read_engine(folder, checkpoint, frames) for folder in options.engine]  # before a model is loaded
-    bench = Bench(checkpoint, options.question, device, dtype)
-    for count in (frames, *options.scale_frames):
-        bench.check(count, options.max_new_tokens)
-    variants = [bench.variant(name, config, frames) for name in options.variants]
+    manifests = [read_engine(folder, checkpoint, frames) for folder in asked.engine]  # before a model is loaded
+    bench = Bench(checkpoint, asked.question, device, dtype)
+    for count in (frames, *asked.scale_frames):
+        bench.check(count, asked.max_new_tokens)
+    variants = [bench.variant(name, config, frames) for name in asked.variants]
     missing: list[str] = []
-    for folder, manifest in zip(options.engine, manifests, strict=True):
+    for folder, manifest in zip(asked.engine, manifests, strict=True):
         found, left_out = bench.engines(folder, manifest)
         variants += found
         missing += left_out
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    screen.line(f"{checkpoint.source}, {frames} frames, {precision}, {name}, torch {torch.__version__}")
+    trace.line(f"{checkpoint.source}, {frames} frames, {precision}, {name}, torch {torch.__version__}")
     if note is not None:
-        screen.line(f"note: {note}")
+        trace.line(f"note: {note}")
     for variant in variants:
-        screen.line(f"  {variant.name}: {variant.about}")
+        trace.line(f"  {variant.name}: {variant.about}")
     for reason in missing:
-        screen.line(f"  left out: {reason}")
+        trace.line(f"  left out: {reason}")
 
-    runner = VariantRunner(bench, video, options.max_new_tokens)
-    screen.line("measuring requests in turn ...")
+    runner = VariantRunner(bench, video, asked.max_new_tokens)
+    trace.line("measuring requests in turn ...")
     rates = [matmul_rate(device, dtype)]
-    first, requests = interleaved(runner, variants, warmup=options.warmup, repeats=options.repeats)
+    first, requests = interleaved(runner, variants, warmup=asked.warmup, repeats=asked.repeats)
     rates.append(matmul_rate(device, dtype))
-    screen.line("measuring memory, throughput, scaling, compression ...")
+    trace.line("measuring memory, throughput, scaling, compression ...")
     memories = [peak_memory(lambda one=variant: runner.answer(one), device) for variant in variants]  # type: ignore[misc]
     throughput = [
-        report.load_record(variant, under_load(runner, variant, clients, max(clients, options.requests)))
-        for clients in options.concurrency
+        report.load_record(variant, under_load(runner, variant, clients, max(clients, asked.requests)))
+        for clients in asked.concurrency
         for variant in variants
     ]
-    scaling = measure_scaling(runner, options, config, frames)
-    compression = measure_compression(runner, variants, options.scale_repeats)
+    scaling = measure_scaling(runner, asked, config, frames)
+    compression = measure_compression(runner, variants, asked.scale_repeats)
     peak = max(*rates, matmul_rate(device, dtype))  # what others on the machine do only lowers it
     records = [
         report.variant_record(bench, *each, peak) for each in zip(variants, requests, first, memories, strict=True)
@@ -85,11 +86,11 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
         "torch": torch.__version__,
         "dtype": precision,
         "frames": frames,
-        "question": options.question,
-        "new_tokens": options.max_new_tokens,
-        "warmup": options.warmup,
-        "repeats": options.repeats,
-        "scale_repeats": options.scale_repeats,
+        "question": asked.question,
+        "new_tokens": asked.max_new_tokens,
+        "warmup": asked.warmup,
+        "repeats": asked.repeats,
+        "scale_repeats": asked.scale_repeats,
         "matmul": peak,
         "variants": records,
         "left_out": missing,
@@ -100,7 +101,7 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
 
 
 def measure_scaling(
-    runner: VariantRunner, options: argparse.Namespace, config: EarlyTomConfig, frames: int
+    runner: VariantRunner, asked: BenchSettings, config: EarlyTomConfig, frames: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Points over the number of frames, and over the ratio; engines have a fixed shape and are not in it.
 
@@ -109,15 +110,15 @@ def measure_scaling(
 
     def points(names: Sequence[str], at: EarlyTomConfig, count: int) -> list[dict[str, Any]]:
         variants = [runner.bench.variant(name, at, count) for name in names]
-        _, found = interleaved(runner, variants, warmup=1, repeats=options.scale_repeats)
+        _, found = interleaved(runner, variants, warmup=1, repeats=asked.scale_repeats)
         return [report.point_record(*each) for each in zip(variants, found, strict=True)]
 
-    compressed = [name for name in options.variants if name != "full"]
+    compressed = [name for name in asked.variants if name != "full"]
     return {
-        "frames": [point for count in options.scale_frames for point in points(options.variants, config, count)],
+        "frames": [point for count in asked.scale_frames for point in points(asked.variants, config, count)],
         "ratios": [
             point
-            for ratio in options.scale_ratios
+            for ratio in asked.scale_ratios
             for point in points(compressed, config.replace(retention_ratio=ratio), frames)
         ],
     }

@@ -1,4 +1,4 @@
-"""The clock: requests stage by stage, variants taking turns, load from several clients, and what the machine can do.
+"""Requests stage by stage, variants taking turns, and load from several clients.
 
 The stages of a request, in order; on a GPU each one ends when the device has done it, so nothing overlaps and the
 stages add up to the time to the first token:
@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from runtime.measure.clock import Laps, percentiles
+from runtime.measure.load import clients as asking
 from runtime.measure.variants import Bench, Variant
 from runtime.text.prompt import splice
 from runtime.text.stream import TextStream
@@ -57,26 +56,6 @@ class MeasuredRequest:
     frames_per_stage: tuple[int, ...]
 
 
-class _Laps:
-    """Seconds between calls, each after the device is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.started = self._last = time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[name] += now - self._last
-        self._last = now
-
-    @property
-    def elapsed(self) -> float:
-        return self._last - self.started
-
-
 class VariantRunner:
     """Answers one question about one video, `new_tokens` ids long, with any variant."""
 
@@ -90,7 +69,7 @@ class VariantRunner:
     def answer(self, variant: Variant, clip: Clip | None = None) -> MeasuredRequest:
         """One request; a clip that was decoded before takes no time."""
         bench = self.bench
-        laps = _Laps(bench.device)
+        laps = Laps(bench.device, STAGES)
         if clip is None:
             clip = self.clip(variant)
             laps("decode")
@@ -164,69 +143,34 @@ def under_load(runner: VariantRunner, variant: Variant, clients: int, requests: 
     itself, which overlaps with the requests of others, and then waits in line; its times include that.
     """
     line: queue.Queue[tuple[float, Clip | BaseException, threading.Event]] = queue.Queue()
-    tickets = iter(range(requests))
-    lock, ended = threading.Lock(), threading.Event()
+    ended = threading.Event()
 
-    def ask() -> None:
-        while True:
-            with lock:
-                if next(tickets, None) is None:
-                    return
-            begun, done = time.perf_counter(), threading.Event()
-            try:
-                line.put((begun, runner.clip(variant), done))
-            except BaseException as error:  # raised again where it can be seen, in the thread that serves
-                line.put((begun, error, done))
-                return
-            while not done.wait(0.1):  # and not for ever: another client's video may have ended it all
-                if ended.is_set():
-                    return
+    def ask(_: int) -> None:
+        begun, done = time.perf_counter(), threading.Event()
+        try:
+            line.put((begun, runner.clip(variant), done))
+        except BaseException as error:  # who serves is waiting for something in the line
+            line.put((begun, error, done))
+            raise
+        while not (done.wait(0.1) or ended.is_set()):  # not for ever: another client's video may have ended it all
+            pass
 
     started = time.perf_counter()
-    for _ in range(clients):
-        threading.Thread(target=ask, daemon=True).start()
     ttft, total = [], []
-    try:
-        for _ in range(requests):
-            begun, clip, done = line.get()
-            if isinstance(clip, BaseException):
-                raise clip
-            waited = time.perf_counter() - begun
-            request = runner.answer(variant, clip)
-            done.set()
-            ttft.append(waited + request.ttft)
-            total.append(waited + request.total)
-    finally:
-        ended.set()
+    with asking(clients, requests, ask):
+        try:
+            for _ in range(requests):
+                begun, clip, done = line.get()
+                if isinstance(clip, BaseException):
+                    raise clip
+                waited = time.perf_counter() - begun
+                request = runner.answer(variant, clip)
+                done.set()
+                ttft.append(waited + request.ttft)
+                total.append(waited + request.total)
+        finally:
+            ended.set()
     return Load(clients, requests, time.perf_counter() - started, tuple(ttft), tuple(total))
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the best of a few: what a share of the peak is a share of."""
-    side = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(8):  # the first one warms up and is never the best
-        _wait(device)
-        begun = time.perf_counter()
-        torch.matmul(matrix, matrix)
-        _wait(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * side**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99, interpolated between values; of ten values p99 is nearly the largest."""
-    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
-
-
-def median(values: Sequence[float]) -> float:
-    return float(np.median(values))
 
 
 def summary(requests: Sequence[MeasuredRequest]) -> dict[str, Any]:

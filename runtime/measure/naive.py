@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.families.llava_onevision import pool
+from earlytom.families import DEFAULT_FAMILY, Family
 from earlytom.merge import SIMILARITY_STEPS
 
 Segments = list[tuple[int, int]]  # first and last frame, inclusive
@@ -38,24 +38,31 @@ class NaiveTokens:
 
 @torch.no_grad()
 def encode_naive(
-    vision_model: nn.Module, projector: nn.Module, pixels: Tensor, config: EarlyTomConfig, *, depth: int
+    vision_model: nn.Module,
+    projector: nn.Module,
+    pixels: Tensor,
+    config: EarlyTomConfig,
+    *,
+    depth: int,
+    family: Family = DEFAULT_FAMILY,
 ) -> NaiveTokens:
     """Encode one video with the adaptive schedule.
 
     Args:
-        vision_model: a SiglipVisionModel.
+        vision_model: one of the family's own towers.
         projector: [F', S, D] to [F', S, E].
         pixels: [F, 3, H, W], normalised, in the tower's dtype.
         config: the method's settings; its schedule must be "adaptive".
         depth: how many layers run.
+        family: of the model.
 
     Raises:
         UserError: another schedule, another tower, or a merge layer that it does not have.
     """
     tower: Any = vision_model
-    if config.schedule != "adaptive" or tower.config.model_type != "siglip_vision_model":
+    if config.schedule != "adaptive" or tower.config.model_type not in family.towers:
         raise UserError(
-            f"the naive baseline has the adaptive schedule and a SigLIP tower, got {config.schedule} and "
+            f"the naive baseline has the adaptive schedule and a {family.tower_title} tower, got {config.schedule} and "
             f"{tower.config.model_type}: measure without it (--variants)"
         )
     config.check_layers(depth)
@@ -70,8 +77,8 @@ def encode_naive(
             counts.append(len(hidden))
     if not config.merge_layers:
         received, segments = attention.mean(dim=(1, 2)), find_segments(hidden, config)
-    features = pool(projector(hidden))  # [F', P, E]
-    relevance = pool(received[:, :, None])[:, :, 0]
+    features, relevance, *_ = family.vision(vision_model, projector).features(hidden, received)  # [F', P, E], [F', P]
+    assert relevance is not None
     positions = _select(relevance, segments, counts[0], config.retention_ratio)
     return NaiveTokens(features.flatten(0, 1)[positions], positions, segments, tuple(counts))
 

@@ -7,7 +7,6 @@ is run once more beside it: merging the hidden states, and the layer whose atten
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,31 +18,25 @@ from earlytom.encoder import encode
 from earlytom.families import family_of
 from earlytom.merge import apply_weights
 from earlytom.methods.earlytom import EarlyTom
-from runtime.measure.measure import median
+from runtime.measure.clock import median, timed
 from runtime.measure.variants import Bench
 
 
 class _Clock:
+    """Adds up what the compression takes."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds = 0.0  # of the compression
         self.twice = 0.0  # of what was run once more only to be timed
 
     def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        self._wait()
-        begun = time.perf_counter()
-        out = call()
-        self._wait()
-        return out, time.perf_counter() - begun
+        return timed(self._device, call)
 
     def add(self, call: Callable[[], Any]) -> Any:
         out, seconds = self.time(call)
         self.seconds += seconds
         return out
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 class _TimedEarlyTom(EarlyTom):

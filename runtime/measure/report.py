@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.cli import Screen
-from runtime.measure.measure import STAGES, Load, MeasuredRequest, median, percentiles, summary
+from runtime.measure.clock import median, percentiles
+from runtime.measure.measure import STAGES, Load, MeasuredRequest, summary
 from runtime.measure.memory import Memory
 from runtime.measure.variants import Bench, Variant
+from runtime.trace import Trace
 
 Record = dict[str, Any]
 
@@ -96,7 +97,7 @@ def gains(variants: Sequence[Mapping[str, Any]], compression: Mapping[str, float
     }
 
 
-def show(screen: Screen, record: Mapping[str, Any]) -> None:
+def show(trace: Trace, record: Mapping[str, Any]) -> None:
     """All tables."""
     variants = record["variants"]
     columns = ("variant", "tokens", *STAGES, "TTFT p50", "p90", "p99", "TPOT")
@@ -110,7 +111,7 @@ def show(screen: Screen, record: Mapping[str, Any]) -> None:
         )
         for one in variants
     ]
-    screen.table(columns, rows, title=f"time to the first token, ms (stages: medians of {record['repeats']} requests)")
+    trace.table(columns, rows, title=f"time to the first token, ms (stages: medians of {record['repeats']} requests)")
     work = ("variant", "frames", "vision GFLOP", "of peak", "prefill GFLOP", "of peak", "RSS MB", "growth MB", "GPU MB")
     rows = [
         (
@@ -126,7 +127,7 @@ def show(screen: Screen, record: Mapping[str, Any]) -> None:
     ]
     peak = record["matmul"] / 1e12
     title = f"arithmetic (peak: {peak:.3g} TFLOP/s, a {record['dtype']} matrix product in PyTorch) and peak memory"
-    screen.table(work, rows, title=title)
+    trace.table(work, rows, title=title)
     if record["throughput"]:
         rows = [
             (
@@ -139,7 +140,7 @@ def show(screen: Screen, record: Mapping[str, Any]) -> None:
             for one in record["throughput"]
         ]
         title = "clients in line for one model, which answers one request at a time; decoding of videos overlaps; ms"
-        screen.table(("variant", "clients", "requests/s", "TTFT p50", "p90", "p99", "answer p50"), rows, title=title)
+        trace.table(("variant", "clients", "requests/s", "TTFT p50", "p90", "p99", "answer p50"), rows, title=title)
     for axis, points in record["scaling"].items():
         if points:
             rows = [
@@ -153,11 +154,11 @@ def show(screen: Screen, record: Mapping[str, Any]) -> None:
                 for one in points
             ]
             title = f"scaling over {axis}, ms (medians of {record['scale_repeats']})"
-            screen.table(("variant", "frames", "ratio", "tokens", "vision", "prefill", "TTFT"), rows, title=title)
-    _show_gains(screen, record["gains"])
+            trace.table(("variant", "frames", "ratio", "tokens", "vision", "prefill", "TTFT"), rows, title=title)
+    _show_gains(trace, record["gains"])
 
 
-def _show_gains(screen: Screen, found: Mapping[str, Any]) -> None:
+def _show_gains(trace: Trace, found: Mapping[str, Any]) -> None:
     """What it comes to, in sentences."""
     for key, text in (
         ("ttft_full_over_budget", "TTFT, full over budget: {:.2f}x"),
@@ -168,9 +169,9 @@ def _show_gains(screen: Screen, found: Mapping[str, Any]) -> None:
         ("vision_of_flops", "vision speed-up as a share of that: {:.0%}"),
     ):
         if found[key] is not None:
-            screen.line(text.format(found[key]))
+            trace.line(text.format(found[key]))
     for name, share in found["compression_of_encoder"].items():
-        screen.line(f"compression, {name}: {share:.1%} of its encoder")
+        trace.line(f"compression, {name}: {share:.1%} of its encoder")
 
 
 def _ms(seconds: float) -> str:

@@ -13,24 +13,22 @@ as fast as the encoder's first layers can take them, or they would only wait; th
 
 from __future__ import annotations
 
-import argparse
+import functools
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime import cli
-from runtime.engine.dtypes import DTYPES
-from runtime.engine.folder import ENGINES, newest_engine
-from runtime.measure.measure import median, percentiles
+from runtime.measure.arguments import BenchSettings
+from runtime.measure.clock import median, percentiles, timed
+from runtime.measure.load import clients, opened
 from runtime.pipeline import Pipeline
 from runtime.service.requests import Answer
+from runtime.trace import Trace
 from runtime.video import Clip, load_clip
 from runtime.vision.chunked import ChunkedVision
 
@@ -91,28 +89,15 @@ class Service:
         seconds = []
         with vision.begin() as clip:
             for some in self.clip.frames.split(vision.chunk):
-                started = time.perf_counter()
-                clip.push(some)
-                if clip.device.type == "cuda":
-                    torch.cuda.synchronize(clip.device)
-                seconds.append(time.perf_counter() - started)
+                seconds.append(timed(clip.device, functools.partial(clip.push, some))[1])
         return median(seconds)
 
     def callers(self, count: int, requests: int) -> dict[str, Any]:
         """`requests` requests of `count` callers, each of which asks again as soon as it was answered."""
-        lock, tickets, answers = threading.Lock(), iter(range(requests)), []
-
-        def ask() -> None:
-            while True:
-                with lock:
-                    if next(tickets, None) is None:
-                        return
-                answers.append(self.fresh())
-
+        answers: list[Answer] = []
         started = time.perf_counter()
-        with ThreadPoolExecutor(count) as pool:
-            for job in [pool.submit(ask) for _ in range(count)]:
-                job.result()
+        with clients(count, requests, lambda _: answers.append(self.fresh())):
+            pass  # they are all there is
         seconds = time.perf_counter() - started
         return {
             "callers": count,
@@ -123,43 +108,40 @@ class Service:
         }
 
 
-def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:
-    """Load an engine, measure it as `options` (checked) say and show the result; the record of the JSON line.
+def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
+    """Load an engine, measure it as `asked` say and show the result; the record of the JSON line.
 
     Raises:
         UserError: no engine, or one that cannot be used, or an unusable video or question.
     """
-    folder = options.engine[0] if options.engine else newest_engine(ENGINES)
-    waiting = max(options.concurrency, default=1)
-    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES.get(options.dtype), "waiting": waiting}
-    with Pipeline.load(folder, options.model, **how) as pipeline:
+    with opened(asked, waiting=max(asked.concurrency, default=1)) as pipeline:
         manifest = pipeline.manifest
-        screen.line(f"{manifest.name} ({pipeline.vision.name}), {manifest.frames} frames, {manifest.tokens} tokens ...")
-        service = Service(pipeline, video, options.question, options.max_new_tokens)
-        requests = {"fresh": _in_turn(service.fresh, options), "ready": _in_turn(service.ready, options)}
-        reading, requests["watched"], kept = service.watched(options.repeats)
+        trace.line(f"{manifest.name} ({pipeline.vision.name}), {manifest.frames} frames, {manifest.tokens} tokens ...")
+        service = Service(pipeline, video, asked.question, asked.max_new_tokens)
+        requests = {"fresh": _in_turn(service.fresh, asked), "ready": _in_turn(service.ready, asked)}
+        reading, requests["watched"], kept = service.watched(asked.repeats)
         vision = pipeline.vision
         record = {
             "service": {name: _stages(answers) for name, answers in requests.items()},
             "watch_seconds": reading,
             "watched_bytes": kept,
-            "live": service.live(vision, options.repeats) if isinstance(vision, ChunkedVision) else None,
-            "callers": [service.callers(count, max(count, options.requests)) for count in options.concurrency],
-            "new_tokens": options.max_new_tokens,
-            "repeats": options.repeats,
+            "live": service.live(vision, asked.repeats) if isinstance(vision, ChunkedVision) else None,
+            "callers": [service.callers(count, max(count, asked.requests)) for count in asked.concurrency],
+            "new_tokens": asked.max_new_tokens,
+            "repeats": asked.repeats,
             "engine": manifest.name,
             "backend": vision.name,
-            "device": options.device,
+            "device": asked.device,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
         }
-    show(screen, record)
+    show(trace, record)
     return record
 
 
-def _in_turn(call: Callable[[], Answer], options: argparse.Namespace) -> list[Answer]:
-    answers = [call() for _ in range(options.warmup + options.repeats)]
-    return answers[options.warmup :]
+def _in_turn(call: Callable[[], Answer], asked: BenchSettings) -> list[Answer]:
+    answers = [call() for _ in range(asked.warmup + asked.repeats)]
+    return answers[asked.warmup :]
 
 
 def _stages(answers: list[Answer]) -> dict[str, float]:
@@ -167,14 +149,14 @@ def _stages(answers: list[Answer]) -> dict[str, float]:
     return {name: median([getattr(answer.timings, name) for answer in answers]) for name in STAGES}
 
 
-def show(screen: cli.Screen, record: dict[str, Any]) -> None:
+def show(trace: Trace, record: dict[str, Any]) -> None:
     """The tables for people."""
     rows = [(name, *(f"{1000 * stages[stage]:.1f}" for stage in STAGES)) for name, stages in record["service"].items()]
     words = [stage.replace("_", " ") for stage in STAGES]
-    screen.table(("request", *words), rows, f"ms (medians of {record['repeats']} requests, one at a time)")
-    screen.line(f"to watch a video: {1000 * record['watch_seconds']:.1f} ms, {record['watched_bytes']:,} bytes kept")
+    trace.table(("request", *words), rows, f"ms (medians of {record['repeats']} requests, one at a time)")
+    trace.line(f"to watch a video: {1000 * record['watch_seconds']:.1f} ms, {record['watched_bytes']:,} bytes kept")
     if (live := record["live"]) is not None:
-        screen.line(
+        trace.line(
             f"live, a frame every {1000 * live['seconds_between_frames']:.1f} ms: visual tokens "
             f"{1000 * live['after_last_frame']:.1f} ms and the first token "
             f"{1000 * live['first_token_after_last_frame']:.1f} ms after the last frame, {live['share_before']:.0%} of "
@@ -191,4 +173,4 @@ def show(screen: cli.Screen, record: dict[str, Any]) -> None:
             for one in record["callers"]
         ]
         columns = ("callers", "requests/s", "first token p50", "p90", "p99", "of it in line p50")
-        screen.table(columns, found, "callers in the pipeline's line, each with a video file; ms")
+        trace.table(columns, found, "callers in the pipeline's line, each with a video file; ms")

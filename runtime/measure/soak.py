@@ -8,10 +8,8 @@ given back by hand in between, so what a request leaves behind is in the figures
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
-import itertools
 import os
 import platform
 import threading
@@ -22,11 +20,12 @@ from typing import Any
 
 import torch
 
-from runtime import cli
-from runtime.engine.dtypes import DTYPES
-from runtime.engine.folder import ENGINES, newest_engine
+from runtime.measure.arguments import BenchSettings
+from runtime.measure.load import clients as asking
+from runtime.measure.load import opened
 from runtime.measure.memory import resident
 from runtime.pipeline import Pipeline
+from runtime.trace import Trace
 from runtime.video import Clip, load_clip
 
 SAMPLES = 200  # during the run, at most
@@ -84,35 +83,21 @@ def soak(pipeline: Pipeline, clip: Clip, question: str, *, requests: int, client
 def _ask(
     pipeline: Pipeline, clip: Clip, question: str, requests: int, clients: int, new_tokens: int, every: int
 ) -> list[MemorySample]:
-    tickets, lock, stop = itertools.count(1), threading.Lock(), threading.Event()
+    lock = threading.Lock()
     samples: list[MemorySample] = []
-    errors: list[BaseException] = []
 
-    def client() -> None:
-        try:
-            while not stop.is_set() and (ticket := next(tickets)) <= requests:
-                if ticket % 2:
-                    pipeline.ask(clip, question, max_new_tokens=new_tokens)
-                else:
-                    for _ in pipeline.stream(clip, question, max_new_tokens=new_tokens):
-                        pass
-                if ticket % every == 0:
-                    with lock:
-                        samples.append(_sample(ticket, pipeline))
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
+    def ask(number: int) -> None:
+        if number % 2:
+            pipeline.ask(clip, question, max_new_tokens=new_tokens)
+        else:
+            for _ in pipeline.stream(clip, question, max_new_tokens=new_tokens):
+                pass
+        if number % every == 0:
+            with lock:
+                samples.append(_sample(number, pipeline))
 
-    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        stop.set()
-    if errors:
-        raise errors[0]
+    with asking(clients, requests, ask):
+        pass  # they are all there is
     return samples
 
 
@@ -122,35 +107,30 @@ def _sample(requests: int, pipeline: Pipeline) -> MemorySample:
     return MemorySample(requests, resident(), torch.cuda.memory_allocated() if on_gpu else None)
 
 
-def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dict[str, Any]:
-    """Load an engine, soak it as `options` (checked) say and show the result; the record of the JSON line.
+def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
+    """Load an engine, soak it as `asked` say and show the result; the record of the JSON line.
 
     Raises:
         UserError: no engine, or one that cannot be used, or an unusable video or question.
     """
-    folder = options.engine[0] if options.engine else newest_engine(ENGINES)
-    how: dict[str, Any] = {
-        "device": options.device,
-        "dtype": DTYPES.get(options.dtype),
-        "waiting": options.soak_clients,
-    }
-    with Pipeline.load(folder, options.model, **how) as pipeline:
+    requests = asked.soak or 0
+    with opened(asked, waiting=asked.soak_clients) as pipeline:
         manifest = pipeline.manifest
         clip = load_clip(video, manifest.frames, manifest.model.preprocessing.size)
-        screen.line(f"{manifest.name} ({pipeline.vision.name}), {options.soak} requests of {options.soak_clients} ...")
+        trace.line(f"{manifest.name} ({pipeline.vision.name}), {asked.soak} requests of {asked.soak_clients} ...")
         found = soak(
             pipeline,
             clip,
-            options.question,
-            requests=options.soak,
-            clients=options.soak_clients,
-            new_tokens=options.max_new_tokens,
+            asked.question,
+            requests=requests,
+            clients=asked.soak_clients,
+            new_tokens=asked.max_new_tokens,
         )
         record = {
             "soak": found.requests,
             "clients": found.clients,
             "warmup": found.warmup,
-            "new_tokens": options.max_new_tokens,
+            "new_tokens": asked.max_new_tokens,
             "seconds": found.seconds,
             "requests_per_second": found.requests / found.seconds,
             "rss": found.memory("rss"),
@@ -158,11 +138,11 @@ def measure(options: argparse.Namespace, video: Path, screen: cli.Screen) -> dic
             "samples": [dataclasses.asdict(sample) for sample in found.samples],
             "engine": manifest.name,
             "backend": pipeline.vision.name,
-            "device": options.device,
+            "device": asked.device,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
         }
-    screen.line(_line(record))
+    trace.line(_line(record))
     return record
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from earlytom import flops
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.families import family_of, geometry
-from earlytom.model import encode_video
+from earlytom.encoder import encode
+from earlytom.families import geometry
+from earlytom.methods.earlytom import EarlyTom
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
 from runtime.engine.manifest import Manifest
@@ -39,7 +40,7 @@ OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 
 @dataclass(frozen=True)
 class SeenPrompt:
-    """Visual tokens [N, E], whether `image_newline` is the last of them, and the frames before the first merge and
+    """Visual tokens [N, E], whether what closes them is the last of them, and the frames before the first merge and
     after each one."""
 
     tokens: Tensor
@@ -129,13 +130,13 @@ class Bench:
         self.prompt: Prompt = build_prompt(self.tokenizer, question)
         self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
         self.inner: Any = self.model.model
+        self.family = checkpoint.family
         self.depth = geometry(checkpoint.config).depth
-        self.newline: Tensor = self.inner.image_newline.detach()
+        closing = self.family.closing(self.inner)
+        self.newline = None if closing is None else closing.detach()
         self.plain = TransformersDecoding(self.model)
         self.ours = RuntimeDecoding(Decoder.from_model(self.model))
-        pixels = checkpoint.preprocessing
-        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scale, self._shift = checkpoint.preprocessing.affine(device)
 
     def check(self, frames: int, new_tokens: int) -> None:
         """Raise UserError unless all tokens of `frames` frames, the question and the answer fit in the context."""
@@ -179,7 +180,7 @@ class Bench:
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
         def see(frames: Tensor) -> SeenPrompt:
-            tokens = encode_one(vision, frames)[0].to(self.device)
+            tokens = encode_one(vision, frames).tokens.to(self.device)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
             return SeenPrompt(tokens, False, tuple(stages))
 
@@ -197,26 +198,19 @@ class Bench:
 
     @torch.no_grad()
     def _full(self, pixels: Tensor) -> SeenPrompt:
-        config = self.model.config
-        out = self.inner.get_video_features(
-            pixels[None],
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        )
-        return SeenPrompt(out.pooler_output.flatten(0, -2), True, (len(pixels),))
+        return SeenPrompt(self.family.own_tokens(self.model, pixels), True, (len(pixels),))
 
     def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
-            tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
-            out = encode_naive(tower, projector, pixels, config, depth=self.depth)
+            tower, projector, _ = self.family.modules(self.inner)
+            out = encode_naive(tower, projector, pixels, config, depth=self.depth, family=self.family)
             return SeenPrompt(out.tokens, False, out.frames_per_stage)
 
         return see
 
     def _compressed(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
-            tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
-            out = encode_video(tower, projector, pixels, config, depth=self.depth)
+            out = encode(self.family.vision_of(self.inner), pixels, EarlyTom(config), depth=self.depth)
             return SeenPrompt(out.tokens, False, out.frames_per_stage)
 
         return see
@@ -224,7 +218,7 @@ class Bench:
     def arithmetic(self, seen_frames: tuple[int, ...], tokens: int, config: EarlyTomConfig) -> tuple[int, int]:
         """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
         whole: Any = self.checkpoint.config
-        vision = family_of(whole).vision_flops(whole, seen_frames, config.merge_layers)
+        vision = self.family.vision_flops(whole, seen_frames, config.merge_layers)
         return vision, flops.prefill(whole.text_config, self.prompt.length(tokens + 1))
 
 

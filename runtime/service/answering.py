@@ -46,13 +46,18 @@ from runtime.service.requests import (
     Work,
 )
 from runtime.service.scheduler import Turn
+from runtime.text.messages import ChatMessage
 from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
-from runtime.text.stream import TextStream
+from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
 from runtime.vision import BatchedVision, VisionBackend, encode_one
 
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
+READ_AFTER_ANOTHER_TEXT = (
+    "this video was read after another text than the question asks for: give the same system message, and the same "
+    "messages before the video"
+)
 
 
 class Answering:
@@ -93,32 +98,41 @@ class Answering:
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
         self._upload = Upload(vision.device)
 
+    @property
+    def context(self) -> int:
+        """Positions that a prompt and its answer may take together."""
+        return self._open_decoder().limit
+
     def question(
         self,
-        prompt: str,
+        prompt: str | Sequence[ChatMessage],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = GREEDY,
         system: str | None = None,
         frames: int | None = None,
+        stop: Sequence[str] = (),
     ) -> CheckedQuestion:
         """Check what can be checked of a question before its video is there.
 
         Raises:
             UserError: an unusable prompt, one that is too long for the decoder, a frame count the engine does not have,
-                a number of new tokens that is none, another thing than a `Sampling` (None: greedy).
+                a number of new tokens that is none, another thing than a `Sampling` (None: greedy), stop strings that
+                are empty or no texts.
             Closed: after `close`.
         """
-        context = self._open_decoder().limit
+        context = self.context
         least = self.manifest.at(self.manifest.counts[0] if frames is None else whole("frames", frames, 1))
         new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
         if not isinstance(sampling, Sampling | None):
             raise UserError(f"sampling must be a Sampling, got {shown(sampling)}: give Sampling(temperature=...)")
+        if not isinstance(stop, list | tuple) or not all(isinstance(one, str) and one for one in stop):
+            raise UserError(f"stop must be a list of texts that are not empty, got {shown(stop)}: give stop=('.',)")
         # A longer text has more tokens than there are positions.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
         check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
-        return CheckedQuestion(words, new_tokens, sampling or GREEDY)
+        return CheckedQuestion(words, new_tokens, sampling or GREEDY, tuple(stop))
 
     def take(self, video: Video | Seen | Arrived) -> Taken:
         """What a caller gives as a video, checked and brought to one form; its content is copied, nothing is decoded.
@@ -236,21 +250,24 @@ class Answering:
         vision = Stopwatch(None)
         if ready.remembered is not None and ready.remembered in self.watched:  # the request before this one has read it
             shown = self.watched.get(ready.remembered) or shown
+        cached = isinstance(shown, Seen)
         if not isinstance(shown, Seen):
             found, vision = self._tokens(ready) if encoded is None else encoded
             shown = self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
             del found
         if ready.read_only:
             return
-        visual_tokens, source = self._start(shown, ready.question)
+        question = ready.question
+        visual_tokens, source = self._start(shown, question)
+        cached_tokens = shown.prefix.length if cached and isinstance(shown, Seen) else 0
         del shown, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
-        text = TextStream(self.tokenizer)
+        text, stops = TextStream(self.tokenizer), StopStrings(question.stop)
         ids: list[int] = []
         parts: list[str] = []
         steps: list[tuple[float, float]] = []  # begin and end of each; between two of them the caller has its time
         finish: Finish = "length"
         with closing(source):  # and not left to the garbage: a traceback would keep it, and so the decoder busy
-            while True:
+            while not stops.found:
                 begun = time.perf_counter()
                 try:
                     token = next(source)
@@ -260,9 +277,11 @@ class Answering:
                 finally:
                     steps.append((begun, time.perf_counter()))
                 ids.append(token)
-                parts.append(text.push(token))
+                parts.append(stops.push(text.push(token)))
                 yield Delta(parts[-1], token)
-        parts.append(text.finish())
+        parts.append(stops.push(text.finish()) + stops.finish())
+        if stops.found:
+            finish = "stop"
         first, further = steps[0][1], steps[1 : len(ids)]
         submitted = resumed if submitted is None else submitted
         seen = vision.started + vision.seconds()  # before `resumed` where others of its group were answered since then
@@ -276,7 +295,16 @@ class Answering:
             per_token=sum(end - begun for begun, end in further) / len(further) if further else 0.0,
             total=time.perf_counter() - submitted,
         )
-        yield Delta(parts[-1], None, finish, Answer("".join(parts), tuple(ids), finish, timings, visual_tokens))
+        answer = Answer(
+            text="".join(parts),
+            tokens=tuple(ids),
+            finish=finish,
+            timings=timings,
+            visual_tokens=visual_tokens,
+            prompt_tokens=question.words.length(visual_tokens + 1),
+            cached_tokens=cached_tokens,
+        )
+        yield Delta(parts[-1], None, finish, answer)
 
     def close(self) -> None:
         """Free the engine and the decoder. A second call does nothing."""
@@ -297,9 +325,7 @@ class Answering:
             embeds = splice(words, shown.tokens.to(decoder.device), self.newline, decoder.embed)
             return count, decoder.stream(embeds, visual=words.visual_span(count + 1), **how)
         if shown.before != words.prefix_ids:
-            raise UserError(
-                "this video was read after another text than the question asks for: give the same system message"
-            )
+            raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
         return shown.visual_tokens, decoder.stream(suffix, prefix=shown.prefix, **how)
 
@@ -322,9 +348,9 @@ class Answering:
         if isinstance(ready.shown, Arrived):
             return ready.shown.tokens, Stopwatch(None)
         vision = Stopwatch(self._open_decoder().device)
-        tokens, _ = encode_one(self.vision, _frames(ready))
+        found = encode_one(self.vision, _frames(ready))
         vision.stop()
-        return tokens, vision
+        return found.tokens, vision
 
     def _encode_together(self, clips: Sequence[Ready]) -> list[Encoded]:
         """Several clips in one call; none if it fails, as one bad clip fails it for all: each is tried by itself then,
@@ -335,7 +361,7 @@ class Answering:
         except Exception:
             return []
         vision.stop()
-        return [(tokens, vision) for tokens, _ in found]
+        return [(one.tokens, vision) for one in found]
 
     def _open_decoder(self) -> Decoder:
         if self.decoder is None:

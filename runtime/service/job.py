@@ -7,10 +7,11 @@ that deadlines go by is the scheduler's, too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from earlytom.numbers import real
@@ -39,6 +40,7 @@ class Job(Generic[Item]):
         self._arrived = threading.Condition(scheduler._lock)  # an item, or the end
         self._finished = threading.Condition(scheduler._lock)
         self._items: deque[Item] = deque()  # not read yet
+        self._listeners: list[Callable[[], None]] = []
         self._last: Item | None = None
         self._ended = False
         self._error: BaseException | None = None
@@ -66,6 +68,40 @@ class Job(Generic[Item]):
             if self._error is not None:
                 raise self._error
             raise StopIteration
+
+    def poll(self) -> tuple[Item | None, bool]:
+        """The next item if it is there, and whether the job was served to its end and all its items were read.
+
+        Raises:
+            BaseException: what ended it before that, after the items that came first.
+        """
+        self._scheduler.home.check()
+        with self._scheduler._lock:
+            over = self._scheduler._is_over(self)
+            if self._items:
+                return self._items.popleft(), False
+            if over and self._error is not None:
+                raise self._error
+            return None, over
+
+    @contextlib.contextmanager
+    def telling(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Within the block `listener` is called whenever there is one more item, or the end: from the thread that
+        brings it and with the scheduler's lock held, so it must not wait nor call the job."""
+        self._scheduler.home.check()
+        with self._scheduler._lock:
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            if not self._scheduler.home.left:
+                with self._scheduler._lock:
+                    self._listeners.remove(listener)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until its deadline, which may have passed; infinity without one."""
+        return self._submitted + self._deadline - self._scheduler._clock()
 
     def last(self, timeout: float | None = None) -> Item | None:
         """Wait for the end; the last item (None if there was none), whether or not a reader has had it.
@@ -113,6 +149,7 @@ class Job(Generic[Item]):
         self._last = item
         self._items.append(item)
         self._arrived.notify_all()
+        self._tell()
 
     def _end(self, error: BaseException | None) -> None:
         """Its end, for the scheduler: it was served (None), or what its readers are told."""
@@ -121,6 +158,11 @@ class Job(Generic[Item]):
             self._given = self._ready = None
         self._arrived.notify_all()
         self._finished.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def _wait(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
         """Wait on a condition until `over` or the deadline, which ends the job."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -26,6 +27,7 @@ from runtime.forks import Home
 from runtime.options import Options
 from runtime.service.asking import Askable, Request
 from runtime.service.requests import Arrived
+from runtime.text.messages import ChatMessage
 from runtime.vision.live import LiveClip, LiveTimings
 
 if TYPE_CHECKING:
@@ -63,11 +65,11 @@ class LiveVideo(Askable):
         self._home.check()
         with self._lock:
             if self._arrived is None or self.timings is None:
-                tokens, _, self.timings = self._clip.finish()
-                self._arrived = Arrived(tokens)
+                found, self.timings = self._clip.finish()
+                self._arrived = Arrived(found.tokens)
             return self.timings
 
-    def submit(self, prompt: str, **how: Unpack[Options]) -> Request:
+    def submit(self, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Request:
         """`finish`, and `Pipeline.submit` about this video; errors of both. What is wrong with the question is said
         before the video ends for it, and the deadline counts from now."""
         began = time.perf_counter()

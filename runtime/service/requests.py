@@ -58,15 +58,46 @@ class Delta:
     answer: Answer | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Where an answer's visual tokens come from.
+
+    Attributes:
+        positions: int64 [N], of each token: slot * P + cell, slot the frame that was left, P cells a frame.
+        sources: fp32 [F', F], what share of each frame of the clip each frame that was left is made of; None where the
+            engine does not say.
+    """
+
+    positions: Tensor
+    sources: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at."""
+    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at.
+
+    Attributes:
+        text: without a stop string that ended it.
+        tokens: all that were generated, those of a stop string too.
+        visual_tokens: of the video, without the newline after them.
+        prompt_tokens: positions that the prompt took: text, visual tokens, newline.
+        cached_tokens: those of them that were read before this request: what a watched video saves.
+        kept: which visual tokens these are, where that is known.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish: Finish
     timings: Timings
     visual_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    kept: Kept | None = None
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens the decoder was run for, one that only ended the answer not counted."""
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -76,6 +107,7 @@ class CheckedQuestion:
     words: Prompt
     max_new_tokens: int
     sampling: Sampling
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,12 +152,14 @@ class Remembered:
     Attributes:
         video, frames: as in `Work`.
         system: the message before its questions.
+        before: ids of the text before it.
         closed: it is not to be kept any more.
     """
 
     video: Taken
     system: str | None
     frames: int | None
+    before: tuple[int, ...]
     closed: bool = False
 
     def __repr__(self) -> str:

@@ -149,6 +149,16 @@ class Scheduler(Generic[Given, Ready, Item]):
         with self._lock:
             self._admit()
 
+    @property
+    def running(self) -> int:
+        """Jobs that the serving worker has been given and that have not ended."""
+        return len(self._places()[0])
+
+    @property
+    def queued(self) -> int:
+        """Jobs behind those: in line, being prepared, prepared."""
+        return len(self._places()[1])
+
     def close(self, *, drain: bool = False) -> None:
         """Take no more jobs, and return when the workers have ended.
 
@@ -186,6 +196,15 @@ class Scheduler(Generic[Given, Ready, Item]):
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join(EXIT_SECONDS if timeout is None and self._unheard else timeout)
+
+    def _places(self) -> tuple[list[Job[Item]], list[Job[Item]]]:
+        """Jobs with the serving worker, and those behind them."""
+        self.home.check()
+        with self._lock:
+            self._sweep()
+            taken = [job for job in self._jobs() if job is self._serving or not job._ended]
+            running = [job for job in taken if job in self._group]
+            return running, [job for job in taken if job not in running]
 
     def _ring(self) -> None:
         for bell in self._bells:

@@ -14,6 +14,7 @@ An answer is that of a fresh `Pipeline.ask`, to rounding: the prompt's sums run 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
@@ -21,6 +22,7 @@ from runtime.errors import Closed
 from runtime.options import Options
 from runtime.service.asking import Askable, Request
 from runtime.service.requests import Remembered
+from runtime.text.messages import ChatMessage
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -36,7 +38,7 @@ class Watched(Askable):
         self._pipeline = pipeline
         self._remembered = remembered
 
-    def submit(self, prompt: str, **how: Unpack[Options]) -> Request:
+    def submit(self, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Request:
         """`Pipeline.submit` about this video. The system message and the frame count were chosen by `watch`.
 
         Raises:

@@ -1,11 +1,12 @@
 """The text around a video: chat template, tokens before and after it, and where the visual tokens go.
 
-A prompt is built as transformers' LLaVA-OneVision processor builds it for one video and one text: the checkpoint's
-chat template renders a user message with a video and the question; the video placeholder in it stands for n visual
-tokens. The processor repeats the placeholder n times before it tokenizes. The placeholder is a special token, which
-splits the text, so the tokens before and after it are the same for every n: they are computed once here, and n is
-chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n visual tokens, and `splice` gives
-the embeddings that the model makes of them. n counts the closing `image_newline`, as the processor does.
+A prompt is built as transformers' LLaVA-OneVision processor builds it for one video and a conversation: the
+checkpoint's chat template renders its messages, mostly one of a user with the video and the question; the video
+placeholder in it stands for n visual tokens. The processor repeats the placeholder n times before it tokenizes. The
+placeholder is a special token, which splits the text, so the tokens before and after it are the same for every n: they
+are computed once here, and n is chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n
+visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the closing `image_newline`, as
+the processor does.
 
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
@@ -13,9 +14,9 @@ Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from earlytom.errors import UserError
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.checkpoint.files import first_line
+from runtime.text.messages import ChatMessage, conversation, rendered
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -55,43 +57,34 @@ class Prompt:
 
 def build_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    question: str,
+    question: str | Sequence[ChatMessage],
     *,
     system: str | None = None,
     video_token: str = VIDEO_TOKEN,
     most_bytes: int | None = None,
 ) -> Prompt:
-    """The prompt that asks `question` about one video, with an optional `system` message before it.
+    """The prompt that asks `question` about one video: a text with an optional `system` message before it, or messages.
 
     The texts are used as they are, not stripped. Raises `UserError` if a text is empty, no str, not valid Unicode or
     contains one of the tokenizer's control tokens (`<video>`, `<|im_end|>`, ...), which would be taken for the token
-    itself and change the prompt's structure, if the chat template does not place exactly one video, or if the rendered
-    text has more than `most_bytes` bytes (see `bytes_per_token`), which is looked at before it is tokenized.
+    itself and change the prompt's structure, if messages are no conversation about one video
+    (`runtime.text.messages`), if the chat template does not place exactly one video, or if the rendered text has more
+    than `most_bytes` bytes (see `bytes_per_token`), which is looked at before it is tokenized.
     """
-    texts = {"question": question} if system is None else {"question": question, "system message": system}
-    for (what, given), argument in zip(texts.items(), ("prompt", "system"), strict=False):
-        if not isinstance(given, str):
-            raise UserError(f"the {what} is a {type(given).__name__}, not a text: give {argument} a str")
-        if not given.strip():
-            raise UserError(
-                f"the {what} is empty ({argument}={given[:9]!r}); expected a text, as in: python -m runtime.ask VIDEO "
-                "'What happens?'"
-            )
-        _refuse_unusable(tokenizer, given, what)
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
-    ]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    messages = conversation(question, system)
+    for what, one in messages.items():
+        _refuse_unusable(tokenizer, one.text, what)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            rendered(list(messages.values())), tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template is a program of the checkpoint's; it can fail in any way
         raise UserError(
             f"the chat template cannot render a video and a text ({first_line(error)}); use a template for video"
         ) from error
     if most_bytes is not None:
-        _refuse_long(tokenizer, str(text), most_bytes, texts)
-    video_token_id = tokenizer.get_vocab().get(video_token)
+        _refuse_long(tokenizer, str(text), most_bytes, {what: one.text for what, one in messages.items()})
+    video_token_id = tokenizer.get_added_vocab().get(video_token)  # the whole one is copied when it is asked for
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
     if video_token_id is None or ids.count(video_token_id) != 1:
         count = 0 if video_token_id is None else ids.count(video_token_id)
@@ -198,7 +191,7 @@ def _refuse_long(tokenizer: PreTrainedTokenizerBase, text: str, most_bytes: int,
         text = normalizer.normalize_str(text)  # it may make a text shorter: the tokens stand for what it leaves
     if (size := len(text.encode())) > most_bytes:
         what = max(texts, key=lambda name: len(texts[name]))
-        argument = "prompt" if what == "question" else "system"
+        argument = "system" if what == "system message" else "prompt"
         raise UserError(
             f"the {what} ({argument}) has {len(texts[what])} characters: {size} bytes of text cannot fit into "
             f"the model's context, which holds {most_bytes} at most; shorten the {what}"

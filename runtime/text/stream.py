@@ -2,11 +2,13 @@
 
 A token need not be a whole character: byte-level tokenizers split one over several tokens, and what is decoded of the
 first half is a replacement character that the next token takes back. `TextStream` holds back what may still change, so
-the deltas joined are the text that decoding all ids at once gives. It knows nothing of models.
+the deltas joined are the text that decoding all ids at once gives. `StopStrings` ends that text before the first of
+some strings, and holds back what may begin one. Neither knows of models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
@@ -53,3 +55,43 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StopStrings:
+    """Ends a text before the first of some strings; joined, what it returns does not depend on how the text is cut.
+
+    Args:
+        stops: strings, none of them empty. The first one to be complete ends the text, of several the longest.
+
+    Attributes:
+        found: one has come; nothing follows.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""  # what may begin one
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Take some more text; return what is certain not to be part of a stop string."""
+        if self.found or not self._stops:
+            return "" if self.found else text
+        self._held += text
+        complete = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if complete:
+            self.found = True
+            settled, self._held = self._held[: min(complete)[1]], ""
+            return settled
+        keep = max(map(self._begun, self._stops))
+        settled, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return settled
+
+    def finish(self) -> str:
+        """The text still held back, at the end of the answer."""
+        held, self._held = self._held, ""
+        return held
+
+    def _begun(self, stop: str) -> int:
+        """How many of the last characters held are the beginning of a stop string."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

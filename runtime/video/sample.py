@@ -1,6 +1,6 @@
 """Which frames of a video are shown, and their way from the decoder to the model's size.
 
-Sampling goes by frame index over the whole clip, `np.linspace(0, n - 1, F, dtype=int)`, as the released LLaVA-OneVision
+Sampling goes by frame index over the whole clip, `np.linspace(0, n - 1, F, dtype=int)`, as the released
 code does. In a clip of variable rate, neighbours in the sample are therefore the same number of frames apart, not the
 same number of seconds. A clip of fewer than F frames repeats some of them.
 """

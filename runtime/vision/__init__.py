@@ -6,6 +6,6 @@ How one graph runs is known to `onnxruntime` and `tensorrt` (either flavour), in
 """
 
 from runtime.vision.open import choose_backend, open_backend
-from runtime.vision.protocol import BatchedVision, VisionBackend, encode_one
+from runtime.vision.protocol import BatchedVision, Encoded, VisionBackend, encode_one
 
-__all__ = ["BatchedVision", "VisionBackend", "choose_backend", "encode_one", "open_backend"]
+__all__ = ["BatchedVision", "Encoded", "VisionBackend", "choose_backend", "encode_one", "open_backend"]

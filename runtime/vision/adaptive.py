@@ -2,8 +2,9 @@
 
 How many frames a merge left is read by one small copy, and the next stage gets so many rows of the same memory. Every
 buffer is allocated once, for the most that any video needs; a call binds the first rows of them and allocates nothing.
-Two buffers hold hidden states: a stage reads one and writes the other. As the host must know each count, this `encode`
-returns when the last stage is done, also on a GPU. What it returns can be read on any stream at once.
+Two buffers hold hidden states, and two sources: a stage reads one and writes the other. As the host must know each
+count, this `encode` returns when the last stage is done, also on a GPU. What it returns can be read on any stream at
+once.
 
 Notation: F frames, n frames that arrive at a stage, T tokens a frame inside the tower, S patches, P after pooling, D
 tower width, E LLM width, M rows of tokens that n frames have room for, N tokens that count.
@@ -20,20 +21,26 @@ from runtime.engine.layout import (
     COUNT,
     FRAMES,
     HIDDEN,
+    MADE_OF,
     MERGED_HIDDEN,
     MERGED_RECEIVED,
-    POSITIONS,
+    OF_TOKENS,
+    OUTPUTS,
     RECEIVED,
-    TOKENS,
+    SOURCES,
     Layout,
 )
 from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.vision.frames import check_frames
+from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CallGuard, Runner, check_names, fixed
 
-# Tensors that go from one stage to the next, and the memory that they are in.
+# Tensors that go from one stage to the next, and the memory that they are in; of some there are two, as a stage reads
+# one and writes the other.
 _BETWEEN = {MERGED_HIDDEN: HIDDEN, HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED, RECEIVED: RECEIVED}
+_BETWEEN |= {SOURCES: SOURCES, MADE_OF: SOURCES}
+_TWICE = (HIDDEN, SOURCES)
 _Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -78,10 +85,8 @@ class Adaptive:
         self._lane = runners[0].lane(self.shape, waits=True)
         self._lane.warm_up(self.encode, self.shape)
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, E] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
-
-        Both are valid until the next call, which writes over them.
+    def encode(self, frames: Tensor) -> Encoded:
+        """Visual tokens of frames uint8 [F, 3, H, W], valid until the next call, which writes over them.
 
         Raises:
             EngineError: frames of another shape or dtype or on another device, a stage failed, or kept a number of
@@ -93,9 +98,11 @@ class Adaptive:
             self._lane.check(frames)
             with self._lane.bringing([frames]) as entering:
                 count = self._run(entering)
-            tokens, positions = self._buffers[TOKENS][:count], self._buffers[POSITIONS][:count]
-            self._lane.hand_over((tokens, positions))
-            return tokens, positions
+            left, sources = self.frames_per_stage[-1], f"{SOURCES}{len(self.runners) % 2}"
+            found = {name: self._buffers[name][:count] for name in OF_TOKENS} | {SOURCES: self._buffers[sources][:left]}
+            encoded = Encoded(*(found[name] for name in OUTPUTS))
+            self._lane.hand_over(encoded)
+            return encoded
 
     def _run(self, frames: Tensor) -> int:
         """All stages; the number of tokens."""
@@ -121,10 +128,11 @@ class Adaptive:
 
     def _views(self, stage: int, arriving: int, frames: Tensor) -> dict[str, Tensor]:
         """The tensors of a stage for so many frames, all of them contiguous."""
-        rows = {TOKENS: self._rows(arriving), POSITIONS: self._rows(arriving), COUNT: 1}
+        rows = dict.fromkeys(OF_TOKENS, self._rows(arriving)) | {COUNT: 1}
         buffers = {**self._buffers, FRAMES: frames}
-        read, written = f"{HIDDEN}{stage % 2}", f"{HIDDEN}{(stage + 1) % 2}"
-        buffer_of = {HIDDEN: read, MERGED_HIDDEN: written, MERGED_RECEIVED: RECEIVED}
+        read, written = stage % 2, (stage + 1) % 2
+        buffer_of = {HIDDEN: f"{HIDDEN}{read}", MERGED_HIDDEN: f"{HIDDEN}{written}", MERGED_RECEIVED: RECEIVED}
+        buffer_of |= {MADE_OF: f"{SOURCES}{read}", SOURCES: f"{SOURCES}{written}"}
         graph = self._graphs[stage]
         names = (tensor.name for tensor in (*graph.inputs, *graph.outputs))
         return {name: buffers[buffer_of.get(name, name)][: rows.get(name, arriving)] for name in names}
@@ -133,9 +141,7 @@ class Adaptive:
         """Shape and dtype of every buffer, by the names `_views` uses."""
         most, last = self.layout.tokens, self.runners[-1]
         tensors = {tensor.name: tensor for tensor in self._graphs[-1].outputs}
-        wanted: _Buffers = {
-            name: (fixed(last, tensors[name], most), last.tensors[name][1]) for name in (TOKENS, POSITIONS)
-        }
+        wanted: _Buffers = {name: (fixed(last, tensors[name], most), last.tensors[name][1]) for name in OF_TOKENS}
         wanted[COUNT] = ((1,), torch.int64)
         between: _Buffers = {}
         for runner, graph in zip(self.runners, self._graphs, strict=True):
@@ -151,8 +157,8 @@ class Adaptive:
                         f"{runner.path}: {tensor.name} is {dtype} {list(found[0])}, another stage has {other[1]} "
                         f"{list(other[0])}: they are of two builds; {REBUILD}"
                     )
-        if HIDDEN in between:
-            wanted |= dict.fromkeys((f"{HIDDEN}0", f"{HIDDEN}1"), between.pop(HIDDEN))
+        for name in set(_TWICE) & set(between):
+            wanted |= dict.fromkeys((f"{name}0", f"{name}1"), between.pop(name))
         return wanted | between
 
     def close(self) -> None:

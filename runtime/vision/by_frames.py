@@ -12,7 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from runtime.errors import EngineError
-from runtime.vision.protocol import BatchedVision, VisionBackend
+from runtime.vision.protocol import BatchedVision, Encoded, VisionBackend
 
 
 class ByFrames:
@@ -34,7 +34,7 @@ class ByFrames:
         self.device = first.device
         self.counts = tuple(self._backends)
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, frames: Tensor) -> Encoded:
         """As the backend for that many frames has it: uint8 [F, 3, H, W], or [B, F, 3, H, W].
 
         Raises:
@@ -42,7 +42,7 @@ class ByFrames:
         """
         return self._backend(frames).encode(frames)
 
-    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
         """Each clip by the backend for its frames, clips of as many frames together; results in the order of the clips.
 
         Raises:
@@ -54,7 +54,7 @@ class ByFrames:
         for place, clip in enumerate(clips):
             self._backend(clip)
             groups.setdefault(clip.shape[-4], []).append(place)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        found: dict[int, Encoded] = {}
         for count, places in groups.items():
             backend = cast(BatchedVision, self._backends[count])
             found.update(zip(places, backend.encode_several([clips[place] for place in places]), strict=True))

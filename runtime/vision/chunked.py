@@ -6,7 +6,7 @@ makes no difference to the result when its frames came: the same calls on the sa
 
     clip = vision.begin()
     clip.push(frames)                        at most `chunk` frames, as often as it takes
-    tokens, positions = clip.finish()
+    encoded = clip.finish()
     clip.close()
 
 Several clips may be under way at once, each with memory of its own, which is allocated for the first that needs it and
@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from runtime.engine.dtypes import FRAMES_DTYPE
-from runtime.engine.layout import FRAMES, HIDDEN, POSITIONS, RECEIVED, TOKENS, Layout
+from runtime.engine.layout import FRAMES, HIDDEN, OUTPUTS, RECEIVED, Layout
 from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
 from runtime.vision.frames import check_frames
+from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CLOSED, CallGuard, Runner, check_names, fixed
 
 CHUNK = 4  # frames of a chunk, if nothing else is asked for
@@ -49,13 +50,12 @@ class Room:
     Attributes:
         hidden: [F, T, D] what the head made of the frames so far.
         received: [F, S] fp32 received attention, where the head has the layer it is taken from.
-        tokens, positions: [N, E] and [N] what the rest writes; None where it makes new tensors.
+        encoded: what the rest writes; None where it makes new tensors.
     """
 
     hidden: Tensor
     received: Tensor | None
-    tokens: Tensor | None = None
-    positions: Tensor | None = None
+    encoded: Encoded | None = None
 
 
 class OpenClip:
@@ -119,8 +119,8 @@ class OpenClip:
                         room.received[place].copy_(room.received[row])
         self.encoded = len(rows)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, E] and positions int64 [N] of the F frames; valid until the clip is closed.
+    def finish(self) -> Encoded:
+        """Visual tokens of the F frames; valid until the clip is closed.
 
         Raises:
             EngineError: frames are missing, or the rest failed.
@@ -200,10 +200,10 @@ class ChunkedVision:
                 raise RuntimeError(CLOSED)
             return OpenClip(self, self._rooms.pop() if self._rooms else self._make_room())
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, E] and positions int64 [N] of a whole clip, uint8 [F, 3, H, W], chunk by chunk.
+    def encode(self, frames: Tensor) -> Encoded:
+        """Visual tokens of a whole clip, uint8 [F, 3, H, W], chunk by chunk.
 
-        Both are valid until the next call, which writes over them. Clips under way are not disturbed.
+        They are valid until the next call, which writes over them. Clips under way are not disturbed.
 
         Raises:
             EngineError: frames of another shape or dtype, or the library failed.
@@ -260,8 +260,8 @@ class ChunkedVision:
         """For `OpenClip`, in its turn: [c, 3, H, W] to hidden [C, T, D] and received [C, S], valid until the next."""
         return self._head(self._lane.fill(frames))
 
-    def run_rest(self, room: Room) -> tuple[Tensor, Tensor]:
-        """For `OpenClip`, in its turn: tokens and positions of the clip in `room`."""
+    def run_rest(self, room: Room) -> Encoded:
+        """For `OpenClip`, in its turn: visual tokens of the clip in `room`."""
         return self._rest(room)
 
     def give_back(self, room: Room) -> None:
@@ -276,7 +276,7 @@ class ChunkedVision:
     def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+    def _rest(self, room: Room) -> Encoded:
         raise NotImplementedError
 
     def _free(self) -> None:
@@ -325,18 +325,17 @@ class Chunked(ChunkedVision):
     def _make_room(self) -> Room:
         buffers = {name: self._buffer(self.runners[1], name) for name in self.runners[1].tensors}
         self._lane.own(list(buffers.values()))
-        return Room(buffers[HIDDEN], buffers.get(RECEIVED), buffers[TOKENS], buffers[POSITIONS])
+        return Room(buffers[HIDDEN], buffers.get(RECEIVED), Encoded(*(buffers[name] for name in OUTPUTS)))
 
     def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         self.runners[0].run({FRAMES: frames, **self._out})
         return self._out[HIDDEN], self._out.get(RECEIVED)
 
-    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
-        assert room.tokens is not None
-        assert room.positions is not None
-        tensors = {HIDDEN: room.hidden, RECEIVED: room.received, TOKENS: room.tokens, POSITIONS: room.positions}
-        self.runners[1].run({name: tensor for name, tensor in tensors.items() if tensor is not None})
-        return room.tokens, room.positions
+    def _rest(self, room: Room) -> Encoded:
+        assert room.encoded is not None
+        entering = {HIDDEN: room.hidden} if room.received is None else {HIDDEN: room.hidden, RECEIVED: room.received}
+        self.runners[1].run(entering | dict(zip(OUTPUTS, room.encoded, strict=True)))
+        return room.encoded
 
     def _free(self) -> None:
         for runner in self.runners:

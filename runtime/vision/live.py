@@ -3,7 +3,7 @@
     with LiveClip(vision, total=300) as clip:
         for frame in source:
             clip.push(frame)
-        tokens, positions, timings = clip.finish()
+        encoded, timings = clip.finish()
 
 What comes out is exactly what `runtime.video.clip_from_frames` of all frames and the backend's `encode` give. Frames
 are resized where they are pushed; as soon as there are enough for a chunk that are certain to be in the sample, a
@@ -47,6 +47,7 @@ from runtime.forks import Home
 from runtime.video import sample_indices
 from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames, stack_frames
 from runtime.vision.chunked import CHUNK, ChunkedVision
+from runtime.vision.protocol import Encoded
 
 _CLOSED = "this live clip was finished or closed: open another one"
 MOST = 10**9  # frames of a clip: a year, so that a number that is no count is told from one
@@ -153,8 +154,8 @@ class LiveClip:
             while len(self._waiting) >= self._chunk:
                 worker.submit(self._encode, _take(self._waiting, self._chunk))
 
-    def finish(self) -> tuple[Tensor, Tensor, LiveTimings]:
-        """No more frames will come: visual tokens [N, E], positions int64 [N] and how long it took. Closes the clip.
+    def finish(self) -> tuple[Encoded, LiveTimings]:
+        """No more frames will come: the clip's visual tokens and how long it took. Closes the clip.
 
         On a GPU it waits for the tokens, which can then be read on any stream.
 
@@ -175,12 +176,12 @@ class LiveClip:
                 raise UserError(f"got {self._arrived} frame(s); a video has at least {MIN_FRAMES} frames")
             job = worker.submit(self._complete)
         try:
-            tokens, positions, timings = job.result()
+            encoded, timings = job.result()
         except CancelledError:
             raise RuntimeError(_CLOSED) from None
         finally:
             self.close()
-        return tokens, positions, timings
+        return encoded, timings
 
     def close(self) -> None:
         """Drop what is not encoded yet, wait for the chunk that is, free the memory; a second call does nothing, nor
@@ -246,7 +247,7 @@ class LiveClip:
             self._error = error
         self._seconds += time.perf_counter() - started
 
-    def _complete(self) -> tuple[Tensor, Tensor, LiveTimings]:
+    def _complete(self) -> tuple[Encoded, LiveTimings]:
         """Encode what is missing of the sample, and the rest."""
         if self._error is not None:
             raise self._error
@@ -259,13 +260,13 @@ class LiveClip:
                     raise RuntimeError(_CLOSED)
                 self._clip.push(torch.stack(missing[first : first + self._chunk]))
             self._clip.arrange(plan.rows)
-            tokens, positions = (value.clone() for value in self._clip.finish())
-            _wait(tokens.device)
-        for value in (tokens, positions):
+            found = Encoded(*(value.clone() for value in self._clip.finish()))
+            _wait(found.tokens.device)
+        for value in found:
             if value.is_cuda:  # where they are likely to be read when they are let go
                 value.record_stream(torch.cuda.default_stream(value.device))
         encoded, seconds, came = self._before
-        return tokens, positions, LiveTimings(time.perf_counter() - came, seconds, plan.ahead(encoded) / self.frames)
+        return found, LiveTimings(time.perf_counter() - came, seconds, plan.ahead(encoded) / self.frames)
 
     def _plan(self) -> Completion:
         """How the sample comes of what is encoded."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from runtime.engine import layout
-from runtime.engine.dtypes import FLOATS, FRAMES_DTYPE, ONNX, POSITIONS_DTYPE
-from runtime.engine.layout import FRAMES, OUTPUTS, POSITIONS, TOKENS, VARIES
+from runtime.engine.dtypes import FLOATS, FRAMES_DTYPE, NAMED, ONNX, POSITIONS_DTYPE
+from runtime.engine.layout import FRAMES, OUTPUTS, VARIES
 from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.streams import Here
@@ -47,8 +47,7 @@ class OnnxRunner:
     def __init__(self, path: Path, part: layout.Graph, threads: int) -> None:
         self.path = path
         self.session: Any = open_session(path, threads)
-        read = _stage if part.stage is not None else _whole
-        self.tensors = read(path, self.session)
+        self.tensors = _whole(path, self.session, part) if part.stage is None else _stage(path, self.session)
         self._inputs = {value.name for value in self.session.get_inputs()}
         self._binding = self.session.io_binding()
 
@@ -124,8 +123,8 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _whole(path: Path, session: Any) -> Tensors:
-    """The tensors of a graph that a clip runs through alone; other outputs than tokens and positions are left out."""
+def _whole(path: Path, session: Any, part: layout.Graph) -> Tensors:
+    """The tensors of a graph that a clip runs through alone; outputs that it need not have are left out."""
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     if set(inputs) != {FRAMES} or not set(OUTPUTS) <= set(outputs):
@@ -133,15 +132,12 @@ def _whole(path: Path, session: Any) -> Tensors:
             f"{path} takes {sorted(inputs)} and returns {sorted(outputs)}, expected {FRAMES} and "
             f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
         )
-    several = len(inputs[FRAMES].shape) == 5  # a leading B everywhere
-    wanted = (
-        (inputs[FRAMES], 4, (FRAMES_DTYPE,)),
-        (outputs[TOKENS], 2, FLOATS),
-        (outputs[POSITIONS], 1, (POSITIONS_DTYPE,)),
-    )
     return {
-        value.name: (_static(path, value, rank + several), _dtype_of(path, value, *allowed))
-        for value, rank, allowed in wanted
+        tensor.name: (
+            _static(path, (inputs | outputs)[tensor.name], len(tensor.shape)),
+            _dtype_of(path, (inputs | outputs)[tensor.name], *(NAMED[name] for name in tensor.dtypes)),
+        )
+        for tensor in (*part.inputs, *part.outputs)
     }
 
 

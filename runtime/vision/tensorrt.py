@@ -19,8 +19,8 @@ from torch import Tensor
 
 from runtime import trt as seam
 from runtime.engine import layout
-from runtime.engine.dtypes import FRAMES_DTYPE, POSITIONS_DTYPE, TENSORRT
-from runtime.engine.layout import FRAMES, OUTPUTS, POSITIONS, TOKENS
+from runtime.engine.dtypes import NAMED, TENSORRT
+from runtime.engine.layout import FRAMES, OUTPUTS
 from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.gpu.graphs import Replay
@@ -40,7 +40,8 @@ class TensorRTRunner:
         self._runtime, self._engine = loaded
         self._logger = logger
         self._what = "the engine" if part.stage is None else f"stage {part.stage}"
-        self.tensors: Tensors = (engine_tensors if part.stage is None else all_tensors)(path, self._engine)
+        alone = part.stage is None
+        self.tensors = engine_tensors(path, self._engine, part) if alone else all_tensors(path, self._engine)
         # Stages of a chain leave the first size open, and are told it in each run.
         self._told = [tensor.name for tensor in part.inputs] if layout.COUNT in part.names else []
         self._replay: Replay | None = None
@@ -176,7 +177,7 @@ def require_gpu(flavour: str) -> None:
     raise EngineError(f"a {flavour} engine runs on an NVIDIA GPU and none was found: use --backend onnxruntime")
 
 
-def engine_tensors(path: Path, engine: Any) -> Tensors:
+def engine_tensors(path: Path, engine: Any, part: layout.Graph) -> Tensors:
     """Shape and dtype of every tensor of a deserialised engine, by name.
 
     Raises:
@@ -190,17 +191,20 @@ def engine_tensors(path: Path, engine: Any) -> Tensors:
             f"{', '.join(OUTPUTS)}: it is no vision engine of this project; {REBUILD}"
         )
     tensors = all_tensors(path, engine)
-    several = len(tensors[FRAMES][0]) == 5  # a leading B everywhere
-    for name, rank in ((FRAMES, 4 + several), (TOKENS, 2 + several), (POSITIONS, 1 + several)):
-        if len(tensors[name][0]) != rank:
-            raise EngineError(f"{path}: {name} has shape {list(tensors[name][0])}, expected {rank} sizes; {REBUILD}")
+    expected = (*part.inputs, *part.outputs)
+    for tensor in expected:
+        shape, rank = tensors[tensor.name][0], len(tensor.shape)
+        if len(shape) != rank:
+            raise EngineError(f"{path}: {tensor.name} has shape {list(shape)}, expected {rank} sizes; {REBUILD}")
     for name, (shape, dtype) in tensors.items():
         if min(shape, default=1) < 1:
             kind = next(kind for kind, known in TENSORRT.items() if known == dtype)
             raise EngineError(f"{path}: {name} is {kind} {list(shape)}, expected fixed sizes; {REBUILD}")
-    for name, dtype in ((FRAMES, FRAMES_DTYPE), (POSITIONS, POSITIONS_DTYPE)):
-        if tensors[name][1] != dtype:
-            raise EngineError(f"{path}: {name} is {tensors[name][1]}, expected {dtype}; {REBUILD}")
+    for tensor in expected:
+        allowed = [NAMED[name] for name in tensor.dtypes]
+        if tensors[tensor.name][1] not in allowed:
+            kinds = " or ".join(map(str, allowed))
+            raise EngineError(f"{path}: {tensor.name} is {tensors[tensor.name][1]}, expected {kinds}; {REBUILD}")
     return tensors
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
-from earlytom.encoder import checked_depth, encode, head, rest
+from earlytom.encoder import VisualTokens, checked_depth, encode, head, rest
 from earlytom.families import Vision, family_of
 from earlytom.methods.earlytom import EachVideo, EarlyTom
 from runtime.checkpoint import Checkpoint, VisionPart, load_vision
@@ -23,7 +23,7 @@ from runtime.gpu.streams import Here
 from runtime.vision.by_frames import ByFrames
 from runtime.vision.chunked import CHUNK, ChunkedVision, Room
 from runtime.vision.frames import batch_of, check_clips, check_frames
-from runtime.vision.protocol import VisionBackend
+from runtime.vision.protocol import Encoded, VisionBackend
 
 
 class TorchVision:
@@ -69,10 +69,10 @@ class TorchVision:
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (pixels.mean, pixels.std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, D] and positions [N] of frames uint8 [F, 3, H, W]; new tensors, so calls may overlap.
+    def encode(self, frames: Tensor) -> Encoded:
+        """Visual tokens of frames uint8 [F, 3, H, W]; new tensors, so calls may overlap.
 
-        All three have a leading B where it takes several videos.
+        All have a leading B where it takes several videos.
 
         Raises:
             EngineError: frames of another shape or dtype.
@@ -81,20 +81,19 @@ class TorchVision:
         check_frames(frames, self.shape)
         return self._encode(frames.flatten(0, -4), self.batch)
 
-    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Visual tokens [N, D] and positions [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run of as many.
+    def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
+        """Visual tokens of each of 1 to B clips uint8 [F, 3, H, W], in one run of as many.
 
         Errors as those of `encode`.
         """
         check_clips(clips, self.shape)
-        tokens, positions = self._encode(torch.cat(list(clips)), len(clips))
-        return [(tokens, positions)] if len(clips) == 1 else list(zip(tokens, positions, strict=True))
+        found = self._encode(torch.cat(list(clips)), len(clips))
+        return [found] if len(clips) == 1 else found.each()
 
-    def _encode(self, frames: Tensor, videos: int) -> tuple[Tensor, Tensor]:
+    def _encode(self, frames: Tensor, videos: int) -> Encoded:
         method = EarlyTom(self.config)
         deciding = method if videos == 1 else EachVideo(method, videos)
-        visual = encode(self.vision, self.pixels(frames), deciding, depth=self.depth)
-        return visual.tokens, visual.positions
+        return _of(encode(self.vision, self.pixels(frames), deciding, depth=self.depth))
 
     @property
     def vision(self) -> Vision:
@@ -148,10 +147,9 @@ class TorchChunked(ChunkedVision):
         return head(tower, vision.pixels(frames), method, checked_depth(tower, method, vision.depth))
 
     @torch.no_grad()
-    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+    def _rest(self, room: Room) -> Encoded:
         vision = self._vision
-        visual = rest(vision.vision, room.hidden, room.received, EarlyTom(vision.config), vision.depth)
-        return visual.tokens, visual.positions
+        return _of(rest(vision.vision, room.hidden, room.received, EarlyTom(vision.config), vision.depth))
 
     def _free(self) -> None:
         self._vision.close()
@@ -185,6 +183,10 @@ def open_torch(
         vision = TorchVision(checkpoint, config, shape, device=device, dtype=dtype, part=part)
         backends[count], part = vision if manifest.chunk is None else TorchChunked(vision, manifest.chunk), vision.part
     return next(iter(backends.values())) if len(backends) == 1 else ByFrames(backends)
+
+
+def _of(visual: VisualTokens) -> Encoded:
+    return Encoded(visual.tokens, visual.positions, visual.sources, visual.place, visual.bias)
 
 
 def _part(vision: TorchVision) -> VisionPart:

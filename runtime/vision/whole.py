@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runtime.engine.layout import FRAMES, OUTPUTS
 from runtime.vision.frames import batch_of, check_clips, check_frames
+from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CallGuard, Runner
 
 
@@ -42,11 +43,11 @@ class Whole:
         runner.fix(self._out, self._lane)
         self._lane.warm_up(self.encode, self.shape)
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, D] (dtype of the graph) and positions int64 [N] of frames uint8 [F, 3, H, W].
+    def encode(self, frames: Tensor) -> Encoded:
+        """Visual tokens of frames uint8 [F, 3, H, W].
 
-        All three have a leading B where the graph takes several videos. Both are valid until the next call, which
-        writes over them.
+        All have a leading B where the graph takes several videos. They are valid until the next call, which writes
+        over them.
 
         Raises:
             EngineError: frames of another shape or dtype or on another device, or the library failed.
@@ -57,8 +58,8 @@ class Whole:
         with self._turn():
             return self._run([frames])
 
-    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Visual tokens [N, D] and positions int64 [N] of each of 1 to B clips uint8 [F, 3, H, W], in one run.
+    def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
+        """Visual tokens of each of 1 to B clips uint8 [F, 3, H, W], in one run.
 
         What is left of B is filled with the last clip. Places, validity and errors as those of `encode`.
         """
@@ -69,15 +70,14 @@ class Whole:
             self._lane.check(clip)
         filled = [*clips, *[clips[-1]] * (self.batch - len(clips))]
         with self._turn():
-            tokens, positions = self._run(filled)
-            return list(zip(tokens.unbind(), positions.unbind(), strict=True))[: len(clips)]
+            return self._run(filled).each()[: len(clips)]
 
-    def _run(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _run(self, clips: Sequence[Tensor]) -> Encoded:
         with self._lane.bringing(clips) as entering:
             self.runner.run({FRAMES: entering})
-        tokens, positions = (self._out[name] for name in OUTPUTS)
-        self._lane.hand_over((tokens, positions))
-        return tokens, positions
+        encoded = Encoded(*(self._out[name] for name in OUTPUTS))
+        self._lane.hand_over(encoded)
+        return encoded
 
     def close(self) -> None:
         """Wait for what is running and free the graph; a second call does nothing. What was returned stays readable."""

@@ -52,7 +52,7 @@ def test_off_is_the_untouched_tower_bit_for_bit(family: str, grid: int) -> None:
     assert torch.equal(out.hidden, want)
     assert torch.equal(out.tokens, model_pooling(tiny_projector()(want), grid).flatten(0, 1))
     assert torch.equal(out.positions, torch.arange(4 * ((grid + 1) // 2) ** 2))
-    assert torch.equal(out.frame_weights, torch.eye(4))
+    assert torch.equal(out.sources, torch.eye(4))
     assert out.frames_per_stage == (4,)
 
 
@@ -152,14 +152,14 @@ def test_every_step_equals_the_sequential_method(family: str, config: EarlyTomCo
     assert out.segments.tolist() == [list(pair) for pair in want["segments"]]
     assert torch.allclose(out.hidden, want["hidden"], atol=1e-4)
     assert torch.allclose(out.received, want["received"], atol=1e-5)
-    assert np.allclose(out.frame_weights, want["weights"], atol=1e-5)
+    assert np.allclose(out.sources, want["weights"], atol=1e-5)
     assert out.positions.tolist() == want["positions"]
     assert torch.allclose(out.tokens, want["tokens"], atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [ADAPTIVE, BUDGET])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_frame_weights_are_the_product_of_the_stages(family: str, config: EarlyTomConfig) -> None:
+def test_sources_are_the_product_of_the_stages(family: str, config: EarlyTomConfig) -> None:
     trace: dict[str, Tensor] = {}
     out = traced(family, made_video("drift", 12), config, trace)
     product = torch.eye(12)
@@ -167,11 +167,11 @@ def test_frame_weights_are_the_product_of_the_stages(family: str, config: EarlyT
         weights = trace[f"weights_{layer}"]
         assert weights.shape == (after, before)
         product = weights @ product
-    assert torch.equal(out.frame_weights, product)
-    assert out.frame_weights.shape == (len(out.hidden), 12)
-    assert torch.allclose(out.frame_weights.sum(1), torch.ones(len(out.hidden)), atol=1e-5)
-    assert bool((out.frame_weights >= 0).all())
-    assert out.frame_weights[0, 0] > 0
+    assert torch.equal(out.sources, product)
+    assert out.sources.shape == (len(out.hidden), 12)
+    assert torch.allclose(out.sources.sum(1), torch.ones(len(out.hidden)), atol=1e-5)
+    assert bool((out.sources >= 0).all())
+    assert out.sources[0, 0] > 0
 
 
 def test_the_trace_holds_what_each_decision_was_made_of() -> None:
@@ -242,7 +242,7 @@ def test_adaptive_static_frames_keep_fewer_when_dynamic_ones_keep_all(schedule: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_and_two_frames_are_not_merged(family: str, frames: int, config: EarlyTomConfig) -> None:
     out = encoded(family, made_video("still", frames), config)
-    assert torch.equal(out.frame_weights, torch.eye(frames))
+    assert torch.equal(out.sources, torch.eye(frames))
     assert set(out.frames_per_stage) == {frames}
     assert len(out.tokens) == frames * (9 if config is OFF else 3)
     assert out.segments.tolist() == ([[0, 0]] if frames == 1 else [[0, 1]])
@@ -270,12 +270,12 @@ def test_half_precision(family: str, dtype: torch.dtype, config: EarlyTomConfig)
     full = encode_video(model, projector, video, config)
     half = encode_video(model.to(dtype), projector.to(dtype), video.to(dtype), config)
     assert (half.tokens.dtype, half.hidden.dtype) == (dtype, dtype)
-    assert (half.received.dtype, half.frame_weights.dtype) == (torch.float32, torch.float32)
+    assert (half.received.dtype, half.sources.dtype) == (torch.float32, torch.float32)
     assert bool(torch.isfinite(half.tokens).all())
     assert torch.allclose(half.received.sum(1), full.received.sum(1)[: len(half.received)], atol=0.05)
     if config.schedule == "budget" or config is OFF:
         assert half.tokens.shape == full.tokens.shape
-    if torch.allclose(half.frame_weights, full.frame_weights, atol=1e-2):
+    if torch.allclose(half.sources, full.sources, atol=1e-2):
         cosine = nn.functional.cosine_similarity(half.hidden.float(), full.hidden, dim=-1)
         assert float(cosine.min()) > 0.98
     if config is OFF:

@@ -21,11 +21,12 @@ from builder.micro.card import write_card
 from builder.micro.course import PERCEPTION_STEPS, SEED, STAGES, new_model
 from builder.micro.see import normalised
 from earlytom import micro
+from earlytom.families import bundled
 from earlytom.families.llava_onevision import canonical_name, pool
+from earlytom.families.published import SPECIAL_TOKENS
 from earlytom.micro import checkpoint
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.render import NOBODY
-from earlytom.micro.random_model import SPECIAL_TOKENS
 from earlytom.micro.weights import random_tensor
 from runtime.text.prompt import build_prompt, splice
 
@@ -183,10 +184,10 @@ def test_names_of_the_decoder_have_one_canonical_form(name: str, canonical: str)
 
 
 def test_the_tokenizer_has_the_whole_vocabulary_and_the_configured_special_tokens(tokenizer: Any) -> None:
-    config = checkpoint.architecture()
+    config = bundled.architecture()
     text: Any = config.text_config
-    assert len(tokenizer) == text.vocab_size == checkpoint.VOCABULARY
-    assert sorted(tokenizer.get_vocab().values()) == list(range(checkpoint.VOCABULARY))
+    assert len(tokenizer) == text.vocab_size == bundled.VOCABULARY
+    assert sorted(tokenizer.get_vocab().values()) == list(range(bundled.VOCABULARY))
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(1275, 1280))
     assert tokenizer.convert_tokens_to_ids("<video>") == config.video_token_id
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (text.eos_token_id, text.pad_token_id)
@@ -244,8 +245,8 @@ def pixels(clip: LabelledClip) -> Tensor:
 
 def covered(owner: np.ndarray) -> np.ndarray:
     """[F, S] float32: the part of each patch that belongs to an object."""
-    side = checkpoint.GRID
-    patches = (owner != NOBODY).reshape(len(owner), side, checkpoint.PATCH, side, checkpoint.PATCH)
+    side = bundled.GRID
+    patches = (owner != NOBODY).reshape(len(owner), side, bundled.PATCH, side, bundled.PATCH)
     return patches.mean((2, 4), dtype=np.float32).reshape(len(owner), side * side)
 
 
@@ -301,7 +302,7 @@ def test_attention_goes_to_what_is_shown(watched: list[Watched]) -> None:
 
 def test_received_attention_is_uneven(watched: list[Watched]) -> None:
     for clip in watched:
-        received = clip.received[MERGE_LAYER].sort(descending=True).values * checkpoint.GRID**2  # 1 = even
+        received = clip.received[MERGE_LAYER].sort(descending=True).values * bundled.GRID**2  # 1 = even
         assert received[:, 0].min() > 1.5
         gaps = (received[:, :-1] - received[:, 1:]) / received[:, :-1]
         assert gaps.median() > 1e-3  # far above rounding: the choice of tokens is not one of near-ties
@@ -315,7 +316,7 @@ def test_without_queries_received_attention_is_even(tower: Any) -> None:
             if "q_proj" in name:
                 parameter.zero_()
     clip = Watched(blind, labelled_clip("validation", 0, times=np.arange(2)))
-    assert (clip.received[-1] * checkpoint.GRID**2 - 1).abs().max() < 1e-4
+    assert (clip.received[-1] * bundled.GRID**2 - 1).abs().max() < 1e-4
 
 
 # What it answers

@@ -111,7 +111,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = encode(LLAVA_ONEVISION.vision(self.tower, self.projector), pixels, self.method)
-        return out.tokens, out.positions, out.frame_weights
+        return out.tokens, out.positions, out.sources
 
 
 BUDGET = EarlyTomConfig(retention_ratio=0.4, merge_layers=(0, 2), tau=0.5, schedule="budget")

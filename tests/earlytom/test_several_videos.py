@@ -40,7 +40,7 @@ def test_each_of_several_videos_is_encoded_as_if_it_were_alone(family: str, name
         alone = encode_video(tower, projector, video, config)
         assert torch.equal(together.positions[index], alone.positions)
         assert torch.allclose(together.tokens[index], alone.tokens, **CLOSE)
-        assert torch.allclose(together.frame_weights.expand(3, -1, -1)[index], alone.frame_weights)
+        assert torch.allclose(together.sources.expand(3, -1, -1)[index], alone.sources)
         assert together.frames_per_stage == alone.frames_per_stage
         assert torch.allclose(together.hidden.unflatten(0, (3, -1))[index], alone.hidden, **CLOSE)
         assert torch.allclose(together.received.unflatten(0, (3, -1))[index], alone.received, **CLOSE)
@@ -52,7 +52,7 @@ def test_the_videos_of_the_test_above_do_not_decide_alike() -> None:
     config = CONFIGS["three merges"]
     seen = [encode_video(tiny_tower("siglip"), tiny_projector(), video, config) for video in clips()]
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert not torch.equal(seen[one].frame_weights, seen[other].frame_weights)
+        assert not torch.equal(seen[one].sources, seen[other].sources)
         assert not torch.equal(seen[one].tokens, seen[other].tokens)
 
 

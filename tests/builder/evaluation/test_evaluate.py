@@ -122,7 +122,7 @@ def test_settings_come_from_the_options(command: Command, tmp_path: Path) -> Non
 
 def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        evaluate.parser().parse_args(["--help"])
+        evaluate.main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     for word in ("--engine", "controls", "validation", "examples:", "--record"):

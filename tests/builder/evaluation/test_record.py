@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builder.evaluation import record, run
+from builder.evaluation import arguments, record, run
 from earlytom import micro
 from earlytom.errors import UserError
 from runtime import cli
@@ -71,7 +70,6 @@ def test_the_card_shows_a_new_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (full,) = (one for one in whole["results"] if one["method"] == "full")
     full["accuracy"][0] = 0.123
     monkeypatch.setattr(record, "PATH", tmp_path / "accuracy.json")
-    options = argparse.Namespace(json=None, plot=None, record=True)
-    run.save(options, whole, [], None, cli.Screen(json_only=True))
+    run.save(arguments.read(["--record"]), whole, [], None, cli.Screen(json_only=True))
     assert record.read(record.PATH)["results"][0]["accuracy"][0] == 0.123
     assert "| **all** | **12.3** |" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -106,7 +106,7 @@ def test_every_video_is_encoded_as_if_it_were_alone(several: dict[str, Tensor], 
     wanted = [tuple(value.clone() for value in alone.encode(clip)) for clip in clips]
     assert not torch.equal(wanted[0][1], wanted[1][1])  # they do not decide alike
     for order in ((0, 1, 2), (2, 0, 1)):
-        tokens, positions = together.encode(torch.stack([clips[n] for n in order]))
+        tokens, positions, *_ = together.encode(torch.stack([clips[n] for n in order]))
         for place, n in enumerate(order):
             assert torch.equal(positions[place], wanted[n][1])
             assert torch.allclose(tokens[place], wanted[n][0], **CLOSE)
@@ -146,7 +146,7 @@ def test_the_pytorch_backend_agrees(several: dict[str, Tensor], exported: Make, 
     vision = TorchVision(config.checkpoint, config.earlytom, together.shape, **device)  # type: ignore[arg-type]
     assert vision.batch == B
     clips = list(several.values())
-    tokens, positions = vision.encode(torch.stack(clips))
+    tokens, positions, *_ = vision.encode(torch.stack(clips))
     assert torch.equal(positions, together.encode(torch.stack(clips))[1])
     assert torch.allclose(tokens, together.encode(torch.stack(clips))[0], **CLOSE)
     for count in (1, 2):

@@ -30,6 +30,7 @@ from tests.earlytom.cells.test_select import problem
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 
 KINDS = ("noise", "drift", "still", "repeats", "zero")
+NAMES = ["tokens", "positions", "sources", "place", "bias"]
 CONFIG = CellsConfig(retention_ratio=0.3, merge_layers=(0, 2))
 
 
@@ -154,45 +155,44 @@ class Whole(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         seen = encode(LLAVA_ONEVISION.vision(self.tower, self.projector), pixels, self.method)
-        return {"tokens": seen.tokens, "positions": seen.positions, "sources": seen.frame_weights}
+        return {name: getattr(seen, name) for name in NAMES}
 
 
 @pytest.mark.parametrize("rounds", [None, 3])
 def test_an_exported_vision_part_gives_the_same_tokens(tmp_path: Path, rounds: int | None) -> None:
     config = CONFIG.replace(rounds=rounds)
-    names, video = ["tokens", "positions", "sources"], made_video("scenes", 8)
-    made = trace(Whole(cells.SymbolicCells(config), torch.float32), {"pixels": video}, names)
-    graph = save(made, tmp_path / "vision.onnx", names, lambda node: cells.body(node, OPSET))
+    video = made_video("scenes", 8)
+    made = trace(Whole(cells.SymbolicCells(config), torch.float32), {"pixels": video}, NAMES)
+    graph = save(made, tmp_path / "vision.onnx", NAMES, lambda node: cells.body(node, OPSET))
     calls = [node.op_type for node in onnx.load(graph.path).graph.node if node.domain == "earlytom"]
     assert calls == ["CellPlan", "CellPlan", "SelectGreedy" if rounds is None else "SelectRounds"]
     session = onnxruntime.InferenceSession(str(graph.path))
     for kind in ("scenes", "drift", "noise"):
         video = made_video(kind, 8, seed=1)
         wanted = Whole(Cells(config), torch.float32)(video)
-        tokens, positions, sources = session.run(None, {"pixels": video.numpy()})
-        assert positions.tolist() == wanted["positions"].tolist()
-        np.testing.assert_allclose(tokens, wanted["tokens"].numpy(), atol=1e-4)
-        np.testing.assert_allclose(sources, wanted["sources"].numpy(), atol=1e-4)
+        found = dict(zip(NAMES, session.run(NAMES, {"pixels": video.numpy()}), strict=True))
+        assert found["positions"].tolist() == wanted["positions"].tolist()
+        assert found["place"].tolist() == wanted["place"].tolist()
+        for name in ("tokens", "sources", "bias"):
+            np.testing.assert_allclose(found[name], wanted[name].numpy(), atol=1e-4)
 
 
 def test_several_videos_have_calls_of_their_own(tmp_path: Path) -> None:
     """Also a loop may be called twice: what is inside a function has no name outside it."""
     config = CONFIG.replace(rounds=None)
-    names = ["tokens", "positions", "sources"]
     video = torch.cat([made_video(kind, 8, seed=2) for kind in ("scenes", "noise")])
-    made = trace(Whole(EachCells(cells.SymbolicCells(config), 2), torch.float32), {"pixels": video}, names)
-    graph = save(made, tmp_path / "vision.onnx", names, lambda node: cells.body(node, OPSET))
+    made = trace(Whole(EachCells(cells.SymbolicCells(config), 2), torch.float32), {"pixels": video}, NAMES)
+    graph = save(made, tmp_path / "vision.onnx", NAMES, lambda node: cells.body(node, OPSET))
     wanted = Whole(EachCells(Cells(config), 2), torch.float32)(video)
-    tokens, positions, _ = onnxruntime.InferenceSession(str(graph.path)).run(None, {"pixels": video.numpy()})
+    tokens, positions = onnxruntime.InferenceSession(str(graph.path)).run(NAMES[:2], {"pixels": video.numpy()})
     assert positions.tolist() == wanted["positions"].tolist()
     np.testing.assert_allclose(tokens, wanted["tokens"].numpy(), atol=1e-4)
 
 
 def test_a_graph_of_half_precision_decides_in_single(tmp_path: Path) -> None:
     """Every decision is an operator of fp32 operands: no half value is compared, and features are widened first."""
-    names = ["tokens", "positions", "sources"]
-    made = trace(Whole(cells.SymbolicCells(CONFIG), torch.float16), {"pixels": made_video("scenes", 8).half()}, names)
-    path = save(made, tmp_path / "vision.onnx", names, lambda node: cells.body(node, OPSET)).path
+    made = trace(Whole(cells.SymbolicCells(CONFIG), torch.float16), {"pixels": made_video("scenes", 8).half()}, NAMES)
+    path = save(made, tmp_path / "vision.onnx", NAMES, lambda node: cells.body(node, OPSET)).path
     model = onnx.shape_inference.infer_shapes(inliner.inline_local_functions(onnx.load(path)))
     known = {info.name: info.type.tensor_type.elem_type for info in (*model.graph.value_info, *model.graph.output)}
     compared = [
@@ -213,8 +213,8 @@ def test_the_choice_from_features_in_half_is_that_of_their_values() -> None:
     features = torch.randn(4, 9, 24, generator=generator).half()
     vision = LLAVA_ONEVISION.vision(tiny_tower("siglip"), tiny_projector())
     state = method.begin(vision, 4, torch.device("cpu"))
-    _, positions, place, bias = method.keep(features, state)
-    _, wanted, wanted_place, wanted_bias = method.keep(features.float(), state)
-    assert torch.equal(positions, wanted)
-    assert torch.equal(place, wanted_place)
-    assert torch.equal(bias, wanted_bias)
+    _, positions = method.choose(features, None, state)
+    found = (positions, *method.standing(features, positions, state))
+    _, positions = method.choose(features.float(), None, state)
+    wanted = (positions, *method.standing(features.float(), positions, state))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

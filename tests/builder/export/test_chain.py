@@ -55,10 +55,13 @@ def test_counts_positions_and_tokens_are_those_of_pytorch(chain: Chain, clips: d
     counts = {}
     for name, frames in videos_of(clips).items():
         wanted = chain.encode(frames)
-        tokens, positions = vision.encode(frames)
+        tokens, positions, sources, place, bias = vision.encode(frames)
         assert vision.frames_per_stage == wanted.frames_per_stage
         assert torch.equal(positions, wanted.positions)
         torch.testing.assert_close(tokens, wanted.tokens, rtol=0, atol=1e-4)
+        torch.testing.assert_close(sources, wanted.sources, rtol=0, atol=1e-5)
+        assert torch.equal(place, wanted.place)
+        assert torch.isclose(bias, wanted.bias).float().mean() > 0.98  # but for tokens as much alike to two
         counts[name] = (*vision.frames_per_stage, len(tokens))
     assert len(set(counts.values())) >= 4  # they depend on the video
     assert counts["still"][2] < FRAMES
@@ -104,16 +107,18 @@ def test_a_stage_runs_on_any_number_of_frames(chain: Chain, arriving: int) -> No
     wanted, column = run_span(tower, spans[0], hidden, EarlyTom(chain.config.earlytom), chain.config.depth)
     assert column is not None
     session = onnxruntime.InferenceSession(chain.paths[1])
-    found = dict(
-        zip([value.name for value in session.get_outputs()], session.run(None, {"hidden": hidden.numpy()}), strict=True)
-    )
+    made_of = torch.eye(FRAMES)[:arriving]
+    names, entering = [value.name for value in session.get_outputs()], {"hidden": hidden, "made_of": made_of}
+    found = dict(zip(names, session.run(None, {key: value.numpy() for key, value in entering.items()}), strict=True))
     assert found[layout.COUNT].tolist() == [arriving]  # noise is not merged
     np.testing.assert_allclose(found[layout.MERGED_HIDDEN], wanted, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found[layout.MERGED_RECEIVED], column, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found[layout.SOURCES], made_of)
     feeds = {name: found[f"merged_{name}"] for name in (layout.HIDDEN, layout.RECEIVED)}
-    tokens, positions, (count,) = onnxruntime.InferenceSession(chain.paths[2]).run(
-        [layout.TOKENS, layout.POSITIONS, layout.COUNT], feeds
+    tokens, positions, place, (count,) = onnxruntime.InferenceSession(chain.paths[2]).run(
+        [layout.TOKENS, layout.POSITIONS, layout.PLACE, layout.COUNT], feeds | {layout.MADE_OF: found[layout.SOURCES]}
     )
+    np.testing.assert_array_equal(place[:count], positions[:count])  # no frame was merged
     assert len(tokens) == len(positions) == chain.config.layout.tokens_of(arriving) >= count > 0
 
 
@@ -132,10 +137,13 @@ def test_other_towers_one_frame_and_other_cuts(
         clip = torch.randint(0, 256, (frames, 3, 5 * PATCH, 5 * PATCH), generator=generator, dtype=torch.uint8)
         clip[1 : 1 + seed] = clip[:1]
         wanted = reference_of(graph, clip)
-        tokens, positions = vision.encode(clip)
+        found = vision.encode(clip)
         assert vision.frames_per_stage == wanted.frames_per_stage
-        assert torch.equal(positions, wanted.positions)
-        torch.testing.assert_close(tokens, wanted.tokens, rtol=0, atol=1e-4)
+        assert torch.equal(found.positions, wanted.positions)
+        assert torch.equal(found.place, wanted.place)
+        torch.testing.assert_close(found.tokens, wanted.tokens, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.sources, wanted.sources, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.bias, wanted.bias, rtol=0, atol=1e-5)
 
 
 def test_a_chain_is_for_the_adaptive_schedule(chain: Chain, tmp_path: Path) -> None:

@@ -81,15 +81,20 @@ def set_attribute(operator: str, name: str, value: float) -> Edit:
     return edit
 
 
-def after(name: str, *make: tuple[str, list[str]], constants: dict[str, Any] | None = None) -> Edit:
+def after(
+    name: str, *make: tuple[str, list[str]], constants: dict[str, Any] | None = None, beside: bool = False
+) -> Edit:
     """Let further nodes follow the one that gives `name`: (operator, inputs) each, where "raw" stands for the value as
-    it was and "last" for the node before; the last one gives `name` to the rest of the graph."""
+    it was and "last" for the node before; the last one gives `name` to the rest of the graph, or, `beside` it, to those
+    alone who read the graph's outputs."""
 
     def edit(model: onnx.ModelProto) -> None:
         nodes = list(model.graph.node)
         (index,) = (i for i, node in enumerate(nodes) if name in node.output)
         raw = f"{name}_raw"
         nodes[index].output[:] = [raw if output == name else output for output in nodes[index].output]
+        for node in nodes[index + 1 :] if beside else ():
+            node.input[:] = [raw if given == name else given for given in node.input]
         added, last = [], raw
         for step, (operator, inputs) in enumerate(make):
             out = name if step == len(make) - 1 else f"{name}_step{step}"
@@ -193,7 +198,7 @@ def test_nan_fails_and_is_no_crash(gate: Callable[..., Report]) -> None:
 @pytest.mark.parametrize("by", [1, -1, 10**6])
 def test_shifted_positions_fail(gate: Callable[..., Report], by: int) -> None:
     """The tokens are right and their positions are not; also where the positions name no token at all."""
-    report = gate(after("positions", ("Add", ["raw", "by"]), constants={"by": np.int64(by)}))
+    report = gate(after("positions", ("Add", ["raw", "by"]), constants={"by": np.int64(by)}, beside=True))
     assert {"decisions", "tokens"} <= failed(report)
     assert values(report)["token choices repeated: share that is equal"] == 0
 

@@ -29,8 +29,8 @@ from builder.export.vision import SymbolicDecisions, VisionGraph
 from builder.precision.islands import Islands
 from builder.settings.config import BuildConfig
 from earlytom.attention import column_means
+from earlytom.families.adapters import SiglipTower
 from earlytom.methods.earlytom import EarlyTom
-from earlytom.towers import SiglipTower
 from runtime.checkpoint import load_vision
 
 Weights = dict[str, Tensor]
@@ -138,7 +138,7 @@ class NaiveSymbols(SymbolicDecisions):
 def naive_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
     """The vision part as `module.to(dtype)` makes it: every weight and every operator, nothing kept, nothing left out.
 
-    Wants `NaiveTower` in the place of `earlytom.families.llava_onevision.tower_of`, and to be exported with
+    Wants `NaiveTower` in the place of `earlytom.families.adapters.tower_of`, and to be exported with
     `NaiveSymbols`.
     """
     graph = plain_graph(config, dtype)

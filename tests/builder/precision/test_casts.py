@@ -21,8 +21,8 @@ from builder.precision.casts import TypedLayerNorm, set_precision, set_vision_pr
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
 from earlytom.errors import UserError
-from earlytom.families import llava_onevision
-from earlytom.towers import tower_of
+from earlytom.families import adapters
+from earlytom.families.adapters import tower_of
 from runtime.checkpoint import load_vision
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
@@ -189,7 +189,7 @@ def test_all_half_breaks(
     dtype: str,
 ) -> None:
     config = config_of(stressed)
-    monkeypatch.setattr(llava_onevision, "tower_of", NaiveTower)
+    monkeypatch.setattr(adapters, "tower_of", NaiveTower)
     monkeypatch.setattr(vision, "SymbolicDecisions", NaiveSymbols)
     graph = naive_graph(config, DTYPES[dtype])
     in_torch = graph(clip)["tokens"]

@@ -13,7 +13,6 @@ from torch import Tensor
 from earlytom import UserError
 from earlytom.cells.select import (
     affinity,
-    bias_of,
     likeness,
     round_sizes,
     saliency,
@@ -156,15 +155,6 @@ def test_sizes_of_tokens_add_up(made_: tuple[str, int, int], data: st.DataObject
     owner = affine[:, taken].argmax(1)
     wanted = [float(size[owner == j].sum()) for j in range(len(taken))]
     assert total.tolist() == wanted
-    assert bool((bias_of(total) >= torch.tensor(0.1).log()).all())
-
-
-def test_the_bias_of_m_equal_keys_is_log_m() -> None:
-    query, key, value = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    several = torch.cat([key, key[2:3].expand(4, -1)]), torch.cat([value, value[2:3].expand(4, -1)])
-    wanted = torch.softmax(query @ several[0].T, -1) @ several[1]
-    bias = bias_of(torch.tensor([1.0, 1, 5, 1, 1, 1]))
-    torch.testing.assert_close(torch.softmax(query @ key.T + bias, -1) @ value, wanted)
 
 
 @pytest.mark.parametrize("count", [0, 5])

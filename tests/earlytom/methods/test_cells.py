@@ -19,13 +19,14 @@ from torch import Tensor
 from earlytom import EarlyTomConfig, UserError, encode_video, token_count
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
-from earlytom.cells.select import affinity, bias_of, likeness, saliency, select_greedy, select_rounds, token_sizes
+from earlytom.cells.select import affinity, likeness, saliency, select_greedy, select_rounds, token_sizes
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import METHODS
 from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data import labelled_clip
+from earlytom.standing import places, size_bias
 from runtime.checkpoint import describe, load_vision
 from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 from tests.golden_vectors import HOME, folder_of, parametrize, read_cases, tensor
@@ -86,12 +87,12 @@ def picked(vectors: Path, case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor,
         tensor(vectors, f"p{case['case']}_{name}", torch.float32) for name in ("features", "time", "size")
     )
     per_frame = features.shape[1]
-    tokens, time = features.flatten(0, 1), time.flatten().round()
-    affine = affinity(tokens, time, case["frames"])
+    tokens, time = features.flatten(0, 1), time.round()
+    affine = affinity(tokens, time.flatten(), case["frames"])
     choice = (saliency(tokens), likeness(affine), case["count"])
     taken = select_greedy(*choice) if case["rounds"] is None else select_rounds(*choice, case["rounds"])
-    place = time[taken].long() * per_frame + taken % per_frame
-    return tokens[taken], taken, place, bias_of(token_sizes(affine, size.flatten(), taken))
+    place = places(time.long(), taken, per_frame)
+    return tokens[taken], taken, place, size_bias(token_sizes(affine, size.flatten(), taken))
 
 
 def test_choosing(vectors: Path, pick_case: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ def test_off_is_the_untouched_tower(family: str) -> None:
     want = untouched(tiny_tower(family), video).hidden_states[-1][:, prefix:]
     assert torch.equal(out.hidden, want)
     assert torch.equal(out.positions, torch.arange(6 * 9))
-    assert torch.equal(out.frame_weights, torch.eye(6))
+    assert torch.equal(out.sources, torch.eye(6))
     assert out.frames_per_stage == (6, 6, 6, 6)
 
 
@@ -148,7 +149,7 @@ def test_each_merge_is_that_of_the_reference(family: str) -> None:
         assert torch.equal(trace[f"weights_{layer}"], plan.weights)
         assert torch.equal(plan.member, plan_cells(hidden[:, prefix:], left, CONFIG.power).member)
         made = plan.weights @ made
-    torch.testing.assert_close(out.frame_weights, made[prefix:].mean(0))
+    torch.testing.assert_close(out.sources, made[prefix:].mean(0))
 
 
 @pytest.mark.parametrize("rounds", [None, 1, 7])
@@ -178,7 +179,7 @@ def test_several_videos_at_once_are_each_alone(rounds: int | None) -> None:
         alone = encode(vision, video, method, trace=own)
         assert together.positions[n].tolist() == alone.positions.tolist()
         torch.testing.assert_close(together.tokens[n], alone.tokens, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(together.frame_weights[n], alone.frame_weights, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.sources[n], alone.sources, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(trace["weights_2"][n], own["weights_2"], atol=1e-5, rtol=1e-4)
 
 

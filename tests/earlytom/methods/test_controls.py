@@ -70,8 +70,8 @@ def test_even_frames_are_encoded_alone_and_whole() -> None:
     out = seen(EvenFrames(3))
     assert even_frames(F, 3) == (0, 4, 7)
     assert out.frames_per_stage == (3,)
-    assert out.frame_weights.argmax(1).tolist() == [0, 4, 7]
-    assert torch.equal(out.frame_weights.sum(1), torch.ones(3))
+    assert out.sources.argmax(1).tolist() == [0, 4, 7]
+    assert torch.equal(out.sources.sum(1), torch.ones(3))
     assert torch.equal(out.positions, torch.arange(3 * P))
     whole = everything().unflatten(0, (F, P))
     assert torch.allclose(out.tokens, whole[[0, 4, 7]].flatten(0, 1), atol=1e-5)

@@ -56,8 +56,8 @@ def test_counts_hold_for_any_video(name: str) -> None:
     for kind in ("noise", "still", "scenes"):
         out = encode_video(tiny_tower("siglip"), tiny_projector(), made_video(kind, F), method)
         assert out.tokens.shape[0] == out.positions.shape[0] <= F * P
-        assert out.frame_weights.shape == (out.frames_per_stage[-1], F)
-        assert torch.allclose(out.frame_weights.sum(1), torch.ones(out.frames_per_stage[-1]), atol=1e-5)
+        assert out.sources.shape == (out.frames_per_stage[-1], F)
+        assert torch.allclose(out.sources.sum(1), torch.ones(out.frames_per_stage[-1]), atol=1e-5)
         assert int(out.positions.max()) < out.frames_per_stage[-1] * P
         if counts is not None:
             assert (out.frames_per_stage, len(out.tokens)) == (counts.stages, counts.tokens)
@@ -149,7 +149,7 @@ class Halves(Method):
         self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Any
     ) -> tuple[Tensor, Tensor | None]:
         weights = torch.eye(len(hidden) // 2).repeat_interleave(2, 1) / 2
-        state.frame_weights = weights @ state.frame_weights
+        state.sources = weights @ state.sources
         state.stages.append(len(hidden) // 2)
         return hidden.unflatten(0, (-1, 2)).mean(1), None if received is None else weights @ received
 
@@ -170,7 +170,7 @@ def test_a_method_that_needs_no_attention_and_merges_in_its_own_way() -> None:
     out, looked = halved((1,), None)
     assert out.frames_per_stage == (8, 4)
     assert out.tokens.shape == (4 * P, 24)
-    assert out.frame_weights[1].tolist() == [0, 0, 0.5, 0.5, 0, 0, 0, 0]
+    assert out.sources[1].tolist() == [0, 0, 0.5, 0.5, 0, 0, 0, 0]
     assert (out.received.shape, looked) == ((4, 0), [])
     assert out.segments.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]  # no segments: every frame is its own
 
@@ -179,7 +179,7 @@ def test_received_attention_is_that_of_any_layer_and_merged_from_there_on() -> N
     untouched, _ = halved((), 0)
     for layers, wanted in (((1, 2), [4]), ((0, 2), [4]), ((2, 3), [4])):
         out, looked = halved(layers, 0)
-        merged = out.frame_weights @ untouched.received  # of layer 0, which runs on all frames
+        merged = out.sources @ untouched.received  # of layer 0, which runs on all frames
         torch.testing.assert_close(out.received, merged)
         assert looked == wanted
         assert out.tokens.shape == (2 * P, 24)

@@ -66,7 +66,7 @@ def test_the_bundled_model_is_the_default_and_a_folder_like_any_other(source: An
 def test_the_vision_part_of_the_bundled_model_is_that_of_the_whole_model() -> None:
     part, model = load_vision(dtype=torch.float16), load_model(dtype=torch.float16)
     assert_same_vision(part, model)
-    assert part.image_newline.shape == (256,)
+    assert part.closing.shape == (256,)
     assert not part.training
     assert not model.training
     assert not any(parameter.requires_grad for parameter in part.parameters())
@@ -79,7 +79,7 @@ def test_the_vision_part_alone_computes_what_the_model_computes() -> None:
         hidden = part.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
         pooled = model.model.apply_pooling(part.projector(hidden)).flatten(0, 1)
         expected = model.get_video_features(pixels[None]).pooler_output[0]
-    assert torch.equal(torch.cat((pooled, part.image_newline[None])), expected)
+    assert torch.equal(torch.cat((pooled, part.closing[None])), expected)
 
 
 @pytest.mark.parametrize("rename", [same_name, middle_name, old_name])
@@ -126,7 +126,7 @@ def test_only_the_shards_of_the_vision_part_are_opened(tmp_path: Path, original:
 def test_weights_are_given_in_the_dtype_that_is_asked_for(folder: Path, original: Any) -> None:
     part = load_vision(folder, torch.bfloat16)
     assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
-    assert torch.equal(part.image_newline, original.model.image_newline.bfloat16())
+    assert torch.equal(part.closing, original.model.image_newline.bfloat16())
     assert {parameter.dtype for parameter in load_model(folder, torch.float16).parameters()} == {torch.float16}
 
 
@@ -162,7 +162,7 @@ def tiny_published(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_random_weights_are_the_same_alone_and_in_the_whole_model(tiny_published: str) -> None:
     assert_same_vision(load_vision(tiny_published, torch.float16), load_model(tiny_published, torch.float16))
-    assert torch.equal(load_vision(tiny_published).image_newline, load_vision(tiny_published).image_newline)
+    assert torch.equal(load_vision(tiny_published).closing, load_vision(tiny_published).closing)
 
 
 def test_random_weights_in_half_are_those_in_single_rounded(tiny_published: str) -> None:

@@ -114,7 +114,7 @@ def test_a_hub_id_is_one_snapshot_and_only_what_is_needed_is_fetched(hub: Hub, o
     assert found.commit == hub.branches[NAME]["main"]
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
     part = load_vision(found)
-    assert torch.equal(part.image_newline, original.model.image_newline)
+    assert torch.equal(part.closing, original.model.image_newline)
     found.digest()
     assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model-00002-of-00002.safetensors"}
     before = len(hub.asked)
@@ -254,7 +254,7 @@ def test_what_others_have_cached_works_offline(
     with pytest.raises(EntryNotFoundError):  # which the cache notes
         huggingface_hub.hf_hub_download(NAME, "video_preprocessor_config.json")
     offline(monkeypatch)
-    assert torch.equal(load_vision(NAME).image_newline, original.model.image_newline)
+    assert torch.equal(load_vision(NAME).closing, original.model.image_newline)
     assert torch.equal(load_model(NAME).lm_head.weight, original.lm_head.weight)
 
 
@@ -309,7 +309,7 @@ def test_one_file_for_all_weights(hub: Hub, tmp_path: Path, original: Any) -> No
     single = answering(write(tmp_path / "single", original))
     write_weights(single, load_file(single / "model.safetensors"))
     hub.push("org/single", single)
-    assert torch.equal(load_vision("org/single").image_newline, original.model.image_newline)
+    assert torch.equal(load_vision("org/single").closing, original.model.image_newline)
     assert describe("org/single").answers_digest() == describe(single).answers_digest()
 
 

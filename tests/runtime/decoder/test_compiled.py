@@ -189,6 +189,67 @@ def test_the_dtype_is_the_models(tmp_path: Path) -> None:
     assert sum(same) >= 10
 
 
+# Positions and a bias
+
+
+@pytest.fixture(scope="module")
+def placed_decoder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> CompiledDecoder:
+    """Made in a store that has the programs of `SIZES` without places."""
+    store = ProgramStore(Path(shutil.copytree(folder, tmp_path_factory.mktemp("placed") / "store")))
+    counting = ExportOnly()
+    made = CompiledDecoder.compile(make_qwen(), counting, store, SIZES[:2], placed=True)
+    assert counting.compiled == 4  # they are other programs
+    again = ExportOnly()
+    CompiledDecoder.compile(make_qwen(), again, store, SIZES[:2])
+    CompiledDecoder.compile(make_qwen(), again, store, SIZES[:2], placed=True)
+    assert again.compiled == 0
+    return made
+
+
+def places_of(length: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return {
+        "positions": torch.randint(1, 5, (length,), generator=generator).cumsum(0),
+        "bias": torch.randn(length, generator=generator) * 2,
+    }
+
+
+@pytest.mark.parametrize(("length", "new"), [(1, 8), (15, 9), (16, 8), (16, 9), (31, 8), (32, 32)])
+def test_with_places_the_tokens_are_those_of_the_decoder(
+    placed_decoder: CompiledDecoder, eager: Decoder, length: int, new: int
+) -> None:
+    seen = set()
+    for seed in range(2):
+        places = places_of(length, seed)
+        for how in ({}, {"positions": places["positions"]}, {"bias": places["bias"]}, places):
+            got = list(placed_decoder.stream(prompt(length), max_new_tokens=new, **how))
+            assert got == list(eager.stream(prompt(length), max_new_tokens=new, **how))
+            seen.add(tuple(got))
+    assert len(seen) > (3 if length > 1 else 0)  # they change answers; a first token sees itself alone
+
+
+def test_a_position_that_stands_still_would_be_noticed(placed_decoder: CompiledDecoder, eager: Decoder) -> None:
+    """Negative control of the test above."""
+    kept = dict(placed_decoder._programs)
+    for size, program in kept.items():
+        if size.kind == "decode":
+            placed_decoder._programs[size] = lambda embeds, last, position, *rest, program=program: program(
+                embeds, last, position * 0, *rest
+            )
+    try:
+        got = list(placed_decoder.stream(prompt(9), max_new_tokens=8, **places_of(9)))
+    finally:
+        placed_decoder._programs = kept
+    assert got != list(eager.stream(prompt(9), max_new_tokens=8, **places_of(9)))
+
+
+def test_programs_without_places_refuse_them_at_once(decoder: CompiledDecoder) -> None:
+    for name, values in places_of(9).items():
+        with pytest.raises(UserError, match="--decoder torch, or --no-bias --positions consecutive") as error:
+            decoder.stream(prompt(9), max_new_tokens=8, **{name: values})
+        assert "\n" not in str(error.value)
+
+
 # Sizes
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from runtime.decoder.eager import Decoder
 from runtime.decoder.picking import Picker
+from runtime.decoder.placing import Placed
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.gpu.graphs import Replay, ToHost
 from runtime.text.prompt import Prompt, splice
@@ -124,6 +125,66 @@ def test_the_host_waits_for_nothing_but_the_token(decoder: Decoder, sampling: Sa
                 decoder._choose(pick)
     with pytest.raises(RuntimeError, match="synchroniz"), no_synchronisation():
         decoder._chosen.item()  # negative control
+
+
+# With positions and a bias
+
+
+def places(length: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(100 * seed + length)
+    return {
+        "positions": torch.randint(1, 5, (length,), generator=generator).cumsum(0).cuda(),
+        "bias": torch.randn(length, generator=generator).cuda() * 2,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [make_qwen, make_llama])
+def test_replayed_steps_with_places_answer_as_called_ones(make: Any, dtype: torch.dtype) -> None:
+    model = make().to("cuda", dtype)
+    decoder, eager = Decoder.from_model(model, buckets=BUCKETS), called(model)
+    seen = set()
+    for length, new, seed in [(9, 8, 0), (40, 24, 0), (9, 8, 1)]:
+        whole = places(length, seed)
+        for how in (whole, {}, {"positions": whole["positions"]}, {"bias": whole["bias"]}):
+            tokens = answer(decoder, on_gpu(length, seed), new, **how)
+            assert tokens == answer(eager, on_gpu(length, seed), new, **how)
+            seen.add(tuple(tokens))
+    assert len(seen) > 6
+    assert decoder.replay.reason is None
+    assert all((bucket, kind) in decoder.replay for bucket in (32, 64) for kind in ("bias", "positions"))
+
+
+def test_on_a_gpu_places_give_what_they_give_on_the_cpu(decoder: Decoder) -> None:
+    there, whole = Decoder.from_model(make_qwen(), buckets=BUCKETS), places(30)
+    held = {name: values.cpu() for name, values in whole.items()}
+    assert answer(decoder, on_gpu(30), 12, **whole) == answer(there, prompt(30), 12, **held)
+    prefix = decoder.prefill(on_gpu(30)[:, :20], **{name: values[:20] for name, values in whole.items()})
+    rest = {name: values[20:] for name, values in whole.items()}
+    assert answer(decoder, on_gpu(30)[:, 20:], 12, prefix=prefix, **rest) == answer(decoder, on_gpu(30), 12, **whole)
+
+
+def test_a_greedy_step_with_a_bias_allocates_nothing(decoder: Decoder) -> None:
+    decoder.warm_up([60], positions=True, bias=True)
+    stream = decoder.stream(on_gpu(20), max_new_tokens=30, **places(20))
+    next(stream)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(20):
+        next(stream)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_with_places_the_host_waits_for_nothing_but_the_token(decoder: Decoder) -> None:
+    prefix, embeds, how = decoder.prefill(on_gpu(20), **places(20)), on_gpu(5), places(5)
+    for start in (prefix, None, prefix):
+        cache = decoder._cleared_cache(60, Placed.of(5, how["positions"], how["bias"], start, decoder.device))
+        with no_synchronisation():
+            placed = Placed.of(5, how["positions"], how["bias"], start, decoder.device)
+            decoder._read_prompt(embeds, cache, None, start, placed)
+            decoder._choose(Picker(GREEDY, decoder.device))
+            for _ in range(5):
+                assert decoder._to_host(decoder._chosen) >= 0
+                decoder._advance(cache, None)
 
 
 def test_text_is_embedded_without_waiting_for_the_video(decoder: Decoder) -> None:

@@ -123,6 +123,52 @@ def test_a_wrong_slot_gives_other_logits(qwen: Any, programs: dict[str, Any]) ->
         assert (programs["decode"](token, at(slot), *caches)[0] - right).abs().max() > 0.1
 
 
+# With positions and a bias
+
+
+@torch.no_grad()
+def with_places(model: Any, embeds: Tensor, positions: Tensor, bias: Tensor) -> Tensor:
+    """Logits [1, V] after the last of `embeds`, by transformers with an explicit mask."""
+    length = embeds.shape[1]
+    mask = torch.full((length, length), -1e30).triu(1) + bias
+    found = model(inputs_embeds=embeds, attention_mask=mask[None, None], position_ids=positions[None], use_cache=False)
+    return found.logits[:, -1]
+
+
+@pytest.mark.parametrize("length", [1, 9, 16])
+@torch.no_grad()
+def test_programs_with_places_give_the_logits_of_transformers(qwen: Any, length: int) -> None:
+    sizes = [ProgramSize(size.cache, size.tokens, placed=True) for size in (PREFILL, DECODE)]
+    programs = {size.kind: export_program(*parts(qwen), size).module() for size in sizes}
+    generator = torch.Generator().manual_seed(length)
+    whole, slots = prompt(PREFILL.cache), PREFILL.cache
+    positions = torch.randint(1, 5, (slots,), generator=generator).cumsum(0)
+    bias = torch.randn(slots, generator=generator) * 2
+    spoiled = torch.cat((positions[:length], torch.full((PREFILL.tokens - length,), 9**9)))  # of padding: anything
+    logits, *caches = programs["prefill"](padded(whole[:, :length]), at(length - 1), spoiled, bias, *empty(qwen))
+    want = with_places(qwen, whole[:, :length], positions[:length], bias[:length])
+    torch.testing.assert_close(logits, want, atol=2e-4, rtol=1e-4)
+    for slot in range(length, slots):
+        here = positions[slot : slot + 1]
+        before = caches
+        logits, *caches = programs["decode"](whole[:, slot : slot + 1], at(slot), here, bias, *before)
+        end = slot + 1
+        want = with_places(qwen, whole[:, :end], positions[:end], bias[:end])
+        torch.testing.assert_close(logits, want, atol=2e-4, rtol=1e-4)
+        for wrong in ((here + 1, bias), (here, bias.roll(1))):  # negative control
+            other, *_ = programs["decode"](whole[:, slot : slot + 1], at(slot), *wrong, *before)
+            assert (other - want).abs().max() > 1e-3
+
+
+def test_places_are_inputs_only_of_programs_made_for_them(qwen: Any, exported: dict[str, ExportedProgram]) -> None:
+    for size in (PREFILL, DECODE):
+        placed = ProgramSize(size.cache, size.tokens, placed=True)
+        shapes = [tuple(tensor.shape) for tensor in example_inputs(qwen.get_decoder(), placed)]
+        assert shapes[2:4] == [(size.tokens,), (size.cache,)]
+        assert len(export_program(*parts(qwen), placed).graph_signature.user_inputs) == 2 + 2 + 4
+        assert len(exported[size.kind].graph_signature.user_inputs) == 2 + 4
+
+
 # What they must not look at
 
 

@@ -49,41 +49,44 @@ MODES = {
 @pytest.mark.parametrize(
     ("mode", "graphs"),
     [
-        ("whole", [("vision.onnx", "frames -> tokens positions", 1)]),
-        ("batch", [("vision.onnx", "frames -> tokens positions", 1)]),
-        ("counts", [("vision.f8.onnx", "frames -> tokens positions", 1)]),
+        ("whole", [("vision.onnx", "frames -> tokens positions sources place bias", 1)]),
+        ("batch", [("vision.onnx", "frames -> tokens positions sources place bias", 1)]),
+        ("counts", [("vision.f8.onnx", "frames -> tokens positions sources place bias", 1)]),
         (
             "adaptive",
             [
-                ("vision.0.onnx", "frames -> merged_hidden count", 1),
-                ("vision.1.onnx", "hidden -> merged_hidden count merged_received", 1),
-                ("vision.2.onnx", "hidden received -> tokens positions count", 1),
+                ("vision.0.onnx", "frames -> merged_hidden sources count", 1),
+                ("vision.1.onnx", "hidden made_of -> merged_hidden sources count merged_received", 1),
+                ("vision.2.onnx", "hidden received made_of -> tokens positions sources place bias count", 1),
             ],
         ),
         (
             "adaptive, one merge",
             [
-                ("vision.0.onnx", "frames -> merged_hidden count merged_received", 1),
-                ("vision.1.onnx", "hidden received -> tokens positions count", 1),
+                ("vision.0.onnx", "frames -> merged_hidden sources count merged_received", 1),
+                ("vision.1.onnx", "hidden received made_of -> tokens positions sources place bias count", 1),
             ],
         ),
-        ("adaptive, no merge", [("vision.0.onnx", "frames -> tokens positions count", 1)]),
+        ("adaptive, no merge", [("vision.0.onnx", "frames -> tokens positions sources place bias count", 1)]),
         (
             "chunked",
-            [("vision.0.onnx", "frames -> hidden", 4), ("vision.1.onnx", "hidden -> tokens positions", 1)],
+            [
+                ("vision.0.onnx", "frames -> hidden", 4),
+                ("vision.1.onnx", "hidden -> tokens positions sources place bias", 1),
+            ],
         ),
         (
             "chunked, one merge",
             [
                 ("vision.0.onnx", "frames -> hidden received", 4),
-                ("vision.1.onnx", "hidden received -> tokens positions", 1),
+                ("vision.1.onnx", "hidden received -> tokens positions sources place bias", 1),
             ],
         ),
         (
             "chunked, no merge",
             [
                 ("vision.0.onnx", "frames -> hidden received", 4),
-                ("vision.1.onnx", "hidden received -> tokens positions", 1),
+                ("vision.1.onnx", "hidden received -> tokens positions sources place bias", 1),
             ],
         ),
     ],
@@ -99,7 +102,15 @@ def test_the_graphs_their_files_and_tensors(mode: str, graphs: list[tuple[str, s
 
 
 def test_shapes_and_dtypes() -> None:
-    assert shapes(MODES["whole"].graphs[0]) == {"frames": (8, 3, 72, 72), "tokens": (60, 256), "positions": (60,)}
+    assert shapes(MODES["whole"].graphs[0]) == {
+        "frames": (8, 3, 72, 72),
+        "tokens": (60, 256),
+        "positions": (60,),
+        "sources": (4, 8),
+        "place": (60,),
+        "bias": (60,),
+    }
+    assert shapes(MODES["batch"].graphs[0])["sources"] == (3, 4, 8)
     assert shapes(MODES["batch"].graphs[0])["tokens"] == (3, 60, 256)
     head, rest = MODES["chunked, one merge"].graphs
     assert shapes(head) == {"frames": (2, 3, 72, 72), "hidden": (2, None, None), "received": (2, None)}
@@ -111,6 +122,10 @@ def test_shapes_and_dtypes() -> None:
         "received": (VARIES, None),
         "tokens": (VARIES, 256),
         "positions": (VARIES,),
+        "made_of": (VARIES, 8),
+        "sources": (VARIES, 8),
+        "place": (VARIES,),
+        "bias": (VARIES,),
         "count": (1,),
     }
     assert {tensor.name: tensor.dtypes for tensor in (*last.inputs, *last.outputs)} == {
@@ -118,6 +133,10 @@ def test_shapes_and_dtypes() -> None:
         "received": ("fp32",),
         "tokens": ("fp16", "bf16", "fp32"),
         "positions": ("int64",),
+        "made_of": ("fp32",),
+        "sources": ("fp32",),
+        "place": ("int64",),
+        "bias": ("fp32",),
         "count": ("int64",),
     }
 

@@ -428,6 +428,18 @@ def test_a_wrong_model_record_names_the_field(folder: Path, where: str, value: A
     refused(folder, f"model: {where}")
 
 
+def test_frames_that_are_not_square(tmp_path: Path) -> None:
+    preprocessing = PreprocessingRecord(size=(96, 128), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    square = make(tmp_path / "oblong")
+    model = dataclasses.replace(square.model, image_size=(96, 128), preprocessing=preprocessing)
+    written = dataclasses.replace(square, model=model)
+    written.write(tmp_path / "oblong")
+    assert Manifest.read(tmp_path / "oblong") == written
+    for size in ((128, 96), (96, 96), (96,), (96, 0), 96):
+        with pytest.raises(EngineError, match=r"model: image_size|preprocessing: size"):
+            dataclasses.replace(model, image_size=size)
+
+
 @pytest.mark.parametrize("record", [{"bytes": -1, "sha256": "ab" * 32}, {"bytes": 3, "sha256": "ab"}])
 def test_a_wrong_file_record(folder: Path, record: dict[str, Any]) -> None:
     edit(folder, lambda values: values["files"].update({"vision.engine": record}))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video
 from earlytom.merge import plan_frames
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.towers import Tower
 from runtime import bench, cli
 from runtime.checkpoint import describe
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError, VideoError
-from runtime.measure import arguments, comparison, report
+from runtime.measure import arguments, clock, comparison, overhead, report
 from runtime.measure.arguments import VARIANTS
-from runtime.measure.measure import STAGES, VariantRunner, interleaved, matmul_rate, percentiles, under_load
+from runtime.measure.measure import STAGES, VariantRunner, interleaved, under_load
 from runtime.measure.memory import Memory, peak_memory
 from runtime.measure.naive import encode_naive, find_segments
 from runtime.measure.overhead import compression_share
@@ -323,22 +326,44 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert got.cuda is None
 
 
-def test_percentiles_are_those_of_numpy() -> None:
-    assert percentiles([1.0, 2.0, 3.0]) == pytest.approx({"p50": 2.0, "p90": 2.8, "p99": 2.98})
-
-
-def test_the_rate_of_a_matrix_product_is_a_rate() -> None:
-    assert 1e8 < matmul_rate(CPU, torch.float32) < 1e15
-
-
 def test_the_compression_is_a_part_of_the_encoder(
     loaded: Bench, variants: dict[str, Variant], drawn_clip: Path
 ) -> None:
     pixels = variants["budget"].copy(load_clip(drawn_clip, 8, (72, 72)).frames)
     for name in ("adaptive", "budget"):
         assert 0 < compression_share(loaded, variants[name].config, pixels, 3) < 1
-    # with everything off nothing is decided, merged or left out
-    assert compression_share(loaded, OFF, pixels, 3) < compression_share(loaded, variants["budget"].config, pixels, 3)
+
+
+def test_the_share_of_the_compression_is_what_its_parts_take(
+    loaded: Bench, variants: dict[str, Variant], drawn_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the parts move: a second each, ten a layer, three more where attention is formed."""
+    now = 0.0
+
+    def takes(owner: Any, name: str, seconds: Callable[..., float]) -> None:
+        own = getattr(owner, name)
+
+        def slow(*given: Any, **named: Any) -> Any:
+            nonlocal now
+            now += seconds(**named)
+            return own(*given, **named)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    pixels = variants["budget"].copy(load_clip(drawn_clip, 8, (72, 72)).frames)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
+    for name in ("similarity", "plan", "select", "select_varying"):
+        takes(EarlyTom, name, lambda: 1.0)
+    takes(overhead, "apply_weights", lambda: 1.0)
+    takes(Tower, "run_layer", lambda receive=False: 13.0 if receive else 10.0)
+    # three merges, the segments of what is left, the choice of tokens, and one attention
+    parts = 3 * (1 + 1) + 3 + (1 + 1) + 1 + 3
+    merged_elsewhere = 3  # merging is timed beside the encoder, which does it without this clock
+    share = compression_share(loaded, variants["budget"].config, pixels, 2)
+    assert share == parts / (8 * 10 + parts - merged_elsewhere)
+    # with everything off nothing is merged, chosen or gone by attention; the segments are found all the same
+    off = 1 + 1
+    assert compression_share(loaded, OFF, pixels, 2) == off / (8 * 10 + off)
 
 
 # --- the figures

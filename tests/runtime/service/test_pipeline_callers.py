@@ -30,7 +30,7 @@ from runtime.service.answering import Answering
 from runtime.service.requests import Answer, CheckedQuestion, Delta, Ready, Seen
 from runtime.text.prompt import splice
 from runtime.video import Clip
-from runtime.vision import VisionBackend
+from runtime.vision import Encoded, VisionBackend
 from tests.processes import HANG_SECONDS as LONG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,15 +201,14 @@ class Several:
         self.name, self.device = vision.name, vision.device
         self.calls: list[int] = []
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, frames: Tensor) -> Encoded:
         raise AssertionError("a batched engine takes [B, F, 3, H, W]")
 
-    def encode_several(self, clips: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def encode_several(self, clips: list[Tensor]) -> list[Encoded]:
         self.calls.append(len(clips))
         found = []
         for frames in clips:
-            tokens, positions = self._vision.encode(frames)
-            found.append((tokens.clone(), positions.clone()))
+            found.append(Encoded(*(value.clone() for value in self._vision.encode(frames))))
         return found
 
     def close(self) -> None:
@@ -519,7 +518,7 @@ def test_the_interpreter_ends_though_nobody_closed_it(engine: Path, drawn_clip: 
 def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
-    tokens, _ = core.vision.encode(clip.frames)
+    tokens, *_ = core.vision.encode(clip.frames)
     whole = splice(question.words, tokens, core.newline, core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
     return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(tokens))

@@ -97,7 +97,7 @@ def test_spliced_embeddings_are_those_of_the_model(tokenizer: Any, model: Any) -
         ids = prompt.input_ids(VISUAL)
         expected = model.get_input_embeddings()(ids)
         expected[ids == prompt.video_token_id] = visual
-        spliced = splice(prompt, visual[:-1], part.image_newline, model.get_input_embeddings())
+        spliced = splice(prompt, visual[:-1], part.closing, model.get_input_embeddings())
         assert torch.equal(spliced, expected)
         assert torch.equal(splice(prompt, visual, None, model.get_input_embeddings()), expected)
         assert not torch.equal(splice(prompt, visual.flip(0), None, model.get_input_embeddings()), expected)

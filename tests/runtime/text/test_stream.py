@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from runtime.text.stream import TextStream
+from runtime.text.stream import StopStrings, TextStream
 
 SENTENCES = ["a cat sits on the mat", "the cat and the dog", "naïve café, 日本語", "日本 🙂🙃", "end."]
 
@@ -107,3 +107,50 @@ def test_cost_of_a_token_does_not_grow_with_the_answer() -> None:
     for token in TOKENIZER.encode("the cat sits on the mat " * 20):
         stream.push(token)
     assert max(lengths) <= 2
+
+
+# Stop strings
+
+
+def stopped(pieces: Sequence[str], stops: Sequence[str]) -> tuple[list[str], bool]:
+    ends = StopStrings(stops)
+    return [*(ends.push(piece) for piece in pieces), ends.finish()], ends.found
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [
+        ("top left", [" left"], "top"),
+        ("top left", ["right"], "top left"),
+        ("top left", [], "top left"),
+        ("aab", ["ab"], "a"),
+        ("abcd", ["bcd", "c"], "ab"),  # "c" is complete first
+        ("abcd", ["bc", "abc"], ""),  # both at once: the longer
+        ("one.two.", ["."], "one"),
+        ("ab", ["abc"], "ab"),
+        ("abc", ["abc"], ""),
+        ("aaab", ["aab"], "a"),
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(text: str, stops: list[str], wanted: str) -> None:
+    for pieces in ([text], list(text), [text[:3], text[3:]]):
+        found, ended = stopped(pieces, stops)
+        assert "".join(found) == wanted
+        assert ended == (wanted != text)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    assert stopped(["top ", "le", "ad", " left", "x"], [" left"]) == (["top", "", " lead", "", "", ""], True)
+    assert stopped(["top ", "lef"], [" left"]) == (["top", "", " lef"], False)
+
+
+PIECES = st.lists(st.text("ab.", max_size=4), max_size=12)
+
+
+@given(PIECES, st.lists(st.text("ab.", min_size=1, max_size=4), max_size=4))
+def test_where_a_text_is_cut_does_not_matter(pieces: list[str], stops: list[str]) -> None:
+    text = "".join(pieces)
+    found, ended = stopped(pieces, stops)
+    ends = [(at + len(stop), at) for stop in stops for at in range(len(text)) if text.startswith(stop, at)]
+    assert "".join(found) == (text[: min(ends)[1]] if ends else text)
+    assert ended == bool(ends)

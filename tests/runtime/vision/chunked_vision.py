@@ -10,6 +10,7 @@ from torch import Tensor
 
 from earlytom.config import EarlyTomConfig
 from earlytom.families import LLAVA_ONEVISION
+from runtime.vision import Encoded
 from runtime.vision.chunked import ChunkedVision, Room
 from runtime.vision.torch import TorchChunked, TorchVision
 from tests.earlytom.tiny import PATCH, tiny_projector, tiny_tower
@@ -59,11 +60,11 @@ class Toy(ChunkedVision):
             hidden += torch.arange(len(frames))[:, None, None] / 1000
         return hidden, hidden.mean(2)
 
-    def _rest(self, room: Room) -> tuple[Tensor, Tensor]:
+    def _rest(self, room: Room) -> Encoded:
         assert room.received is not None
         place = torch.arange(len(room.hidden)) + 1
         tokens = (room.hidden * place[:, None, None]).sum(0) + room.received.cumsum(0).prod(0)[:, None] / 1e6
-        return tokens, place
+        return Encoded(tokens, place, torch.eye(len(place)), place, place.float())
 
     def _free(self) -> None:
         self.uneven = False

@@ -31,7 +31,10 @@ LAYOUTS = {
     "adaptive": Layout(EarlyTomConfig(merge_layers=(1,), retention_ratio=0.5), 4, sizes=Sizes(tokens_per_frame=3)),
     "chunked": Layout(EarlyTomConfig(merge_layers=(1,), schedule="budget"), 4, chunk=2),
 }
-_KINDS = {"frames": "UINT8", "count": "INT64", "positions": "INT64", "received": "FLOAT"}
+_KINDS = {"frames": "UINT8"} | dict.fromkeys(("count", "positions", "place"), "INT64")
+_KINDS |= dict.fromkeys(("received", "sources", "made_of", "bias"), "FLOAT")
+
+INPUTS = ("frames", "pixels", "hidden", "received", "made_of")
 
 
 def tensors_of(part: Graph, batch: int = 1) -> Tensors:
@@ -40,14 +43,16 @@ def tensors_of(part: Graph, batch: int = 1) -> Tensors:
     found: Tensors = {}
     for tensor in (*part.inputs, *part.outputs):
         name = tensor.name.removeprefix("merged_")
-        rows = next(iter(tensor.shape)) if name in ("hidden", "received") else 0
+        rows = tensor.shape[0] if name in ("hidden", "received", "sources", "made_of") else 0
         tokens = -1 if "count" in part.names else 9
         sizes: dict[str, tuple[int, ...]] = {
             "frames": tuple(size or 8 for size in tensor.shape),
             "hidden": (rows or 0, 5, 6),
             "received": (rows or 0, 5),
             "tokens": (*videos, tokens, 7),
-            "positions": (*videos, tokens),
+            **dict.fromkeys(("positions", "place", "bias"), (*videos, tokens)),
+            "sources": (*videos, tensor.shape[-2] or 0, 4) if tensor.name == "sources" else (),
+            "made_of": (rows or 0, 4),
             "count": (1,),
         }
         found[tensor.name] = (sizes[name], _KINDS.get(name, "HALF"))
@@ -74,7 +79,7 @@ class Engine:
         return list(self.tensors)[index]
 
     def get_tensor_mode(self, name: str) -> str:
-        return f"TensorIOMode.{'INPUT' if name in ('frames', 'pixels', 'hidden', 'received') else 'OUTPUT'}"
+        return f"TensorIOMode.{'INPUT' if name in INPUTS else 'OUTPUT'}"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name][0]

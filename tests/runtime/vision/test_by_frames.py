@@ -12,6 +12,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 from runtime.errors import EngineError
 from runtime.video import clip_from_frames, frames_for, load_clip
+from runtime.vision import Encoded
 from runtime.vision.by_frames import ByFrames
 
 
@@ -26,15 +27,18 @@ class Recorded:
         self.calls: list[int] = []
         self.closed = 0
 
-    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, frames: Tensor) -> Encoded:
         assert frames.shape[-4] == self.frames
         self.calls.append(1)
-        return torch.full((1,), self.frames), frames[..., 0, 0, 0, 0]
+        return self._answer(frames[..., 0, 0, 0, 0])
 
-    def encode_several(self, clips: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
         assert {clip.shape[-4] for clip in clips} == {self.frames}
         self.calls.append(len(clips))
-        return [(torch.full((1,), self.frames), clip[0, 0, 0, 0]) for clip in clips]
+        return [self._answer(clip[0, 0, 0, 0]) for clip in clips]
+
+    def _answer(self, mark: Tensor) -> Encoded:
+        return Encoded(torch.full((1,), self.frames), mark, *[mark] * 3)
 
     def close(self) -> None:
         self.closed += 1

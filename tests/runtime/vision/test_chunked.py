@@ -38,7 +38,7 @@ def test_torch_in_chunks_says_what_torch_says(family: str, layers: tuple[int, ..
         chunked = TorchChunked(plain, chunk)
         for seed in range(2):
             clip = noise(frames, seed=seed)
-            (tokens, positions), (wanted, where) = chunked.encode(clip), plain.encode(clip)
+            (tokens, positions, *_), (wanted, where, *_) = chunked.encode(clip), plain.encode(clip)
             assert torch.equal(positions, where)
             torch.testing.assert_close(tokens, wanted, rtol=0, atol=1e-4)
 
@@ -51,8 +51,8 @@ def test_the_bundled_model_in_chunks(engine: Path, drawn_clip: Path) -> None:
     frames = load_clip(drawn_clip, manifest.frames, shape[2:]).frames
     chunked = TorchChunked(plain)
     assert chunked.chunk == CHUNK == 4
-    wanted, where = plain.encode(frames)
-    tokens, positions = chunked.encode(frames)
+    wanted, where, *_ = plain.encode(frames)
+    tokens, positions, *_ = chunked.encode(frames)
     assert torch.equal(positions, where)
     torch.testing.assert_close(tokens, wanted, rtol=1e-4, atol=1e-4)
     assert chunked.rows_alike
@@ -63,13 +63,13 @@ def test_the_bundled_model_in_chunks(engine: Path, drawn_clip: Path) -> None:
 
 def test_parts_of_a_clip_are_any_size_up_to_a_chunk() -> None:
     vision, clip = tiny_chunked(8, 4), noise(8)
-    wanted, _ = vision.encode(clip)
+    wanted, *_ = vision.encode(clip)
     for sizes in ((1,) * 8, (3, 3, 2), (4, 1, 3), (2, 4, 2)):
         with vision.begin() as opened:
             for some in clip.split(sizes):
                 opened.push(some)
             assert opened.encoded == 8
-            tokens, _ = opened.finish()
+            tokens, *_ = opened.finish()
             assert torch.equal(tokens, wanted)  # the tower is even, so that what is beside a frame does not count
 
 
@@ -199,12 +199,12 @@ def test_torch_in_chunks_on_a_gpu(drawn_clip: Path) -> None:
     config = EarlyTomConfig(merge_layers=(2, 5), retention_ratio=0.3, schedule="budget")
     plain = TorchVision(checkpoint, config, (8, 3, *size), device=torch.device("cuda"), dtype=torch.float16)
     vision, frames = TorchChunked(plain, 4), load_clip(drawn_clip, 8, size).frames
-    wanted, where = (value.clone() for value in vision.encode(frames))
+    wanted, where, *_ = (value.clone() for value in vision.encode(frames))
     for total in (8, None):
         with LiveClip(vision, total=total) as clip:
             for frame in frames:
                 clip.push(frame)
-            tokens, positions, _ = clip.finish()
+            (tokens, positions, *_), _ = clip.finish()
         assert torch.equal(tokens, wanted)
         assert torch.equal(positions, where)
 
@@ -221,7 +221,7 @@ def test_frames_as_they_come_wait_for_nothing_else_on_a_gpu(drawn_clip: Path, to
     config = EarlyTomConfig(merge_layers=(2, 5), retention_ratio=0.3, schedule="budget")
     vision = TorchChunked(TorchVision(checkpoint, config, (8, 3, *size), device=cuda, dtype=torch.float16), 4)
     drawn = load_clip(drawn_clip, 8, (120, 160)).frames
-    wanted, where = (value.clone() for value in vision.encode(clip_from_frames(drawn, 8, size, device=cuda).frames))
+    wanted, where, *_ = (value.clone() for value in vision.encode(clip_from_frames(drawn, 8, size, device=cuda).frames))
     for _ in range(2):  # the first round asks the driver for memory, which may wait
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()), LiveClip(vision, total=total, device=cuda) as clip:
@@ -231,7 +231,7 @@ def test_frames_as_they_come_wait_for_nothing_else_on_a_gpu(drawn_clip: Path, to
                 torch.cuda._sleep(2_000_000_000)  # an answer
             for some in frames.split(3):
                 clip.push(some)
-            tokens, positions, _ = clip.finish()
+            (tokens, positions, *_), _ = clip.finish()
             busy = not torch.cuda.default_stream().query()
         assert torch.equal(tokens, wanted)
         assert torch.equal(positions, where)

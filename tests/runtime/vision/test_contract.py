@@ -129,7 +129,7 @@ def test_it_says_what_pytorch_says(vision: Any, manifest: Manifest, clips: dict[
         wanted = encode_video(
             part.vision_tower, part.projector, pixels, config, depth=geometry(checkpoint.config).depth
         )
-        for tokens, positions in (vision.encode(frames), reference.encode(frames)):
+        for tokens, positions, *_ in (vision.encode(frames), reference.encode(frames)):
             assert torch.equal(positions, wanted.positions)
             assert positions.dtype == torch.int64
             assert (positions.diff() > 0).all()
@@ -152,7 +152,7 @@ def test_no_buffer_moves_and_nothing_is_left_of_the_last_clip(vision: Any, clips
     before = buffers_of(vision)
     for _ in range(2):
         for name, frames in clips.items():
-            tokens, positions = vision.encode(frames)
+            tokens, positions, *_ = vision.encode(frames)
             addresses.add((tokens.data_ptr(), positions.data_ptr()))
             assert torch.equal(first.setdefault(name, tokens.clone()), tokens)
     assert len(addresses) == 1
@@ -201,12 +201,12 @@ def test_frames_as_they_come_give_what_the_whole_clip_gives(
     vision = open_backend("onnxruntime", place, Manifest.read(place))
     assert isinstance(vision, Chunked)
     assert vision.rows_alike
-    wanted, where = (value.clone() for value in vision.encode(sampled(drawn[:count])))
+    wanted, where, *_ = (value.clone() for value in vision.encode(sampled(drawn[:count])))
     for total in (count, None):
         with LiveClip(vision, total=total) as clip:
             for some in drawn[:count].split(3):
                 clip.push(some)
-            tokens, positions, _ = clip.finish()
+            (tokens, positions, *_), _ = clip.finish()
         assert torch.equal(tokens, wanted)
         assert torch.equal(positions, where)
     assert not torch.equal(vision.encode(sampled(drawn[:count]).flip(0))[0], wanted)
@@ -216,7 +216,7 @@ def test_frames_as_they_come_give_what_the_whole_clip_gives(
 def test_a_clip_under_way_survives_whole_ones(folder_of: FolderOf, drawn: Tensor) -> None:
     place, clip = folder_of("chunked"), sampled(drawn)
     vision: Any = open_backend("onnxruntime", place, Manifest.read(place))
-    wanted, _ = (value.clone() for value in vision.encode(clip))
+    wanted, *_ = (value.clone() for value in vision.encode(clip))
     with vision.begin() as opened:
         for some in clip.split(vision.chunk):
             opened.push(some)
@@ -244,7 +244,7 @@ def test_frames_that_do_not_fit(vision: Any, clips: dict[str, Tensor], manifest:
 
 def test_calls_that_cannot_be(folder: Path, manifest: Manifest, clips: dict[str, Tensor]) -> None:
     backend: Any = open_onnxruntime(folder, manifest.layout, threads=1)
-    tokens, _ = backend.encode(clips["drawn"])
+    tokens, *_ = backend.encode(clips["drawn"])
     with turn_of(backend)(), pytest.raises(RuntimeError, match="busy with another clip"):
         backend.encode(clips["drawn"])
     kept = tokens.clone()

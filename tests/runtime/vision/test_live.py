@@ -21,6 +21,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 from runtime.errors import EngineError
 from runtime.video import clip_from_frames, sample_indices
+from runtime.vision import Encoded
 from runtime.vision import live as live_module
 from runtime.vision.chunked import ChunkedVision
 from runtime.vision.live import LiveClip, completion
@@ -42,12 +43,12 @@ def source(count: int, *, height: int = 24, width: int = 26, seed: int = 0) -> T
     return torch.stack(frames)
 
 
-def whole(vision: ChunkedVision, frames: Tensor) -> tuple[Tensor, Tensor]:
+def whole(vision: ChunkedVision, frames: Tensor) -> Encoded:
     clip = clip_from_frames(frames, vision.shape[0], vision.shape[2:])
-    return tuple(value.clone() for value in vision.encode(clip.frames))  # type: ignore[return-value]
+    return Encoded(*(value.clone() for value in vision.encode(clip.frames)))
 
 
-def live(vision: ChunkedVision, groups: list[Tensor], **arguments: Any) -> tuple[Tensor, Tensor, Any]:
+def live(vision: ChunkedVision, groups: list[Tensor], **arguments: Any) -> tuple[Encoded, Any]:
     with LiveClip(vision, **arguments) as clip:
         for group in groups:
             clip.push(group)
@@ -84,15 +85,15 @@ def test_the_result_is_that_of_the_whole_clip(
     vision = KINDS[kind](frames, min(chunk, frames))
     clip = source(count)
     arguments: dict[str, Any] = {"total": count} if known else {"limit": 30}
-    tokens, positions, timings = live(vision, split(clip, cuts), **arguments)
+    found, timings = live(vision, split(clip, cuts), **arguments)
     wanted = whole(vision, clip)
-    assert torch.equal(tokens, wanted[0])
-    assert torch.equal(positions, wanted[1])
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine, theirs)
     assert 0 <= timings.share <= 1
     assert timings.after_last_frame > 0
     assert timings.before >= 0
     backwards = whole(vision, clip.flip(0))  # another clip is another result
-    assert frames == 1 or count == 2 or not torch.equal(tokens, backwards[0])
+    assert frames == 1 or count == 2 or not torch.equal(found.tokens, backwards.tokens)
 
 
 def test_an_uneven_head_that_passed_for_even_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +101,9 @@ def test_an_uneven_head_that_passed_for_even_would_be_noticed(monkeypatch: pytes
     assert not vision.rows_alike
     assert Toy(8, 4).rows_alike
     assert tiny_chunked(8, 4).rows_alike
-    assert torch.equal(live(vision, [clip])[0], whole(vision, clip)[0])
+    assert torch.equal(live(vision, [clip])[0].tokens, whole(vision, clip)[0])
     monkeypatch.setattr(Toy, "rows_alike", True)
-    assert not torch.equal(live(vision, [clip])[0], whole(vision, clip)[0])
+    assert not torch.equal(live(vision, [clip])[0].tokens, whole(vision, clip)[0])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_every_form_of_frames(give: Callable[[Tensor], list[Any]], size: tuple[i
     clip = source(11, height=size[0], width=size[1])
     wanted = whole(vision, clip)
     for arguments in ({"total": 11}, {}):
-        tokens, positions, _ = live(vision, give(clip), **arguments)
+        (tokens, positions, *_), _ = live(vision, give(clip), **arguments)
         assert torch.equal(tokens, wanted[0])
         assert torch.equal(positions, wanted[1])
 
@@ -138,7 +139,7 @@ def test_the_callers_frames_may_be_written_over_and_the_result_is_the_callers() 
                 buffer = frame.clone()
                 open_clip.push(buffer)
                 buffer.zero_()
-            found.append(open_clip.finish()[0])
+            found.append(open_clip.finish()[0].tokens)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -153,7 +154,7 @@ def test_clips_at_once_do_not_disturb_each_other() -> None:
                 clip.push(frames[step])
         if step == 8:
             assert torch.equal(whole(vision, clips[0])[0], wanted[0])
-    found = [clip.finish()[0] for clip in reversed(opened)][::-1]
+    found = [clip.finish()[0].tokens for clip in reversed(opened)][::-1]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -213,7 +214,7 @@ def test_chunks_run_before_the_clip_ends(vision: Watched) -> None:
         settle(clip)
         clip.push(numbered(*range(9, 19)))
         clip.push(numbered(19))
-        _, _, timings = clip.finish()
+        _, timings = clip.finish()
     assert vision.calls == [[0, 2, 5, 8], [10, 13, 16, 19]]
     assert timings.share == 0.5
     assert timings.before > 0
@@ -226,7 +227,7 @@ def test_pushing_does_not_wait_for_the_encoder(vision: Watched) -> None:
             clip.push(numbered(index))
         assert vision.calls == []
         vision.go.set()
-        _, _, timings = clip.finish()
+        _, timings = clip.finish()
     assert timings.share == 0
     assert vision.calls == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
@@ -259,7 +260,7 @@ def test_the_share_of_a_camera_counts_what_the_sample_has(vision: Watched) -> No
         settle(clip)
         clip.push(numbered(*range(8, 15)))
         clip.push(numbered(15))
-        _, _, timings = clip.finish()
+        _, timings = clip.finish()
     sample = sample_indices(16, 8).tolist()
     assert timings.share == sum(index < 8 for index in sample) / 8 == 0.5
 
@@ -330,7 +331,7 @@ def test_bad_frames_change_nothing(vision: Watched, frames: Any, line: str) -> N
             open_clip.push(frames)
         assert "\n" not in str(caught.value)
         open_clip.push(clip[5])
-        assert torch.equal(open_clip.finish()[0], whole(vision, clip)[0])
+        assert torch.equal(open_clip.finish()[0].tokens, whole(vision, clip)[0])
 
 
 def test_too_few_and_too_many(vision: Watched) -> None:
@@ -341,7 +342,7 @@ def test_too_few_and_too_many(vision: Watched) -> None:
         with pytest.raises(UserError, match="total is 5 frames and 6 were pushed"):
             clip.push(numbered(3, 4, 5))
         clip.push(numbered(3, 4))
-        tokens, _, _ = clip.finish()
+        (tokens, *_), _ = clip.finish()
     assert torch.equal(tokens, whole(vision, numbered(0, 1, 2, 3, 4))[0])
     with LiveClip(vision, limit=9) as clip:
         clip.push(numbered(*range(9)))
@@ -386,7 +387,7 @@ def test_a_failed_chunk_reaches_finish(vision: Watched, total: int | None, call:
     assert len(vision.calls) == call  # nothing runs after a failure
     assert threads_of_clips() == []
     vision.fail = None
-    assert torch.equal(live(vision, [numbered(*range(8))])[0], whole(vision, numbered(*range(8)))[0])
+    assert torch.equal(live(vision, [numbered(*range(8))])[0].tokens, whole(vision, numbered(*range(8)))[0])
 
 
 def test_a_rest_that_fails_reaches_finish(vision: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +473,7 @@ def test_a_clip_that_nobody_closes_leaves_no_thread(vision: Watched) -> None:
 def test_an_interpreter_with_an_open_clip_exits() -> None:
     program = """
 import torch
+from runtime.vision import Encoded
 from runtime.vision.chunked import ChunkedVision, Room
 from runtime.vision.live import LiveClip
 class Vision(ChunkedVision):
@@ -525,7 +527,7 @@ def test_on_a_gpu_each_thread_has_a_stream_of_its_own(monkeypatch: pytest.Monkey
         return call
 
     vision, frames = Toy(4, 2), source(9)
-    wanted, _ = whole(vision, frames)
+    wanted = whole(vision, frames).tokens
     assert vision.rows_alike
     monkeypatch.setattr(live_module, "_stream", lambda device, purpose: Stream(purpose))
     monkeypatch.setattr(live_module, "_wait", noted("wait", lambda device: None))
@@ -534,7 +536,7 @@ def test_on_a_gpu_each_thread_has_a_stream_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here())
     monkeypatch.setattr(vision, "_head", noted("head", vision._head))
     monkeypatch.setattr(vision, "_rest", noted("rest", vision._rest))
-    tokens, _, _ = live(vision, split(frames, {4}), total=total)
+    (tokens, *_), _ = live(vision, split(frames, {4}), total=total)
     assert torch.equal(tokens, wanted)
     assert log[0] == "encode waits for caller"  # on whose stream the clip's memory was made
     pushed = [line for line in log if "resize" in line]

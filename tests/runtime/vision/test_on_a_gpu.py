@@ -95,7 +95,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     for call in range(20):
         clip = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
         with torch.cuda.stream(torch.cuda.Stream()):
-            tokens, positions = vision.encode(clip if call % 2 else clip.cuda(non_blocking=True))
+            tokens, positions, *_ = vision.encode(clip if call % 2 else clip.cuda(non_blocking=True))
             got = (tokens.cpu(), positions.cpu())
         check_products(clip, *got)
     vision.close()
@@ -113,7 +113,7 @@ def test_several_clips_on_a_gpu(tmp_path: Path) -> None:
         clips = list(torch.randint(0, 256, (1 + call % 3, 4, 3, 16, 16), generator=generator, dtype=torch.uint8))
         where = [clip.cuda() if (call + place) % 2 else clip for place, clip in enumerate(clips)]
         with torch.cuda.stream(torch.cuda.Stream()):
-            found = [(tokens.cpu(), positions.cpu()) for tokens, positions in vision.encode_several(where)]
+            found = [(tokens.cpu(), positions.cpu()) for tokens, positions, *_ in vision.encode_several(where)]
         assert len(found) == len(clips)
         for clip, (tokens, positions) in zip(clips, found, strict=True):
             check_products(clip, tokens, positions)
@@ -143,9 +143,9 @@ def test_clips_in_chunks_on_a_gpu(tmp_path: Path, drawn_clip: Path, merges: str)
     vision = open_backend(str(FLAVOUR), folder, manifest)
     assert isinstance(vision, Chunked)
     clip = sampled(frames)
-    wanted, where = (value.clone() for value in vision.encode(clip))
+    wanted, where, *_ = (value.clone() for value in vision.encode(clip))
     reference = open_torch(describe(None), manifest, device=torch.device("cpu"), dtype=torch.float32)
-    tokens, positions = reference.encode(clip)
+    tokens, positions, *_ = reference.encode(clip)
     kept = torch.isin(where.cpu(), positions)
     assert kept.float().mean() > 0.85
     ours, theirs = wanted.cpu().float()[kept], tokens[torch.isin(positions, where.cpu())]
@@ -156,7 +156,7 @@ def test_clips_in_chunks_on_a_gpu(tmp_path: Path, drawn_clip: Path, merges: str)
             with LiveClip(vision, total=total, limit=len(frames)) as live:
                 for some in frames.split(7):
                     live.push(some)
-                tokens, positions, _ = live.finish()
+                (tokens, positions, *_), _ = live.finish()
             assert torch.equal(tokens, wanted)
             assert torch.equal(positions, where)
     vision.close()

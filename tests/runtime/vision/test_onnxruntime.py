@@ -46,6 +46,9 @@ def save(
         helper.make_node("Cast", ["weight"], ["matrix"], to=kind),
         helper.make_node("MatMul", ["rows", "matrix"], [names[1]]),
         helper.make_node("Cast", ["where"], [names[2]], to=positions_type),
+        helper.make_node("Identity", ["made"], ["sources"]),
+        helper.make_node("Identity", ["where"], ["place"]),
+        helper.make_node("Cast", ["where"], ["bias"], to=TensorProto.FLOAT),
     ]
     graph = helper.make_graph(
         nodes,
@@ -54,9 +57,13 @@ def save(
         [
             helper.make_tensor_value_info(names[1], kind, tokens),
             helper.make_tensor_value_info(names[2], positions_type, (TOKENS,)),
+            helper.make_tensor_value_info("sources", TensorProto.FLOAT, (2, 2)),
+            helper.make_tensor_value_info("place", TensorProto.INT64, (TOKENS,)),
+            helper.make_tensor_value_info("bias", TensorProto.FLOAT, (TOKENS,)),
         ],
         [
             weight,
+            helper.make_tensor("made", TensorProto.FLOAT, [2, 2], [1, 0, 0, 1]),
             helper.make_tensor("flat", TensorProto.INT64, [2], [TOKENS, 16]),
             helper.make_tensor("where", TensorProto.INT64, [TOKENS], range(TOKENS)),
         ],
@@ -85,7 +92,7 @@ def vision(tmp_path: Path) -> Whole:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_encode_runs_the_graph(tmp_path: Path, dtype: torch.dtype) -> None:
     vision: VisionBackend = open_whole(save(tmp_path / "vision.onnx", dtype), threads=1)
-    tokens, positions = vision.encode(clip())
+    tokens, positions, *_ = vision.encode(clip())
     assert (tokens.dtype, positions.dtype) == (dtype, torch.int64)
     torch.testing.assert_close(tokens, expected(clip(), dtype), rtol=1e-2 if dtype == torch.float16 else 1e-5, atol=1)
     assert not torch.allclose(tokens, expected(clip(1), dtype), atol=1)  # negative control
@@ -95,7 +102,7 @@ def test_encode_runs_the_graph(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_external_data_is_found_beside_the_graph(tmp_path: Path) -> None:
     path = save(tmp_path / "vision.onnx", external=True)
-    tokens, _ = open_whole(path).encode(clip())
+    tokens, *_ = open_whole(path).encode(clip())
     torch.testing.assert_close(tokens, expected(clip()), rtol=1e-4, atol=1e-2)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime import trt as seam
-from runtime.engine.layout import ENGINE_FILE
+from runtime.engine.layout import ENGINE_FILE, OUTPUTS
 from runtime.errors import EngineError
 from runtime.gpu.graphs import Replay
 from runtime.vision import tensorrt
@@ -64,19 +64,23 @@ def test_a_whole_clip_is_ordered_between_the_callers_work(opened: Opened) -> Non
 def test_a_chain_runs_stage_by_stage_and_reads_each_count(opened: Opened, gpu: Gpu) -> None:
     vision, engines, log = opened("adaptive")
     engines[0].kept, engines[1].kept = 3, 2
-    tokens, positions = vision.encode(frames())
+    encoded = vision.encode(frames())
+    tokens, positions, *_ = encoded
     assert log == [
         "engine waits for caller",
         "{",
         "stage 0 on engine: frames [4, 3, 8, 8]",
         "host waits for engine",
-        "stage 1 on engine: hidden [3, 5, 6], received [3, 5]",
+        "stage 1 on engine: hidden [3, 5, 6], received [3, 5], made_of [3, 4]",
         "host waits for engine",
         "}",
     ]
     assert vision.frames_per_stage == (4, 3)
-    assert gpu.recorded == [(output.data_ptr(), "caller") for output in (tokens, positions)]  # who may still read them
+    assert gpu.recorded == [(output.data_ptr(), "caller") for output in encoded]  # who may still read them
     assert (tokens.shape, tokens.dtype, positions.shape) == ((2, 7), torch.float16, (2,))
+    assert encoded.sources.shape == (3, 4)
+    assert encoded.sources.data_ptr() == engines[1].addresses["sources"] != engines[1].addresses["made_of"]
+    assert engines[0].addresses["sources"] == engines[1].addresses["made_of"]
 
 
 PUSHED = [
@@ -97,13 +101,13 @@ def test_every_call_of_a_clip_in_chunks_is_ordered_between_the_callers_work(open
     with vision.begin() as clip:
         assert log == ["engine waits for caller"]  # on whose stream the clip's memory is being cleared
         room = clip._room
-        owned = [buffer.data_ptr() for buffer in (room.hidden, room.received, room.tokens, room.positions)]
+        owned = [buffer.data_ptr() for buffer in (room.hidden, room.received, *room.encoded)]
         assert sorted(gpu.recorded) == sorted((address, "engine") for address in owned)
         log.clear()
         clip.push(CLIP[:2])
         assert log == PUSHED
         clip.push(CLIP[2:])
-        tokens, positions = clip.finish()
+        tokens, positions, *_ = clip.finish()
     assert log == [*PUSHED, *PUSHED, *FINISHED]
     assert (tokens.shape, tokens.dtype) == ((9, 7), torch.float16)
     assert (positions.shape, positions.dtype) == ((9,), torch.int64)
@@ -121,10 +125,10 @@ def test_several_clips_are_one_run_each_in_its_place(opened: Opened) -> None:
         assert log.count("host waits for copy") == 1
         assert log.index("engine waits for caller") < log.index("run on engine") < log.index("}")
         assert entered[:, 0, 0, 0, 0].tolist() == wanted
-        assert [where.tolist()[0] for _, where in found] == [0, 9, 18][: len(values)]
-        addresses = [tokens.data_ptr() for tokens, _ in found]
+        assert [where.tolist()[0] for _, where, *_ in found] == [0, 9, 18][: len(values)]
+        addresses = [one.tokens.data_ptr() for one in found]
         assert addresses == [tokens.data_ptr() for tokens in out["tokens"]][: len(values)]
-    tokens, positions = vision.encode(torch.stack([frames(value) for value in (1, 2, 3)]))
+    tokens, positions, *_ = vision.encode(torch.stack([frames(value) for value in (1, 2, 3)]))
     assert entered[:, 0, 0, 0, 0].tolist() == [1, 2, 3]
     assert (tokens.shape, positions.shape) == ((3, 9, 7), (3, 9))
 
@@ -138,8 +142,8 @@ def test_a_whole_clips_memory_is_told_once_and_holds_the_frames(opened: Opened) 
     first = vision.encode(frames(7))
     second = vision.encode(frames(9))
     assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
-    assert [t.data_ptr() for t in first] == [told["tokens"], told["positions"]]
-    assert [(t.shape, t.dtype) for t in first] == [((9, 7), torch.float16), ((9,), torch.int64)]
+    assert [t.data_ptr() for t in first] == [told[name] for name in OUTPUTS]
+    assert [(t.shape, t.dtype) for t in first[:2]] == [((9, 7), torch.float16), ((9,), torch.int64)]
     assert vision._lane.frames.data_ptr() == told["frames"]
     assert vision._lane.frames.unique().tolist() == [9]
     assert engine.addresses == told
@@ -153,7 +157,7 @@ def test_a_chain_is_told_the_same_memory_every_time(opened: Opened) -> None:
     assert second.addresses["hidden"] == first.addresses["merged_hidden"]
     assert second.addresses["received"] == first.addresses["merged_received"]
     first.kept, second.kept = 1, 3
-    tokens, _ = vision.encode(frames(2))
+    tokens, *_ = vision.encode(frames(2))
     assert [engine.addresses for engine in (first, second)] == told
     assert second.shapes["hidden"] == (1, 5, 6)
     assert tokens.shape == (3, 7)
@@ -162,7 +166,7 @@ def test_a_chain_is_told_the_same_memory_every_time(opened: Opened) -> None:
 
 def test_each_clip_in_chunks_has_memory_of_its_own_told_every_time(opened: Opened) -> None:
     vision, (first, second), _ = opened("chunked")
-    tokens, positions = vision.encode(CLIP)
+    tokens, positions, *_ = vision.encode(CLIP)
     told = [dict(engine.addresses) for engine in (first, second)]
     assert second.addresses["tokens"] == tokens.data_ptr()
     assert second.addresses["positions"] == positions.data_ptr()
@@ -386,7 +390,16 @@ def test_a_gpu_but_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         open_tensorrt(tmp_path, LAYOUTS["whole"], "tensorrt")
 
 
-WHOLE = {"frames": ((2, 3, 4, 4), "UINT8"), "tokens": ((5, 8), "HALF"), "positions": ((5,), "INT64")}
+WHOLE = {
+    "frames": ((2, 3, 4, 4), "UINT8"),
+    "tokens": ((5, 8), "HALF"),
+    "positions": ((5,), "INT64"),
+    "sources": ((2, 2), "FLOAT"),
+    "place": ((5,), "INT64"),
+    "bias": ((5,), "FLOAT"),
+}
+
+PART = LAYOUTS["whole"].graphs[0]
 
 
 @pytest.mark.parametrize(
@@ -398,16 +411,18 @@ WHOLE = {"frames": ((2, 3, 4, 4), "UINT8"), "tokens": ((5, 8), "HALF"), "positio
         ({"tokens": ((5, 8), "FP8")}, "tokens is FP8"),
         ({"frames": ((2, 3, 4, 4), "HALF")}, "frames is torch.float16, expected torch.uint8"),
         ({"positions": ((5,), "INT32")}, "positions is torch.int32, expected torch.int64"),
-        ({"frames": ((3, 2, 3, 4, 4), "UINT8")}, r"tokens has shape \[5, 8\], expected 3 sizes"),
+        ({"frames": ((3, 2, 3, 4, 4), "UINT8")}, r"frames has shape \[3, 2, 3, 4, 4\], expected 4 sizes"),
+        ({"sources": None}, "expected frames and tokens, positions, sources, place, bias"),
+        ({"bias": ((5,), "HALF")}, "bias is torch.float16, expected torch.float32"),
         ({"tokens": ((1, 5, 8), "HALF")}, r"tokens has shape \[1, 5, 8\], expected 2 sizes"),
     ],
 )
 def test_tensors_that_are_not_the_layouts(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     tensors = {name: value for name, value in (WHOLE | change).items() if value is not None}
     with pytest.raises(EngineError, match=message):
-        engine_tensors(tmp_path, Engine(LAYOUTS["whole"].graphs[0], tensors, []))
+        engine_tensors(tmp_path, Engine(PART, tensors, []), PART)
 
 
 def test_more_outputs_are_fine(tmp_path: Path) -> None:
-    more = Engine(LAYOUTS["whole"].graphs[0], WHOLE | {"hidden_3": ((2, 4, 8), "FLOAT")}, [])
-    assert engine_tensors(tmp_path, more)["hidden_3"] == ((2, 4, 8), torch.float32)
+    more = Engine(PART, WHOLE | {"hidden_3": ((2, 4, 8), "FLOAT")}, [])
+    assert engine_tensors(tmp_path, more, PART)["hidden_3"] == ((2, 4, 8), torch.float32)

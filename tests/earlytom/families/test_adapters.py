@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video
-from earlytom.towers import TOWERS, tower_of
+from earlytom.families.adapters import TOWERS, tower_of
 from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower, untouched
 
 

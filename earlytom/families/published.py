@@ -1,0 +1,90 @@
+"""Configurations of published checkpoints, and one of a size between: models to measure without a download.
+
+`earlytom.micro.random_model` gives them weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from earlytom.families.llava_onevision import LLAVA_ONEVISION
+
+END, START, STOP, IMAGE, VIDEO = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", LLAVA_ONEVISION.video_token
+SPECIAL_TOKENS = (END, START, STOP, IMAGE, VIDEO)
+"""In the order of their ids, which follow one another, here as in the published checkpoints."""
+
+_FIRST_SPECIAL_ID = 151643  # of the tokenizer of Qwen2
+
+
+def _published(**text: Any) -> Any:
+    """A published configuration: SigLIP so400m at 384 without its last layer and its head, and Qwen2 as given."""
+    from transformers import LlavaOnevisionConfig
+
+    ids = dict(zip(SPECIAL_TOKENS, range(_FIRST_SPECIAL_ID, _FIRST_SPECIAL_ID + 5), strict=True))
+    return LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "bos_token_id": ids[END],
+            "eos_token_id": ids[STOP],
+            "pad_token_id": ids[END],
+            **text,
+        },
+        image_token_index=ids[IMAGE],
+        video_token_index=ids[VIDEO],
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+# The vocabularies are those of Qwen2 (151936 and 152064) and two tokens more, rounded up to a multiple of 64.
+PUBLISHED: dict[str, Callable[[], Any]] = {
+    "llava-onevision-qwen2-0.5b-ov": lambda: _published(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_window_layers=24,
+        vocab_size=152000,
+        tie_word_embeddings=True,
+    ),
+    "llava-onevision-qwen2-7b-ov": lambda: _published(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_window_layers=28,
+        vocab_size=152128,
+        tie_word_embeddings=False,
+    ),
+}
+"""The published configurations by name."""
+
+MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8
+"""Between the bundled and the published ones, and the frames that it is measured with."""
+
+
+def mid_size() -> Any:
+    """SigLIP base at 384 pixels and the smallest published decoder: what a CPU can be measured with in minutes."""
+    settings = PUBLISHED["llava-onevision-qwen2-0.5b-ov"]().to_dict()
+    settings["vision_config"] |= {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    }
+    return LLAVA_ONEVISION.config(settings)

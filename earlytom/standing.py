@@ -1,0 +1,69 @@
+"""What a kept token stands for: its place in the video, and how many of the video's tokens it speaks for.
+
+Tokens that are left out give their share of attention to whatever stays, the text first of all. So a decoder may be
+told, for each visual token, the logarithm of the number of tokens that it stands for: for m identical keys softmax
+attention equals that of one key with log m added to its logit. It may also be told where the token was in the video
+rather than where it is among those kept.
+
+Decided in fp32 by a fixed tensor program without host sync. Notation: F frames of the video, F' frames left, P tokens a
+frame after pooling, E width, N tokens kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+SMALLEST = 0.1
+"""Of the tokens that one stands for: one that nothing belongs to keeps a little attention."""
+
+
+SHARE_STEPS = 2.0**20
+"""Shares are rounded to this grid before they are compared: products of weights differ in their last bits."""
+
+
+def frame_times(sources: Tensor) -> tuple[Tensor, Tensor]:
+    """Of frames made of others: the frame that has the largest share in each, the first of equals, and how many have
+    any. `sources [F', F]` to int64 [F'] and fp32 [F']."""
+    return (sources * SHARE_STEPS).round().argmax(dim=-1), (sources > 0).sum(dim=-1).float()
+
+
+def places(time: Tensor, positions: Tensor, per_frame: int) -> Tensor:
+    """Places in the video: `frame of the video * P + cell` [N] int64.
+
+    Args:
+        time: [F'] or [F', P] int64, the frame of the video that a frame, or each of its tokens, is taken to be.
+        positions: [N] int64, `frame * P + cell`, frame counted among the F'.
+    """
+    slot = torch.div(positions, per_frame, rounding_mode="trunc")
+    when = time.index_select(0, slot) if time.dim() == 1 else time.flatten().index_select(0, positions)
+    return when * per_frame + (positions - slot * per_frame)
+
+
+def token_sizes(features: Tensor, positions: Tensor, time: Tensor, size: Tensor, frames: int) -> Tensor:
+    """How many of the video's tokens each kept one stands for, fp32 [N]: every token belongs to the kept one that it is
+    most alike, near ones being preferred; ties go to the first.
+
+    Args:
+        features: [F', P, E] after projector and pooling.
+        positions: [N] int64, `frame * P + cell`.
+        time: [F'] or [F', P] as in `places`.
+        size: [F'] or [F', P] fp32, how many tokens of the video each token is made of.
+        frames: F.
+    """
+    kept, per_frame = features.shape[:2]
+    tokens = features.float().flatten(0, 1)  # [M, E], M = F' * P
+    direction = normalize(tokens - tokens.mean(dim=0), dim=-1)
+    when = (time[:, None] if time.dim() == 1 else time).expand(kept, per_frame).flatten().float()
+    count = (size[:, None] if size.dim() == 1 else size).expand(kept, per_frame).flatten()
+    apart = (when.index_select(0, positions)[:, None] - when[None]).abs()
+    alike = (direction.index_select(0, positions) @ direction.T) * torch.exp(-apart / frames)  # [N, M]
+    owner = alike.argmax(dim=0)
+    belongs = owner[None] == torch.arange(len(positions), device=owner.device)[:, None]
+    return belongs.to(count.dtype) @ count
+
+
+def size_bias(sizes: Tensor) -> Tensor:
+    """What is added to the attention logits of tokens that stand for so many: fp32 [N]."""
+    return sizes.clamp(min=SMALLEST).log()

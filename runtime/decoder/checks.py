@@ -1,0 +1,82 @@
+"""What a decoder refuses before it reads a prompt, and what it says when its values turn out not to be finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earlytom.errors import UserError
+from runtime.decoder.placing import Placed
+
+_BROKEN = "the prompt's {} values that are not finite: check the vision engine with its report.json"
+
+
+def checked_length(embeds: Tensor, width: int) -> int:
+    """L of embeddings [1, L, D]. Raises ValueError if they are something else."""
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+        raise ValueError(f"inputs_embeds must be [1, L, {width}], got {list(embeds.shape)}")
+    if embeds.shape[1] < 1:
+        raise ValueError("the prompt is empty: give at least one embedding")
+    return embeds.shape[1]
+
+
+def refuse_prefix(*, merging: bool) -> None:
+    """Raise UserError for a prompt with a prefix, if inner merging has something to merge in it."""
+    if merging:
+        raise UserError(
+            "inner merging ranks the visual tokens by the question, so they cannot be read before it: leave out "
+            "--inner-layer (inner=...), or ask without a prefix"
+        )
+
+
+def refuse_places(placed: Placed, config: Any, *, merging: bool) -> None:
+    """Raise UserError if a prompt cannot be placed like that.
+
+    Args:
+        config: of the language model.
+        merging: inner merging has something to merge in the prompt.
+    """
+    if (kind := config._attn_implementation) not in ("sdpa", "eager"):
+        raise UserError(
+            f"positions and an attention bias need attention by sdpa, this model's is {kind}: load it with "
+            "attn_implementation='sdpa', or use --no-bias --positions consecutive"
+        )
+    if placed.bias is None:
+        return
+    if merging:
+        raise UserError(
+            "inner merging does not know what a merged key weighs: leave out --inner-layer (inner=...), or use "
+            "--no-bias"
+        )
+    if not _sees_all(config):
+        raise UserError(
+            "an attention bias needs full attention, and this language model has others (sliding windows, say): use "
+            "--no-bias"
+        )
+
+
+def broken_prompt(embeds: Tensor, placed: Placed | None) -> str | None:
+    """What is wrong with a prompt's values, if something is. The host waits for the device."""
+    if not bool(torch.isfinite(embeds).all()):
+        return _BROKEN.format("embeddings hold")
+    if placed is not None and placed.bias is not None and not bool(torch.isfinite(placed.bias).all()):
+        return _BROKEN.format("attention bias holds")
+    return None
+
+
+def overflow(dtype: torch.dtype, count: int) -> str:
+    """What is wrong if the logits of token `count` are not finite and the prompt was."""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"the language model's logits are not finite at token {count} in {name}: its activations overflow; "
+        "load it in bfloat16 or float32"
+    )
+
+
+def _sees_all(config: Any) -> bool:
+    """Whether every layer attends to all that comes before."""
+    from runtime.decoder.cache import DecoderCache
+
+    return DecoderCache(config, 1).on_device

@@ -1,0 +1,64 @@
+"""The clock of everything that is measured: seconds on the host, taken when the device is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device: torch.device, call: Callable[[], T]) -> tuple[T, float]:
+    """What a call returns, and how long the device took for it."""
+    wait(device)
+    begun = time.perf_counter()
+    out = call()
+    wait(device)
+    return out, time.perf_counter() - begun
+
+
+class Laps:
+    """Seconds between calls, each after the device is done, by the name that is called with."""
+
+    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
+        self._device = device
+        self.seconds = dict.fromkeys(names, 0.0)
+        self._started = self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        wait(self._device)
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+    @property
+    def elapsed(self) -> float:
+        """From the beginning to the last call."""
+        return self._last - self._started
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product, the best of a few: what a share of the peak is a share of."""
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    # the first one warms up and is never the best
+    return 2 * side**3 / min(timed(device, lambda: torch.matmul(matrix, matrix))[1] for _ in range(8))
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99, interpolated between values; of ten values p99 is nearly the largest."""
+    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
+
+
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values))

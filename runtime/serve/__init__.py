@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server on a `Pipeline`: `python -m runtime.serve ENGINE`."""

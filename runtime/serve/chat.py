@@ -1,0 +1,108 @@
+"""From the messages of a request to a conversation about one video.
+
+A message is a text, or a list of parts: texts, and in a user's message the video (`video_url`, or `file` with the id of
+an uploaded one). Clients that repeat a video word for word in each of their messages mean one video; it stands where it
+came first, so that every later question begins with the same. Several texts of a message are joined by line breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from earlytom.numbers import shown
+from runtime.serve.protocol import only, refuse, unsupported
+from runtime.text.messages import ChatMessage, Role
+
+_ROLES = {role: role for role in get_args(Role)} | {"developer": "system"}
+_MOST_MESSAGES = 1000
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """Where a client's video is.
+
+    Attributes:
+        text: an address, a data URL, or the id of an uploaded file.
+        uploaded: it is such an id.
+    """
+
+    text: str
+    uploaded: bool = False
+
+
+def conversation_of(messages: Sequence[Any]) -> tuple[list[ChatMessage], VideoSource]:
+    """The conversation and its video.
+
+    Raises:
+        ServeError: 400: messages of another form than OpenAI's, no video, or more than one.
+    """
+    if len(messages) > _MOST_MESSAGES:
+        refuse("messages", f"there are {len(messages)}; give at most {_MOST_MESSAGES}")
+    found: list[ChatMessage] = []
+    video: VideoSource | None = None
+    for at, message in enumerate(messages):
+        where = f"messages[{at}]"
+        role = _role(message, where)
+        texts, videos = _parts(message.get("content"), role, where)
+        for one in videos:
+            if video is not None and one != video:
+                refuse("messages", "there is more than one video; ask about one at a time", "one_video")
+        first = video is None and bool(videos)
+        video = videos[0] if first else video
+        found.append(ChatMessage(role, "\n".join(texts), video=first))
+    if video is None:
+        refuse("messages", "there is no video; add a part {'type': 'video_url', 'video_url': {...}}", "one_video")
+    return found, video
+
+
+def _role(message: Any, where: str) -> Role:
+    if not isinstance(message, dict):
+        refuse("messages", f"{where} is no object; give {{'role': ..., 'content': ...}}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        refuse("messages", f"{where} has the role {shown(role)}; give one of {', '.join(_ROLES)}")
+    only(message, {"role", "content"}, f"{where}.")
+    return _ROLES[role]  # type: ignore[return-value]
+
+
+def _parts(content: Any, role: Role, where: str) -> tuple[list[str], list[VideoSource]]:
+    """Texts and videos of a message."""
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        return [content or ""], []
+    if not isinstance(content, list):
+        refuse("messages", f"{where}.content is {shown(content)}; give a text or a list of parts")
+    texts, videos = [], []
+    for number, part in enumerate(content):
+        here = f"{where}.content[{number}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            texts.append(_text(part, {"type", "text"}, "text", here))
+        elif kind in ("video_url", "file"):
+            if role != "user":
+                refuse("messages", f"{here} is a video of the {role}; videos are the user's")
+            videos.append(_video(part, kind, here))
+        elif isinstance(kind, str):
+            unsupported("messages", f"{here} has the type {shown(kind)}; text, video_url and file are supported")
+        else:
+            refuse("messages", f"{here} is {shown(part)}; give an object with a type")
+    return texts, videos
+
+
+def _video(part: dict[str, Any], kind: str, here: str) -> VideoSource:
+    only(part, {"type", kind}, f"{here}.")
+    inner = part.get(kind)
+    name = "url" if kind == "video_url" else "file_id"
+    if not isinstance(inner, dict):
+        refuse("messages", f"{here}.{kind} is {shown(inner)}; give {{'{name}': ...}}")
+    text = _text(inner, {name}, name, f"{here}.{kind}")
+    return VideoSource(text, uploaded=kind == "file")
+
+
+def _text(given: dict[str, Any], known: set[str], name: str, where: str) -> str:
+    only(given, known, f"{where}.")
+    text = given.get(name)
+    if not isinstance(text, str):
+        refuse("messages", f"{where}.{name} is {shown(text)}; give a text")
+    return text

@@ -1,0 +1,459 @@
+"""The door of the server: who may come in, how much they may bring, and how long that may take.
+
+    app = Door(app, keys=load_keys(path), places=9)
+    uvicorn.run(app, http=connections(header_seconds=10))
+
+`Door` is ASGI around the application, and decides in this order before a byte of the body is read: the key, the size
+that the headers name, a place. The body is then read with a limit and a deadline, whatever the headers said, and the
+application gets it whole, or, for uploads, as it comes. `connections` is below ASGI: uvicorn waits without end for
+headers that do not come, and for clients that do not read.
+
+Every refusal is in OpenAI's shape. Nothing here knows of videos or models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from earlytom.errors import UserError
+from earlytom.numbers import real, whole
+from runtime.serve.errors import ServeError, encoded, internal
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+LINE = ("/v1/chat/completions",)  # whoever asks here takes a place
+UPLOADS = ("/v1/files",)  # bodies that go to a file as they come
+_GUARDED = "v1"  # a path with this part needs a key
+# A body may take longer than its deadline as long as it comes at least this fast: a long one over a slow line.
+_LEAST_RATE = 256 << 10  # bytes a second
+# A refused client that still sends would lose the answer if the connection were closed on it.
+_LINGER_SECONDS = 2.0
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
+_log = logging.getLogger(__name__)
+
+
+def load_keys(path: str | Path) -> tuple[str, ...]:
+    """The keys of a file, one a line; empty lines and lines that begin with # are none. The file is read once.
+
+    Raises:
+        UserError: it cannot be read, holds no key, one twice, or one that no header can carry.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(
+            f"--api-key-file {str(path)!r} cannot be read ({reason}); give a file of one key a line"
+        ) from error
+    keys = []
+    for number, line in enumerate(lines, 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(f"--api-key-file: line {number} is no key; give printable ASCII without spaces")
+        if key in keys:
+            raise UserError(f"--api-key-file: line {number} has the same key as a line above; give each key once")
+        keys.append(key)
+    if not keys:
+        raise UserError(f"--api-key-file {str(path)!r} has no key; write one key a line, or leave the option out")
+    return tuple(keys)
+
+
+def key_id(key: str) -> str:
+    """What a key is called inside the server: the same on every replica, and not the key."""
+    return hashlib.sha256(b"key id\0" + key.encode()).hexdigest()[:16]
+
+
+class Door:
+    """ASGI application around another.
+
+    keys: any of them opens paths under /v1; none given, everyone may come in. `scope["state"]["key"]` has the `key_id`.
+    max_body, max_upload: bytes of a body. body_seconds: until it is there; more for what comes fast, see above.
+    places: requests to `LINE` that may be inside at once, reading their bodies or being answered; None: any number.
+    uploads: the same for `UPLOADS`.
+    room: asked as well, for a line that is full for other reasons. draining: whether the server is shutting down.
+    retry_after: seconds, told to who is refused for want of a place.
+    cors: origins whose pages may call; none is the default, and "*" is all.
+    refused: told the status of every refusal.
+
+    Raises:
+        UserError: a number or an origin that makes no sense, by the name of its flag.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        *,
+        keys: Sequence[str] = (),
+        max_body: int = 64 << 20,
+        max_upload: int | None = None,
+        body_seconds: float = 10.0,
+        places: int | None = None,
+        uploads: int = 4,
+        room: Callable[[], bool] = lambda: True,
+        draining: Callable[[], bool] = lambda: False,
+        retry_after: int = 1,
+        cors: Sequence[str] = (),
+        refused: Callable[[int], object] = lambda status: None,
+    ) -> None:
+        self._app = app
+        self._keys = [(_digest(key.encode()), key_id(key)) for key in keys]
+        self._max_body = whole("--max-body", max_body, 1)
+        self._max_upload = self._max_body if max_upload is None else whole("--max-video", max_upload, 1)
+        self._body_seconds = real("--body-seconds", body_seconds, 0, low_open=True)
+        self._most = {**dict.fromkeys(LINE, places), **dict.fromkeys(UPLOADS, uploads)}
+        self._inside = dict.fromkeys(self._most, 0)
+        self._room, self._draining, self._retry_after, self._refused = room, draining, retry_after, refused
+        self._enter_from = _with_cors(self._enter, cors) if cors else self._enter
+
+    @property
+    def inside(self) -> int:
+        """Requests that have a place."""
+        return sum(self._inside.values())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._enter_from(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await self._app(scope, receive, send)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = _route(scope)
+        body = _Body(receive, self._max_upload if path in UPLOADS else self._max_body, self._body_seconds)
+        answer = _Answer(body, send, self._refused)
+        try:
+            scope.setdefault("state", {})["key"] = self._key_of(scope, path)
+            body.check_length(scope)
+            if scope["method"] == "POST" and path in self._inside:
+                refusal = await self._serve_in_place(path, scope, body, answer)
+            else:
+                refusal = await self._serve(scope, body, answer)
+        except ServeError as error:
+            refusal = error
+        if refusal is not None:
+            await answer.refuse(refusal)
+
+    async def _serve_in_place(self, path: str, scope: Scope, body: _Body, answer: _Answer) -> ServeError | None:
+        self._check_place(path)
+        self._inside[path] += 1
+        try:
+            if path in LINE and not await body.read():
+                return None
+            return await self._serve(scope, body, answer)
+        finally:
+            self._inside[path] -= 1
+
+    async def _serve(self, scope: Scope, body: _Body, answer: _Answer) -> ServeError | None:
+        """Run the application. What its body or itself has broken is returned, if no answer has begun."""
+        try:
+            await self._app(scope, body, answer)
+        except Exception as error:
+            if answer.started:
+                raise
+            if body.failure is not None:
+                return body.failure
+            if isinstance(error, ServeError):
+                return error
+            _log.exception("%s %s failed", scope["method"], scope["path"])
+            return internal()
+        return None
+
+    def _key_of(self, scope: Scope, path: str) -> str:
+        """The id of the caller's key. Every key is compared, so that the time tells nothing."""
+        if not self._keys or _GUARDED not in path.lower().split("/"):
+            return ""
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
+        digest, found = _digest(token.strip()), ""
+        for known, name in self._keys:
+            if hmac.compare_digest(known, digest):
+                found = name
+        if not found or scheme.lower() != b"bearer":
+            what = "is not one of this server's" if token else "is missing"
+            raise ServeError(401, "invalid_api_key", f"the API key {what}; send the header Authorization: Bearer KEY")
+        return found
+
+    def _check_place(self, path: str) -> None:
+        if self._draining():
+            raise ServeError(
+                503, "draining", "the server is shutting down; ask another one", retry_after=self._retry_after
+            )
+        most = self._most[path]
+        if (most is not None and self._inside[path] >= most) or (path in LINE and not self._room()):
+            what = "as many requests wait as may wait" if path in LINE else "as many uploads run as may run"
+            raise ServeError(429, "overloaded", f"{what}; try again later", retry_after=self._retry_after)
+
+
+class _Body:
+    """A request's body, as the application receives it: counted, and with a deadline from the first wait on."""
+
+    def __init__(self, receive: Receive, limit: int, seconds: float) -> None:
+        self._receive, self._limit, self._seconds = receive, limit, seconds
+        self._begun: float | None = None  # by the loop's clock
+        self._size = 0
+        self._whole: bytes | None = None  # read before the application asks
+        self.complete = False  # nothing more comes
+        self.expects = False  # the client waits to be told to send
+        self.failure: ServeError | None = None
+
+    def check_length(self, scope: Scope) -> None:
+        """Raises ServeError where the headers alone say that the body is too large."""
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        self.expects = headers.get(b"expect", b"").lower() == b"100-continue"
+        self.complete = length == b"0" and b"transfer-encoding" not in headers
+        if not length.isdigit():
+            raise ServeError(400, "invalid_request", "Content-Length is not a number")
+        if len(length) > 18 or int(length) > self._limit:
+            raise self._too_large()
+
+    async def read(self) -> bool:
+        """Take the whole body into memory; False if the client has left meanwhile.
+
+        Raises:
+            ServeError: it is too large, or does not come.
+        """
+        parts = []
+        while True:
+            message = await self._next()
+            if message["type"] != "http.request":
+                return False
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        self._whole = b"".join(parts)
+        return True
+
+    async def __call__(self) -> Message:
+        if self._whole is not None:
+            content, self._whole = self._whole, None
+            return {"type": "http.request", "body": content, "more_body": False}
+        return await self._next()
+
+    async def linger(self) -> None:
+        """Take what is still sent and throw it away, for a short while."""
+        try:
+            async with asyncio.timeout(_LINGER_SECONDS):
+                left = self._limit
+                while not self.complete and left > 0:
+                    message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    self.complete = not message.get("more_body", False)  # a disconnect has none
+        except TimeoutError:
+            pass
+
+    async def _next(self) -> Message:
+        if self.failure is not None:
+            raise self.failure
+        if self.complete and self._begun is not None:
+            return await self._receive()  # of a client that leaves
+        loop = asyncio.get_running_loop()
+        self._begun = self._begun if self._begun is not None else loop.time()
+        try:
+            async with asyncio.timeout_at(self._begun + self._seconds + self._size / _LEAST_RATE):
+                message = await self._receive()
+        except TimeoutError:
+            what = f"the body of the request did not come within {self._seconds:g} s; send it at once"
+            self.failure = ServeError(408, "request_timeout", what)
+            raise self.failure from None
+        if message["type"] == "http.request":
+            self._size += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
+            if self._size > self._limit:
+                self.failure = self._too_large()
+                raise self.failure
+        else:
+            self.complete = True
+        return message
+
+    def _too_large(self) -> ServeError:
+        what = f"the body of the request has more than {self._limit} bytes; send a smaller video"
+        return ServeError(413, "request_too_large", what)
+
+
+class _Answer:
+    """What the application sends, until it turns out that it must be a refusal."""
+
+    def __init__(self, body: _Body, send: Send, refused: Callable[[int], object]) -> None:
+        self._body, self._send, self._refused = body, send, refused
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if self._body.failure is not None:  # whatever the application makes of it
+                raise self._body.failure
+            self.started = True
+            if not self._body.complete:  # what still comes of the body must not pass for the next request
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        elif not message.get("more_body", False) and not (self._body.complete or self._body.expects):
+            await self._send({**message, "more_body": True})
+            await self._body.linger()
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+    async def refuse(self, error: ServeError) -> None:
+        """Answer with an error; nothing was sent before."""
+        self._refused(error.status)
+        self._body.failure = None
+        content, headers = encoded(error)
+        await self({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self({"type": "http.response.body", "body": content})
+
+
+def _route(scope: Scope) -> str:
+    """The path as the application's routes see it."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _with_cors(app: Application, origins: Sequence[str]) -> Application:
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise UserError(f"--cors {origin!r} is no origin; give one such as https://example.com, or * for all")
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type"],
+        expose_headers=["retry-after"],
+    )
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, ended when its client neither sends a request nor reads the answer."""
+
+    header_seconds = 10.0  # from the connection, or the first byte after an answer, to the end of the headers
+    write_seconds = 30.0  # in which a client must take some of what waits for it
+    max_header = 64 << 10  # bytes
+    most = 1000  # connections at once
+
+    _timer: asyncio.TimerHandle | None = None  # runs while headers, or what is left of a body, are awaited
+    _writing: asyncio.TimerHandle | None = None
+    _awaiting = True  # the headers of a request are next
+    _head = 0  # bytes of them
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_headers()
+        if len(self.connections) > self.most:
+            self._end(ServeError(503, "overloaded", "too many connections; try again later", retry_after=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaiting:
+            self._head += len(data)
+        if self._between() and self._timer is None:
+            self._await_headers()
+        super().data_received(data)
+        if self._awaiting and self._head > self.max_header:
+            self._end(ServeError(431, "request_too_large", f"the headers have more than {self.max_header} bytes"))
+
+    def on_headers_complete(self) -> None:
+        self._stop()
+        self._awaiting, self._head = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._awaiting = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._end(ServeError(400, "invalid_request", "this is not a valid HTTP request"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._await_reader()
+
+    def _between(self) -> bool:
+        """No request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._timer = self.loop.call_later(self.header_seconds, self._no_headers)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _no_headers(self) -> None:
+        self._timer = None
+        if not self._between():  # the beginning of a next request has come meanwhile
+            self._await_headers()
+        elif self._head:
+            what = f"the headers did not come within {self.header_seconds:g} s"
+            self._end(ServeError(408, "request_timeout", what))
+        else:
+            self.transport.close()
+
+    def _await_reader(self) -> None:
+        if self._writing is None:
+            self._writing = self.loop.call_later(self.write_seconds, self._nobody_reads)
+
+    def _nobody_reads(self) -> None:
+        self._writing = None
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def _end(self, error: ServeError) -> None:
+        if self.transport.is_closing():
+            return
+        content, headers = encoded(error)
+        lines = [b"HTTP/1.1 %d Refused" % error.status, *(name + b": " + value for name, value in headers)]
+        self.transport.write(b"\r\n".join([*lines, b"connection: close", b"", content]))
+        self.transport.close()
+        self._await_reader()
+
+
+def connections(
+    *, header_seconds: float = 10.0, write_seconds: float = 30.0, max_header: int = 64 << 10, most: int = 1000
+) -> type[Connection]:
+    """The class of connections for uvicorn's `http`.
+
+    header_seconds: until a request's headers are there. write_seconds: until a client takes more of its answer.
+    max_header: bytes of the headers. most: connections at once.
+    """
+    settings = {
+        "header_seconds": real("--header-seconds", header_seconds, 0, low_open=True),
+        "write_seconds": real("write_seconds", write_seconds, 0, low_open=True),
+        "max_header": whole("max_header", max_header, 1),
+        "most": whole("most", most, 1),
+    }
+    return type("Connection", (Connection,), settings)

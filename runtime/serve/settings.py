@@ -1,0 +1,129 @@
+"""What a server is told at its start: every flag of `python -m runtime.serve`, checked.
+
+Words and numbers only, so that a command line refuses what is wrong before anything slow is imported. The flags are
+made from the fields (`Flag` has what a field does not say by itself).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from earlytom.errors import UserError
+from earlytom.numbers import real, whole
+from runtime.choices import BACKENDS, DECODERS
+from runtime.engine import layout
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_MOST_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a setting is given on the command line.
+
+    Attributes:
+        help: a line for people.
+        metavar: what its value is called; None for a switch.
+        kind: what a value is read with.
+        choices: the only values that it has.
+        several: it may be given again.
+    """
+
+    help: str
+    metavar: str | None = None
+    kind: Any = str
+    choices: tuple[str, ...] | None = None
+    several: bool = False
+
+
+def size(text: str) -> int:
+    """Bytes of "64MiB", "1 GB" or "4096".
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"(\d{1,15})\s*([KMG]I?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UserError(f"{text!r} is no size: give bytes, or a number with KiB, MiB or GiB, as in 64MiB")
+    return int(found[1]) * _UNITS[(found[2] or "").upper()]
+
+
+def _flag(default: Any, help: str, metavar: str | None = None, kind: Any = str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, metavar, kind, **more)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's settings; sizes are bytes, times seconds.
+
+    Raises:
+        UserError: a value that makes no sense, by its flag.
+    """
+
+    engine: Path
+    model: str | None = _flag(None, "the checkpoint it was built from, where it is now (default: as then)", "SOURCE")
+    backend: str = _flag(
+        "auto", "auto: the compiled engine where torch can use a GPU, else onnxruntime", choices=BACKENDS
+    )
+    device: str | None = _flag(None, "where the decoder runs (default: the GPU if any)", choices=("cpu", "cuda"))
+    dtype: str | None = _flag(None, "of the decoder (default: see runtime.ask)", choices=layout.DTYPE_NAMES)
+    decoder: str = _flag("torch", "torch-tensorrt compiles the language model", choices=DECODERS)
+    host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every address of the machine", "ADDRESS")
+    port: int = _flag(8000, "port to listen on; 0 takes a free one", "N", int)
+    name: str = _flag("earlytom", "what clients call the model", "NAME")
+    api_key_file: Path | None = _flag(None, "a file of keys, one a line; without it nobody is asked for one", "FILE")
+    allow_domain: tuple[str, ...] = _flag(
+        (), "a host that video addresses may name, or *.suffix; again for more (default: none)", "HOST", several=True
+    )
+    allow_private: bool = _flag(False, "let allowed hosts have addresses that are not public")
+    max_body: int = _flag(64 << 20, "largest body of a request", "BYTES", size)
+    max_video: int = _flag(256 << 20, "largest video, uploaded or fetched", "BYTES", size)
+    max_pixels: int = _flag(4096 * 2304, "refuse a video of more pixels a frame than this", "N", int)
+    max_frames: int = _flag(200_000, "refuse a video of more frames than this", "N", int)
+    max_seconds: float = _flag(7200.0, "refuse a video of more seconds than this", "S", float)
+    fetch_seconds: float = _flag(20.0, "a video has to be fetched within this", "S", float)
+    body_seconds: float = _flag(10.0, "headers, and a body, have to come within this", "S", float)
+    waiting: int = _flag(8, "requests that may wait behind the one that is answered; more get 429", "N", int)
+    deadline: float = _flag(60.0, "an answer has to end within this, else 504", "S", float)
+    max_tokens: int = _flag(512, "the most tokens of an answer, and what is taken where a request asks for none", "N", int)
+    watch_bytes: int = _flag(2 << 30, "memory on the decoder's device for videos that were read", "BYTES", size)
+    videos: int = _flag(64, "videos that are remembered, each with its sampled frames", "N", int)
+    cors: tuple[str, ...] = _flag(
+        (), "an origin whose pages may call the server, or *; again for more (default: none)", "ORIGIN", several=True
+    )
+    metrics_prefix: str = _flag("earlytom:", "of the metrics' names; vllm: lets its dashboards read them", "TEXT")
+    page: bool = _flag(True, "no page at /")
+
+    def __post_init__(self) -> None:
+        for name in ("max_body", "max_video", "max_pixels", "max_frames", "videos"):
+            whole(option(name), getattr(self, name), 1)
+        whole("--max-tokens", self.max_tokens, 1, _MOST_TOKENS)
+        whole("--waiting", self.waiting, 0)
+        whole("--watch-bytes", self.watch_bytes, 0)
+        whole("--port", self.port, 0, 65535)
+        for name in ("max_seconds", "fetch_seconds", "body_seconds", "deadline"):
+            real(option(name), getattr(self, name), 0, low_open=True)
+        if not self.name.strip() or not self.name.isprintable() or "/" in self.name:
+            raise UserError(f"--name {self.name!r}: give a word that clients can type, without a slash")
+        if re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", self.metrics_prefix) is None:
+            raise UserError(f"--metrics-prefix {self.metrics_prefix!r}: give letters, digits, _ and :, as in vllm:")
+        for host in self.allow_domain:
+            if re.fullmatch(r"(\*\.)?[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", host) is None:
+                raise UserError(f"--allow-domain {host!r}: give a host name, or *.suffix for all hosts under one")
+        if self.allow_private and not self.allow_domain:
+            raise UserError("--allow-private is about hosts that are allowed: name them with --allow-domain HOST")
+
+
+def option(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + ("no-page" if name == "page" else name.replace("_", "-"))
+
+
+def flags() -> dict[str, tuple[Any, Flag]]:
+    """Default and flag of every setting that has one, by name."""
+    return {one.name: (one.default, one.metadata["flag"]) for one in dataclasses.fields(Settings) if one.metadata}
+
