@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from earlytom.budget import frames_per_stage, token_count
+    from earlytom.cells.config import CellsConfig
     from earlytom.config import EarlyTomConfig
     from earlytom.encoder import VisualTokens
     from earlytom.errors import UserError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from earlytom.select import select_tokens
 
 __all__ = [
+    "CellsConfig",
     "EarlyTomConfig",
     "FramePlan",
     "UserError",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CellsConfig": "cells.config",
     "EarlyTomConfig": "config",
     "FramePlan": "merge",
     "UserError": "errors",

@@ -101,10 +101,10 @@ class EarlyTomConfig:
         set_(self, "tau", real("tau", self.tau, -1, 1))
         set_(self, "ema", real("ema", self.ema, 0, 1, low_open=True))
         set_(self, "max_window", whole("max_window", self.max_window, 1))
-        set_(self, "merge_layers", _layers(self.merge_layers))
-        _choice("trailing", self.trailing, TRAILINGS)
-        _choice("schedule", self.schedule, SCHEDULES)
-        set_(self, "frame_budget", _frame_budget(self.frame_budget, len(self.merge_layers)))
+        set_(self, "merge_layers", layer_numbers(self.merge_layers))
+        one_of("trailing", self.trailing, TRAILINGS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        set_(self, "frame_budget", budget_counts(self.frame_budget, len(self.merge_layers)))
         if self.inner_layer is not None:
             set_(self, "inner_layer", whole("inner_layer", self.inner_layer, 1))
         set_(self, "inner_ratio", real("inner_ratio", self.inner_ratio, 0, 1, high_open=True))
@@ -135,17 +135,11 @@ class EarlyTomConfig:
     def layers_for(depth: int) -> tuple[int, ...]:
         """The default merge layers of a tower with `depth` layers: the released 6, 14, 20 of 26 at the same relative
         depth. A tower with fewer than four layers has room for fewer merges."""
-        scaled = {round(layer * depth / RELEASED_LAYERS) for layer in (6, 14, 20)}
-        return tuple(sorted(layer for layer in scaled if 0 <= layer < depth - 1))
+        return layers_for(depth)
 
     def check_layers(self, depth: int) -> None:
         """Raise UserError if a merge layer is not one of the tower's `depth` layers."""
-        wrong = [layer for layer in self.merge_layers if layer >= depth]
-        if wrong:
-            raise UserError(
-                f"merge layer {wrong[0]} does not exist: the vision tower has layers 0 to {depth - 1}; "
-                f"choose others with --merge-layers, for example {','.join(map(str, self.layers_for(depth) or (0,)))}"
-            )
+        check_layers(self.merge_layers, depth)
 
     @property
     def merges_inside(self) -> bool:
@@ -180,12 +174,30 @@ class EarlyTomConfig:
         return cls(**given)
 
 
-def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def layers_for(depth: int) -> tuple[int, ...]:
+    """See `EarlyTomConfig.layers_for`."""
+    scaled = {round(layer * depth / RELEASED_LAYERS) for layer in (6, 14, 20)}
+    return tuple(sorted(layer for layer in scaled if 0 <= layer < depth - 1))
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise UserError if one of the merge layers `layers` is not one of the tower's `depth` layers."""
+    wrong = [layer for layer in layers if layer >= depth]
+    if wrong:
+        raise UserError(
+            f"merge layer {wrong[0]} does not exist: the vision tower has layers 0 to {depth - 1}; "
+            f"choose others with --merge-layers, for example {','.join(map(str, layers_for(depth) or (0,)))}"
+        )
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _layers(value: Any) -> tuple[int, ...]:
+def layer_numbers(value: Any) -> tuple[int, ...]:
+    """`merge_layers` as a setting: different layers, ascending. Raises UserError."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise UserError(f"merge_layers must be a list of layer numbers, got {value!r}")
     layers = tuple(whole("each of merge_layers", layer, 0) for layer in value)
@@ -194,7 +206,8 @@ def _layers(value: Any) -> tuple[int, ...]:
     return layers
 
 
-def _frame_budget(value: Any, merges: int) -> float | tuple[int, ...]:
+def budget_counts(value: Any, merges: int) -> float | tuple[int, ...]:
+    """`frame_budget` as a setting: a share, or a count for each of `merges` merge layers. Raises UserError."""
     if isinstance(value, (list, tuple)):
         counts = tuple(whole("each of frame_budget", count, 1) for count in value)
         if len(counts) != merges:

@@ -1,9 +1,9 @@
 """The compression stage as PyTorch operators: `torch.ops.earlytom.*`.
 
-On a CPU they are the reference (`earlytom.merge`, `earlytom.select`, `earlytom.attention`), on CUDA the Triton kernels
-of `earlytom.kernels`. Each has a schema and a function that tells its shapes, so a model that calls them can be traced,
-exported and compiled as one graph. None waits for the device, and all shapes follow from the arguments (the adaptive
-schedule gives F rows and a count), so a CUDA graph can hold them.
+On a CPU they are the reference (`earlytom.merge`, `earlytom.select`, `earlytom.attention`, `earlytom.cells`), on CUDA
+the Triton kernels of `earlytom.kernels`. Each has a schema and a function that tells its shapes, so a model that calls
+them can be traced, exported and compiled as one graph. None waits for the device, and all shapes follow from the
+arguments (the adaptive schedule gives F rows and a count), so a CUDA graph can hold them.
 
 Notation: F frames, F' frames left, S tokens a frame, D width, P tokens after pooling, E LLM width, k places a frame,
 H heads, T tokens, d width of a head.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from earlytom import merge, select
 from earlytom.attention import attention_matrix, column_means
+from earlytom.cells import select as diverse
 
 NAMESPACE = "earlytom"
 
@@ -63,6 +64,12 @@ def select_tokens(features: Tensor, received: Tensor, static: Tensor, places: in
     return select.select_fixed(features, received, static, places)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::select_greedy", mutates_args=())
+def select_greedy(salient: Tensor, alike: Tensor, count: int) -> Tensor:
+    """`salient [M]` and `alike [M, M]` fp32 to the diverse tokens, [count] int64; see `cells.select.select_greedy`."""
+    return diverse.select_greedy(salient, alike, count)
+
+
 # Each kernel is imported when it is first needed: Triton is there wherever PyTorch has CUDA, and nowhere else.
 
 
@@ -96,6 +103,13 @@ def _(features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[
     return kernel(features, received, static, places)
 
 
+@select_greedy.register_kernel("cuda")
+def _(salient: Tensor, alike: Tensor, count: int) -> Tensor:
+    from earlytom.kernels.select_greedy import select_greedy as kernel
+
+    return kernel(salient, alike, count)
+
+
 @frame_similarity.register_fake
 def _(hidden: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], hidden.shape[0], dtype=torch.float32)
@@ -121,3 +135,8 @@ def _(query: Tensor, key: Tensor, scale: float) -> Tensor:
 def _(features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
     kept = features.shape[0] * places
     return features.new_empty(kept, features.shape[2]), features.new_empty(kept, dtype=torch.int64)
+
+
+@select_greedy.register_fake
+def _(salient: Tensor, alike: Tensor, count: int) -> Tensor:
+    return salient.new_empty(count, dtype=torch.int64)

@@ -32,11 +32,16 @@ from earlytom.families.published import SPECIAL_TOKENS
 from earlytom.micro.checkpoint import write_checkpoint
 from earlytom.micro.random_model import random_model
 from runtime.drawing.clips import draw_clip
+from tests import golden_vectors
 
 # What is slow is so because the machine is busy: no example fails for that.
 _ANY_SPEED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("any speed", **_ANY_SPEED)
 hypothesis.settings.load_profile("any speed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    golden_vectors.add_option(parser)
 
 
 @pytest.fixture(scope="session", autouse=True)

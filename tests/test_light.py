@@ -30,7 +30,7 @@ SLOW = (
 )
 # Importable without any of them, and so for whoever only wants settings, errors or an engine's manifest.
 LIGHT = (
-    *("earlytom", "earlytom.budget", "earlytom.config", "earlytom.errors", "earlytom.flops"),
+    *("earlytom", "earlytom.budget", "earlytom.cells.config", "earlytom.config", "earlytom.errors", "earlytom.flops"),
     *(
         "earlytom.families",
         "earlytom.families.published",

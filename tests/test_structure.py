@@ -23,6 +23,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "numbers attention transfers restorable",
         "config budget",
         "spans merge select flops inner standing",
+        "cells",
         "kernels",
         "ops",
         "inner_decoder towers",

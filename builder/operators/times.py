@@ -18,6 +18,7 @@ from torch import Tensor
 from builder.operators.sizes import KernelSize
 from earlytom import attention, merge, ops, select
 from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage
+from earlytom.cells import select as diverse
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import DEFAULT_FAMILY
@@ -96,6 +97,10 @@ def cases(size: KernelSize, dtype: torch.dtype, device: torch.device, config: Ea
         (normal(last, size.cells, size.llm_width), normal(last, size.cells, of=torch.float32), static, places)
         for _ in range(INPUTS)
     ]
+    salient = [(diverse.saliency(x.flatten(0, 1)), x.flatten(0, 1)) for x, *_ in chosen]
+    moment = torch.arange(float(last), device=device).repeat_interleave(size.cells)
+    total, count = last * size.cells, last * places
+    greedy = [(s, diverse.likeness(diverse.affinity(x, moment, last)), count) for s, x in salient]
     scale = head**-0.5
     return [
         Case(
@@ -140,6 +145,14 @@ def cases(size: KernelSize, dtype: torch.dtype, device: torch.device, config: Ea
             select.select_fixed,
             chosen,
             last * (size.cells * 4 + places * (2 * size.llm_width * width + 8)),
+        ),
+        Case(
+            "select_greedy",
+            f"[{total}] to {count}",
+            ops.select_greedy,
+            diverse.select_greedy,
+            greedy,
+            4 * total * (count + 1) + 8 * count,
         ),
     ]
 

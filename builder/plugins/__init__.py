@@ -1,10 +1,9 @@
 """The compression stage as TensorRT plugins, from the kernels that PyTorch runs on a GPU.
 
-The graph calls two ONNX functions (`builder.export.functions`). Their bodies are ordinary operators and run everywhere;
-this
-package puts a plugin of the same name in their place: `ptx` compiles a kernel ahead of time, `registry` tells TensorRT
-about the two plugins, `graph` turns the function calls of an ONNX file into plugin nodes. The finished engine holds the
-PTX and needs no Python. `python -m builder.plugins` shows what the kernels cost.
+The graph calls ONNX functions (`builder.export.functions`, `builder.export.cells`). Their bodies are ordinary operators
+and run everywhere; this package puts a plugin of the same name in the place of most: `ptx` compiles a kernel ahead of
+time, `registry` tells TensorRT about the plugins, `graph` turns the function calls of an ONNX file into plugin nodes.
+The finished engine holds the PTX and needs no Python. `python -m builder.plugins` shows what the kernels cost.
 
 This module decides which of the two an engine gets; it needs neither TensorRT nor Triton.
 """

@@ -4,7 +4,8 @@
     python -m builder.plugins --frames 64 --ratio 0.2 --target 8.9
 
 The kernels are those that an engine of these numbers holds. Shapes are constants of a kernel, so each merge layer has
-its own, and so has the plan after the last one, which finds the final segments.
+its own, and so has the plan after the last one, which finds the final segments. With `--method cells` it is the one
+that takes tokens one after the other; that method's merging and its rounds have no kernels.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--target", nargs="+", default=["8.0", "9.0"], metavar="GPU", help="a100 or capabilities (default: 8.0 9.0)"
     )
+    p.add_argument("--method", choices=("earlytom", "cells"), default="earlytom", help="default: earlytom")
     p.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
     return p
 
@@ -97,9 +99,15 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
     Raises:
         UserError: numbers that make no sense.
     """
-    from builder.plugins.registry import FRAME_PLAN, SELECT_TOKENS
+    from builder.plugins.registry import FRAME_PLAN, SELECT_GREEDY, SELECT_TOKENS
 
     stages = checked_stages(options)
+    if options.method == "cells":
+        count = token_count(options.frames, options.tokens, options.ratio, frames_out=stages[-1])
+        tokens = stages[-1] * options.tokens
+        if count < tokens:
+            yield SELECT_GREEDY, ("FP32", "FP32", "INT64"), ((tokens,), (tokens, tokens)), {"count": count}
+        return
     settings = EarlyTomConfig(schedule="budget")
     method = {name: getattr(settings, name) for name in ("tau", "ema", "max_window", "trailing")}
     for frames, left in zip(stages, (*stages[1:], stages[-1]), strict=True):

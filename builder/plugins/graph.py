@@ -4,6 +4,8 @@ TensorRT's parser runs the body of a function it knows, unless it finds a plugin
 the namespace that the node's attribute `plugin_namespace` gives (the empty one without it, whatever the node's domain),
 and silently takes the body where it finds none. So every call gets the attribute, the bodies are taken out, and what
 the parser made of the calls is counted (`builder.compile.process`): an engine has the plugins or is not built.
+
+Functions that no plugin is meant for (`BODIES`) keep their bodies, which the parser runs.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from builder.export import functions
+from builder.export import cells, functions
 from builder.plugins import NATIVE
 from earlytom.errors import UserError
+
+BODIES = frozenset({cells.CELL_PLAN, cells.SELECT_ROUNDS})
 
 
 def as_plugin_calls(model: Any, name: str, plugins: Collection[str], version: str) -> int:
@@ -26,12 +30,12 @@ def as_plugin_calls(model: Any, name: str, plugins: Collection[str], version: st
         version: of those plugins.
 
     Returns:
-        how many calls there are.
+        how many plugin nodes there are.
 
     Raises:
         UserError: a call of something that there is no plugin for.
     """
-    calls = [node for node in model.graph.node if node.domain == functions.DOMAIN]
+    calls = [node for node in model.graph.node if node.domain == functions.DOMAIN and node.op_type not in BODIES]
     missing = [f"{node.name!r} ({node.domain}::{node.op_type})" for node in calls if node.op_type not in plugins]
     if missing:
         raise UserError(
@@ -42,7 +46,7 @@ def as_plugin_calls(model: Any, name: str, plugins: Collection[str], version: st
         for key, value in (("plugin_namespace", functions.DOMAIN), ("plugin_version", version)):
             attribute = node.attribute.add()
             attribute.name, attribute.type, attribute.s = key, attribute.STRING, value.encode()
-    kept = [function for function in model.functions if function.domain != functions.DOMAIN]
+    kept = [one for one in model.functions if one.domain != functions.DOMAIN or one.name in BODIES]
     del model.functions[:]
     model.functions.extend(kept)
     return len(calls)

@@ -1,7 +1,8 @@
-"""The two plugins, and how TensorRT is told about them.
+"""The plugins, and how TensorRT is told about them.
 
     earlytom::FramePlan     similarity fp32 [F, F] -> weights fp32 [frames_out, F], static bool [F]
     earlytom::SelectTokens  features [F', P, E], received fp32 [F', P], static bool [F'] -> tokens, positions int64
+    earlytom::SelectGreedy  salient fp32 [M], alike fp32 [M, M] -> taken int64 [count]
 
 with the inputs, outputs and attributes of the ONNX functions of those names. They are quickly-deployable plugins with
 an implementation compiled ahead of time: `register` describes the outputs, `autotune` names the type combinations, and
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builder.export import functions
+from builder.export import cells, functions
 from builder.export.functions import DOMAIN
 from builder.plugins import NATIVE
 from builder.plugins.ptx import CompiledKernel, compile_launch
@@ -86,6 +87,12 @@ def _launch_selection(shapes: Sequence[Shape], attributes: Mapping[str, Any]) ->
     return launch(*shapes[0], **attributes)
 
 
+def _launch_greedy(shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> Launch:
+    from earlytom.kernels.select_greedy import launch
+
+    return launch(shapes[0][0], **attributes)
+
+
 FRAME_PLAN = Plugin(
     functions.FRAME_PLAN,
     inputs={"similarity": ("FP32",)},
@@ -105,7 +112,15 @@ SELECT_TOKENS = Plugin(
     ),
     launch=_launch_selection,
 )
-PLUGINS = {plugin.name: plugin for plugin in (FRAME_PLAN, SELECT_TOKENS)}
+SELECT_GREEDY = Plugin(
+    cells.SELECT_GREEDY,
+    inputs={"salient": ("FP32",), "alike": ("FP32",)},
+    outputs={"taken": ("INT64",)},
+    attributes={"count": int},
+    output_shapes=lambda shapes, attributes: ((attributes["count"],),),
+    launch=_launch_greedy,
+)
+PLUGINS = {plugin.name: plugin for plugin in (FRAME_PLAN, SELECT_TOKENS, SELECT_GREEDY)}
 
 
 @dataclass
@@ -182,7 +197,7 @@ def record(
 
 
 def register(trt: Any, module: Any, target: Capability) -> Plugins:
-    """Register both plugins with TensorRT; once a process.
+    """Register the plugins with TensorRT; once a process.
 
     Args:
         trt: the module from `runtime.trt.load`.

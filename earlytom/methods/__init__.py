@@ -12,11 +12,12 @@ from typing import Any
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.method import Method
+from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, RandomTokens, EvenFrames, TopK, Pooling)
+    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
 }
 """All methods by name."""
 

@@ -12,10 +12,14 @@ from torch.library import opcheck
 
 from earlytom import merge, ops, select
 from earlytom.attention import attention_matrix, column_means
+from earlytom.cells import select as diverse
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.method import Method
+from earlytom.methods import method_of
+from earlytom.methods.cells import Cells
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 
 PLAN = {"tau": 0.8, "max_window": 6, "ema": 0.9, "trailing": "released"}
@@ -43,6 +47,7 @@ def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
         "frame_plan": [(similarity(8), 6, *plan), (similarity(8), None, *plan), (similarity(1), 1, *plan)],
         "received_attention": [(query, key, 0.35), (query.transpose(1, 2), key.transpose(1, 2), 0.35)],
         "select_tokens": [(features, received, static, 4), (features.float(), received, static, 9)],
+        "select_greedy": [(received.flatten(), received.flatten()[:, None] * received.flatten(), 5)],
     }
     return {
         name: [tuple(x.to(device) if isinstance(x, Tensor) else x for x in call) for call in row]
@@ -50,7 +55,7 @@ def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-NAMES = ("frame_similarity", "frame_plan", "received_attention", "select_tokens")
+NAMES = ("frame_similarity", "frame_plan", "received_attention", "select_tokens", "select_greedy")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,6 +85,8 @@ def test_operators_give_what_the_reference_gives(device: str) -> None:
     for call in calls["select_tokens"]:
         for mine, theirs in zip(ops.select_tokens(*call), select.select_fixed(*call), strict=True):
             assert torch.equal(mine, theirs)
+    for call in calls["select_greedy"]:
+        assert torch.equal(ops.select_greedy(*call), diverse.select_greedy(*call))
     for matrix, frames_out, *_ in calls["frame_plan"]:
         weights, static, start, count = ops.frame_plan(matrix, frames_out, *PLAN.values())
         expected, first, last = merge.plan_similarity(matrix, frames_out, **PLAN)
@@ -97,13 +104,13 @@ def test_the_adaptive_plan_drops_frames_of_the_example() -> None:
 class Encoder(nn.Module):
     """`encode` as a module, so that it can be exported and compiled."""
 
-    def __init__(self, config: EarlyTomConfig, device: str) -> None:
+    def __init__(self, method: EarlyTomConfig | Method, device: str) -> None:
         super().__init__()
         self.tower, self.projector = tiny_tower("siglip", device=device), tiny_projector(device=device)
-        self.config = config
+        self.method = method_of(method)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = encode(LLAVA_ONEVISION.vision(self.tower, self.projector), pixels, EarlyTom(self.config))
+        out = encode(LLAVA_ONEVISION.vision(self.tower, self.projector), pixels, self.method)
         return out.tokens, out.positions, out.sources
 
 
@@ -127,13 +134,23 @@ def same_on_other_videos(run: Callable[..., Any], encoder: Encoder, device: str)
 def test_the_budget_encoder_exports_as_one_graph_of_operators(device: str) -> None:
     encoder = Encoder(BUDGET, device).eval()
     program = torch.export.export(encoder, (made_video("still", 8).to(device),))
-    assert called(program.graph_module) >= {f"earlytom.{name}.default" for name in NAMES if "received" not in name}
+    used = ("frame_similarity", "frame_plan", "select_tokens")
+    assert called(program.graph_module) >= {f"earlytom.{name}.default" for name in used}
     same_on_other_videos(program.module(), encoder, device)
 
 
 def test_the_budget_encoder_compiles_as_one_graph(device: str) -> None:
     encoder = Encoder(BUDGET, device).eval()
     same_on_other_videos(torch.compile(encoder, fullgraph=True, backend="aot_eager"), encoder, device)
+
+
+@pytest.mark.parametrize("rounds", [None, 7])
+def test_the_encoder_of_cells_exports_as_one_graph(device: str, rounds: int | None) -> None:
+    config = CellsConfig(retention_ratio=0.4, merge_layers=(0, 2), rounds=rounds)
+    encoder = Encoder(Cells(config), device).eval()
+    program = torch.export.export(encoder, (made_video("still", 8).to(device),))
+    assert called(program.graph_module) == (set() if rounds else {"earlytom.select_greedy.default"})
+    same_on_other_videos(program.module(), encoder, device)
 
 
 def test_the_adaptive_encoder_cannot_be_one_graph() -> None:

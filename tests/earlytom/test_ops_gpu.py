@@ -8,6 +8,7 @@ from torch import Tensor
 
 from earlytom import merge, ops, select
 from earlytom.attention import attention_matrix, column_means
+from earlytom.cells import select as diverse
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 
 pytestmark = [
@@ -69,6 +70,14 @@ def test_selection(dtype: torch.dtype, places: int) -> None:
     got = ops.select_tokens(features, received, static, places)
     for mine, theirs in zip(got, select.select_fixed(features, received, static, places), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_greedy_selection_of_real_sizes() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randn(14 * CELLS, 64, generator=generator, device="cuda")
+    affine = diverse.affinity(tokens, torch.arange(14.0, device="cuda").repeat_interleave(CELLS), 32)
+    choice = (diverse.saliency(tokens), diverse.likeness(affine), 630)
+    assert torch.equal(ops.select_greedy(*choice), diverse.select_greedy(*choice))
 
 
 def test_the_budget_encoder_is_one_cuda_graph_that_follows_its_input() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from builder import build
-from builder.export import functions
+from builder.export import cells, functions
 from builder.plugins import __main__ as command
 from runtime import cli
 from tests.builder.needed import needs_triton
@@ -73,6 +73,14 @@ def test_numbers_that_make_no_sense(typed: str, said: str, capsys: pytest.Captur
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert said in captured.err
+
+
+def test_the_method_cells_has_one_kernel() -> None:
+    arguments = command.parser().parse_args(["--method", "cells"])
+    ((plugin, types, shapes, attributes),) = command.calls(arguments)
+    assert (plugin.name, types) == (cells.SELECT_GREEDY, ("FP32", "FP32", "INT64"))
+    assert (shapes, attributes) == (((2744,), (2744, 2744)), {"count": 630})
+    assert not list(command.calls(command.parser().parse_args(["--method", "cells", "--ratio", "1"])))
 
 
 def test_an_engine_that_selects_nothing_has_no_selection() -> None:

@@ -33,10 +33,11 @@ from builder import build
 from builder.compile import engine as compiler
 from builder.compile import process
 from builder.compile.engine import CompileReport, compile_engine
-from builder.export import functions
+from builder.export import cells, functions
 from builder.plugins import graph, ptx
 from builder.plugins.registry import PLUGINS, plain
 from earlytom import merge, select
+from earlytom.cells import select as diverse
 from earlytom.errors import UserError
 from runtime import cli
 from runtime import trt as seam
@@ -70,7 +71,7 @@ METHOD = {"tau": 0.8, "ema": 0.9, "max_window": 6, "trailing": "released"}
 
 @dataclass(frozen=True)
 class Call:
-    """A call of one of the two functions: tensors as (type, shape), inputs and outputs."""
+    """A call of one of the functions: tensors as (type, shape), inputs and outputs."""
 
     operator: str
     attributes: dict[str, Any]
@@ -82,8 +83,10 @@ class Call:
             frames = self.inputs["similarity"][1][0]
             unrolled = {name: self.attributes[name] for name in ("max_window", "trailing")}
             return ir.to_proto(functions.frame_plan(max_frames=frames, **unrolled, opset=OPSET))
-        cells = self.inputs["received"][1][1]
-        return ir.to_proto(functions.select_tokens(per_frame=cells, **self.attributes, opset=OPSET))
+        if self.operator in cells.BODIES:
+            return ir.to_proto(cells.BODIES[self.operator](**self.attributes, opset=OPSET))
+        per_frame = self.inputs["received"][1][1]
+        return ir.to_proto(functions.select_tokens(per_frame=per_frame, **self.attributes, opset=OPSET))
 
 
 def plan(frames: int, left: int, **method: Any) -> Call:
@@ -92,6 +95,15 @@ def plan(frames: int, left: int, **method: Any) -> Call:
         {"frames_out": left, **METHOD, **method},
         {"similarity": (torch.float32, (frames, frames))},
         {"weights": (torch.float32, (left, frames)), "static": (torch.bool, (frames,))},
+    )
+
+
+def greedy(tokens: int, count: int) -> Call:
+    return Call(
+        cells.SELECT_GREEDY,
+        {"count": count},
+        {"salient": (torch.float32, (tokens,)), "alike": (torch.float32, (tokens, tokens))},
+        {"taken": (torch.int64, (count,))},
     )
 
 
@@ -109,7 +121,11 @@ def selection(dtype: torch.dtype, frames: int, cells: int, width: int, places: i
 
 
 # LLaVA-OneVision-7B with 32 frames at a ratio of 0.1: its first plan and its selection.
-FULL = {"full plan": plan(32, 24), "full selection": selection(torch.float16, 14, 196, 3584, 45)}
+FULL = {
+    "full plan": plan(32, 24),
+    "full selection": selection(torch.float16, 14, 196, 3584, 45),
+    "full greedy": greedy(14 * 196, 630),
+}
 SMALL = {
     "budget": plan(12, 9),
     "keep": plan(13, 5, tau=0.5, ema=0.7, max_window=4, trailing="keep"),
@@ -118,6 +134,7 @@ SMALL = {
     "half": selection(torch.float16, 3, 25, 40, 6),
     "bfloat": selection(torch.bfloat16, 2, 16, 24, 1),
     "single": selection(torch.float32, 2, 9, 7, 9),
+    "greedy": greedy(75, 21),
 }
 CALLS = {**FULL, **SMALL}
 
@@ -390,6 +407,19 @@ def test_the_launched_selection_is_the_reference_s(built: dict[tuple[int, int], 
 
 
 @needs_bindings
+def test_the_launched_greedy_selection_is_the_reference_s(built: dict[tuple[int, int], Built]) -> None:
+    call, launch = CALLS["greedy"], built[8, 0].launches["greedy"]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        salient, alike = (torch.randint(0, 9, shape, generator=generator) / 8 for _, shape in call.inputs.values())
+        (taken,) = execute(launch, [salient, alike])  # few values: many ties
+        assert torch.equal(taken, diverse.select_greedy(salient, alike, 21))
+        assert torch.equal(taken, onnx_runtime(call, [salient, alike])[0])
+        (other,) = execute(launch, [salient, 1 - alike])
+        assert not torch.equal(taken, other)  # negative control
+
+
+@needs_bindings
 def test_another_input_or_another_grid_gives_another_result(built: dict[tuple[int, int], Built]) -> None:
     """Negative control."""
     call, launch = CALLS["half"], built[8, 0].launches["half"]
@@ -483,6 +513,21 @@ def test_other_functions_and_nodes_stay() -> None:
     assert graph.as_plugin_calls(proto, "vision.onnx", set(PLUGINS), "1") == 1
     assert [function.name for function in proto.functions] == ["Twice"]
     assert not proto.graph.node[1].attribute
+
+
+def test_what_no_plugin_is_meant_for_keeps_its_body() -> None:
+    shapes = {"salient": (75,), "alike": (75, 75)}
+    rounds = Call(
+        cells.SELECT_ROUNDS,
+        {"count": 21, "rounds": 3},
+        {name: (torch.float32, shape) for name, shape in shapes.items()},
+        {"taken": (torch.int64, (21,))},
+    )
+    both = model({"greedy": SMALL["greedy"], "rounds": rounds})
+    assert graph.as_plugin_calls(both, "vision.onnx", set(PLUGINS), "1") == 1
+    assert [function.name for function in both.functions] == [cells.SELECT_ROUNDS]
+    named = [any(a.name == "plugin_namespace" for a in node.attribute) for node in both.graph.node]
+    assert named == [True, False]
 
 
 @pytest.mark.parametrize("known", [{functions.SELECT_TOKENS}, set()])

@@ -21,6 +21,14 @@ F, P = 8, 9
 BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 2), tau=0.3, schedule="budget")
 SETTINGS: dict[str, dict[str, Any]] = {
     "earlytom": BUDGET.to_dict(),
+    "cells": {
+        "retention_ratio": 0.3,
+        "merge_layers": [0, 2],
+        "frame_budget": 0.75,
+        "power": 4.0,
+        "rounds": 7,
+        "schedule": "budget",
+    },
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
     "top-k": {"tokens": 13, "layer": 1},
@@ -107,7 +115,7 @@ def test_settings_stand_for_earlytom_and_a_method_for_itself() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(UserError, match="no method named 'magic': choose one of earlytom, random,"):
+    with pytest.raises(UserError, match="no method named 'magic': choose one of earlytom, cells, random,"):
         by_name("magic", {})
 
 

@@ -1,0 +1,214 @@
+"""The method "cells": frames are merged cell by cell inside the tower, diverse tokens are taken after the projector.
+
+`Cells` is the method; its steps that depend on the video (`plan`, `take`) are those of `earlytom.cells`; who computes
+them otherwise (an exporter) overrides them. `EachCells` takes the decisions of several videos at once. No received
+attention is needed, so every layer of the tower can run fused.
+
+Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, P tokens after pooling, D
+tower width, E LLM width, M = F' P, N tokens taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from earlytom import ops
+from earlytom.budget import frames_per_stage, token_count
+from earlytom.cells.config import CellsConfig
+from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
+from earlytom.cells.select import affinity, likeness, saliency, select_rounds, token_sizes
+from earlytom.config import check_layers
+from earlytom.families import Vision
+from earlytom.method import Counts, Method, Note, State
+from earlytom.standing import places, size_bias
+
+
+@dataclass(kw_only=True)
+class CellsState(State):
+    """What has become of the cells.
+
+    Attributes:
+        cell_size, cell_time: [F', S] fp32, of how many original cells each is made, and which frame of the video it
+            shows; None before the first merge, where every cell is its own.
+        made: [T, F', F] fp32, what each token inside the tower is made of; None likewise.
+        affine: [M, M] fp32, how much tokens resemble each other; known from `choose` on.
+    """
+
+    cell_size: Tensor | None = None
+    cell_time: Tensor | None = None
+    made: Tensor | None = None
+    affine: Tensor | None = None
+
+
+class Cells(Method):
+    """See `Method`; its settings are a `CellsConfig`."""
+
+    name = "cells"
+
+    def __init__(self, config: CellsConfig) -> None:
+        self.config = config
+        self.layers = config.merge_layers
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        return cls(CellsConfig.from_dict(settings))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+        """As many tokens as EarlyTom's budget schedule has, so that both can be compared."""
+        stages = self._stages(frames)
+        tokens = token_count(frames, tokens_per_frame, self.config.retention_ratio, frames_out=stages[-1])
+        return Counts(stages, tokens)
+
+    def tower_key(self) -> Hashable:
+        return self.config.replace(retention_ratio=1.0, rounds=None)
+
+    def check(self, depth: int) -> None:
+        check_layers(self.layers, depth)
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        return CellsState(vision, [frames], torch.eye(frames, device=device))
+
+    # The steps that depend on the video
+
+    def plan(self, hidden: Tensor, frames_out: int, prefix: int) -> CellPlan:
+        """`hidden [F, T, D]`, of which the first `prefix` tokens are no cells, to what becomes of its frames."""
+        return plan_cells(hidden, frames_out, self.config.power, prefix)
+
+    def take(self, salient: Tensor, alike: Tensor, count: int) -> Tensor:
+        """`salient [M]` and `alike [M, M]` fp32 to the `count` tokens that are taken, [N] int64, ascending."""
+        if self.config.rounds is None:
+            return ops.select_greedy(salient, alike, count)
+        return select_rounds(salient, alike, count, self.config.rounds)
+
+    # The hooks
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stage I."""
+        assert isinstance(state, CellsState)  # `begin` made it
+        frames_out = self._stages(state.frames)[len(state.stages)]
+        prefix = state.vision.tower.prefix
+        if frames_out == len(hidden):  # each frame is a group
+            eye = torch.eye(frames_out, device=hidden.device)
+            note(**{f"weights_{layer}": eye.expand(hidden.shape[1], -1, -1)})
+        else:
+            plan = self.plan(hidden, frames_out, prefix)
+            note(**{f"weights_{layer}": plan.weights})
+            state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
+            state.made = plan.weights if state.made is None else plan.weights @ state.made
+            state.sources = state.made[prefix:].mean(0)
+            hidden = plan.apply(hidden)
+        state.stages.append(frames_out)
+        return hidden, received
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        """Stage II."""
+        assert isinstance(state, CellsState)
+        tokens = features.flatten(0, 1)
+        count = self.counts(state.frames, features.shape[1]).tokens
+        state.size, time = pooled_marks(state, features)
+        state.time = time.long()
+        state.affine = affinity(tokens, time.flatten(), state.frames)
+        if count == len(tokens):  # nothing to leave out
+            taken = torch.arange(count, device=tokens.device)
+        else:
+            taken = self.take(saliency(tokens), likeness(state.affine), count)
+        return tokens.index_select(0, taken), taken
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """As in `Method`, from what `choose` found: how much tokens resemble each other is not computed again."""
+        assert isinstance(state, CellsState)
+        assert state.affine is not None
+        assert state.size is not None
+        assert state.time is not None
+        sizes = token_sizes(state.affine, state.size.flatten(), positions)
+        return places(state.time, positions, features.shape[1]), size_bias(sizes)
+
+    def _stages(self, frames: int) -> tuple[int, ...]:
+        """Frames before the first merge and after each one."""
+        return frames_per_stage(frames, merges=len(self.layers), frame_budget=self.config.frame_budget)
+
+
+@dataclass(kw_only=True)
+class SeveralStates(State):
+    """Of several videos; `each` has one for each of them."""
+
+    each: list[State]
+
+
+class EachCells(Cells):
+    """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
+
+    Frame counts are those of one video. What belongs to a video has a leading B: sources [B, F', F], tokens
+    [B, N, E], positions, place and bias [B, N].
+    """
+
+    def __init__(self, method: Cells, videos: int) -> None:
+        super().__init__(method.config)
+        self.method = method
+        self.videos = videos
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        each = [self.method.begin(vision, frames, device) for _ in range(self.videos)]
+        return SeveralStates(vision, [frames], torch.stack([one.sources for one in each]), each=each)
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(state, SeveralStates)  # `begin` made it
+        noted: dict[str, list[Tensor]] = {}
+
+        def keep(**values: Tensor) -> None:
+            for name, value in values.items():
+                noted.setdefault(name, []).append(value)
+
+        merged = [
+            self.method.after_layer(layer, one, None, own, keep)[0]
+            for one, own in zip(self._each(hidden), state.each, strict=True)
+        ]
+        note(**{name: torch.stack(values) for name, values in noted.items()})
+        state.stages = list(state.each[0].stages)
+        state.sources = torch.stack([own.sources for own in state.each])
+        return torch.cat(merged), received
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        assert isinstance(state, SeveralStates)
+        each = zip(self._each(features), state.each, strict=True)
+        tokens, positions = zip(*(self.method.choose(one, None, own) for one, own in each), strict=True)
+        return torch.stack(tokens), torch.stack(positions)
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        assert isinstance(state, SeveralStates)
+        each = zip(self._each(features), positions, state.each, strict=True)
+        place, bias = zip(*(self.method.standing(*one) for one in each), strict=True)
+        return torch.stack(place), torch.stack(bias)
+
+    def _each(self, values: Tensor) -> Tensor:
+        """[B * F, ...] to [B, F, ...], a view."""
+        return values.unflatten(0, (self.videos, -1))
+
+
+def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes and times [F', S] so far of `cells [F', S, ...]`."""
+    if state.cell_size is None or state.cell_time is None:
+        frames, count = cells.shape[:2]
+        time = torch.arange(frames, dtype=torch.float32, device=cells.device)
+        return torch.ones(frames, count, device=cells.device), time[:, None].expand(frames, count)
+    return state.cell_size, state.cell_time
+
+
+def pooled_marks(state: CellsState, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes and times [F', P] of tokens `features [F', P, E]`, through the pooling that made them; times are whole."""
+    size, time = marks(state, features)
+    if state.cell_size is not None:
+        size, time = state.vision.pool(torch.stack([size, time], -1)).unbind(-1)
+    return size, time.round()
