@@ -237,6 +237,7 @@ def describe(
             patch_size=frame.patch,
             preprocessing=PreprocessingRecord(preprocessing.size, preprocessing.mean, preprocessing.std),
         ),
+        method=config.earlytom.method,
         earlytom=config.earlytom.to_dict(),
         frames=config.frames,
         frames_per_stage=config.stages,

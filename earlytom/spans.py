@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from earlytom.config import EarlyTomConfig
+from earlytom.settings import MethodSettings
 
 
 def layer_spans(layers: Sequence[int], depth: int) -> list[range]:
@@ -13,17 +13,29 @@ def layer_spans(layers: Sequence[int], depth: int) -> list[range]:
     return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in layers), depth))]
 
 
-def trace_names(config: EarlyTomConfig, layers: int | None = None) -> list[str]:
-    """The keys of a trace that `earlytom.encoder.encode` fills with EarlyTom, in the order in which they are computed.
+OF_MERGES = ("similarity", "weights", "member", "taken")
+"""What methods note at a merge layer: "weights_6" and so on."""
+_NOTED = {
+    "earlytom": (("similarity", "weights"), ("static",), ("relevance",)),
+    "cells": (("weights", "member", "taken"), (), ()),
+}
+"""Of each method: what it notes at a merge, behind the layers, and of features."""
 
-    `layers`: how many run, for the trace of every layer; None for that of the merge layers.
+
+def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
+    """The keys of a trace that `earlytom.encoder.encode` fills, in the order in which they are computed.
+
+    Args:
+        config: settings of the method.
+        layers: how many run, for the trace of every layer; None for that of the merge layers.
     """
+    at_merges, behind, of_features = _NOTED[config.method]
     names: list[str] = []
     for layer in config.merge_layers if layers is None else range(layers):
         names.append(f"hidden_{layer}")
         if layer in config.merge_layers:
-            names += [f"similarity_{layer}", f"weights_{layer}"]
-    names.append("static")
+            names += [f"{what}_{layer}" for what in at_merges]
+    names += behind
     if layers is not None:
         names.append("projected")
-    return [*names, "features", "relevance", "tokens", "positions", "sources", "place", "bias"]
+    return [*names, "features", *of_features, "tokens", "positions", "sources", "place", "bias"]

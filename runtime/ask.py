@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bias",
         action=argparse.BooleanOptionalAction,
-        help="let a visual token weigh as much as all those that it stands for (default: as the engine's method has it)",
+        help="let a visual token weigh as much as all that it stands for (default: as the engine's method has it)",
     )
     p.add_argument(
         "--positions",

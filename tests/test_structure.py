@@ -22,6 +22,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors",
         "numbers attention transfers restorable",
         "config budget",
+        "cells/config",
+        "settings",
         "spans merge select flops inner standing",
         "cells",
         "kernels",

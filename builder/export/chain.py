@@ -53,6 +53,8 @@ class StageGraph(nn.Module):
         self.whole = whole  # "graph" is taken: the exporter has an attribute of that name
         self.stage = stage
         self.frames = frames
+        assert isinstance(whole.config, EarlyTomConfig)  # no other method has this schedule
+        self.config = whole.config
         self.stages = layout_of(whole, frames).graphs
         self.span = self.stages[stage].span
 
@@ -68,7 +70,7 @@ class StageGraph(nn.Module):
             tower,
             self.span,
             hidden,
-            EarlyTom(self.whole.config),
+            EarlyTom(self.config),
             self.whole.layers,
             lambda **found: values.update(found),
             True,
@@ -110,7 +112,7 @@ class StageGraph(nn.Module):
 
     def _plan(self, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A call of AdaptiveFramePlan."""
-        c, n = self.whole.config, similarity.shape[0]
+        c, n = self.config, similarity.shape[0]
         weights, static, count = torch.onnx.ops.symbolic_multi_out(
             f"{functions.DOMAIN}::{functions.ADAPTIVE_FRAME_PLAN}",
             (similarity,),
@@ -193,7 +195,7 @@ def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path)
     model = trace(module, {name: examples[name] for name in inputs}, module.names, dynamic)
     _name_rows(model)
     path = folder / written.file(layout.ONNX_FILE)
-    return save(model, path, outputs, lambda node: _body(node, module.whole.config, module.frames))
+    return save(model, path, outputs, lambda node: _body(node, module.config, module.frames))
 
 
 def _name_rows(model: ir.Model) -> None:

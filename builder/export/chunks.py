@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from builder.export.vision import ExportedGraph, VisionGraph, form_of, save, trace
 from builder.settings.options import check_chunk
 from earlytom.encoder import head, rest
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods import method_of
 from runtime.engine import layout
 
 
@@ -36,7 +36,7 @@ class HeadGraph(nn.Module):
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         whole = self.whole
-        method = EarlyTom(whole.config)
+        method = method_of(whole.config)
         _, received = head(
             whole.tower, whole.pixels(frames), method, whole.layers, lambda **found: values.update(found), True
         )

@@ -23,6 +23,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from builder.export import functions
+from builder.export.cells import SymbolicCells
+from builder.export.cells import body as cells_body
 from builder.export.shared_weights import SharedWeights
 from builder.precision.casts import set_vision_precision
 from builder.precision.islands import DEFAULT, Islands
@@ -32,7 +34,10 @@ from earlytom.errors import UserError
 from earlytom.families import DEFAULT_FAMILY, Family, Vision, family_of
 from earlytom.merge import frame_similarity
 from earlytom.method import Method
-from earlytom.methods.earlytom import EachVideo, EarlyTom
+from earlytom.methods import method_of, several
+from earlytom.methods.cells import Cells
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from earlytom.towers import Tower
 from runtime.checkpoint import load_vision
@@ -112,7 +117,7 @@ class VisionGraph(nn.Module):
         self,
         vision_tower: nn.Module,
         projector: nn.Module,
-        config: EarlyTomConfig,
+        config: MethodSettings,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -126,7 +131,7 @@ class VisionGraph(nn.Module):
         self.projector = projector
         self.config = config
         self.depth = depth
-        self.decisions: Method = EarlyTom(config)
+        self.decisions: Method = method_of(config)
         self.family = family
         self.dtype = dtype or next(projector.parameters()).dtype
         self.islands = islands
@@ -218,8 +223,8 @@ class Form:
         body: the body of the function that a node calls, given the method's settings and F.
     """
 
-    calls: Callable[[VisionGraph], EarlyTom]
-    body: Callable[[ir.Node, EarlyTomConfig, int], ir.Function]
+    calls: Callable[[VisionGraph], Method]
+    body: Callable[[ir.Node, Any, int], ir.Function]
 
 
 def form_of(method: Method) -> Form:
@@ -267,7 +272,7 @@ def export_onnx(
         )
     kept, form = (graph.decisions, graph.every_layer), form_of(graph.decisions)
     calls = form.calls(graph)
-    graph.decisions = EachVideo(calls, batch) if batch > 1 else calls
+    graph.decisions = several(calls, batch) if batch > 1 else calls
     graph.every_layer = True  # so that all values have their names
     shape = (frames, 3, *size) if batch == 1 else (batch, frames, 3, *size)
     try:
@@ -371,6 +376,7 @@ def tokens_per_frame(node: ir.Node) -> int:
 
 
 FORMS: dict[str, Form] = {
-    EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body)
+    EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body),  # type: ignore[arg-type]
+    Cells.name: Form(lambda graph: SymbolicCells(graph.config), lambda node, _, frames: cells_body(node, OPSET)),  # type: ignore[arg-type]
 }
 """The methods that can be exported, by name."""

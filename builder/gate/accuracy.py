@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from polygraphy.comparator import (
     Comparator,
     CosineSimilarityCompareFunc,
@@ -43,11 +42,12 @@ from torch import Tensor
 
 from builder.export.vision import VisionGraph
 from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, SOURCES_TOLERANCE, STEPS, Gate
-from builder.gate.runners import ForcedDecisions, TorchRunner
+from builder.gate.rules import Rule, rule_of
+from builder.gate.runners import TorchRunner
 from builder.gate.runs import Arrays, run_tapped
-from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.families import Vision
+from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from runtime.engine import layout
 
@@ -148,14 +148,15 @@ def verify(
     say(f"running the graph in ONNX Runtime{', every result rounded' if half else ''}")
     got = run_tapped(onnx_path, trace_names(config), feeds, rounded=half, batch=batch)
     outputs = [_arrays(iteration) for iteration in got[0][1]]
-    forced = [ForcedDecisions(config, out) for out in outputs]
+    rule = rule_of(config)
+    forced = [rule.forced(out) for out in outputs]
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
         say("running the PyTorch reference")
         free = Comparator.run(
-            [TorchRunner(reference, [EarlyTom(config)] * len(feeds), shape, "reference")], data_loader=feeds
+            [TorchRunner(reference, [rule.own()] * len(feeds), shape, "reference")], data_loader=feeds
         )
         own = [_arrays(iteration) for iteration in free[0][1]]
-        if all(_same_decisions(config, a, b) for a, b in zip(outputs, own, strict=True)):
+        if all(rule.same(a, b) for a, b in zip(outputs, own, strict=True)):
             wanted = free
         else:
             say("running the PyTorch reference with the graph's decisions")
@@ -166,12 +167,12 @@ def verify(
     if not np.isfinite(scale) or scale == 0:
         raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
     checks = _compare_values(got, wanted, config, gate, gate.error * scale)
-    checks += _compare_decisions(config, outputs, own, gate)
+    checks += _compare_decisions(rule, outputs, own, gate)
     if config.schedule == "adaptive":
         checks += _compare_counts(config, outputs, own, dtype)
-    checks += _repeat_decisions(config, outputs, shape[0])
+    checks += _repeat_decisions(rule, outputs, shape[0], reference.vision)
     if batch > 1:
-        checks += _compare_videos(config, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
+        checks += _compare_videos(rule, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
     checks.sort(key=lambda check: STEPS.index(check.step))
     notes = [f"{dtype}: each operator in fp32, each result rounded to {dtype}, as on a GPU"] if half else []
     if text is None:
@@ -187,9 +188,9 @@ def verify(
         say("running the graph in ONNX Runtime as it is")
         run = run_tapped(onnx_path, trace_names(config), feeds[:batch], rounded=False, batch=batch)
         plain = [_arrays(iteration) for iteration in run[0][1]]
-        if not all(_same_decisions(config, a, b) for a, b in zip(plain, outputs[:batch], strict=True)):
+        if not all(rule.same(a, b) for a, b in zip(plain, outputs[:batch], strict=True)):
             say("running the PyTorch reference with those decisions")
-            first = TorchRunner(reference, [ForcedDecisions(config, one) for one in plain], shape, "reference")
+            first = TorchRunner(reference, [rule.forced(one) for one in plain], shape, "reference")
             with G_LOGGER.verbosity(G_LOGGER.ERROR):
                 again = Comparator.run([first], data_loader=feeds[:batch])
             wanted = RunResults([(wanted[0][0], [*again[0][1], *wanted[0][1][batch:]])])
@@ -200,19 +201,7 @@ def _arrays(iteration: Any) -> Arrays:
     return {name: np.asarray(iteration[name]) for name in iteration}
 
 
-def _same_decisions(config: EarlyTomConfig, a: Arrays, b: Arrays) -> bool:
-    plans = [f"weights_{layer}" for layer in config.merge_layers]
-    if any(a[name].shape != b[name].shape for name in plans):  # the adaptive schedule kept other numbers
-        return False
-    same_plans = all(np.allclose(a[name], b[name], atol=1e-2) and _pattern(a[name], b[name]) for name in plans)
-    return same_plans and all(np.array_equal(a[name], b[name]) for name in ("static", layout.POSITIONS))
-
-
-def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return np.array_equal(a > 0, b > 0)
-
-
-def _compare_counts(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
+def _compare_counts(config: MethodSettings, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
     """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 has no excuse."""
     layers = [f"weights_{layer}" for layer in config.merge_layers]
     pairs = [(a[name], b[name]) for a, b in zip(got, own, strict=True) for name in layers]
@@ -224,7 +213,7 @@ def _compare_counts(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays]
 
 
 def _compare_values(
-    got: RunResults, wanted: RunResults, config: EarlyTomConfig, gate: Gate, tolerance: float
+    got: RunResults, wanted: RunResults, config: MethodSettings, gate: Gate, tolerance: float
 ) -> list[Check]:
     """Steps 1 and 3, with Polygraphy's comparison functions: the worst over the clips of each value."""
     taps = [f"hidden_{layer}" for layer in config.merge_layers]
@@ -265,76 +254,50 @@ def _finite(value: float, otherwise: float) -> float:
     return float(value) if np.isfinite(value) else otherwise
 
 
-def _compare_decisions(config: EarlyTomConfig, got: list[Arrays], own: list[Arrays], gate: Gate) -> list[Check]:
+def _compare_decisions(rule: Rule, got: list[Arrays], own: list[Arrays], gate: Gate) -> list[Check]:
     """Step 2: how many of the frames and tokens that the reference keeps does the graph keep."""
     frames, tokens = [], []
     for a, b in zip(got, own, strict=True):
-        kept_a, kept_b = (_kept_frames(config, out) for out in (a, b))
-        frames.append(len(set(kept_a) & set(kept_b)) / len(set(kept_b)))
-        per_frame = b["features"].shape[1]
-        ids = [
-            {
-                (kept[p // per_frame], p % per_frame)
-                for p in out[layout.POSITIONS].tolist()
-                if 0 <= p // per_frame < len(kept)
-            }
-            for kept, out in ((kept_a, a), (kept_b, b))
-        ]
-        tokens.append(len(ids[0] & ids[1]) / len(ids[1]))
+        kept_a, kept_b = set(rule.kept_frames(a)), set(rule.kept_frames(b))
+        frames.append(len(kept_a & kept_b) / len(kept_b))
+        wanted = rule.kept_tokens(b)
+        tokens.append(len(rule.kept_tokens(a) & wanted) / len(wanted))
     return [
         Check("decisions", "overlap of kept frames", min(frames), gate.frames, min(frames) >= gate.frames),
         Check("decisions", "overlap of kept tokens", min(tokens), gate.tokens, min(tokens) >= gate.tokens),
     ]
 
 
-def _repeat_decisions(config: EarlyTomConfig, got: list[Arrays], frames: int) -> list[Check]:
-    """Step 2, exactly: from the graph's own similarities and received attention the reference decides the same.
+def _repeat_decisions(rule: Rule, got: list[Arrays], frames: int, vision: Vision) -> list[Check]:
+    """Step 2, exactly: from the graph's own values the reference decides the same.
 
     The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
     """
-    rule = EarlyTom(config)
-    plans, places = [0.0], []
+    worst, places = max([0.0, *map(rule.repeat_plans, got)]), []
     for out in got:
-        for layer in config.merge_layers:
-            taken = torch.from_numpy(out[f"weights_{layer}"])
-            wanted = None if config.schedule == "adaptive" else taken.shape[0]
-            weights, _, _ = rule.plan(torch.from_numpy(out[f"similarity_{layer}"]), wanted)
-            same_count = weights.shape == taken.shape
-            plans.append(_finite(float((weights - taken).abs().max()), 1.0) if same_count else 1.0)
-        features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
-        positions = out[layout.POSITIONS]
-        _, repeated = rule.keep(features, relevance, static, frames)
+        positions, repeated = out[layout.POSITIONS], rule.repeat_tokens(out, frames, vision)
         same_count = len(repeated) == len(positions)
         places.append(float(np.mean(repeated.numpy() == positions)) if same_count else 0.0)
-    worst, same = max(plans), min(places)
+    same, least = min(places), rule.same_tokens
     return [
         Check("decisions", "frame plans repeated: largest difference", worst, PLAN_TOLERANCE, worst <= PLAN_TOLERANCE),
-        Check("decisions", "token choices repeated: share that is equal", same, 1.0, same == 1),
+        Check("decisions", "token choices repeated: share that is equal", same, least, same >= least),
     ]
 
 
-def _compare_videos(config: EarlyTomConfig, got: list[Arrays], wanted: list[Arrays], batch: int) -> list[Check]:
-    """Step 2, several videos at once: are the similarities that each video's plans are made from its own?
+def _compare_videos(rule: Rule, got: list[Arrays], wanted: list[Arrays], batch: int) -> list[Check]:
+    """Step 2, several videos at once: is what each video's plans are made from its own?
 
     A graph that compares the frames of another video decides rightly from what it sees, and by chance much the same.
-    So the error against the reference's similarities is held against the one against any other video's of its batch.
+    So the error against the reference's values is held against the one against any other video's of its batch.
     """
     worst = 0.0
-    for layer in config.merge_layers:
-        name = f"similarity_{layer}"
+    for layer in rule.layers:
+        name = f"{rule.videos}_{layer}"
         for place, out in enumerate(got):
             first = place - place % batch
             errors = [float(np.abs(out[name] - other[name]).mean()) for other in wanted[first : first + batch]]
             own = errors.pop(place - first)
             worst = max(worst, _finite(own / (min(errors) + PLAN_TOLERANCE), math.inf))
-    what = "similarities, own video over others: error"
+    what = f"{rule.videos} at merges, own video over others: error"
     return [Check("decisions", what, worst, OTHER_VIDEO, worst <= OTHER_VIDEO)]
-
-
-def _kept_frames(config: EarlyTomConfig, out: Arrays) -> list[int]:
-    """Which input frame each remaining frame is: the first that it is made of."""
-    first: NDArray[Any] | None = None
-    for layer in config.merge_layers:
-        here = (out[f"weights_{layer}"] > 0).argmax(1)
-        first = here if first is None else first[here]
-    return list(range(out["features"].shape[0])) if first is None else first.tolist()

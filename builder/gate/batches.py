@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.spans import OF_MERGES
 from runtime.engine import layout
 
 
@@ -71,7 +72,7 @@ def split(values: Mapping[str, NDArray[Any]], batch: int) -> list[dict[str, NDAr
 
 
 def _of_video(name: str, value: NDArray[Any], batch: int, video: int) -> NDArray[Any]:
-    if name.startswith(("similarity_", "weights_")) or name in ("static", *layout.OUTPUTS):
+    if name.startswith(tuple(f"{what}_" for what in OF_MERGES)) or name in ("static", *layout.OUTPUTS):
         return value[video]
     rows = len(value) // batch
     return value[video * rows : (video + 1) * rows]

@@ -37,13 +37,11 @@ from torch import Tensor
 from builder.export.vision import VisionGraph, vision_graph
 from builder.gate.batches import fill
 from builder.gate.limits import GATES
-from builder.gate.runners import ForcedDecisions
+from builder.gate.rules import rule_of
 from builder.gate.runs import Arrays, run_tapped
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
-from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.methods.earlytom import EarlyTom
 from earlytom.numbers import shown
 from runtime.checkpoint import describe
 from runtime.drawing.clips import draw_clip
@@ -107,7 +105,7 @@ def measure(
     Raises:
         UserError: the graph does not name its values (an older export), or the reference is not finite.
     """
-    config, kept = reference.config, (reference.decisions, reference.every_layer)
+    rule, kept = rule_of(reference.config), (reference.decisions, reference.every_layer)
     reference.every_layer = True
     try:
         clips = frames if frames.dim() == 5 else frames[None]
@@ -118,8 +116,8 @@ def measure(
         found: list[dict[str, Tensor]] = []
         for clip, one in zip(clips, each, strict=True):
             # Decisions taken from NaN are none; then the reference takes its own.
-            sane = all(np.isfinite(one[f"weights_{layer}"]).all() for layer in config.merge_layers)
-            reference.decisions = ForcedDecisions(config, one) if sane else EarlyTom(config)
+            sane = all(np.isfinite(one[f"weights_{layer}"]).all() for layer in rule.layers)
+            reference.decisions = rule.forced(one) if sane else rule.own()
             found.append(reference(clip))
         got = {name: np.concatenate([one[name] for one in each]) for name in _taps(names)}
         wanted = {name: torch.cat([one[name] for one in found]) for name in _taps(names)}
@@ -133,7 +131,8 @@ def measure(
 
 
 def _taps(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith("hidden_")] + ["projected", "features", "relevance", "tokens"]
+    wanted = ("projected", "features", "relevance", "tokens")
+    return [name for name in names if name.startswith("hidden_") or name in wanted]
 
 
 def _compare(name: str, got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], limit: float) -> Tap:
@@ -220,7 +219,7 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
         )
     config = BuildConfig(
         checkpoint=checkpoint,
-        earlytom=EarlyTomConfig.from_dict(manifest.earlytom),
+        earlytom=manifest.settings,
         frames=manifest.frames,
         dtype=manifest.dtype,
         target=parse_target(manifest.target),

@@ -1,7 +1,7 @@
 """Run the model that a graph came from, so that it returns every value that is compared.
 
-`TorchRunner` runs the PyTorch model in fp32 and returns the names that `builder.gate.runs` gives for the graph;
-`ForcedDecisions` makes it take the decisions that a run of the graph took, so that frames and tokens are the same ones.
+`TorchRunner` runs the PyTorch model in fp32 and returns the names that `builder.gate.runs` gives for the graph, with
+the decisions of a method or those that a run of the graph took (`builder.gate.rules`).
 What the values must be like is not known here: `builder.gate` and `builder.gate.drift` judge them.
 """
 
@@ -17,44 +17,11 @@ import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from torch import Tensor
 
 from builder.export.vision import VisionGraph
 from builder.gate.runs import Arrays
-from earlytom.config import EarlyTomConfig
-from earlytom.method import Method, State
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.method import Method
 from runtime.engine import layout
-
-
-class ForcedDecisions(EarlyTom):
-    """Takes the decisions that a run of the graph took, in their order."""
-
-    def __init__(self, config: EarlyTomConfig, taken: Arrays) -> None:
-        super().__init__(config)
-        self.weights = [torch.from_numpy(taken[f"weights_{layer}"]) for layer in config.merge_layers]
-        self.static = torch.from_numpy(taken["static"])
-        self.positions = torch.from_numpy(taken[layout.POSITIONS])
-        self.taken = 0
-
-    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        frames = similarity.shape[0]
-        merging = self.taken < len(self.weights)
-        weights = self.weights[self.taken] if merging else torch.eye(frames)
-        self.taken += 1
-        return weights, torch.zeros(frames, dtype=torch.int64), self.static
-
-    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        rows = features.flatten(0, 1)
-        return rows[self.positions.clamp(0, len(rows) - 1)], self.positions  # a position out of range fails as a token
-
-    def select_varying(
-        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
-    ) -> tuple[Tensor, Tensor]:
-        return self.select(features, received, static, places)
-
-    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        return super().standing(features, positions.clamp(0, features.shape[:2].numel() - 1), state)
 
 
 class TorchRunner(BaseRunner):

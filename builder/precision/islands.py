@@ -171,7 +171,7 @@ class Costs:
 
     def __init__(self, config: BuildConfig, stages: Sequence[int] | None = None) -> None:
         from earlytom.families import family_of
-        from earlytom.methods.earlytom import EarlyTom
+        from earlytom.methods import method_of
 
         vision, layers = config.model.vision_config, config.earlytom.merge_layers
         frame = config.geometry
@@ -181,7 +181,7 @@ class Costs:
         self.pooled, self.stages, self.depth = config.tokens_per_frame, stages or config.stages, config.depth
         self.spans = layer_spans(layers, self.depth)
         self.frames = [self.stages[sum(merge < layer for merge in layers)] for layer in range(self.depth)]
-        self.deciding = EarlyTom(config.earlytom).watched(self.depth)
+        self.deciding = method_of(config.earlytom).watched(self.depth)
         self.projector_flops = family_of(config.model).projector_flops(config.model, self.stages[-1])
 
     def of(self, name: str) -> Cost:
@@ -196,7 +196,7 @@ class Costs:
         total = sum((self.of(name) for name in islands.names), Cost())
         for name in LAYERED:
             total += sum((getattr(self, f"_{name}")(layer) for layer in getattr(islands, name)), Cost())
-        if "logits" in islands and self.deciding in islands.attention:
+        if "logits" in islands and self.deciding is not None and self.deciding in islands.attention:
             total += Cost(products=-self._logits().products)
         return total
 
@@ -237,7 +237,8 @@ class Costs:
                 count = getattr(self, f"_{name}")(layer).products
                 products += count
                 wide += count * (layer in getattr(islands, name))
-        if "logits" in islands and self.deciding in span and self.deciding not in islands.attention:
+        deciding = self.deciding
+        if "logits" in islands and deciding is not None and deciding in span and deciding not in islands.attention:
             wide += self._logits().products
         return products, wide
 
@@ -259,16 +260,22 @@ class Costs:
         return Cost(0, _NORM * elements, _EXTRA * 4 * self.width * self.depth, _EXTRA * elements)
 
     def _softmax(self) -> Cost:
+        if self.deciding is None:  # no attention is written out
+            return Cost()
         elements = self.frames[self.deciding] * self.heads * self.tokens**2
         return Cost(0, _SOFTMAX * elements, 0, _EXTRA * elements)
 
     def _similarity(self) -> Cost:
+        if self.deciding is None:  # frames are not compared with all others
+            return Cost()
         # Before every merge, and once more for the segments of what is left.
         products = sum(2 * self.tokens * n * n * self.width for n in self.stages)
         elements = sum(self.tokens * n * (self.width + n) for n in self.stages)
         return Cost(products, 0, 0, _EXTRA * elements)
 
     def _logits(self) -> Cost:
+        if self.deciding is None:
+            return Cost()
         matrix = self.frames[self.deciding] * self.tokens**2
         elements = 2 * self._hidden(self.deciding) + self.heads * matrix
         return Cost(2 * matrix * self.width, 0, 0, _EXTRA * elements)

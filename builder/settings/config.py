@@ -23,6 +23,7 @@ from earlytom import flops
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import Geometry, family_of
+from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.layout import Layout, Sizes, count_file
@@ -43,7 +44,7 @@ class BuildConfig:
 
     Attributes:
         checkpoint: the model, described but not loaded.
-        earlytom: the method's settings.
+        earlytom: the settings of the method, whichever it is.
         frames: F, frames of a clip; where the engine takes one of several counts, the most.
         dtype: "fp16", "bf16" or "fp32".
         target: compute capability the engine is for.
@@ -60,7 +61,7 @@ class BuildConfig:
     """
 
     checkpoint: Checkpoint
-    earlytom: EarlyTomConfig
+    earlytom: MethodSettings
     frames: int
     dtype: str
     target: tuple[int, int]
@@ -234,6 +235,7 @@ class BuildConfig:
             "libraries": {name: metadata.version(name) for name in EXPORTERS},
             "triton": triton_version() if self.compression == "plugin" else None,
             # Only where it is another than usual, so that what was built before there was a choice is still found.
+            **({} if self.earlytom.method == EarlyTomConfig.method else {"method": self.earlytom.method}),
             **({} if self.islands == DEFAULT else {"islands": list(self.islands.words)}),
             **({} if self.batch == 1 else {"batch": self.batch}),
             **({} if self.frame_counts is None else {"frame_counts": list(self.frame_counts)}),
@@ -253,6 +255,7 @@ class BuildConfig:
             f"sm{major}{minor}",
             self.backend,
             self.dtype,
+            *([] if self.earlytom.method == EarlyTomConfig.method else [self.earlytom.method]),
             f"r{ratio}",
             f"f{'+'.join(map(str, self.counts))}",
             *([f"b{self.batch}"] if self.batch > 1 else []),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from earlytom.config import budget_counts, layer_numbers, one_of
+from earlytom.config import budget_counts, check_layers, layer_numbers, one_of
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 
@@ -29,7 +29,15 @@ class CellsConfig:
             `earlytom.cells.select`; 7 was as accurate as one after the other, and is what an engine without plugins
             can run.
         schedule: "budget" fixes the number of frames beforehand, so that every shape is static.
+
+    `method`, `bias`, `original_positions` and `inner_layer` are no settings: see `earlytom.settings`.
     """
+
+    method: ClassVar[str] = "cells"
+    bias: ClassVar[bool] = True
+    original_positions: ClassVar[bool] = True
+    inner_layer: ClassVar[None] = None
+    merges_inside: ClassVar[bool] = False
 
     retention_ratio: float = 0.1
     merge_layers: tuple[int, ...] = (6, 14, 20)
@@ -47,6 +55,10 @@ class CellsConfig:
         if self.rounds is not None:
             set_(self, "rounds", whole("rounds", self.rounds, 1))
         one_of("schedule", self.schedule, CELL_SCHEDULES)
+
+    def check_layers(self, depth: int) -> None:
+        """Raise UserError if a merge layer is not one of the tower's `depth` layers."""
+        check_layers(self.merge_layers, depth)
 
     def replace(self, **changes: Any) -> CellsConfig:
         """A copy with some values changed, validated again."""

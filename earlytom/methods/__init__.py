@@ -12,9 +12,10 @@ from typing import Any
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.method import Method
-from earlytom.methods.cells import Cells
+from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods.earlytom import EachVideo, EarlyTom
+from earlytom.settings import MethodSettings
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
@@ -33,6 +34,17 @@ def by_name(name: str, settings: Mapping[str, Any]) -> Method:
     return METHODS[name].from_dict(settings)
 
 
-def method_of(config: EarlyTomConfig | Method) -> Method:
-    """A method as it is, and EarlyTom for its settings."""
-    return config if isinstance(config, Method) else EarlyTom(config)
+def method_of(config: MethodSettings | Method) -> Method:
+    """A method as it is, or the one whose settings these are."""
+    if isinstance(config, Method):
+        return config
+    return EarlyTom(config) if isinstance(config, EarlyTomConfig) else Cells(config)
+
+
+def several(method: Method, videos: int) -> Method:
+    """The decisions of several videos at once, each as `method` takes them. Raises UserError where it cannot."""
+    if isinstance(method, EarlyTom):
+        return EachVideo(method, videos)
+    if isinstance(method, Cells):
+        return EachCells(method, videos)
+    raise UserError(f"method {method.name!r} decides about one video at a time: leave out --batch")

@@ -98,15 +98,16 @@ class Cells(Method):
         frames_out = self._stages(state.frames)[len(state.stages)]
         prefix = state.vision.tower.prefix
         if frames_out == len(hidden):  # each frame is a group
-            eye = torch.eye(frames_out, device=hidden.device)
-            note(**{f"weights_{layer}": eye.expand(hidden.shape[1], -1, -1)})
+            eye, index = torch.eye(frames_out, device=hidden.device), torch.arange(frames_out, device=hidden.device)
+            tokens = hidden.shape[1]
+            plan = CellPlan(eye.expand(tokens, -1, -1), eye, index[:, None].expand(-1, tokens))
         else:
             plan = self.plan(hidden, frames_out, prefix)
-            note(**{f"weights_{layer}": plan.weights})
             state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
             state.made = plan.weights if state.made is None else plan.weights @ state.made
             state.sources = state.made[prefix:].mean(0)
             hidden = plan.apply(hidden)
+        note(**{f"weights_{layer}": plan.weights, f"member_{layer}": plan.member, f"taken_{layer}": plan.taken})
         state.stages.append(frames_out)
         return hidden, received
 

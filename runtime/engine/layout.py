@@ -46,7 +46,8 @@ from typing import Literal
 
 from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
-from earlytom.spans import layer_spans, trace_names
+from earlytom.settings import MethodSettings
+from earlytom.spans import OF_MERGES, layer_spans, trace_names
 
 FRAMES = "frames"
 TOKENS = "tokens"
@@ -167,7 +168,7 @@ class Layout:
         frame_counts: the frame counts, ascending, where there are several; what `at` returns has one of them.
     """
 
-    earlytom: EarlyTomConfig
+    earlytom: MethodSettings
     frames: int
     batch: int = 1
     chunk: int | None = None
@@ -204,6 +205,11 @@ class Layout:
     @property
     def merges(self) -> int:
         return len(self.earlytom.merge_layers)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the method goes by received attention."""
+        return isinstance(self.earlytom, EarlyTomConfig)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -253,7 +259,7 @@ class Layout:
         if self.mode == "whole":
             return (self._graph(None, (FRAMES,), OUTPUTS, rows=self.frames),)
         if self.mode == "chunked":
-            between = (HIDDEN, RECEIVED) if self.merges <= 1 else (HIDDEN,)
+            between = (HIDDEN, RECEIVED) if self.merges <= 1 and self.watches else (HIDDEN,)
             assert self.chunk is not None
             calls = self.frames // self.chunk
             head = self._graph(0, (FRAMES,), between, rows=self.chunk, calls=calls)
@@ -318,7 +324,7 @@ class Layout:
         if self.mode == "chunked":  # the first merge is part of the rest
             head = {f"hidden_{layer}" for layer in range(layer_spans(self.earlytom.merge_layers, span.stop)[0].stop)}
             return tuple(name for name in self.taps if (name in head) == (stage == 0))
-        of_layers = {f"{what}_{layer}" for what in ("hidden", "similarity", "weights") for layer in span}
+        of_layers = {f"{what}_{layer}" for what in ("hidden", *OF_MERGES) for layer in span}
         last = stage == self.merges
         return tuple(n for n in self.taps if n in of_layers or (last and not n.rpartition("_")[2].isdigit()))
 

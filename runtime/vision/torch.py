@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from earlytom.config import EarlyTomConfig
 from earlytom.encoder import VisualTokens, checked_depth, encode, head, rest
 from earlytom.families import Vision, family_of
-from earlytom.methods.earlytom import EachVideo, EarlyTom
+from earlytom.methods import method_of, several
+from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint, VisionPart, load_vision
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
@@ -49,7 +49,7 @@ class TorchVision:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: EarlyTomConfig,
+        config: MethodSettings,
         shape: tuple[int, ...],
         *,
         device: torch.device,
@@ -60,7 +60,7 @@ class TorchVision:
         self.shape = shape
         self.batch = batch_of(shape)
         if self.batch > 1:
-            EachVideo(EarlyTom(config), self.batch)  # refuses what cannot be
+            several(method_of(config), self.batch)  # refuses what cannot be
         self.family = family_of(checkpoint.config)
         self.depth = self.family.geometry(checkpoint.config).depth
         self.part: VisionPart | None = part or load_vision(checkpoint, dtype).to(device)  # None once closed
@@ -91,8 +91,8 @@ class TorchVision:
         return [found] if len(clips) == 1 else found.each()
 
     def _encode(self, frames: Tensor, videos: int) -> Encoded:
-        method = EarlyTom(self.config)
-        deciding = method if videos == 1 else EachVideo(method, videos)
+        method = method_of(self.config)
+        deciding = method if videos == 1 else several(method, videos)
         return _of(encode(self.vision, self.pixels(frames), deciding, depth=self.depth))
 
     @property
@@ -143,13 +143,13 @@ class TorchChunked(ChunkedVision):
     @torch.no_grad()
     def _head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         vision = self._vision
-        tower, method = vision.vision.tower, EarlyTom(vision.config)
+        tower, method = vision.vision.tower, method_of(vision.config)
         return head(tower, vision.pixels(frames), method, checked_depth(tower, method, vision.depth))
 
     @torch.no_grad()
     def _rest(self, room: Room) -> Encoded:
         vision = self._vision
-        return _of(rest(vision.vision, room.hidden, room.received, EarlyTom(vision.config), vision.depth))
+        return _of(rest(vision.vision, room.hidden, room.received, method_of(vision.config), vision.depth))
 
     def _free(self) -> None:
         self._vision.close()
@@ -174,7 +174,7 @@ def open_torch(
     Raises:
         UserError: as `TorchVision`; a frame count that the engine does not take.
     """
-    config = EarlyTomConfig.from_dict(manifest.earlytom)
+    config = manifest.settings
     videos = () if manifest.batch == 1 else (manifest.batch,)
     backends: dict[int, VisionBackend] = {}
     part: VisionPart | None = None

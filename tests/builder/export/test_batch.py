@@ -55,7 +55,7 @@ def several(clips: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def together(exported: Make) -> Whole:
-    return open_whole(exported(*BATCH, "--fp32").path)
+    return open_whole(exported(*BATCH, "--fp32").path, batch=3)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,9 @@ def test_the_folder_says_how_many_videos(folder: Path, engine: Path) -> None:
     assert manifest.verification["clips"] == ["drawn clip", "drawn clip, reversed in time"]
     assert (manifest.tokens, manifest.frames_per_stage) == (single.tokens, single.frames_per_stage)
     shapes = [tensor["shape"] for tensor in inspect.describe(folder)["tensors"]]
-    assert shapes == [[2, FRAMES, 3, 72, 72], [2, manifest.tokens, 256], [2, manifest.tokens]]
+    tokens, left = manifest.tokens, manifest.frames_per_stage[-1]
+    expected = [[FRAMES, 3, 72, 72], [tokens, 256], [tokens], [left, FRAMES], [tokens], [tokens]]
+    assert shapes == [[2, *shape] for shape in expected]
     vision = open_backend("auto", folder, manifest)
     assert vision.batch == 2
 

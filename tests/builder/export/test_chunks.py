@@ -123,7 +123,9 @@ def test_inputs_and_outputs_are_those_of_the_layout(chunked_of: Callable[..., Ch
         rows = FRAMES if stage else CHUNK
         expected = {"frames": [CHUNK, 3, 72, 72], "hidden": [rows, 81, 128], "received": [rows, 81]}
         width = made.config.model.text_config.hidden_size
-        expected |= {"tokens": [made.config.tokens, width], "positions": [made.config.tokens]}
+        tokens = made.config.tokens
+        expected |= {"tokens": [tokens, width], "positions": [tokens], "place": [tokens], "bias": [tokens]}
+        expected |= {"sources": [made.config.stages[-1], FRAMES]}
         assert sizes == {name: expected[name] for name in (*inputs, *outputs)}
         assert not {"NonZero", "If", "Loop"} & {node.op_type for node in graph.node}
 

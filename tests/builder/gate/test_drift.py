@@ -19,7 +19,7 @@ from builder import verify
 from builder.export.vision import export_onnx, vision_graph
 from builder.gate import drift
 from builder.gate.drift import Tap, first_bad, measure
-from builder.gate.runners import ForcedDecisions
+from builder.gate.rules import ForcedDecisions
 from builder.gate.runs import run_tapped
 from builder.settings.arguments import parse
 from earlytom.errors import UserError

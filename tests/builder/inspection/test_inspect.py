@@ -61,6 +61,9 @@ def test_a_record_says_what_the_manifest_says(engine: Path) -> None:
         {"name": "frames", "direction": "in", "dtype": "uint8", "shape": [FRAMES, 3, 72, 72]},
         {"name": "tokens", "direction": "out", "dtype": "fp16", "shape": [manifest.tokens, 256]},
         {"name": "positions", "direction": "out", "dtype": "int64", "shape": [manifest.tokens]},
+        {"name": "sources", "direction": "out", "dtype": "fp32", "shape": [manifest.frames_per_stage[-1], FRAMES]},
+        {"name": "place", "direction": "out", "dtype": "int64", "shape": [manifest.tokens]},
+        {"name": "bias", "direction": "out", "dtype": "fp32", "shape": [manifest.tokens]},
     ]
     assert manifest.verification is not None
     steps = manifest.verification["steps"]
@@ -89,7 +92,7 @@ def test_the_layers_of_a_graph(engine: Path) -> None:
     assert layers["matrix_flops"] == pytest.approx(figures["flops_vision"], rel=0.02)
     assert sum(kind["flops"] for kind in layers["kinds"]) == layers["matrix_flops"]
     # A constant that nodes of two kinds read is in both rows.
-    assert 0 <= sum(kind["weight_bytes"] for kind in layers["kinds"]) - layers["weight_bytes"] < 100
+    assert 0 <= sum(kind["weight_bytes"] for kind in layers["kinds"]) - layers["weight_bytes"] < 1000  # constants
     assert {"earlytom::FramePlan", "earlytom::SelectTokens"} < {kind["kind"] for kind in layers["kinds"]}
     assert len(layers["biggest"]) == BIGGEST
     assert layers["biggest"][0]["kind"] == "MatMul"

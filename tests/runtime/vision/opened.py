@@ -9,9 +9,9 @@ from runtime.engine.layout import Layout
 from runtime.vision.onnxruntime import load
 from runtime.vision.whole import Whole
 
-ALONE = Layout(EarlyTomConfig(schedule="budget"), 2)  # of its graph only the place is looked at: it has no stage
+BUDGET = EarlyTomConfig(schedule="budget")
 
 
-def open_whole(path: Path, threads: int | None = None) -> Whole:
-    """The graph at `path`, that a clip runs through alone, in ONNX Runtime."""
-    return Whole(*load([path], ALONE.graphs, threads))
+def open_whole(path: Path, threads: int | None = None, batch: int = 1) -> Whole:
+    """The graph at `path`, that a clip, or `batch` of them, runs through alone, in ONNX Runtime."""
+    return Whole(*load([path], Layout(BUDGET, 2, batch=batch).graphs, threads))

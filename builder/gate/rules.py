@@ -1,0 +1,227 @@
+"""What the gate asks of a method: which decisions a graph took, whether two runs took the same, and whether the
+method's own rule takes them again from the graph's own values.
+
+`rule_of` gives the `Rule` of settings. A rule knows the values that its method notes (`earlytom.spans.trace_names`);
+the limits are in `builder.gate.limits`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from builder.gate.runs import Arrays
+from earlytom.cells.config import CellsConfig
+from earlytom.cells.merge import CellPlan, merge_marks
+from earlytom.config import EarlyTomConfig
+from earlytom.families import Vision
+from earlytom.method import Method, State
+from earlytom.methods.cells import Cells, CellsState, marks
+from earlytom.methods.earlytom import EarlyTom
+from earlytom.settings import MethodSettings
+from runtime.engine import layout
+
+
+class Rule(ABC):
+    """One method.
+
+    Attributes:
+        decisions: names of the values that are its decisions at merges, without the layer.
+        videos: of those that tell videos apart, likewise.
+        same_tokens: share of token choices that must come out again; below 1 where one choice hangs on another.
+    """
+
+    decisions: tuple[str, ...]
+    videos: str
+    same_tokens: float = 1.0
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+
+    @abstractmethod
+    def own(self) -> Method:
+        """The method as it decides by itself."""
+
+    @abstractmethod
+    def forced(self, taken: Arrays) -> Method:
+        """The method, made to take the decisions that a run of the graph took, in their order."""
+
+    @abstractmethod
+    def kept_frames(self, out: Arrays) -> list[int]:
+        """Which frame of the clip each remaining frame is: the first that it is made of."""
+
+    @abstractmethod
+    def repeat_plans(self, out: Arrays) -> float:
+        """The largest difference between the graph's weights at merges and those of the rule; 1 if shapes differ."""
+
+    @abstractmethod
+    def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
+        """The positions that the rule chooses of the graph's features [N]; `frames`: of the clip."""
+
+    def same(self, a: Arrays, b: Arrays) -> bool:
+        """Whether two runs took the same decisions."""
+        plans = [f"{name}_{layer}" for layer in self.layers for name in self.decisions]
+        if any(a[name].shape != b[name].shape for name in plans):  # the adaptive schedule kept other numbers
+            return False
+        alike = all(np.allclose(a[name], b[name], atol=1e-2) and _pattern(a[name], b[name]) for name in plans)
+        others = [name for name in ("static", layout.POSITIONS) if name in a]
+        return alike and all(np.array_equal(a[name], b[name]) for name in others)
+
+    def kept_tokens(self, out: Arrays) -> set[tuple[int, int]]:
+        """(frame of the clip, cell) of every token that is kept."""
+        kept, per_frame = self.kept_frames(out), out["features"].shape[1]
+        positions = out[layout.POSITIONS].tolist()
+        return {(kept[p // per_frame], p % per_frame) for p in positions if 0 <= p // per_frame < len(kept)}
+
+
+class EarlyTomRule(Rule):
+    """See `Rule`."""
+
+    decisions = ("weights",)
+    videos = "similarity"
+
+    def __init__(self, config: EarlyTomConfig) -> None:
+        super().__init__(config.merge_layers)
+        self.config = config
+
+    def own(self) -> Method:
+        return EarlyTom(self.config)
+
+    def forced(self, taken: Arrays) -> Method:
+        return ForcedDecisions(self.config, taken)
+
+    def kept_frames(self, out: Arrays) -> list[int]:
+        return _first_frames([out[f"weights_{layer}"] for layer in self.layers], len(out["features"]))
+
+    def repeat_plans(self, out: Arrays) -> float:
+        rule, worst = EarlyTom(self.config), 0.0
+        for layer in self.layers:
+            taken = torch.from_numpy(out[f"weights_{layer}"])
+            wanted = None if self.config.schedule == "adaptive" else taken.shape[0]
+            weights, _, _ = rule.plan(torch.from_numpy(out[f"similarity_{layer}"]), wanted)
+            worst = max(worst, _difference(weights, taken))
+        return worst
+
+    def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
+        features, relevance, static = (torch.from_numpy(out[name]) for name in ("features", "relevance", "static"))
+        return EarlyTom(self.config).keep(features, relevance, static, frames)[1]
+
+
+class ForcedDecisions(EarlyTom):
+    """Takes the decisions that a run of the graph took, in their order."""
+
+    def __init__(self, config: EarlyTomConfig, taken: Arrays) -> None:
+        super().__init__(config)
+        self.weights = [torch.from_numpy(taken[f"weights_{layer}"]) for layer in config.merge_layers]
+        self.static = torch.from_numpy(taken["static"])
+        self.positions = torch.from_numpy(taken[layout.POSITIONS])
+        self.taken = 0
+
+    def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        frames = similarity.shape[0]
+        merging = self.taken < len(self.weights)
+        weights = self.weights[self.taken] if merging else torch.eye(frames)
+        self.taken += 1
+        return weights, torch.zeros(frames, dtype=torch.int64), self.static
+
+    def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        rows = features.flatten(0, 1)
+        return rows[self.positions.clamp(0, len(rows) - 1)], self.positions  # a position out of range fails as a token
+
+    def select_varying(
+        self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
+    ) -> tuple[Tensor, Tensor]:
+        return self.select(features, received, static, places)
+
+    def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        return super().standing(features, positions.clamp(0, features.shape[:2].numel() - 1), state)
+
+
+class CellsRule(Rule):
+    """See `Rule`. Weights that differ in the last bits are the same decision: they come of differences of near 1."""
+
+    decisions = ("member", "taken")
+    videos = "weights"
+    same_tokens = 0.9  # each choice hangs on those before it, and one near-tie changes what follows
+
+    def __init__(self, config: CellsConfig) -> None:
+        super().__init__(config.merge_layers)
+        self.config = config
+
+    def own(self) -> Method:
+        return Cells(self.config)
+
+    def forced(self, taken: Arrays) -> Method:
+        return ForcedCells(self.config, taken)
+
+    def kept_frames(self, out: Arrays) -> list[int]:
+        return _first_frames([out[f"member_{layer}"] for layer in self.layers], len(out["features"]))
+
+    def repeat_plans(self, out: Arrays) -> float:
+        rule, worst = Cells(self.config), 0.0
+        for layer in self.layers:
+            hidden, taken = torch.from_numpy(out[f"hidden_{layer}"]), torch.from_numpy(out[f"weights_{layer}"])
+            if taken.shape[1] == len(hidden):
+                wanted = torch.eye(len(hidden)).expand_as(taken)
+            else:
+                wanted = rule.plan(hidden, taken.shape[1], 0).weights
+            worst = max(worst, _difference(wanted, taken))
+        return worst
+
+    def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
+        rule, features = Cells(self.config), torch.from_numpy(out["features"])
+        state = rule.begin(vision, frames, features.device)
+        assert isinstance(state, CellsState)
+        for layer in self.layers:
+            plan = CellPlan(*(torch.from_numpy(out[f"{name}_{layer}"]) for name in ("weights", "member", "taken")))
+            cells = torch.from_numpy(out[f"hidden_{layer}"])[:, vision.tower.prefix :]
+            state.cell_size, state.cell_time = merge_marks(plan, *marks(state, cells))
+        return rule.choose(features, None, state)[1]
+
+
+class ForcedCells(Cells):
+    """Takes the decisions that a run of the graph took, in their order."""
+
+    def __init__(self, config: CellsConfig, taken: Arrays) -> None:
+        super().__init__(config)
+        names = ("weights", "member", "taken")
+        self.plans = [
+            CellPlan(*(torch.from_numpy(taken[f"{name}_{layer}"]) for name in names)) for layer in config.merge_layers
+        ]
+        self.positions = torch.from_numpy(taken[layout.POSITIONS])
+
+    def plan(self, hidden: Tensor, frames_out: int, prefix: int) -> CellPlan:
+        fits = (plan for plan in self.plans if plan.member.shape == (frames_out, len(hidden)))
+        return next(fits)  # no two merges are of as many frames, but for those that leave all, and they decide nothing
+
+    def take(self, salient: Tensor, alike: Tensor, count: int) -> Tensor:
+        return self.positions.clamp(0, len(salient) - 1)  # a position out of range fails as a token
+
+
+def rule_of(settings: MethodSettings) -> Rule:
+    """The rule of a method, from its settings."""
+    return EarlyTomRule(settings) if isinstance(settings, EarlyTomConfig) else CellsRule(settings)
+
+
+def _first_frames(plans: list[NDArray[Any]], left: int) -> list[int]:
+    first: NDArray[Any] | None = None
+    for plan in plans:
+        here = (plan > 0).argmax(1)
+        first = here if first is None else first[here]
+    return list(range(left)) if first is None else first.tolist()
+
+
+def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return np.array_equal(a > 0, b > 0)
+
+
+def _difference(wanted: Tensor, taken: Tensor) -> float:
+    if wanted.shape != taken.shape:
+        return 1.0
+    worst = float((wanted - taken).abs().max())
+    return worst if np.isfinite(worst) else 1.0
