@@ -24,7 +24,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "config budget",
         "spans merge select flops inner standing",
         "cells",
-        "kernels",
+        "kernels settings",
         "ops",
         "inner_decoder towers",
         "families",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from earlytom.config import budget_counts, layer_numbers, one_of
 from earlytom.errors import UserError
@@ -29,7 +29,13 @@ class CellsConfig:
             `earlytom.cells.select`; 7 was as accurate as one after the other, and is what an engine without plugins
             can run.
         schedule: "budget" fixes the number of frames beforehand, so that every shape is static.
+
+    `method`, `bias` and `original_positions` are no settings: see `earlytom.settings`.
     """
+
+    method: ClassVar[str] = "cells"
+    bias: ClassVar[bool] = True
+    original_positions: ClassVar[bool] = True
 
     retention_ratio: float = 0.1
     merge_layers: tuple[int, ...] = (6, 14, 20)
