@@ -248,3 +248,9 @@ def test_on_the_bundled_model_it_costs_what_earlytom_costs() -> None:
     seen = [encode_video(part.vision_tower, part.projector, pixels, method, depth=8) for method in methods]
     assert [(out.frames_per_stage, len(out.tokens)) for out in seen] == [((16, 12, 9, 7), 42)] * 3
     assert len({tuple(out.positions.tolist()) for out in seen}) == 3
+
+
+def test_what_an_engine_asks_of_settings() -> None:
+    """See `earlytom.settings`: the decoder is told places and biases unless its user says otherwise."""
+    assert (CellsConfig.method, CellsConfig.bias, CellsConfig.original_positions) == (Cells.name, True, True)
+    assert not {"method", "bias", "original_positions"} & CellsConfig().to_dict().keys()
