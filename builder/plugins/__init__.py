@@ -48,7 +48,9 @@ class Choice:
     reason: str
 
 
-def choose(asked: str, backend: str, target: Capability, schedule: str = "budget") -> Choice:
+def choose(
+    asked: str, backend: str, target: Capability, schedule: str = "budget", *, has_kernels: bool = True
+) -> Choice:
     """Turn `--compression` into what is built.
 
     `auto` takes the plugins with tensorrt, the function bodies with any other backend. What was asked for by name is
@@ -59,6 +61,7 @@ def choose(asked: str, backend: str, target: Capability, schedule: str = "budget
         backend: "onnx", "tensorrt" or "tensorrt-rtx".
         target: compute capability, see `kernel_target`.
         schedule: "budget" or "adaptive".
+        has_kernels: whether the method has a step that is a kernel.
 
     Raises:
         UserError: unknown name, plugins with a backend, schedule or for a GPU that has none, or Triton is missing.
@@ -73,6 +76,8 @@ def choose(asked: str, backend: str, target: Capability, schedule: str = "budget
     }.get(backend)
     if refused is None and schedule != "budget":
         refused = f"the plugins have static shapes, and --schedule {schedule} has not"
+    if refused is None and not has_kernels:
+        refused = "tokens taken in rounds are ordinary operators (--rounds greedy has a kernel)"
     if refused is None and target not in PTX_VERSIONS:
         capability = ".".join(map(str, target))
         refused = f"there are plugin kernels for compute capability {GPUS} only, not for {capability}"

@@ -20,9 +20,11 @@ from builder.settings.options import (
     check_shapes,
     parse_target,
 )
+from earlytom.cells.config import CellsConfig
 from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import TITLES
+from earlytom.settings import SETTINGS, MethodSettings
 from runtime import cli, trt
 
 if TYPE_CHECKING:
@@ -87,7 +89,9 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
     if options.hardware_compatible and choice.backend != "tensorrt":
         raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
     kernel = kernel_target(target, options.hardware_compatible)
-    choose(options.compression, choice.backend, kernel, options.schedule)
+    choose(
+        options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(_method(options, None))
+    )
     return options, choice
 
 
@@ -127,12 +131,13 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
     target = parse_target(options.target)
     checkpoint = describe(options.model)
     kernel = kernel_target(target, options.hardware_compatible)
-    kernels = choose(options.compression, choice.backend, kernel, options.schedule)
     depth = geometry(checkpoint.config).depth
+    method = _method(options, depth)
+    kernels = choose(options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(method))
     counts = _counts(options.frames, checkpoint.frames)
     return BuildConfig(
         checkpoint=checkpoint,
-        earlytom=_method(options, depth),
+        earlytom=method,
         frames=counts[-1],
         dtype=options.dtype,
         target=target,
@@ -179,6 +184,13 @@ def flags() -> dict[str, str]:
 
 def _method_options(group: Any) -> None:
     group.add_argument(
+        "--method",
+        choices=tuple(SETTINGS),
+        default=EarlyTomConfig.method,
+        help="earlytom: the published method (default); cells: frames merged cell by cell and diverse tokens, more "
+        "accurate with few tokens on the bundled model",
+    )
+    group.add_argument(
         "--ratio",
         type=_number,
         default=0.1,
@@ -210,6 +222,17 @@ def _method_options(group: Any) -> None:
         default="budget",
         help="budget: fixed frame counts, one engine with static shapes (default); adaptive: the video decides how "
         "many frames stay, a chain of engines cut after each merge layer",
+    )
+    group.add_argument(
+        "--power",
+        type=_number,
+        metavar="P",
+        help="cells: how far a cell of a merged frame prefers the member that differs; 0 averages (default: 4)",
+    )
+    group.add_argument(
+        "--rounds",
+        metavar="R|greedy",
+        help="cells: in how many rounds tokens are taken; greedy: one after the other (default: 7)",
     )
     group.add_argument(
         "--frame-budget",
@@ -303,11 +326,31 @@ def _work_options(group: Any) -> None:
     group.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
 
 
-def _method(options: argparse.Namespace, depth: int | None) -> EarlyTomConfig:
+def _has_kernels(method: MethodSettings) -> bool:
+    """Whether one of the method's steps is a kernel of ours."""
+    return isinstance(method, EarlyTomConfig) or method.rounds is None
+
+
+# Options of one method alone.
+_OWN = {"tau": "earlytom", "preset": "earlytom", "power": "cells", "rounds": "cells"}
+
+
+def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     """The method's settings: a preset's, changed by what was given explicitly; `depth` is None while not known."""
+    kind = SETTINGS[options.method]
+    for name, method in _OWN.items():
+        if getattr(options, name) is not None and method != options.method:
+            raise UserError(f"--{name} is for --method {method}, not {options.method}: leave it out")
+    if options.method == CellsConfig.method and (options.schedule != "budget" or options.frame_budget == AUTO):
+        what = "--schedule adaptive" if options.schedule != "budget" else f"--frame-budget {AUTO}"
+        raise UserError(f"{what} is for --method earlytom: cells keeps a number of frames that is fixed beforehand")
     changes: dict[str, Any] = {"schedule": options.schedule}
     if options.tau is not None:
         changes["tau"] = options.tau
+    if options.power is not None:
+        changes["power"] = options.power
+    if options.rounds is not None:
+        changes["rounds"] = _rounds(options.rounds)
     if options.merge_layers is not None:
         changes["merge_layers"] = _layers(options.merge_layers)
     if options.frame_budget is not None and options.schedule == "adaptive":
@@ -322,7 +365,7 @@ def _method(options: argparse.Namespace, depth: int | None) -> EarlyTomConfig:
     try:
         if options.preset is not None:
             return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
-        return EarlyTomConfig(**(defaults | changes))
+        return kind(**(defaults | changes))
     except UserError as error:  # it names the settings; on a command line they are options
         raise UserError(_SETTING.sub(lambda match: _OPTIONS[match[0]], str(error))) from error
 
@@ -332,6 +375,8 @@ _OPTIONS = {
     "merge_layers": "--merge-layers",
     "frame_budget": "--frame-budget",
     "tau": "--tau",
+    "power": "--power",
+    "rounds": "--rounds",
 }
 _SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
 
@@ -345,6 +390,13 @@ def _counts(text: str | None, usual: int) -> tuple[int, ...]:
     if len(set(counts)) < len(counts):
         raise UserError(f"--frames {text!r} names a number twice: give each frame count once")
     return tuple(sorted(counts))
+
+
+def _rounds(text: str) -> int | None:
+    try:
+        return None if text == "greedy" else int(text)
+    except ValueError as error:
+        raise UserError(f"--rounds {text!r}: give a whole number, or greedy") from error
 
 
 def _layers(text: str) -> tuple[int, ...]:
