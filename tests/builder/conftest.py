@@ -100,8 +100,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
 
     def export(*arguments: str) -> Exported:
         if arguments not in made:
-            words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
-            _, config, _ = parse([*words, *arguments])
+            words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--backend", "onnx"]
+            own = [] if "--method" in arguments else ["--tau", TAU]  # of EarlyTom alone
+            _, config, _ = parse([*words, *own, *arguments])
             graph = stages.export(config, tmp_path_factory.mktemp("export"))
             made[arguments] = Exported(config, graph, vision_graph(config, torch.float32))
         return made[arguments]

@@ -1,0 +1,207 @@
+"""Engines of the method "cells" from the command line: every mode, what the runtime makes of them, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from builder import build, inspect, verify
+from builder.gate import accuracy
+from builder.gate.rules import CellsRule, ForcedCells
+from earlytom.cells.config import CellsConfig
+from earlytom.config import EarlyTomConfig
+from runtime import ask, cli
+from runtime.checkpoint import describe
+from runtime.engine import layout
+from runtime.engine.manifest import Manifest
+from runtime.pipeline import placing_of
+from runtime.text.places import Placing
+from runtime.video import load_clip
+from runtime.vision import encode_one, open_backend
+from runtime.vision.torch import open_torch
+from tests.builder.conftest import FRAMES, SMALL
+
+MODES = {
+    "whole": [],
+    "greedy": ["--rounds", "greedy"],
+    "chunks": ["--chunk", "4"],
+    "chunks, one merge": ["--chunk", "4", "--merge-layers", "1"],
+    "several videos": ["--batch", "2"],
+    "several counts": ["--frames", f"4,{FRAMES}"],
+    "one frame": ["--frames", "1"],
+    "no merge": ["--merge-layers", "none"],
+    "half": ["--fp16"],
+    "everything": ["--ratio", "1"],
+}
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, videos: tuple[Path, ...]) -> Build:
+    """`built("chunks")`: the folder that the command builds and verifies."""
+    out, done = tmp_path_factory.mktemp("cells"), dict[str, Path]()
+
+    def make(mode: str) -> Path:
+        if mode not in done:
+            usual = ["--ratio", "0.2", "--frames", str(FRAMES), "--fp32", "--no-verify-text"]
+            words = [*usual[: -2 if "--fp16" in MODES[mode] else None], *MODES[mode]]
+            words = [word for word in words if word != "--fp32"] if "--fp16" in words else words
+            clips = ["--calibration", *map(str, videos[:2])]
+            command = ["--model", str(small_checkpoint), "--method", "cells", "--backend", "onnx", *words, *clips]
+            assert build.main([*command, "--out", str(out / mode)]) == 0
+            (done[mode],) = (out / mode).iterdir()
+        return done[mode]
+
+    return make
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_says_what_pytorch_says(built: Build, videos: tuple[Path, ...], mode: str) -> None:
+    folder = built(mode)
+    manifest = Manifest.read(folder)
+    assert (manifest.method, type(manifest.settings)) == ("cells", CellsConfig)
+    assert "-cells-" in folder.name
+    assert manifest.verification is not None
+    assert manifest.verification["passed"]
+    reference = open_torch(describe(manifest.model.source), manifest, device=torch.device("cpu"), dtype=torch.float32)
+    engine = open_backend("onnxruntime", folder, manifest)
+    for video in videos[:2]:
+        frames = load_clip(video, manifest.frames, manifest.model.preprocessing.size).frames
+        wanted = [value.clone() for value in encode_one(reference, frames)]
+        found = encode_one(engine, frames)
+        assert found.sources.shape == (manifest.frames_per_stage[-1], manifest.frames)
+        assert len(found.tokens) == manifest.tokens
+        if mode == "half":  # near-ties may fall otherwise
+            assert len(set(found.place.tolist()) & set(wanted[3].tolist())) > 0.85 * manifest.tokens
+            continue
+        for name, mine, theirs in zip(layout.OUTPUTS, found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3, err_msg=name)
+    engine.close()
+
+
+def test_no_attention_is_written_out(built: Build) -> None:
+    """So a compiler can fuse every layer's."""
+    graph = onnx.load(str(built("whole") / layout.ONNX_FILE)).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("Attention") == SMALL[0]
+    assert "Softmax" not in kinds
+    head, _ = Manifest.read(built("chunks, one merge")).layout.graphs
+    assert [tensor.name for tensor in head.outputs] == [layout.HIDDEN]  # and no received attention goes along
+
+
+def test_the_folder_answers_and_is_found_again(
+    built: Build, small_checkpoint: Path, videos: tuple[Path, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, answers = built("whole"), set()
+    capsys.readouterr()
+    for backend in ("auto", "torch"):
+        words = [str(videos[0]), "What happens?", "--engine", str(folder), "--max-new-tokens", "2", "--json"]
+        assert cli.run(ask.main, [*words, "--backend", backend, "--device", "cpu"]) == 0
+        answers.add(json.loads(capsys.readouterr().out)["answer"])
+    assert len(answers) == 1
+    words = ["--ratio", "0.2", "--frames", str(FRAMES), "--fp32", "--no-verify-text", "--method", "cells"]
+    clips = ["--calibration", *map(str, videos[:2]), "--backend", "onnx", "--json", "--out", str(folder.parent)]
+    build.main(["--model", str(small_checkpoint), *words, *clips])
+    assert json.loads(capsys.readouterr().out)["cached"]
+    assert verify.main([str(folder), "--layers"]) == 0
+    assert inspect.main([str(folder)]) == 0
+    assert "cells" in capsys.readouterr().out
+
+
+def test_what_the_decoder_is_told_comes_of_the_method(built: Build) -> None:
+    cells = Manifest.read(built("whole"))
+    published = EarlyTomConfig(merge_layers=(1, 2), schedule="budget").to_dict()
+    assert placing_of(cells, None, None) == Placing(original=True, bias=True)
+    assert placing_of(cells, False, "consecutive") == Placing()
+    assert (published["schedule"], EarlyTomConfig.bias, EarlyTomConfig.original_positions) == ("budget", False, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--schedule adaptive", "--schedule adaptive is for --method earlytom"),
+        ("--frame-budget auto", "--frame-budget auto is for --method earlytom"),
+        ("--tau 0.5", "--tau is for --method earlytom, not cells"),
+        ("--preset videomme", "--preset is for --method earlytom, not cells"),
+        ("--rounds 0", "--rounds must be"),
+        ("--rounds some", "--rounds 'some': give a whole number, or greedy"),
+        ("--power 65", "--power must be in"),
+        ("--method earlytom --power 3", "--power is for --method cells, not earlytom"),
+        ("--method earlytom --rounds greedy", "--rounds is for --method cells, not earlytom"),
+        ("--backend onnx --compression plugin", "an ONNX file holds no kernels"),
+    ],
+)
+def test_what_does_not_go_together(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert cli.run(build.main, ["--method", "cells", "--dry-run", *words.split()]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_inner_merging_and_a_bias_are_refused(
+    built: Build, videos: tuple[Path, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(videos[0]), "?", "--engine", str(built("whole")), "--inner-layer", "1", "--device", "cpu"]
+    assert cli.run(ask.main, words) == 2
+    assert "--no-bias" in capsys.readouterr().err
+
+
+# The gate
+
+
+def small_change(name: str) -> Callable[[onnx.ModelProto], None]:
+    """One decision of the graph is another than its own rule would take."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (node,) = (node for node in model.graph.node if name in node.output)
+        node.output[list(node.output).index(name)] = "raw"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "share"))
+        after = [onnx.helper.make_node("Mul", ["raw", "share"], ["less"])]
+        after.append(onnx.helper.make_node("Add", ["less", "half"], [name]))
+        shape = [d.dim_value for v in model.graph.value_info if v.name == name for d in v.type.tensor_type.shape.dim]
+        half = np.full(shape, 0.5 / shape[-1], np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(half, "half"))
+        index = list(model.graph.node).index(node)
+        nodes = list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend([*nodes[: index + 1], *after, *nodes[index + 1 :]])
+
+    return change
+
+
+def test_the_gate_sees_other_weights(exported: Any, clips: dict[str, Any], tmp_path: Path) -> None:
+    """Negative control: still convex, and not those of the rule."""
+    made = exported("--method", "cells", "--ratio", "0.2", "--fp32")
+    report, _ = accuracy.verify(made.path, made.reference, clips, "fp32")
+    report.require()
+    model = onnx.load(made.path)
+    small_change("weights_1")(model)
+    onnx.save(model, tmp_path / "vision.onnx")
+    report, _ = accuracy.verify(tmp_path / "vision.onnx", made.reference, clips, "fp32")
+    failed = {check.what for check in report.checks if not check.passed}
+    assert "frame plans repeated: largest difference" in failed
+
+
+def test_forced_decisions_are_taken(exported: Any, clips: dict[str, Any]) -> None:
+    made = exported("--method", "cells", "--ratio", "0.2", "--fp32")
+    rule = CellsRule(made.reference.config)
+    frames = next(iter(clips.values()))
+    own = {name: value.numpy() for name, value in made.reference(frames).items()}
+    other = own | {layout.POSITIONS: own[layout.POSITIONS][::-1].copy()}
+    forced = rule.forced(other)
+    assert isinstance(forced, ForcedCells)
+    made.reference.decisions, kept = forced, made.reference.decisions
+    try:
+        found = made.reference(frames)
+    finally:
+        made.reference.decisions = kept
+    assert np.array_equal(found[layout.POSITIONS].numpy(), other[layout.POSITIONS])
+    assert not rule.same(own, other)
+    assert rule.same(own, dict(own))
