@@ -75,7 +75,7 @@ class Settings:
     host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every address of the machine", "ADDRESS")
     port: int = _flag(8000, "port to listen on; 0 takes a free one", "N", int)
     name: str = _flag("earlytom", "what clients call the model", "NAME")
-    api_key_file: Path | None = _flag(None, "a file of keys, one a line; without it nobody is asked for one", "FILE")
+    api_key_file: str | None = _flag(None, "a file of keys, one a line; without it nobody is asked for one", "FILE")
     allow_domain: tuple[str, ...] = _flag(
         (), "a host that video addresses may name, or *.suffix; again for more (default: none)", "HOST", several=True
     )
@@ -89,7 +89,9 @@ class Settings:
     body_seconds: float = _flag(10.0, "headers, and a body, have to come within this", "S", float)
     waiting: int = _flag(8, "requests that may wait behind the one that is answered; more get 429", "N", int)
     deadline: float = _flag(60.0, "an answer has to end within this, else 504", "S", float)
-    max_tokens: int = _flag(512, "the most tokens of an answer, and what is taken where a request asks for none", "N", int)
+    max_tokens: int = _flag(
+        512, "the most tokens of an answer, and what is taken where a request asks for none", "N", int
+    )
     watch_bytes: int = _flag(2 << 30, "memory on the decoder's device for videos that were read", "BYTES", size)
     videos: int = _flag(64, "videos that are remembered, each with its sampled frames", "N", int)
     cors: tuple[str, ...] = _flag(
@@ -126,4 +128,3 @@ def option(name: str) -> str:
 def flags() -> dict[str, tuple[Any, Flag]]:
     """Default and flag of every setting that has one, by name."""
     return {one.name: (one.default, one.metadata["flag"]) for one in dataclasses.fields(Settings) if one.metadata}
-
