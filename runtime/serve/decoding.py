@@ -327,10 +327,11 @@ def child() -> None:
     _tell(line, {"ready": True})
     while (heard := _hear(line)) is not None:
         job, files = heard
-        if "counts" in job:
-            _tell(line, {**_reply(job, files, line), "number": job["number"]})
+        reply = _reply(job, files, line) if "counts" in job else None
         for file in files:
             os.close(file)
+        if reply is not None:
+            _tell(line, {**reply, "number": job["number"]})
 
 
 def _end_with_parent(line: socket.socket) -> None:
