@@ -1,6 +1,6 @@
 """Videos of strangers are decoded in a process of its own: what they break is that process, and one request.
 
-    decoding = Decoding(limits, memory=4 << 30)
+    decoding = Decoders(limits, memory=4 << 30)
     clip = await decoding.clip(taken, counts, (384, 384))
 
 The process is started afresh (nothing is forked), has a bound on its memory, knows no name of the file that it reads,
@@ -51,7 +51,7 @@ _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.
 _log = logging.getLogger(__name__)
 
 
-class Decoding:
+class Decoders:
     """The decoders. Belongs to one event loop.
 
     limits: how large a video may be. memory: bytes that decoding one may take, beyond what the process has at rest.

@@ -21,7 +21,7 @@ from PIL import Image
 
 from runtime.drawing.clips import draw_clip
 from runtime.serve import decoding as module
-from runtime.serve.decoding import Decoding
+from runtime.serve.decoding import Decoders
 from runtime.serve.errors import ServeError
 from runtime.serve.fetch import FetchRules
 from runtime.serve.media import Media, TakenVideo, VideoPart
@@ -59,23 +59,23 @@ def loop() -> Iterator[Loop]:
 
 
 @pytest.fixture(scope="module")
-def decoding(loop: Loop) -> Iterator[Decoding]:
+def decoding(loop: Loop) -> Iterator[Decoders]:
     """Read only: what breaks a decoder has one of its own."""
-    one = Decoding(Limits(max_pixels=400 * 300, max_frames=500))
+    one = Decoders(Limits(max_pixels=400 * 300, max_frames=500))
     loop.run(one.start())
     yield one
     loop.run(one.close())
 
 
-Make = Callable[..., Decoding]
+Make = Callable[..., Decoders]
 
 
 @pytest.fixture
 def make(loop: Loop) -> Iterator[Make]:
-    made: list[Decoding] = []
+    made: list[Decoders] = []
 
-    def one(**settings: Any) -> Decoding:
-        made.append(Decoding(**settings))
+    def one(**settings: Any) -> Decoders:
+        made.append(Decoders(**settings))
         loop.run(made[-1].start())
         return made[-1]
 
@@ -99,13 +99,13 @@ def taken(content: bytes | list[bytes]) -> TakenVideo:
 
 
 def clip_of(
-    loop: Loop, decoding: Decoding, content: bytes | list[bytes], counts: Any = 8, size: tuple[int, int] = SIZE
+    loop: Loop, decoding: Decoders, content: bytes | list[bytes], counts: Any = 8, size: tuple[int, int] = SIZE
 ) -> Clip:
     with taken(content) as video:
         return loop.run(decoding.clip(video, counts, size))
 
 
-def refused(loop: Loop, decoding: Decoding, content: bytes | list[bytes], counts: Any = 8) -> str:
+def refused(loop: Loop, decoding: Decoders, content: bytes | list[bytes], counts: Any = 8) -> str:
     with pytest.raises(ServeError) as caught:
         clip_of(loop, decoding, content, counts)
     assert (caught.value.status, caught.value.code) == (400, "invalid_video")
@@ -133,7 +133,7 @@ def same(one: Clip, other: Clip) -> bool:
 
 
 @pytest.mark.parametrize("counts", [8, [8], [4, 8, 16], (500,)])
-def test_a_file_becomes_the_clip_that_it_becomes_here(loop: Loop, decoding: Decoding, film: Path, counts: Any) -> None:
+def test_a_file_becomes_the_clip_that_it_becomes_here(loop: Loop, decoding: Decoders, film: Path, counts: Any) -> None:
     got, wanted = clip_of(loop, decoding, film.read_bytes(), counts), load_clip(film, counts, SIZE)
     assert same(got, wanted)
     assert got.decode_seconds > 0
@@ -142,13 +142,13 @@ def test_a_file_becomes_the_clip_that_it_becomes_here(loop: Loop, decoding: Deco
 
 @pytest.mark.parametrize("count", [2, 5, 8, 40])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_become_the_clip_that_they_become_here(loop: Loop, decoding: Decoding, count: int, kind: str) -> None:
+def test_pictures_become_the_clip_that_they_become_here(loop: Loop, decoding: Decoders, count: int, kind: str) -> None:
     content = [picture(seed=seed, kind=kind) for seed in range(count)]
     here = [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in content]
     assert same(clip_of(loop, decoding, content, [4, 8]), clip_from_frames(here, [4, 8], SIZE))
 
 
-def test_videos_do_not_get_mixed_up(loop: Loop, decoding: Decoding) -> None:
+def test_videos_do_not_get_mixed_up(loop: Loop, decoding: Decoders) -> None:
     videos = [[picture(seed=seed), picture(seed=seed + 100)] for seed in range(12)]
     given = [taken(video) for video in videos]
 
@@ -186,13 +186,13 @@ def test_a_pool_decodes_side_by_side(loop: Loop, make: Make, film: Path) -> None
         ([picture((4, 4))] * 501, "max_frames"),
     ],
 )
-def test_the_one_line_of_what_is_wrong(loop: Loop, decoding: Decoding, content: bytes | list[bytes], said: str) -> None:
+def test_the_one_line_of_what_is_wrong(loop: Loop, decoding: Decoders, content: bytes | list[bytes], said: str) -> None:
     before = decoding.processes
     assert said in refused(loop, decoding, content)
     assert decoding.processes == before  # an error does not cost a process
 
 
-def test_a_video_cut_off(loop: Loop, decoding: Decoding, film: Path) -> None:
+def test_a_video_cut_off(loop: Loop, decoding: Decoders, film: Path) -> None:
     content = film.read_bytes()
     refused(loop, decoding, content[: len(content) // 2])
     assert len(clip_of(loop, decoding, content).frames) == 8
@@ -210,7 +210,7 @@ def bomb(side: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_picture_that_unfolds_is_refused_by_its_header(loop: Loop, decoding: Decoding) -> None:
+def test_a_picture_that_unfolds_is_refused_by_its_header(loop: Loop, decoding: Decoders) -> None:
     content = bomb(12_000)
     assert len(content) < 50_000
     assert "12000x12000" in refused(loop, decoding, [content, content])
@@ -230,7 +230,7 @@ def test_a_bound_on_memory(loop: Loop, make: Make) -> None:
 
 
 @pytest.fixture
-def stopped(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoding, Path], Any]:
+def stopped(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoders, Path], Any]:
     """Begin a video with a decoder that does nothing any more; back when it has been told of the video."""
     sent = threading.Event()
     real = module._Decoder._send
@@ -241,7 +241,7 @@ def stopped(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoding, 
 
     monkeypatch.setattr(module._Decoder, "_send", send)
 
-    def begin(decoders: Decoding, film: Path) -> Any:
+    def begin(decoders: Decoders, film: Path) -> Any:
         os.kill(decoders.processes[0], signal.SIGSTOP)
         sent.clear()
         call = loop.start(decoders.clip(taken(film.read_bytes()), 8, SIZE))
@@ -260,7 +260,7 @@ def invalid(call: Any) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_decoder_that_dies_costs_one_request(
-    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoding, Path], Any], how: signal.Signals
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any], how: signal.Signals
 ) -> None:
     decoders = make()
     (before,) = decoders.processes
@@ -282,7 +282,7 @@ def test_a_decoder_that_died_at_rest_costs_none(loop: Loop, make: Make, film: Pa
     assert decoders.processes != [before]
 
 
-def test_a_deadline(loop: Loop, make: Make, film: Path, stopped: Callable[[Decoding, Path], Any]) -> None:
+def test_a_deadline(loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]) -> None:
     decoders = make(seconds=0.5)
     (before,) = decoders.processes
     assert "longer than 0.5 s" in invalid(stopped(decoders, film))
@@ -292,7 +292,7 @@ def test_a_deadline(loop: Loop, make: Make, film: Path, stopped: Callable[[Decod
 
 
 def test_who_leaves_stops_the_work(
-    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoding, Path], Any], monkeypatch: pytest.MonkeyPatch
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decoder hears of it between two packets, and lives on."""
     monkeypatch.setattr(module, "_STOP_SECONDS", HANG_SECONDS)
@@ -306,7 +306,7 @@ def test_who_leaves_stops_the_work(
 
 
 def test_a_decoder_that_does_not_listen_is_replaced(
-    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoding, Path], Any]
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]
 ) -> None:
     decoders = make()
     before = decoders.processes
@@ -317,7 +317,7 @@ def test_a_decoder_that_does_not_listen_is_replaced(
 
 
 def test_a_full_line_is_left_by_those_who_go(
-    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoding, Path], Any]
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]
 ) -> None:
     """Callers that wait for a decoder and leave cost nothing, and those who stay are served."""
     decoders = make()
@@ -331,12 +331,12 @@ def test_a_full_line_is_left_by_those_who_go(
 
 PARENT = """
 import asyncio, sys
-from runtime.serve.decoding import Decoding
+from runtime.serve.decoding import Decoders
 from runtime.serve.fetch import FetchRules
 from runtime.serve.media import Media, VideoPart
 
 async def main():
-    decoding = Decoding()
+    decoding = Decoders()
     await decoding.start()
     print(*decoding.processes, flush=True)
     if sys.argv[1] == "busy":
@@ -463,7 +463,7 @@ def test_what_it_says_is_one_line(loop: Loop, make: Make, monkeypatch: pytest.Mo
 
 def test_a_decoder_that_does_not_start(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHILD", "raise SystemExit(3)")
-    decoders = Decoding()
+    decoders = Decoders()
     for work in (decoders.start(), decoders.clip(taken([picture(), picture()]), 2, SIZE)):
         with pytest.raises(ServeError) as caught:
             loop.run(work)
@@ -471,7 +471,7 @@ def test_a_decoder_that_does_not_start(loop: Loop, monkeypatch: pytest.MonkeyPat
     loop.run(decoders.close())
 
 
-def test_it_keeps_no_file_of_a_video(loop: Loop, decoding: Decoding, film: Path) -> None:
+def test_it_keeps_no_file_of_a_video(loop: Loop, decoding: Decoders, film: Path) -> None:
     process = Path(f"/proc/{decoding.processes[0]}/fd")
     clip_of(loop, decoding, film.read_bytes())
     before = sorted(os.readlink(one) for one in process.iterdir())
@@ -483,4 +483,4 @@ def test_it_keeps_no_file_of_a_video(loop: Loop, decoding: Decoding, film: Path)
 @pytest.mark.parametrize("setting", [{"memory": 0}, {"seconds": 0}, {"workers": 0}, {"memory": 1.5}])
 def test_settings_that_make_no_sense(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        Decoding(**setting)
+        Decoders(**setting)
