@@ -2,8 +2,8 @@
 
     app = create_app(backend, settings)
 
-POST /v1/chat/completions, GET /v1/models[/ID], POST, GET and DELETE /v1/files, /health, /ready, /metrics
-and /version. Every refusal is in OpenAI's shape. `app.inside` counts questions that are not answered yet; once
+POST /v1/chat/completions, GET /v1/models[/ID], POST, GET and DELETE /v1/files, /health, /ready, /metrics, /version, and
+a page at /. Every refusal is in OpenAI's shape. `app.inside` counts questions that are not answered yet; once
 `app.draining` is set new ones are refused, and those inside go on.
 """
 
@@ -27,6 +27,7 @@ from runtime.serve.http.completions import Completions
 from runtime.serve.http.uploads import Uploads
 from runtime.serve.media import FileStore, Media
 from runtime.serve.metrics import CONTENT_TYPE, Metrics
+from runtime.serve.page import page
 from runtime.serve.settings import Settings
 
 _PLACES_A_TURN = (
@@ -108,6 +109,7 @@ class ServerApp:
                 Route("/ready", self._ready),
                 Route("/metrics", self._metrics),
                 Route("/version", self._version),
+                *([Route("/", page)] if self.settings.page else []),
             ]
         )
         for kind in (ServeError, HTTPException, Exception):

@@ -8,6 +8,7 @@ video; and the server reads these until they end or leaves them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class ModelFacts:
         ratio: of the tokens that the engine keeps.
         context: positions that a prompt and its answer may take together.
         engine: its name.
+        grid: rows and columns of a frame's cells; None where they are not a square.
     """
 
     frames: tuple[int, ...]
@@ -43,6 +45,7 @@ class ModelFacts:
     ratio: float
     context: int
     engine: str
+    grid: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Local:
     """
 
     def __init__(self, pipeline: Pipeline, decode: Decode, *, videos: int) -> None:
-        manifest = pipeline.manifest
+        manifest, side = pipeline.manifest, math.isqrt(pipeline.manifest.tokens_per_frame)
         each = [manifest.at(frames) for frames in manifest.counts]
         self._pipeline, self._decode = pipeline, decode
         self._videos = Videos(pipeline, videos)
@@ -113,6 +116,7 @@ class Local:
             ratio=round(each[-1].tokens / each[-1].tokens_full, 4),
             context=pipeline.context,
             engine=manifest.name,
+            grid=(side, side) if side * side == manifest.tokens_per_frame else None,
         )
 
     @property

@@ -5,7 +5,7 @@
     metrics.observe(answer, seconds)
     metrics.render()
 
-Names end as vLLM's do and have its label, so that its dashboards read them with the prefix "vllm:". AnswerTimes are seconds;
+Names end as vLLM's do and have its label, so that its dashboards read them with the prefix "vllm:". Times are seconds;
 prompt tokens and the prefix cache count positions of the prompt, visual tokens among them. Everything is in a registry
 of its own: two servers in one process do not mix.
 """

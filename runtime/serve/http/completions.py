@@ -8,6 +8,7 @@ leaves ends its request, wherever that is.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import logging
@@ -20,7 +21,7 @@ from typing import Any
 from starlette.requests import Request
 
 from runtime.errors import Cancelled
-from runtime.serve.backend import Asked, Backend, out_of_time
+from runtime.serve.backend import Asked, Backend, ModelFacts, out_of_time
 from runtime.serve.chat import conversation_of
 from runtime.serve.errors import ServeError, body, from_runtime
 from runtime.serve.gate import Receive, Scope, Send
@@ -29,7 +30,7 @@ from runtime.serve.media import Media, TakenVideo, VideoPart
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ChatRequest, Reply, parse, usage_of
 from runtime.serve.settings import Settings
-from runtime.service.requests import Answer, Delta
+from runtime.service.requests import Answer, Delta, Kept
 
 _LONG = 20_000  # characters that are not looked at in the event loop
 _log = logging.getLogger(__name__)
@@ -151,7 +152,9 @@ class Completions:
         async for delta in deltas:
             last = delta
         answer = self._count(last, watch)
-        told = reply.whole(answer.text, answer.finish, _usage(answer), _told(request, answer, watch))
+        told = reply.whole(
+            answer.text, answer.finish, _usage(answer), _told(request, answer, watch, self._backend.facts)
+        )
         content = json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -167,7 +170,9 @@ class Completions:
             if last.text:
                 await events.event(reply.chunk({"content": last.text}))
         answer = self._count(last, watch)
-        await events.event(reply.chunk({}, answer.finish) | {"earlytom": _told(request, answer, watch)})
+        await events.event(
+            reply.chunk({}, answer.finish) | {"earlytom": _told(request, answer, watch, self._backend.facts)}
+        )
         if request.include_usage:
             await events.event(reply.usage_chunk(_usage(answer)))
         await events.done()
@@ -210,7 +215,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
     return usage_of(answer.prompt_tokens, answer.cached_tokens, answer.generated_tokens)
 
 
-def _told(request: ChatRequest, answer: Answer, watch: _Watch) -> dict[str, Any]:
+def _told(request: ChatRequest, answer: Answer, watch: _Watch, facts: ModelFacts) -> dict[str, Any]:
     """The extension of an answer."""
     times = answer.timings
     told: dict[str, Any] = {
@@ -222,9 +227,11 @@ def _told(request: ChatRequest, answer: Answer, watch: _Watch) -> dict[str, Any]
         },
     }
     if request.kept:
-        kept = answer.kept
-        told["kept"] = kept and {
-            "positions": kept.positions.tolist(),
-            "sources": None if kept.sources is None else kept.sources.tolist(),
-        }
+        told["kept"] = None if answer.kept is None else _kept(answer.kept, facts)
     return told
+
+
+def _kept(kept: Kept, facts: ModelFacts) -> dict[str, Any]:
+    """Which visual tokens the answer looked at, and the cells of a frame that they are counted in."""
+    found = {one.name: getattr(kept, one.name) for one in dataclasses.fields(kept)}
+    return {"grid": facts.grid} | {name: None if value is None else value.tolist() for name, value in found.items()}

@@ -325,7 +325,7 @@ def test_paths_that_are_not_there(app: ServerApp, method: str, path: str, status
 
 def test_a_key_is_asked_for_under_v1_alone(app: ServerApp, url: str) -> None:
     assert refusal(post(app, body(url), headers={"Authorization": "Bearer no"})[0]) == (401, "invalid_api_key")
-    for path in ("/health", "/ready", "/metrics", "/version"):
+    for path in ("/health", "/ready", "/metrics", "/version", "/"):
         (response,) = talk(app, lambda client, path=path: client.get(path, headers={"Authorization": ""}))
         assert response.status_code == 200, path
 
@@ -477,3 +477,8 @@ def test_the_model_says_what_it_takes(app: ServerApp, pipeline: Pipeline) -> Non
     assert one.json()["max_model_len"] == pipeline.context
     assert one.json()["earlytom"]["frames"] == [16]
     assert one.json()["earlytom"]["tokens"] == [126]
+
+
+def test_the_page_can_be_left_out(make: Any) -> None:
+    (response,) = talk(make(page=False), lambda client: client.get("/"))
+    assert refusal(response) == (404, "not_found")
