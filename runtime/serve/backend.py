@@ -55,6 +55,7 @@ class Asked:
     Attributes:
         messages, sampling, stop, frames: as `Pipeline.submit` takes them.
         max_tokens: None for as many as `most_tokens` and the context allow.
+        kept: the answer is to say which visual tokens it looked at.
         owner: id of the client's key.
         deadline: `time.monotonic` at which its time is up.
     """
@@ -65,8 +66,20 @@ class Asked:
     frames: int | None
     max_tokens: int | None
     most_tokens: int
+    kept: bool
     owner: str
     deadline: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The video is there.
+
+    Attributes:
+        timestamps: of its frames, in seconds after the first of the file; none where there is no clock.
+    """
+
+    timestamps: tuple[float, ...]
 
 
 class Backend(Protocol):
@@ -85,8 +98,10 @@ class Backend(Protocol):
     def check(self, asked: Asked) -> None:
         """Refuse what can be refused without the video; raises as `Pipeline.check`."""
 
-    def deltas(self, asked: Asked, taken: TakenVideo) -> AsyncGenerator[Delta, None]:
-        """The answer as it comes. `taken` is closed, whatever happens; closing the generator cancels the request.
+    def deltas(self, asked: Asked, taken: TakenVideo) -> AsyncGenerator[Sampled | Delta, None]:
+        """One `Sampled`, then the answer as it comes.
+
+        `taken` is closed, whatever happens; closing the generator cancels the request.
 
         Raises:
             as `Pipeline.submit` and its request, and ServeError for a video that cannot be decoded.
@@ -131,7 +146,7 @@ class Local:
     def check(self, asked: Asked) -> None:
         self._question(asked)
 
-    async def deltas(self, asked: Asked, taken: TakenVideo) -> AsyncGenerator[Delta, None]:
+    async def deltas(self, asked: Asked, taken: TakenVideo) -> AsyncGenerator[Sampled | Delta, None]:
         began = time.perf_counter()
         try:
             before, how = self._question(asked)
@@ -148,6 +163,7 @@ class Local:
         request = found.watched.submit(asked.messages, deadline=left, **how)
         ahead = time.perf_counter() - began
         async with request:
+            yield Sampled(found.timestamps)
             async for delta in request:
                 if delta.answer is not None:
                     costs = {"decode": found.decode_seconds, "preprocess": found.preprocess_seconds}

@@ -21,7 +21,7 @@ from typing import Any
 from starlette.requests import Request
 
 from runtime.errors import Cancelled
-from runtime.serve.backend import Asked, Backend, ModelFacts, out_of_time
+from runtime.serve.backend import Asked, Backend, ModelFacts, Sampled, out_of_time
 from runtime.serve.chat import conversation_of
 from runtime.serve.errors import ServeError, body, from_runtime
 from runtime.serve.gate import Receive, Scope, Send
@@ -76,6 +76,7 @@ class Completions:
             frames=request.frames,
             max_tokens=request.max_tokens,
             most_tokens=self._settings.max_tokens,
+            kept=request.kept,
             owner=scope["state"]["key"],
             deadline=arrived + self._settings.deadline,
         )
@@ -122,7 +123,10 @@ class Completions:
             try:
                 async with _until(asked.deadline):  # from the first one on the pipeline's own deadline holds
                     delta = await anext(deltas, None)
-                while delta is not None:
+                    if isinstance(delta, Sampled):
+                        watch.timestamps = delta.timestamps
+                        delta = await anext(deltas, None)
+                while isinstance(delta, Delta):
                     watch.token(delta)
                     if delta.answer is not None:  # its place is free before its end is read
                         break
@@ -132,7 +136,7 @@ class Completions:
                 await deltas.aclose()
         finally:
             self.inside -= 1
-        if delta is None:
+        if not isinstance(delta, Delta):
             raise Cancelled("the answer ended before its end")
         yield delta
 
@@ -194,6 +198,7 @@ class _Watch:
         self.arrived = arrived
         self.video = ""  # its hash
         self.counted = False  # as an answer that has ended
+        self.timestamps: tuple[float, ...] = ()  # of its frames
         self.tokens: list[float] = []  # `time.monotonic` of each
 
     def token(self, delta: Delta) -> None:
@@ -227,11 +232,12 @@ def _told(request: ChatRequest, answer: Answer, watch: _Watch, facts: ModelFacts
         },
     }
     if request.kept:
-        told["kept"] = None if answer.kept is None else _kept(answer.kept, facts)
+        told["kept"] = None if answer.kept is None else _kept(answer.kept, facts, watch)
     return told
 
 
-def _kept(kept: Kept, facts: ModelFacts) -> dict[str, Any]:
-    """Which visual tokens the answer looked at, and the cells of a frame that they are counted in."""
+def _kept(kept: Kept, facts: ModelFacts, watch: _Watch) -> dict[str, Any]:
+    """Which visual tokens the answer looked at, the cells of a frame that they are counted in, the frames' seconds."""
     found = {one.name: getattr(kept, one.name) for one in dataclasses.fields(kept)}
-    return {"grid": facts.grid} | {name: None if value is None else value.tolist() for name, value in found.items()}
+    about = {"grid": facts.grid, "times": watch.timestamps}
+    return about | {name: None if value is None else value.tolist() for name, value in found.items()}
