@@ -43,8 +43,8 @@ _LEAST_RATE = 256 << 10  # bytes a second
 # A refused client that still sends would lose the answer if the connection were closed on it.
 _LINGER_SECONDS = 2.0
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
-# Some clients offer HTTP/2 with every request (Upgrade: h2c). An offer may be ignored, but httptools takes it for the end
-# of HTTP and drops the body (0.9). Delete this where `test_an_offer_of_http_2_is_ignored` passes without it.
+# Some clients offer HTTP/2 with every request (Upgrade: h2c). An offer may be ignored, but httptools 0.9 takes it for
+# the end of HTTP and drops the body. Delete this where `test_an_offer_of_http_2_is_ignored` passes without it.
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 _log = logging.getLogger(__name__)
 

@@ -6,17 +6,22 @@ skipped where it is not found, beside this Python or on the path.
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from runtime.errors import VideoError
 from runtime.serve.fetch import is_public
 
 DEPLOY = Path(str(files("runtime.serve").joinpath("deploy")))
@@ -184,3 +189,103 @@ def test_all_of_it_is_in_the_package() -> None:
         "kubernetes.yaml",
         "prometheus.yml",
     }
+
+
+# Triton's recipe
+
+
+TRITON = DEPLOY / "triton" / "earlytom"
+
+
+def test_tritons_configuration_is_one() -> None:
+    config_file = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="parses it as tritonclient does")
+    from google.protobuf import text_format
+
+    config = text_format.Parse(TRITON.joinpath("config.pbtxt").read_text("utf-8"), config_file.ModelConfig())
+    assert (config.name, config.backend, config.model_transaction_policy.decoupled) == (TRITON.name, "python", True)
+    assert [one.name for one in config.input] == ["VIDEO", "QUESTION", "MAX_TOKENS"]
+    assert [one.optional for one in config.input] == [False, False, True]
+    with pytest.raises(text_format.ParseError):  # negative control
+        text_format.Parse('backends: "python"', config_file.ModelConfig())
+
+
+class Backend:
+    """What Triton hands to a model written in Python, as far as this one uses it."""
+
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    TritonError = str
+
+    @dataclass
+    class Tensor:
+        name: str
+        content: Any
+
+        def as_numpy(self) -> Any:
+            return self.content
+
+    @dataclass
+    class InferenceResponse:
+        tensors: list[Any]
+        error: str | None = None
+
+    @staticmethod
+    def get_input_tensor_by_name(request: Any, name: str) -> Any:
+        return request.inputs.get(name)
+
+
+class Asked:
+    """A request of Triton's, and what was sent in answer."""
+
+    def __init__(self, **inputs: Any) -> None:
+        self.inputs = {name: Backend.Tensor(name, np.array([one], object)) for name, one in inputs.items()}
+        self.texts: list[bytes] = []
+        self.errors: list[str] = []
+        self.final = 0
+
+    def get_response_sender(self) -> Asked:
+        return self
+
+    def send(self, response: Any = None, flags: int = 0) -> None:
+        self.final += flags
+        if response is not None:
+            self.texts += [one.content.flat[0] for one in response.tensors]
+            self.errors += [response.error] if response.error else []
+
+
+class Talker:
+    """A pipeline that says what it was asked."""
+
+    closed = False
+
+    def stream(self, video: bytes, question: str, **how: Any) -> Any:
+        if question == "broken":
+            raise RuntimeError("secret")
+        if not video:
+            raise VideoError("the video is empty")
+        for word in (question, "", str(how["deadline"]), str(how.get("max_new_tokens"))):
+            yield SimpleNamespace(text=word)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_tritons_model_streams_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runtime.pipeline
+
+    talker = Talker()
+    monkeypatch.setattr(runtime.pipeline.Pipeline, "load", lambda *where: talker)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend)
+    model = importlib.import_module("runtime.serve.deploy.triton.earlytom.1.model").TritonPythonModel()
+    parameters = {name: {"string_value": "60"} for name in ("engine", "model", "deadline")}
+    model.initialize({"model_config": json.dumps({"parameters": parameters})})
+    good, short = Asked(VIDEO=b"x", QUESTION="é?".encode()), Asked(VIDEO=b"x", QUESTION=b"a", MAX_TOKENS=3)
+    bad = [Asked(VIDEO=b"", QUESTION=b"a"), Asked(VIDEO=b"x", QUESTION=b"\xff"), Asked(VIDEO=b"x", QUESTION=b"broken")]
+    model.execute([good, short, *bad])
+    model.finalize()
+    assert talker.closed
+    assert good.texts == ["é?".encode(), b"60.0", b"None"]
+    assert short.texts[-1] == b"3"
+    assert all(one.final == 1 for one in (good, short, *bad))
+    assert [len(one.errors) for one in (good, short, *bad)] == [0, 0, 1, 1, 1]
+    assert bad[0].errors == ["the video is empty"]
+    assert "secret" not in bad[2].errors[0]
