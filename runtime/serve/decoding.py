@@ -94,19 +94,21 @@ class Decoders:
             "frames": None if taken.frames is None else [len(frame) for frame in taken.frames],
         }
         worker = await self._free.get()
-        settled = False
-        out = _shared_memory()
-        given = _shared_memory() if taken.file is None else taken.file
+        busy = False
         try:
-            await worker.start()
-            if taken.frames is not None:
-                await asyncio.to_thread(_write, given.fileno(), taken.frames)
-            async with asyncio.timeout(self._seconds):
-                reply = await worker.ask(job, [given.fileno(), out.fileno()])
-            settled = True
-            if (error := reply.get("error")) is not None:
-                raise _invalid(str(error))
-            return await asyncio.to_thread(_read_clip, reply, out.fileno(), wanted, size)
+            with contextlib.ExitStack() as files:
+                out = files.enter_context(_shared_memory())
+                given = taken.file if taken.file is not None else files.enter_context(_shared_memory())
+                await worker.start()
+                if taken.frames is not None:
+                    await asyncio.to_thread(_write, given.fileno(), taken.frames)
+                busy = True
+                async with asyncio.timeout(self._seconds):
+                    reply = await worker.ask(job, [given.fileno(), out.fileno()])
+                busy = False
+                if (error := reply.get("error")) is not None:
+                    raise _invalid(str(error))
+                return await asyncio.to_thread(_read_clip, reply, out.fileno(), wanted, size)
         except TimeoutError:
             worker.kill()
             what = f"takes longer than {self._seconds:g} s to decode; send a shorter one, or one of fewer pixels"
@@ -115,11 +117,12 @@ class Decoders:
             worker.kill()
             _log.warning("a video has ended its decoder: %s", error)
             raise _invalid("the video cannot be decoded: it ends the decoder; re-encode it") from error
+        except OSError as error:  # of this process: no memory, no descriptor
+            raise ServeError(
+                503, "overloaded", "there is no room for the video; try again later", retry_after=5
+            ) from error
         finally:
-            out.close()
-            if taken.file is None:
-                given.close()
-            self._begin(self._release(worker, settled))
+            self._begin(self._release(worker, busy))
 
     async def close(self) -> None:
         """End all decoders."""
@@ -134,10 +137,10 @@ class Decoders:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _release(self, worker: _Decoder, settled: bool) -> None:
+    async def _release(self, worker: _Decoder, busy: bool) -> None:
         """Make a decoder fit for the next video: stop what it does, replace it where it is gone."""
         try:
-            if not settled:
+            if busy:
                 await worker.stop()
             with contextlib.suppress(ServeError):  # who asks next is told
                 await worker.start()

@@ -471,6 +471,23 @@ def test_a_decoder_that_does_not_start(loop: Loop, monkeypatch: pytest.MonkeyPat
     loop.run(decoders.close())
 
 
+def test_no_room_for_a_video_costs_no_decoder(
+    loop: Loop, decoding: Decoders, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> Any:
+        raise OSError(24, "Too many open files")
+
+    before = decoding.processes
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_shared_memory", full)
+        for _ in range(3):
+            with pytest.raises(ServeError) as caught:
+                clip_of(loop, decoding, film.read_bytes())
+            assert (caught.value.status, caught.value.retry_after) == (503, 5)
+    assert len(clip_of(loop, decoding, film.read_bytes()).frames) == 8
+    assert decoding.processes == before
+
+
 def test_it_keeps_no_file_of_a_video(loop: Loop, decoding: Decoders, film: Path) -> None:
     process = Path(f"/proc/{decoding.processes[0]}/fd")
     clip_of(loop, decoding, film.read_bytes())
