@@ -108,6 +108,11 @@ class Pipeline:
         return self._core.watched
 
     @property
+    def closed(self) -> bool:
+        """Whether it has been closed and freed."""
+        return self._core.decoder is None
+
+    @property
     def context(self) -> int:
         """Positions that a prompt and its answer may take together. Raises Closed once closed."""
         return self._core.context

@@ -23,6 +23,9 @@ TENSORRT = {"tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_libs", "t
 TENSORRT_MODULE = "runtime/trt.py"
 TENSORRT_NAMES = ("tensorrt", "tensorrt_rtx", "torch_tensorrt")
 OPTIONAL = (*TENSORRT_NAMES, "onnxruntime", "onnx", "onnx_ir", "onnxscript", "polygraphy", "triton")
+# What only the server imports, and nobody else. transformers needs httpcore2 by itself, so it is always there.
+SERVING = {"fastapi", "starlette", "uvicorn", "prometheus_client", "multipart", "PIL", "httpcore2", "pydantic"}
+SERVING_ROOM = "runtime/serve/"
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
@@ -61,6 +64,8 @@ def violations(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: {package} imports {name}")
         if top in TENSORRT and path != TENSORRT_MODULE:
             found.append(f"{path}:{line}: only {TENSORRT_MODULE} may import {name}")
+        if top in SERVING and not path.startswith(SERVING_ROOM):
+            found.append(f"{path}:{line}: only {SERVING_ROOM} may import {name}")
     if package == "earlytom":
         found += [f"{path}:{line}: reads an environment variable" for line in reads_environment(tree)]
     return found
@@ -89,6 +94,8 @@ def test_packages_keep_to_the_rules(package: str) -> None:
         ("runtime/vision/x.py", "import tensorrt"),
         ("runtime/vision/x.py", "def f():\n    from tensorrt_rtx import Builder"),
         ("builder/x.py", "import tensorrt as trt"),
+        ("runtime/pipeline.py", "def f():\n    from fastapi import FastAPI"),
+        ("builder/x.py", "import uvicorn"),
         ("earlytom/x.py", "import os\nos.environ['TAU']"),
         ("earlytom/x.py", "import os\ntau = os.getenv('TAU', 1)"),
         ("earlytom/x.py", "from os import environ"),
@@ -142,7 +149,7 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 
 
 def run_blocked(statement: str) -> subprocess.CompletedProcess[str]:
-    code = BLOCKED.format(optional=OPTIONAL, statement=statement)
+    code = BLOCKED.format(optional=(*OPTIONAL, *(SERVING - {"httpcore2"})), statement=statement)
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
@@ -154,10 +161,13 @@ def test_importing_needs_no_optional_library() -> None:
 
 
 def test_no_module_of_the_reference_or_the_runtime_needs_one_until_it_is_used() -> None:
-    """But for the kernels: they are written in Triton, and imported where they are used."""
+    """But for the kernels: they are written in Triton, and imported where they are used. The server's libraries are
+    those of an extra too: of its room the command and its settings alone do without."""
     files = [*sources("earlytom"), *sources("runtime")]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     names = [name for name in names if not name.startswith("earlytom.kernels.")]
+    light = ("runtime.serve", "runtime.serve.__main__", "runtime.serve.settings", "runtime.serve.errors")
+    names = [name for name in names if not name.startswith("runtime.serve") or name in light]
     done = run_blocked(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
     assert done.returncode == 0, done.stderr
 

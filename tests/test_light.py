@@ -23,10 +23,12 @@ ROOT = Path(__file__).parents[1]
 BUILD, VERIFY, INSPECT, EVALUATE = "builder.build", "builder.verify", "builder.inspect", "builder.evaluate"
 PLUGINS, KERNELS = "builder.plugins", "builder.kernels"
 ASK, BENCH, CLIP, TRAIN = "runtime.ask", "runtime.bench", "runtime.clip", "builder.micro.train"
-COMMANDS = (BUILD, VERIFY, INSPECT, EVALUATE, PLUGINS, KERNELS, ASK, BENCH, CLIP, TRAIN)
+SERVE = "runtime.serve"
+COMMANDS = (BUILD, VERIFY, INSPECT, EVALUATE, PLUGINS, KERNELS, ASK, BENCH, CLIP, TRAIN, SERVE)
 SLOW = (
     *("torch", "transformers", "tokenizers", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     *("polygraphy", "av", "matplotlib", "triton", "tensorrt", "tensorrt_rtx", "torch_tensorrt"),
+    *("fastapi", "starlette", "uvicorn", "prometheus_client", "multipart", "PIL", "httpcore2"),
 )
 # Importable without any of them, and so for whoever only wants settings, errors or an engine's manifest.
 LIGHT = (
@@ -42,7 +44,7 @@ LIGHT = (
         "runtime.cli",
     ),
     *("runtime.engine.layout", "runtime.drawing.clips", "runtime.errors", "runtime.engine.manifest"),
-    *("runtime.decoder.sampling", "runtime.trt", "builder", "builder.settings.arguments"),
+    *("runtime.decoder.sampling", "runtime.serve.settings", "runtime.trt", "builder", "builder.settings.arguments"),
     *("builder.gate.limits", "builder.inspection.comparison", "builder.precision.islands"),
     *("builder.settings.key", "builder.settings.options", "builder.plugins", "builder.show"),
     *COMMANDS,
@@ -127,6 +129,18 @@ REFUSALS = (
     refusal(CLIP, "a.mp4 --size 3", "--size: '3' is no size; give WIDTHxHEIGHT, as in 320x240 (--help ..."),
     refusal(CLIP, "a.mp4 --fps 0", "6.0 seconds at 0 frames per second is no clip; give at least 2 frames in all"),
     refusal(CLIP, "a.mp4 --seed -1", "seed is -1; give a whole number of at least 0"),
+    refusal(SERVE, "", "the following arguments are required: ENGINE (--help lists the options)"),
+    refusal(SERVE, "nowhere", ENGINE),
+    refusal(SERVE, "nowhere --port 70000", "--port must be a whole number between 0 and 65535, got 70000"),
+    refusal(SERVE, "nowhere --port x", "--port: invalid int value: 'x' (--help lists the options)"),
+    refusal(SERVE, "nowhere --max-body much", "--max-body: 'much' is no size: give bytes, or a number with KiB, ..."),
+    refusal(SERVE, "nowhere --max-video 0", "--max-video must be a whole number of at least 1, got 0"),
+    refusal(SERVE, "nowhere --waiting -1", "--waiting must be a whole number of at least 0, got -1"),
+    refusal(SERVE, "nowhere --deadline 0", "--deadline must be above 0, got 0.0"),
+    refusal(SERVE, "nowhere --name a/b", "--name 'a/b': give a word that clients can type, without a slash"),
+    refusal(SERVE, "nowhere --metrics-prefix 7", "--metrics-prefix '7': give letters, digits, _ and :, as in vllm:"),
+    refusal(SERVE, "nowhere --allow-domain http://a", "--allow-domain 'http://a': give a host name, or *.suffix ..."),
+    refusal(SERVE, "nowhere --allow-private", "--allow-private is about hosts that are allowed: name them with ..."),
     refusal(TRAIN, "--scale 2", "--scale must be above 0 and at most 1, got 2.0"),
     refusal(TRAIN, "--scale 0.5", "--scale below 1 does not replace the bundled weights; ..."),
     refusal(TRAIN, "--scale x", "--scale: invalid float value: 'x' (--help lists the options)"),
@@ -156,7 +170,8 @@ for command, words in runs:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main = importlib.import_module(command if command != "builder.plugins" else command + ".__main__")
+            package = command in ("builder.plugins", "runtime.serve")
+            main = importlib.import_module(command + ".__main__" if package else command)
             runpy.run_path(main.__file__, run_name="__main__")
             status = None
         except SystemExit as end:
@@ -253,6 +268,7 @@ def test_ctrl_c_during_imports_is_one_line(command: str, interrupted: Path, tmp_
         ASK: ["engine/vision.onnx", "What?", "--engine", "engine"],
         BENCH: [],
         CLIP: ["a.mp4"],
+        SERVE: ["engine"],
         TRAIN: ["--scale", "0.001", "--out", "made", "--work", "work"],
     }[command]
     before = {path.name for path in tmp_path.iterdir()}

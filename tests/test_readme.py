@@ -25,6 +25,7 @@ from earlytom import UserError
 from earlytom.config import PRESETS
 from runtime import ask, cli, clip
 from runtime.measure import arguments as bench_arguments
+from runtime.serve import __main__ as serve
 from tests import fuzz_video, soak_pipeline
 from tests.processes import HANG_SECONDS
 
@@ -60,6 +61,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,
+    "runtime.serve": serve.parser,
     "tests.fuzz_video": fuzz_video.parser,
     "tests.soak_pipeline": soak_pipeline.parser,
 }
@@ -318,13 +320,21 @@ def test_make_demo_builds_draws_and_asks() -> None:
     assert asked.engine is None  # the newest
 
 
+def test_make_serve_builds_and_serves() -> None:
+    ours = [words for words in dry_make("serve") if "-m" in words and words[words.index("-m") + 1] in PARSERS]
+    assert [words[words.index("-m") + 1] for words in ours] == ["builder.build", "runtime.serve"]
+    built, served = map(parse, ours)
+    assert (built.ratio, built.dtype, built.model) == (0.3, "fp16", None)
+    assert served.engine == built.out
+
+
 def test_make_test_checks_style_types_and_tests() -> None:
     lines = [" ".join(words) for words in dry_make("test")]
     for what in ("ruff check .", "ruff format --check .", "mypy", "-m pytest"):
         assert any(what in line for line in lines), what
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "serve", "test"])
 def test_make_sets_everything_up(target: str) -> None:
     lines = [" ".join(words) for words in dry_make(target)]
     (install,) = (line for line in lines if "--editable" in line)

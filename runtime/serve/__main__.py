@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -11,12 +12,13 @@ from typing import Any
 
 from earlytom.errors import UserError
 from runtime import cli
+from runtime.engine.folder import newest_engine
 from runtime.engine.manifest import Manifest
 from runtime.serve.settings import Flag, Settings, flags, option
 
 EXAMPLES = """
 examples:
-  python -m runtime.serve engines/NAME
+  python -m runtime.serve engines
       answers on http://127.0.0.1:8000/v1 whoever is on this machine; a page to try it is at http://127.0.0.1:8000/
   python -m runtime.serve engines/NAME --host 0.0.0.0 --api-key-file keys.txt
       for others: each line of keys.txt is a key
@@ -26,15 +28,18 @@ examples:
 Clients need to know nothing but OpenAI's chat completions: a message has a part {"type": "video_url", "video_url":
 {"url": "data:video/mp4;base64,..."}} and a text. Further questions about a video find it read by its content.
 
-SIGTERM and Ctrl-C stop it: what is in line is answered, /ready says no, new requests get 503. The exit status is 0 then,
-and 2 when something asked for cannot be done.
+SIGTERM and Ctrl-C stop it: what is in line is answered, /ready says no, new requests get 503. The exit status is 0
+then, and 2 when something asked for cannot be done.
 """
+MANIFEST = "manifest.json"
 LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "multipart", "PIL")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0 once the server has been stopped; every failure is raised (see `runtime.cli.run`)."""
     settings = settings_of(parser().parse_args(argv))
+    if not (settings.engine / MANIFEST).exists() and any(settings.engine.glob(f"*/{MANIFEST}")):
+        settings = dataclasses.replace(settings, engine=newest_engine(settings.engine))
     Manifest.read(settings.engine, verify_files=False)  # what is no engine is refused before PyTorch is imported
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
@@ -53,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m builder.build made.",
         epilog=EXAMPLES,
     )
-    p.add_argument("engine", type=Path, metavar="ENGINE", help="engine folder")
+    p.add_argument("engine", type=Path, metavar="ENGINE", help="engine folder, or a folder of them: the newest")
     for name, (default, flag) in flags().items():
         if isinstance(default, bool):
             action = "store_false" if default else "store_true"

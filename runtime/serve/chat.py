@@ -8,10 +8,10 @@ came first, so that every later question begins with the same. Several texts of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from earlytom.numbers import shown
+from runtime.serve.media import VideoPart
 from runtime.serve.protocol import only, refuse, unsupported
 from runtime.text.messages import ChatMessage, Role
 
@@ -19,20 +19,7 @@ _ROLES = {role: role for role in get_args(Role)} | {"developer": "system"}
 _MOST_MESSAGES = 1000
 
 
-@dataclass(frozen=True)
-class VideoSource:
-    """Where a client's video is.
-
-    Attributes:
-        text: an address, a data URL, or the id of an uploaded file.
-        uploaded: it is such an id.
-    """
-
-    text: str
-    uploaded: bool = False
-
-
-def conversation_of(messages: Sequence[Any]) -> tuple[list[ChatMessage], VideoSource]:
+def conversation_of(messages: Sequence[Any]) -> tuple[list[ChatMessage], VideoPart]:
     """The conversation and its video.
 
     Raises:
@@ -41,17 +28,16 @@ def conversation_of(messages: Sequence[Any]) -> tuple[list[ChatMessage], VideoSo
     if len(messages) > _MOST_MESSAGES:
         refuse("messages", f"there are {len(messages)}; give at most {_MOST_MESSAGES}")
     found: list[ChatMessage] = []
-    video: VideoSource | None = None
+    video: VideoPart | None = None
     for at, message in enumerate(messages):
         where = f"messages[{at}]"
         role = _role(message, where)
         texts, videos = _parts(message.get("content"), role, where)
-        for one in videos:
-            if video is not None and one != video:
-                refuse("messages", "there is more than one video; ask about one at a time", "one_video")
-        first = video is None and bool(videos)
-        video = videos[0] if first else video
-        found.append(ChatMessage(role, "\n".join(texts), video=first))
+        shows = video is None and bool(videos)
+        video = videos[0] if shows else video
+        if any(one != video for one in videos):
+            refuse("messages", "there is more than one video; ask about one at a time", "one_video")
+        found.append(ChatMessage(role, "\n".join(texts), video=shows))
     if video is None:
         refuse("messages", "there is no video; add a part {'type': 'video_url', 'video_url': {...}}", "one_video")
     return found, video
@@ -64,10 +50,10 @@ def _role(message: Any, where: str) -> Role:
     if not isinstance(role, str) or role not in _ROLES:
         refuse("messages", f"{where} has the role {shown(role)}; give one of {', '.join(_ROLES)}")
     only(message, {"role", "content"}, f"{where}.")
-    return _ROLES[role]  # type: ignore[return-value]
+    return _ROLES[role]
 
 
-def _parts(content: Any, role: Role, where: str) -> tuple[list[str], list[VideoSource]]:
+def _parts(content: Any, role: Role, where: str) -> tuple[list[str], list[VideoPart]]:
     """Texts and videos of a message."""
     if isinstance(content, str) or (content is None and role == "assistant"):
         return [content or ""], []
@@ -90,14 +76,16 @@ def _parts(content: Any, role: Role, where: str) -> tuple[list[str], list[VideoS
     return texts, videos
 
 
-def _video(part: dict[str, Any], kind: str, here: str) -> VideoSource:
+def _video(part: dict[str, Any], kind: str, here: str) -> VideoPart:
     only(part, {"type", kind}, f"{here}.")
     inner = part.get(kind)
     name = "url" if kind == "video_url" else "file_id"
     if not isinstance(inner, dict):
         refuse("messages", f"{here}.{kind} is {shown(inner)}; give {{'{name}': ...}}")
     text = _text(inner, {name}, name, f"{here}.{kind}")
-    return VideoSource(text, uploaded=kind == "file")
+    if not text:
+        refuse("messages", f"{here}.{kind}.{name} is empty")
+    return VideoPart(file=text) if kind == "file" else VideoPart(url=text)
 
 
 def _text(given: dict[str, Any], known: set[str], name: str, where: str) -> str:

@@ -1,6 +1,6 @@
 """Videos of strangers are decoded in a process of its own: what they break is that process, and one request.
 
-    decoding = Decoding(limits, memory=4 << 30)
+    decoding = Decoders(limits, memory=4 << 30)
     clip = await decoding.clip(taken, counts, (384, 384))
 
 The process is started afresh (nothing is forked), has a bound on its memory, knows no name of the file that it reads,
@@ -51,7 +51,7 @@ _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.
 _log = logging.getLogger(__name__)
 
 
-class Decoding:
+class Decoders:
     """The decoders. Belongs to one event loop.
 
     limits: how large a video may be. memory: bytes that decoding one may take, beyond what the process has at rest.
@@ -94,19 +94,21 @@ class Decoding:
             "frames": None if taken.frames is None else [len(frame) for frame in taken.frames],
         }
         worker = await self._free.get()
-        settled = False
-        out = _shared_memory()
-        given = _shared_memory() if taken.file is None else taken.file
+        busy = False
         try:
-            await worker.start()
-            if taken.frames is not None:
-                await asyncio.to_thread(_write, given.fileno(), taken.frames)
-            async with asyncio.timeout(self._seconds):
-                reply = await worker.ask(job, [given.fileno(), out.fileno()])
-            settled = True
-            if (error := reply.get("error")) is not None:
-                raise _invalid(str(error))
-            return await asyncio.to_thread(_read_clip, reply, out.fileno(), wanted, size)
+            with contextlib.ExitStack() as files:
+                out = files.enter_context(_shared_memory())
+                given = taken.file if taken.file is not None else files.enter_context(_shared_memory())
+                await worker.start()
+                if taken.frames is not None:
+                    await asyncio.to_thread(_write, given.fileno(), taken.frames)
+                busy = True
+                async with asyncio.timeout(self._seconds):
+                    reply = await worker.ask(job, [given.fileno(), out.fileno()])
+                busy = False
+                if (error := reply.get("error")) is not None:
+                    raise _invalid(str(error))
+                return await asyncio.to_thread(_read_clip, reply, out.fileno(), wanted, size)
         except TimeoutError:
             worker.kill()
             what = f"takes longer than {self._seconds:g} s to decode; send a shorter one, or one of fewer pixels"
@@ -115,11 +117,12 @@ class Decoding:
             worker.kill()
             _log.warning("a video has ended its decoder: %s", error)
             raise _invalid("the video cannot be decoded: it ends the decoder; re-encode it") from error
+        except OSError as error:  # of this process: no memory, no descriptor
+            raise ServeError(
+                503, "overloaded", "there is no room for the video; try again later", retry_after=5
+            ) from error
         finally:
-            out.close()
-            if taken.file is None:
-                given.close()
-            self._begin(self._release(worker, settled))
+            self._begin(self._release(worker, busy))
 
     async def close(self) -> None:
         """End all decoders."""
@@ -134,10 +137,10 @@ class Decoding:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _release(self, worker: _Decoder, settled: bool) -> None:
+    async def _release(self, worker: _Decoder, busy: bool) -> None:
         """Make a decoder fit for the next video: stop what it does, replace it where it is gone."""
         try:
-            if not settled:
+            if busy:
                 await worker.stop()
             with contextlib.suppress(ServeError):  # who asks next is told
                 await worker.start()
@@ -327,10 +330,11 @@ def child() -> None:
     _tell(line, {"ready": True})
     while (heard := _hear(line)) is not None:
         job, files = heard
-        if "counts" in job:
-            _tell(line, {**_reply(job, files, line), "number": job["number"]})
+        reply = _reply(job, files, line) if "counts" in job else None
         for file in files:
             os.close(file)
+        if reply is not None:
+            _tell(line, {**reply, "number": job["number"]})
 
 
 def _end_with_parent(line: socket.socket) -> None:

@@ -75,7 +75,7 @@ class Settings:
     host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every address of the machine", "ADDRESS")
     port: int = _flag(8000, "port to listen on; 0 takes a free one", "N", int)
     name: str = _flag("earlytom", "what clients call the model", "NAME")
-    api_key_file: Path | None = _flag(None, "a file of keys, one a line; without it nobody is asked for one", "FILE")
+    api_key_file: str | None = _flag(None, "a file of keys, one a line; without it nobody is asked for one", "FILE")
     allow_domain: tuple[str, ...] = _flag(
         (), "a host that video addresses may name, or *.suffix; again for more (default: none)", "HOST", several=True
     )

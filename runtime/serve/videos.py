@@ -50,9 +50,11 @@ class Closable(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """A video to ask about; and what decoding and resizing it cost this request, in seconds."""
+    """A video to ask about, the seconds of its frames (none where there is no clock), and what decoding and resizing it
+    cost this request, in seconds."""
 
     watched: Watched
+    timestamps: tuple[float, ...] = ()
     decode_seconds: float = 0.0
     preprocess_seconds: float = 0.0
 
@@ -74,7 +76,7 @@ class Videos:
 
     def __init__(self, pipeline: Pipeline, most: int) -> None:
         self._pipeline, self._most = pipeline, most
-        self._known: OrderedDict[VideoKey, Watched] = OrderedDict()  # asked about last at the end
+        self._known: OrderedDict[VideoKey, Found] = OrderedDict()  # asked about last at the end
         self._flights: dict[VideoKey, _Flight] = {}
 
     def __len__(self) -> int:
@@ -97,10 +99,10 @@ class Videos:
         Raises:
             as `decode`, and `Pipeline.remember`.
         """
-        if (watched := self._known.get(key)) is not None:
+        if (known := self._known.get(key)) is not None:
             taken.close()
             self._known.move_to_end(key)
-            return Found(watched)
+            return known
         flight = self._flights.get(key)
         if first := flight is None:
             flight = self._start(key, taken, messages, decode)
@@ -115,7 +117,7 @@ class Videos:
             if not flight.waiting and not flight.task.done():  # all who waited have left
                 flight.task.cancel()
                 self._land(key, flight.task)
-        return found if first else Found(found.watched)
+        return found if first else Found(found.watched, found.timestamps)
 
     def forget(self) -> None:
         """Let go of all videos."""
@@ -131,8 +133,8 @@ class Videos:
         async def make() -> Found:
             clip = await decode()
             watched = self._pipeline.remember(clip, messages, frames=key.frames)
-            self._keep(key, watched)
-            return Found(watched, clip.decode_seconds, clip.preprocess_seconds)
+            self._keep(key, Found(watched, clip.timestamps))
+            return Found(watched, clip.timestamps, clip.decode_seconds, clip.preprocess_seconds)
 
         def landed(task: asyncio.Task[Found]) -> None:
             taken.close()  # here, since a task that is cancelled early runs none of its own code
@@ -149,7 +151,7 @@ class Videos:
         if (flight := self._flights.get(key)) is not None and flight.task is task:
             del self._flights[key]
 
-    def _keep(self, key: VideoKey, watched: Watched) -> None:
-        self._known[key] = watched
+    def _keep(self, key: VideoKey, found: Found) -> None:
+        self._known[key] = found
         while len(self._known) > self._most:
             self._known.popitem(last=False)  # let go, not closed: somebody may be about to ask it

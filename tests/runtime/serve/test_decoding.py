@@ -6,6 +6,9 @@ import asyncio
 import base64
 import io
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from PIL import Image
 
 from runtime.drawing.clips import draw_clip
 from runtime.serve import decoding as module
-from runtime.serve.decoding import Decoding
+from runtime.serve.decoding import Decoders
 from runtime.serve.errors import ServeError
 from runtime.serve.fetch import FetchRules
 from runtime.serve.media import Media, TakenVideo, VideoPart
@@ -56,23 +59,23 @@ def loop() -> Iterator[Loop]:
 
 
 @pytest.fixture(scope="module")
-def decoding(loop: Loop) -> Iterator[Decoding]:
+def decoding(loop: Loop) -> Iterator[Decoders]:
     """Read only: what breaks a decoder has one of its own."""
-    one = Decoding(Limits(max_pixels=400 * 300, max_frames=500))
+    one = Decoders(Limits(max_pixels=400 * 300, max_frames=500))
     loop.run(one.start())
     yield one
     loop.run(one.close())
 
 
-Make = Callable[..., Decoding]
+Make = Callable[..., Decoders]
 
 
 @pytest.fixture
 def make(loop: Loop) -> Iterator[Make]:
-    made: list[Decoding] = []
+    made: list[Decoders] = []
 
-    def one(**settings: Any) -> Decoding:
-        made.append(Decoding(**settings))
+    def one(**settings: Any) -> Decoders:
+        made.append(Decoders(**settings))
         loop.run(made[-1].start())
         return made[-1]
 
@@ -96,13 +99,13 @@ def taken(content: bytes | list[bytes]) -> TakenVideo:
 
 
 def clip_of(
-    loop: Loop, decoding: Decoding, content: bytes | list[bytes], counts: Any = 8, size: tuple[int, int] = SIZE
+    loop: Loop, decoding: Decoders, content: bytes | list[bytes], counts: Any = 8, size: tuple[int, int] = SIZE
 ) -> Clip:
     with taken(content) as video:
         return loop.run(decoding.clip(video, counts, size))
 
 
-def refused(loop: Loop, decoding: Decoding, content: bytes | list[bytes], counts: Any = 8) -> str:
+def refused(loop: Loop, decoding: Decoders, content: bytes | list[bytes], counts: Any = 8) -> str:
     with pytest.raises(ServeError) as caught:
         clip_of(loop, decoding, content, counts)
     assert (caught.value.status, caught.value.code) == (400, "invalid_video")
@@ -130,7 +133,7 @@ def same(one: Clip, other: Clip) -> bool:
 
 
 @pytest.mark.parametrize("counts", [8, [8], [4, 8, 16], (500,)])
-def test_a_file_becomes_the_clip_that_it_becomes_here(loop: Loop, decoding: Decoding, film: Path, counts: Any) -> None:
+def test_a_file_becomes_the_clip_that_it_becomes_here(loop: Loop, decoding: Decoders, film: Path, counts: Any) -> None:
     got, wanted = clip_of(loop, decoding, film.read_bytes(), counts), load_clip(film, counts, SIZE)
     assert same(got, wanted)
     assert got.decode_seconds > 0
@@ -139,13 +142,13 @@ def test_a_file_becomes_the_clip_that_it_becomes_here(loop: Loop, decoding: Deco
 
 @pytest.mark.parametrize("count", [2, 5, 8, 40])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_become_the_clip_that_they_become_here(loop: Loop, decoding: Decoding, count: int, kind: str) -> None:
+def test_pictures_become_the_clip_that_they_become_here(loop: Loop, decoding: Decoders, count: int, kind: str) -> None:
     content = [picture(seed=seed, kind=kind) for seed in range(count)]
     here = [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in content]
     assert same(clip_of(loop, decoding, content, [4, 8]), clip_from_frames(here, [4, 8], SIZE))
 
 
-def test_videos_do_not_get_mixed_up(loop: Loop, decoding: Decoding) -> None:
+def test_videos_do_not_get_mixed_up(loop: Loop, decoding: Decoders) -> None:
     videos = [[picture(seed=seed), picture(seed=seed + 100)] for seed in range(12)]
     given = [taken(video) for video in videos]
 
@@ -183,13 +186,13 @@ def test_a_pool_decodes_side_by_side(loop: Loop, make: Make, film: Path) -> None
         ([picture((4, 4))] * 501, "max_frames"),
     ],
 )
-def test_the_one_line_of_what_is_wrong(loop: Loop, decoding: Decoding, content: bytes | list[bytes], said: str) -> None:
+def test_the_one_line_of_what_is_wrong(loop: Loop, decoding: Decoders, content: bytes | list[bytes], said: str) -> None:
     before = decoding.processes
     assert said in refused(loop, decoding, content)
     assert decoding.processes == before  # an error does not cost a process
 
 
-def test_a_video_cut_off(loop: Loop, decoding: Decoding, film: Path) -> None:
+def test_a_video_cut_off(loop: Loop, decoding: Decoders, film: Path) -> None:
     content = film.read_bytes()
     refused(loop, decoding, content[: len(content) // 2])
     assert len(clip_of(loop, decoding, content).frames) == 8
@@ -207,7 +210,7 @@ def bomb(side: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_picture_that_unfolds_is_refused_by_its_header(loop: Loop, decoding: Decoding) -> None:
+def test_a_picture_that_unfolds_is_refused_by_its_header(loop: Loop, decoding: Decoders) -> None:
     content = bomb(12_000)
     assert len(content) < 50_000
     assert "12000x12000" in refused(loop, decoding, [content, content])
@@ -226,40 +229,275 @@ def test_a_bound_on_memory(loop: Loop, make: Make) -> None:
 # What ends a decoder
 
 
-class Held:
-    """A video that decoding never ends with: a pipe in which nothing comes."""
-
-    def __init__(self) -> None:
-        self.frames = None
-        self.end, self.write = os.pipe()
-        self.file = self
-
-    def fileno(self) -> int:
-        return self.end
-
-    def close(self) -> None:
-        os.close(self.end)
-        os.close(self.write)
-
-
 @pytest.fixture
-def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loop, Decoding], Any]:
-    """Begin a video with which a decoder is busy for good, and come back when it is."""
+def stopped(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoders, Path], Any]:
+    """Begin a video with a decoder that does nothing any more; back when it has been told of the video."""
+    sent = threading.Event()
+    real = module._Decoder._send
 
-    def begin(loop: Loop, decoders: Decoding) -> Any:
-        sent = threading.Event()
-        real = module._Decoder._send
+    async def send(self: Any, message: dict[str, Any], files: list[int]) -> None:
+        await real(self, message, files)
+        sent.set()
 
-        async def send(self: Any, message: dict[str, Any], files: list[int]) -> None:
-            if "counts" in message:  # a frame that is as long as it takes to wait for the end of time
-                message = {**message, "frames": [10] * 30_000_000}
-            await real(self, message, files)
-            sent.set()
+    monkeypatch.setattr(module._Decoder, "_send", send)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Decoder, "_send", send)
-            call = loop.start(decoders.clip(taken([picture(), picture()]), 8, SIZE))
-            assert sent.wait(HANG_SECONDS)
+    def begin(decoders: Decoders, film: Path) -> Any:
+        os.kill(decoders.processes[0], signal.SIGSTOP)
+        sent.clear()
+        call = loop.start(decoders.clip(taken(film.read_bytes()), 8, SIZE))
+        assert sent.wait(HANG_SECONDS)
         return call
 
     return begin
+
+
+def invalid(call: Any) -> str:
+    with pytest.raises(ServeError) as caught:
+        call.result(HANG_SECONDS)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_video")
+    return caught.value.message
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_a_decoder_that_dies_costs_one_request(
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any], how: signal.Signals
+) -> None:
+    decoders = make()
+    (before,) = decoders.processes
+    call = stopped(decoders, film)
+    os.kill(before, how)
+    os.kill(before, signal.SIGCONT)
+    assert "ends the decoder" in invalid(call)
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+    assert decoders.processes != [before]
+
+
+def test_a_decoder_that_died_at_rest_costs_none(loop: Loop, make: Make, film: Path) -> None:
+    decoders = make()
+    (before,) = decoders.processes
+    os.kill(before, signal.SIGKILL)
+    while Path(f"/proc/{before}/stat").read_text().split()[2] != "Z":
+        threading.Event().wait(0.01)
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+    assert decoders.processes != [before]
+
+
+def test_a_deadline(loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]) -> None:
+    decoders = make(seconds=0.5)
+    (before,) = decoders.processes
+    assert "longer than 0.5 s" in invalid(stopped(decoders, film))
+    assert not Path(f"/proc/{before}").exists()
+    decoders._seconds = HANG_SECONDS
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+
+
+def test_who_leaves_stops_the_work(
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder hears of it between two packets, and lives on."""
+    monkeypatch.setattr(module, "_STOP_SECONDS", HANG_SECONDS)
+    decoders = make()
+    before = decoders.processes
+    call = stopped(decoders, film)
+    call.cancel()
+    os.kill(before[0], signal.SIGCONT)
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+    assert decoders.processes == before
+
+
+def test_a_decoder_that_does_not_listen_is_replaced(
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]
+) -> None:
+    decoders = make()
+    before = decoders.processes
+    stopped(decoders, film).cancel()
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+    assert decoders.processes != before
+    assert not Path(f"/proc/{before[0]}").exists()
+
+
+def test_a_full_line_is_left_by_those_who_go(
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]
+) -> None:
+    """Callers that wait for a decoder and leave cost nothing, and those who stay are served."""
+    decoders = make()
+    first = stopped(decoders, film)
+    waiting = [loop.start(decoders.clip(taken(film.read_bytes()), 8, SIZE)) for _ in range(4)]
+    for call in (waiting[0], waiting[2]):
+        call.cancel()
+    first.cancel()
+    assert same(waiting[1].result(HANG_SECONDS), waiting[3].result(HANG_SECONDS))
+
+
+PARENT = """
+import asyncio, sys
+from runtime.serve.decoding import Decoders
+from runtime.serve.fetch import FetchRules
+from runtime.serve.media import Media, VideoPart
+
+async def main():
+    decoding = Decoders()
+    await decoding.start()
+    print(*decoding.processes, flush=True)
+    if sys.argv[1] == "busy":
+        taken = await Media(FetchRules()).take(VideoPart(url=sys.stdin.readline().strip()))
+        while True:
+            await decoding.clip(taken, 128, (24, 32))
+    await asyncio.sleep(900)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["idle", "busy"])
+def test_it_ends_with_its_parent(how: str) -> None:
+    root = Path(__file__).parents[3]
+    words = [sys.executable, "-c", PARENT, how]
+    with subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        child = Path(f"/proc/{int(parent.stdout.readline())}")
+        assert child.exists()
+        if how == "busy":
+            frames = ",".join([base64.b64encode(bomb(2000)).decode()] * 200)
+            parent.stdin.write(f"data:video/png;base64,{frames}\n")
+            parent.stdin.flush()
+            started = _cpu_seconds(child)
+            while _cpu_seconds(child) < started + 0.2:
+                threading.Event().wait(0.01)
+        parent.kill()
+    for _ in range(int(HANG_SECONDS * 10)):
+        if not child.exists() or child.joinpath("stat").read_text().split()[2] == "Z":
+            return
+        threading.Event().wait(0.1)
+    pytest.fail("it still runs")
+
+
+def _cpu_seconds(process: Path) -> float:
+    return sum(map(int, process.joinpath("stat").read_text().split()[13:15])) / os.sysconf("SC_CLK_TCK")
+
+
+# A decoder that a video has taken over
+
+
+FAKE = """
+import json, socket, sys
+line = socket.socket(fileno=int(sys.argv[2]))
+def tell(content):
+    line.sendall(len(content).to_bytes(4, "big") + content)
+tell(b"{}")
+while True:
+    head, files, _, _ = socket.recv_fds(line, 4, 2)
+    if not head:
+        break
+    line.recv(1 << 20)
+    %s
+"""
+SOUND = {"frames": 2, "timestamps": [], "source_frames": 2, "duration": 0.0}
+SOUND |= {"decode_seconds": 0.0, "preprocess_seconds": 0.0}
+FRAMES = f"import os; os.write(files[1], bytes(2 * 3 * {SIZE[0] * SIZE[1]}))"
+
+
+def reply(**clip: Any) -> str:
+    said = {**SOUND, **clip}
+    return f"{FRAMES}; tell(json.dumps({{'number': 1, 'clip': {said!r}}}).encode())"
+
+
+def faked(loop: Loop, make: Make, monkeypatch: pytest.MonkeyPatch, does: str) -> Clip:
+    monkeypatch.setattr(module, "_CHILD", FAKE % does.replace("nan", "float('nan')").replace("inf", "float('inf')"))
+    return clip_of(loop, make(), [picture(), picture()], [2, 4])
+
+
+def test_a_sound_reply_is_believed(loop: Loop, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of those below."""
+    clip = faked(loop, make, monkeypatch, reply())
+    assert clip.frames.shape == (2, 3, *SIZE)
+    assert not clip.frames.any()
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        "tell(b'no JSON')",
+        "tell(b'[]')",
+        "tell(b'[' * 100000)",
+        "tell(b'\\xff')",
+        "tell(b'{}')",
+        "tell(b'{\"number\": 1}')",
+        'tell(b\'{"number": 1, "clip": []}\')',
+        "import pickle; tell(pickle.dumps(print))",
+        "line.sendall(b'\\xff\\xff\\xff\\xff')",
+        "line.sendall(b'\\0\\0')",
+        reply().replace("'number': 1", "'number': 2"),
+        reply(frames=4),  # of which there are only two
+        reply(frames=3),
+        reply(frames=10**9),
+        reply(frames=-2),
+        reply(frames="2"),
+        reply(timestamps=[0.0]),
+        reply(timestamps=[0.0, float("nan")]),
+        reply(timestamps="ab"),
+        reply(timestamps=[None, None]),
+        reply(duration=float("inf")),
+        reply(duration=-1.0),
+        reply(source_frames=1.5),
+        reply(source_frames=None),
+        reply().replace(FRAMES, "import os; os.write(files[1], bytes(10))"),
+    ],
+)
+def test_anything_else_is_not(loop: Loop, make: Make, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    # A reply that is cut short is the end of the process.
+    with pytest.raises(ServeError) as caught:
+        faked(loop, make, monkeypatch, does + "; break")
+    assert (caught.value.status, caught.value.code) == (400, "invalid_video")
+    assert caught.value.message.startswith("the video cannot be decoded")
+
+
+def test_what_it_says_is_one_line(loop: Loop, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = {"number": 1, "error": "a\nb\r\x1b[31m" + "x" * 5000}
+    with pytest.raises(ServeError) as caught:
+        faked(loop, make, monkeypatch, f"tell(json.dumps({says!r}).encode())")
+    assert caught.value.message.startswith("a b [31mx")
+    assert len(caught.value.message) <= 1000
+
+
+def test_a_decoder_that_does_not_start(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHILD", "raise SystemExit(3)")
+    decoders = Decoders()
+    for work in (decoders.start(), decoders.clip(taken([picture(), picture()]), 2, SIZE)):
+        with pytest.raises(ServeError) as caught:
+            loop.run(work)
+        assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "overloaded", 5)
+    loop.run(decoders.close())
+
+
+def test_no_room_for_a_video_costs_no_decoder(
+    loop: Loop, decoding: Decoders, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> Any:
+        raise OSError(24, "Too many open files")
+
+    before = decoding.processes
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_shared_memory", full)
+        for _ in range(3):
+            with pytest.raises(ServeError) as caught:
+                clip_of(loop, decoding, film.read_bytes())
+            assert (caught.value.status, caught.value.retry_after) == (503, 5)
+    assert len(clip_of(loop, decoding, film.read_bytes()).frames) == 8
+    assert decoding.processes == before
+
+
+def test_it_keeps_no_file_of_a_video(loop: Loop, decoding: Decoders, film: Path) -> None:
+    process = Path(f"/proc/{decoding.processes[0]}/fd")
+    clip_of(loop, decoding, film.read_bytes())
+    before = sorted(os.readlink(one) for one in process.iterdir())
+    clip_of(loop, decoding, [picture(), picture()], 2)
+    refused(loop, decoding, b"no video")
+    assert sorted(os.readlink(one) for one in process.iterdir()) == before
+
+
+@pytest.mark.parametrize("setting", [{"memory": 0}, {"seconds": 0}, {"workers": 0}, {"memory": 1.5}])
+def test_settings_that_make_no_sense(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Decoders(**setting)

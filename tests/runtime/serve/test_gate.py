@@ -534,3 +534,14 @@ def test_what_is_no_http_is_told_so(door: Served, sent: bytes) -> None:
 def test_connections_need_numbers(setting: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         connections(**setting)
+
+
+def test_an_offer_of_http_2_is_ignored(door: Served) -> None:
+    """As Java's client makes it with every request."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2_Settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
+    body = b"1\r\nUpgrade: 2"
+    with connected(door.port) as client:
+        for _ in range(2):
+            client.sendall(request(body=body, **offer, **BEARER))
+            status, _, content = answered(client)
+            assert (status, json.loads(content)["bytes"]) == (200, len(body))

@@ -1,0 +1,174 @@
+"""The server's process: its socket, its pipeline, and how it ends.
+
+SIGTERM and SIGINT begin a drain: /ready says no and new questions are refused, while those inside are answered; then
+the process ends with 0. A second signal ends it at once. The socket is bound before the model is loaded, so that a
+port that is taken is refused in the first second, and listens when the model is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import uvicorn
+
+from earlytom.errors import UserError
+from runtime import cli
+from runtime.engine.dtypes import DTYPES
+from runtime.pipeline import Pipeline
+from runtime.serve.app import ServerApp, create_app
+from runtime.serve.backend import Local
+from runtime.serve.decoding import Decoders
+from runtime.serve.gate import connections, load_keys
+from runtime.serve.settings import Settings
+from runtime.video import Clip, Limits
+
+_DRAIN_POLL_SECONDS = 0.02
+_CLOSE_SECONDS = 5  # for clients that still read when all is answered
+
+
+def serve(settings: Settings, screen: cli.Screen) -> None:
+    """Load the engine and serve it until a signal ends that.
+
+    Raises:
+        UserError: a setting that cannot be had: the port is taken, no key in the file, no room for one video.
+        EngineError: as `Pipeline.load`.
+    """
+    keys = () if settings.api_key_file is None else load_keys(settings.api_key_file)
+    limits = Limits(settings.max_pixels, settings.max_frames, settings.max_seconds, settings.max_video)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(contextlib.closing(bind(settings.host, settings.port)))
+        pipeline = stack.enter_context(
+            Pipeline.load(
+                settings.engine,
+                settings.model,
+                settings.backend,
+                device=settings.device,
+                dtype=None if settings.dtype is None else DTYPES[settings.dtype],
+                decoder=settings.decoder,
+                # The server counts places itself; one whose answer has just been read may still be the pipeline's.
+                waiting=settings.waiting + 2,
+                watch_bytes=settings.watch_bytes,
+                limits=limits,
+            )
+        )
+        screen.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
+        for note in pipeline.notes:
+            screen.line(f"note: {note}")
+        check_room_for_a_video(pipeline)
+        if not keys:
+            screen.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
+        decoding = Decoders(limits, seconds=settings.deadline)
+        app = create_app(Local(pipeline, decoding.clip, videos=settings.videos), settings, keys)
+        stack.enter_context(contextlib.closing(app))
+        run(app, decoding, listening, lambda url: screen.line(f"serving {settings.name} on {url}/v1"))
+    screen.line("stopped: all that was asked is answered")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises UserError where there is none to be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host {host!r} is no address of this machine ({error.strerror or error})") from error
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind(address)
+    except (OSError, OverflowError) as error:
+        made.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on --host {host} --port {port} ({reason}); give another port") from error
+    return made
+
+
+def check_room_for_a_video(pipeline: Pipeline) -> None:
+    """Read a black clip as a client's video, which also finds memory and threads for all later ones.
+
+    Raises:
+        UserError: it does not fit into what --watch-bytes gives.
+    """
+    count, size = max(pipeline.manifest.counts), pipeline.manifest.model.preprocessing.size
+    black = Clip(torch.zeros(count, 3, *size, dtype=torch.uint8), (), count, 0.0, 0.0, 0.0)
+    try:
+        pipeline.watch(black).close()
+    except UserError as error:
+        raise UserError(f"--watch-bytes {pipeline.watched.limit} has no room for a video: {error}") from error
+
+
+def run(app: ServerApp, decoding: Decoders, listening: socket.socket, started: Callable[[str], object]) -> None:
+    """Serve on a bound socket until a signal has been followed by a drain.
+
+    started: told the address once clients are answered.
+    """
+    config = uvicorn.Config(
+        app,
+        http=connections(header_seconds=app.settings.body_seconds),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+    )
+    server = DrainingServer(config, app, lambda: started(_url(listening)))
+
+    async def serve() -> None:
+        try:
+            await decoding.start()
+            await server.serve(sockets=[listening])
+        finally:
+            await decoding.close()
+
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(serve())
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that goes on answering what it has taken when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, app: ServerApp, told: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._app, self._told = app, told
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In the place of uvicorn's, which ends the process by the signal once it has stopped."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._told()
+
+    def drain(self) -> None:
+        """Stop once all is answered; called again, now."""
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._app.draining = True
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        while self._app.busy:
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        self.should_exit = True
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

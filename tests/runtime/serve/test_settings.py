@@ -1,0 +1,52 @@
+"""Settings and the flags that they come from; the refusals of the command are in tests/test_light.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from earlytom.errors import UserError
+from runtime.serve.__main__ import parser, settings_of
+from runtime.serve.settings import Settings, flags, option, size
+
+
+def read(*words: str) -> Settings:
+    return settings_of(parser().parse_args(["engines/x", *words]))
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert read() == Settings(Path("engines/x"))
+
+
+def test_every_setting_has_a_flag() -> None:
+    options = {name for action in parser()._actions for name in action.option_strings}
+    names = {field.name for field in dataclasses.fields(Settings)} - {"engine"}
+    assert names == set(flags())
+    assert {option(name) for name in names} <= options
+
+
+def test_flags_arrive() -> None:
+    found = read(
+        *("--host", "0.0.0.0", "--port", "0", "--name", "m", "--allow-domain", "a.org", "--allow-domain", "*.b.org"),
+        *("--allow-private", "--max-body", "1MiB", "--waiting", "0", "--cors", "https://a.org", "--no-page"),
+        *("--deadline", "2.5", "--metrics-prefix", "vllm:", "--watch-bytes", "1 GB"),
+    )
+    assert (found.host, found.port, found.name) == ("0.0.0.0", 0, "m")
+    assert (found.allow_domain, found.allow_private, found.cors) == (("a.org", "*.b.org"), True, ("https://a.org",))
+    assert (found.max_body, found.watch_bytes, found.waiting, found.deadline) == (1 << 20, 10**9, 0, 2.5)
+    assert (found.page, found.metrics_prefix) == (False, "vllm:")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("0", 0), ("4096", 4096), ("64MiB", 64 << 20), ("2 gib", 2 << 30), ("1kb", 1000)]
+)
+def test_sizes(text: str, wanted: int) -> None:
+    assert size(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5MiB", "1TiB", "1 M", "9" * 20])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        size(text)
