@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.families import family_of
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
@@ -349,7 +350,7 @@ class Pipeline:
 
         Returns:
             [1, L, D] on the decoder's device and in its dtype: the embeddings of the text, with the visual tokens and
-            `image_newline` in the place of the video. It is the caller's.
+            the token that closes it in the place of the video. It is the caller's.
 
         Raises:
             as `submit` and its request.
@@ -518,8 +519,10 @@ def _make_decoder(
 def _load_decoder(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
 ) -> tuple[Decoder, Tensor, Any, Any]:
-    """Decoder, `image_newline`, tokenizer and stop ids. The checkpoint's own vision tower is not loaded."""
+    """Decoder, what closes visual tokens [E], tokenizer, stop ids. The checkpoint's own vision tower is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
     model: Any = load_decoder(checkpoint, dtype)
     stops = stop_token_ids(model.generation_config, tokenizer)
-    return make(model), model.model.image_newline.detach().to(device), tokenizer, stops
+    newline = family_of(checkpoint.config).closing(model.model)
+    assert newline is not None  # no family without one is known yet
+    return make(model), newline.detach().to(device), tokenizer, stops

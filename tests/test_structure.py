@@ -79,15 +79,6 @@ EXAMPLES = {
     "runtime/ask.py": ("/models/llava-onevision",),
     "runtime/measure/arguments.py": ("random:siglip-base-qwen2-0.5b", "random:llava-onevision-qwen2-7b-ov"),
 }
-# Moves next: rooms that are being worked on. Each word is in a docstring but for `VIDEO_TOKEN` of the prompt, which is
-# `Family.video_token`, and `_decoder` of the pipeline, which is to ask `Family.closing`.
-MOVE_NEXT = {
-    "runtime/decoder/eager.py": ("LlavaOnevisionForConditionalGeneration",),
-    "runtime/engine/layout.py": ("image_newline",),
-    "runtime/pipeline.py": ("image_newline",),
-    "runtime/text/prompt.py": ("LLaVA-OneVision", "image_newline", "<video>"),
-    "runtime/vision/onnxruntime.py": ("SigLIP",),
-}
 
 Sources = Mapping[str, str]  # path from the root, with slashes -> source
 
@@ -233,8 +224,7 @@ def family_words(files: Sources) -> list[str]:
     """Words of one model family outside the room of the families, but for the names that are allowed there."""
     found = []
     for path, source in files.items():
-        allowed = (*EXAMPLES.get(path, ()), *MOVE_NEXT.get(path, ()))
-        for name in sorted(allowed, key=len, reverse=True):
+        for name in sorted(EXAMPLES.get(path, ()), key=len, reverse=True):
             source = source.replace(name, "")
         if not path.startswith(FAMILIES):
             lines = enumerate(source.splitlines(), start=1)
@@ -247,7 +237,7 @@ def test_the_house_stands(check: Callable[[Sources], list[Any]]) -> None:
     assert not (found := check(sources())), "\n".join(map(str, found))
 
 
-@pytest.mark.parametrize(("path", "name"), [(p, n) for some in (EXAMPLES, MOVE_NEXT) for p in some for n in some[p]])
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in EXAMPLES.items() for name in names])
 def test_no_exception_has_outlived_its_reason(path: str, name: str) -> None:
     assert name in sources()[path]
 

@@ -125,7 +125,7 @@ class Decoder:
         replay: Replay | None = None,
     ) -> Decoder:
         """The decoder of a transformers model with a language modelling head, for example
-        `LlavaOnevisionForConditionalGeneration` or `Qwen2ForCausalLM`; weights are shared."""
+        a `Qwen2ForCausalLM` or a video model around one; weights are shared."""
         return cls(model.get_decoder(), model.get_output_embeddings(), buckets=buckets, inner=inner, replay=replay)
 
     def embed(self, ids: Tensor) -> Tensor:

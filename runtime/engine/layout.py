@@ -34,8 +34,8 @@ layers up to the first merge, which runs once for each chunk, and `vision.1.onnx
     hidden           [C, T, D], [F, T, D]     what the one returns of a chunk and the other takes of a clip
     received         fp32 [C, S], [F, S]      where the first merge is the last, or there is none: received attention
 
-The model's `image_newline` is not among the tokens: the runtime appends it. Nothing else may spell these names. A
-`Layout` has the graphs of one engine in their order, and derives every count from the settings. Needs no PyTorch.
+What closes a video's tokens in a prompt is not among them: the runtime appends it. Nothing else may spell these names.
+A `Layout` has the graphs of one engine in their order, and derives every count from the settings. Needs no PyTorch.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class Local:
 
     def _question(self, asked: Asked) -> tuple[tuple[int, ...], dict[str, Any]]:
         """The ids before the video, and how the question is asked. Raises as `Pipeline.check`."""
-        how: dict[str, Any] = {"sampling": asked.sampling, "stop": asked.stop}
+        how: dict[str, Any] = {"sampling": asked.sampling, "stop": asked.stop, "kept": asked.kept}
         count = 1 if asked.max_tokens is None else asked.max_tokens
         words = self._pipeline.check(asked.messages, max_new_tokens=count, frames=asked.frames, **how)
         if asked.max_tokens is None:

@@ -1,12 +1,12 @@
 """The text around a video: chat template, tokens before and after it, and where the visual tokens go.
 
-A prompt is built as transformers' LLaVA-OneVision processor builds it for one video and a conversation: the
+A prompt is built as the processor of the model's family in transformers builds it for one video and a conversation: the
 checkpoint's chat template renders its messages, mostly one of a user with the video and the question; the video
 placeholder in it stands for n visual tokens. The processor repeats the placeholder n times before it tokenizes. The
 placeholder is a special token, which splits the text, so the tokens before and after it are the same for every n: they
 are computed once here, and n is chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n
-visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the closing `image_newline`, as
-the processor does.
+visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the token that closes a
+video, as the processor does.
 
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.families import FAMILIES
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.checkpoint.files import first_line
@@ -29,8 +30,6 @@ from runtime.text.messages import ChatMessage, conversation, rendered
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-VIDEO_TOKEN = "<video>"
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,12 @@ def build_prompt(
     question: str | Sequence[ChatMessage],
     *,
     system: str | None = None,
-    video_token: str = VIDEO_TOKEN,
     most_bytes: int | None = None,
 ) -> Prompt:
     """The prompt that asks `question` about one video: a text with an optional `system` message before it, or messages.
 
     The texts are used as they are, not stripped. Raises `UserError` if a text is empty, no str, not valid Unicode or
-    contains one of the tokenizer's control tokens (`<video>`, `<|im_end|>`, ...), which would be taken for the token
+    contains one of the tokenizer's control tokens (`<|im_end|>`, a placeholder, ...), which would be taken for the token
     itself and change the prompt's structure, if messages are no conversation about one video
     (`runtime.text.messages`), if the chat template does not place exactly one video, or if the rendered text has more
     than `most_bytes` bytes (see `bytes_per_token`), which is looked at before it is tokenized.
@@ -84,7 +82,7 @@ def build_prompt(
         ) from error
     if most_bytes is not None:
         _refuse_long(tokenizer, str(text), most_bytes, {what: one.text for what, one in messages.items()})
-    video_token_id = tokenizer.get_added_vocab().get(video_token)  # the whole one is copied when it is asked for
+    video_token, video_token_id = _placeholder(tokenizer)
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
     if video_token_id is None or ids.count(video_token_id) != 1:
         count = 0 if video_token_id is None else ids.count(video_token_id)
@@ -93,6 +91,14 @@ def build_prompt(
         )
     at = ids.index(video_token_id)
     return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), video_token_id)
+
+
+def _placeholder(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int | None]:
+    """What stands for a video, of what families use for it, and its id; None where the tokenizer knows none."""
+    known = [family.video_token for family in FAMILIES.values()]
+    vocabulary = tokenizer.get_added_vocab()  # the whole one is copied when it is asked for
+    token = next((token for token in known if token in vocabulary), known[0])
+    return token, vocabulary.get(token)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -140,7 +146,7 @@ def splice(prompt: Prompt, visual: Tensor, newline: Tensor | None, embed: Callab
     Args:
         prompt: from `build_prompt`.
         visual: [N, D] visual tokens.
-        newline: [D] `image_newline`, appended to them; None if `visual` ends with it already.
+        newline: [D] what closes them, appended; None if `visual` ends with it already.
         embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
 
     Returns:

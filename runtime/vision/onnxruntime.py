@@ -3,7 +3,7 @@
 A session is made once; inputs and outputs are bound to memory that others own, the frames to the caller's, so a call
 copies and allocates nothing on our side.
 
-Session options, as measured on two cores with an exported SigLIP tower (6 layers of width 576, 8 frames of 256 tokens,
+Session options, as measured on two cores with an exported vision tower (6 layers of width 576, 8 frames of 256 tokens,
 interleaved runs): optimiser level, memory pattern, arena and weight prepacking change nothing beyond noise, so they
 stay at their defaults. Spinning is off: it buys no time here, and worker threads that spin after a run take the cores
 from the decoder that comes next (a 1024 x 1024 matrix product in torch right after a run: 61 ms with spinning, 32 ms

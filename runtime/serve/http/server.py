@@ -18,7 +18,6 @@ import torch
 import uvicorn
 
 from earlytom.errors import UserError
-from runtime import cli
 from runtime.engine.dtypes import DTYPES
 from runtime.pipeline import Pipeline
 from runtime.serve.app import ServerApp, create_app
@@ -26,13 +25,14 @@ from runtime.serve.backend import Local
 from runtime.serve.decoding import Decoders
 from runtime.serve.gate import connections, load_keys
 from runtime.serve.settings import Settings
+from runtime.trace import Trace
 from runtime.video import Clip, Limits
 
 _DRAIN_POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 5  # for clients that still read when all is answered
 
 
-def serve(settings: Settings, screen: cli.Screen) -> None:
+def serve(settings: Settings, trace: Trace) -> None:
     """Load the engine and serve it until a signal ends that.
 
     Raises:
@@ -57,17 +57,17 @@ def serve(settings: Settings, screen: cli.Screen) -> None:
                 limits=limits,
             )
         )
-        screen.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
+        trace.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
         for note in pipeline.notes:
-            screen.line(f"note: {note}")
+            trace.line(f"note: {note}")
         check_room_for_a_video(pipeline)
         if not keys:
-            screen.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
+            trace.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
         decoding = Decoders(limits, seconds=settings.deadline)
         app = create_app(Local(pipeline, decoding.clip, videos=settings.videos), settings, keys)
         stack.enter_context(contextlib.closing(app))
-        run(app, decoding, listening, lambda url: screen.line(f"serving {settings.name} on {url}/v1"))
-    screen.line("stopped: all that was asked is answered")
+        run(app, decoding, listening, lambda url: trace.line(f"serving {settings.name} on {url}/v1"))
+    trace.line("stopped: all that was asked is answered")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -256,8 +256,14 @@ def test_frames_in_a_list(app: ServerApp, drawn_clip: Path, decode: Decoder) -> 
 
 
 def test_kept_tokens_are_told_to_who_asks(app: ServerApp, url: str) -> None:
-    (response,) = post(app, body(url, earlytom={"kept": True}))
-    assert "kept" in response.json()["earlytom"]
+    both = post(app, body(url, earlytom={"kept": True}), body(url))
+    kept, facts = both[0].json()["earlytom"]["kept"], both[0].json()["earlytom"]
+    rows, columns = kept["grid"]
+    assert len(kept["positions"]) == len(kept["place"]) == facts["video_tokens"]
+    assert [place % (rows * columns) for place in kept["place"]] == [p % (rows * columns) for p in kept["positions"]]
+    assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in kept["sources"])
+    assert len(kept["times"]) == len(kept["sources"][0])
+    assert both[1].json()["earlytom"].get("kept") is None
 
 
 def test_a_question_that_leaves_the_length_open_gets_what_fits(make: Any, url: str, pipeline: Pipeline) -> None:

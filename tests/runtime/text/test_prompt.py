@@ -165,12 +165,6 @@ def test_a_template_that_does_not_place_one_video_is_refused(template: str) -> N
     assert "\n" not in str(error.value)
 
 
-def test_another_placeholder_can_be_named(tokenizer: Any) -> None:
-    assert build_prompt(tokenizer, QUESTION, video_token="<video>") == build_prompt(tokenizer, QUESTION)
-    with pytest.raises(UserError, match="0 times"):
-        build_prompt(tokenizer, QUESTION, video_token="<|video_pad|>")
-
-
 def test_length_is_checked_against_the_context() -> None:
     prompt = Prompt((1, 2), (3,), 9)
     check_length(prompt, visual_tokens=10, new_tokens=7, context=20)
