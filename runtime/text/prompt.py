@@ -64,7 +64,7 @@ def build_prompt(
     """The prompt that asks `question` about one video: a text with an optional `system` message before it, or messages.
 
     The texts are used as they are, not stripped. Raises `UserError` if a text is empty, no str, not valid Unicode or
-    contains one of the tokenizer's control tokens (`<|im_end|>`, a placeholder, ...), which would be taken for the token
+    contains one of the tokenizer's control tokens (`<|im_end|>`, ...), which would be taken for the token
     itself and change the prompt's structure, if messages are no conversation about one video
     (`runtime.text.messages`), if the chat template does not place exactly one video, or if the rendered text has more
     than `most_bytes` bytes (see `bytes_per_token`), which is looked at before it is tokenized.
