@@ -131,5 +131,5 @@ def measure_compression(runner: VariantRunner, variants: Sequence[Variant], repe
             runner.bench, variant.config, variant.copy(runner.clip(variant).frames), repeats
         )
         for variant in variants
-        if variant.name in ("adaptive", "budget")
+        if variant.name in ("adaptive", "budget") and isinstance(variant.config, EarlyTomConfig)
     }

@@ -26,6 +26,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import geometry
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
 from runtime.engine.manifest import Manifest
@@ -72,7 +73,7 @@ class Variant:
 
     name: str
     about: str
-    config: EarlyTomConfig
+    config: MethodSettings
     frames: int
     copy: Callable[[Tensor], Tensor]
     see: Callable[[Tensor], SeenPrompt]
@@ -175,7 +176,7 @@ class Bench:
         return found, missing
 
     def _engine(self, manifest: Manifest, backend: str, vision: VisionBackend) -> Variant:
-        config = EarlyTomConfig.from_dict(manifest.earlytom)
+        config = manifest.settings
         # One engine takes frames that are on the device already; chains and ONNX Runtime copy for themselves.
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
@@ -215,7 +216,7 @@ class Bench:
 
         return see
 
-    def arithmetic(self, seen_frames: tuple[int, ...], tokens: int, config: EarlyTomConfig) -> tuple[int, int]:
+    def arithmetic(self, seen_frames: tuple[int, ...], tokens: int, config: MethodSettings) -> tuple[int, int]:
         """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
         whole: Any = self.checkpoint.config
         vision = self.family.vision_flops(whole, seen_frames, config.merge_layers)
