@@ -299,5 +299,5 @@ def _compare_videos(rule: Rule, got: list[Arrays], wanted: list[Arrays], batch: 
             errors = [float(np.abs(out[name] - other[name]).mean()) for other in wanted[first : first + batch]]
             own = errors.pop(place - first)
             worst = max(worst, _finite(own / (min(errors) + PLAN_TOLERANCE), math.inf))
-    what = f"{rule.videos} at merges, own video over others: error"
+    what = f"{rule.videos_called}, own video over others: error"
     return [Check("decisions", what, worst, OTHER_VIDEO, worst <= OTHER_VIDEO)]

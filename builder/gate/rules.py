@@ -32,12 +32,13 @@ class Rule(ABC):
 
     Attributes:
         decisions: names of the values that are its decisions at merges, without the layer.
-        videos: of those that tell videos apart, likewise.
+        videos, videos_called: of those that tell videos apart, likewise; what the report calls them.
         same_tokens: share of token choices that must come out again; below 1 where one choice hangs on another.
     """
 
     decisions: tuple[str, ...]
     videos: str
+    videos_called: str
     same_tokens: float = 1.0
 
     def __init__(self, layers: tuple[int, ...]) -> None:
@@ -83,7 +84,7 @@ class EarlyTomRule(Rule):
     """See `Rule`."""
 
     decisions = ("weights",)
-    videos = "similarity"
+    videos, videos_called = "similarity", "similarities"
 
     def __init__(self, config: EarlyTomConfig) -> None:
         super().__init__(config.merge_layers)
@@ -146,7 +147,7 @@ class CellsRule(Rule):
     """See `Rule`. Weights that differ in the last bits are the same decision: they come of differences of near 1."""
 
     decisions = ("member", "taken")
-    videos = "weights"
+    videos, videos_called = "weights", "weights"
     same_tokens = 0.9  # each choice hangs on those before it, and one near-tie changes what follows
 
     def __init__(self, config: CellsConfig) -> None:

@@ -182,6 +182,7 @@ class Costs:
         self.spans = layer_spans(layers, self.depth)
         self.frames = [self.stages[sum(merge < layer for merge in layers)] for layer in range(self.depth)]
         self.deciding = method_of(config.earlytom).watched(self.depth)
+        self.kept = config.tokens if stages is None else config.tokens_of(self.stages[-1])
         self.projector_flops = family_of(config.model).projector_flops(config.model, self.stages[-1])
 
     def of(self, name: str) -> Cost:
@@ -202,7 +203,7 @@ class Costs:
 
     def half_share(self, islands: Islands) -> float:
         """Share of the flops of all matrix products whose operands stay half."""
-        return 1 - self.total(islands).products / self.products
+        return 1 - (self.total(islands).products + self.standing) / self.products
 
     def stage_shares(self, islands: Islands) -> tuple[float, ...]:
         """`half_share` of every stage of a chain."""
@@ -218,6 +219,7 @@ class Costs:
             parts.append(("residual" in islands, 2 * frames**2 * size))  # the merge, padded
         else:
             parts.append(("projector" in islands, self._projector().products))
+            parts.append((True, self.standing))
         products += sum(count for _, count in parts)
         wide += sum(count for chosen, count in parts if chosen)
         return 1 - wide / products
@@ -227,7 +229,8 @@ class Costs:
         products, wide = self._layers(self.spans[0], islands)
         products += self._embeddings().products
         wide += self._embeddings().products * ("embeddings" in islands)
-        return 1 - wide / products, 1 - (self.total(islands).products - wide) / (self.products - products)
+        whole = self.total(islands).products + self.standing
+        return 1 - wide / products, 1 - (whole - wide) / (self.products - products)
 
     def _layers(self, span: range, islands: Islands) -> tuple[int, int]:
         """Flops of the matrix products of some encoder layers: of all, and of those in fp32."""
@@ -246,7 +249,15 @@ class Costs:
     def products(self) -> int:
         """Flops of all matrix products of the graph."""
         parts = ("embeddings", "attention", "mlp", "projector", "similarity", "residual")
-        return sum(self.of(name).products for name in parts)
+        return sum(self.of(name).products for name in parts) + self.standing
+
+    @property
+    def standing(self) -> int:
+        """Flops of the products that say what kept tokens stand for, which are fp32 in every graph."""
+        tokens = self.stages[-1] * self.pooled
+        # EarlyTom compares the tokens that it keeps with all, cells all with all before it chooses.
+        compared = self.kept if self.deciding is not None else tokens
+        return 2 * tokens * (compared * self.llm + self.kept)
 
     def _hidden(self, layer: int) -> int:
         return self.frames[layer] * self.tokens * self.width  # elements that enter the layer

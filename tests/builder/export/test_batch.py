@@ -116,7 +116,9 @@ def test_every_video_is_encoded_as_if_it_were_alone(several: dict[str, Tensor], 
 def test_fewer_clips_than_the_batch(several: dict[str, Tensor], together: Whole, alone: Whole) -> None:
     clips = list(several.values())
     for count in range(1, B + 1):
-        found = [(tokens.clone(), positions.clone()) for tokens, positions in together.encode_several(clips[:count])]
+        found = [
+            (tokens.clone(), positions.clone()) for tokens, positions, *_ in together.encode_several(clips[:count])
+        ]
         assert len(found) == count
         for clip, (tokens, positions) in zip(clips, found, strict=False):
             wanted = alone.encode(clip)
@@ -150,7 +152,7 @@ def test_the_pytorch_backend_agrees(several: dict[str, Tensor], exported: Make, 
     assert torch.equal(positions, together.encode(torch.stack(clips))[1])
     assert torch.allclose(tokens, together.encode(torch.stack(clips))[0], **CLOSE)
     for count in (1, 2):
-        for n, (some, where) in enumerate(vision.encode_several(clips[:count])):
+        for n, (some, where, *_) in enumerate(vision.encode_several(clips[:count])):
             assert torch.equal(where, positions[n])
             assert torch.allclose(some, tokens[n], **CLOSE)
     adaptive = config.earlytom.replace(schedule="adaptive")
