@@ -21,9 +21,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "earlytom": (
         "errors",
         "numbers attention transfers restorable",
-        "config budget",
+        "config budget density",
         "spans merge select flops inner standing",
-        "cells",
+        "cells holitom",
         "kernels",
         "ops",
         "inner_decoder towers",

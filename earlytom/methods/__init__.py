@@ -15,9 +15,10 @@ from earlytom.method import Method
 from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods.holitom import HoliTom
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
+    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, HoliTom)
 }
 """All methods by name."""
 
