@@ -21,9 +21,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "earlytom": (
         "errors",
         "numbers attention transfers restorable",
-        "config budget density",
+        "config budget density bipartite",
         "spans merge select flops inner standing",
-        "cells holitom",
+        "cells holitom tempme",
         "kernels",
         "ops",
         "inner_decoder towers",
