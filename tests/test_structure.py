@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "numbers attention transfers restorable",
         "config budget density bipartite",
         "spans merge select flops inner standing",
-        "cells holitom tempme",
+        "cells holitom tempme vqtoken",
         "kernels",
         "ops",
         "inner_decoder towers",

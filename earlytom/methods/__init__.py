@@ -16,9 +16,10 @@ from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.methods.holitom import HoliTom
+from earlytom.methods.vqtoken import VQToken
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, HoliTom)
+    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, HoliTom, VQToken)
 }
 """All methods by name."""
 

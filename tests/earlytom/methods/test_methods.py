@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "inner_layer": None,
         "inner_ratio": 0.5,
     },
+    "vqtoken": {"retention_ratio": 0.2, "faithful": False, "clusters": None, "most": 32, "seed": 0},
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
     "top-k": {"tokens": 13, "layer": 1},
@@ -47,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # How many tokens they keep only the video tells, so they wait for the device.
 WAIT = {"holitom"}
+DRAW = {"random", "vqtoken"}
 every = pytest.mark.parametrize("name", METHODS)
 
 
@@ -78,10 +80,10 @@ def test_counts_hold_for_any_video(name: str) -> None:
 
 @every
 def test_no_method_asks_the_device_for_a_value(name: str) -> None:
-    """Random tokens are drawn on the host and sent, so they are not on this device without data."""
+    """What is random is drawn on the host and sent, so it is not on this device without data."""
     model, projector = tiny_tower("siglip", device="meta"), tiny_projector(device="meta")
     pixels, method = torch.empty(F, 3, 20, 20, device="meta"), by_name(name, SETTINGS[name])
-    if name == "random":
+    if name in DRAW:
         with pytest.raises(RuntimeError, match="copies between"), NoHostSync():
             encode_video(model, projector, pixels, method)
         return
