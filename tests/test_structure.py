@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "numbers attention transfers restorable",
         "config budget density bipartite",
         "spans merge select flops inner standing",
-        "cells holitom tempme vqtoken",
+        "cells holitom tempme vqtoken bvllm",
         "kernels",
         "ops",
         "inner_decoder towers",
