@@ -54,6 +54,11 @@ class Matching:
         added = self.total(size[..., None])
         return self.total(values * size[..., None]) / added, added[..., 0]
 
+    def places(self, place: Tensor) -> Tensor:
+        """What is left of `place [B, n]`: a token into which others are merged keeps its own."""
+        first, second = sides(place, self.protected)
+        return torch.cat([place[:, : self.protected], first.gather(1, self.stays), second], 1)
+
     def owner(self) -> Tensor:
         """Where each token has gone, [B, n] int64: an index into the n - r that are left."""
         c, lists = self.protected, len(self.source)
@@ -113,6 +118,57 @@ def match(metric: Tensor, merged: int, *, protected: int = 0, listed_by_similari
     source = order[:, :merged].sort(-1).values
     stays = order[:, merged:] if listed_by_similarity else order[:, merged:].sort(-1).values
     return Matching(tokens, protected, source, into.gather(1, source), stays)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Lists that were merged to fewer tokens.
+
+    Attributes:
+        values: [B, m, D]; size: [B, m] fp32, how much each stands for.
+        place: [B, m] int64, of which of the n tokens each has the place: the one that others were merged into.
+    """
+
+    values: Tensor
+    size: Tensor
+    place: Tensor
+
+
+def reduce(
+    values: Tensor,
+    target: int,
+    *,
+    size: Tensor | None = None,
+    protected: int = 0,
+    forgetful: bool = False,
+    listed_by_similarity: bool = False,
+) -> Reduced:
+    """Merge `values [B, n, D]` to [B, target, D] by themselves: each step merges all that it can, the last one exactly
+    what is left.
+
+    Args:
+        size: [B, n] fp32; default ones.
+        forgetful: each step takes plain means, in which what was merged before counts as one.
+        protected, listed_by_similarity: as in `match`.
+
+    Raises:
+        UserError: the target leaves nothing but what is protected.
+    """
+    lists, tokens, _ = values.shape
+    if target <= protected:
+        raise UserError(f"at least {protected + 1} of {tokens} tokens are left, got a target of {target}")
+    size = torch.ones(lists, tokens, device=values.device) if size is None else size
+    place = torch.arange(tokens, device=values.device).expand(lists, -1)
+    dtype, values = values.dtype, values.float()
+    while (tokens := values.shape[1]) > target:
+        half, left = (tokens - protected) // 2, tokens - target
+        step = half if half > target - protected else left
+        step = min(step, set_sizes(tokens, protected)[0])
+        found = match(values, step, protected=protected, listed_by_similarity=listed_by_similarity)
+        counted = torch.ones_like(size) if forgetful else size
+        place, size = found.places(place), found.total(size[..., None])[..., 0]
+        values = found.merge(values, counted)[0]
+    return Reduced(values.to(dtype), size, place)
 
 
 def _wide(index: Tensor, values: Tensor) -> Tensor:

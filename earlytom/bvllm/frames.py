@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from earlytom.bipartite import match
+from earlytom.bipartite import Reduced, reduce
 from earlytom.errors import UserError
 
 THRESHOLD = 0.75
@@ -82,20 +82,11 @@ def frame_tokens(survivors: int) -> int:
     return int(max(1, (BUDGET / survivors) * PER_FRAME))
 
 
-def merge_tokens(tokens: Tensor, target: int) -> Tensor:
+def merge_tokens(tokens: Tensor, target: int) -> Reduced:
     """`tokens [B, n, C]` to [B, min(n, target), C]: bipartite steps of half of all, and a last one that is exact; plain
     means, in which what was merged before counts as one.
 
     Raises:
         UserError: a target below 1.
     """
-    if target < 1:
-        raise UserError(f"at least one token must be left, got a target of {target}")
-    while tokens.shape[1] // 2 > target:
-        tokens = _step(tokens, tokens.shape[1] // 2)
-    return _step(tokens, tokens.shape[1] - target) if tokens.shape[1] > target else tokens
-
-
-def _step(tokens: Tensor, count: int) -> Tensor:
-    found = match(tokens, count, listed_by_similarity=True)
-    return found.merge(tokens, tokens.new_ones(tokens.shape[:2]))[0]
+    return reduce(tokens, target, forgetful=True, listed_by_similarity=True)

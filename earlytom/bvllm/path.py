@@ -99,7 +99,7 @@ class BVLLMPath:
             frames = selection.merge.merge(selection.candidates, faithful=self.faithful)
             ids, mask = ids.expand(len(frames), -1), mask.expand(len(frames), -1)
         spatial = self.spatial(ids, mask, frames)
-        reduced = spatial if selection is None else merge_tokens(spatial, frame_tokens(len(frames)))
+        reduced = spatial if selection is None else merge_tokens(spatial, frame_tokens(len(frames))).values
         tokens = self._linear("val_projector", self._linear("spatial.projector", reduced))
         return BVLLMTokens(tokens if selection is None else tokens.flatten(0, 1), spatial, frames, selection)
 

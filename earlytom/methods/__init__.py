@@ -12,14 +12,17 @@ from typing import Any
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.method import Method
+from earlytom.methods.bvllm import BVLLMStyle
 from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.methods.holitom import HoliTom
+from earlytom.methods.tempme import TempMe, ToMe
 from earlytom.methods.vqtoken import VQToken
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, HoliTom, VQToken)
+    method.name: method
+    for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, HoliTom, VQToken, ToMe, TempMe, BVLLMStyle)
 }
 """All methods by name."""
 

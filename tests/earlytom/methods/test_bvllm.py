@@ -21,6 +21,10 @@ from torch import Tensor
 from earlytom import UserError
 from earlytom.bvllm.frames import frame_tokens, merge_candidates, merge_tokens
 from earlytom.bvllm.path import BVLLMPath
+from earlytom.encoder import VisualTokens, encode
+from earlytom.families import LLAVA_ONEVISION
+from earlytom.methods import by_name
+from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 from tests.golden_vectors import HOME, folder_of, parametrize
 
 TOLERANCE: dict[str, float] = {"atol": 5e-5, "rtol": 0}
@@ -95,7 +99,7 @@ def test_golden_merging_of_frames(folder: Path, temporal: dict[str, Any]) -> Non
 
 def test_golden_merging_of_tokens(folder: Path, spatial: dict[str, Any]) -> None:
     n, file = spatial["case"], arrays(folder / "unit_merge.npz")
-    merged = merge_tokens(file[f"mx_{n}"], int(file[f"target_{n}"]))
+    merged = merge_tokens(file[f"mx_{n}"], int(file[f"target_{n}"])).values
     torch.testing.assert_close(merged, file[f"mout_{n}"], **TOLERANCE)
 
 
@@ -195,7 +199,7 @@ def test_the_corrected_form_loses_nothing(made: tuple[Tensor, Tensor]) -> None:
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**31))
 def test_as_many_tokens_as_asked_for(tokens: int, target: int, seed: int) -> None:
     x = torch.randn(2, tokens, 5, generator=torch.Generator().manual_seed(seed))
-    merged = merge_tokens(x, target)
+    merged = merge_tokens(x, target).values
     assert merged.shape == (2, min(tokens, target), 5)
     assert bool((merged.amax(1) <= x.amax(1) + 1e-5).all())
     if target >= tokens:
@@ -209,11 +213,50 @@ def test_frames_share_a_budget() -> None:
 def test_candidates_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match=r"must be \[candidates, frames\] with a candidate, got \[3\]"):
         merge_candidates(torch.ones(3))
-    with pytest.raises(UserError, match="at least one token must be left, got a target of 0"):
+    with pytest.raises(UserError, match="at least 1 of 4 tokens are left, got a target of 0"):
         merge_tokens(torch.ones(1, 4, 2), 0)
 
 
 def test_shapes_need_no_values() -> None:
     found = merge_candidates(torch.empty(16, 8, device="meta"))
     assert found.padded(torch.empty(16, 4, 6, device="meta"))[0].shape == (16, 4, 6)
-    assert merge_tokens(torch.empty(2, 32, 5, device="meta"), 7).shape == (2, 7, 5)
+    assert merge_tokens(torch.empty(2, 32, 5, device="meta"), 7).values.shape == (2, 7, 5)
+
+
+# --- the likeness
+
+
+def seen(settings: dict[str, Any], kind: str = "scenes", frames: int = 20) -> VisualTokens:
+    vision = LLAVA_ONEVISION.vision(tiny_tower("siglip"), tiny_projector())
+    return encode(vision, made_video(kind, frames), by_name("bvllm-style", settings))
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 20])
+@pytest.mark.parametrize("kind", ["scenes", "noise", "still", "drift"])
+def test_the_likeness_stays_within_the_budget(kind: str, frames: int, faithful: bool) -> None:
+    out = seen({"retention_ratio": 0.3, "faithful": faithful}, kind, frames)
+    assert len(out.tokens) <= max(16, round(0.3 * frames * 9))
+    assert out.positions.tolist() == sorted(set(out.positions.tolist()))
+    assert torch.equal(out.tokens, seen({"retention_ratio": 0.3, "faithful": faithful}, kind, frames).tokens)
+
+
+def test_the_likeness_merges_frames_that_are_alike() -> None:
+    scenes, noise = (seen({"retention_ratio": 0.3}, kind) for kind in ("still", "noise"))
+    assert len({n // 9 for n in scenes.positions.tolist()}) == 1
+    assert len({n // 9 for n in noise.positions.tolist()}) > 8
+    lax = seen({"retention_ratio": 0.3, "threshold": 0.0}, "noise")
+    assert len({n // 9 for n in lax.positions.tolist()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 2}, r"threshold must be in \[0, 1\], got 2"),
+        ({"sharpness": -1}, "sharpness must be at least 0, got -1"),
+        ({"queries": 3}, "unknown setting 'queries' of method 'bvllm-style'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        by_name("bvllm-style", settings)

@@ -41,13 +41,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "inner_ratio": 0.5,
     },
     "vqtoken": {"retention_ratio": 0.2, "faithful": False, "clusters": None, "most": 32, "seed": 0},
+    "tome": {"retention_ratio": 0.2, "faithful": False, "each": 2, "depth": 4},
+    "tempme": {
+        "retention_ratio": 0.2,
+        "faithful": False,
+        "each": 1,
+        "depth": 4,
+        "merge_layers": [1, 3],
+        "groups": [2, 2],
+        "across": 30,
+        "within": 10,
+    },
+    "bvllm-style": {"retention_ratio": 0.2, "faithful": False, "threshold": 0.75, "sharpness": 20.0},
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
     "top-k": {"tokens": 13, "layer": 1},
     "pooling": {"tokens": 13, "keep_frames": True},
 }
 # How many tokens they keep only the video tells, so they wait for the device.
-WAIT = {"holitom"}
+WAIT = {"holitom", "bvllm-style"}
 DRAW = {"random", "vqtoken"}
 every = pytest.mark.parametrize("name", METHODS)
 
