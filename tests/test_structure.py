@@ -21,9 +21,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "earlytom": (
         "errors",
         "numbers attention transfers restorable",
-        "config budget density bipartite",
+        "config budget density bipartite scenes",
         "spans merge select flops inner standing",
-        "cells holitom tempme vqtoken bvllm",
+        "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid",
         "kernels",
         "ops",
         "inner_decoder towers",

@@ -15,14 +15,19 @@ from earlytom.method import Method
 from earlytom.methods.bvllm import BVLLMStyle
 from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
+from earlytom.methods.dycoke import DyCoke
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods.fastvid import FastVID
+from earlytom.methods.flashvid import FlashVID
 from earlytom.methods.holitom import HoliTom
 from earlytom.methods.tempme import TempMe, ToMe
+from earlytom.methods.unicomp import UniComp
+from earlytom.methods.visionzip import VisionZip
 from earlytom.methods.vqtoken import VQToken
 
+_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID)
 METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, HoliTom, VQToken, ToMe, TempMe, BVLLMStyle)
+    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *_PUBLISHED)
 }
 """All methods by name."""
 

@@ -53,13 +53,36 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "within": 10,
     },
     "bvllm-style": {"retention_ratio": 0.2, "faithful": False, "threshold": 0.75, "sharpness": 20.0},
+    "visionzip": {"retention_ratio": 0.3, "faithful": False},
+    "fastvid": {
+        "retention_ratio": 0.4,
+        "faithful": False,
+        "context": 0.4,
+        "least": 8,
+        "tau": 0.9,
+        "every": 4,
+        "weight": 0.6,
+        "neighbours": 4,
+        "seed": 0,
+    },
+    "dycoke": {"retention_ratio": 0.5, "faithful": False},
+    "unicomp": {"retention_ratio": 0.3, "faithful": False, "same": 0.005, "near": 0.2, "most": 2.0, "own": 0.5},
+    "flashvid": {
+        "retention_ratio": 0.4,
+        "faithful": False,
+        "diverse": 0.7,
+        "least": 8,
+        "tau": 0.9,
+        "linked": 0.8,
+        "neighbours": 7,
+    },
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
     "top-k": {"tokens": 13, "layer": 1},
     "pooling": {"tokens": 13, "keep_frames": True},
 }
 # How many tokens they keep only the video tells, so they wait for the device.
-WAIT = {"holitom", "bvllm-style"}
+WAIT = {"holitom", "bvllm-style", "fastvid", "unicomp", "flashvid"}
 DRAW = {"random", "vqtoken"}
 every = pytest.mark.parametrize("name", METHODS)
 
