@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, tuple[str, ...]] = {
     "earlytom": (
         "errors",
-        "numbers attention transfers restorable",
-        "config budget density bipartite scenes",
+        "numbers attention transfers restorable density bipartite scenes",
+        "config budget",
         "spans merge select flops inner standing",
         "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid",
         "kernels",

@@ -6,7 +6,7 @@ is a function of its arguments. Everything is decided in fp32, probabilities add
 
 How many clusters may be chosen by the bend in the curve of what they leave: "released" reads the bend off by three, so
 that it mostly stays at the least number; "intended" is the bend. A third rule of the released code, by silhouettes,
-never looks at the clusters and always gives the least number; it is here for comparison.
+never looks at the clusters and gives the least number (16 for fewer than 50 tokens); it is here for comparison.
 
 Nothing waits for the device but the choice of K, and on a CPU the end of a fit, so as not to go on for nothing.
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 
 LEAST = 12  # clusters that the adaptive choice starts from
+SILHOUETTE_TOKENS, SILHOUETTE_FEW = 50, 16  # with fewer tokens the rule by silhouettes gives that many clusters
 FIXED_CAP, ADAPTIVE_CAP = 50, 100
 SPREAD = 1e-6  # added to squared distances: a row may be drawn twice
 CLOSE = 1e-4  # means that have moved less than this in all end the fit
@@ -130,7 +131,7 @@ def left_over(unit: Tensor, found: Fit) -> Tensor:
 
 def draws_needed(most: int) -> int:
     """How many draws `fit_adaptive` may take: a fit of each size from the least on, and one more."""
-    return sum(range(LEAST, most + 1)) + max(most, LEAST)
+    return sum(range(LEAST, most + 1)) + max(most, SILHOUETTE_FEW)
 
 
 def fit_adaptive(unit: Tensor, uniforms: Tensor, most: int, rule: Rule, cap: int = ADAPTIVE_CAP) -> list[Fit]:
@@ -147,7 +148,10 @@ def fit_adaptive(unit: Tensor, uniforms: Tensor, most: int, rule: Rule, cap: int
     fits: list[Fit] = []
     for count in range(LEAST, most + 1):
         fits.append(fit_seeded(unit, _next_draws(uniforms, fits, count), cap))
-    chosen = LEAST if rule == "silhouette" else bend(torch.stack([left_over(unit, one) for one in fits]), rule)
+    if rule == "silhouette":
+        chosen = LEAST if len(unit) >= SILHOUETTE_TOKENS else SILHOUETTE_FEW
+    else:
+        chosen = bend(torch.stack([left_over(unit, one) for one in fits]), rule)
     return [*fits, fit_seeded(unit, _next_draws(uniforms, fits, chosen), cap)]
 
 

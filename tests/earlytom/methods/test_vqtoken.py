@@ -230,6 +230,12 @@ def test_a_choice_takes_three_points_and_enough_draws() -> None:
         fit_seeded(unit, plenty[:0])
 
 
+@pytest.mark.parametrize(("tokens", "clusters"), [(49, 16), (50, 12)])
+def test_silhouettes_say_nothing_about_the_clusters(tokens: int, clusters: int) -> None:
+    unit, plenty = directions(torch.randn(tokens, 6)), torch.rand(draws_needed(13), dtype=torch.float64)
+    assert len(fit_adaptive(unit, plenty, 13, "silhouette")[-1].seeds) == clusters
+
+
 def test_where_the_curve_bends() -> None:
     knee = torch.tensor([100.0, 80, 60, 40, 20, 19, 18, 17])
     assert bend(knee, "intended") == LEAST + 4
