@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, tuple[str, ...]] = {
     "earlytom": (
         "errors",
-        "numbers attention transfers restorable",
+        "numbers attention transfers restorable density bipartite scenes",
         "config budget",
         "cells/config",
         "settings",
         "spans merge select flops inner standing",
-        "cells",
+        "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid",
         "kernels",
         "ops",
         "inner_decoder towers",

@@ -12,13 +12,23 @@ from typing import Any
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.method import Method
+from earlytom.methods.bvllm import BVLLMStyle
 from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
+from earlytom.methods.dycoke import DyCoke
 from earlytom.methods.earlytom import EachVideo, EarlyTom
+from earlytom.methods.fastvid import FastVID
+from earlytom.methods.flashvid import FlashVID
+from earlytom.methods.holitom import HoliTom
+from earlytom.methods.tempme import TempMe, ToMe
+from earlytom.methods.unicomp import UniComp
+from earlytom.methods.visionzip import VisionZip
+from earlytom.methods.vqtoken import VQToken
 from earlytom.settings import MethodSettings
 
+_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID)
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
+    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *_PUBLISHED)
 }
 """All methods by name."""
 

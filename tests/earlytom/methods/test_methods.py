@@ -29,11 +29,61 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rounds": 7,
         "schedule": "budget",
     },
+    "holitom": {
+        "retention_ratio": 0.3,
+        "faithful": False,
+        "tau": 0.5,
+        "beta": 0.6,
+        "neighbours": 7,
+        "max_window": 1024,
+        "seed": None,
+        "inner_layer": None,
+        "inner_ratio": 0.5,
+    },
+    "vqtoken": {"retention_ratio": 0.2, "faithful": False, "clusters": None, "most": 32, "seed": 0},
+    "tome": {"retention_ratio": 0.2, "faithful": False, "each": 2, "depth": 4},
+    "tempme": {
+        "retention_ratio": 0.2,
+        "faithful": False,
+        "each": 1,
+        "depth": 4,
+        "merge_layers": [1, 3],
+        "groups": [2, 2],
+        "across": 30,
+        "within": 10,
+    },
+    "bvllm-style": {"retention_ratio": 0.2, "faithful": False, "threshold": 0.75, "sharpness": 20.0},
+    "visionzip": {"retention_ratio": 0.3, "faithful": False},
+    "fastvid": {
+        "retention_ratio": 0.4,
+        "faithful": False,
+        "context": 0.4,
+        "least": 8,
+        "tau": 0.9,
+        "every": 4,
+        "weight": 0.6,
+        "neighbours": 4,
+        "seed": 0,
+    },
+    "dycoke": {"retention_ratio": 0.5, "faithful": False},
+    "unicomp": {"retention_ratio": 0.3, "faithful": False, "same": 0.005, "near": 0.2, "most": 2.0, "own": 0.5},
+    "flashvid": {
+        "retention_ratio": 0.4,
+        "faithful": False,
+        "diverse": 0.7,
+        "least": 8,
+        "tau": 0.9,
+        "linked": 0.8,
+        "neighbours": 7,
+    },
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
     "top-k": {"tokens": 13, "layer": 1},
     "pooling": {"tokens": 13, "keep_frames": True},
 }
+# How many tokens they keep only the video tells, so they wait for the device.
+WAIT = {"holitom", "bvllm-style", "fastvid", "unicomp", "flashvid"}
+DRAW = {"random", "vqtoken"}
 every = pytest.mark.parametrize("name", METHODS)
 
 
@@ -65,11 +115,16 @@ def test_counts_hold_for_any_video(name: str) -> None:
 
 @every
 def test_no_method_asks_the_device_for_a_value(name: str) -> None:
-    """Random tokens are drawn on the host and sent, so they are not on this device without data."""
+    """What is random is drawn on the host and sent, so it is not on this device without data."""
     model, projector = tiny_tower("siglip", device="meta"), tiny_projector(device="meta")
     pixels, method = torch.empty(F, 3, 20, 20, device="meta"), by_name(name, SETTINGS[name])
-    if name == "random":
+    if name in DRAW:
         with pytest.raises(RuntimeError, match="copies between"), NoHostSync():
+            encode_video(model, projector, pixels, method)
+        return
+    if name in WAIT:
+        assert method.counts(F, P) is None
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|copies between"), NoHostSync():
             encode_video(model, projector, pixels, method)
         return
     with NoHostSync():

@@ -1,0 +1,176 @@
+"""Bipartite merging: the tokens of a list are split alternately into two sets, and the best matches of the first are
+merged into the second. Several comparison methods are made of such steps.
+
+`match` decides, `Matching.merge` applies the decision to whatever has an entry a token. Merging is a product with a
+one-hot matrix rather than a scatter: the same on every run, and an operator that engines have. Nothing waits for the
+device; all shapes follow from the numbers of tokens.
+
+Notation: B lists, n tokens a list, the first c of them protected, r merged, a and b tokens in the two sets, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from earlytom.errors import UserError
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A decision about n tokens of each of B lists, of which n - r are left: the protected ones, the rest of the first
+    set, the second set.
+
+    Attributes:
+        tokens: n; protected: c.
+        source: [B, r] int64, which of the first set are merged, ascending (an index into that set).
+        target: [B, r] int64, into which of the second set each goes.
+        stays: [B, a - r] int64, which of the first set are not merged, in the order in which they are listed.
+    """
+
+    tokens: int
+    protected: int
+    source: Tensor
+    target: Tensor
+    stays: Tensor
+
+    @property
+    def merged(self) -> int:
+        """r."""
+        return self.source.shape[-1]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum what is merged: `values [B, n, D]` to [B, n - r, D], in their dtype."""
+        first, second = sides(values, self.protected)
+        kept, gone = (first.gather(1, _wide(which, values)) for which in (self.stays, self.source))
+        index = torch.arange(second.shape[1], device=values.device)
+        into = (self.target[:, None] == index[:, None]).to(values.dtype)  # [B, b, r]
+        return torch.cat([values[:, : self.protected], kept, second + into @ gone], 1)
+
+    def merge(self, values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Means by size: `values [B, n, D]` and `size [B, n]` to both of n - r tokens; sizes add up."""
+        added = self.total(size[..., None])
+        return self.total(values * size[..., None]) / added, added[..., 0]
+
+    def places(self, place: Tensor) -> Tensor:
+        """What is left of `place [B, n]`: a token into which others are merged keeps its own."""
+        first, second = sides(place, self.protected)
+        return torch.cat([place[:, : self.protected], first.gather(1, self.stays), second], 1)
+
+    def owner(self) -> Tensor:
+        """Where each token has gone, [B, n] int64: an index into the n - r that are left."""
+        c, lists = self.protected, len(self.source)
+        first, second = set_sizes(self.tokens, c)
+        device = self.source.device
+        place = torch.arange(self.stays.shape[-1], device=device).expand(lists, -1)
+        of_first = torch.zeros(lists, first, dtype=torch.int64, device=device).scatter(1, self.stays, c + place)
+        of_first = of_first.scatter(1, self.source, c + first - self.merged + self.target)
+        of_second = (c + first - self.merged + torch.arange(second, device=device)).expand(lists, -1)
+        whole = torch.arange(self.tokens, device=device).repeat(lists, 1)
+        whole[:, c + c % 2 :: 2] = of_first
+        whole[:, c + 1 - c % 2 :: 2] = of_second
+        return whole
+
+
+def sides(values: Tensor, protected: int) -> tuple[Tensor, Tensor]:
+    """The two sets of `values [B, n, ...]`: of the tokens that are not protected those at even places of the list, and
+    those at odd ones."""
+    odd = protected % 2
+    return values[:, protected + odd :: 2], values[:, protected + 1 - odd :: 2]
+
+
+def set_sizes(tokens: int, protected: int) -> tuple[int, int]:
+    """How many tokens the two sets have."""
+    free = tokens - protected
+    first = free // 2 if protected % 2 else (free + 1) // 2
+    return first, free - first
+
+
+def match(metric: Tensor, merged: int, *, protected: int = 0, listed_by_similarity: bool = False) -> Matching:
+    """Decide which `merged` tokens of the first set go into which of the second.
+
+    Every one looks for the most similar (cosine) of the second set, and those that have found the best go; of equal
+    ones the first.
+
+    Args:
+        metric: [B, n, d], any float dtype; compared in fp32.
+        protected: how many tokens at the front of the list take no part.
+        listed_by_similarity: whether those that stay are listed by falling similarity, rather than by place.
+
+    Raises:
+        UserError: the first set has not that many, or the second is empty.
+    """
+    tokens = metric.shape[1]
+    first, second = set_sizes(tokens, protected)
+    if not 0 <= merged <= first or (merged and not second):
+        raise UserError(f"of {tokens} tokens, {protected} protected, at most {min(first, second)} merge, got {merged}")
+    direction = metric.float()
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    one, other = sides(direction, protected)
+    if not merged:
+        none = torch.empty(len(metric), 0, dtype=torch.int64, device=metric.device)
+        stays = torch.arange(first, device=metric.device).expand(len(metric), -1)
+        return Matching(tokens, protected, none, none, stays)
+    best, into = (one @ other.transpose(1, 2)).max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    source = order[:, :merged].sort(-1).values
+    stays = order[:, merged:] if listed_by_similarity else order[:, merged:].sort(-1).values
+    return Matching(tokens, protected, source, into.gather(1, source), stays)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Lists that were merged to fewer tokens.
+
+    Attributes:
+        values: [B, m, D]; size: [B, m] fp32, how much each stands for.
+        place: [B, m] int64, of which of the n tokens each has the place: the one that others were merged into.
+    """
+
+    values: Tensor
+    size: Tensor
+    place: Tensor
+
+
+def reduce(
+    values: Tensor,
+    target: int,
+    *,
+    size: Tensor | None = None,
+    protected: int = 0,
+    forgetful: bool = False,
+    listed_by_similarity: bool = False,
+) -> Reduced:
+    """Merge `values [B, n, D]` to [B, target, D] by themselves: each step merges all that it can, the last one exactly
+    what is left.
+
+    Args:
+        size: [B, n] fp32; default ones.
+        forgetful: each step takes plain means, in which what was merged before counts as one.
+        protected, listed_by_similarity: as in `match`.
+
+    Raises:
+        UserError: the target leaves nothing but what is protected.
+    """
+    lists, tokens, _ = values.shape
+    if target <= protected:
+        raise UserError(f"at least {protected + 1} of {tokens} tokens are left, got a target of {target}")
+    size = torch.ones(lists, tokens, device=values.device) if size is None else size
+    place = torch.arange(tokens, device=values.device).expand(lists, -1)
+    dtype, values = values.dtype, values.float()
+    while (tokens := values.shape[1]) > target:
+        half, left = (tokens - protected) // 2, tokens - target
+        step = half if half > target - protected else left
+        step = min(step, set_sizes(tokens, protected)[0])
+        found = match(values, step, protected=protected, listed_by_similarity=listed_by_similarity)
+        counted = torch.ones_like(size) if forgetful else size
+        place, size = found.places(place), found.total(size[..., None])[..., 0]
+        values = found.merge(values, counted)[0]
+    return Reduced(values.to(dtype), size, place)
+
+
+def _wide(index: Tensor, values: Tensor) -> Tensor:
+    """[B, k] to [B, k, D], for a gather of `values [B, n, D]`."""
+    return index[..., None].expand(-1, -1, values.shape[-1])

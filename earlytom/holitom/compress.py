@@ -1,0 +1,224 @@
+"""HoliTom after the projector: one token for what stands still, the most attended of what moves.
+
+In each segment (`earlytom.holitom.segments`) a static position is averaged over the frames, and of the averages the
+density peaks stay, each with a share of those that join it. Of the other positions every frame keeps those that receive
+most attention. Both keep a share r' of what they have, raised by what averaging has saved.
+
+Two forms, never to be mixed in one table. The released one (`faithful`) compares in the dtype of the features, lets a
+static region round to no token at all, and chooses a single centre by noise alone, as with one neighbour all densities
+are equal. The default compares in fp32, keeps a token of each static region, and counts three distances at least.
+
+Notation: T frames, S positions a frame, D width, G segments, N tokens kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlytom.density import by_peak, first_of, nearest, spacing
+from earlytom.errors import UserError
+from earlytom.holitom.segments import Segmentation, segment, similarity
+
+
+@dataclass(frozen=True)
+class HoliTomSettings:
+    """What the compression goes by.
+
+    Attributes:
+        ratio: share of the T * S tokens to keep, in (0, 1].
+        tau: a position stays the same, if its cosine with itself one frame later is above this.
+        beta: weight of a centre beside the mean of those that join it; None takes the mean of all of them.
+        neighbours: K, distances that make a density.
+        max_window: frames of a segment at most.
+        faithful: the released form.
+    """
+
+    ratio: float
+    tau: float = 0.8
+    beta: float | None = 0.6
+    neighbours: int = 7
+    max_window: int = 1024
+    faithful: bool = False
+
+
+@dataclass(frozen=True)
+class HoliTomTokens:
+    """What stays of a video, in the released order: segments in time, in each first the static tokens by position,
+    then frame by frame the others by position.
+
+    Attributes:
+        tokens: [N, D] in the dtype of the features.
+        positions: [N] int64, `frame * S + position`, a static token's frame being the first of its segment.
+        last: [N] int64, the last frame that each token is of.
+        segmentation: the segments.
+        effective: r'.
+        centres: for each segment that has any, its centres by falling score, as positions.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    last: Tensor
+    segmentation: Segmentation
+    effective: float
+    centres: list[Tensor]
+
+
+def compress(
+    features: Tensor, attention: Tensor, settings: HoliTomSettings, *, noise: Tensor | None = None
+) -> HoliTomTokens:
+    """The tokens of one video.
+
+    Args:
+        features: [T, S, D], any float dtype.
+        attention: [T, S] received attention.
+        noise: [n] in [0, 1), one for each static position of each segment that keeps centres, in order (more are left
+            over); None is none.
+
+    Raises:
+        UserError: shapes that do not fit.
+    """
+    if features.dim() != 3 or attention.shape != features.shape[:2]:
+        raise UserError(
+            f"features must be [T, S, D] and attention [T, S], got {list(features.shape)} and {list(attention.shape)}"
+        )
+    frames, per_frame = attention.shape
+    device = features.device
+    compared = similarity(features, dtype=None if settings.faithful else torch.float32)
+    found = segment(compared > settings.tau, settings.max_window)
+    effective = effective_share(settings.ratio, frames * per_frame, found.saved)
+    centres, dynamic = counts(found, effective, per_frame, settings.faithful)
+    static = compress_static(features, found, centres, settings, noise)
+    first, lengths = found.bounds[:, 0], found.bounds[:, 1] - found.bounds[:, 0] + 1
+    moving = keep_dynamic(attention, found, np.repeat(dynamic, lengths))
+    # Two slots for each position of each frame: the static tokens of a segment that begins there go first.
+    total = int(centres.sum() + (dynamic * lengths).sum())
+    begins = torch.from_numpy(first).to(device)
+    slots = torch.zeros(frames, 2, per_frame, dtype=torch.bool, device=device)
+    slots[:, 1] = moving
+    slots[begins, 0] = static.centre
+    order = (~slots.flatten()).argsort(stable=True)[:total]
+    frame, where = order // (2 * per_frame), order % per_frame
+    merged = order % (2 * per_frame) < per_frame
+    positions = frame * per_frame + where
+    ends = torch.zeros(frames, dtype=torch.int64, device=device)
+    ends[begins] = torch.from_numpy(found.bounds[:, 1]).to(device)
+    tokens = features.flatten(0, 1).index_select(0, positions)
+    if len(static.values):
+        tokens = tokens.index_copy(0, (~merged).argsort(stable=True)[: len(static.values)], static.values)
+    last = torch.where(merged, ends.index_select(0, frame), frame)
+    return HoliTomTokens(tokens, positions, last, found, effective, static.by_score)
+
+
+def effective_share(ratio: float, tokens: int, saved: int) -> float:
+    """r': the share of what averaging leaves that is `ratio` of all, at most all of it."""
+    return min(ratio / ((tokens - saved) / tokens), 1.0)
+
+
+def counts(found: Segmentation, effective: float, per_frame: int, faithful: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of each segment how many centres, and how many dynamic tokens of each frame, [G] int64 both, on the host."""
+    static = found.static_counts
+    centres = np.rint(static * effective).astype(np.int64)  # half to even
+    if not faithful:
+        centres = np.maximum(centres, static > 0)
+    dynamic = np.array([math.ceil(int(n) * effective) for n in per_frame - static], dtype=np.int64)
+    return centres, dynamic
+
+
+@dataclass(frozen=True)
+class StaticTokens:
+    """What stays of the static positions: centre [G, S] bool, values [sum C, D] in that order, and the centres of each
+    segment that has any, by falling score, as positions."""
+
+    centre: Tensor
+    values: Tensor
+    by_score: list[Tensor]
+
+
+def compress_static(
+    features: Tensor, found: Segmentation, centres: np.ndarray, settings: HoliTomSettings, noise: Tensor | None
+) -> StaticTokens:
+    """Average the static positions of each segment, and keep `centres [G]` of them."""
+    device, per_frame = features.device, features.shape[1]
+    chosen = np.flatnonzero(centres)
+    centre = torch.zeros(len(centres), per_frame, dtype=torch.bool, device=device)
+    if not len(chosen):
+        return StaticTokens(centre, features.new_zeros(0, features.shape[2]), [])
+    rows, most = torch.from_numpy(chosen).to(device), int(found.static_counts[chosen].max())
+    valid = found.static.index_select(0, rows)
+    places = (~valid).byte().argsort(dim=-1, stable=True)[:, :most]  # [G, n], the static positions go first
+    valid = valid.gather(1, places)
+    means = segment_means(features, found.bounds[chosen])
+    means = means.gather(1, places[:, :, None].expand(-1, -1, means.shape[-1]))
+    apart = spacing(means, valid)
+    least = 1 if settings.faithful else 3  # two that are each other's nearest are equally dense
+    asked = np.minimum(np.maximum(np.minimum(settings.neighbours, centres[chosen]), least), found.static_counts[chosen])
+    spread = None
+    if noise is not None:
+        spread = torch.zeros(valid.shape, device=device).masked_scatter(valid, noise.to(device, torch.float32))
+    neighbours, wanted = (torch.from_numpy(one).to(device) for one in (asked, centres[chosen]))
+    order = by_peak(apart, valid, neighbours, most=int(asked.max()), noise=spread)
+    own = first_of(order, wanted)
+    values = fold(means, apart, valid, own, int(centres.max()), int(centres.sum()), settings.beta)
+    centre[rows] = torch.zeros_like(centre[rows]).scatter(1, places, own)
+    by_score = [one[: int(count)] for one, count in zip(places.gather(1, order), centres[chosen], strict=True)]
+    return StaticTokens(centre, values.to(features.dtype), by_score)
+
+
+def segment_means(features: Tensor, bounds: np.ndarray) -> Tensor:
+    """The mean over the frames of each of some segments, `features [T, S, D]` and `bounds [G, 2]` to [G, S, D] fp32."""
+    frames = np.arange(len(features))
+    inside = (frames >= bounds[:, :1]) & (frames <= bounds[:, 1:])
+    weights = torch.from_numpy(inside / inside.sum(1, keepdims=True)).float().to(features.device)
+    return (weights @ features.flatten(1).float()).unflatten(1, features.shape[1:])
+
+
+def fold(means: Tensor, apart: Tensor, valid: Tensor, own: Tensor, most: int, total: int, beta: float | None) -> Tensor:
+    """Values of the centres `own [G, n]` bool, by position, [total, D] fp32: each with its share of those that join it.
+
+    Args:
+        most: the most centres a segment has.
+    """
+    owner = nearest(apart, own)
+    at = (~own).byte().argsort(dim=-1, stable=True)[:, :most]  # the centres by position, then what is none
+    joins = (owner[:, None] == at[:, :, None]) & valid[:, None] & ~own[:, None]  # [G, most, n]
+    members = joins.sum(-1, keepdim=True)
+    centre = means.gather(1, at[:, :, None].expand(-1, -1, means.shape[-1]))
+    others = joins.float() @ means
+    if beta is None:
+        value = (centre + others) / (members + 1)
+    else:
+        value = torch.where(members > 0, beta * centre + (1 - beta) * others / members.clamp_min(1), centre)
+    real = own.gather(1, at).flatten()
+    return value.flatten(0, 1).index_select(0, (~real).byte().argsort(stable=True)[:total])
+
+
+def keep_dynamic(attention: Tensor, found: Segmentation, kept: np.ndarray) -> Tensor:
+    """[T, S] bool: of each frame's dynamic positions the `kept [T]` that receive most attention; of equal ones the
+    first."""
+    lengths = torch.from_numpy(found.bounds[:, 1] - found.bounds[:, 0] + 1).to(attention.device)
+    static = found.static.repeat_interleave(lengths, 0, output_size=len(attention))
+    order = attention.float().masked_fill(static, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    return first_of(order, torch.from_numpy(kept).to(attention.device))
+
+
+def with_newlines(positions: Tensor, per_frame: int, columns: int) -> Tensor:
+    """The order of the layout with grid rows: static tokens stand in the first frame of their segment, every frame is
+    sorted by position, and a newline ends each row of the grid that still has a token. [R] int64: an index into the
+    tokens, or -1 for a newline. Waits for the device.
+
+    Args:
+        positions: [N] int64, `frame * per_frame + position`.
+        columns: of the grid.
+    """
+    order = positions.argsort(stable=True)
+    row = torch.div(positions[order], columns, rounding_mode="floor")  # rows of all frames; whole, as frames are
+    ends = torch.cat([row[1:] != row[:-1], row.new_ones(1, dtype=torch.bool)])
+    out = positions.new_full((len(positions) + int(ends.sum()),), -1)
+    before = torch.cat([ends.new_zeros(1, dtype=torch.int64), ends.cumsum(0)[:-1]])
+    out[torch.arange(len(order), device=order.device) + before] = order
+    return out

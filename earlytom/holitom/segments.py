@@ -1,0 +1,105 @@
+"""HoliTom's segments: the cuts that leave most tokens to be saved.
+
+A position is static in a segment, if it changes at none of the segment's transitions. Its copies become one token, so
+a segment of L frames with c static positions saves c * (L - 1) tokens; cuts are such that the sum is greatest. There is
+no price for a cut and no number of segments beforehand.
+
+What a segment would save is a table of [T, T] on the device; the best cuts are found on the host, which waits for it
+once: how many tokens there will be, only the video tells.
+
+Notation: T frames, S positions a frame, D width, G segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlytom.errors import UserError
+
+NORM_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The segments of a video.
+
+    Attributes:
+        bounds: [G, 2] int64 on the host: first and last frame, inclusive.
+        static_counts: [G] int64 on the host: static positions of each; 0 of a segment of one frame.
+        saved: tokens that are saved when each static position becomes one token.
+        static: [G, S] bool on the device: which positions are static.
+    """
+
+    bounds: np.ndarray
+    static_counts: np.ndarray
+    saved: int
+    static: Tensor
+
+
+def similarity(features: Tensor, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """Cosine of each position with itself one frame later, `features [T, S, D]` to [T-1, S], computed in `dtype` (None:
+    that of the features, as released)."""
+    x = features if dtype is None else features.to(dtype)
+    length = x.norm(dim=-1)
+    dot = (x[1:] * x[:-1]).sum(-1)
+    return dot / (length[1:] * length[:-1]).clamp_min(NORM_FLOOR if x.dtype == torch.float32 else 1e-4)
+
+
+def steady_since(steady: Tensor) -> Tensor:
+    """The first frame from which each position has not changed up to each frame, `steady [T-1, S]` bool to [T, S]."""
+    frames = torch.arange(1, steady.shape[0] + 1, device=steady.device)[:, None]
+    changed = torch.where(steady, 0, frames)
+    first = torch.zeros_like(changed[:1]) if len(changed) else changed.new_zeros(1, steady.shape[1])
+    return torch.cat([first, changed]).cummax(0).values
+
+
+def static_table(since: Tensor) -> Tensor:
+    """How many positions are static from frame a to frame b, `since [T, S]` to [T (b), T (a)] int64."""
+    frames = since.shape[0]
+    exact = since[:, None] <= torch.arange(frames, device=since.device)[:, None]  # [b, a, S]
+    return exact.sum(-1)
+
+
+def best_cuts(table: np.ndarray, max_window: int) -> list[tuple[int, int]]:
+    """The segments that save most, of at most `max_window` frames; of equally good ones the shorter last segment.
+
+    Args:
+        table: [T (b), T (a)], static positions from frame a to frame b.
+    """
+    frames = len(table)
+    index = np.arange(frames)
+    gain = table * (index[:, None] - index)  # [b, a]
+    best = np.zeros(frames + 1, dtype=np.int64)  # best[i]: of the first i frames
+    length = np.zeros(frames, dtype=np.int64)
+    for last in range(frames):
+        most = max(1, min(last + 1, max_window))
+        value = (best[: last + 1] + gain[last, : last + 1])[last - most + 1 :][::-1]  # by growing window
+        length[last] = value.argmax() + 1
+        best[last + 1] = value[length[last] - 1]
+    bounds, last = [], frames - 1
+    while last >= 0:
+        bounds.append((last - int(length[last]) + 1, last))
+        last -= int(length[last])
+    return bounds[::-1]
+
+
+def segment(steady: Tensor, max_window: int = 1024) -> Segmentation:
+    """Segments of T frames, of which `steady [T-1, S]` bool says which positions stay the same from each to the next.
+
+    Raises:
+        UserError: `steady` has not two dimensions.
+    """
+    if steady.dim() != 2:
+        raise UserError(f"what stays the same must be [frames - 1, positions], got {list(steady.shape)}")
+    since = steady_since(steady)
+    table = static_table(since).cpu().numpy()
+    bounds = np.array(best_cuts(table, max_window))
+    first, last = bounds[:, 0], bounds[:, 1]
+    counts = np.where(last > first, table[last, first], 0)
+    ends, begins = (torch.from_numpy(one).to(steady.device) for one in (last, first))
+    static = (since[ends] <= begins[:, None]) & (ends > begins)[:, None]
+    return Segmentation(bounds, counts, int((counts * (last - first)).sum()), static)

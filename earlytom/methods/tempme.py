@@ -1,0 +1,218 @@
+"""ToMe, and TempMe's schedule: alike tokens are merged, within frames and across neighbouring ones.
+
+What needs no training is here: the merge step and the schedule; the trained adapters and temporal embeddings of TempMe
+are left out (`earlytom.tempme.clip` has the published path). Both act twice.
+
+Inside the tower, if `depth` says how many layers run: after every layer tokens are merged as the schedule has it, by
+their hidden states, since a layer is run as a whole (as published: behind its attention, by its keys, and a key counts
+as often as its size). The projector's pooling needs a grid, so behind the last layer tokens are put back: every cell
+gets the token that it was merged into. The tower is shorter for it, the language model is not.
+
+Behind the projector: tokens are merged again, by themselves, to the retention ratio; copies of one token go first. A
+token keeps the place of the cell that others were merged into, and tokens come in the order of their places.
+
+Notation: F frames, T = S + prefix tokens a frame inside the tower, P tokens after pooling, m frames a clip, C = F / m
+clips, n tokens a clip, N tokens kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earlytom.bipartite import Matching, match, reduce
+from earlytom.errors import UserError
+from earlytom.families import Vision
+from earlytom.method import Counts, Note, State
+from earlytom.methods.compressing import Compressing
+from earlytom.numbers import whole
+from earlytom.tempme.block import join
+from earlytom.tempme.schedule import LayerMerge, TempMeSchedule
+
+
+@dataclass(kw_only=True)
+class MergedState(State):
+    """What has become of the tokens inside the tower.
+
+    Attributes:
+        plan: what each layer merges; empty before the first.
+        tokens: [C, n] fp32, how many tokens each is made of; None before the first merge.
+        where: [F, T] int64, which of its clip's tokens each was merged into.
+    """
+
+    plan: list[LayerMerge]
+    tokens: Tensor | None = None
+    where: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merging(Compressing):
+    """What ToMe and TempMe share.
+
+    Attributes:
+        each: tokens that every layer of the tower merges in each frame, before the first merge layer.
+        depth: layers of the tower that run; None leaves the tower alone.
+    """
+
+    each: int = 0
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedule = self._schedule()
+        if self.depth is not None:
+            whole("depth", self.depth, 1)
+            if any(not 1 <= layer < self.depth for layer in schedule.merge_layers):
+                raise UserError(
+                    f"merge_layers must be between 1 and {self.depth - 1} to act inside a tower of {self.depth} "
+                    f"layers, got {list(schedule.merge_layers)}"
+                )
+            first = 0 if self.each else min(schedule.merge_layers, default=self.depth) - 1
+            object.__setattr__(self, "layers", tuple(range(first, self.depth)))  # of `Method`; the class is frozen
+
+    def _schedule(self) -> TempMeSchedule:
+        return TempMeSchedule(self.each, (), (), 0, 0)
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+        clip = self._clip(frames)
+        return Counts((frames,), frames // clip * self._tokens(clip, tokens_per_frame))
+
+    def tower_key(self) -> Hashable:
+        return ("merged", self._schedule(), self.depth) if self.depth else super().tower_key()
+
+    def check(self, depth: int) -> None:
+        if self.depth not in (None, depth):
+            raise UserError(f"depth must be the {depth} layers of the vision tower that run, got {self.depth}")
+
+    # Inside the tower
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        return MergedState(vision, [frames], torch.eye(frames, device=device), plan=[])
+
+    def after_layer(
+        self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(state, MergedState)  # `begin` made it
+        assert self.depth is not None  # or there would be no layers
+        prefix = state.vision.tower.prefix
+        if state.tokens is None:
+            frames, count = hidden.shape[:2]
+            state.plan = self._schedule().plan(frames, count, self.depth, protected=prefix)
+            state.tokens = torch.ones(frames, count, device=hidden.device)
+            state.where = torch.arange(count, device=hidden.device).repeat(frames, 1)
+        own = state.plan[layer]
+        if own.within:
+            hidden = _apply(match(hidden, own.within, protected=own.protected), hidden, state)
+        if layer + 1 < self.depth and (after := state.plan[layer + 1]).group > 1:
+            hidden = _across(hidden, own.protected, after, state)
+        return (_put_back(hidden, state, prefix) if layer + 1 == self.depth else hidden), received
+
+    # Behind the projector
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        frames, per_frame, _ = features.shape
+        clip = self._clip(frames)
+        joined = features.unflatten(0, (-1, clip)).flatten(1, 2)  # [C, m * P, E]
+        found = reduce(joined, self._tokens(clip, per_frame), protected=self._protected())
+        order = found.place.argsort(dim=-1, stable=True)
+        tokens = found.values.gather(1, order[:, :, None].expand(-1, -1, features.shape[-1]))
+        start = torch.arange(frames // clip, device=features.device)[:, None] * (clip * per_frame)
+        return tokens.flatten(0, 1), (found.place.gather(1, order) + start).flatten()
+
+    def _clip(self, frames: int) -> int:
+        """m: as many frames as the groups join, or as divides the frames."""
+        return math.gcd(frames, math.prod(self._schedule().groups))
+
+    def _tokens(self, clip: int, per_frame: int) -> int:
+        """Of a clip."""
+        return max(self._protected() + 1, round(self.retention_ratio * clip * per_frame))
+
+    def _protected(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class ToMe(Merging):
+    """See `Merging`. In the released form for this kind of model the first token of a frame takes no part, as if it
+    were a class token.
+
+    Attributes:
+        each: released were 8 to 16 of 197 tokens.
+    """
+
+    name = "tome"
+
+    def _protected(self) -> int:
+        return int(self.faithful)
+
+
+@dataclass(frozen=True)
+class TempMe(Merging):
+    """See `Merging` and `TempMeSchedule`.
+
+    Attributes:
+        merge_layers, groups, across, within: as in `TempMeSchedule`; the layers count inside the tower alone.
+    """
+
+    name = "tempme"
+    merge_layers: tuple[int, ...] = (8, 14, 20)
+    groups: tuple[int, ...] = (2, 2, 2)
+    across: int = 30
+    within: int = 10
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "merge_layers", self._schedule().merge_layers)  # lists become tuples
+        object.__setattr__(self, "groups", self._schedule().groups)
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in super().to_dict().items()}
+
+    def _schedule(self) -> TempMeSchedule:
+        return TempMeSchedule(self.each, self.merge_layers, self.groups, self.across, self.within, self.faithful)
+
+
+def _apply(found: Matching, hidden: Tensor, state: MergedState) -> Tensor:
+    """Merge tokens of each clip, and remember where they went."""
+    assert state.tokens is not None
+    assert state.where is not None
+    merged, state.tokens = found.merge(hidden.float(), state.tokens)
+    owner = found.owner().repeat_interleave(len(state.where) // len(hidden), 0, output_size=len(state.where))
+    state.where = owner.gather(1, state.where)
+    return merged.to(hidden.dtype)
+
+
+def _across(hidden: Tensor, protected: int, merge: LayerMerge, state: MergedState) -> Tensor:
+    """Join neighbouring clips, and merge across them before the next layer."""
+    assert state.tokens is not None
+    assert state.where is not None
+    count, per_clip = hidden.shape[1], len(state.where) // len(hidden)
+    slot = torch.arange(len(state.where), device=hidden.device)[:, None] // per_clip % merge.group
+    leads = state.where < protected
+    patches = protected * merge.group + slot * (count - protected) - protected
+    state.where = state.where + torch.where(leads, slot * protected, patches)
+    hidden = join(hidden, merge.group, protected)
+    state.tokens = join(state.tokens[..., None], merge.group, protected)[..., 0]
+    return _apply(match(hidden, merge.across, protected=merge.protected), hidden, state) if merge.across else hidden
+
+
+def _put_back(hidden: Tensor, state: MergedState, prefix: int) -> Tensor:
+    """Every cell gets the token that it was merged into, [C, n, D] to [F, T, D]; what frames are made of follows."""
+    assert state.tokens is not None
+    assert state.where is not None
+    clips, clip = len(hidden), len(state.where) // len(hidden)
+    where = state.where.unflatten(0, (clips, clip))  # [C, m, T]
+    # How many of each token's parts are of each frame of the clip: whole numbers, so the order of adding is no matter.
+    parts = torch.zeros(clips, clip, hidden.shape[1], device=hidden.device)
+    parts = parts.scatter_add(2, where, torch.ones_like(where, dtype=parts.dtype))
+    shares = (parts / parts.sum(1, keepdim=True).clamp_min(1)).transpose(1, 2)  # [C, n, m]
+    cells = where[:, :, prefix:].flatten(1)[:, :, None].expand(-1, -1, clip)
+    made = shares.gather(1, cells).unflatten(1, (clip, -1)).mean(2)  # [C, m, m]
+    state.sources = torch.block_diag(*made) @ state.sources
+    index = where.flatten(1)[:, :, None].expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, index).unflatten(1, (clip, -1)).flatten(0, 1)

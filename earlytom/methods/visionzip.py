@@ -1,0 +1,38 @@
+"""VisionZip around a vision part; pure functions: `earlytom.visionzip`.
+
+Attention and likeness are read where the tower's last layer that runs has left them: received attention of that layer,
+and the features themselves instead of its keys, which a method is not shown. Notation: F frames, P tokens a frame.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from earlytom.method import Counts, State
+from earlytom.methods.compressing import Compressing
+from earlytom.visionzip import visionzip
+
+
+@dataclass(frozen=True)
+class VisionZip(Compressing):
+    """See `Compressing`; `ceil(ratio * P)` tokens of every frame."""
+
+    name = "visionzip"
+
+    def watched(self, depth: int) -> int:
+        return depth - 1
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+        return Counts((frames,), frames * math.ceil(self.retention_ratio * tokens_per_frame))
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        assert relevance is not None  # a layer is watched
+        per_frame = features.shape[1]
+        count = math.ceil(self.retention_ratio * per_frame)
+        tokens, places = visionzip(features, relevance, features, count, faithful=self.faithful)
+        start = torch.arange(len(features), device=features.device)[:, None] * per_frame
+        return tokens.flatten(0, 1), (places + start).flatten()

@@ -1,0 +1,124 @@
+"""FlashVID: its steps against plain loops, and its counts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from earlytom import UserError
+from earlytom.encoder import VisualTokens, encode
+from earlytom.families import LLAVA_ONEVISION
+from earlytom.flashvid import FlashVIDSettings, average_trees, cluster, flashvid, follow, spread_tokens
+from earlytom.methods import by_name
+from earlytom.scenes import frame_means, scene_bounds
+from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
+
+
+@st.composite
+def videos(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    frames, places = draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scene = (torch.rand(frames, generator=generator) < 0.3).cumsum(0)
+    x = torch.randn(frames + 1, places, 5, generator=generator)[scene]
+    x = x + draw(st.sampled_from([0.02, 0.5])) * torch.randn(x.shape, generator=generator)
+    return x, torch.rand(frames, places, generator=generator)
+
+
+@given(videos(), st.integers(1, 12))
+def test_diverse_tokens(video: tuple[Tensor, Tensor], count: int) -> None:
+    x, weight = video
+    unit = normalize(x, dim=-1)
+    taken = spread_tokens(unit, weight, count)
+    for one, heavy, found in zip(unit, weight, taken, strict=True):
+        apart = (1 - one @ one.T).clamp_min(0)
+        wanted: list[int] = []
+        for _ in range(min(count, len(one))):
+            left = [s for s in range(len(one)) if s not in wanted]
+            value = {s: float(heavy[s] * min((float(apart[s, o]) for o in wanted), default=2.0)) for s in left}
+            wanted.append(max(left, key=lambda s: (value[s], -s)))
+        assert found.nonzero().flatten().tolist() == sorted(wanted)
+
+
+@given(videos(), st.floats(-0.5, 0.99), st.floats(0, 1))
+def test_the_way_of_a_token(video: tuple[Tensor, Tensor], linked: float, share: float) -> None:
+    x, weight = video
+    frames, places, _ = x.shape
+    unit, taken = normalize(x, dim=-1), weight < share
+    root = follow(unit, taken, linked).tolist()
+    for f in range(frames):
+        for s in range(places):
+            here, at = (f, s), f * places + s
+            while here[0] > 0 and not taken[here]:
+                before = [p for p in range(places) if not taken[here[0] - 1, p]]
+                cosines = {p: float(unit[here] @ unit[here[0] - 1, p]) for p in before}
+                best = max(before, key=lambda p: (cosines[p], -p), default=None)
+                if best is None or cosines[best] <= linked:
+                    break
+                here = (here[0] - 1, best)
+            assert root[at] == here[0] * places + here[1]
+
+
+@given(videos(), st.floats(0, 1))
+def test_what_is_linked_is_averaged(video: tuple[Tensor, Tensor], share: float) -> None:
+    x, weight = video
+    taken = weight < share
+    root = follow(normalize(x, dim=-1), taken, 0.8)
+    means, roots = average_trees(x.flatten(0, 1), root, taken.flatten())
+    assert roots.tolist() == sorted(set(root[~taken.flatten()].tolist()))
+    for mean, at in zip(means, roots.tolist(), strict=True):
+        members = [m for m in range(len(root)) if int(root[m]) == at and not taken.flatten()[m]]
+        torch.testing.assert_close(mean, x.flatten(0, 1)[members].mean(0))
+
+
+@given(st.integers(0, 20), st.integers(0, 25), st.integers(0, 2**31))
+def test_clusters(rows: int, count: int, seed: int) -> None:
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+    tokens, which = cluster(x, count, 7)
+    assert len(tokens) == len(which) == min(rows, count)
+    if count >= rows:
+        torch.testing.assert_close(tokens, x)
+
+
+@given(videos(), st.floats(0.05, 1), st.floats(1, 1.5))
+def test_counts_and_order(video: tuple[Tensor, Tensor], ratio: float, expansion: float) -> None:
+    x, attention = video
+    settings = FlashVIDSettings(ratio, expansion, least=2)
+    tokens, positions = flashvid(x, attention, settings)
+    count = min(x.shape[1], math.ceil(ratio * x.shape[1] * expansion))
+    assert len(tokens) == len(positions) <= len(x) * count
+    assert positions.tolist() == sorted(set(positions.tolist()))
+    context = math.floor((1 - settings.diverse) * count)
+    for a, b in scene_bounds(frame_means(x), settings.tau, settings.least):
+        inside = (positions >= a * x.shape[1]) & (positions < (b + 1) * x.shape[1])
+        assert (b - a + 1) * (count - context) <= int(inside.sum()) <= (b - a + 1) * count
+    assert torch.equal(tokens, flashvid(x, attention, settings)[0])
+
+
+def seen(settings: dict[str, Any]) -> VisualTokens:
+    vision = LLAVA_ONEVISION.vision(tiny_tower("siglip"), tiny_projector())
+    return encode(vision, made_video("noise", 8), by_name("flashvid", {"retention_ratio": 0.5} | settings))
+
+
+def test_the_released_form_lets_a_quarter_more_in() -> None:
+    assert len(seen({}).tokens) == 8 * 5
+    assert len(seen({"faithful": True}).tokens) == 8 * 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"diverse": 2}, r"diverse must be in \[0, 1\], got 2"),
+        ({"linked": 2}, r"linked must be in \[-1, 1\], got 2"),
+        ({"least": 0}, "least must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        by_name("flashvid", settings)
