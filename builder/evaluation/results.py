@@ -1,7 +1,7 @@
 """From answers to figures: accuracy with its interval, cost, and paired comparisons; as plain JSON types too.
 
-Compared on the same clips: everything with the full tokens; EarlyTom, in both schedules, with every other method at the
-same ratio; an engine with its twin in PyTorch. P-values are not corrected for their number. To say that EarlyTom beats
+Compared on the same clips: everything with the full tokens; EarlyTom and "cells", in all their forms, with every other
+method at the same ratio, and with each other where frames are merged otherwise; an engine with its twin in PyTorch. P-values are not corrected for their number. To say that EarlyTom beats
 every control it has to beat each one, which needs no correction.
 """
 
@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from builder.evaluation import statistics
 from builder.evaluation.bench import Answers, Setting
 from builder.evaluation.engine import ENGINE, TWIN
-from builder.evaluation.methods import FULL
+from builder.evaluation.methods import FULL, Row
 from builder.evaluation.statistics import Estimate
 from builder.evaluation.timing import Times
 from earlytom.micro.data import KINDS
+
+
+OURS = ("cells", "earlytom")
 
 
 @dataclass(frozen=True)
@@ -159,13 +162,21 @@ def _pairs(settings: Sequence[Setting]) -> list[tuple[int, int]]:
     pairs = [(row, full) for row in range(len(settings)) if row != full]
     for one, first in enumerate(settings):
         for other, second in enumerate(settings):
-            ours, theirs = first.method.group == "earlytom", second.method.group == "earlytom"
             same_ratio = first.ratio is not None and first.ratio == second.ratio
-            # Of the two schedules, which are both ours, one order will do.
-            if ours and same_ratio and (not theirs or one < other):
+            if same_ratio and _compared((first.method, one), (second.method, other)):
                 pairs.append((one, other))
     names = [setting.method.name for setting in settings]
     return pairs + ([(names.index(ENGINE), names.index(TWIN))] if ENGINE in names else [])
+
+
+def _compared(first: tuple[Row, int], second: tuple[Row, int]) -> bool:
+    """Whether one row of the table is compared with another; of two of ours one order will do, "cells" first."""
+    (one, mine), (other, theirs) = first, second
+    if one.group == other.group == "budgets":  # the same frames, for they stand together
+        return (one.name.partition("@")[2], mine < theirs) == (other.name.partition("@")[2], True)
+    if one.group not in OURS or other.group == "budgets":
+        return False
+    return other.group not in OURS or (OURS.index(one.group), mine) < (OURS.index(other.group), theirs)
 
 
 def _row(settings: Sequence[Setting], name: str, ratio: float | None) -> int:

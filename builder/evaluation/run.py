@@ -21,7 +21,7 @@ from builder.evaluation.arguments import EvaluationSettings, checked
 from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run, task_checkpoint
 from builder.evaluation.blind import Blind, questions_of
 from builder.evaluation.engine import ENGINE, built_engine, check_engine
-from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
+from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS, FULL
 from builder.evaluation.options import AUTO, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
 from builder.evaluation.timing import measure_times
@@ -68,6 +68,7 @@ def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
     report.show_settings(trace, found, blind)
     trace.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
     report.show_comparisons(trace, found, pairs)
+    report.show_budgets(trace, found, pairs)
     report.show_kinds(trace, found, blind)
     engine = None if manifest is None else engine_record(manifest, answers, pairs, trace)
     whole = full_record(asked, checkpoint, job, answers, found, pairs, blind, engine)
@@ -163,6 +164,7 @@ def full_record(
         "questions": len(answers.clip),
         "object_tokens": float(answers.objects.mean()),
         "settings": job.config.to_dict(),
+        "cells": None if job.cells is None else job.cells.to_dict(),
         "ratios": list(job.ratios),
         "torch": torch.__version__,
         "no_video": None if blind is None else blind.to_dict(),
@@ -196,11 +198,12 @@ def summary(whole: dict[str, Any], found: Sequence[Result]) -> dict[str, Any]:
         "full": report.find(found, FULL, None),
         "budget": report.find(found, BUDGET, ratio),
         "adaptive": report.find(found, ADAPTIVE, ratio),
+        "cells": report.find(found, CELLS, ratio),
         "best_control": report.best_control(found, ratio),
     }
     names = ("method", "tokens", "accuracy", "relative")
     figures = {key: {name: result.to_dict()[name] for name in names} for key, result in shown.items() if result}
     shares = {key: result.relative.value for key, result in shown.items() if result and result.relative}
-    reached = {key: shares[key] >= AIM for key in ("budget", "adaptive") if key in shares}
+    reached = {key: shares[key] >= AIM for key in ("budget", "adaptive", "cells") if key in shares}
     keys = ("model", "trained", "split", "seed", "clips", "questions", "engine", "seconds")
     return {key: whole[key] for key in keys} | {"ratio": ratio, "aim": AIM, "aim_reached": reached} | figures
