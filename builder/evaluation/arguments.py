@@ -15,12 +15,15 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
+from earlytom.numbers import whole
 from runtime import cli
+from runtime.choices import MIN_FRAMES
 from runtime.engine.manifest import Manifest
 from runtime.measure.arguments import require_matplotlib
 
 if TYPE_CHECKING:
     from builder.evaluation.bench import EvaluationJob
+    from builder.evaluation.coverage.command import CoverageJob
     from runtime.checkpoint import Checkpoint
 
 EXAMPLES = """
@@ -33,6 +36,8 @@ examples:
       both methods with more frames merged, and earlier
   python -m builder.evaluate --methods budget --ratios 0.1 --engine auto
       builds an engine of that setting and asks it the same questions, in ONNX Runtime
+  python -m builder.evaluate --coverage holiday.mp4 street.mp4 --model ORG/NAME --frames 32 --plot coverage.png
+      what both methods lose of your own videos, in the features of your own model: no questions, no decoder
 
 methods (--methods takes names and groups):
   reference  full
@@ -57,6 +62,8 @@ class EvaluationSettings:
         ratios: as they were given. tau, merge_layers, frame_budget, power, rounds: the methods', None for the defaults.
         budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
             what each row is about.
+        coverage: videos to measure instead of the task's clips; none: the task. frames: of each, None for as many as
+            the model is meant to be shown.
         engine: a folder, `AUTO` for one that is built under `engines`, None for none.
         plot, json: files to write. json_only: show nothing but the JSON line.
     """
@@ -75,6 +82,8 @@ class EvaluationSettings:
     budgets: tuple[str, ...]
     bias: bool | None
     positions: str | None
+    coverage: tuple[Path, ...]
+    frames: int | None
     engine: str | None
     engines: Path
     workers: int
@@ -85,6 +94,11 @@ class EvaluationSettings:
     json_only: bool
     record: bool
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the default table is measured."""
+        return set(self.methods) == {"all"} and set(RATIOS) <= set(self.ratios)
+
 
 def read(argv: Sequence[str] | None) -> EvaluationSettings:
     """Parse, and refuse what can be refused without the model: loading one takes seconds.
@@ -94,7 +108,8 @@ def read(argv: Sequence[str] | None) -> EvaluationSettings:
     """
     given = vars(parser().parse_args(argv))
     json = given.pop("json")
-    given |= {name: tuple(given[name]) for name in ("methods", "ratios", "budgets")}
+    given["ratios"] = given["ratios"] or ((MAIN_RATIO,) if given["coverage"] else RATIOS)
+    given |= {name: tuple(given[name]) for name in ("methods", "ratios", "budgets", "coverage")}
     found = EvaluationSettings(**given, json=None if json in (None, "-") else Path(json), json_only=json == "-")
     check(found)
     return found
@@ -122,11 +137,23 @@ def parser() -> argparse.ArgumentParser:
         "--ratios",
         nargs="+",
         type=float,
-        default=list(RATIOS),
         metavar="R",
-        help=f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))})",
+        help=f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))}; coverage: "
+        f"{MAIN_RATIO})",
     )
     _method_options(p)
+    coverage = p.add_argument_group("coverage of your own videos")
+    coverage.add_argument(
+        "--coverage",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="VIDEO",
+        help="measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
+    )
+    coverage.add_argument(
+        "--frames", type=int, metavar="N", help="frames of each video (default: as many as the model is meant for)"
+    )
     engine = p.add_argument_group("engine")
     engine.add_argument(
         "--engine",
@@ -198,7 +225,7 @@ def _output_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="training clips to learn guessing without video from, 0 leaves that row out (default: 20000)",
     )
-    work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens")
+    work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens, or coverage")
     work.add_argument(
         "--json",
         nargs="?",
@@ -207,7 +234,9 @@ def _output_options(p: argparse.ArgumentParser) -> None:
         help="with FILE: write every figure there; alone: print nothing but the JSON line at the end",
     )
     work.add_argument(
-        "--record", action="store_true", help="make this the bundled model's record, which the tests hold it to"
+        "--record",
+        action="store_true",
+        help="make this the bundled model's record, which the tests hold it to; a part of the table is put into it",
     )
 
 
@@ -223,6 +252,10 @@ def check(asked: EvaluationSettings) -> None:
     for ratio in asked.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios must be in (0, 1], got {ratio}")
+    if asked.coverage:
+        check_coverage(asked)
+    elif asked.frames is not None:
+        raise UserError("--frames is for --coverage VIDEO...: the task's clips have their own number")
     cells_of(asked, settings_of(asked, None))
     for words in asked.budgets:
         merging_of(words)
@@ -236,6 +269,33 @@ def check(asked: EvaluationSettings) -> None:
         require_matplotlib()
     if asked.engine not in (None, AUTO):
         Manifest.read(Path(asked.engine), verify_files=False)
+
+
+def check_coverage(asked: EvaluationSettings) -> None:
+    """Raise UserError for a file that is none, or an option that has no part in coverage."""
+    for video in asked.coverage:
+        if not video.is_file():
+            raise UserError(f"--coverage {video}: no such file; give video files")
+    if asked.frames is not None:
+        whole("--frames", asked.frames, MIN_FRAMES)
+    if asked.engine is not None or asked.record or asked.budgets:
+        raise UserError("--coverage goes without --engine, --record and --budgets: it asks no questions")
+
+
+def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJob:
+    """The coverage that is asked for, of a model.
+
+    Raises:
+        UserError: a value that makes no sense with this model.
+    """
+    from builder.evaluation.coverage.command import CoverageJob
+    from earlytom.families import geometry
+
+    frames = asked.frames or checkpoint.frames
+    config = settings_of(asked, geometry(checkpoint.config).depth, frames)
+    return CoverageJob(
+        asked.coverage, frames, config, cells_of(asked, config), tuple(sorted(set(asked.ratios))), asked.plot
+    )
 
 
 def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
@@ -264,15 +324,22 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
     )
     job.rows(depth)
     if asked.record:
-        whole = set(asked.methods) == {"all"} and set(RATIOS) <= set(asked.ratios)
-        record.check_recordable(checkpoint, split=asked.split, seed=asked.seed, clips=asked.clips, whole=whole)
+        record.check_recordable(
+            checkpoint,
+            split=asked.split,
+            seed=asked.seed,
+            clips=asked.clips,
+            whole=asked.is_whole,
+            overruled=(asked.bias, asked.positions) != (None, None),
+        )
     return job
 
 
-def settings_of(asked: EvaluationSettings, depth: int | None) -> EarlyTomConfig:
-    """EarlyTom's settings: the defaults for a tower of this depth, changed by what was given.
+def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None = None) -> EarlyTomConfig:
+    """EarlyTom's settings for videos of some frames: the defaults for a tower of this depth, changed by what was given.
 
-    Where the depth is not known, None, what hangs on it is not checked.
+    Where the depth is not known, None, what hangs on it is not checked; frames are by default those of the task's
+    clips.
     """
     layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
     changes: dict[str, Any] = {"merge_layers": layers, "schedule": "budget"}
@@ -288,7 +355,8 @@ def settings_of(asked: EvaluationSettings, depth: int | None) -> EarlyTomConfig:
     config = EarlyTomConfig(**changes)
     if depth is not None:
         config.check_layers(depth)
-    frames_per_stage(FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
+    if depth is not None or not asked.coverage:  # what a model is meant for is known with its depth
+        frames_per_stage(frames or FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
     return config
 
 

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from builder.evaluation.options import Merging
+from builder.evaluation.options import FULL, Merging
 from builder.evaluation.passes import ClipPasses
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.select import affinity, likeness, saliency, select_rounds
@@ -40,7 +40,7 @@ from earlytom.methods.earlytom import EarlyTom
 from earlytom.standing import frame_times
 from runtime.text.places import Placing
 
-FULL, BUDGET, ADAPTIVE, CELLS = "full", "budget", "adaptive", "cells-rounds"
+BUDGET, ADAPTIVE, CELLS = "budget", "adaptive", "cells-rounds"
 Group = Literal["reference", "earlytom", "cells", "parts", "layers", "budgets", "controls", "engine"]
 # Choices of merge layers, and of frames that stay there, are compared at these ratios only.
 FEW_RATIOS = {"layers": (0.1,), "budgets": (0.05, 0.1)}

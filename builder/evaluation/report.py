@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS, FULL
-from builder.evaluation.options import MAIN_RATIO
+from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS
+from builder.evaluation.options import FULL, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result
 from builder.evaluation.statistics import Estimate
 from earlytom.micro.data import KINDS

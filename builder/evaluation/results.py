@@ -1,8 +1,9 @@
 """From answers to figures: accuracy with its interval, cost, and paired comparisons; as plain JSON types too.
 
 Compared on the same clips: everything with the full tokens; EarlyTom and "cells", in all their forms, with every other
-method at the same ratio, and with each other where frames are merged otherwise; an engine with its twin in PyTorch. P-values are not corrected for their number. To say that EarlyTom beats
-every control it has to beat each one, which needs no correction.
+method at the same ratio, and with each other where frames are merged otherwise; an engine with its twin in PyTorch.
+P-values are not corrected for their number. To say that EarlyTom beats every control it has to beat each one, which
+needs no correction.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from numpy.typing import NDArray
 from builder.evaluation import statistics
 from builder.evaluation.bench import Answers, Setting
 from builder.evaluation.engine import ENGINE, TWIN
-from builder.evaluation.methods import FULL, Row
+from builder.evaluation.methods import Row
+from builder.evaluation.options import FULL
 from builder.evaluation.statistics import Estimate
 from builder.evaluation.timing import Times
 from earlytom.micro.data import KINDS
 
-
-OURS = ("cells", "earlytom")
+OURS = ("cells", "earlytom")  # groups
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,25 @@ class Result:
             "relative": _triple(self.relative),
             "kinds": {kind: _triple(estimate) for kind, estimate in self.kinds.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        """Inverse of `to_dict`."""
+        times = values["vision_ms"], values["prefill_ms"]
+        return cls(
+            name=values["method"],
+            title=values["title"],
+            group=values["group"],
+            ratio=values["ratio"],
+            accuracy=Estimate(*values["accuracy"]),
+            relative=_estimate(values["relative"]),
+            kinds={kind: _estimate(triple) for kind, triple in values["kinds"].items()},
+            tokens=values["tokens"],
+            frames=values["frames"],
+            vision=values["vision_flops"],
+            prefill=values["prefill_flops"],
+            times=None if None in times else Times(*times),
+        )
 
 
 @dataclass(frozen=True)
@@ -195,3 +215,8 @@ def _by_kind(answers: Answers, right: NDArray[np.bool_]) -> dict[str, Estimate |
 def _triple(estimate: Estimate | None) -> list[float] | None:
     """[value, low, high]."""
     return None if estimate is None else [estimate.value, estimate.low, estimate.high]
+
+
+def _estimate(triple: list[float] | None) -> Estimate | None:
+    """Inverse of `_triple`."""
+    return None if triple is None else Estimate(*triple)
