@@ -2,7 +2,8 @@
 
     python -m builder.evaluate --plot accuracy.png
 
-Checks everything that was asked for; the stages of a measurement are in `builder.evaluation.run`.
+Checks everything that was asked for; the stages of a measurement are in `builder.evaluation.run`. With `--coverage` it
+measures videos of the user's instead (`builder.evaluation.coverage`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from builder.evaluation import run
 
     screen = cli.Screen(json_only=asked.json_only)
-    screen.result(run.measure(asked, screen))
+    screen.result(run.measure_coverage(asked, screen) if asked.coverage else run.measure(asked, screen))
     return 0
 
 

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS
+from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS, Merging
 from earlytom.budget import frames_per_stage
+from earlytom.cells.config import CellsConfig
 from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
+from earlytom.numbers import whole
 from runtime import cli
+from runtime.choices import MIN_FRAMES
 from runtime.engine.manifest import Manifest
 from runtime.measure.arguments import require_matplotlib
 
 if TYPE_CHECKING:
     from builder.evaluation.bench import EvaluationJob
+    from builder.evaluation.coverage.command import CoverageJob
     from runtime.checkpoint import Checkpoint
 
 EXAMPLES = """
@@ -28,14 +32,21 @@ examples:
       the whole table of the bundled model: 2,000 clips of the test split
   python -m builder.evaluate --split validation --clips 300 --methods budget controls --ratios 0.1 --tau 0.7
       choose a setting, on clips that the table is not made of
+  python -m builder.evaluate --methods cells-rounds budget budgets --ratios 0.05 0.1 --budgets 2,4,6:8,6,4 1,3,5:8,6,4
+      both methods with more frames merged, and earlier
   python -m builder.evaluate --methods budget --ratios 0.1 --engine auto
       builds an engine of that setting and asks it the same questions, in ONNX Runtime
+  python -m builder.evaluate --coverage holiday.mp4 street.mp4 --model ORG/NAME --frames 32 --plot coverage.png
+      what both methods lose of your own videos, in the features of your own model: no questions, no decoder
 
 methods (--methods takes names and groups):
   reference  full
-  earlytom   budget, adaptive
-  parts      merging, merging-adaptive (all tokens of the merged frames), selection (no frame is merged)
+  earlytom   budget, adaptive, budget-bias (the decoder is told how many tokens each one stands for)
+  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing)
+  parts      merging, merging-adaptive (all tokens of the merged frames), selection (no frame is merged), diverse
+             (merging of budget, selection of cells), selection-diverse (that selection alone)
   layers     budget with other merge layers; at ratio 0.10
+  budgets    cells and budget with the merge layers and frames of --budgets; at ratios 0.05 and 0.10
   controls   random, frames, top-k, pooling, pooling-space: as many tokens as budget has, chosen otherwise
 
 The exit status is 0 when everything was measured, 2 when something asked for cannot be done, 130 after Ctrl-C.
@@ -48,7 +59,11 @@ class EvaluationSettings:
 
     Attributes:
         model: a source, None for the bundled one.
-        ratios: as they were given. tau, merge_layers, frame_budget: EarlyTom's, None for the defaults.
+        ratios: as they were given. tau, merge_layers, frame_budget, power, rounds: the methods', None for the defaults.
+        budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
+            what each row is about.
+        coverage: videos to measure instead of the task's clips; none: the task. frames: of each, None for as many as
+            the model is meant to be shown.
         engine: a folder, `AUTO` for one that is built under `engines`, None for none.
         plot, json: files to write. json_only: show nothing but the JSON line.
     """
@@ -62,6 +77,13 @@ class EvaluationSettings:
     tau: float | None
     merge_layers: str | None
     frame_budget: str | None
+    power: float | None
+    rounds: int | None
+    budgets: tuple[str, ...]
+    bias: bool | None
+    positions: str | None
+    coverage: tuple[Path, ...]
+    frames: int | None
     engine: str | None
     engines: Path
     workers: int
@@ -72,6 +94,11 @@ class EvaluationSettings:
     json_only: bool
     record: bool
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the default table is measured."""
+        return set(self.methods) == {"all"} and set(RATIOS) <= set(self.ratios)
+
 
 def read(argv: Sequence[str] | None) -> EvaluationSettings:
     """Parse, and refuse what can be refused without the model: loading one takes seconds.
@@ -81,7 +108,8 @@ def read(argv: Sequence[str] | None) -> EvaluationSettings:
     """
     given = vars(parser().parse_args(argv))
     json = given.pop("json")
-    given |= {name: tuple(given[name]) for name in ("methods", "ratios")}
+    given["ratios"] = given["ratios"] or ((MAIN_RATIO,) if given["coverage"] else RATIOS)
+    given |= {name: tuple(given[name]) for name in ("methods", "ratios", "budgets", "coverage")}
     found = EvaluationSettings(**given, json=None if json in (None, "-") else Path(json), json_only=json == "-")
     check(found)
     return found
@@ -109,19 +137,22 @@ def parser() -> argparse.ArgumentParser:
         "--ratios",
         nargs="+",
         type=float,
-        default=list(RATIOS),
         metavar="R",
-        help=f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))})",
+        help=f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))}; coverage: "
+        f"{MAIN_RATIO})",
     )
-    method = p.add_argument_group("EarlyTom's settings")
-    method.add_argument(
-        "--tau", type=float, metavar="T", help="similarity below which a new segment starts (default: 0.8)"
+    _method_options(p)
+    coverage = p.add_argument_group("coverage of your own videos")
+    coverage.add_argument(
+        "--coverage",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="VIDEO",
+        help="measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
     )
-    method.add_argument(
-        "--merge-layers", metavar="L,L,L", help="layers after which frames are merged (default: scaled to the tower)"
-    )
-    method.add_argument(
-        "--frame-budget", metavar="SHARE|N,N,N", help="frames kept at each merge layer, budget schedule (default: 0.75)"
+    coverage.add_argument(
+        "--frames", type=int, metavar="N", help="frames of each video (default: as many as the model is meant for)"
     )
     engine = p.add_argument_group("engine")
     engine.add_argument(
@@ -135,6 +166,43 @@ def parser() -> argparse.ArgumentParser:
     )
     _output_options(p)
     return p
+
+
+def _method_options(p: argparse.ArgumentParser) -> None:
+    method = p.add_argument_group("the methods' settings")
+    method.add_argument(
+        "--tau", type=float, metavar="T", help="EarlyTom: similarity below which a new segment starts (default: 0.8)"
+    )
+    method.add_argument(
+        "--merge-layers", metavar="L,L,L", help="layers after which frames are merged (default: scaled to the tower)"
+    )
+    method.add_argument(
+        "--frame-budget", metavar="SHARE|N,N,N", help="frames kept at each merge layer, budget schedule (default: 0.75)"
+    )
+    method.add_argument(
+        "--power",
+        type=float,
+        metavar="X",
+        help="cells: how far a cell prefers the frame in which it differs; 0 averages (default: 4)",
+    )
+    method.add_argument("--rounds", type=int, metavar="N", help="cells: rounds in which tokens are taken (default: 7)")
+    method.add_argument(
+        "--budgets",
+        nargs="+",
+        default=[],
+        metavar="L,L:N,N",
+        help="merge layers and frames (counts, or a share) to measure both methods with, too",
+    )
+    method.add_argument(
+        "--bias",
+        action=argparse.BooleanOptionalAction,
+        help="tell the decoder of every method how many tokens each one stands for (default: as the method is meant)",
+    )
+    method.add_argument(
+        "--positions",
+        choices=("original", "consecutive"),
+        help="where the decoder of every method takes tokens to be (default: as the method is meant)",
+    )
 
 
 def _output_options(p: argparse.ArgumentParser) -> None:
@@ -157,7 +225,7 @@ def _output_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="training clips to learn guessing without video from, 0 leaves that row out (default: 20000)",
     )
-    work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens")
+    work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens, or coverage")
     work.add_argument(
         "--json",
         nargs="?",
@@ -166,7 +234,9 @@ def _output_options(p: argparse.ArgumentParser) -> None:
         help="with FILE: write every figure there; alone: print nothing but the JSON line at the end",
     )
     work.add_argument(
-        "--record", action="store_true", help="make this the bundled model's record, which the tests hold it to"
+        "--record",
+        action="store_true",
+        help="make this the bundled model's record, which the tests hold it to; a part of the table is put into it",
     )
 
 
@@ -182,7 +252,13 @@ def check(asked: EvaluationSettings) -> None:
     for ratio in asked.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios must be in (0, 1], got {ratio}")
-    settings_of(asked, None)
+    if asked.coverage:
+        check_coverage(asked)
+    elif asked.frames is not None:
+        raise UserError("--frames is for --coverage VIDEO...: the task's clips have their own number")
+    cells_of(asked, settings_of(asked, None))
+    for words in asked.budgets:
+        merging_of(words)
     for path in (asked.plot, asked.json):
         # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
         if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
@@ -195,6 +271,33 @@ def check(asked: EvaluationSettings) -> None:
         Manifest.read(Path(asked.engine), verify_files=False)
 
 
+def check_coverage(asked: EvaluationSettings) -> None:
+    """Raise UserError for a file that is none, or an option that has no part in coverage."""
+    for video in asked.coverage:
+        if not video.is_file():
+            raise UserError(f"--coverage {video}: no such file; give video files")
+    if asked.frames is not None:
+        whole("--frames", asked.frames, MIN_FRAMES)
+    if asked.engine is not None or asked.record or asked.budgets:
+        raise UserError("--coverage goes without --engine, --record and --budgets: it asks no questions")
+
+
+def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJob:
+    """The coverage that is asked for, of a model.
+
+    Raises:
+        UserError: a value that makes no sense with this model.
+    """
+    from builder.evaluation.coverage.command import CoverageJob
+    from earlytom.families import geometry
+
+    frames = asked.frames or checkpoint.frames
+    config = settings_of(asked, geometry(checkpoint.config).depth, frames)
+    return CoverageJob(
+        asked.coverage, frames, config, cells_of(asked, config), tuple(sorted(set(asked.ratios))), asked.plot
+    )
+
+
 def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
     """The measurement that is asked for, of a model.
 
@@ -203,43 +306,82 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
     """
     from builder.evaluation import record
     from builder.evaluation.bench import EvaluationJob
-    from builder.evaluation.methods import chosen, methods
     from earlytom.families import geometry
 
     depth = geometry(checkpoint.config).depth
     config = settings_of(asked, depth)
-    chosen(methods(config, depth), asked.methods)
+    job = EvaluationJob(
+        checkpoint.source,
+        config,
+        asked.methods,
+        tuple(sorted(set(asked.ratios))),
+        asked.split,
+        asked.seed,
+        cells=cells_of(asked, config),
+        budgets=tuple(dict.fromkeys(map(merging_of, asked.budgets))),
+        bias=asked.bias,
+        original=None if asked.positions is None else asked.positions == "original",
+    )
+    job.rows(depth)
     if asked.record:
-        whole = set(asked.methods) == {"all"} and set(RATIOS) <= set(asked.ratios)
-        record.check_recordable(checkpoint, split=asked.split, seed=asked.seed, clips=asked.clips, whole=whole)
-    ratios = tuple(sorted(set(asked.ratios)))
-    return EvaluationJob(checkpoint.source, config, asked.methods, ratios, asked.split, asked.seed)
+        record.check_recordable(
+            checkpoint,
+            split=asked.split,
+            seed=asked.seed,
+            clips=asked.clips,
+            whole=asked.is_whole,
+            overruled=(asked.bias, asked.positions) != (None, None),
+        )
+    return job
 
 
-def settings_of(asked: EvaluationSettings, depth: int | None) -> EarlyTomConfig:
-    """EarlyTom's settings: the defaults for a tower of this depth, changed by what was given.
+def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None = None) -> EarlyTomConfig:
+    """EarlyTom's settings for videos of some frames: the defaults for a tower of this depth, changed by what was given.
 
-    Where the depth is not known, None, what hangs on it is not checked.
+    Where the depth is not known, None, what hangs on it is not checked; frames are by default those of the task's
+    clips.
     """
     layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
     changes: dict[str, Any] = {"merge_layers": layers, "schedule": "budget"}
     if asked.merge_layers is not None:
         changes["merge_layers"] = tuple(_numbers(asked.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
     if asked.frame_budget is not None:
-        counts = "," in asked.frame_budget
-        budget = _numbers(
-            asked.frame_budget, "--frame-budget", "a share such as 0.75, or one count a merge", whole=counts
-        )
-        changes["frame_budget"] = tuple(budget) if counts else budget[0]
-        if depth is None and counts and asked.merge_layers is None:  # a small tower has fewer layers to merge after
-            changes["merge_layers"] = tuple(range(len(budget)))
+        budget = _frames(asked.frame_budget, "--frame-budget")
+        changes["frame_budget"] = budget
+        if depth is None and isinstance(budget, tuple) and asked.merge_layers is None:
+            changes["merge_layers"] = tuple(range(len(budget)))  # a small tower has fewer layers to merge after
     if asked.tau is not None:
         changes["tau"] = asked.tau
     config = EarlyTomConfig(**changes)
     if depth is not None:
         config.check_layers(depth)
-    frames_per_stage(FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
+    if depth is not None or not asked.coverage:  # what a model is meant for is known with its depth
+        frames_per_stage(frames or FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
     return config
+
+
+def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
+    """The settings of "cells": the same merge layers and frames as EarlyTom, changed by what was given."""
+    changes = {name: value for name in ("power", "rounds") if (value := getattr(asked, name)) is not None}
+    return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **changes)
+
+
+def merging_of(words: str) -> Merging:
+    """One of `--budgets`. Raises UserError for what is none, or has more frames than the task's clips."""
+    example = "merge layers and frames such as 2,4,6:8,6,4 or 2,4:0.5"
+    layers, colon, frames = words.partition(":")
+    if not colon:
+        raise UserError(f"--budgets {words!r}: give {example}")
+    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(frames, "--budgets"))
+    CellsConfig(merge_layers=found.layers, frame_budget=found.frames)
+    frames_per_stage(FRAMES, merges=len(found.layers), frame_budget=found.frames)
+    return found
+
+
+def _frames(text: str, option: str) -> float | tuple[int, ...]:
+    counts = "," in text
+    budget = _numbers(text, option, "a share such as 0.75, or one count a merge", whole=counts)
+    return tuple(budget) if counts else budget[0]
 
 
 def _numbers(text: str, option: str, example: str, *, whole: bool = True) -> list[Any]:

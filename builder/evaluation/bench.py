@@ -26,10 +26,13 @@ from torch import Tensor
 from builder.compile.child import end_with_parent
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
 from builder.evaluation.methods import Row, Visual, chosen, methods
+from builder.evaluation.options import Merging
 from builder.evaluation.passes import ClipPasses, VisionPass
 from builder.micro.labels import object_cells
+from builder.micro.packing import Standing
 from builder.micro.scoring import Outcome, Scorer
 from earlytom import flops
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import family_of
@@ -51,6 +54,7 @@ class EvaluationJob:
         ratios: retention ratios.
         split, seed: of the task's clips; the seed is also that of random tokens.
         engine: an engine folder to measure beside the methods, or None.
+        cells, budgets, bias, original: as `methods.methods` has them.
     """
 
     source: str
@@ -60,6 +64,23 @@ class EvaluationJob:
     split: str = "test"
     seed: int = 0
     engine: str | None = None
+    cells: CellsConfig | None = None
+    budgets: tuple[Merging, ...] = ()
+    bias: bool | None = None
+    original: bool | None = None
+
+    def rows(self, depth: int) -> list[Row]:
+        """What is measured in a tower of `depth` layers. Raises UserError as `methods.methods` and `chosen` do."""
+        known = methods(
+            self.config,
+            depth,
+            seed=self.seed,
+            cells=self.cells,
+            budgets=self.budgets,
+            bias=self.bias,
+            original=self.original,
+        )
+        return chosen(known, self.methods)
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,12 @@ class Setting:
     def visual(self, clip: ClipPasses) -> Visual:
         """What the decoder sees of a clip."""
         return self.method.visual(clip, 1.0 if self.ratio is None else self.ratio)
+
+    def standing(self, clip: ClipPasses, visual: Visual) -> Standing:
+        """What the decoder is told of what it sees."""
+        told = self.method.told
+        place, bias = visual.place if told.original else None, visual.bias if told.bias else None
+        return Standing(len(clip.frames) * clip.cells, place, bias)
 
 
 @dataclass(frozen=True)
@@ -139,8 +166,7 @@ class EvaluationBench:
         self.tokenizer = load_tokenizer(self.checkpoint)
         self.scorer = Scorer(self.model, self.tokenizer)
         self.vision = VisionPass(VisionPart.from_model(self.model), self.checkpoint)
-        known = methods(self.job.config, self.vision.depth, seed=self.job.seed)
-        found = chosen(known, self.job.methods)
+        found = self.job.rows(self.vision.depth)
         if self.job.engine is not None:
             found += engine_methods(self.job.engine)
         self.settings = tuple(Setting(method, ratio) for method in found for ratio in method.ratios(self.job.ratios))
@@ -160,19 +186,21 @@ class EvaluationBench:
         known: dict[bytes, list[list[Outcome]]] = {}
         for setting in self.settings:
             visual = [setting.visual(clip) for clip in clips]
-            key = _digest([one.tokens for one in visual])
+            tokens = [one.tokens for one in visual]
+            told = [setting.standing(clip, one) for clip, one in zip(clips, visual, strict=True)]
+            key = _digest([*tokens, *(one.place for one in told), *(one.bias for one in told)])
             if key not in known:  # some settings coincide, as keeping all tokens of few frames does
-                known[key] = self.scorer.score([one.tokens for one in visual], packs)
+                known[key] = self.scorer.score(tokens, packs, told)
             outcomes.append(known[key])
             costs.append([self.cost(one) for one in visual])
-        tokens, frames, vision, prefill = np.array(costs, np.int64).transpose(2, 0, 1)
+        counted, frames, vision, prefill = np.array(costs, np.int64).transpose(2, 0, 1)
         counts = [len(asked) for asked in questions]
         return Answers(
             clip=np.repeat(np.arange(len(clips)), counts),
             kind=np.array([list(KINDS).index(question.kind) for asked in questions for question in asked]),
             right=np.array([[outcome.right for clip in row for outcome in clip] for row in outcomes]),
             same=self._same(outcomes),
-            tokens=tokens,
+            tokens=counted,
             frames=frames,
             vision=vision,
             prefill=prefill,
@@ -269,10 +297,11 @@ def _measure(indices: range) -> Answers:
     return _bench.measure(indices)
 
 
-def _digest(tensors: Sequence[Tensor]) -> bytes:
+def _digest(tensors: Sequence[Tensor | None]) -> bytes:
     """Equal for equal tensors only."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(f"{tuple(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().numpy().data)
+        sha.update(f"{None if tensor is None else tuple(tensor.shape)}".encode())
+        if tensor is not None:
+            sha.update(tensor.contiguous().numpy().data)
     return sha.digest()

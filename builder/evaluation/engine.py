@@ -92,7 +92,7 @@ def engine_methods(folder: str) -> list[Row]:
     def twin(clip: ClipPasses, ratio: float) -> Visual:
         method = EarlyTom(config)
         done = clip.run(method)
-        return Visual(done.choose(method), done.stages, config.merge_layers)
+        return Visual(done.choose(method).tokens, done.stages, config.merge_layers)
 
     what = f"{config.schedule} {config.retention_ratio:g}"
     return [

@@ -10,6 +10,9 @@ given the number of tokens N that EarlyTom's budget schedule keeps at that ratio
   merged; EarlyTom without its merging, and without an equal share for each frame;
 * pooling, pooling-space: averages over the cells of a grid with N cells or fewer.
 
+A row also says what the decoder is told of the tokens besides themselves (`runtime.text.places.Placing`): how many of
+the video's tokens each stands for (bias), and where it was.
+
 Notation: F frames, P tokens a frame after pooling, E width of the decoder, N tokens.
 """
 
@@ -18,22 +21,30 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from builder.evaluation.options import FULL, Merging
 from builder.evaluation.passes import ClipPasses
+from earlytom.cells.config import CellsConfig
+from earlytom.cells.select import affinity, likeness, saliency, select_rounds
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.method import Method
+from earlytom.method import Method, State
+from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.standing import frame_times
+from runtime.text.places import Placing
 
-FULL, BUDGET, ADAPTIVE = "full", "budget", "adaptive"
-Group = Literal["reference", "earlytom", "parts", "layers", "controls", "engine"]
-# Choices of merge layers are compared at this ratio only.
-LAYER_RATIOS = (0.1,)
+BUDGET, ADAPTIVE, CELLS = "budget", "adaptive", "cells-rounds"
+Group = Literal["reference", "earlytom", "cells", "parts", "layers", "budgets", "controls", "engine"]
+# Choices of merge layers, and of frames that stay there, are compared at these ratios only.
+FEW_RATIOS = {"layers": (0.1,), "budgets": (0.05, 0.1)}
+NOTHING, BOTH = Placing(), Placing(original=True, bias=True)
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,14 @@ class Visual:
         tokens: [N, E].
         stages: frames that the tower ran on before the first merge and after each one.
         merge_layers: after which layers the frames were merged.
+        place, bias: [N] int64 and fp32, see `earlytom.standing`; None where nobody knows.
     """
 
     tokens: Tensor
     stages: tuple[int, ...]
     merge_layers: tuple[int, ...] = ()
+    place: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Row:
         name: on the command line; title: in tables; group: what it is compared as.
         scaled: whether the retention ratio matters.
         visual: of a clip at a ratio.
+        told: what the decoder is told of the tokens, as far as it is known.
     """
 
     name: str
@@ -66,46 +81,78 @@ class Row:
     group: Group
     scaled: bool
     visual: Callable[[ClipPasses, float], Visual]
+    told: Placing = NOTHING
 
     def ratios(self, wanted: Sequence[float]) -> tuple[float | None, ...]:
         """At which of the wanted ratios it is measured; (None,) where the ratio does not matter."""
         if not self.scaled:
             return (None,)
-        if self.group == "layers":
-            return tuple(ratio for ratio in wanted if ratio in LAYER_RATIOS) or tuple(wanted)
-        return tuple(wanted)
+        few = FEW_RATIOS.get(self.group, wanted)
+        return tuple(ratio for ratio in wanted if ratio in few) or tuple(wanted)
 
 
-def methods(base: EarlyTomConfig, depth: int, *, seed: int = 0) -> dict[str, Row]:
+class DiverseEarlyTom(EarlyTom):
+    """EarlyTom's merging (budget schedule) with the selection of "cells": what that alone is worth."""
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        """As many tokens as EarlyTom, but those that are salient and unlike each other."""
+        counts = self.counts(state.frames, features.shape[1])
+        assert counts is not None  # the budget schedule
+        tokens = features.flatten(0, 1)
+        if counts.tokens == len(tokens):  # nothing to leave out
+            return tokens, torch.arange(len(tokens), device=tokens.device)
+        time = frame_times(state.sources)[0].float().repeat_interleave(features.shape[1])
+        alike = likeness(affinity(tokens, time, state.frames))
+        taken = select_rounds(saliency(tokens), alike, counts.tokens, CellsConfig.rounds or 1)
+        return tokens.index_select(0, taken), taken
+
+
+def methods(
+    base: EarlyTomConfig,
+    depth: int,
+    *,
+    seed: int = 0,
+    cells: CellsConfig | None = None,
+    budgets: Sequence[Merging] = (),
+    bias: bool | None = None,
+    original: bool | None = None,
+) -> dict[str, Row]:
     """All methods by name.
 
     Args:
         base: EarlyTom's settings; its ratio and schedule play no part.
         depth: of the vision tower.
         seed: of the random tokens.
+        cells: the settings of "cells", of which the ratio plays no part; default: the same layers and frames.
+        budgets: other merge layers and frame counts to measure both methods with.
+        bias, original: what the decoder is told of every row's tokens; None: what the row says.
 
     Raises:
         UserError: a merge layer that the tower does not have.
     """
     base.check_layers(depth)
+    if cells is None:
+        cells = CellsConfig(merge_layers=base.merge_layers, frame_budget=base.frame_budget)
     budget = base.replace(schedule="budget", retention_ratio=1.0)
     adaptive = budget.replace(schedule="adaptive")
     unmerged = _with_layers(budget, ())
-    names = ",".join(map(str, base.merge_layers)) or "none"
     found = [
-        Row(FULL, "full tokens", "reference", False, lambda clip, _: _all(clip, unmerged)),
+        Row(FULL, "full tokens", "reference", False, _all(unmerged)),
         Row(BUDGET, "EarlyTom budget", "earlytom", True, _earlytom(budget)),
         Row(ADAPTIVE, "EarlyTom adaptive", "earlytom", True, _earlytom(adaptive)),
-        Row("merging", "frame merging alone, budget", "parts", False, lambda clip, _: _all(clip, budget)),
-        Row("merging-adaptive", "frame merging alone, adaptive", "parts", False, lambda clip, _: _all(clip, adaptive)),
+        Row("budget-bias", "EarlyTom budget, bias", "earlytom", True, _earlytom(budget), Placing(bias=True)),
+        *_cells_rows(cells),
+        Row("merging", "frame merging alone, budget", "parts", False, _all(budget)),
+        Row("merging-adaptive", "frame merging alone, adaptive", "parts", False, _all(adaptive)),
         Row("selection", "token selection alone", "parts", True, _earlytom(unmerged)),
+        Row("diverse", "EarlyTom merging, diverse tokens", "parts", True, _diverse(budget), BOTH),
+        Row("selection-diverse", "diverse tokens alone", "parts", True, _diverse(unmerged), BOTH),
+        *_layer_rows(budget, depth),
+        *_budget_rows(budget, cells, depth, budgets),
+        *_controls(budget, unmerged, depth, seed),
     ]
-    for layers in layer_choices(base.merge_layers, depth):
-        name = "-".join(map(str, layers))
-        title = f"merging after {','.join(map(str, layers))} (not {names})"
-        found.append(Row(f"layers-{name}", title, "layers", True, _earlytom(_with_layers(budget, layers))))
-    found += _controls(budget, unmerged, depth, seed)
-    return {method.name: method for method in found}
+    told = {name: value for name, value in (("bias", bias), ("original", original)) if value is not None}
+    return {row.name: replace(row, told=replace(row.told, **told)) for row in found}
 
 
 def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
@@ -144,22 +191,63 @@ def _with_layers(config: EarlyTomConfig, layers: tuple[int, ...]) -> EarlyTomCon
     return config.replace(merge_layers=layers, frame_budget=budget)
 
 
-def _all(clip: ClipPasses, config: EarlyTomConfig) -> Visual:
-    done = clip.run(EarlyTom(config))
-    return Visual(done.tokens, done.stages, config.merge_layers)
+def _all(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
+    """All tokens of the frames that these settings leave."""
+    method = EarlyTom(config.replace(retention_ratio=1.0))
+    return lambda clip, _: _chosen(clip, method)
 
 
 def _earlytom(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
-    def visual(clip: ClipPasses, ratio: float) -> Visual:
-        return _chosen(clip, EarlyTom(config.replace(retention_ratio=ratio)))
+    return lambda clip, ratio: _chosen(clip, EarlyTom(config.replace(retention_ratio=ratio)))
 
-    return visual
+
+def _diverse(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
+    return lambda clip, ratio: _chosen(clip, DiverseEarlyTom(config.replace(retention_ratio=ratio)))
+
+
+def _cells(config: CellsConfig) -> Callable[[ClipPasses, float], Visual]:
+    return lambda clip, ratio: _chosen(clip, Cells(config.replace(retention_ratio=ratio)))
+
+
+def _cells_rows(config: CellsConfig) -> list[Row]:
+    rounds = "greedy" if config.rounds is None else f"{config.rounds} rounds"
+    return [
+        Row(CELLS, f"cells, {rounds}", "cells", True, _cells(config), BOTH),
+        Row("cells-greedy", "cells, greedy", "cells", True, _cells(config.replace(rounds=None)), BOTH),
+        Row("cells-plain", "cells, no bias, no positions", "cells", True, _cells(config)),
+    ]
+
+
+def _layer_rows(budget: EarlyTomConfig, depth: int) -> list[Row]:
+    """EarlyTom with other merge layers."""
+    names = ",".join(map(str, budget.merge_layers)) or "none"
+    found = []
+    for layers in layer_choices(budget.merge_layers, depth):
+        listed = ",".join(map(str, layers))
+        name, title = "layers-" + listed.replace(",", "-"), f"merging after {listed} (not {names})"
+        found.append(Row(name, title, "layers", True, _earlytom(_with_layers(budget, layers))))
+    return found
+
+
+def _budget_rows(budget: EarlyTomConfig, cells: CellsConfig, depth: int, budgets: Sequence[Merging]) -> list[Row]:
+    """Both methods with other merge layers and frame counts, named METHOD@LAYERS:FRAMES."""
+    found = []
+    for merging in budgets:
+        changes = {"merge_layers": merging.layers, "frame_budget": merging.frames}
+        theirs, ours = budget.replace(**changes), cells.replace(**changes)
+        theirs.check_layers(depth)
+        found += [
+            Row(f"cells@{merging}", f"cells, {merging}", "budgets", True, _cells(ours), BOTH),
+            Row(f"{BUDGET}@{merging}", f"EarlyTom, {merging}", "budgets", True, _earlytom(theirs)),
+        ]
+    return found
 
 
 def _chosen(clip: ClipPasses, method: Method, of: Method | None = None) -> Visual:
     """What `method` keeps of its own pass, or of that of another method that leaves the tower as it does."""
     done = clip.run(of or method)
-    return Visual(done.choose(method), done.stages, method.layers)
+    kept = done.choose(method)
+    return Visual(kept.tokens, done.stages, (of or method).layers, kept.place, kept.bias)
 
 
 def _controls(budget: EarlyTomConfig, unmerged: EarlyTomConfig, depth: int, seed: int) -> list[Row]:
@@ -176,7 +264,8 @@ def _controls(budget: EarlyTomConfig, unmerged: EarlyTomConfig, depth: int, seed
 
     def frames(clip: ClipPasses, ratio: float) -> Visual:
         kept = EvenFrames(math.ceil(count(clip, ratio) / clip.cells)).frames(len(clip.frames))
-        return Visual(clip.some_frames(kept, whole).flatten(0, 1), (len(kept),))
+        place = torch.tensor(kept)[:, None] * clip.cells + torch.arange(clip.cells)
+        return Visual(clip.some_frames(kept, whole).flatten(0, 1), (len(kept),), place=place.flatten())
 
     def top_k(clip: ClipPasses, ratio: float) -> Visual:
         return _chosen(clip, TopK(count(clip, ratio), deciding))

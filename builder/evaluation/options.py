@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.50)
 MAIN_RATIO = 0.1  # of the paper's headline figure
 # A record is of the default table, and of this many clips at least.
 CLIPS = 2000
+FULL = "full"  # the row that everything is compared with
 AUTO = "auto"  # an engine to be built for the measurement, or found built
+
+
+class Merging(NamedTuple):
+    """A choice of merge layers and of the frames that stay at them: a share, or a count for each."""
+
+    layers: tuple[int, ...]
+    frames: float | tuple[int, ...]
+
+    def __str__(self) -> str:
+        frames = self.frames if isinstance(self.frames, tuple) else (self.frames,)
+        return ":".join(",".join(map(str, numbers)) for numbers in (self.layers, frames))

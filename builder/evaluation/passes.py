@@ -2,7 +2,7 @@
 
 Choosing tokens comes after the projector. So all retention ratios of one way of merging share a pass, and so do the
 controls that choose among the tokens of the unmerged clip. `Pass.choose` makes of a pass exactly what
-`earlytom.encoder.encode` gives with that method.
+`earlytom.encoder.encode` gives with that method: the tokens, and what they stand for.
 
 Notation: F frames, F' frames left, P tokens a frame after pooling, E width of the decoder, N tokens kept.
 """
@@ -11,13 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from earlytom.encoder import encode
-from earlytom.families import family_of
+from earlytom.families import Vision, family_of
 from earlytom.method import Method, State
 from runtime.checkpoint import Checkpoint, VisionPart
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The tokens that a method keeps of a pass.
+
+    Attributes:
+        tokens: [N, E].
+        place: [N] int64, `frame of the video * P + cell`.
+        bias: [N] fp32, see `earlytom.standing`.
+    """
+
+    tokens: Tensor
+    place: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,14 +56,25 @@ class Pass:
         """Frames before the first merge and after each one."""
         return tuple(self.state.stages)
 
-    @property
-    def tokens(self) -> Tensor:
-        """[F' * P, E]: all of them, in time and raster order."""
-        return self.features.flatten(0, 1)
+    def choose(self, method: Method) -> Kept:
+        """What a method keeps of it, in time and raster order."""
+        tokens, positions = method.choose(self.features, self.relevance, self.state)
+        return Kept(tokens, *method.standing(self.features, positions, self.state))
 
-    def choose(self, method: Method) -> Tensor:
-        """[N, E]: the tokens that a method keeps of it."""
-        return method.choose(self.features, self.relevance, self.state)[0]
+
+class _Watched:
+    """A method, as the encoder calls it, that remembers the state of the run."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self.state: State | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        self.state = self._method.begin(vision, frames, device)
+        return self.state
 
 
 class VisionPass:
@@ -60,7 +88,7 @@ class VisionPass:
     def __init__(self, part: VisionPart, checkpoint: Checkpoint) -> None:
         family = family_of(checkpoint.config)
         frame = family.geometry(checkpoint.config)
-        self.depth, self.cells, self._cells = frame.depth, frame.tokens_per_frame, frame.cells
+        self.depth, self.cells = frame.depth, frame.tokens_per_frame
         self._vision = family.vision(part.vision_tower, part.projector)
         self._scale, self._shift = checkpoint.preprocessing.affine()
 
@@ -68,16 +96,9 @@ class VisionPass:
         """One pass over uint8 frames [F, 3, H, W]; which tokens `method` would choose of it plays no part."""
         pixels = frames.float() * self._scale + self._shift  # as the runtime's reference backend makes them
         trace: dict[str, Tensor] = {}
-        seen = encode(self._vision, pixels, method, depth=self.depth, trace=trace)
-        state = State(
-            self._vision,
-            list(seen.frames_per_stage),
-            seen.sources,
-            self._cells,
-            seen.segment_start,
-            trace.get("static"),
-        )
-        return Pass(trace["features"], trace.get("relevance"), state)
+        watched: Any = _Watched(method)
+        encode(self._vision, pixels, watched, depth=self.depth, trace=trace)
+        return Pass(trace["features"], trace.get("relevance"), watched.state)
 
 
 class ClipPasses:

@@ -1,7 +1,8 @@
 """Accuracy against visual tokens, one line a method, as a PNG. matplotlib is loaded when a plot is asked for.
 
 The lines of what is compared at the same number of tokens; single settings (frame merging alone) are points, and the
-choices of merge layers are left to the table.
+choices of merge layers are left to the table. Where frames were merged in several ways (group "budgets") there is a
+second panel: accuracy against what the vision part costs, for both methods and the controls.
 """
 
 from __future__ import annotations
@@ -10,15 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from builder.evaluation.methods import FULL
+from builder.evaluation.methods import BUDGET, CELLS
+from builder.evaluation.options import FULL
+from builder.evaluation.report import main_ratio
 from builder.evaluation.results import Result
 
-_SIZE, _DPI = (9.0, 5.0), 160  # inches; a README shows about 900 pixels
+_SIZE, _WIDE, _DPI = (9.0, 5.0), (14.0, 5.0), 160  # inches; a README shows about 900 pixels
 _OURS, _OURS_TOO = "#D55E00", "#0072B2"
 # Method -> colour and marker. The colours can be told apart with any colour vision (Okabe and Ito).
 _STYLES = {
+    "cells-rounds": ("#882255", "H"),
+    "cells-greedy": ("#AA4499", "h"),
+    "cells-plain": ("#AA4499", "1"),
     "budget": (_OURS, "o"),
+    "budget-bias": ("#882200", "p"),
     "adaptive": (_OURS_TOO, "s"),
+    "diverse": ("#44AA99", "d"),
+    "selection-diverse": ("#117733", "P"),
     "merging": (_OURS, "*"),
     "merging-adaptive": (_OURS_TOO, "*"),
     "selection": ("#000000", "P"),
@@ -43,30 +52,68 @@ def draw(found: Sequence[Result], path: Path, *, caption: str, chance: float | N
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    priced = [result for result in found if result.group == "budgets"]
+    figure = Figure(figsize=_WIDE if priced else _SIZE, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)  # no display is needed, and pyplot's global state stays untouched
-    axes = figure.subplots()
+    panels = figure.subplots(1, 2 if priced else 1, squeeze=False, sharey=True)[0]
+    axes = panels[0]
     full = next(result for result in found if result.name == FULL)
-    axes.axhline(100 * full.accuracy.value, color="black", linewidth=1, linestyle="--", zorder=1)
+    for panel in panels:
+        _reference(panel, full.accuracy.value, "full tokens", "black", "--")
+        if chance is not None:
+            _reference(panel, chance, "no video", "grey", ":")
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
     drawn = {name: [result for result in found if result.name == name] for name in _STYLES}
     for name, results in drawn.items():
         if results:
             _line(axes, results, *_STYLES[name])
     axes.set_xscale("log")
-    rightmost = (1.0, 100 * full.accuracy.value)
-    axes.annotate("full tokens", rightmost, (0, 4), axes.get_yaxis_transform(), "offset points", ha="right")
-    if chance is not None:
-        axes.axhline(100 * chance, color="grey", linewidth=1, linestyle=":", zorder=1)
-        axes.annotate("no video", (1.0, 100 * chance), (0, 4), axes.get_yaxis_transform(), "offset points", ha="right")
-    ticks = sorted({round(result.tokens) for result in (*drawn["budget"], full)})
+    ticks = sorted({round(result.tokens) for result in (*drawn[BUDGET], *drawn[CELLS], full)})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="visual tokens a clip (mean, log scale)", ylabel="accuracy, %", title=caption)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    if priced:
+        _costs(panels[1], found, full.vision)
     if any(drawn.values()):
-        figure.legend(fontsize="small", frameon=False, loc="outside right center")
+        figure.legend(*axes.get_legend_handles_labels(), fontsize="small", frameon=False, loc="outside right center")
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _reference(axes: Any, accuracy: float, label: str, colour: str, style: str) -> None:
+    """A thin line across, at an accuracy."""
+    axes.axhline(100 * accuracy, color=colour, linewidth=1, linestyle=style, zorder=1)
+    place = (1.0, 100 * accuracy)
+    axes.annotate(label, place, (0, 4), axes.get_yaxis_transform(), "offset points", ha="right")
+
+
+def _costs(axes: Any, found: Sequence[Result], whole: float) -> None:
+    """Accuracy against the share of the full vision arithmetic: both methods as their frames are merged, filled at the
+    main ratio, and the controls at it. What the decisions cost is in neither."""
+    main = main_ratio(found)
+    ratios = sorted({result.ratio for result in found if result.group == "budgets" and result.ratio is not None})
+    for name, one in ((CELLS, "cells"), (BUDGET, "budget")):
+        for ratio in ratios:
+            row = [r for r in found if r.ratio == ratio and (r.name == name or r.name.startswith(f"{one}@"))]
+            _points(axes, row, whole, *_STYLES[name], filled=ratio == main)
+    for name in ("frames", "top-k", "random", "pooling"):
+        _points(axes, [r for r in found if (r.name, r.ratio) == (name, main)], whole, *_STYLES[name], filled=True)
+    axes.axvline(50, color="#bbbbbb", linewidth=1, zorder=1)
+    shown = ", ".join(f"{'filled' if ratio == main else 'open'}: {ratio:g}" for ratio in ratios)
+    axes.set(xlabel="vision arithmetic, % of full", title=f"frames merged otherwise; ratio {shown}")
+
+
+def _points(axes: Any, row: Sequence[Result], whole: float, colour: str, marker: str, *, filled: bool) -> None:
+    """Results beside each other, as far as they are there."""
+    axes.plot(
+        [100 * result.vision / whole for result in row],
+        [100 * result.accuracy.value for result in row],
+        color=colour,
+        marker=marker,
+        markersize=6,
+        markerfacecolor=colour if filled else "white",
+        linestyle="none",
+    )
 
 
 def _line(axes: Any, results: Sequence[Result], colour: str, marker: str) -> None:
@@ -75,7 +122,7 @@ def _line(axes: Any, results: Sequence[Result], colour: str, marker: str) -> Non
     value = [100 * result.accuracy.value for result in results]
     below = [100 * (result.accuracy.value - result.accuracy.low) for result in results]
     above = [100 * (result.accuracy.high - result.accuracy.value) for result in results]
-    ours, single = results[0].group == "earlytom", marker == "*"
+    ours, single = results[0].name in (CELLS, BUDGET), marker == "*"
     axes.errorbar(
         [result.tokens for result in results],
         value,

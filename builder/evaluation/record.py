@@ -1,7 +1,8 @@
 """What was measured, as JSON: the file of a run, and the bundled model's own record that a test holds it to.
 
 `accuracy.json` beside the bundled weights is such a file, written by `python -m builder.evaluate --record` from the
-whole test split. It names the weights by their digest, so that one that belongs to other weights is noticed.
+whole test split. It names the weights by their digest, so that one that belongs to other weights is noticed. A part of
+the table, measured on the same clips, can be put into it (`joined`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from builder.evaluation.options import CLIPS
+from builder.evaluation.options import CLIPS, FULL
 from earlytom import micro
 from earlytom.errors import UserError
 from runtime.checkpoint import MICRO, Checkpoint
@@ -21,23 +22,55 @@ PATH = micro.PATH / micro.ACCURACY_FILE
 _WEIGHTS = "model.safetensors"
 
 
-def check_recordable(checkpoint: Checkpoint, *, split: str, seed: int, clips: int, whole: bool) -> None:
+def check_recordable(
+    checkpoint: Checkpoint, *, split: str, seed: int, clips: int, whole: bool, overruled: bool = False
+) -> None:
     """Refuse to record what would not be the bundled model's accuracy.
 
     Args:
-        whole: all default methods and ratios are measured.
+        whole: all default methods and ratios are measured; if not, there must be a record on as many clips.
+        overruled: the decoder is told otherwise than the methods say.
 
     Raises:
-        UserError: another model, weights that are not trained, other clips, or a part of the table.
+        UserError: another model, weights that are not trained, other clips, or rows that are not what they are called.
     """
     if checkpoint.source != MICRO or not checkpoint.trained:
         what = "are not trained" if checkpoint.source == MICRO else f"are those of {checkpoint.source}"
         raise UserError(f"--record is for the trained bundled model, and these weights {what}: use --json FILE")
-    if (split, seed) != ("test", 0) or clips < CLIPS or not whole:
+    if (split, seed) != ("test", 0) or clips < CLIPS or overruled:
         raise UserError(
-            f"--record is for the whole table on {CLIPS} clips or more of the test split with seed 0: leave out "
-            "--split, --seed, --methods, --ratios and --clips, or use --json FILE"
+            f"--record is for {CLIPS} clips or more of the test split with seed 0: leave out --split, --seed, --clips, "
+            "--bias and --positions, or use --json FILE"
         )
+    if not whole and (recorded := read()["clips"]) != clips:
+        raise UserError(
+            f"--record of a part of the table goes into the record, which is of {recorded} clips: give --clips "
+            f"{recorded}, or leave out --methods and --ratios"
+        )
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record with the rows of another measurement on the same clips put into it, where it has them in their place.
+
+    Raises:
+        UserError: they are of other weights, clips or settings, or the full tokens were answered otherwise.
+    """
+    for name in ("weights", "split", "seed", "clips", "questions", "settings"):
+        if _rounded(old[name]) != _rounded(new[name]):
+            raise UserError(f"--record: {name} is {new[name]}, and {old[name]} in the record: make the whole one again")
+    before, after = (next(one for one in record["results"] if one["method"] == FULL) for record in (old, new))
+    if _rounded(before["accuracy"]) != _rounded(after["accuracy"]):
+        raise UserError(
+            f"--record: the full tokens were {100 * after['accuracy'][0]:.2f} % right, and are "
+            f"{100 * before['accuracy'][0]:.2f} % in the record: make the whole one again"
+        )
+    kept = old | {name: new[name] for name in ("cells", "told") if name in new}
+    kept["ratios"] = sorted({*old["ratios"], *new["ratios"]})
+    for name, keys in (("results", ("method", "ratio")), ("comparisons", ("name", "ratio", "to", "to_ratio"))):
+        rows = {tuple(row[key] for key in keys): row for row in old[name]}
+        measured = {tuple(row[key] for key in keys): row for row in new[name] if row.get("method") != FULL}
+        kept[name] = [*(rows | measured).values()]
+    return kept
 
 
 def weights_digest(folder: Path = micro.PATH) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
-from builder.evaluation.options import MAIN_RATIO
+from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS
+from builder.evaluation.options import FULL, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result
 from builder.evaluation.statistics import Estimate
 from earlytom.micro.data import KINDS
 from runtime.trace import Trace
 
-COMPARED = ("reference", "parts", "layers", "controls")
+COMPARED = ("reference", "cells", "earlytom", "parts", "layers", "controls")
 
 
 def main_ratio(found: Sequence[Result]) -> float | None:
@@ -62,9 +62,9 @@ def show_settings(trace: Trace, found: Sequence[Result], guess: Guess | None) ->
 
 
 def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
-    """EarlyTom against the others on the same clips, at the main ratio."""
+    """ "cells" and EarlyTom against the others on the same clips, at the main ratio; then what else was merged."""
     ratio = main_ratio(found)
-    for name in (BUDGET, ADAPTIVE):
+    for name in (CELLS, BUDGET, ADAPTIVE):
         if ratio is None or (ours := find(found, name, ratio)) is None:
             continue
         rows = []
@@ -79,10 +79,26 @@ def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comp
         )
 
 
+def show_budgets(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
+    """Both methods with other merge layers and frames, against each other and against the full tokens."""
+    rows = []
+    for result in found:
+        if result.group != "budgets":
+            continue
+        mine = [pair for pair in pairs if (pair.name, pair.ratio) == (result.name, result.ratio)]
+        by_group = {find(found, pair.to, pair.to_ratio).group: points(pair.difference) for pair in mine}  # type: ignore[union-attr]
+        full = find(found, FULL, None)
+        assert full is not None  # always among them
+        share = f"{100 * result.vision / full.vision:.0f} %"
+        rows.append((result.title, result.ratio, share, by_group.get("reference", ""), by_group.get("budgets", "")))
+    if rows:
+        trace.table(("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom"), rows, title="budgets")
+
+
 def show_kinds(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
-    """Accuracy by kind of question: of the full tokens, of EarlyTom and of the best control at the main ratio."""
+    """Accuracy by kind of question: of the full tokens, our methods and the best control at the main ratio."""
     ratio = main_ratio(found)
-    named = [find(found, FULL, None), find(found, BUDGET, ratio), find(found, ADAPTIVE, ratio)]
+    named = [find(found, FULL, None), *(find(found, name, ratio) for name in (CELLS, BUDGET, ADAPTIVE))]
     shown = [result for result in (*named, best_control(found, ratio)) if result is not None]
     columns = [_label(result) for result in shown]
     rows = []

@@ -1,8 +1,9 @@
 """From answers to figures: accuracy with its interval, cost, and paired comparisons; as plain JSON types too.
 
-Compared on the same clips: everything with the full tokens; EarlyTom, in both schedules, with every other method at the
-same ratio; an engine with its twin in PyTorch. P-values are not corrected for their number. To say that EarlyTom beats
-every control it has to beat each one, which needs no correction.
+Compared on the same clips: everything with the full tokens; EarlyTom and "cells", in all their forms, with every other
+method at the same ratio, and with each other where frames are merged otherwise; an engine with its twin in PyTorch.
+P-values are not corrected for their number. To say that EarlyTom beats every control it has to beat each one, which
+needs no correction.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 from builder.evaluation import statistics
 from builder.evaluation.bench import Answers, Setting
 from builder.evaluation.engine import ENGINE, TWIN
-from builder.evaluation.methods import FULL
+from builder.evaluation.methods import Row
+from builder.evaluation.options import FULL
 from builder.evaluation.statistics import Estimate
 from builder.evaluation.timing import Times
 from earlytom.micro.data import KINDS
+
+OURS = ("cells", "earlytom")  # groups
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,25 @@ class Result:
             "relative": _triple(self.relative),
             "kinds": {kind: _triple(estimate) for kind, estimate in self.kinds.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        """Inverse of `to_dict`."""
+        times = values["vision_ms"], values["prefill_ms"]
+        return cls(
+            name=values["method"],
+            title=values["title"],
+            group=values["group"],
+            ratio=values["ratio"],
+            accuracy=Estimate(*values["accuracy"]),
+            relative=_estimate(values["relative"]),
+            kinds={kind: _estimate(triple) for kind, triple in values["kinds"].items()},
+            tokens=values["tokens"],
+            frames=values["frames"],
+            vision=values["vision_flops"],
+            prefill=values["prefill_flops"],
+            times=None if None in times else Times(*times),
+        )
 
 
 @dataclass(frozen=True)
@@ -159,13 +182,21 @@ def _pairs(settings: Sequence[Setting]) -> list[tuple[int, int]]:
     pairs = [(row, full) for row in range(len(settings)) if row != full]
     for one, first in enumerate(settings):
         for other, second in enumerate(settings):
-            ours, theirs = first.method.group == "earlytom", second.method.group == "earlytom"
             same_ratio = first.ratio is not None and first.ratio == second.ratio
-            # Of the two schedules, which are both ours, one order will do.
-            if ours and same_ratio and (not theirs or one < other):
+            if same_ratio and _compared((first.method, one), (second.method, other)):
                 pairs.append((one, other))
     names = [setting.method.name for setting in settings]
     return pairs + ([(names.index(ENGINE), names.index(TWIN))] if ENGINE in names else [])
+
+
+def _compared(first: tuple[Row, int], second: tuple[Row, int]) -> bool:
+    """Whether one row of the table is compared with another; of two of ours one order will do, "cells" first."""
+    (one, mine), (other, theirs) = first, second
+    if one.group == other.group == "budgets":  # the same frames, for they stand together
+        return (one.name.partition("@")[2], mine < theirs) == (other.name.partition("@")[2], True)
+    if one.group not in OURS or other.group == "budgets":
+        return False
+    return other.group not in OURS or (OURS.index(one.group), mine) < (OURS.index(other.group), theirs)
 
 
 def _row(settings: Sequence[Setting], name: str, ratio: float | None) -> int:
@@ -184,3 +215,8 @@ def _by_kind(answers: Answers, right: NDArray[np.bool_]) -> dict[str, Estimate |
 def _triple(estimate: Estimate | None) -> list[float] | None:
     """[value, low, high]."""
     return None if estimate is None else [estimate.value, estimate.low, estimate.high]
+
+
+def _estimate(triple: list[float] | None) -> Estimate | None:
+    """Inverse of `_triple`."""
+    return None if triple is None else Estimate(*triple)

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 
 from builder.evaluation import plot, record, report
-from builder.evaluation.arguments import EvaluationSettings, checked
+from builder.evaluation.arguments import EvaluationSettings, checked, coverage_job
 from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run, task_checkpoint
 from builder.evaluation.blind import Blind, questions_of
+from builder.evaluation.coverage.command import cover
 from builder.evaluation.engine import ENGINE, built_engine, check_engine
-from builder.evaluation.methods import ADAPTIVE, BUDGET, FULL
-from builder.evaluation.options import AUTO, MAIN_RATIO
+from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS
+from builder.evaluation.options import AUTO, FULL, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
 from builder.evaluation.timing import measure_times
 from builder.gate.limits import GATES
 from builder.micro.card import write_card
-from runtime.checkpoint import MICRO, Checkpoint
+from runtime.checkpoint import MICRO, Checkpoint, describe
 from runtime.engine.manifest import Manifest
 from runtime.trace import Trace
 
@@ -68,12 +69,23 @@ def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
     report.show_settings(trace, found, blind)
     trace.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
     report.show_comparisons(trace, found, pairs)
+    report.show_budgets(trace, found, pairs)
     report.show_kinds(trace, found, blind)
     engine = None if manifest is None else engine_record(manifest, answers, pairs, trace)
     whole = full_record(asked, checkpoint, job, answers, found, pairs, blind, engine)
     whole["seconds"] = time.monotonic() - started
-    save(asked, whole, found, blind, trace)
+    save(asked, whole, found, trace)
     return summary(whole, found)
+
+
+def measure_coverage(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
+    """What the methods lose of some videos; the record of the JSON line. Raises UserError as `coverage.command`."""
+    checkpoint = describe(asked.model)
+    found = cover(coverage_job(asked, checkpoint), checkpoint, trace)
+    if asked.json is not None:
+        record.write(asked.json, found)
+        trace.line(f"figures: {asked.json}")
+    return found
 
 
 def engine_folder(engine: str, engines: Path, job: EvaluationJob, trace: Trace) -> Path:
@@ -163,6 +175,8 @@ def full_record(
         "questions": len(answers.clip),
         "object_tokens": float(answers.objects.mean()),
         "settings": job.config.to_dict(),
+        "cells": None if job.cells is None else job.cells.to_dict(),
+        "told": {"bias": asked.bias, "positions": asked.positions},
         "ratios": list(job.ratios),
         "torch": torch.__version__,
         "no_video": None if blind is None else blind.to_dict(),
@@ -172,20 +186,23 @@ def full_record(
     }
 
 
-def save(
-    asked: EvaluationSettings, whole: dict[str, Any], found: Sequence[Result], blind: Guess | None, trace: Trace
-) -> None:
-    """Write the files that were asked for."""
+def save(asked: EvaluationSettings, whole: dict[str, Any], found: Sequence[Result], trace: Trace) -> None:
+    """Write the files that were asked for; what is put into a record is drawn with the rest of it."""
     if asked.json is not None:
         record.write(asked.json, whole)
         trace.line(f"figures: {asked.json}")
     if asked.record:
+        if not asked.is_whole:
+            whole = record.joined(record.read(), whole)
+            found = [Result.from_dict(row) for row in whole["results"]]
         record.write(record.PATH, whole)
         write_card(record.PATH.parent)
         trace.line(f"record: {record.PATH}, and the model card beside it")
     if asked.plot is not None:
+        guessed = whole["no_video"]
+        chance = None if guessed is None else guessed["accuracy"][0]
         caption = f"{whole['questions']:,} questions about {whole['clips']:,} clips, 95 % intervals"
-        plot.draw(found, asked.plot, caption=caption, chance=None if blind is None else blind.accuracy.value)
+        plot.draw(found, asked.plot, caption=caption, chance=chance)
         trace.line(f"plot: {asked.plot}")
 
 
@@ -196,11 +213,12 @@ def summary(whole: dict[str, Any], found: Sequence[Result]) -> dict[str, Any]:
         "full": report.find(found, FULL, None),
         "budget": report.find(found, BUDGET, ratio),
         "adaptive": report.find(found, ADAPTIVE, ratio),
+        "cells": report.find(found, CELLS, ratio),
         "best_control": report.best_control(found, ratio),
     }
     names = ("method", "tokens", "accuracy", "relative")
     figures = {key: {name: result.to_dict()[name] for name in names} for key, result in shown.items() if result}
     shares = {key: result.relative.value for key, result in shown.items() if result and result.relative}
-    reached = {key: shares[key] >= AIM for key in ("budget", "adaptive") if key in shares}
+    reached = {key: shares[key] >= AIM for key in ("budget", "adaptive", "cells") if key in shares}
     keys = ("model", "trained", "split", "seed", "clips", "questions", "engine", "seconds")
     return {key: whole[key] for key in keys} | {"ratio": ratio, "aim": AIM, "aim_reached": reached} | figures

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from builder.evaluation.bench import EvaluationBench, Setting
 from builder.evaluation.passes import ClipPasses
+from builder.micro.packing import Standing
 from earlytom.families import family_of
 from runtime.decoder.eager import Decoder
 from runtime.measure.clock import Laps
-from runtime.text.prompt import build_prompt, splice
+from runtime.text.places import Placing
+from runtime.text.prompt import Prompt, build_prompt, splice
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ def measure_times(bench: EvaluationBench, clips: Sequence[int], progress: Callab
 
         def one(setting: Setting, clip: ClipPasses = clip, question: str = question) -> tuple[float, float]:
             laps = Laps(bench.model.device, ("vision", "prefill"))
-            tokens = setting.visual(ClipPasses(bench.vision, clip.frames, clip.number)).tokens
+            alone = ClipPasses(bench.vision, clip.frames, clip.number)
+            visual = setting.visual(alone)
             laps("vision")
-            prefill(tokens, question)
+            prefill(visual.tokens, question, setting.standing(alone, visual))
             laps("prefill")
             return laps.seconds["vision"], laps.seconds["prefill"]
 
@@ -68,8 +71,22 @@ class Prefill:
         self._decoder = Decoder.from_model(model)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, question: str) -> int:
-        """The first token of the answer to a question about visual tokens [N, E]."""
-        embeds = splice(build_prompt(self._tokenizer, question), tokens, self._newline, self._decoder.embed)
-        with closing(self._decoder.stream(embeds, max_new_tokens=1)) as stream:
+    def __call__(self, tokens: Tensor, question: str, standing: Standing | None = None) -> int:
+        """The first token of the answer to a question about visual tokens [N, E], which stand for more."""
+        prompt = build_prompt(self._tokenizer, question)
+        embeds = splice(prompt, tokens, self._newline, self._decoder.embed)
+        told = {} if standing is None else _told(prompt, len(tokens), standing)
+        with closing(self._decoder.stream(embeds, max_new_tokens=1, **told)) as stream:
             return next(stream)
+
+
+def _told(prompt: Prompt, count: int, standing: Standing) -> dict[str, Any]:
+    """Positions and bias of a whole prompt with `count` visual tokens."""
+    place, bias = standing.place, standing.bias
+    return Placing(original=place is not None, bias=bias is not None).of_prompt(
+        len(prompt.prefix_ids),
+        torch.zeros(count, dtype=torch.int64) if place is None else place,
+        torch.zeros(count) if bias is None else bias,
+        standing.full,
+        len(prompt.suffix_ids),
+    )

@@ -79,12 +79,28 @@ class Packer:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What the decoder is told of a clip's visual tokens besides themselves, see `runtime.text.places`.
+
+    Attributes:
+        full: visual tokens if none had been left out; above every place.
+        place: [N] int64, where they were in the video; None: they stand one after the other.
+        bias: [N] fp32, added to the attention logits of their keys; None: nothing is.
+    """
+
+    full: int
+    place: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Some clips' sequences as the decoder takes them.
 
     Attributes:
         embeddings: [B, L + V + T, E].
-        mask: [B, 1, L + V + T, L + V + T] bool, True where a token (row) sees another.
+        mask: [B, 1, L + V + T, L + V + T], True where a token (row) sees another; where a clip has a bias, fp32 that is
+            added to the attention logits.
         positions: [B, L + V + T] of the rotary embedding.
         target: [B, T] as in `Pack`, padded with `IGNORE`.
         block: [B, T] as in `Pack`, padded with -1.
@@ -98,7 +114,12 @@ class Batch:
 
 
 def batch(
-    prefix: Tensor, visual: Sequence[Tensor], packs: Sequence[Pack], embed: Any, stretch: Tensor | None = None
+    prefix: Tensor,
+    visual: Sequence[Tensor],
+    packs: Sequence[Pack],
+    embed: Any,
+    stretch: Tensor | None = None,
+    standing: Sequence[Standing | None] | None = None,
 ) -> Batch:
     """Lay out the sequences of some clips.
 
@@ -108,6 +129,8 @@ def batch(
         packs: for each clip its questions.
         embed: the decoder's embedding, ids to vectors; everything is put on the device of its weights.
         stretch: [B], the distance between the positions of neighbouring visual tokens; 1 if not given.
+        standing: for each clip what its first visual tokens stand for; what closes them stands behind all places, and
+            the questions go on from there. None: nothing is told.
     """
     count, lead = len(packs), len(prefix)
     device = embed.weight.device
@@ -126,9 +149,8 @@ def batch(
     start = embed(prefix.to(device))[None].expand(count, -1, -1)
     embeddings = torch.cat((start, video.to(start), embed(ids)), 1)
 
-    step = torch.ones(count, device=device) if stretch is None else stretch.to(device)
-    along = lead + step[:, None] * torch.arange(longest, device=device)
-    end = lead + step * seen  # the position after the last visual token
+    told = [None] * count if standing is None else standing
+    along, end = _along(lead, seen, longest, stretch, told)
     begin = torch.arange(lead, dtype=along.dtype, device=device).expand(count, -1)
     positions = torch.cat((begin, along, end[:, None] + place), 1)
 
@@ -137,7 +159,36 @@ def batch(
     mask[:, :, lead:width] &= (torch.arange(longest, device=device) < seen[:, None])[:, None]
     mask[:, width:, width:] &= block[:, :, None] == block[:, None, :]
     mask |= torch.eye(total, dtype=torch.bool, device=device)  # padding sees itself, or its softmax would be empty
-    return Batch(embeddings, mask[:, None], positions, target, block)
+    return Batch(embeddings, _biased(mask, told, lead)[:, None], positions, target, block)
+
+
+def _along(
+    lead: int, seen: Tensor, longest: int, stretch: Tensor | None, told: Sequence[Standing | None]
+) -> tuple[Tensor, Tensor]:
+    """Positions [B, V] of visual tokens, of which `seen [B]` are there, and the position [B] after them."""
+    count, device = len(seen), seen.device
+    step = torch.ones(count, device=device) if stretch is None else stretch.to(device)
+    along = lead + step[:, None] * torch.arange(longest, device=device)
+    end = lead + step * seen
+    for row, one in enumerate(told):
+        if one is not None and one.place is not None:
+            kept, closing = len(one.place), int(seen[row]) - len(one.place)
+            along[row, :kept] = one.place.to(along) + lead
+            along[row, kept : kept + closing] = lead + one.full + torch.arange(closing, device=device)
+            end[row] = lead + one.full + closing
+    return along, end
+
+
+def _biased(mask: Tensor, told: Sequence[Standing | None], lead: int) -> Tensor:
+    """The mask [B, L + V + T, L + V + T] with the bias of each clip's keys, if any clip has one."""
+    biases = [None if one is None else one.bias for one in told]
+    if all(bias is None for bias in biases):
+        return mask
+    added = torch.zeros(len(mask), 1, mask.shape[-1], device=mask.device)
+    for row, bias in enumerate(biases):
+        if bias is not None:
+            added[row, 0, lead : lead + len(bias)] = bias.to(added)
+    return added.expand(mask.shape).masked_fill(~mask, torch.finfo(added.dtype).min)
 
 
 def logits(model: Any, sequences: Batch, at: Tensor | None = None) -> Tensor:

@@ -6,7 +6,8 @@
 
 The decoder sees what it sees at inference: the prompt, the visual tokens, what closes them, the question.
 All questions of some clips run in one pass (see `packing`), which tells exactly what greedy decoding would begin with.
-Knows nothing of where visual tokens come from, and does not ask how sure the model is.
+It may be told what the tokens stand for: `scorer.score(tokens, packs, standing)`. Knows nothing of where visual tokens
+come from, and does not ask how sure the model is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from builder.micro import packing
-from builder.micro.packing import IGNORE, Batch, Pack, Packer
+from builder.micro.packing import IGNORE, Batch, Pack, Packer, Standing
 from earlytom.families import family_of
 from earlytom.micro.data import Question
 
@@ -59,31 +60,37 @@ class Scorer:
         return self._packer.pack([(question.text, question.answer) for question in questions])
 
     @torch.inference_mode()
-    def score(self, visual: Sequence[Tensor], packs: Sequence[Pack]) -> list[list[Outcome]]:
+    def score(
+        self, visual: Sequence[Tensor], packs: Sequence[Pack], standing: Sequence[Standing] | None = None
+    ) -> list[list[Outcome]]:
         """Ask every clip's questions.
 
         Args:
             visual: for each clip its visual tokens [N_i, E], without the newline; N_i may differ, and may be 0.
             packs: for each clip its questions, from `pack`; at least one question each.
+            standing: for each clip what its tokens stand for; None tells nothing.
 
         Returns:
             For each clip, the outcomes in the order of its questions.
 
         Raises:
-            ValueError: not as many packs as clips.
+            ValueError: not as many packs, or not as much to tell, as clips.
         """
         if len(visual) != len(packs):
             raise ValueError(
                 f"{len(visual)} clips and {len(packs)} packs of questions: expected one pack for each clip"
             )
+        if standing is not None and len(standing) != len(visual):
+            raise ValueError(f"{len(visual)} clips, and {len(standing)} of them are told of: expected all or none")
         closing = family_of(self._model.config).closing(self._model.model)
         embed = self._model.get_input_embeddings()
         ends = [] if closing is None else [closing.detach()[None]]
         outcomes: list[list[Outcome]] = []
         for start in range(0, len(packs), self._batch):
-            some = packs[start : start + self._batch]
-            closed = [torch.cat((tokens.to(embed.weight), *ends)) for tokens in visual[start : start + self._batch]]
-            sequences = packing.batch(self._packer.prefix, closed, some, embed)
+            these = slice(start, start + self._batch)
+            some, told = packs[these], None if standing is None else standing[these]
+            closed = [torch.cat((tokens.to(embed.weight), *ends)) for tokens in visual[these]]
+            sequences = packing.batch(self._packer.prefix, closed, some, embed, standing=told)
             scores = packing.logits(self._model, sequences)
             right = packing.right_answers(scores, sequences, some)
             said = _said(scores.argmax(-1), sequences, some)

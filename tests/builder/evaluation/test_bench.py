@@ -9,10 +9,13 @@ import pytest
 
 from builder.evaluation import bench as bench_module
 from builder.evaluation import report
-from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run
+from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, Setting, run
 from builder.evaluation.blind import Blind, questions_of
+from builder.evaluation.options import Merging
 from builder.evaluation.results import Result, comparisons, results
 from builder.evaluation.timing import Prefill
+from builder.micro.packing import Standing
+from builder.micro.scoring import Scorer
 from earlytom import flops
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.micro.data import KINDS, Question, labelled_clip
@@ -39,9 +42,9 @@ def test_equal_settings_are_asked_once(
     asked: list[int] = []
     real = bench.scorer.score
 
-    def score(visual: Any, packs: Any) -> Any:
+    def score(visual: Any, packs: Any, standing: Any) -> Any:
         asked.append(len(visual))
-        return real(visual, packs)
+        return real(visual, packs, standing)
 
     monkeypatch.setattr(bench.scorer, "score", score)
     again = bench.measure(range(3))
@@ -88,15 +91,50 @@ def test_clips_may_be_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> 
             assert np.array_equal(getattr(spread, name), getattr(whole, name)), (workers, name)
 
 
-def test_the_decoders_first_token_is_the_scorers(answered: tuple[EvaluationBench, Answers]) -> None:
-    """The prefill that is timed is the one that is scored."""
-    bench, _ = answered
-    clip, known = bench.clip(0)
-    questions = known.questions
-    tokens = bench.settings[0].visual(clip).tokens
+def test_the_decoders_first_token_is_the_scorers() -> None:
+    """The prefill that is timed is the one that is scored, with what the decoder is told of the tokens; told nothing
+    (negative control), some answers begin otherwise."""
+    bench = EvaluationBench(EvaluationJob("micro", BASE, ("full", "cells-rounds", "budget-bias"), (0.05,)))
     prefill = Prefill(bench.model, bench.tokenizer)
-    (outcomes,) = bench.scorer.score([tokens], [bench.scorer.pack(questions)])
-    assert [prefill(tokens, question.text) for question in questions] == [outcome.said[0] for outcome in outcomes]
+    differs = 0
+    for setting in bench.settings:
+        for index in range(3):
+            clip, known = bench.clip(index)
+            questions = known.questions
+            visual = setting.visual(clip)
+            told = setting.standing(clip, visual)
+            assert (told.bias is None) == (setting.method.name == "full")
+            assert (told.place is None) == (setting.method.name != "cells-rounds")
+            (outcomes,) = bench.scorer.score([visual.tokens], [bench.scorer.pack(questions)], [told])
+            said = [outcome.said[0] for outcome in outcomes]
+            assert [prefill(visual.tokens, question.text, told) for question in questions] == said
+            untold = [prefill(visual.tokens, question.text) for question in questions]
+            assert setting.method.name != "full" or untold == said
+            differs += untold != said
+    assert differs
+
+
+def test_what_is_told_is_part_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens with and without bias are two settings, and an option overrules what a row is about."""
+    words = ("budget", "budget-bias", "cells-rounds")
+    asked: list[list[Standing]] = []
+
+    def score(self: Any, visual: Any, packs: Any, standing: list[Standing]) -> Any:
+        asked.append(standing)
+        return real(self, visual, packs, standing)
+
+    real = Scorer.score
+    monkeypatch.setattr(Scorer, "score", score)
+    for bias, original, wanted in (
+        (None, None, [(False, False), (False, False), (False, True), (True, True)]),
+        (True, None, [(False, True), (False, True), (True, True)]),
+        (False, True, [(True, False), (True, False), (True, False)]),
+    ):
+        asked.clear()
+        job = EvaluationJob("micro", BASE, words, (0.1,), bias=bias, original=original)
+        EvaluationBench(job).measure(range(1))
+        assert [(one.place is not None, one.bias is not None) for (one,) in asked] == wanted  # full first
+        assert all(one.full == 400 for (one,) in asked)
 
 
 def test_guessing_without_video() -> None:
@@ -151,6 +189,24 @@ def test_figures_and_comparisons(answered: tuple[EvaluationBench, Answers]) -> N
     assert pairs["budget", "frames"].difference.low > 0
     assert pairs["budget", "frames"].p < 0.001
     assert pairs["adaptive", "frames"].p == 1
+
+
+def test_both_methods_are_compared_with_all_others_and_where_the_frames_are_the_same() -> None:
+    merging = Merging((1, 3), (8, 4)), Merging((1, 3), (4, 2))
+    words = ("cells-rounds", "cells-greedy", "budget", "top-k", "budgets")
+    job = EvaluationJob("micro", BASE, words, (0.1,), budgets=merging)
+    settings = [Setting(row, ratio) for row in job.rows(8) for ratio in row.ratios(job.ratios)]
+    names = [one.method.name for one in settings]
+    right = [[False] * 6 for _ in names]
+    pairs = {(one.name, one.to) for one in comparisons(fake(right, [0, 0, 1, 1, 2, 2]), settings, 0)}
+    assert pairs == {
+        *((name, "full") for name in names if name != "full"),
+        ("cells-rounds", "cells-greedy"),
+        *((name, other) for name in ("cells-rounds", "cells-greedy") for other in ("budget", "top-k")),
+        ("budget", "top-k"),
+        ("cells@1,3:8,4", "budget@1,3:8,4"),
+        ("cells@1,3:4,2", "budget@1,3:4,2"),
+    }
 
 
 def test_the_ratio_of_the_short_tables() -> None:

@@ -23,6 +23,7 @@ from builder.evaluation.methods import Row
 from builder.settings import arguments as build_arguments
 from builder.settings.config import BuildConfig
 from earlytom.budget import token_count
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.micro.data import KINDS
 from runtime import cli
@@ -58,7 +59,8 @@ def last_line(stdout: str) -> dict[str, Any]:
 def test_the_whole_command(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason='matplotlib is not installed (pip install ".[plot]")')
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
-    words = ["--methods", "earlytom", "controls", "merging", "--ratios", "0.1", "0.25"]
+    words = ["--methods", "earlytom", "cells-rounds", "controls", "merging", "budgets", "--ratios", "0.1", "0.25"]
+    words += ["--budgets", "1,3:8,4"]
     status, stdout, stderr = command(*SMALL, *words, "--json", str(figures), "--plot", str(picture))
     assert (status, stderr) == (0, "")
     whole = json.loads(figures.read_text())
@@ -67,8 +69,11 @@ def test_the_whole_command(command: Command, tmp_path: Path) -> None:
     assert whole["weights"] == record.weights_digest()
     assert EarlyTomConfig.from_dict(whole["settings"]).merge_layers == (2, 4, 6)
     settings = {(result["method"], result["ratio"]) for result in whole["results"]}
-    names = ("budget", "adaptive", "random", "frames", "top-k", "pooling", "pooling-space")
-    assert settings == {("full", None), ("merging", None), *((name, ratio) for name in names for ratio in (0.1, 0.25))}
+    names = ("budget", "adaptive", "budget-bias", "cells-rounds")
+    names += ("random", "frames", "top-k", "pooling", "pooling-space")
+    merged = {("cells@1,3:8,4", 0.1), ("budget@1,3:8,4", 0.1)}
+    ratios = {(name, ratio) for name in names for ratio in (0.1, 0.25)}
+    assert settings == {("full", None), ("merging", None), *merged, *ratios}
     for result in whole["results"]:
         value, low, high = result["accuracy"]
         assert 0 <= low <= value <= high <= 1
@@ -80,6 +85,7 @@ def test_the_whole_command(command: Command, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     line = last_line(stdout)
     assert line["budget"]["accuracy"] == pytest.approx(budget["accuracy"], abs=1e-6)
+    assert line["cells"]["method"] == "cells-rounds"
     assert (line["clips"], line["ratio"], line["engine"]) == (3, 0.1, None)
     for shown in (
         "EarlyTom budget",
@@ -87,6 +93,9 @@ def test_the_whole_command(command: Command, tmp_path: Path) -> None:
         "no video",
         "on the same clips",
         "direction",
+        "cells, 7 rounds at 0.1",
+        "cells, 1,3:8,4",
+        "against EarlyTom",
         str(picture),
     ):
         assert shown in stdout
@@ -108,11 +117,14 @@ def test_settings_come_from_the_options(command: Command, tmp_path: Path) -> Non
     words = (
         "--clips 1 --workers 1 --timed-clips 0 --text-clips 0 --methods budget --ratios 0.2 --split validation --seed 5"
     )
-    changed = "--tau 0.5 --merge-layers 1,3 --frame-budget 12,6"
+    changed = "--tau 0.5 --merge-layers 1,3 --frame-budget 12,6 --power 2 --rounds 5 --bias --positions consecutive"
     assert command(*words.split(), *changed.split(), "--json", str(figures))[0] == 0
     whole = json.loads(figures.read_text())
     config = EarlyTomConfig.from_dict(whole["settings"])
     assert (config.tau, config.merge_layers, config.frame_budget) == (0.5, (1, 3), (12, 6))
+    cells = CellsConfig.from_dict(whole["cells"])
+    assert cells == CellsConfig(merge_layers=(1, 3), frame_budget=(12, 6), power=2.0, rounds=5)
+    assert whole["told"] == {"bias": True, "positions": "consecutive"}
     assert (whole["split"], whole["seed"], whole["no_video"]) == ("validation", 5, None)
     assert whole["questions"] == len(questions_of("validation", 0, 5))
     budget = next(result for result in whole["results"] if result["method"] == "budget")
@@ -147,6 +159,13 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--frame-budget", "2"], "frame_budget must be in (0, 1]"),
         (["--frame-budget", "12,8"], "frame_budget names 2 frame counts for 3 merge layers"),
         (["--frame-budget", "20,8,8"], "frame budget 20 at merge 1 is more than the 16 frames"),
+        (["--power", "-1"], "power must be in [0, 64]"),
+        (["--rounds", "0"], "rounds must be "),
+        (["--positions", "anywhere"], "--positions"),
+        (["--budgets", "2,4,6"], "--budgets '2,4,6': give merge layers and frames such as"),
+        (["--budgets", "2,4:8"], "frame_budget must be in (0, 1]"),
+        (["--budgets", "2,4:20,8"], "frame budget 20 at merge 1 is more than the 16 frames"),
+        (["--budgets", "2,40:8,4"], "merge layer 40 does not exist"),
         (["--frame-budget", "much"], "--frame-budget 'much': give a share"),
         (["--split", "train"], "--split"),
         (["--model", "random:llava-onevision-qwen2-0.5b-ov"], "frames of 384 x 384, and the task's clips are 72 x 72"),

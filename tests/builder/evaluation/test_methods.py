@@ -10,15 +10,21 @@ import torch
 from torch import Tensor
 
 from builder.evaluation.methods import Row, Visual, chosen, layer_choices, methods
+from builder.evaluation.options import Merging
 from builder.evaluation.passes import ClipPasses, VisionPass
 from earlytom import encode_video
 from earlytom.budget import token_count
+from earlytom.cells.config import CellsConfig
+from earlytom.cells.select import affinity, saliency, select_rounds
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import geometry
+from earlytom.methods.cells import Cells
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data import labelled_clip
+from earlytom.standing import frame_times
 from runtime.checkpoint import describe, load_vision
+from runtime.text.places import Placing
 from runtime.vision.torch import TorchVision
 
 BASE = EarlyTomConfig(merge_layers=(2, 4, 6))
@@ -72,10 +78,98 @@ def test_a_selection_from_a_shared_pass_is_encode_video(layers: tuple[int, ...],
         method = EarlyTom(config.replace(retention_ratio=ratio))
         done = clip.run(method)
         got = done.choose(method)
-        assert got.shape == wanted.tokens.shape, ratio
-        torch.testing.assert_close(got, wanted.tokens, rtol=1e-4, atol=1e-4)
+        assert got.tokens.shape == wanted.tokens.shape, ratio
+        torch.testing.assert_close(got.tokens, wanted.tokens, rtol=1e-4, atol=1e-4)
+        assert torch.equal(got.place, wanted.place), ratio
+        torch.testing.assert_close(got.bias, wanted.bias)
         assert done.stages == wanted.frames_per_stage
     assert len(clip._done) == 1  # one pass for all ratios
+
+
+@pytest.mark.parametrize("rounds", [None, 7])
+def test_cells_from_a_shared_pass_are_encode_video(rounds: int | None) -> None:
+    """Tokens, and what they stand for; other rounds and powers share or do not share the pass."""
+    config = CellsConfig(merge_layers=(2, 4, 6), rounds=rounds)
+    part, clip = load_vision(None), ClipPasses(vision(), frames(0), 0)
+    pixels = frames(0).float() / 127.5 - 1
+    for ratio in (0.5, 0.05, 0.3, 0.1):
+        method = Cells(config.replace(retention_ratio=ratio))
+        wanted = encode_video(part.vision_tower, part.projector, pixels, method)
+        got = clip.run(method).choose(method)
+        torch.testing.assert_close(got.tokens, wanted.tokens, rtol=1e-4, atol=1e-4)
+        assert torch.equal(got.place, wanted.place), ratio
+        torch.testing.assert_close(got.bias, wanted.bias)
+    assert len(clip._done) == 1
+    other = Cells(config.replace(retention_ratio=0.1, power=0.0))
+    assert not torch.equal(clip.run(other).choose(other).tokens, got.tokens)
+    assert len(clip._done) == 2
+
+
+def test_rows_of_cells() -> None:
+    """By the settings that they are given; the same tokens where only what is told differs."""
+    rows = methods(BASE, DEPTH, cells=CellsConfig(merge_layers=(2, 4, 6), power=1.0, rounds=3))
+    for name, rounds in (("cells-rounds", 3), ("cells-greedy", None), ("cells-plain", 3)):
+        method = Cells(CellsConfig(0.1, (2, 4, 6), power=1.0, rounds=rounds))
+        wanted = shared(0).run(method).choose(method)
+        got = rows[name].visual(shared(0), 0.1)
+        assert torch.equal(got.tokens, wanted.tokens), name
+        assert got.place is not None
+        assert torch.equal(got.place, wanted.place), name
+        assert (got.stages, got.merge_layers) == ((16, 12, 9, 7), (2, 4, 6))
+    assert [rows[name].told for name in ("cells-rounds", "cells-plain", "budget", "budget-bias")] == [
+        Placing(original=True, bias=True),
+        Placing(),
+        Placing(),
+        Placing(bias=True),
+    ]
+    assert rows["cells-rounds"].title == "cells, 3 rounds"
+
+
+@pytest.mark.parametrize(("name", "layers"), [("diverse", (2, 4, 6)), ("selection-diverse", ())])
+def test_diverse_tokens_of_frames_that_earlytom_leaves(name: str, layers: tuple[int, ...]) -> None:
+    """As many tokens as EarlyTom has of the same frames, taken as "cells" takes them; EarlyTom's are others."""
+    earlytom = EarlyTom(BASE.replace(merge_layers=layers, schedule="budget", retention_ratio=0.1))
+    done = shared(0).run(earlytom)
+    got = visual(name, 0.1)
+    assert got.stages == done.stages
+    time = frame_times(done.state.sources)[0].float()
+    tokens = done.features.flatten(0, 1)
+    alike = affinity(tokens, time.repeat_interleave(P), F).clamp(0, 1)
+    wanted = tokens[select_rounds(saliency(tokens), alike, len(earlytom_tokens := done.choose(earlytom).tokens), 7)]
+    assert torch.equal(got.tokens, wanted)
+    assert not torch.equal(got.tokens, earlytom_tokens)
+    assert len(visual(name, 1.0).tokens) == len(done.features) * P
+
+
+def test_budgets_are_rows_of_both_methods() -> None:
+    merging = Merging((1, 3, 5), (8, 6, 4))
+    rows = methods(BASE, DEPTH, budgets=(merging, Merging((2, 4), 0.5)))
+    assert [name for name, row in rows.items() if row.group == "budgets"] == [
+        "cells@1,3,5:8,6,4",
+        "budget@1,3,5:8,6,4",
+        "cells@2,4:0.5",
+        "budget@2,4:0.5",
+    ]
+    for name, told in (("cells", Placing(original=True, bias=True)), ("budget", Placing())):
+        row = rows[f"{name}@{merging}"]
+        seen = row.visual(shared(0), 0.1)
+        assert (seen.stages, seen.merge_layers, len(seen.tokens)) == ((16, 8, 6, 4), (1, 3, 5), 40)
+        assert row.told == told
+        assert row.ratios((0.05, 0.1, 0.2)) == (0.05, 0.1)
+    with pytest.raises(UserError, match="merge layer 9 does not exist"):
+        methods(BASE, DEPTH, budgets=(Merging((9,), 0.5),))
+
+
+def test_what_is_told_can_be_overruled() -> None:
+    rows = methods(BASE, DEPTH, bias=True, original=False)
+    assert {row.told for row in rows.values()} == {Placing(bias=True)}
+    seen = visual("top-k", 0.1)
+    assert seen.place is not None
+    assert places(seen.tokens) == seen.place.tolist()
+    kept = visual("frames", 0.1)
+    assert kept.place is not None
+    assert places(kept.tokens) == kept.place.tolist()
+    assert kept.bias is None
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -216,7 +310,8 @@ def test_methods_are_chosen_by_name_and_by_group() -> None:
         return [method.name for method in chosen(known(), words)]
 
     assert names("random", "budget", "random") == ["full", "budget", "random"]
-    assert names("earlytom") == ["full", "budget", "adaptive"]
+    assert names("earlytom") == ["full", "budget", "adaptive", "budget-bias"]
+    assert names("cells") == ["full", "cells-rounds", "cells-greedy", "cells-plain"]
     assert names("all") == list(known())
     assert set(names("controls")) == {"full", "random", "frames", "top-k", "pooling", "pooling-space"}
     with pytest.raises(UserError, match="no method named 'nonsense'"):

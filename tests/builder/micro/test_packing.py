@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
-from builder.micro.packing import IGNORE, Batch, Pack, Packer, batch, logits, right_answers
+from builder.micro.packing import IGNORE, Batch, Pack, Packer, Standing, batch, logits, right_answers
 from builder.micro.see import normalised
 from earlytom import micro
 from earlytom.micro.data import Question, labelled_clip
-from runtime.text.prompt import build_prompt
+from runtime.text.places import places
+from runtime.text.prompt import build_prompt, splice
 
 FRAMES = (3, 1, 2)  # of each clip: unequal numbers of visual tokens
 TOLERANCE = {"atol": 2e-4, "rtol": 2e-4}
@@ -224,3 +225,92 @@ def test_stretch_changes_positions_and_nothing_else(
     answered = sequences.target != IGNORE
     torch.testing.assert_close(other[0][answered[0]], scores[0][answered[0]])
     assert not torch.allclose(other[1][answered[1]], scores[1][answered[1]], **TOLERANCE)
+
+
+# What visual tokens stand for
+
+
+def standings(cases: list[Case]) -> list[Standing]:
+    """Gaps for the first clip, a bias for the second, both for the third; the newline is the last of `visual`."""
+    drawn = torch.Generator().manual_seed(2)
+    found = []
+    for row, case in enumerate(cases):
+        count = len(case.visual) - 1
+        place = torch.randperm(3 * count, generator=drawn)[:count].sort().values
+        bias = 2 * torch.randn(count, generator=drawn)
+        found.append(Standing(3 * count + 5, None if row == 1 else place, None if row == 0 else bias))
+    return found
+
+
+def told(model: Any, packer: Packer, cases: list[Case], packs: list[Pack], standing: list[Standing]) -> Batch:
+    with torch.no_grad():
+        return batch(
+            packer.prefix, [case.visual for case in cases], packs, model.get_input_embeddings(), standing=standing
+        )
+
+
+def test_positions_and_bias_are_those_of_the_runtimes_prompt(
+    model: Any, packer: Packer, cases: list[Case], packs: list[Pack], sequences: Batch
+) -> None:
+    standing = standings(cases)
+    found = told(model, packer, cases, packs, standing)
+    lead, longest = len(packer.prefix), max(len(case.visual) for case in cases)
+    width = lead + longest
+    assert found.mask.dtype == torch.float32
+    for row, (case, pack, one) in enumerate(zip(cases, packs, standing, strict=True)):
+        count = len(case.visual) - 1
+        place = torch.arange(count) if one.place is None else one.place
+        bias = torch.zeros(count) if one.bias is None else one.bias
+        full = count if one.place is None else one.full
+        for number in range(pack.questions):
+            mine = pack.block == number
+            positions, added = places(lead, place, bias, full, int(mine.sum()))
+            block = found.positions[row, width : width + len(pack.ids)][mine]
+            assert torch.equal(torch.cat((found.positions[row, : lead + count + 1], block)), positions.float())
+            last = width + int(mine.nonzero().max())  # sees all of its own
+            seen = found.mask[row, 0, last]
+            assert torch.equal(seen[: lead + count + 1], added[: lead + count + 1])
+            assert (seen[width : width + len(pack.ids)][mine] == 0).all()
+        assert torch.equal(found.mask[row] > -1e30, sequences.mask[row])  # who sees whom stays
+
+
+def test_tokens_that_stand_for_more_are_answered_as_the_decoder_alone_would(
+    model: Any, tokenizer: Any, packer: Packer, cases: list[Case], packs: list[Pack], scores: Tensor
+) -> None:
+    """One question at a time, in the plain prompt, with position ids and an additive mask."""
+    standing = standings(cases)
+    found = told(model, packer, cases, packs, standing)
+    with torch.no_grad():
+        mine = logits(model, found)
+    for row, (case, one) in enumerate(zip(cases, standing, strict=True)):
+        text, _ = case.pairs[0]
+        prompt = build_prompt(tokenizer, text)
+        count = len(case.visual) - 1
+        place = torch.arange(count) if one.place is None else one.place
+        bias = torch.zeros(count) if one.bias is None else one.bias
+        embeds = splice(prompt, case.visual[:-1], case.visual[-1], model.get_input_embeddings())
+        full = count if one.place is None else one.full
+        positions, added = places(len(prompt.prefix_ids), place, bias, full, len(prompt.suffix_ids))
+        mask = added.expand(len(added), -1).masked_fill(torch.ones(len(added), len(added)).triu(1).bool(), -1e30)
+        with torch.no_grad():
+            hidden = model.model.language_model(
+                inputs_embeds=embeds, position_ids=positions[None], attention_mask=mask[None, None], use_cache=False
+            ).last_hidden_state
+            wanted = model.lm_head(hidden[0, -1])
+        at = len(prompt.suffix_ids) - 1
+        torch.testing.assert_close(mine[row, at], wanted, **TOLERANCE)
+        assert not torch.allclose(mine[row, at], scores[row, at], **TOLERANCE)  # told nothing, it answers otherwise
+
+
+def test_told_nothing_nothing_changes(
+    model: Any, packer: Packer, cases: list[Case], packs: list[Pack], sequences: Batch
+) -> None:
+    """No places and no bias; places that leave no gap; a clip without a bias beside one that has one."""
+    counts = [len(case.visual) - 1 for case in cases]
+    for standing in (
+        [Standing(count) for count in counts],
+        [Standing(count, torch.arange(count)) for count in counts],
+    ):
+        found = told(model, packer, cases, packs, standing)
+        for name in Batch.__dataclass_fields__:
+            assert torch.equal(getattr(found, name), getattr(sequences, name)), name

@@ -133,3 +133,16 @@ def test_every_clip_needs_its_questions(model: Any, tokenizer: Any, visual: list
     scorer = Scorer(model, tokenizer)
     with pytest.raises(ValueError, match="3 clips and 1 packs"):
         scorer.score(visual, [scorer.pack([Question("colour", TEXTS[0], "red")])])
+    pack = scorer.pack([Question("colour", TEXTS[0], "red")])
+    with pytest.raises(ValueError, match="3 clips, and 1 of them are told of"):
+        scorer.score(visual, [pack] * 3, [packing.Standing(400)])
+
+
+def test_each_clip_is_told_its_own(model: Any, tokenizer: Any, visual: list[Tensor]) -> None:
+    """In portions of any size."""
+    packs = [Scorer(model, tokenizer).pack([Question("colour", text, "blue") for text in TEXTS]) for _ in visual]
+    told = [packing.Standing(99, 3 * torch.arange(len(one)), torch.linspace(-3, 3, len(one))) for one in visual]
+    whole = Scorer(model, tokenizer, batch=16).score(visual, packs, told)
+    assert whole == Scorer(model, tokenizer, batch=1).score(visual, packs, told)
+    assert whole == Scorer(model, tokenizer, batch=2).score(visual, packs, told)
+    assert whole != Scorer(model, tokenizer).score(visual, packs)
