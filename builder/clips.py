@@ -18,9 +18,8 @@ from torch import Tensor
 
 from builder.export.vision import VisionGraph
 from builder.settings.options import AUTO_SHARE
-from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods import method_of
 from runtime.drawing.clips import draw_clip
 from runtime.video import load_clip
 
@@ -73,10 +72,9 @@ def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
         graph: the vision part in fp32.
         clips: name to uint8 frames [F, 3, H, W].
     """
-    assert isinstance(graph.config, EarlyTomConfig)  # the options refuse other methods
     config = graph.config.replace(schedule="adaptive")
     depth = config.merge_layers[-1] + 1 if config.merge_layers else 1
-    method, vision = EarlyTom(config), graph.vision
+    method, vision = method_of(config), graph.vision
     found = {}
     for name, frames in clips.items():
         visual = encode(vision, graph.pixels(frames), method, depth=depth)

@@ -21,6 +21,7 @@ from earlytom.standing import frame_times, places, size_bias, token_sizes
 
 Note = Callable[..., None]
 """Told intermediate tensors by name."""
+SEVERAL_NEED_BUDGET = "several videos at once keep equal numbers of frames, so the schedule must be budget, not {}"
 
 
 @dataclass(frozen=True)

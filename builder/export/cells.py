@@ -40,7 +40,8 @@ _END = 2**31 - 1  # of a slice that goes on to the end
 class SymbolicCells(Cells):
     """Calls of the ONNX functions in place of the computation."""
 
-    def plan(self, hidden: Tensor, frames_out: int, prefix: int) -> CellPlan:
+    def plan(self, hidden: Tensor, frames_out: int | None, prefix: int) -> CellPlan:
+        assert frames_out is not None  # the adaptive schedule is refused before tracing
         frames, tokens, _ = hidden.shape
         weights, member, taken = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{CELL_PLAN}",

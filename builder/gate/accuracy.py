@@ -273,7 +273,7 @@ def _repeat_decisions(rule: Rule, got: list[Arrays], frames: int, vision: Vision
 
     The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
     """
-    worst, places = max([0.0, *map(rule.repeat_plans, got)]), []
+    worst, places = max([0.0, *(rule.repeat_plans(out, vision) for out in got)]), []
     for out in got:
         positions, repeated = out[layout.POSITIONS], rule.repeat_tokens(out, frames, vision)
         same_count = len(repeated) == len(positions)

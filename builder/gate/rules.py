@@ -21,7 +21,7 @@ from earlytom.cells.merge import CellPlan, merge_marks
 from earlytom.config import EarlyTomConfig
 from earlytom.families import Vision
 from earlytom.method import Method, State
-from earlytom.methods.cells import Cells, CellsState, marks
+from earlytom.methods.cells import Cells, CellsState, each_its_own, marks
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.settings import MethodSettings
 from runtime.engine import layout
@@ -57,7 +57,7 @@ class Rule(ABC):
         """Which frame of the clip each remaining frame is: the first that it is made of."""
 
     @abstractmethod
-    def repeat_plans(self, out: Arrays) -> float:
+    def repeat_plans(self, out: Arrays, vision: Vision) -> float:
         """The largest difference between the graph's weights at merges and those of the rule; 1 if shapes differ."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class EarlyTomRule(Rule):
     def kept_frames(self, out: Arrays) -> list[int]:
         return _first_frames([out[f"weights_{layer}"] for layer in self.layers], len(out["features"]))
 
-    def repeat_plans(self, out: Arrays) -> float:
+    def repeat_plans(self, out: Arrays, vision: Vision) -> float:
         rule, worst = EarlyTom(self.config), 0.0
         for layer in self.layers:
             taken = torch.from_numpy(out[f"weights_{layer}"])
@@ -163,15 +163,17 @@ class CellsRule(Rule):
     def kept_frames(self, out: Arrays) -> list[int]:
         return _first_frames([out[f"member_{layer}"] for layer in self.layers], len(out["features"]))
 
-    def repeat_plans(self, out: Arrays) -> float:
+    def repeat_plans(self, out: Arrays, vision: Vision) -> float:
         rule, worst = Cells(self.config), 0.0
         for layer in self.layers:
             hidden, taken = torch.from_numpy(out[f"hidden_{layer}"]), torch.from_numpy(out[f"weights_{layer}"])
-            if taken.shape[1] == len(hidden):
-                wanted = torch.eye(len(hidden)).expand_as(taken)
+            if self.config.schedule == "adaptive":
+                wanted = rule.plan(hidden, None, vision.tower.prefix)
+            elif taken.shape[1] == len(hidden):
+                wanted = each_its_own(hidden)
             else:
-                wanted = rule.plan(hidden, taken.shape[1], 0).weights
-            worst = max(worst, _difference(wanted, taken))
+                wanted = rule.plan(hidden, taken.shape[1], vision.tower.prefix)
+            worst = max(worst, _difference(wanted.weights, taken))
         return worst
 
     def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
@@ -191,14 +193,19 @@ class ForcedCells(Cells):
     def __init__(self, config: CellsConfig, taken: Arrays) -> None:
         super().__init__(config)
         names = ("weights", "member", "taken")
-        self.plans = [
+        plans = [
             CellPlan(*(torch.from_numpy(taken[f"{name}_{layer}"]) for name in names)) for layer in config.merge_layers
         ]
+        # In the budget schedule nobody asks where all frames stay: see `Cells.after_layer`.
+        self.plans = [p for p in plans if config.schedule == "adaptive" or p.member.shape[0] < p.member.shape[1]]
         self.positions = torch.from_numpy(taken[layout.POSITIONS])
 
-    def plan(self, hidden: Tensor, frames_out: int, prefix: int) -> CellPlan:
-        fits = (plan for plan in self.plans if plan.member.shape == (frames_out, len(hidden)))
-        return next(fits)  # no two merges are of as many frames, but for those that leave all, and they decide nothing
+    def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
+        self.following = iter(self.plans)
+        return super().begin(vision, frames, device)
+
+    def plan(self, hidden: Tensor, frames_out: int | None, prefix: int) -> CellPlan:
+        return next(self.following)
 
     def take(self, salient: Tensor, alike: Tensor, count: int) -> Tensor:
         return self.positions.clamp(0, len(salient) - 1)  # a position out of range fails as a token

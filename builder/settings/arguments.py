@@ -235,6 +235,13 @@ def _method_options(group: Any) -> None:
         help="cells: in how many rounds tokens are taken; greedy: one after the other (default: 7)",
     )
     group.add_argument(
+        "--threshold",
+        type=_number,
+        metavar="T",
+        help="cells, where the video decides: a frame that changes by so much starts a group; 0 keeps all frames "
+        f"(default: {CellsConfig.threshold:g})",
+    )
+    group.add_argument(
         "--frame-budget",
         metavar="SHARE|N,N,N|auto",
         help="frames kept at each merge layer, as a share or as one count per layer; auto: as many as the adaptive "
@@ -332,7 +339,7 @@ def _has_kernels(method: MethodSettings) -> bool:
 
 
 # Options of one method alone.
-_OWN = {"tau": "earlytom", "preset": "earlytom", "power": "cells", "rounds": "cells"}
+_OWN = {"tau": "earlytom", "preset": "earlytom", "power": "cells", "rounds": "cells", "threshold": "cells"}
 
 
 def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
@@ -341,14 +348,23 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     for name, method in _OWN.items():
         if getattr(options, name) is not None and method != options.method:
             raise UserError(f"--{name} is for --method {method}, not {options.method}: leave it out")
-    if options.method == CellsConfig.method and (options.schedule != "budget" or options.frame_budget == AUTO):
-        what = "--schedule adaptive" if options.schedule != "budget" else f"--frame-budget {AUTO}"
-        raise UserError(f"{what} is for --method earlytom: cells keeps a number of frames that is fixed beforehand")
+    if options.method == CellsConfig.method and options.schedule != "budget":
+        raise UserError(
+            f"--schedule {options.schedule} is for --method earlytom: cells keeps a number of frames that is fixed "
+            "beforehand"
+        )
+    if options.threshold is not None and options.schedule == "budget" and options.frame_budget != AUTO:
+        raise UserError(
+            "--threshold is for --schedule adaptive and --frame-budget auto: with fixed counts the frames that change "
+            "most start groups; leave it out"
+        )
     changes: dict[str, Any] = {"schedule": options.schedule}
     if options.tau is not None:
         changes["tau"] = options.tau
     if options.power is not None:
         changes["power"] = options.power
+    if options.threshold is not None:
+        changes["threshold"] = options.threshold
     if options.rounds is not None:
         changes["rounds"] = _rounds(options.rounds)
     if options.merge_layers is not None:
@@ -377,6 +393,7 @@ _OPTIONS = {
     "tau": "--tau",
     "power": "--power",
     "rounds": "--rounds",
+    "threshold": "--threshold",
 }
 _SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
 

@@ -1,11 +1,12 @@
 """Stage I of "cells": which frames form a group, and how much of each member every cell of the group takes.
 
-A group starts where a frame differs most from the one before it. Within a group a cell that stays the same is averaged
-over the members; a cell that changes takes the member that differs from the clip's mean. So a group keeps what happens
-in it, cell by cell, and one product a cell merges anything that has one entry a frame.
+A group starts where a frame differs from the one before it: at the frames that differ most, as many as there shall be
+groups, or (adaptive schedule) at every frame that differs by a threshold. Within a group a cell that stays the same is
+averaged over the members; a cell that changes takes the member that differs from the clip's mean. So a group keeps what
+happens in it, cell by cell, and one product a cell merges anything that has one entry a frame.
 
-Everything is decided in fp32 by a fixed tensor program: no loop over frames, no host sync. `builder.export.cells`
-writes the same program in ONNX operators.
+Everything is decided in fp32 by a fixed tensor program: no loop over frames and, but for the number of groups where the
+video decides it, no host sync. `builder.export.cells` writes the same program in ONNX operators.
 
 Notation: F frames in, F' groups out, T tokens a frame inside the tower, of which the last S are its cells (the others
 are merged like cells of their own, and do not count for the change), D width.
@@ -25,7 +26,7 @@ from earlytom.merge import SIMILARITY_STEPS
 EPSILON = 1e-5  # of the layer norm
 NORM_FLOOR = 1e-6  # a vector shorter than this has no direction; smaller constants are deleted by the ONNX optimiser
 NOVELTY_FLOOR = 1e-6
-FIRST_CHANGE = 9.0  # of frame 0, which always starts a group: more than any change can be
+FIRST_CHANGE = 9.0  # of frame 0, which always starts a group: more than any change and any threshold can be
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,17 @@ class CellPlan:
         return (self.weights.to(hidden.dtype) @ hidden.transpose(0, 1)).transpose(0, 1)
 
 
-def plan_cells(hidden: Tensor, frames_out: int, power: float, prefix: int = 0) -> CellPlan:
-    """Decide how F frames are merged to `frames_out` groups.
+def plan_cells(
+    hidden: Tensor, frames_out: int | None, power: float, prefix: int = 0, *, threshold: float = 0.0
+) -> CellPlan:
+    """Decide how F frames are merged to `frames_out` groups, or to as many as the video has.
 
     Args:
         hidden: [F, T, D] hidden states of one video after a merge layer, any float dtype.
-        frames_out: F'.
+        frames_out: F'; None lets the video decide, which waits for the device once.
         power: how far a cell prefers the member that differs; 0 averages.
         prefix: how many of the T tokens are no cells.
+        threshold: the change from which on a frame starts a group, where the video decides; 0 keeps all frames.
 
     Raises:
         UserError: `hidden` is not [F, T, D] with a frame and a cell, or `frames_out` is not in 1..F.
@@ -62,11 +66,17 @@ def plan_cells(hidden: Tensor, frames_out: int, power: float, prefix: int = 0) -
     if hidden.dim() != 3 or hidden.shape[0] < 1 or hidden.shape[1] <= prefix:
         raise UserError(f"hidden states must be [frames, tokens, width] with a frame, got {list(hidden.shape)}")
     frames = hidden.shape[0]
-    if not 1 <= frames_out <= frames:
+    if frames_out is not None and not 1 <= frames_out <= frames:
         raise UserError(f"frames_out must be between 1 and {frames} (the frames that arrive), got {frames_out}")
     normal = normalised(hidden.float())
     direction = unit(normal)
-    member = members(group_starts(change(direction[:, prefix:]), frames_out), frames_out)
+    step = change(direction[:, prefix:])
+    if frames_out is None:
+        starts = changed(step, threshold)
+        frames_out = int(starts.sum())  # the adaptive schedule's one wait for the device
+    else:
+        starts = group_starts(step, frames_out)
+    member = members(starts, frames_out)
     weights, taken = member_weights(novelty(normal, direction), member, power)
     return CellPlan(weights, member, taken)
 
@@ -100,6 +110,11 @@ def group_starts(step: Tensor, frames_out: int) -> Tensor:
     mine, other = step, step[:, None]
     goes_first = (other > mine) | ((other == mine) & (index[:, None] < index))
     return goes_first.sum(0) < frames_out
+
+
+def changed(step: Tensor, threshold: float) -> Tensor:
+    """[F] bool: the frames that start a group, those whose change `step [F]` is at least `threshold`, taken in fp32."""
+    return step.clamp_min(0) >= threshold  # what rounding left of 1 - 1 may be below 0, and 0 keeps all
 
 
 def members(starts: Tensor, frames_out: int) -> Tensor:

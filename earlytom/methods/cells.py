@@ -23,8 +23,9 @@ from earlytom.cells.config import CellsConfig
 from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
 from earlytom.cells.select import affinity, likeness, saliency, select_rounds, token_sizes
 from earlytom.config import check_layers
+from earlytom.errors import UserError
 from earlytom.families import Vision
-from earlytom.method import Counts, Method, Note, State
+from earlytom.method import SEVERAL_NEED_BUDGET, Counts, Method, Note, State
 from earlytom.standing import places, size_bias
 
 
@@ -61,11 +62,12 @@ class Cells(Method):
     def to_dict(self) -> dict[str, Any]:
         return self.config.to_dict()
 
-    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
         """As many tokens as EarlyTom's budget schedule has, so that both can be compared."""
-        stages = self._stages(frames)
-        tokens = token_count(frames, tokens_per_frame, self.config.retention_ratio, frames_out=stages[-1])
-        return Counts(stages, tokens)
+        if self.config.schedule == "adaptive":
+            return None
+        stages = frames_per_stage(frames, merges=len(self.layers), frame_budget=self.config.frame_budget)
+        return Counts(stages, self._tokens(frames, stages[-1], tokens_per_frame))
 
     def tower_key(self) -> Hashable:
         return self.config.replace(retention_ratio=1.0, rounds=None)
@@ -78,9 +80,12 @@ class Cells(Method):
 
     # The steps that depend on the video
 
-    def plan(self, hidden: Tensor, frames_out: int, prefix: int) -> CellPlan:
-        """`hidden [F, T, D]`, of which the first `prefix` tokens are no cells, to what becomes of its frames."""
-        return plan_cells(hidden, frames_out, self.config.power, prefix)
+    def plan(self, hidden: Tensor, frames_out: int | None, prefix: int) -> CellPlan:
+        """`hidden [F, T, D]`, of which the first `prefix` tokens are no cells, to what becomes of its frames.
+
+        `None` frames: adaptive.
+        """
+        return plan_cells(hidden, frames_out, self.config.power, prefix, threshold=self.config.threshold)
 
     def take(self, salient: Tensor, alike: Tensor, count: int) -> Tensor:
         """`salient [M]` and `alike [M, M]` fp32 to the `count` tokens that are taken, [N] int64, ascending."""
@@ -95,14 +100,11 @@ class Cells(Method):
     ) -> tuple[Tensor, Tensor | None]:
         """Stage I."""
         assert isinstance(state, CellsState)  # `begin` made it
-        frames_out = self._stages(state.frames)[len(state.stages)]
+        frames_out = self._planned(state.frames)[len(state.stages)]
         prefix = state.vision.tower.prefix
-        if frames_out == len(hidden):  # each frame is a group
-            eye, index = torch.eye(frames_out, device=hidden.device), torch.arange(frames_out, device=hidden.device)
-            tokens = hidden.shape[1]
-            plan = CellPlan(eye.expand(tokens, -1, -1), eye, index[:, None].expand(-1, tokens))
-        else:
-            plan = self.plan(hidden, frames_out, prefix)
+        plan = each_its_own(hidden) if frames_out == len(hidden) else self.plan(hidden, frames_out, prefix)
+        frames_out = len(plan.member)
+        if frames_out < len(hidden):  # else each frame is a group
             state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
             state.made = plan.weights if state.made is None else plan.weights @ state.made
             state.sources = state.made[prefix:].mean(0)
@@ -115,7 +117,7 @@ class Cells(Method):
         """Stage II."""
         assert isinstance(state, CellsState)
         tokens = features.flatten(0, 1)
-        count = self.counts(state.frames, features.shape[1]).tokens
+        count = self._tokens(state.frames, *features.shape[:2])
         state.size, time = pooled_marks(state, features)
         state.time = time.long()
         state.affine = affinity(tokens, time.flatten(), state.frames)
@@ -134,9 +136,16 @@ class Cells(Method):
         sizes = token_sizes(state.affine, state.size.flatten(), positions)
         return places(state.time, positions, features.shape[1]), size_bias(sizes)
 
-    def _stages(self, frames: int) -> tuple[int, ...]:
-        """Frames before the first merge and after each one."""
-        return frames_per_stage(frames, merges=len(self.layers), frame_budget=self.config.frame_budget)
+    def _planned(self, frames: int) -> tuple[int | None, ...]:
+        """Frames before the first merge and after each one; None where only the video will tell (adaptive schedule)."""
+        merges = len(self.layers)
+        if self.config.schedule == "adaptive":
+            return (frames, *([None] * merges))
+        return frames_per_stage(frames, merges=merges, frame_budget=self.config.frame_budget)
+
+    def _tokens(self, frames: int, frames_left: int, per_frame: int) -> int:
+        """N of a video of `frames` frames, whichever schedule left so many of them."""
+        return token_count(frames, per_frame, self.config.retention_ratio, frames_out=frames_left)
 
 
 @dataclass(kw_only=True)
@@ -154,6 +163,8 @@ class EachCells(Cells):
     """
 
     def __init__(self, method: Cells, videos: int) -> None:
+        if method.config.schedule != "budget":
+            raise UserError(SEVERAL_NEED_BUDGET.format(method.config.schedule))
         super().__init__(method.config)
         self.method = method
         self.videos = videos
@@ -196,6 +207,13 @@ class EachCells(Cells):
     def _each(self, values: Tensor) -> Tensor:
         """[B * F, ...] to [B, F, ...], a view."""
         return values.unflatten(0, (self.videos, -1))
+
+
+def each_its_own(hidden: Tensor) -> CellPlan:
+    """The plan that leaves all frames of `hidden [F, T, D]` as they are."""
+    frames, tokens = hidden.shape[:2]
+    eye, index = torch.eye(frames, device=hidden.device), torch.arange(frames, device=hidden.device)
+    return CellPlan(eye.expand(tokens, -1, -1), eye, index[:, None].expand(-1, tokens))
 
 
 def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:

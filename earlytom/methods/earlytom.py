@@ -23,7 +23,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import Vision
 from earlytom.merge import apply_weights
-from earlytom.method import Counts, Method, Note, State
+from earlytom.method import SEVERAL_NEED_BUDGET, Counts, Method, Note, State
 from earlytom.select import select_varying
 
 
@@ -143,10 +143,7 @@ class EachVideo(EarlyTom):
 
     def __init__(self, method: EarlyTom, videos: int) -> None:
         if method.config.schedule != "budget":
-            raise UserError(
-                f"several videos at once keep equal numbers of frames, so the schedule must be budget, not "
-                f"{method.config.schedule}"
-            )
+            raise UserError(SEVERAL_NEED_BUDGET.format(method.config.schedule))
         super().__init__(method.config)
         self.method = method
         self.videos = videos

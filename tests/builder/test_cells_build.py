@@ -13,10 +13,15 @@ import pytest
 import torch
 
 from builder import build, inspect, verify
+from builder.clips import frames_kept
+from builder.export.vision import vision_graph
 from builder.gate import accuracy
 from builder.gate.rules import CellsRule, ForcedCells
+from builder.settings.arguments import parse
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
+from earlytom.encoder import encode
+from earlytom.methods.cells import Cells
 from runtime import ask, cli
 from runtime.checkpoint import describe
 from runtime.engine import layout
@@ -127,7 +132,9 @@ def test_what_the_decoder_is_told_comes_of_the_method(built: Build) -> None:
     ("words", "message"),
     [
         ("--schedule adaptive", "--schedule adaptive is for --method earlytom"),
-        ("--frame-budget auto", "--frame-budget auto is for --method earlytom"),
+        ("--threshold 0.1", "--threshold is for --schedule adaptive and --frame-budget auto"),
+        ("--frame-budget auto --threshold 4", "--threshold must be in [0, 3], got 4"),
+        ("--method earlytom --threshold 0.1", "--threshold is for --method cells, not earlytom"),
         ("--tau 0.5", "--tau is for --method earlytom, not cells"),
         ("--preset videomme", "--preset is for --method earlytom, not cells"),
         ("--rounds 0", "--rounds must be"),
@@ -143,6 +150,33 @@ def test_what_does_not_go_together(capsys: pytest.CaptureFixture[str], words: st
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_auto_budget_is_what_the_clips_keep(
+    small_checkpoint: Path, videos: tuple[Path, ...], clips: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the rule of cells, whose threshold moves it; the engine has static shapes all the same."""
+    words = f"--method cells --frames {FRAMES} --ratio 0.3 --fp32 --backend onnx".split()
+    command = ["--model", str(small_checkpoint), *words]
+
+    def dry_run(*more: str) -> dict[str, Any]:
+        assert build.main([*command, "--dry-run", "--json", "--calibration", *map(str, videos), *more]) == 0
+        record: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return record
+
+    found = {}
+    for threshold in (None, 0.2):
+        own = [] if threshold is None else ["--threshold", str(threshold)]
+        _, config, _ = parse([*command, *own, "--frame-budget", "auto"])
+        method = Cells(config.earlytom.replace(schedule="adaptive"))  # type: ignore[arg-type]
+        graph = vision_graph(config, torch.float32)
+        counts = [encode(graph.vision, graph.pixels(clip), method, depth=3).frames_per_stage for clip in clips.values()]
+        found[threshold] = tuple(max(column) for column in zip(*counts, strict=True))  # 90 % of two are both
+        assert frames_kept(graph, clips).clips == dict(zip(clips, counts, strict=True))
+        assert tuple(dry_run("--frame-budget", "auto", *own)["frames_per_stage"]) == found[threshold]
+    assert FRAMES > found[None][-1] > found[0.2][-1] >= 1
+    given = dry_run("--frame-budget", ",".join(map(str, found[None][1:])))
+    assert dry_run("--frame-budget", "auto")["key"] == given["key"]  # which holds the numbers
 
 
 def test_inner_merging_and_a_bias_are_refused(

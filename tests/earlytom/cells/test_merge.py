@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom import UserError
-from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
+from earlytom.cells.merge import CellPlan, change, merge_marks, normalised, plan_cells, unit
+from earlytom.merge import SIMILARITY_STEPS
 
 KINDS = ("noise", "drift", "still", "repeats", "constant", "zero")
 clips = st.tuples(st.sampled_from(KINDS), st.integers(1, 12), st.integers(1, 7), st.integers(0, 2**16))
@@ -120,6 +121,61 @@ def test_all_frames_is_the_identity(made: tuple[str, int, int, int], power: floa
     plan = plan_cells(hidden, len(hidden), power)
     assert torch.equal(plan.apply(hidden), hidden)
     assert all(torch.equal(a, b) for a, b in zip(merge_marks(plan, size, time), (size, time), strict=True))
+
+
+# The adaptive schedule
+
+thresholds = st.one_of(st.sampled_from([0.0, 0.035, 2.5]), st.floats(0, 2))
+
+
+@given(clips, powers)
+def test_threshold_0_keeps_all_and_one_above_any_change_keeps_one(
+    made: tuple[str, int, int, int], power: float
+) -> None:
+    hidden = clip(*made)
+    every = plan_cells(hidden, None, power, threshold=0.0)
+    assert groups_of(every) == [[frame] for frame in range(len(hidden))]
+    assert torch.equal(every.apply(hidden), hidden)
+    assert groups_of(plan_cells(hidden, None, power, threshold=2.5)) == [list(range(len(hidden)))]
+
+
+@given(clips, thresholds, thresholds)
+def test_the_higher_the_threshold_the_fewer_groups(made: tuple[str, int, int, int], one: float, other: float) -> None:
+    hidden, (low, high) = clip(*made), sorted((one, other))
+    fine, coarse = (groups_of(plan_cells(hidden, None, 4.0, threshold=t)) for t in (low, high))
+    assert {group[0] for group in coarse} <= {group[0] for group in fine}
+
+
+@given(clips, thresholds, powers)
+def test_as_the_budget_schedule_where_as_many_stay(
+    made: tuple[str, int, int, int], threshold: float, power: float
+) -> None:
+    hidden = clip(*made)
+    free = plan_cells(hidden, None, power, threshold=threshold)
+    budget = plan_cells(hidden, len(free.member), power)
+    assert torch.equal(free.weights, budget.weights)
+    assert torch.equal(free.member, budget.member)
+    assert torch.equal(free.taken, budget.taken)
+
+
+def test_a_frame_that_changes_by_exactly_the_threshold_starts_a_group() -> None:
+    hidden = clip("drift", 8, 5, 11)
+    step = change(unit(normalised(hidden)))
+    for frame in range(1, 8):
+        at, above = (
+            plan_cells(hidden, None, 4.0, threshold=float(step[frame]) + more) for more in (0.0, 1 / SIMILARITY_STEPS)
+        )
+        assert [frame in {group[0] for group in groups_of(plan)} for plan in (at, above)] == [True, False]
+
+
+def test_tokens_that_are_no_cells_do_not_start_groups() -> None:
+    hidden = clip("still", 6, 5, 3)
+    hidden[3:, 0] = clip("noise", 3, 1, 4)[:, 0]
+    assert groups_of(plan_cells(hidden, None, 4.0, 1, threshold=0.01)) == [[0, 1, 2, 3, 4, 5]]
+    assert groups_of(plan_cells(hidden, None, 4.0, 0, threshold=0.01)) == [[0, 1, 2], [3], [4], [5]]
+
+
+# Examples
 
 
 def test_of_equal_changes_the_earlier_starts_a_group() -> None:

@@ -164,6 +164,49 @@ def test_as_many_tokens_as_earlytom_for_any_video(kind: str, frames: int, rounds
     assert Cells(config).counts(frames, 9) == counts.counts(frames, 9)
 
 
+# --- the adaptive schedule
+
+FREE = CONFIG.replace(schedule="adaptive")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["noise", "still", "scenes", "drift"])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.1, 0.5, 2.5])
+def test_the_video_decides_and_the_rest_is_the_budget_schedule(kind: str, threshold: float, family: str) -> None:
+    """With the counts that the video gave, the budget schedule makes the same of it."""
+    video, rounds = made_video(kind, 8), {"clip": None}.get(family, 7)
+    free = seen(video, FREE.replace(threshold=threshold, rounds=rounds), family)
+    assert Cells(FREE).counts(8, 9) is None
+    left = free.frames_per_stage[1:]
+    assert len(free.tokens) == token_count(8, 9, 0.3, frames_out=left[-1])
+    if threshold in (0.0, 2.5):
+        assert left == {0.0: (8, 8), 2.5: (1, 1)}[threshold]
+    budget = seen(video, CONFIG.replace(frame_budget=left, rounds=rounds), family)
+    for name in ("tokens", "positions", "hidden", "sources", "place", "bias"):
+        assert torch.equal(getattr(free, name), getattr(budget, name)), name
+
+
+def test_videos_differ_in_what_they_keep() -> None:
+    """Negative control: with fixed counts they could not."""
+    kept = {kind: seen(made_video(kind, 8), FREE).frames_per_stage for kind in ("noise", "still", "scenes")}
+    assert kept["noise"] == (8, 8, 8)
+    assert kept["still"] == (8, 1, 1)
+    assert kept["still"] < kept["scenes"] < kept["noise"]
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_few_frames_and_no_merge(frames: int) -> None:
+    video = made_video("still", frames)
+    assert seen(video, FREE).frames_per_stage == (frames, 1, 1)
+    unmerged = [seen(video, config.replace(merge_layers=())) for config in (FREE, CONFIG)]
+    assert torch.equal(unmerged[0].tokens, unmerged[1].tokens)
+
+
+def test_several_videos_keep_equal_numbers() -> None:
+    with pytest.raises(UserError, match="the schedule must be budget, not adaptive"):
+        EachCells(Cells(FREE), 2)
+
+
 @pytest.mark.parametrize("rounds", [None, 3])
 def test_several_videos_at_once_are_each_alone(rounds: int | None) -> None:
     videos, method = (
@@ -188,7 +231,7 @@ def test_methods_that_run_alike_up_to_the_choice_say_so() -> None:
         return Cells(CONFIG.replace(**changes)).tower_key()
 
     assert key() == key(retention_ratio=0.7) == key(rounds=None)
-    for change in ({"power": 2.0}, {"merge_layers": (0, 1)}, {"frame_budget": 0.5}):
+    for change in ({"power": 2.0}, {"merge_layers": (0, 1)}, {"frame_budget": 0.5}, {"schedule": "adaptive"}):
         assert key() != key(**change)
 
 
@@ -200,12 +243,19 @@ def test_methods_that_run_alike_up_to_the_choice_say_so() -> None:
     power=st.floats(0, 64),
     rounds=st.one_of(st.none(), st.integers(1, 100)),
     budget=st.one_of(st.floats(0.01, 1), st.just((4, 2))),
+    schedule=st.sampled_from(["budget", "adaptive"]),
+    threshold=st.one_of(st.just(CellsConfig.threshold), st.floats(0, 3)),
 )
 def test_settings_there_and_back(
-    ratio: float, power: float, rounds: int | None, budget: float | tuple[int, ...]
+    ratio: float, power: float, rounds: int | None, budget: Any, schedule: Any, threshold: float
 ) -> None:
-    config = CellsConfig(ratio, (1, 3), budget, power, rounds)
+    config = CellsConfig(ratio, (1, 3), budget, power, rounds, schedule, threshold)
     assert CellsConfig.from_dict(config.to_dict()) == config
+
+
+def test_what_was_recorded_before_there_was_a_threshold_is_still_written() -> None:
+    assert "threshold" not in CellsConfig().to_dict()
+    assert CellsConfig(schedule="adaptive").to_dict()["threshold"] == CellsConfig.threshold
 
 
 @pytest.mark.parametrize(
@@ -218,7 +268,9 @@ def test_settings_there_and_back(
         ({"rounds": 2.5}, "rounds must be a whole number of at least 1"),
         ({"merge_layers": (3, 1)}, "merge_layers must be different and ascending"),
         ({"frame_budget": (4, 2)}, "frame_budget names 2 frame counts for 3 merge layers"),
-        ({"schedule": "adaptive"}, "schedule must be one of budget, got 'adaptive'"),
+        ({"schedule": "none"}, "schedule must be one of adaptive, budget, got 'none'"),
+        ({"threshold": -0.1}, r"threshold must be in \[0, 3\], got -0.1"),
+        ({"threshold": float("nan")}, r"threshold must be in \[0, 3\], got nan"),
         ({"tau": 0.8}, "unknown setting 'tau' of method 'cells': the settings are retention_ratio, merge_layers,"),
     ],
 )
