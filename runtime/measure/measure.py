@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from runtime.measure.quantiles import percentiles
 from runtime.measure.variants import Bench, Variant
 from runtime.text.prompt import splice
 from runtime.text.stream import TextStream
@@ -218,15 +218,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99, interpolated between values; of ten values p99 is nearly the largest."""
-    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
-
-
-def median(values: Sequence[float]) -> float:
-    return float(np.median(values))
 
 
 def summary(requests: Sequence[MeasuredRequest]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from earlytom.encoder import encode
 from earlytom.families import family_of
 from earlytom.merge import apply_weights
 from earlytom.methods.earlytom import EarlyTom
-from runtime.measure.measure import median
+from runtime.measure.quantiles import median
 from runtime.measure.variants import Bench
 
 

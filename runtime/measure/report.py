@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.cli import Screen
-from runtime.measure.measure import STAGES, Load, MeasuredRequest, median, percentiles, summary
+from runtime.measure.measure import STAGES, Load, MeasuredRequest, summary
 from runtime.measure.memory import Memory
+from runtime.measure.quantiles import median, percentiles
 from runtime.measure.variants import Bench, Variant
 
 Record = dict[str, Any]

@@ -28,7 +28,7 @@ import torch
 from runtime import cli
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.folder import ENGINES, newest_engine
-from runtime.measure.measure import median, percentiles
+from runtime.measure.quantiles import median, percentiles
 from runtime.pipeline import Pipeline
 from runtime.service.requests import Answer
 from runtime.video import Clip, load_clip

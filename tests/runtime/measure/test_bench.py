@@ -24,10 +24,11 @@ from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError, VideoError
 from runtime.measure import arguments, comparison, report
 from runtime.measure.arguments import VARIANTS
-from runtime.measure.measure import STAGES, VariantRunner, interleaved, matmul_rate, percentiles, under_load
+from runtime.measure.measure import STAGES, VariantRunner, interleaved, matmul_rate, under_load
 from runtime.measure.memory import Memory, peak_memory
 from runtime.measure.naive import encode_naive, find_segments
 from runtime.measure.overhead import compression_share
+from runtime.measure.quantiles import percentiles
 from runtime.measure.variants import OFF, Bench, Variant, full_tokens, read_engine, settings
 from runtime.video import load_clip
 from tests.processes import HANG_SECONDS
