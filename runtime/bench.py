@@ -6,26 +6,38 @@ scaling over frames and over the retention ratio, the cost of the compression it
 that all variants decode equally many tokens. Ends with one JSON line.
 
 Two more measure an engine through the `Pipeline`: `--service` what a service sees of it, watched and live videos and
-many callers included (`runtime.measure.service`), `--soak N` its memory over N requests (`runtime.measure.soak`).
+many callers included (`runtime.measure.service`), `--soak N` its memory over N requests (`runtime.measure.soak`). With
+`--serve URL` a server that runs is measured from outside (`runtime.measure.serving`).
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from runtime import cli
 from runtime.drawing.clips import draw_clip
+from runtime.engine.folder import ENGINES, newest_engine
 from runtime.measure import arguments
+from runtime.measure.serving import arguments as serving
+
+if TYPE_CHECKING:
+    from runtime.measure.serving.plan import LoadPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
-    asked = arguments.read(argv)
+    options = arguments.parsed(argv)
+    if options.serve is not None:
+        measure_server(options, cli.Screen(json_only=options.json))
+        return 0
+    asked = arguments.settings_of(options)
     import torch
 
     from runtime.measure import comparison, plot, report, service, soak
@@ -51,6 +63,70 @@ def main(argv: Sequence[str] | None = None) -> int:
             screen.line(f"plot: {path}")
     screen.result(record)
     return 0
+
+
+def measure_server(options: argparse.Namespace, screen: cli.Screen) -> None:
+    """What `--serve` does, with and without `--soak` and `--added`."""
+    from runtime.measure.serving import plan, plot, report
+
+    asked = plan.LoadPlan(
+        url=options.serve,
+        key=serving.key_of(options),
+        videos=serving.videos_of(options),
+        question=options.question,
+        rates=options.request_rate,
+        burstiness=options.burstiness,
+        requests=options.requests,
+        seconds=options.seconds,
+        most=options.max_concurrency,
+        repeated=options.repeat,
+        objectives=dict(options.goodput or ()),
+        max_tokens=options.max_new_tokens,
+        soak=options.soak,
+        clients=options.soak_clients,
+        pid=options.pid,
+        seed=options.seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if options.added:
+            record = _added(options, asked, Path(folder))
+        else:
+            record = plan.measure(asked, Path(folder), screen.line)
+    tables = (
+        report.added_tables if options.added else report.load_tables if options.soak is None else report.soak_tables
+    )
+    for table in tables(record):
+        screen.table(*table)
+    if options.soak is not None:
+        screen.line(report.soak_line(record))
+    if options.plot is not None:
+        for path in plot.draw(record, options.plot):
+            screen.line(f"plot: {path}")
+    screen.result(record)
+
+
+def _added(options: argparse.Namespace, asked: LoadPlan, folder: Path) -> dict[str, Any]:
+    arguments.place(options)
+    from runtime.engine.dtypes import DTYPES
+    from runtime.measure.serving import plan
+    from runtime.measure.serving.added import added
+    from runtime.pipeline import Pipeline
+
+    engine = options.engine[0] if options.engine else newest_engine(ENGINES)
+    pair = plan.questions(asked, folder)[0]
+    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES.get(options.dtype)}
+    with Pipeline.load(engine, options.model, **how) as pipeline:
+        record = plan.machine("before") | added(
+            pipeline,
+            asked.url,
+            asked.key,
+            pair,
+            folder,
+            warmup=options.warmup,
+            repeats=options.repeats,
+            max_tokens=asked.max_tokens,
+        )
+    return record | {"engine": pipeline.manifest.name} | plan.machine("after")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
 from runtime.errors import VideoError
+from runtime.measure.serving import arguments as serving
 
 VARIANTS = ("full", "naive", "adaptive", "budget")  # see `runtime.measure.variants`
 QUESTION = "What happens in this video?"
@@ -40,6 +41,8 @@ examples:
       what a service sees: watched and live videos, many callers
   python -m runtime.bench --engine engines/NAME --soak 10000
       whether memory stays steady over many requests, minutes on two cores
+  python -m runtime.bench --serve http://127.0.0.1:8000 --request-rate 2,5,10 --goodput ttft:500 e2e:2000
+      latency, throughput and goodput of a server that runs, as its clients see them
 """
 
 # What only the comparison knows, of the options that are None where they were not given.
@@ -86,12 +89,23 @@ class BenchSettings:
     json: bool
 
 
-def read(argv: Sequence[str] | None) -> BenchSettings:
-    """Parse, and refuse what can be refused without the model: `check`, then `place`."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, of which what can be refused without the model is refused: `check`."""
     options = parser().parse_args(argv)
     check(options)
+    return options
+
+
+def read(argv: Sequence[str] | None) -> BenchSettings:
+    """`parsed`, and what `settings_of` makes of that."""
+    return settings_of(parsed(argv))
+
+
+def settings_of(options: argparse.Namespace) -> BenchSettings:
+    """What is measured in this process: `place`, and the options that are about it."""
     place(options)
-    return BenchSettings(**vars(options) | {"engine": tuple(options.engine)})
+    given = vars(options) | {"engine": tuple(options.engine)}
+    return BenchSettings(**{field.name: given[field.name] for field in fields(BenchSettings)})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,13 +117,15 @@ def parser() -> argparse.ArgumentParser:
     )
     what = p.add_argument_group("what is measured")
     what.add_argument("--model", metavar="SOURCE", help="checkpoint folder, hub id or random:NAME (default: bundled)")
-    what.add_argument("--video", type=Path, metavar="FILE", help="default: a clip that is drawn")
-    what.add_argument("--question", default=QUESTION, metavar="TEXT", help=f"default: {QUESTION}")
+    what.add_argument(
+        "--video", type=Path, metavar="FILE", help="default: a clip that is drawn; with --serve: or a folder of videos"
+    )
+    what.add_argument("--question", metavar="TEXT", help=f"default: {QUESTION} (with --serve: those of the test clips)")
     what.add_argument("--frames", type=int, metavar="F", help="default: as many as the model is meant to be shown")
     what.add_argument("--ratio", type=float, default=0.1, metavar="R", help="retention ratio (default: 0.1)")
     what.add_argument("--merge-layers", type=layers, metavar="A,B,C", help="or none (default: those of the tower)")
     what.add_argument("--tau", type=float, default=0.8, help="similarity threshold of a segment (default: 0.8)")
-    what.add_argument("--variants", type=names, default=VARIANTS, metavar="LIST", help=f"default: {','.join(VARIANTS)}")
+    what.add_argument("--variants", type=names, metavar="LIST", help=f"default: {','.join(VARIANTS)}")
     what.add_argument(
         "--engine", type=Path, action="append", default=[], metavar="DIR", help="an engine folder; may be repeated"
     )
@@ -127,10 +143,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="of every answer, at least 2 (default: 16, with --soak 2)"
     )
-    how.add_argument(
-        "--concurrency", type=counts, default=(1, 2, 4, 8), metavar="LIST", help="clients, or none (default: 1,2,4,8)"
-    )
-    how.add_argument("--requests", type=int, default=8, metavar="N", help="at each concurrency, at least (default: 8)")
+    how.add_argument("--concurrency", type=counts, metavar="LIST", help="clients, or none (default: 1,2,4,8)")
+    how.add_argument("--requests", type=int, metavar="N", help="at each concurrency, at least (default: 8), or rate")
     how.add_argument(
         "--scale-frames", type=counts, metavar="LIST", help="or none (default: 8,16,32 with the bundled model)"
     )
@@ -148,8 +162,9 @@ def parser() -> argparse.ArgumentParser:
         "--soak", type=int, metavar="N", help="memory over N requests (default: the newest under engines/)"
     )
     soak.add_argument("--soak-clients", type=int, default=4, metavar="N", help="that ask at a time (default: 4)")
+    serving.add(p)
     out = p.add_argument_group("output")
-    out.add_argument("--plot", type=Path, metavar="DIR", help="draw ttft.png and scaling.png there (needs matplotlib)")
+    out.add_argument("--plot", type=Path, metavar="DIR", help="draw there, as PNG (needs matplotlib)")
     out.add_argument("--json", action="store_true", help="print the JSON line alone")
     return p
 
@@ -168,6 +183,21 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    serving.check(options)
+    if options.serve is not None:
+        _check_video(options, folders=True)
+        _check_plot(options)
+        for folder in (options.engine or [newest_engine(ENGINES)]) if options.added else []:
+            Manifest.read(folder, verify_files=False)
+        return
+    if options.requests is None:
+        options.requests = 8
+    if options.question is None:
+        options.question = QUESTION
+    if options.variants is None:
+        options.variants = VARIANTS
+    if options.concurrency is None:
+        options.concurrency = (1, 2, 4, 8)
     if options.max_new_tokens is None:
         options.max_new_tokens = 16 if options.soak is None else 2
     if options.soak is not None and options.service:
@@ -190,13 +220,22 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--scale-frames must each be at least {MIN_FRAMES}, got {min(options.scale_frames)}")
     if not options.variants and not options.engine:
         raise UserError(f"nothing to measure: give --variants (of {', '.join(VARIANTS)}) or --engine")
-    if options.video is not None and not options.video.is_file():
-        raise VideoError(f"video {str(options.video)!r} is not a file; give the path of a video, or leave --video out")
+    _check_video(options)
     alone = options.soak is not None or options.service
     if not alone:
         method(options.ratio, options.merge_layers or (), options.tau)
     for folder in options.engine or ([newest_engine(ENGINES)] if alone else []):
         Manifest.read(folder, verify_files=False)
+    _check_plot(options)
+
+
+def _check_video(options: argparse.Namespace, *, folders: bool = False) -> None:
+    there = options.video is None or options.video.is_file() or (folders and options.video.is_dir())
+    if not there:
+        raise VideoError(f"video {str(options.video)!r} is not a file; give the path of a video, or leave --video out")
+
+
+def _check_plot(options: argparse.Namespace) -> None:
     if options.plot is not None:
         require_matplotlib()
         options.plot.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Plots of a benchmark's record: TTFT as stacked bars, and scaling curves, as PNG. matplotlib is loaded here only."""
+"""Plots of a benchmark's record: TTFT as stacked bars, and scaling curves, as PNG."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.measure.figure import new_figure
 from runtime.measure.measure import STAGES
 
-_SIZE, _DPI = (9.0, 4.5), 160  # inches; a README shows about 900 pixels
 # The colours can be told apart with any colour vision (Okabe and Ito).
 _COLOURS = ("#999999", "#CC79A7", "#F0E442", "#D55E00", "#56B4E9", "#0072B2", "#000000")
 _LINES = {"full": ("#999999", "D"), "naive": ("#E69F00", "^"), "adaptive": ("#0072B2", "s"), "budget": ("#D55E00", "o")}
@@ -22,17 +22,8 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)  # no display is needed, and pyplot's global state stays untouched
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
 def _draw_bars(record: Mapping[str, Any], path: Path) -> Path:
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     names = [one["name"] for one in record["variants"]]
     places = list(range(len(names)))[::-1]  # the first one on top
     left = [0.0] * len(names)
@@ -51,7 +42,7 @@ def _draw_bars(record: Mapping[str, Any], path: Path) -> Path:
 def _draw_curves(scaling: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """One panel for each axis that was measured."""
     measured = [(axis, key) for axis, key in (("frames", "frames"), ("ratios", "ratio")) if scaling[axis]]
-    figure, panels = _figure(len(measured))
+    figure, panels = new_figure(len(measured))
     for axes, (axis, key) in zip(panels, measured, strict=True):
         for name in dict.fromkeys(point["name"] for point in scaling[axis]):
             colour, marker = _LINES[name]

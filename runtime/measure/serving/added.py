@@ -1,0 +1,120 @@
+"""Milliseconds that a server adds: the same requests at it and at a `Pipeline` of this process, in turns.
+
+    known    a further question about a video that both have read (its whole file is in the request all the same)
+    fresh    a video that neither has seen: the server hashes it and decodes it in another process
+
+At any moment one of the two works. Both answer greedily, and their answers are compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from earlytom.errors import UserError
+from runtime.measure.serving.client import ServedAnswer, ServerClient
+from runtime.measure.serving.figures import spread
+from runtime.measure.serving.questions import SentVideo, Workload
+from runtime.pipeline import Pipeline
+
+T = TypeVar("T")
+
+
+def added(
+    pipeline: Pipeline,
+    url: str,
+    key: str | None,
+    pair: tuple[SentVideo, str],
+    folder: Path,
+    *,
+    warmup: int,
+    repeats: int,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """The record: seconds of both sides and between them, and how many answers differed.
+
+    Args:
+        pair: an mp4 file and a question.
+        folder: where copies of the video are kept meanwhile.
+
+    Raises:
+        UserError: the server does not answer, or the video is no mp4 and cannot be copied.
+    """
+    video, question = pair
+    if not video.copies:
+        raise UserError(f"{video.name} is no mp4, and only of those there can be copies: give another --video")
+    with asyncio.Runner() as runner:
+        client = ServerClient(url, key)
+        try:
+            workload = Workload([pair], runner.run(client.model()), max_tokens)
+
+            def served(body: bytes) -> ServedAnswer:
+                answer = runner.run(client.ask(body, stream=False))
+                if not answer.good:
+                    raise UserError(f"{client.url} does not answer ({answer.status} {answer.text})")
+                return answer
+
+            path = folder / "added.mp4"
+            path.write_bytes(video.content)
+            with pipeline.watch(path) as watched:
+                known = in_turn(
+                    lambda: workload.known(0, stream=False).body,
+                    served,
+                    lambda: watched.ask(question, max_new_tokens=max_tokens).text,
+                    warmup,
+                    repeats,
+                )
+            fresh = in_turn(
+                lambda: workload.fresh(0, stream=False).body,
+                served,
+                lambda: pipeline.ask(path, question, max_new_tokens=max_tokens).text,
+                warmup,
+                repeats,
+            )
+            return {"known": known, "fresh": fresh, "body_bytes": len(workload.known(0, stream=False).body)}
+        finally:
+            runner.run(client.__aexit__(None, None, None))
+
+
+def in_turn(
+    body: Callable[[], bytes],
+    serve: Callable[[bytes], ServedAnswer],
+    ask: Callable[[], str],
+    warmup: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Each first in turns, so that what one leaves behind falls on both; bodies are made before the clock runs."""
+    pairs: list[tuple[float, float]] = []
+    outside: list[float] = []
+    differ = 0
+    for turn in range(warmup + repeats):
+        request = body()
+        if turn % 2:
+            text, asked = _timed(ask)
+            answer, seconds = _timed(lambda request=request: serve(request))  # type: ignore[misc]
+        else:
+            answer, seconds = _timed(lambda request=request: serve(request))  # type: ignore[misc]
+            text, asked = _timed(ask)
+        if turn < warmup:
+            continue
+        differ += answer.text != text
+        pairs.append((seconds, asked))
+        if answer.inside is not None:
+            outside.append(seconds - answer.inside)
+    return {
+        "repeats": repeats,
+        "served": spread([one for one, _ in pairs]),
+        "pipeline": spread([one for _, one in pairs]),
+        "added": spread([one - other for one, other in pairs]),
+        "outside_engine": spread(outside),
+        "different_answers": differ,
+    }
+
+
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    found = call()
+    return found, time.perf_counter() - started

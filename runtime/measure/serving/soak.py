@@ -1,0 +1,128 @@
+"""Many requests at a server: is each answered, with its own answer, and does the server's memory stay where it is?
+
+Several clients, each with a request under way at any time, half of them streamed. What a process holds (`processes`) is
+sampled between answers after a warm-up, in which caches fill and the allocators find their size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from runtime.measure.clock import percentiles
+from runtime.measure.serving import processes
+from runtime.measure.serving.client import ServedAnswer, ServerClient
+from runtime.measure.serving.processes import ProcessSample
+from runtime.measure.serving.questions import ToSend, Workload
+
+SAMPLES = 200  # during the run, at most
+MOST_WARMUP = 500
+FIELDS = ("rss", "descriptors", "threads", "children_rss", "children_descriptors")
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the requests so far.
+
+    Attributes:
+        asked: that were sent; answered: good ones; wrong: of those, with an answer that is not theirs.
+        errors: the others, by status.
+        seconds: of each good one.
+    """
+
+    asked: int = 0
+    answered: int = 0
+    wrong: int = 0
+    errors: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def count(self, answer: ServedAnswer, right: bool) -> None:
+        if not answer.good:
+            self.errors[answer.status] += 1
+            return
+        self.answered += 1
+        self.wrong += not right
+        self.seconds.append(answer.seconds)
+
+
+async def soak(
+    client: ServerClient,
+    workload: Workload,
+    *,
+    requests: int,
+    clients: int,
+    repeated: float,
+    seed: int,
+    pid: int | None,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """Ask `requests` times, after a tenth as many that do not count; the record.
+
+    pid: of the server; None: memory is not looked at.
+
+    Raises:
+        UserError: the server's process ended.
+    """
+    warmup = min(MOST_WARMUP, max(1, requests // 10))
+    await _ask(client, workload.draw(warmup, repeated, seed + 1, alternate=True), clients, workload, Tally())
+    samples: list[ProcessSample] = []
+
+    def look(tally: Tally) -> None:
+        done = len(tally.seconds) + tally.errors.total()
+        if pid is not None and done % max(1, requests // SAMPLES) == 0:
+            samples.append(processes.sample(pid, done))
+        if done and done % max(1, requests // 10) == 0:
+            say(f"  {done} of {requests}: {tally.wrong} wrong, {tally.errors.total()} refused or lost")
+
+    tally, started = Tally(), asyncio.get_running_loop().time()
+    look(tally)
+    await _ask(client, workload.draw(requests, repeated, seed, alternate=True), clients, workload, tally, look)
+    seconds = asyncio.get_running_loop().time() - started
+    return {
+        "soak": requests,
+        "clients": clients,
+        "warmup": warmup,
+        "seconds": seconds,
+        "answers_per_second": tally.answered / seconds,
+        "asked": tally.asked,
+        "answered": tally.answered,
+        "wrong": tally.wrong,
+        "errors": dict(sorted(tally.errors.items())),
+        "e2e": percentiles(tally.seconds) if tally.seconds else None,
+        "held": {name: held(samples, name) for name in FIELDS} if samples else None,
+        "samples": [dataclasses.asdict(one) for one in samples],
+    }
+
+
+def held(samples: Sequence[ProcessSample], name: str) -> dict[str, float]:
+    """First, last and peak value of one field, and how much it grew in a thousand answers."""
+    values = [getattr(one, name) for one in samples]
+    answers = samples[-1].answers - samples[0].answers
+    growth = (values[-1] - values[0]) / answers * 1000 if answers else 0.0
+    return {"first": values[0], "last": values[-1], "peak": max(values), "growth_per_thousand": growth}
+
+
+async def _ask(
+    client: ServerClient,
+    requests: Iterator[ToSend],
+    clients: int,
+    workload: Workload,
+    tally: Tally,
+    look: Callable[[Tally], None] = lambda tally: None,
+) -> None:
+    async def one() -> None:
+        for request in requests:
+            tally.asked += 1
+            answer = await client.ask(request.body, stream=request.stream)
+            tally.count(answer, workload.right(request, answer.text, answer.video))
+            look(tally)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(one())
+    except ExceptionGroup as error:  # the others were cancelled
+        raise error.exceptions[0] from None
