@@ -37,7 +37,7 @@ from runtime.service.requests import (
     CheckedQuestion,
     Delta,
     Embeds,
-    Kept,
+    KeptTokens,
     Ready,
     Remembered,
     Seen,
@@ -392,9 +392,9 @@ class Answering:
         return self.decoder
 
 
-def _kept(encoded: Encoded) -> Kept:
+def _kept(encoded: Encoded) -> KeptTokens:
     """Copies on a CPU."""
-    return Kept(*(value.to("cpu", copy=True) for value in (encoded.positions, encoded.sources, encoded.place)))
+    return KeptTokens(*(value.to("cpu", copy=True) for value in (encoded.positions, encoded.sources, encoded.place)))
 
 
 def _frames(ready: Ready) -> Tensor:
