@@ -23,10 +23,10 @@ def spacing(vectors: Tensor, valid: Tensor) -> Tensor:
     Args:
         vectors: [G, n, D]; valid: [G, n] bool.
     """
-    x = vectors.float() * valid[..., None]
+    x, counted = vectors.float(), valid.float()
     # Distances are taken by products of the vectors; about their mean less is lost of small ones.
-    x = (x - x.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)) * valid[..., None]
-    length = (x * x).sum(-1)
+    x = x - (counted / counted.sum(1, keepdim=True).clamp_min(1))[:, None] @ x
+    length = torch.linalg.vector_norm(x, dim=-1).square()
     square = torch.baddbmm(length[:, :, None] + length[:, None], x, x.transpose(1, 2), alpha=-2)
     square.diagonal(dim1=1, dim2=2).zero_()
     apart = square.clamp_min_(0).sqrt_() / math.sqrt(vectors.shape[-1])
