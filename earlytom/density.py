@@ -81,3 +81,19 @@ def nearest(apart: Tensor, centre: Tensor) -> Tensor:
     index = torch.arange(apart.shape[-1], device=apart.device)
     best = torch.where(centre[:, None], apart, math.inf).argmin(-1)
     return torch.where(centre, index, best)
+
+
+def cluster(vectors: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """At most `count` density peaks of one set, each the mean of what joins it: values [C, D] and indices [C],
+    ascending; `vectors [n, D]`. Waits for the indices."""
+    count = min(count, len(vectors))
+    if not count:
+        return vectors[:0], torch.zeros(0, dtype=torch.int64, device=vectors.device)
+    valid = torch.ones(1, len(vectors), dtype=torch.bool, device=vectors.device)
+    apart = spacing(vectors[None], valid)
+    near = torch.full((1,), min(neighbours, len(vectors)), device=vectors.device)
+    order = by_peak(apart, valid, near, most=neighbours)
+    centre = first_of(order, torch.full((1,), count, device=vectors.device))
+    which = centre[0].nonzero().flatten()
+    joins = (nearest(apart, centre)[0] == which[:, None]).float()
+    return joins @ vectors / joins.sum(1, keepdim=True), which

@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "numbers attention transfers restorable density bipartite scenes",
         "config budget",
         "spans merge select flops inner standing",
-        "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid",
+        "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid pooled",
         "kernels",
         "ops",
         "inner_decoder towers",

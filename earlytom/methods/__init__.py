@@ -20,12 +20,13 @@ from earlytom.methods.earlytom import EarlyTom
 from earlytom.methods.fastvid import FastVID
 from earlytom.methods.flashvid import FlashVID
 from earlytom.methods.holitom import HoliTom
+from earlytom.methods.pooled import Pooled
 from earlytom.methods.tempme import TempMe, ToMe
 from earlytom.methods.unicomp import UniComp
 from earlytom.methods.visionzip import VisionZip
 from earlytom.methods.vqtoken import VQToken
 
-_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID)
+_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID, Pooled)
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *_PUBLISHED)
 }
