@@ -26,6 +26,7 @@ from earlytom.methods.unicomp import UniComp
 from earlytom.methods.visionzip import VisionZip
 from earlytom.methods.vqtoken import VQToken
 
+# Comparison methods of the field; each says in its module what is as published and what is not.
 _PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID, Pooled)
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *_PUBLISHED)

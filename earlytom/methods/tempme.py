@@ -51,7 +51,7 @@ class MergedState(State):
 
 
 @dataclass(frozen=True)
-class Merging(Compressing):
+class TokenMerging(Compressing):
     """What ToMe and TempMe share.
 
     Attributes:
@@ -137,8 +137,8 @@ class Merging(Compressing):
 
 
 @dataclass(frozen=True)
-class ToMe(Merging):
-    """See `Merging`. In the released form for this kind of model the first token of a frame takes no part, as if it
+class ToMe(TokenMerging):
+    """See `TokenMerging`. In the released form for this kind of model the first token of a frame takes no part, as if it
     were a class token.
 
     Attributes:
@@ -152,8 +152,8 @@ class ToMe(Merging):
 
 
 @dataclass(frozen=True)
-class TempMe(Merging):
-    """See `Merging` and `TempMeSchedule`.
+class TempMe(TokenMerging):
+    """See `TokenMerging` and `TempMeSchedule`.
 
     Attributes:
         merge_layers, groups, across, within: as in `TempMeSchedule`; the layers count inside the tower alone.
