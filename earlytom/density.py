@@ -23,10 +23,10 @@ def spacing(vectors: Tensor, valid: Tensor) -> Tensor:
     Args:
         vectors: [G, n, D]; valid: [G, n] bool.
     """
-    x = vectors.float() * valid[..., None]
+    x, counted = vectors.float(), valid.float()
     # Distances are taken by products of the vectors; about their mean less is lost of small ones.
-    x = (x - x.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)) * valid[..., None]
-    length = (x * x).sum(-1)
+    x = x - (counted / counted.sum(1, keepdim=True).clamp_min(1))[:, None] @ x
+    length = torch.linalg.vector_norm(x, dim=-1).square()
     square = torch.baddbmm(length[:, :, None] + length[:, None], x, x.transpose(1, 2), alpha=-2)
     square.diagonal(dim1=1, dim2=2).zero_()
     apart = square.clamp_min_(0).sqrt_() / math.sqrt(vectors.shape[-1])
@@ -81,3 +81,19 @@ def nearest(apart: Tensor, centre: Tensor) -> Tensor:
     index = torch.arange(apart.shape[-1], device=apart.device)
     best = torch.where(centre[:, None], apart, math.inf).argmin(-1)
     return torch.where(centre, index, best)
+
+
+def cluster(vectors: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
+    """At most `count` density peaks of one set, each the mean of what joins it: values [C, D] and indices [C],
+    ascending; `vectors [n, D]`. Waits for the indices."""
+    count = min(count, len(vectors))
+    if not count:
+        return vectors[:0], torch.zeros(0, dtype=torch.int64, device=vectors.device)
+    valid = torch.ones(1, len(vectors), dtype=torch.bool, device=vectors.device)
+    apart = spacing(vectors[None], valid)
+    near = torch.full((1,), min(neighbours, len(vectors)), device=vectors.device)
+    order = by_peak(apart, valid, near, most=neighbours)
+    centre = first_of(order, torch.full((1,), count, device=vectors.device))
+    which = centre[0].nonzero().flatten()
+    joins = (nearest(apart, centre)[0] == which[:, None]).float()
+    return joins @ vectors / joins.sum(1, keepdim=True), which

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from earlytom.density import by_peak, first_of, nearest, spacing
+from earlytom.density import cluster
 from earlytom.scenes import frame_means, scene_bounds
 
 
@@ -127,18 +127,3 @@ def average_trees(values: Tensor, root: Tensor, taken: Tensor) -> tuple[Tensor, 
     roots, which = root[rest].unique(return_inverse=True)
     total = torch.zeros(len(roots), values.shape[1], device=values.device).index_add(0, which, values[rest])
     return total / which.bincount(minlength=len(roots))[:, None], roots
-
-
-def cluster(means: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
-    """At most `count` density peaks of `means [R, E]`, each the mean of what joins it: tokens [C, E], indices [C]."""
-    count = min(count, len(means))
-    if not count:
-        return means[:0], torch.zeros(0, dtype=torch.int64, device=means.device)
-    valid = torch.ones(1, len(means), dtype=torch.bool, device=means.device)
-    apart = spacing(means[None], valid)
-    near = torch.full((1,), min(neighbours, len(means)), device=means.device)
-    order = by_peak(apart, valid, near, most=neighbours)
-    centre = first_of(order, torch.full((1,), count, device=means.device))
-    which = centre[0].nonzero().flatten()
-    joins = (nearest(apart, centre)[0] == which[:, None]).float()
-    return joins @ means / joins.sum(1, keepdim=True), which

@@ -25,7 +25,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "cells/config",
         "settings",
         "spans merge select flops inner standing",
-        "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid",
+        "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid pooled",
         "kernels",
         "ops",
         "inner_decoder towers",

@@ -171,10 +171,7 @@ def compress_static(
 
 def segment_means(features: Tensor, bounds: np.ndarray) -> Tensor:
     """The mean over the frames of each of some segments, `features [T, S, D]` and `bounds [G, 2]` to [G, S, D] fp32."""
-    frames = np.arange(len(features))
-    inside = (frames >= bounds[:, :1]) & (frames <= bounds[:, 1:])
-    weights = torch.from_numpy(inside / inside.sum(1, keepdims=True)).float().to(features.device)
-    return (weights @ features.flatten(1).float()).unflatten(1, features.shape[1:])
+    return torch.stack([features[first : last + 1].float().mean(0) for first, last in bounds.tolist()])
 
 
 def fold(means: Tensor, apart: Tensor, valid: Tensor, own: Tensor, most: int, total: int, beta: float | None) -> Tensor:

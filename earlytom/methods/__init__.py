@@ -20,13 +20,15 @@ from earlytom.methods.earlytom import EachVideo, EarlyTom
 from earlytom.methods.fastvid import FastVID
 from earlytom.methods.flashvid import FlashVID
 from earlytom.methods.holitom import HoliTom
+from earlytom.methods.pooled import Pooled
 from earlytom.methods.tempme import TempMe, ToMe
 from earlytom.methods.unicomp import UniComp
 from earlytom.methods.visionzip import VisionZip
 from earlytom.methods.vqtoken import VQToken
 from earlytom.settings import MethodSettings
 
-_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID)
+# Comparison methods of the field; each says in its module what is as published and what is not.
+_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID, Pooled)
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *_PUBLISHED)
 }

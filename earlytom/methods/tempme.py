@@ -51,7 +51,7 @@ class MergedState(State):
 
 
 @dataclass(frozen=True)
-class TowerMerging(Compressing):
+class TokenMerging(Compressing):
     """What ToMe and TempMe share.
 
     Attributes:
@@ -137,9 +137,9 @@ class TowerMerging(Compressing):
 
 
 @dataclass(frozen=True)
-class ToMe(TowerMerging):
-    """See `TowerMerging`. In the released form for this kind of model the first token of a frame takes no part, as
-    if it were a class token.
+class ToMe(TokenMerging):
+    """See `TokenMerging`. In the released form for this kind of model the first token of a frame takes no part, as if it
+    were a class token.
 
     Attributes:
         each: released were 8 to 16 of 197 tokens.
@@ -152,8 +152,8 @@ class ToMe(TowerMerging):
 
 
 @dataclass(frozen=True)
-class TempMe(TowerMerging):
-    """See `TowerMerging` and `TempMeSchedule`.
+class TempMe(TokenMerging):
+    """See `TokenMerging` and `TempMeSchedule`.
 
     Attributes:
         merge_layers, groups, across, within: as in `TempMeSchedule`; the layers count inside the tower alone.

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from earlytom import UserError
+from earlytom.density import cluster
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.flashvid import FlashVIDSettings, average_trees, cluster, flashvid, follow, spread_tokens
+from earlytom.flashvid import FlashVIDSettings, average_trees, flashvid, follow, spread_tokens
 from earlytom.methods import by_name
 from earlytom.scenes import frame_means, scene_bounds
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower

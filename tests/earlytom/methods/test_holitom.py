@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from earlytom import UserError
+from earlytom import UserError, apply_earlytom
 from earlytom.budget import kept_tokens
 from earlytom.density import by_peak, first_of, spacing
 from earlytom.encoder import encode
@@ -28,7 +28,7 @@ from earlytom.holitom.compress import HoliTomSettings, HoliTomTokens, compress, 
 from earlytom.holitom.segments import best_cuts, segment, similarity
 from earlytom.inner import plan_inner
 from earlytom.methods import by_name
-from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
+from tests.earlytom.tiny import made_video, tiny_llava, tiny_projector, tiny_tower, video_prompt
 from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
 
 TOLERANCE: dict[str, float] = {"atol": 1e-5, "rtol": 0}
@@ -313,6 +313,17 @@ def test_merging_inside_the_language_model_is_part_of_it() -> None:
     assert by_name("holitom", {"inner_layer": 1}).inner == (1, 0.5)
     assert by_name("holitom", {"inner_layer": 1, "inner_ratio": 0.0}).inner is None
     assert by_name("holitom", {}).inner is None
+
+
+def test_a_whole_model_generates_with_both_parts() -> None:
+    model, prompt, pixels = tiny_llava(), video_prompt(8), made_video("scenes", 8)[None]
+    texts = []
+    for settings in ({}, {"inner_layer": 1, "inner_ratio": 0.9}):
+        with apply_earlytom(model, by_name("holitom", {"retention_ratio": 0.5, "tau": 0.5} | settings)):
+            given_: dict[str, Any] = {"input_ids": prompt, "pixel_values_videos": pixels, "do_sample": False}
+            out = model.generate(**given_, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+        texts.append(out.logits[0])
+    assert not torch.allclose(*texts)
 
 
 @pytest.mark.parametrize(

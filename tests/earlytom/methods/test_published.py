@@ -1,0 +1,67 @@
+"""What holds for every published method on a real clip: the bundled model's tokens, about as many as asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from earlytom import encode_video
+from earlytom.encoder import VisualTokens
+from earlytom.methods import METHODS, by_name
+from earlytom.methods.compressing import Compressing
+from earlytom.micro.data import labelled_clip
+from runtime.checkpoint import describe, load_vision
+
+DEPTH = 8
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tome": {"each": 4, "depth": DEPTH},
+    "tempme": {"each": 2, "depth": DEPTH, "merge_layers": (3, 5)},
+}
+SETTINGS["tempme"]["groups"] = (2, 2)
+PUBLISHED = sorted(name for name, kind in METHODS.items() if issubclass(kind, Compressing))
+every = pytest.mark.parametrize("name", PUBLISHED)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Tensor:
+    values = describe(None).preprocessing
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (values.mean, values.std))
+    return (torch.from_numpy(labelled_clip("validation", 0).frames).float() / 255 - mean) / std
+
+
+def seen(clip: Tensor, name: str, **settings: Any) -> VisualTokens:
+    part = load_vision(None)
+    method = by_name(name, SETTINGS.get(name, {}) | settings)
+    return encode_video(part.vision_tower, part.projector, clip, method, depth=DEPTH)
+
+
+@every
+def test_about_as_many_tokens_as_asked_for(clip: Tensor, name: str) -> None:
+    """Frames have 25 tokens, so a token a frame more or less is 4 %; three methods may stay well below their budget."""
+    tokens = clip.shape[0] * 25
+    for ratio in (0.25, 0.5):
+        out = seen(clip, name, retention_ratio=ratio)
+        least = 0.1 if name in ("unicomp", "flashvid", "holitom") else ratio - 0.05
+        assert least * tokens <= len(out.tokens) <= (ratio + 0.05) * tokens
+        assert out.tokens.isfinite().all()
+        assert out.bias.isfinite().all()
+        assert bool((out.place < tokens).all())
+
+
+@every
+def test_tokens_have_the_scale_that_the_model_knows(clip: Tensor, name: str) -> None:
+    whole = seen(clip, "visionzip", retention_ratio=1.0).tokens.norm(dim=1)
+    own = seen(clip, name, retention_ratio=0.25).tokens.norm(dim=1)
+    assert float(whole.min()) * 0.4 < float(own.mean()) < float(whole.max())
+    if name == "vqtoken":  # negative control: the released codes
+        released = seen(clip, name, retention_ratio=0.25, faithful=True).tokens.norm(dim=1)
+        assert not float(whole.min()) * 0.4 < float(released.mean())
+
+
+@every
+def test_more_tokens_for_a_larger_ratio(clip: Tensor, name: str) -> None:
+    counts = [len(seen(clip, name, retention_ratio=ratio).tokens) for ratio in (0.25, 0.6)]
+    assert counts[0] < counts[1] or (name == "unicomp" and counts[0] <= counts[1])
