@@ -11,13 +11,16 @@ The bodies are the tensor programs of `earlytom.cells`, operator by operator, an
 graph is in. The first two have ordinary operators alone (no NonZero, no Loop, no scatter). Greedy selection is a Loop:
 it runs anywhere, but where speed counts the plugin of the same name stands in its place, or the rounds do.
 
+The adaptive schedule has functions of its own, which are made of the same parts: `builder.export.adaptive_cells`.
+
 Everything else of the method (applying the weights, sizes, times, biases) is ordinary tensor arithmetic, which the
 exporter writes from `earlytom.methods.cells`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -82,32 +85,64 @@ def cell_plan(*, prefix: int, opset: int) -> ir.Function:
     b = Body()
     hidden = ir.Value(name="hidden")
     frames_out = b.attribute("frames_out", ir.AttributeType.INT)
-    power = b.attribute("power", ir.AttributeType.FLOAT)
-    size = b.Squeeze(b.Shape(hidden, start=0, end=1))  # int64 scalar F
-    index = _range(b, size)
-
-    normal = _normalised(b, b.Cast(hidden, to=FLOAT))
-    direction = _unit(b, normal)
-    starts = _group_starts(b, _change(b, direction, prefix), index, frames_out)
-    group = b.Sub(b.CumSum(b.number(starts), [0]), 1.0)
-    member = b.number(b.Equal(b.row(group), b.column(_range(b, frames_out))))  # [F', F]
-
-    alike = b.Mul(direction, _unit(b, b.ReduceMean(normal, [0], keepdims=1)))
-    novel = b.Max(b.Sub(1.0, b.ReduceSum(alike, [-1], keepdims=0)), NOVELTY_FLOOR)  # [F, T]
-    own = b.Mul(member, b.Unsqueeze(b.Transpose(novel, perm=[1, 0]), [1]))  # [T, F', F]
-    peak = b.ReduceMax(own, [-1], keepdims=1)
-    share = b.Mul(member, b.Pow(b.Div(own, peak), power))
-    weights = b.Div(share, b.ReduceSum(share, [-1], keepdims=1))
-    first = b.ReduceMin(b.Where(b.Equal(own, peak), index, b.Cast(size, to=FLOAT)), [-1], keepdims=0)  # [T, F']
-    taken = b.Cast(b.Transpose(first, perm=[1, 0]), to=INT64)
-
-    weights.name, member.name, taken.name = "weights", "member", "taken"
+    view = look(b, hidden, prefix)
+    plan = weigh(b, view, _group_starts(b, view.step, view.index, frames_out), index_of(b, frames_out))
     attributes = [
         ir.Attr("frames_out", ir.AttributeType.INT, None),
         ir.Attr("power", ir.AttributeType.FLOAT, None),
         ir.Attr("prefix", ir.AttributeType.INT, None),
     ]
-    return b.function(CELL_PLAN, [hidden], [weights, member, taken], attributes, opset)
+    return b.function(CELL_PLAN, [hidden], plan, attributes, opset)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a plan goes by.
+
+    Attributes:
+        frames: F, fp32 scalar; index: 0, 1, ... [F]; step: the change of each frame [F]; novel: [F, T].
+    """
+
+    frames: ir.Value
+    index: ir.Value
+    step: ir.Value
+    novel: ir.Value
+
+
+def look(b: Body, hidden: ir.Value, prefix: int) -> View:
+    """How the frames of `hidden [F, T, D]` change, and how far each cell is from the clip's mean."""
+    size = b.Squeeze(b.Shape(hidden, start=0, end=1))  # int64 scalar F
+    index = index_of(b, size)
+    normal = _normalised(b, b.Cast(hidden, to=FLOAT))
+    direction = _unit(b, normal)
+    alike = b.Mul(direction, _unit(b, b.ReduceMean(normal, [0], keepdims=1)))
+    novel = b.Max(b.Sub(1.0, b.ReduceSum(alike, [-1], keepdims=0)), NOVELTY_FLOOR)
+    return View(b.Cast(size, to=FLOAT), index, _change(b, direction, index, prefix), novel)
+
+
+def weigh(b: Body, view: View, starts: ir.Value, slot: ir.Value, *, padded: bool = False) -> list[ir.Value]:
+    """The outputs of a plan.
+
+    Args:
+        starts: [F] bool, who starts a group.
+        slot: 0, 1, ... for each row of the plan.
+        padded: there may be more rows than groups; those have no member, weights of 0 and take the last frame.
+    """
+    power = b.attribute("power", ir.AttributeType.FLOAT)
+    group = b.Sub(b.CumSum(b.number(starts), [0]), 1.0)
+    member = b.number(b.Equal(b.row(group), b.column(slot)))  # [F', F]
+    own = b.Mul(member, b.Unsqueeze(b.Transpose(view.novel, perm=[1, 0]), [1]))  # [T, F', F]
+    peak = b.ReduceMax(own, [-1], keepdims=1)
+    if padded:
+        peak = b.Max(peak, NOVELTY_FLOOR)  # which all members have
+    share = b.Mul(member, b.Pow(b.Div(own, peak), power))
+    total = b.ReduceSum(share, [-1], keepdims=1)
+    weights = b.Div(share, b.Max(total, 0.5) if padded else total)  # the share of the largest is 1
+    last = b.Sub(view.frames, 1.0) if padded else view.frames
+    first = b.ReduceMin(b.Where(b.Equal(own, peak), view.index, last), [-1], keepdims=0)  # [T, F']
+    taken = b.Cast(b.Transpose(first, perm=[1, 0]), to=INT64)
+    weights.name, member.name, taken.name = "weights", "member", "taken"
+    return [weights, member, taken]
 
 
 def _normalised(b: Body, x: ir.Value) -> ir.Value:
@@ -119,13 +154,13 @@ def _unit(b: Body, x: ir.Value) -> ir.Value:
     return b.Div(x, b.Max(b.ReduceL2(x, [-1], keepdims=1), NORM_FLOOR))
 
 
-def _change(b: Body, direction: ir.Value, prefix: int) -> ir.Value:
+def _change(b: Body, direction: ir.Value, index: ir.Value, prefix: int) -> ir.Value:
     """[F, T, D] to how much each frame differs from the one before it, [F]."""
     cells = b.Slice(direction, [prefix], [_END], [1]) if prefix else direction
-    product = b.Mul(b.Slice(cells, [1], [_END], [0]), b.Slice(cells, [0], [-1], [0]))
-    step = b.Sub(1.0, b.ReduceMean(b.ReduceSum(product, [-1], keepdims=0), [-1], keepdims=0))
+    before = b.Gather(cells, b.Cast(b.Max(b.Sub(index, 1.0), 0.0), to=INT64), axis=0)  # no slice is empty for one frame
+    step = b.Sub(1.0, b.ReduceMean(b.ReduceSum(b.Mul(cells, before), [-1], keepdims=0), [-1], keepdims=0))
     step = b.Div(b.Round(b.Mul(step, SIMILARITY_STEPS)), SIMILARITY_STEPS)
-    return b.Concat(b.constant([FIRST_CHANGE], FLOAT), step, axis=0)
+    return b.Where(b.Less(index, 1.0), FIRST_CHANGE, step)
 
 
 def _group_starts(b: Body, step: ir.Value, index: ir.Value, frames_out: ir.Value) -> ir.Value:
@@ -138,11 +173,20 @@ def select_rounds(*, count: int, rounds: int, opset: int) -> ir.Function:
     """The body of SelectRounds for any number of tokens. Mirrors `earlytom.cells.select.select_rounds`."""
     b = Body()
     salient, alike = (ir.Value(name=name) for name in ("salient", "alike"))
-    index = _range(b, b.Squeeze(b.Shape(salient, start=0, end=1)))
+    taken = in_rounds(b, salient, alike, [float(size) for size in round_sizes(count, rounds)])
+    places = places_of(b, taken, b.constant([float(n) for n in range(count)], FLOAT))
+    places.name = "taken"
+    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("count", "rounds")]
+    return b.function(SELECT_ROUNDS, [salient, alike], [places], attributes, opset)
+
+
+def in_rounds(b: Body, salient: ir.Value, alike: ir.Value, sizes: Sequence[ir.Value | float]) -> ir.Value:
+    """[M] bool: the tokens taken in rounds of `sizes`, scalars in fp32; rounds of 0 take none."""
+    index = index_of(b, b.Squeeze(b.Shape(salient, start=0, end=1)))
     earlier = _earlier(b, index)
     far: ir.Value | None = None
     taken: ir.Value | None = None
-    for size in round_sizes(count, rounds):
+    for size in sizes:
         value = salient if far is None else b.Mul(salient, far)
         if taken is not None:
             value = b.Where(taken, -1.0, value)
@@ -151,27 +195,32 @@ def select_rounds(*, count: int, rounds: int, opset: int) -> ir.Function:
         if taken is not None:
             value = b.Where(taken, -1.0, value)
         rank = b.ReduceSum(b.number(_beats(b, value, earlier)), [0], keepdims=0)
-        chosen = b.Less(rank, float(size))
+        chosen = b.Less(rank, size)
         taken = chosen if taken is None else b.Or(taken, chosen)
         near = b.ReduceMax(b.Where(b.column(chosen), alike, 0.0), [0], keepdims=0)
         far = b.Sub(1.0, near) if far is None else b.Min(far, b.Sub(1.0, near))
     assert taken is not None  # there is a round
-    places = _places(b, taken, index, count)
-    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("count", "rounds")]
-    return b.function(SELECT_ROUNDS, [salient, alike], [places], attributes, opset)
+    return taken
 
 
 def select_greedy(*, count: int, opset: int) -> ir.Function:
     """The body of SelectGreedy for any number of tokens. Mirrors `earlytom.cells.select.select_greedy`."""
     b = Body()
     salient, alike = (ir.Value(name=name) for name in ("salient", "alike"))
-    index = _range(b, b.Squeeze(b.Shape(salient, start=0, end=1)))
-    far, left = b.Add(b.Mul(index, 0.0), 1.0), b.GreaterOrEqual(index, 0.0)
-    step = _greedy_step(salient, alike, index)
-    outputs = b.tape.op_multi_out("Loop", [b.constant([count]), None, far, left], {"body": step}, num_outputs=2)
-    places = _places(b, b.Not(outputs[1]), index, count)
+    taken = one_by_one(b, salient, alike, b.constant([count]))
+    places = places_of(b, taken, b.constant([float(n) for n in range(count)], FLOAT))
+    places.name = "taken"
     attributes = [ir.Attr("count", ir.AttributeType.INT, None)]
     return b.function(SELECT_GREEDY, [salient, alike], [places], attributes, opset)
+
+
+def one_by_one(b: Body, salient: ir.Value, alike: ir.Value, count: ir.Value) -> ir.Value:
+    """[M] bool: the `count` tokens (int64 [1]) taken one after the other, in a loop."""
+    index = index_of(b, b.Squeeze(b.Shape(salient, start=0, end=1)))
+    far, left = b.Add(b.Mul(index, 0.0), 1.0), b.GreaterOrEqual(index, 0.0)
+    step = _greedy_step(salient, alike, index)
+    outputs = b.tape.op_multi_out("Loop", [count, None, far, left], {"body": step}, num_outputs=2)
+    return b.Not(outputs[1])
 
 
 def _greedy_step(salient: ir.Value, alike: ir.Value, index: ir.Value) -> ir.Graph:
@@ -204,17 +253,15 @@ def _beats(b: Body, value: ir.Value, earlier: ir.Value) -> ir.Value:
     return b.Or(b.Greater(other, mine), b.And(b.Equal(other, mine), earlier))
 
 
-def _places(b: Body, taken: ir.Value, index: ir.Value, count: int) -> ir.Value:
-    """The indices of the true values of `taken [M]`, ascending: int64 [count]."""
+def places_of(b: Body, taken: ir.Value, slot: ir.Value) -> ir.Value:
+    """The indices of the true values of `taken [M]`, ascending, int64, as many as there are slots 0, 1, ... [N]."""
+    index = index_of(b, b.Squeeze(b.Shape(taken, start=0, end=1)))
     place = b.Sub(b.CumSum(b.number(taken), [0]), 1.0)
-    slot = b.constant([float(n) for n in range(count)], FLOAT)
-    here = b.And(b.row(taken), b.Equal(b.row(place), b.column(slot)))  # [count, M]
-    places = b.Cast(b.ReduceSum(b.Where(here, b.row(index), 0.0), [1], keepdims=0), to=INT64)
-    places.name = "taken"
-    return places
+    here = b.And(b.row(taken), b.Equal(b.row(place), b.column(slot)))  # [N, M]
+    return b.Cast(b.ReduceSum(b.Where(here, b.row(index), 0.0), [1], keepdims=0), to=INT64)
 
 
-def _range(b: Body, size: ir.Value) -> ir.Value:
+def index_of(b: Body, size: ir.Value) -> ir.Value:
     """0, 1, ... as fp32; `size` is an int64 scalar."""
     return b.Cast(b.Range(b.Squeeze([0]), size, b.Squeeze([1])), to=FLOAT)
 

@@ -9,7 +9,8 @@ that the runtime reads. Each graph holds its own layers, so no weight is there t
     stage 1, ...   hidden states -> layers up to the next merge -> similarity -> plan -> merge
     last stage     hidden states -> segments; the remaining layers -> projector -> pooling -> selection
 
-What the frames are made of goes along: each merge multiplies it by its weights.
+What the frames are made of goes along: each merge multiplies it by its weights. That is EarlyTom; the stages of
+"cells", which take other things along, are in `builder.export.cell_stage`.
 
 A merge writes its n rows all the same, those past the count being zero: their weights are. With merging off there is
 one stage, which is first and last.
@@ -19,15 +20,19 @@ Notation: F frames, n frames that arrive at a stage, T = S + prefix tokens a fra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from builder.export import functions
+from builder.export.cell_stage import CellStage
+from builder.export.stage_graph import StageGraph, layout_of
 from builder.export.standing import ADAPTIVE_STANDING, adaptive_standing
 from builder.export.vision import OPSET, ExportedGraph, VisionGraph, save, tokens_per_frame, trace
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import embed, project, run_span
 from earlytom.errors import UserError
@@ -39,33 +44,23 @@ from runtime.engine import layout
 EXAMPLE_FRAMES = 2
 
 
-class StageGraph(nn.Module):
-    """One stage, for the exporter: its inputs to all its values by name, those of the encoder's trace included.
+class EarlyTomStage(StageGraph):
+    """See `StageGraph`."""
 
-    Args:
-        whole: the vision part.
-        stage: which one, from 0.
-        frames: F.
-    """
+    of_tokens = (functions.ADAPTIVE_SELECT_TOKENS, ADAPTIVE_STANDING)
 
     def __init__(self, whole: VisionGraph, stage: int, frames: int) -> None:
-        super().__init__()
-        self.whole = whole  # "graph" is taken: the exporter has an attribute of that name
-        self.stage = stage
-        self.frames = frames
-        assert isinstance(whole.config, EarlyTomConfig)  # no other method has this schedule
+        super().__init__(whole, stage, frames)
+        assert isinstance(whole.config, EarlyTomConfig)
         self.config = whole.config
-        self.stages = layout_of(whole, frames).graphs
-        self.span = self.stages[stage].span
 
     def forward(self, entering: Tensor, *beside: Tensor) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         *some, made_of = beside if self.stage else (None,)
         received = some[0] if some else None
-        tower, last = self.whole.tower, self.stage == len(self.stages) - 1
-        hidden = entering if self.stage else embed(tower, self.whole.pixels(entering))
+        tower = self.whole.tower
+        hidden = self.enter(entering)
         static = None if received is None else self._plan(self._similarity(hidden))[1]
-        assert self.span is not None
         hidden, column = run_span(
             tower,
             self.span,
@@ -75,7 +70,7 @@ class StageGraph(nn.Module):
             lambda **found: values.update(found),
             True,
         )
-        if not last:
+        if not self.last:
             return values | self._merge(hidden, column, made_of)
         if static is None:  # merging is off: nothing came before
             received, static = column, self._plan(self._similarity(hidden))[1]
@@ -91,11 +86,17 @@ class StageGraph(nn.Module):
         outputs = (tokens.to(self.whole.dtype), positions, sources, place, bias, count)
         return values | dict(zip((*layout.OUTPUTS, layout.COUNT), outputs, strict=True))
 
-    @property
-    def names(self) -> list[str]:
-        """The keys of what `forward` returns, in its order."""
-        graph = self.stages[self.stage]
-        return [*graph.taps, *(tensor.name for tensor in graph.outputs if tensor.name not in graph.taps)]
+    def body(self, node: ir.Node) -> ir.Function:
+        c = self.config
+        if node.op_type == functions.ADAPTIVE_FRAME_PLAN:
+            return functions.adaptive_frame_plan(
+                max_frames=self.frames, max_window=c.max_window, trailing=c.trailing, opset=OPSET
+            )
+        per_frame = tokens_per_frame(node)
+        if node.op_type == ADAPTIVE_STANDING:
+            return adaptive_standing(per_frame=per_frame, opset=OPSET)
+        ratio = c.retention_ratio  # the node's own is fp32
+        return functions.adaptive_select_tokens(frames=self.frames, per_frame=per_frame, ratio=ratio, opset=OPSET)
 
     def _merge(self, hidden: Tensor, column: Tensor | None, made_of: Tensor | None) -> dict[str, Tensor]:
         layer = self.whole.config.merge_layers[self.stage]
@@ -172,16 +173,15 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         layout.HIDDEN: torch.zeros(EXAMPLE_FRAMES, tokens, width, dtype=graph.tower.residual_dtype),
         layout.RECEIVED: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
         layout.MADE_OF: torch.zeros(EXAMPLE_FRAMES, frames),
+        layout.CELL_SIZE: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
+        layout.CELL_TIME: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix),
+        layout.CELL_MADE_OF: torch.zeros(EXAMPLE_FRAMES, tokens - graph.tower.prefix, frames),
     }
+    kind = STAGES[graph.config.method]
     return tuple(
-        _export_stage(StageGraph(graph, stage, frames), examples, folder)
+        _export_stage(kind(graph, stage, frames), examples, folder)
         for stage in range(len(layout_of(graph, frames).graphs))
     )
-
-
-def layout_of(graph: VisionGraph, frames: int) -> layout.Layout:
-    """The layout of a chain, as far as its graphs go by it."""
-    return layout.Layout(graph.config, frames, sizes=layout.Sizes(layers=graph.layers))
 
 
 def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path) -> ExportedGraph:
@@ -193,31 +193,20 @@ def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path)
         first, *beside = ({0: arriving} for _ in inputs)
         dynamic = (first, tuple(beside))  # as `forward` takes them
     model = trace(module, {name: examples[name] for name in inputs}, module.names, dynamic)
-    _name_rows(model)
+    _name_rows(model, module.of_tokens)
     path = folder / written.file(layout.ONNX_FILE)
-    return save(model, path, outputs, lambda node: _body(node, module.config, module.frames))
+    return save(model, path, outputs, module.body)
 
 
-def _name_rows(model: ir.Model) -> None:
-    """Give the selected tokens and their positions M rows, a number that the exporter has no name for."""
-    chosen = [
-        value
-        for node in model.graph
-        if node.op_type in (functions.ADAPTIVE_SELECT_TOKENS, ADAPTIVE_STANDING)
-        for value in node.outputs[:2]
-    ]
+def _name_rows(model: ir.Model, of_tokens: Sequence[str]) -> None:
+    """Give what the functions `of_tokens` say of the selected tokens M rows, a number that the exporter has no name
+    for."""
+    chosen = [value for node in model.graph if node.op_type in of_tokens for value in node.outputs[:2]]
     for value in (*chosen, *model.graph.outputs):
         if value in chosen or value.name in layout.OF_TOKENS:
             assert value.shape is not None
             value.shape = ir.Shape(["M", *value.shape[1:]])
 
 
-def _body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Function:
-    if node.op_type == functions.ADAPTIVE_FRAME_PLAN:
-        return functions.adaptive_frame_plan(
-            max_frames=frames, max_window=config.max_window, trailing=config.trailing, opset=OPSET
-        )
-    if node.op_type == ADAPTIVE_STANDING:
-        return adaptive_standing(per_frame=tokens_per_frame(node), opset=OPSET)
-    ratio = config.retention_ratio  # the node's own is fp32
-    return functions.adaptive_select_tokens(frames=frames, per_frame=tokens_per_frame(node), ratio=ratio, opset=OPSET)
+STAGES: dict[str, type[StageGraph]] = {EarlyTomConfig.method: EarlyTomStage, CellsConfig.method: CellStage}
+"""The stages of each method that can be a chain."""

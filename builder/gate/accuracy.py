@@ -169,7 +169,7 @@ def verify(
     checks = _compare_values(got, wanted, config, gate, gate.error * scale)
     checks += _compare_decisions(rule, outputs, own, gate)
     if config.schedule == "adaptive":
-        checks += _compare_counts(config, outputs, own, dtype)
+        checks += _compare_counts(rule, outputs, own, dtype)
     checks += _repeat_decisions(rule, outputs, shape[0], reference.vision)
     if batch > 1:
         checks += _compare_videos(rule, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
@@ -201,9 +201,9 @@ def _arrays(iteration: Any) -> Arrays:
     return {name: np.asarray(iteration[name]) for name in iteration}
 
 
-def _compare_counts(config: MethodSettings, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
+def _compare_counts(rule: Rule, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
     """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 has no excuse."""
-    layers = [f"weights_{layer}" for layer in config.merge_layers]
+    layers = [f"{rule.decisions[0]}_{layer}" for layer in rule.layers]
     pairs = [(a[name], b[name]) for a, b in zip(got, own, strict=True) for name in layers]
     difference = max((abs(len(a) - len(b)) for a, b in pairs), default=0)
     frames = max((a.shape[1] for a, _ in pairs), default=1)

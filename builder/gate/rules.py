@@ -31,7 +31,7 @@ class Rule(ABC):
     """One method.
 
     Attributes:
-        decisions: names of the values that are its decisions at merges, without the layer.
+        decisions: names of the values that are its decisions at merges, without the layer; of the first, [F', F].
         videos, videos_called: of those that tell videos apart, likewise; what the report calls them.
         same_tokens: share of token choices that must come out again; below 1 where one choice hangs on another.
     """

@@ -28,6 +28,7 @@ from runtime.engine import layout
 from runtime.files.partial import temporary
 
 Arrays = dict[str, NDArray[Any]]
+PLANS = ("weights", "member", "taken")  # what methods note of a merge that has a row for each group
 
 
 def run_tapped(
@@ -95,11 +96,7 @@ def _joined(parts: Sequence[Arrays]) -> Arrays:
 
 def _entering(out: Arrays, name: str) -> NDArray[Any]:
     """The input `name` of a graph, from what the one before it returned."""
-    merged = {
-        layout.HIDDEN: layout.MERGED_HIDDEN,
-        layout.RECEIVED: layout.MERGED_RECEIVED,
-        layout.MADE_OF: layout.SOURCES,
-    }[name]
+    merged = layout.BETWEEN[name]
     return out[merged] if merged in out else out[name]
 
 
@@ -109,10 +106,11 @@ def _cut(out: Arrays, stage: int, arrived: int) -> None:
     limit = len(out[layout.TOKENS]) if last else arrived
     if not 1 <= count <= limit:
         raise UserError(f"stage {stage} of the chain kept {count} of {limit}: its arithmetic failed, build with --fp32")
-    padded = layout.OF_TOKENS if last else (layout.MERGED_HIDDEN, layout.MERGED_RECEIVED, layout.SOURCES)
-    for name in out:
-        if name.startswith("weights_") or name in padded:
-            out[name] = out[name][:count]
+    padded = layout.OF_TOKENS if last else (*layout.BETWEEN.values(), *PLANS)
+    for name, value in out.items():
+        if name in padded or name.rpartition("_")[0] in padded:
+            groups = value.ndim - 2 if name.startswith("weights_") else 0  # weights are [..., F', F]
+            out[name] = value.take(range(count), axis=groups)
 
 
 def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, rounded: bool) -> list[Arrays]:

@@ -17,6 +17,7 @@ from builder.settings.options import (
     WORKSPACE_GIB,
     check_batch,
     check_counts,
+    check_rounds,
     check_shapes,
     parse_target,
 )
@@ -88,10 +89,10 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
     choice = trt.resolve_backend(options.backend)
     if options.hardware_compatible and choice.backend != "tensorrt":
         raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
-    kernel = kernel_target(target, options.hardware_compatible)
-    choose(
-        options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(_method(options, None))
-    )
+    kernel, method = kernel_target(target, options.hardware_compatible), _method(options, None)
+    if isinstance(method, CellsConfig):
+        check_rounds(method.schedule, method.rounds, choice.backend)
+    choose(options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(method))
     return options, choice
 
 
@@ -348,11 +349,6 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     for name, method in _OWN.items():
         if getattr(options, name) is not None and method != options.method:
             raise UserError(f"--{name} is for --method {method}, not {options.method}: leave it out")
-    if options.method == CellsConfig.method and options.schedule != "budget":
-        raise UserError(
-            f"--schedule {options.schedule} is for --method earlytom: cells keeps a number of frames that is fixed "
-            "beforehand"
-        )
     if options.threshold is not None and options.schedule == "budget" and options.frame_budget != AUTO:
         raise UserError(
             "--threshold is for --schedule adaptive and --frame-budget auto: with fixed counts the frames that change "

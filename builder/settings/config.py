@@ -18,8 +18,9 @@ from typing import Any
 from builder.plugins import triton_version
 from builder.precision.islands import DEFAULT, Costs, Islands
 from builder.settings.key import code_digest
-from builder.settings.options import WORKSPACE_GIB, check_batch, check_counts, check_shapes
+from builder.settings.options import WORKSPACE_GIB, check_batch, check_counts, check_rounds, check_shapes
 from earlytom import flops
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import Geometry, family_of
@@ -90,6 +91,8 @@ class BuildConfig:
             batch=self.batch,
             chunk=self.chunk,
         )
+        if isinstance(method, CellsConfig):
+            check_rounds(method.schedule, method.rounds, self.backend)
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:

@@ -83,6 +83,18 @@ def check_shapes(
             )
 
 
+def check_rounds(schedule: str, rounds: int | None, backend: str) -> None:
+    """Raise UserError for tokens taken one after the other in a number that the video decides, in a compiled engine.
+
+    That is a loop of dynamic shapes, on which tensorrt-rtx ends the process; ONNX Runtime runs it.
+    """
+    if schedule == "adaptive" and rounds is None and backend != "onnx":
+        raise UserError(
+            f"--rounds greedy and --schedule adaptive are a loop that {backend} cannot compile: give --rounds a number "
+            "such as 7, or build with --schedule budget or --backend onnx"
+        )
+
+
 def check_chunk(chunk: int, frames: int, schedule: str) -> None:
     """Raise UserError unless chunks of `chunk` frames fill a clip of `frames`, and the schedule can be cut."""
     if schedule != "budget":

@@ -28,6 +28,13 @@ graph for each, `vision.f8.onnx`, `vision.f16.onnx`, ..., so do its other files;
                                      first N are the answer, M = `places` * n being what n frames have room for; so
                                      it is with positions, place and bias [M]
 
+A method that merges cell by cell takes other things along than `received` and `made_of`; all stages but the first take
+them and all but the last make them (as `merged_cell_size`, ...), and `sources` come of the last stage alone:
+
+    cell_size        fp32 [n, S]      of how many of the video's cells each is made
+    cell_time        fp32 [n, S]      the frame of the video that it shows
+    cell_made_of     fp32 [n, S, F]   what it is made of
+
 An engine whose clips come in chunks of C frames (budget schedule, C divides F) is two graphs, `vision.0.onnx` with the
 layers up to the first merge, which runs once for each chunk, and `vision.1.onnx` with everything from there on:
 
@@ -60,7 +67,12 @@ OF_TOKENS = (TOKENS, POSITIONS, PLACE, BIAS)  # those with a row for each token
 HIDDEN, RECEIVED = "hidden", "received"
 MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
 MADE_OF = "made_of"
+CELL_SIZE, CELL_TIME, CELL_MADE_OF = "cell_size", "cell_time", "cell_made_of"
 COUNT = "count"
+
+# What a stage of a chain takes, and which output of the stage before that is.
+BETWEEN = {HIDDEN: MERGED_HIDDEN, RECEIVED: MERGED_RECEIVED, MADE_OF: SOURCES}
+BETWEEN |= {name: f"merged_{name}" for name in (CELL_SIZE, CELL_TIME, CELL_MADE_OF)}
 
 # The dtypes of a graph, by their names in folder names, manifests and flags (--fp16, --bf16, --fp32): tokens and hidden
 # states may have any of them. `runtime.engine.dtypes` has the libraries' own.
@@ -242,7 +254,7 @@ class Layout:
         return self.frames * self.tokens_per_frame
 
     def tokens_of(self, frames_left: int) -> int:
-        """Tokens of so many frames, none of them static: M, the rows that a chain's last stage writes for them."""
+        """Tokens of so many frames, none of them static: the rows that a chain's last stage writes for them."""
         return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
 
     @property
@@ -265,7 +277,8 @@ class Layout:
             head = self._graph(0, (FRAMES,), between, rows=self.chunk, calls=calls)
             return head, self._graph(1, between, OUTPUTS, rows=self.frames)
         rows = (self.frames, *[VARIES] * self.merges)
-        return tuple(self._graph(n, *_stage_tensors(n, len(rows)), rows=count) for n, count in enumerate(rows))
+        tensors = _stage_tensors if self.watches else _cell_stage_tensors
+        return tuple(self._graph(n, *tensors(n, len(rows)), rows=count) for n, count in enumerate(rows))
 
     @property
     def files(self) -> tuple[Graph, ...]:
@@ -296,13 +309,17 @@ class Layout:
             TOKENS: (*videos, tokens, self.sizes.width),
             POSITIONS: (*videos, tokens),
             SOURCES: (*videos, left, self.frames),
+            CELL_SIZE: (rows, None),
+            CELL_TIME: (rows, None),
+            CELL_MADE_OF: (rows, None, self.frames),
             PLACE: (*videos, tokens),
             BIAS: (*videos, tokens),
             COUNT: (1,),
         }
         dtypes = {FRAMES: "uint8"} | dict.fromkeys((POSITIONS, PLACE, COUNT), "int64")
-        dtypes |= dict.fromkeys((RECEIVED, SOURCES, BIAS), "fp32")
-        kind = {MERGED_HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED, MADE_OF: SOURCES}.get(name, name)
+        dtypes |= dict.fromkeys((RECEIVED, SOURCES, BIAS, CELL_SIZE, CELL_TIME, CELL_MADE_OF), "fp32")
+        kinds = {made: taken for taken, made in BETWEEN.items()} | {MADE_OF: SOURCES, SOURCES: SOURCES}
+        kind = kinds.get(name, name)
         return Tensor(name, shapes[kind], (dtypes[kind],) if kind in dtypes else DTYPE_NAMES)
 
     def _span(self, stage: int | None) -> range | None:
@@ -338,3 +355,12 @@ def _stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str,
     if stage == last:
         return inputs, (*OUTPUTS, COUNT)
     return inputs, (MERGED_HIDDEN, SOURCES, COUNT, *([MERGED_RECEIVED] * (stage == last - 1)))
+
+
+def _cell_stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The same of a method that merges cell by cell."""
+    between = (HIDDEN, CELL_SIZE, CELL_TIME, CELL_MADE_OF)
+    inputs = between if stage else (FRAMES,)
+    if stage == stages - 1:
+        return inputs, (*OUTPUTS, COUNT)
+    return inputs, (*(BETWEEN[name] for name in between), COUNT)

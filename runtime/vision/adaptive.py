@@ -2,7 +2,7 @@
 
 How many frames a merge left is read by one small copy, and the next stage gets so many rows of the same memory. Every
 buffer is allocated once, for the most that any video needs; a call binds the first rows of them and allocates nothing.
-Two buffers hold hidden states, and two sources: a stage reads one and writes the other. As the host must know each
+Of what every stage takes and makes there are two: a stage reads one and writes the other. As the host must know each
 count, this `encode` returns when the last stage is done, also on a GPU. What it returns can be read on any stream at
 once.
 
@@ -17,30 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.engine.layout import (
-    COUNT,
-    FRAMES,
-    HIDDEN,
-    MADE_OF,
-    MERGED_HIDDEN,
-    MERGED_RECEIVED,
-    OF_TOKENS,
-    OUTPUTS,
-    RECEIVED,
-    SOURCES,
-    Layout,
-)
+from runtime.engine.layout import BETWEEN, COUNT, FRAMES, MADE_OF, OF_TOKENS, OUTPUTS, RECEIVED, SOURCES, Layout
 from runtime.engine.manifest import REBUILD
 from runtime.errors import EngineError
 from runtime.vision.frames import check_frames
 from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CallGuard, Runner, check_names, fixed
 
-# Tensors that go from one stage to the next, and the memory that they are in; of some there are two, as a stage reads
-# one and writes the other.
-_BETWEEN = {MERGED_HIDDEN: HIDDEN, HIDDEN: HIDDEN, MERGED_RECEIVED: RECEIVED, RECEIVED: RECEIVED}
-_BETWEEN |= {SOURCES: SOURCES, MADE_OF: SOURCES}
-_TWICE = (HIDDEN, SOURCES)
+# Tensors that go from one stage to the next, and the memory that they are in, by the name of who takes it. Of all but
+# `_ONCE`, which one stage makes and the next one takes, there are two: a stage reads one and writes the other.
+_MEMORY = {name: taken for taken, made in BETWEEN.items() for name in (taken, made)}
+_ONCE = RECEIVED
 _Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -98,7 +85,7 @@ class Adaptive:
             self._lane.check(frames)
             with self._lane.bringing([frames]) as entering:
                 count = self._run(entering)
-            left, sources = self.frames_per_stage[-1], f"{SOURCES}{len(self.runners) % 2}"
+            left, sources = self.frames_per_stage[-1], f"{MADE_OF}{len(self.runners) % 2}"
             found = {name: self._buffers[name][:count] for name in OF_TOKENS} | {SOURCES: self._buffers[sources][:left]}
             encoded = Encoded(*(found[name] for name in OUTPUTS))
             self._lane.hand_over(encoded)
@@ -131,8 +118,10 @@ class Adaptive:
         rows = dict.fromkeys(OF_TOKENS, self._rows(arriving)) | {COUNT: 1}
         buffers = {**self._buffers, FRAMES: frames}
         read, written = stage % 2, (stage + 1) % 2
-        buffer_of = {HIDDEN: f"{HIDDEN}{read}", MERGED_HIDDEN: f"{HIDDEN}{written}", MERGED_RECEIVED: RECEIVED}
-        buffer_of |= {MADE_OF: f"{SOURCES}{read}", SOURCES: f"{SOURCES}{written}"}
+        buffer_of = {BETWEEN[_ONCE]: _ONCE}
+        for taken, made in BETWEEN.items():
+            if taken != _ONCE:
+                buffer_of |= {taken: f"{taken}{read}", made: f"{taken}{written}"}
         graph = self._graphs[stage]
         names = (tensor.name for tensor in (*graph.inputs, *graph.outputs))
         return {name: buffers[buffer_of.get(name, name)][: rows.get(name, arriving)] for name in names}
@@ -148,18 +137,18 @@ class Adaptive:
             for tensor in (*graph.outputs, *graph.inputs):
                 if tensor.name == COUNT:
                     fixed(runner, tensor)
-                if tensor.name not in _BETWEEN:
+                if tensor.name not in _MEMORY:
                     continue
                 dtype = runner.tensors[tensor.name][1]
                 found = (fixed(runner, tensor, self.layout.frames), dtype)
-                if (other := between.setdefault(_BETWEEN[tensor.name], found)) != found:
+                if (other := between.setdefault(_MEMORY[tensor.name], found)) != found:
                     raise EngineError(
                         f"{runner.path}: {tensor.name} is {dtype} {list(found[0])}, another stage has {other[1]} "
                         f"{list(other[0])}: they are of two builds; {REBUILD}"
                     )
-        for name in set(_TWICE) & set(between):
-            wanted |= dict.fromkeys((f"{name}0", f"{name}1"), between.pop(name))
-        return wanted | between
+        for name, found in between.items():
+            wanted |= dict.fromkeys((name,) if name == _ONCE else (f"{name}0", f"{name}1"), found)
+        return wanted
 
     def close(self) -> None:
         """Free the stages and the buffers; a second call does nothing. Tensors returned before stay readable."""

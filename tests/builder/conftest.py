@@ -117,8 +117,9 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
 
     def export(*arguments: str) -> Chain:
         if arguments not in made:
-            words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--backend", "onnx"]
-            _, config, _ = parse([*words, "--ratio", "0.3", "--schedule", "adaptive", *arguments])
+            words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--backend", "onnx"]
+            own = [] if "--method" in arguments else ["--tau", TAU]  # of EarlyTom alone
+            _, config, _ = parse([*words, *own, "--ratio", "0.3", "--schedule", "adaptive", *arguments])
             folder = tmp_path_factory.mktemp("chain")
             stages.export_stages(config, folder)
             made[arguments] = Chain(config, folder, vision_graph(config, torch.float32))

@@ -45,6 +45,7 @@ MODES = {
     "half": ["--fp16"],
     "everything": ["--ratio", "1"],
 }
+ADAPTIVE = {"adaptive": ["--schedule", "adaptive", "--threshold", "0.2"]}
 Build = Callable[..., Path]
 
 
@@ -56,7 +57,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, vide
     def make(mode: str) -> Path:
         if mode not in done:
             usual = ["--ratio", "0.2", "--frames", str(FRAMES), "--fp32", "--no-verify-text"]
-            words = [*usual[: -2 if "--fp16" in MODES[mode] else None], *MODES[mode]]
+            own = (MODES | ADAPTIVE)[mode]
+            words = [*usual[: -2 if "--fp16" in own else None], *own]
             words = [word for word in words if word != "--fp32"] if "--fp16" in words else words
             clips = ["--calibration", *map(str, videos[:2])]
             command = ["--model", str(small_checkpoint), "--method", "cells", "--backend", "onnx", *words, *clips]
@@ -120,6 +122,42 @@ def test_the_folder_answers_and_is_found_again(
     assert "cells" in capsys.readouterr().out
 
 
+def test_the_adaptive_schedule_from_the_command_line(
+    built: Build, videos: tuple[Path, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = built("adaptive")
+    manifest = Manifest.read(folder)
+    assert manifest.adaptive
+    assert {"vision.0.onnx", "vision.1.onnx", "vision.2.onnx"} < manifest.files.keys()
+    assert (manifest.earlytom["schedule"], manifest.earlytom["threshold"]) == ("adaptive", 0.2)
+    assert manifest.frames_per_stage == (FRAMES,) * 3
+    assert manifest.frames_kept is not None
+    assert manifest.frames_kept[-1][2] < FRAMES
+    assert manifest.verification is not None
+    assert manifest.verification["passed"]
+    reference = open_torch(describe(manifest.model.source), manifest, device=torch.device("cpu"), dtype=torch.float32)
+    engine = open_backend("onnxruntime", folder, manifest)
+    for video in videos[:2]:
+        frames = load_clip(video, manifest.frames, manifest.model.preprocessing.size).frames
+        wanted = [value.clone() for value in encode_one(reference, frames)]
+        found = encode_one(engine, frames)
+        assert len(found.tokens) == manifest.layout.tokens_of(len(found.sources)) < manifest.tokens
+        for name, mine, theirs in zip(layout.OUTPUTS, found, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3, err_msg=name)
+    engine.close()
+    capsys.readouterr()
+    answers = set()
+    for backend in ("auto", "torch"):
+        words = [str(videos[0]), "What happens?", "--engine", str(folder), "--max-new-tokens", "2", "--json"]
+        assert cli.run(ask.main, [*words, "--backend", backend, "--device", "cpu"]) == 0
+        answers.add(json.loads(capsys.readouterr().out)["answer"])
+    assert len(answers) == 1
+    assert verify.main([str(folder), "--layers", "--json"]) == 0
+    assert {tap["tap"] for tap in json.loads(capsys.readouterr().out)["taps"]} >= {f"hidden_{n}" for n in range(4)}
+    assert inspect.main([str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]["attention_fused"] == SMALL[0]  # no attention is received
+
+
 def test_what_the_decoder_is_told_comes_of_the_method(built: Build) -> None:
     cells = Manifest.read(built("whole"))
     published = EarlyTomConfig(merge_layers=(1, 2), schedule="budget").to_dict()
@@ -131,7 +169,14 @@ def test_what_the_decoder_is_told_comes_of_the_method(built: Build) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--schedule adaptive", "--schedule adaptive is for --method earlytom"),
+        ("--schedule adaptive --batch 2", "--batch 2 needs equal numbers"),
+        ("--schedule adaptive --chunk 4", "build with --schedule budget, not adaptive"),
+        ("--schedule adaptive --frames 4,8", "an adaptive engine takes one frame count"),
+        ("--schedule adaptive --frame-budget 0.5", "--frame-budget is for --schedule budget"),
+        (
+            "--schedule adaptive --rounds greedy --backend tensorrt-rtx",
+            "--rounds greedy and --schedule adaptive are a loop that tensorrt-rtx cannot compile: give --rounds",
+        ),
         ("--threshold 0.1", "--threshold is for --schedule adaptive and --frame-budget auto"),
         ("--frame-budget auto --threshold 4", "--threshold must be in [0, 3], got 4"),
         ("--method earlytom --threshold 0.1", "--threshold is for --method cells, not earlytom"),

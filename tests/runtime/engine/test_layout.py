@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom.budget import frames_per_stage, most_tokens, token_count
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from runtime.engine.layout import VARIES, Graph, Layout, Sizes
 from tests.processes import HANG_SECONDS
@@ -23,9 +25,10 @@ ROOT = Path(__file__).parents[3]
 SIZES = Sizes(tokens_per_frame=25, image=(72, 72), width=256, layers=8)
 BUDGET = EarlyTomConfig(retention_ratio=0.3, merge_layers=(2, 5), schedule="budget")
 ADAPTIVE = BUDGET.replace(schedule="adaptive")
+CELLS = CellsConfig(retention_ratio=0.3, merge_layers=(2, 5), schedule="adaptive")
 
 
-def layout(config: EarlyTomConfig = BUDGET, frames: int = 8, **more: Any) -> Layout:
+def layout(config: MethodSettings = BUDGET, frames: int = 8, **more: Any) -> Layout:
     return Layout(config, frames, **{"sizes": SIZES, "dtype": "fp16", **more})
 
 
@@ -40,6 +43,8 @@ MODES = {
     "adaptive": layout(ADAPTIVE),
     "adaptive, one merge": layout(ADAPTIVE.replace(merge_layers=(4,))),
     "adaptive, no merge": layout(ADAPTIVE.replace(merge_layers=())),
+    "cells, adaptive": layout(CELLS),
+    "cells, adaptive, no merge": layout(CELLS.replace(merge_layers=())),
     "chunked": layout(chunk=2),
     "chunked, one merge": layout(BUDGET.replace(merge_layers=(4,)), chunk=2),
     "chunked, no merge": layout(BUDGET.replace(merge_layers=()), chunk=2),
@@ -68,6 +73,28 @@ MODES = {
             ],
         ),
         ("adaptive, no merge", [("vision.0.onnx", "frames -> tokens positions sources place bias count", 1)]),
+        (
+            "cells, adaptive",
+            [
+                (
+                    "vision.0.onnx",
+                    "frames -> merged_hidden merged_cell_size merged_cell_time merged_cell_made_of count",
+                    1,
+                ),
+                (
+                    "vision.1.onnx",
+                    "hidden cell_size cell_time cell_made_of -> merged_hidden merged_cell_size merged_cell_time "
+                    "merged_cell_made_of count",
+                    1,
+                ),
+                (
+                    "vision.2.onnx",
+                    "hidden cell_size cell_time cell_made_of -> tokens positions sources place bias count",
+                    1,
+                ),
+            ],
+        ),
+        ("cells, adaptive, no merge", [("vision.0.onnx", "frames -> tokens positions sources place bias count", 1)]),
         (
             "chunked",
             [
@@ -139,6 +166,25 @@ def test_shapes_and_dtypes() -> None:
         "bias": ("fp32",),
         "count": ("int64",),
     }
+
+
+def test_what_goes_between_stages_of_cells() -> None:
+    first, _, last = MODES["cells, adaptive"].graphs
+    assert shapes(first)["merged_cell_made_of"] == (8, None, 8)
+    assert shapes(last) == {
+        "hidden": (VARIES, None, None),
+        "cell_size": (VARIES, None),
+        "cell_time": (VARIES, None),
+        "cell_made_of": (VARIES, None, 8),
+        "tokens": (VARIES, 256),
+        "positions": (VARIES,),
+        "sources": (VARIES, 8),
+        "place": (VARIES,),
+        "bias": (VARIES,),
+        "count": (1,),
+    }
+    between = [tensor for tensor in last.inputs if tensor.name.startswith("cell_")]
+    assert {tensor.dtypes for tensor in between} == {("fp32",)}
 
 
 @pytest.mark.parametrize("mode", MODES)
