@@ -144,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, metavar="N", help="of every answer, at least 2 (default: 16, with --soak 2)"
     )
     how.add_argument("--concurrency", type=counts, metavar="LIST", help="clients, or none (default: 1,2,4,8)")
-    how.add_argument("--requests", type=int, metavar="N", help="at each concurrency, at least (default: 8), or rate")
+    how.add_argument(
+        "--requests", type=int, metavar="N", help="at each concurrency, at least (default: 8), or rate (100)"
+    )
     how.add_argument(
         "--scale-frames", type=counts, metavar="LIST", help="or none (default: 8,16,32 with the bundled model)"
     )

@@ -68,9 +68,13 @@ def soak_tables(record: Mapping[str, Any]) -> Iterator[ShownTable]:
     for name in FIELDS:
         found, scale = record["held"][name], 2**20 if name.endswith("rss") else 1
         unit = " MiB" if scale > 1 else ""
-        values = (f"{found[key] / scale:.{1 if scale > 1 else 0}f}{unit}" for key in ("first", "last", "peak"))
+        values = (
+            f"{found[key] / scale:.{1 if scale > 1 else 0}f}{unit}" for key in ("first", "middle", "last", "peak")
+        )
         rows.append((name.replace("_", " "), *values, f"{found['growth_per_thousand'] / scale:+.2f}{unit}"))
-    yield ShownTable(("held", "first", "last", "peak", "in a thousand answers"), rows, "the server's processes")
+    yield ShownTable(
+        ("held", "first", "middle", "last", "peak", "a thousand answers later"), rows, "the server's processes"
+    )
 
 
 def soak_line(record: Mapping[str, Any]) -> str:
@@ -88,24 +92,15 @@ def added_tables(record: Mapping[str, Any]) -> Iterator[ShownTable]:
         (
             kind,
             *(_ms(record[kind][name], q) for name in names for q in ("p50", "p90")),
+            f"{1000 * record[kind]['added_quiet']:.1f}",
             str(record[kind]["different_answers"]),
         )
         for kind in ("known", "fresh")
     ]
-    columns = (
-        "video",
-        "served p50",
-        "p90",
-        "Pipeline p50",
-        "p90",
-        "added p50",
-        "p90",
-        "outside engine p50",
-        "p90",
-        "differ",
-    )
+    heads = (f"{name} {q}" for name in ("served", "Pipeline", "added", "outside engine") for q in ("p50", "p90"))
     repeats = record["known"]["repeats"]
-    yield ShownTable(columns, rows, f"ms, {repeats} requests each, in turns; body of {record['body_bytes']:,} bytes")
+    title = f"ms, {repeats} requests each, in turns; body of {record['body_bytes']:,} bytes"
+    yield ShownTable(("video", *heads, "added, quiet", "differ"), rows, title)
 
 
 def _rate(rate: float | str) -> str:

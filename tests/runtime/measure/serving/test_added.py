@@ -41,5 +41,6 @@ def test_they_take_turns_and_only_they_are_timed(monkeypatch: pytest.MonkeyPatch
     assert got["served"]["p50"] == pytest.approx(0.012)
     assert got["pipeline"]["p50"] == pytest.approx(0.007)
     assert got["added"]["p50"] == pytest.approx(0.005)
+    assert got["added_quiet"] == pytest.approx(0.005)
     assert got["outside_engine"]["p50"] == pytest.approx(0.002)
     assert (got["repeats"], got["different_answers"]) == (3, 1)

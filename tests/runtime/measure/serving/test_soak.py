@@ -77,9 +77,13 @@ def test_a_server_that_ends_ends_the_soak() -> None:
 
 
 def test_growth() -> None:
-    samples = [ProcessSample(n, 1000 + 2 * n, 7, 3, 0, 0, 0) for n in (0, 250, 500)]
-    assert soak.held(samples, "rss") == {"first": 1000, "last": 2000, "peak": 2000, "growth_per_thousand": 2000}
-    assert soak.held(samples, "descriptors") == {"first": 7, "last": 7, "peak": 7, "growth_per_thousand": 0}
+    """Of the second half."""
+    held = {0: 1000, 100: 9000, 250: 8000, 500: 8500}
+    samples = [ProcessSample(answers, rss, 7, 3, 0, 0, 0) for answers, rss in held.items()]
+    got = soak.held(samples, "rss")
+    assert got == {"first": 1000, "middle": 8000, "last": 8500, "peak": 9000, "growth_per_thousand": 2000}
+    flat = soak.held(samples, "descriptors")
+    assert flat == {"first": 7, "middle": 7, "last": 7, "peak": 7, "growth_per_thousand": 0}
 
 
 def test_descriptors_memory_and_children_are_seen() -> None:
