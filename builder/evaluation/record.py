@@ -39,7 +39,7 @@ def check_recordable(
         raise UserError(f"--record is for the trained bundled model, and these weights {what}: use --json FILE")
     if (split, seed) != ("test", 0) or clips < CLIPS or overruled:
         raise UserError(
-            f"--record is for {CLIPS} clips or more of the test split with seed 0: leave out --split, --seed, --clips, "
+            f"--record is for the test split with seed 0, {CLIPS} clips or more: leave out --split, --seed, --clips, "
             "--bias and --positions, or use --json FILE"
         )
     if not whole and (recorded := read()["clips"]) != clips:

@@ -27,7 +27,7 @@ def test_a_record_is_of_the_whole_table_of_the_trained_model() -> None:
     with pytest.raises(UserError, match="those of elsewhere"):
         record.check_recordable(replace(trained, source="elsewhere"), **whole)
     for change in ({"split": "validation"}, {"seed": 1}, {"clips": record.CLIPS - 1}, {"overruled": True}):
-        with pytest.raises(UserError, match="of the test split with seed 0"):
+        with pytest.raises(UserError, match="is for the test split with seed 0"):
             record.check_recordable(trained, **(whole | change))
 
 
