@@ -296,7 +296,7 @@ class Manifest:
                 )
         except UserError as error:
             raise EngineError(
-                f"manifest has settings of the method that make no sense ({cut(error)}): {REBUILD}"
+                f"manifest has {self.method} settings that make no sense ({cut(error)}): {REBUILD}"
             ) from error
         for name, value in expected.items():
             if (got := getattr(self, name)) != value:

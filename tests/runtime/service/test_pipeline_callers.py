@@ -27,7 +27,7 @@ from runtime import pipeline as pipeline_module
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
 from runtime.pipeline import Pipeline
 from runtime.service.answering import Answering
-from runtime.service.requests import Answer, CheckedQuestion, Delta, Ready, Seen
+from runtime.service.requests import Answer, CheckedQuestion, Delta, KeptTokens, Ready, Seen
 from runtime.text.prompt import splice
 from runtime.video import Clip
 from runtime.vision import Encoded, VisionBackend
@@ -518,10 +518,11 @@ def test_the_interpreter_ends_though_nobody_closed_it(engine: Path, drawn_clip: 
 def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
-    tokens, *_ = core.vision.encode(clip.frames)
-    whole = splice(question.words, tokens, core.newline, core.decoder.embed)
+    found = core.vision.encode(clip.frames)
+    whole = splice(question.words, found.tokens, core.newline, core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
-    return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(tokens))
+    kept = KeptTokens(found.positions.clone(), found.sources.clone(), found.place.clone())
+    return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept)
 
 
 def test_a_video_that_was_read_before_gets_the_same_answers(pipeline: Pipeline, clip: Clip, answer: Answer) -> None:

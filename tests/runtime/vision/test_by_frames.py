@@ -75,7 +75,7 @@ def test_clips_of_as_many_frames_run_together_and_come_back_in_order() -> None:
     vision = ByFrames(each := backends(4))
     clips = [clip(16, 1), clip(8, 2), clip(16, 3), clip(32, 4)]
     found = vision.encode_several(clips)
-    assert [(int(tokens), int(mark)) for tokens, mark in found] == [(16, 1), (8, 2), (16, 3), (32, 4)]
+    assert [(int(tokens), int(mark)) for tokens, mark, *_ in found] == [(16, 1), (8, 2), (16, 3), (32, 4)]
     assert {count: backend.calls for count, backend in each.items()} == {16: [2], 8: [1], 32: [1]}
     for wrong in ([], [clip(8)] * 5):
         with pytest.raises(EngineError, match=f"takes 1 to 4 clips at once, got {len(wrong)}"):
