@@ -138,8 +138,8 @@ class TokenMerging(Compressing):
 
 @dataclass(frozen=True)
 class ToMe(TokenMerging):
-    """See `TokenMerging`. In the released form for this kind of model the first token of a frame takes no part, as if
-    it were a class token.
+    """See `TokenMerging`. In the released form for this kind of model the first token of a frame takes no part, as
+    if it were a class token.
 
     Attributes:
         each: released were 8 to 16 of 197 tokens.
