@@ -23,13 +23,9 @@ def spacing(vectors: Tensor, valid: Tensor) -> Tensor:
     Args:
         vectors: [G, n, D]; valid: [G, n] bool.
     """
-    x, counted = vectors.float(), valid.float()
-    # Distances are taken by products of the vectors; about their mean less is lost of small ones.
-    x = x - (counted / counted.sum(1, keepdim=True).clamp_min(1))[:, None] @ x
-    length = torch.linalg.vector_norm(x, dim=-1).square()
-    square = torch.baddbmm(length[:, :, None] + length[:, None], x, x.transpose(1, 2), alpha=-2)
-    square.diagonal(dim1=1, dim2=2).zero_()
-    apart = square.clamp_min_(0).sqrt_() / math.sqrt(vectors.shape[-1])
+    x = vectors.float()
+    # As the released steps compute it: scores that are nearly equal are told apart by how distances are rounded.
+    apart = torch.cdist(x, x) / math.sqrt(x.shape[-1])
     return apart.masked_fill_(~(valid[:, :, None] & valid[:, None]), math.inf)
 
 
