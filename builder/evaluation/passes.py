@@ -23,7 +23,7 @@ from runtime.checkpoint import Checkpoint, VisionPart
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTokens:
     """The tokens that a method keeps of a pass.
 
     Attributes:
@@ -56,10 +56,10 @@ class Pass:
         """Frames before the first merge and after each one."""
         return tuple(self.state.stages)
 
-    def choose(self, method: Method) -> Kept:
+    def choose(self, method: Method) -> KeptTokens:
         """What a method keeps of it, in time and raster order."""
         tokens, positions = method.choose(self.features, self.relevance, self.state)
-        return Kept(tokens, *method.standing(self.features, positions, self.state))
+        return KeptTokens(tokens, *method.standing(self.features, positions, self.state))
 
 
 class _Watched:
