@@ -16,11 +16,12 @@ from builder.evaluation.passes import ClipPasses
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
 from earlytom.config import EarlyTomConfig
-from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods import method_of
 from earlytom.micro.data.scene import FRAMES
 from runtime.checkpoint import Checkpoint, describe
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
+from runtime.text.places import Placing
 from runtime.vision import choose_backend, encode_one, open_backend
 from runtime.vision.adaptive import Adaptive
 
@@ -80,22 +81,25 @@ def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
 def engine_methods(folder: str) -> list[Row]:
     """The engine in a folder that `check_engine` accepted, and its twin."""
     manifest = Manifest.read(folder).at(FRAMES)
-    config = EarlyTomConfig.from_dict(manifest.earlytom)
+    config = manifest.settings
     backend = open_backend(_BACKEND, folder, manifest)
 
     def engine(clip: ClipPasses, ratio: float) -> Visual:
-        tokens = encode_one(backend, clip.frames).tokens
-        # The tokens belong to the backend, which will write over them.
+        found = encode_one(backend, clip.frames)
+        # What it returns belongs to the backend, which will write over it.
         stages = backend.frames_per_stage if isinstance(backend, Adaptive) else manifest.frames_per_stage
-        return Visual(tokens.float().clone(), stages, config.merge_layers)
+        tokens, place, bias = found.tokens.float().clone(), found.place.clone(), found.bias.clone()
+        return Visual(tokens, stages, config.merge_layers, place, bias)
 
     def twin(clip: ClipPasses, ratio: float) -> Visual:
-        method = EarlyTom(config)
+        method = method_of(config)
         done = clip.run(method)
-        return Visual(done.choose(method).tokens, done.stages, config.merge_layers)
+        kept = done.choose(method)
+        return Visual(kept.tokens, done.stages, config.merge_layers, kept.place, kept.bias)
 
-    what = f"{config.schedule} {config.retention_ratio:g}"
+    what = f"{config.method}, {config.schedule} {config.retention_ratio:g}"
+    told = Placing(config.original_positions, config.bias)
     return [
-        Row(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine),
-        Row(TWIN, f"the same in PyTorch, {what}", "engine", False, twin),
+        Row(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine, told),
+        Row(TWIN, f"the same in PyTorch, {what}", "engine", False, twin, told),
     ]

@@ -37,7 +37,7 @@ from runtime.service.requests import (
     CheckedQuestion,
     Delta,
     Embeds,
-    KeptTokens,
+    Provenance,
     Ready,
     Remembered,
     Seen,
@@ -392,9 +392,9 @@ class Answering:
         return self.decoder
 
 
-def _kept(encoded: Encoded) -> KeptTokens:
+def _kept(encoded: Encoded) -> Provenance:
     """Copies on a CPU."""
-    return KeptTokens(*(value.to("cpu", copy=True) for value in (encoded.positions, encoded.sources, encoded.place)))
+    return Provenance(*(value.to("cpu", copy=True) for value in (encoded.positions, encoded.sources, encoded.place)))
 
 
 def _frames(ready: Ready) -> Tensor:

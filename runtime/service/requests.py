@@ -60,7 +60,7 @@ class Delta:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptTokens:
+class Provenance:
     """Where an answer's visual tokens come from.
 
     Attributes:
@@ -94,7 +94,7 @@ class Answer:
     visual_tokens: int
     prompt_tokens: int
     cached_tokens: int
-    kept: KeptTokens | None = None
+    kept: Provenance | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -120,7 +120,7 @@ class Seen:
     prefix: Prefix
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
-    kept: KeptTokens
+    kept: Provenance
 
     @property
     def bytes(self) -> int:

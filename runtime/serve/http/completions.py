@@ -30,7 +30,7 @@ from runtime.serve.media import Media, TakenVideo, VideoPart
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ChatRequest, Reply, parse, usage_of
 from runtime.serve.settings import Settings
-from runtime.service.requests import Answer, Delta, KeptTokens
+from runtime.service.requests import Answer, Delta, Provenance
 
 _LONG = 20_000  # characters that are not looked at in the event loop
 _log = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def _told(request: ChatRequest, answer: Answer, watch: _Watch, facts: ModelFacts
     return told
 
 
-def _kept(kept: KeptTokens, facts: ModelFacts, watch: _Watch) -> dict[str, Any]:
+def _kept(kept: Provenance, facts: ModelFacts, watch: _Watch) -> dict[str, Any]:
     """Which visual tokens the answer looked at, the cells of a frame that they are counted in, the frames' seconds."""
     found = {one.name: getattr(kept, one.name) for one in dataclasses.fields(kept)}
     about = {"grid": facts.grid, "times": watch.timestamps}

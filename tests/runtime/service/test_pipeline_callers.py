@@ -27,7 +27,7 @@ from runtime import pipeline as pipeline_module
 from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
 from runtime.pipeline import Pipeline
 from runtime.service.answering import Answering
-from runtime.service.requests import Answer, CheckedQuestion, Delta, KeptTokens, Ready, Seen
+from runtime.service.requests import Answer, CheckedQuestion, Delta, Provenance, Ready, Seen
 from runtime.text.prompt import splice
 from runtime.video import Clip
 from runtime.vision import Encoded, VisionBackend
@@ -521,7 +521,7 @@ def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     found = core.vision.encode(clip.frames)
     whole = splice(question.words, found.tokens, core.newline, core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
-    kept = KeptTokens(found.positions.clone(), found.sources.clone(), found.place.clone())
+    kept = Provenance(found.positions.clone(), found.sources.clone(), found.place.clone())
     return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept)
 
 
