@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
         if isinstance(default, bool):
             action = "store_false" if default else "store_true"
             p.add_argument(option(name), dest=name, action=action, help=flag.help)
+        elif flag.kind is bool:
+            p.add_argument(option(name), action=argparse.BooleanOptionalAction, help=flag.help)
         elif flag.several:
             p.add_argument(option(name), dest=name, action="append", metavar=flag.metavar, help=flag.help)
         else:

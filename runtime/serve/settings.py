@@ -14,7 +14,7 @@ from typing import Any
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime.choices import BACKENDS, DECODERS
+from runtime.choices import BACKENDS, DECODERS, POSITIONS
 from runtime.engine import layout
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -28,7 +28,7 @@ class Flag:
     Attributes:
         help: a line for people.
         metavar: what its value is called; None for a switch.
-        kind: what a value is read with.
+        kind: what a value is read with; bool for a switch that has a --no- form, too.
         choices: the only values that it has.
         several: it may be given again.
     """
@@ -72,6 +72,16 @@ class Settings:
     device: str | None = _flag(None, "where the decoder runs (default: the GPU if any)", choices=("cpu", "cuda"))
     dtype: str | None = _flag(None, "of the decoder (default: see runtime.ask)", choices=layout.DTYPE_NAMES)
     decoder: str = _flag("torch", "torch-tensorrt compiles the language model", choices=DECODERS)
+    bias: bool | None = _flag(
+        None,
+        "let a visual token weigh as much as all that it stands for (default: as the engine's method has it)",
+        kind=bool,
+    )
+    positions: str | None = _flag(
+        None,
+        "of visual tokens: where they were in the video, or one after the other (default: likewise)",
+        choices=POSITIONS,
+    )
     host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every address of the machine", "ADDRESS")
     port: int = _flag(8000, "port to listen on; 0 takes a free one", "N", int)
     name: str = _flag("earlytom", "what clients call the model", "NAME")

@@ -55,6 +55,8 @@ def serve(settings: Settings, trace: Trace) -> None:
                 waiting=settings.waiting + 2,
                 watch_bytes=settings.watch_bytes,
                 limits=limits,
+                bias=settings.bias,
+                positions=settings.positions,
             )
         )
         trace.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")

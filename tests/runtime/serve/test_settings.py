@@ -39,6 +39,12 @@ def test_flags_arrive() -> None:
     assert (found.page, found.metrics_prefix) == (False, "vllm:")
 
 
+def test_what_the_decoder_is_told_is_as_the_method_has_it_or_as_asked() -> None:
+    for words, bias in (([], None), (["--bias"], True), (["--no-bias"], False)):
+        assert read(*words).bias is bias
+    assert read("--positions", "original").positions == "original"
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"), [("0", 0), ("4096", 4096), ("64MiB", 64 << 20), ("2 gib", 2 << 30), ("1kb", 1000)]
 )
