@@ -178,12 +178,8 @@ def compile_graphs(
     usual = None if kept is None else [median for _, median, _ in kept.ranges]
     shares = config.stage_half_shares if config.in_stages else tuple(one.half_share for one in config.each)
     reports = []
-    for stage, graph in enumerate(graphs):
-        engine, layers = layout.ENGINE_FILE, layout.LAYERS_FILE
-        if config.in_stages:
-            engine, layers = (layout.stage_file(name, stage) for name in (engine, layers))
-        else:
-            engine, layers = map(config.each[stage].file, (engine, layers))
+    for stage, (graph, part) in enumerate(zip(graphs, config.layout.files, strict=True)):
+        engine, layers = map(part.file, (layout.ENGINE_FILE, layout.LAYERS_FILE))
         reports.append(
             compile_engine(
                 graph.path,

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.numbers import shown
@@ -279,25 +278,17 @@ class Manifest:
         check(all(map(is_number, self.figures.values())), "figures", "finite numbers", self.figures)
 
     def _check_counts(self) -> None:
-        """The counts must be those that `earlytom.budget` gives for the recorded settings."""
-        expected: dict[str, Any] = {"tokens_full": self.frames * self.tokens_per_frame}
+        """The counts must be those that the layout gives for the recorded settings."""
         try:
-            config = self.settings
-            if config.schedule == "budget":
-                rule: dict[str, Any] = {"merges": len(config.merge_layers), "frame_budget": config.frame_budget}
-                expected["frames_per_stage"] = frames_per_stage(self.frames, **rule)
-                expected["tokens"] = token_count(self.frames, self.tokens_per_frame, config.retention_ratio, **rule)
-                expected["frames_kept"] = None
-            else:
-                merges = len(config.merge_layers)
-                expected["frames_per_stage"] = (self.frames,) * (merges + 1)
-                expected["tokens"] = most_tokens(
-                    self.frames, self.tokens_per_frame, config.retention_ratio, merges=merges
-                )
+            config, layout = self.settings, self.layout
+            expected: dict[str, Any] = {"tokens_full": layout.tokens_full}
+            expected |= {"frames_per_stage": layout.stages, "tokens": layout.tokens}
         except UserError as error:
             raise EngineError(
                 f"manifest has {self.method} settings that make no sense ({cut(error)}): {REBUILD}"
             ) from error
+        if not layout.adaptive:
+            expected["frames_kept"] = None
         for name, value in expected.items():
             if (got := getattr(self, name)) != value:
                 raise EngineError(
@@ -326,11 +317,11 @@ class Manifest:
                     f"{self.batch} and frame_counts {shown(self.frame_counts)}: {REBUILD}"
                 )
             kept = self.frames_kept or ()
-            fits = len(kept) == merges + 1 and kept[0] == (self.frames,) * 3
+            fits = len(kept) == len(layout.stages) and kept[0] == (self.frames,) * 3
             if not fits or any(most > self.frames for _, _, most in kept):
                 raise EngineError(
                     f"manifest contradicts itself: frames_kept is {shown(self.frames_kept)}, its settings give "
-                    f"{merges + 1} stages of at most {self.frames} frames: {REBUILD}"
+                    f"{len(layout.stages)} stages of at most {self.frames} frames: {REBUILD}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
