@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from builder.compile.child import end_with_parent
@@ -289,6 +290,9 @@ def _start(job: EvaluationJob) -> None:
     assert parent is not None
     end_with_parent(parent.sentinel)
     torch.set_num_threads(1)
+    # NumPy's BLAS has threads of its own, which spin while they wait: with as many processes as cores, the threads of
+    # one wait for a core that those of another spin on, and drawing a clip took a hundred times as long.
+    threadpool_limits(1, "blas")
     _bench = EvaluationBench(job)
 
 
