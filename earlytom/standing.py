@@ -59,8 +59,13 @@ def token_sizes(features: Tensor, positions: Tensor, time: Tensor, size: Tensor,
     count = (size[:, None] if size.dim() == 1 else size).expand(kept, per_frame).flatten()
     apart = (when.index_select(0, positions)[:, None] - when[None]).abs()
     alike = (direction.index_select(0, positions) @ direction.T) * torch.exp(-apart / frames)  # [N, M]
-    owner = alike.argmax(dim=0)
-    belongs = owner[None] == torch.arange(len(positions), device=owner.device)[:, None]
+    return owned_sizes(alike, count)
+
+
+def owned_sizes(alike: Tensor, count: Tensor) -> Tensor:
+    """Sizes of what belongs to each of N tokens: `alike [N, M]` and the sizes `count [M]` of all to fp32 [N], which add
+    up to theirs. Of equally alike ones the first is the owner."""
+    belongs = alike.argmax(dim=0)[None] == torch.arange(len(alike), device=alike.device)[:, None]
     return belongs.to(count.dtype) @ count
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from earlytom.cells.merge import unit
 from earlytom.errors import UserError
+from earlytom.standing import owned_sizes
 
 
 def saliency(features: Tensor) -> Tensor:
@@ -116,8 +117,4 @@ def token_sizes(affine: Tensor, size: Tensor, taken: Tensor) -> Tensor:
     Returns:
         [N] fp32; they add up to the sum of the sizes.
     """
-    column = affine.index_select(1, taken)  # [M, N]
-    index = torch.arange(len(taken), device=taken.device)
-    best = column.amax(1, keepdim=True)
-    owner = torch.where(column == best, index, len(taken)).amin(1)  # of equal ones the first
-    return size @ (owner[:, None] == index).float()
+    return owned_sizes(affine.index_select(1, taken).T, size)
