@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from runtime.drawing.clips import draw_clip
-from runtime.serve import decoding as module
 from runtime.serve.decoding import Decoders
+from runtime.serve.decoding import decoders as module
 from runtime.serve.errors import ServeError
 from runtime.serve.fetch import FetchRules
 from runtime.serve.media import Media, TakenVideo, VideoPart
@@ -251,6 +251,28 @@ def stopped(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoders, 
     return begin
 
 
+@pytest.fixture
+def begun(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoders], Any]:
+    """Begin a video that takes seconds; back when the decoder has begun with it."""
+    told = threading.Event()
+    real = module._Decoder._receive
+
+    async def receive(self: Any) -> dict[str, Any]:
+        message = await real(self)
+        if module.BEGUN in message:
+            told.set()
+        return message
+
+    monkeypatch.setattr(module._Decoder, "_receive", receive)
+
+    def begin(decoders: Decoders) -> Any:
+        call = loop.start(decoders.clip(taken([bomb(4_000)] * 64), 64, SIZE))
+        assert told.wait(HANG_SECONDS)
+        return call
+
+    return begin
+
+
 def invalid(call: Any) -> str:
     with pytest.raises(ServeError) as caught:
         call.result(HANG_SECONDS)
@@ -260,13 +282,12 @@ def invalid(call: Any) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_decoder_that_dies_costs_one_request(
-    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any], how: signal.Signals
+    loop: Loop, make: Make, film: Path, begun: Callable[[Decoders], Any], how: signal.Signals
 ) -> None:
     decoders = make()
     (before,) = decoders.processes
-    call = stopped(decoders, film)
+    call = begun(decoders)
     os.kill(before, how)
-    os.kill(before, signal.SIGCONT)
     assert "ends the decoder" in invalid(call)
     assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
     assert decoders.processes != [before]
@@ -280,6 +301,38 @@ def test_a_decoder_that_died_at_rest_costs_none(loop: Loop, make: Make, film: Pa
         threading.Event().wait(0.01)
     assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
     assert decoders.processes != [before]
+
+
+def test_a_decoder_that_dies_as_a_video_comes_costs_none(
+    loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]
+) -> None:
+    """It looked alive and took the words; it never saw the video."""
+    decoders = make()
+    (before,) = decoders.processes
+    call = stopped(decoders, film)
+    os.kill(before, signal.SIGKILL)
+    assert len(call.result(HANG_SECONDS).frames) == 8
+    assert decoders.processes != [before]
+
+
+def test_decoders_that_all_die_at_rest_are_not_tried_for_ever(
+    loop: Loop, make: Make, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders = make()
+    real, tried = module._Decoder._send, 0
+
+    async def send(self: Any, message: dict[str, Any], files: list[int]) -> None:
+        nonlocal tried
+        tried += 1
+        self.process.kill()
+        self.process.wait()
+        await real(self, message, files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Decoder, "_send", send)
+        assert "ends the decoder" in invalid(loop.start(decoders.clip(taken(film.read_bytes()), 8, SIZE)))
+    assert tried == 2
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
 
 
 def test_a_deadline(loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any]) -> None:

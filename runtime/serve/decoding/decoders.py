@@ -17,37 +17,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
 import json
 import logging
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from earlytom.errors import UserError
-from earlytom.numbers import real, shown, whole
-from runtime.errors import VideoError
+from earlytom.numbers import real, whole
+from runtime.serve.decoding.child import BEGUN, write
 from runtime.serve.errors import ServeError
 from runtime.serve.media import TakenVideo
-from runtime.video import MIN_FRAMES, Clip, Limits, frames_for, load_clip, resize_frames, sample_indices
-from runtime.video.limits import DEFAULT_LIMITS, remedy
+from runtime.video import Clip, Limits
+from runtime.video.limits import DEFAULT_LIMITS
 
 _START_SECONDS = 300.0  # for the imports of a new process on a busy machine
 _STOP_SECONDS = 1.0  # in which a decoder that is told to stop does, or is killed
 _LONGEST = 1 << 20  # bytes of a message
-_PICTURES = ("JPEG", "PNG")
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.serve.decoding import child; child()"
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.serve.decoding import child; child.run()"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -99,12 +95,19 @@ class Decoders:
             with contextlib.ExitStack() as files:
                 out = files.enter_context(_shared_memory())
                 given = taken.file if taken.file is not None else files.enter_context(_shared_memory())
-                await worker.start()
                 if taken.frames is not None:
-                    await asyncio.to_thread(_write, given.fileno(), taken.frames)
-                busy = True
-                async with asyncio.timeout(self._seconds):
-                    reply = await worker.ask(job, [given.fileno(), out.fileno()])
+                    await asyncio.to_thread(write, given.fileno(), taken.frames)
+                for attempt in range(2):
+                    await worker.start()
+                    busy = True
+                    try:
+                        async with asyncio.timeout(self._seconds):
+                            reply = await worker.ask(job, [given.fileno(), out.fileno()])
+                        break
+                    except _AtRestError:
+                        worker.kill()
+                        if attempt:
+                            raise
                 busy = False
                 if (error := reply.get("error")) is not None:
                     raise _invalid(str(error))
@@ -152,6 +155,10 @@ class _DeadError(Exception):
     """The process is gone, or says what makes no sense."""
 
 
+class _AtRestError(_DeadError):
+    """The process was gone before it saw the video, so the video is not at fault."""
+
+
 class _Decoder:
     """One process at a time, and this end of the line to it."""
 
@@ -179,10 +186,16 @@ class _Decoder:
             raise
 
     async def ask(self, job: dict[str, Any], files: list[int]) -> dict[str, Any]:
-        """Send a job and return its reply. Raises _DeadError."""
+        """Send a job and return its reply. Raises _DeadError, _AtRestError."""
         self._asked += 1
-        await self._send({**job, "number": self._asked}, files)
-        reply = await self._receive()
+        try:
+            await self._send({**job, "number": self._asked}, files)
+            reply = await self._receive()
+        except _DeadError as error:
+            # A process that is dying looks alive until its last thread is gone, so only its word tells.
+            raise _AtRestError(str(error)) from error
+        if BEGUN in reply:
+            reply = await self._receive()
         if reply.get("number") != self._asked:
             raise _DeadError("it answers another question")
         return reply
@@ -194,7 +207,8 @@ class _Decoder:
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 await self._send({"stop": True}, [])
-                await self._receive()
+                while BEGUN in await self._receive():
+                    pass
         except (TimeoutError, _DeadError):
             self.kill()
         except BaseException:
@@ -305,168 +319,5 @@ def _shared_memory() -> Any:
     return tempfile.TemporaryFile(buffering=0)
 
 
-def _write(file: int, parts: Sequence[bytes | memoryview]) -> None:
-    at = 0
-    for part in parts:
-        left = memoryview(part)
-        while left:
-            count = os.pwrite(file, left, at)
-            left, at = left[count:], at + count
-
-
 def _invalid(what: str) -> ServeError:
     return ServeError(400, "invalid_video", what, param="messages")
-
-
-# The other side: what follows runs in the decoder's process.
-
-
-def child() -> None:
-    """Decode what is asked for until the other end of the line is closed. The words: path, line, memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = socket.socket(fileno=int(sys.argv[2]))
-    threading.Thread(target=_end_with_parent, args=(line,), daemon=True).start()
-    _bound_memory(int(sys.argv[3]))
-    _tell(line, {"ready": True})
-    while (heard := _hear(line)) is not None:
-        job, files = heard
-        reply = _reply(job, files, line) if "counts" in job else None
-        for file in files:
-            os.close(file)
-        if reply is not None:
-            _tell(line, {**reply, "number": job["number"]})
-
-
-def _end_with_parent(line: socket.socket) -> None:
-    """Nobody waits for the answer any more, however busy this process is with it."""
-    poll = select.poll()
-    poll.register(line.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
-    poll.poll()
-    os._exit(0)
-
-
-def _bound_memory(memory: int) -> None:
-    """Bound the memory, where the system can; and if the machine runs out of it, this process goes first."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("900")
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, OSError, ValueError):
-        return
-
-
-class _StopError(Exception):
-    """The caller has left."""
-
-
-def _reply(job: dict[str, Any], files: list[int], line: socket.socket) -> dict[str, Any]:
-    given, out = files
-    path = f"/proc/self/fd/{given}" if Path("/proc/self/fd").is_dir() else f"/dev/fd/{given}"
-
-    def check() -> None:
-        if select.select([line], [], [], 0)[0]:
-            raise _StopError
-
-    try:
-        limits, counts, size = Limits(**job["limits"]), job["counts"], tuple(job["size"])
-        if job["frames"] is None:
-            clip = load_clip(Path(path), counts, size, limits=limits, check=check)
-        else:
-            clip = _from_pictures(given, job["frames"], counts, size, limits, check)
-        _write(out, [clip.frames.contiguous().numpy().data.cast("B")])
-        said = {name: getattr(clip, name) for name in ("timestamps", "source_frames", "duration")}
-        said |= {name: getattr(clip, name) for name in ("decode_seconds", "preprocess_seconds")}
-        return {"clip": {"frames": len(clip.frames), **said}}
-    except UserError as error:
-        return {"error": str(error).replace(repr(path), "the video").replace(path, "the video")}
-    except _StopError:
-        return {"error": "nobody waits for it"}
-    except MemoryError:
-        return {"error": "the video needs more memory than decoding one may take; send one of fewer pixels"}
-    except Exception as error:
-        _log.exception("a video cannot be decoded")
-        return {"error": f"the video cannot be decoded ({type(error).__name__}); re-encode it"}
-
-
-def _from_pictures(
-    file: int,
-    lengths: list[int],
-    counts: int | list[int],
-    size: tuple[int, int],
-    limits: Limits,
-    check: Callable[[], None],
-) -> Clip:
-    """Frames that came as pictures, one behind the other. Only those shown are decoded; the others must fit them."""
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = None  # the limit is checked below, before anything is decoded
-    if len(lengths) < MIN_FRAMES:
-        raise VideoError(f"the frame list has {len(lengths)} frame; a video has at least {MIN_FRAMES}")
-    if limits.max_frames is not None and len(lengths) > limits.max_frames:
-        raise VideoError(f"the frame list has more than {limits.max_frames} frames; {remedy('max_frames')}")
-    chosen = sample_indices(len(lengths), frames_for(len(lengths), counts))
-    rows = {index: row for row, index in enumerate(np.unique(chosen).tolist())}
-    frames = torch.empty(len(rows), 3, *size, dtype=torch.uint8)
-    first: tuple[int, int] | None = None
-    at = 0
-    for index, length in enumerate(lengths):
-        check()
-        try:
-            image = Image.open(io.BytesIO(os.pread(file, length, at)), formats=_PICTURES)
-        except Exception as error:
-            raise VideoError(f"frame {index} is no picture that can be read; send frames as JPEG") from error
-        at += length
-        first = first or image.size
-        if limits.max_pixels is not None and image.width * image.height > limits.max_pixels:
-            what = f"frame {index} has {image.width}x{image.height} pixels, more than {limits.max_pixels} (max_pixels)"
-            raise VideoError(f"{what}; {remedy('max_pixels')}")
-        if image.size != first:
-            other, one = ("x".join(map(str, sides)) for sides in (image.size, first))
-            raise VideoError(f"frame 0 is {one} and frame {index} is {other}; send frames of one size")
-        if index in rows:
-            frames[rows[index]] = resize_frames(_pixels(image, index), size)[0]
-    return Clip(
-        frames=frames[torch.from_numpy(np.unique(chosen, return_inverse=True)[1])],
-        timestamps=(),
-        source_frames=len(lengths),
-        duration=0.0,
-        decode_seconds=0.0,
-        preprocess_seconds=0.0,
-    )
-
-
-def _pixels(image: Any, index: int) -> torch.Tensor:
-    """uint8 [1, 3, h, w]"""
-    try:
-        array = np.array(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # of any kind, by how the picture is broken
-        raise VideoError(f"frame {index} cannot be decoded ({shown(str(error))}); send it again") from error
-    return torch.from_numpy(array).permute(2, 0, 1)[None]
-
-
-def _tell(line: socket.socket, message: dict[str, Any]) -> None:
-    content = json.dumps(message).encode()
-    line.sendall(len(content).to_bytes(4, "big") + content)
-
-
-def _hear(line: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next message and the files that came with it; None where the line is closed."""
-    head, files, _, _ = socket.recv_fds(line, 4, 2)
-    content = b"" if not head else head + _rest(line, 4 - len(head))
-    if len(content) < 4:
-        return None
-    return json.loads(_rest(line, int.from_bytes(content, "big"))), files
-
-
-def _rest(line: socket.socket, count: int) -> bytes:
-    content = b""
-    while len(content) < count and (part := line.recv(count - len(content))):
-        content += part
-    return content
