@@ -34,15 +34,18 @@ examples:
       choose a setting, on clips that the table is not made of
   python -m builder.evaluate --methods cells-rounds budget budgets --ratios 0.05 0.1 --budgets 2,4,6:8,6,4 1,3,5:8,6,4
       both methods with more frames merged, and earlier
+  python -m builder.evaluate --frames 32 --methods budgets --budgets 0,3:16,12 --ratios 0.05
+      clips twice as long, all frames for the arithmetic of half of them
   python -m builder.evaluate --methods budget --ratios 0.1 --engine auto
       builds an engine of that setting and asks it the same questions, in ONNX Runtime
   python -m builder.evaluate --coverage holiday.mp4 street.mp4 --model ORG/NAME --frames 32 --plot coverage.png
       what both methods lose of your own videos, in the features of your own model: no questions, no decoder
 
 methods (--methods takes names and groups):
-  reference  full
+  reference  full; of clips of more than 16 frames also fewer-frames, all tokens of 16 of them
   earlytom   budget, adaptive, budget-bias (the decoder is told how many tokens each one stands for)
-  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing)
+  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing),
+             cells-adaptive (each clip has as many groups of frames as it needs)
   parts      merging, merging-adaptive (all tokens of the merged frames), selection (no frame is merged), diverse
              (merging of budget, selection of cells), selection-diverse (that selection alone)
   layers     budget with other merge layers; at ratio 0.10
@@ -62,8 +65,8 @@ class EvaluationSettings:
         ratios: as they were given. tau, merge_layers, frame_budget, power, rounds: the methods', None for the defaults.
         budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
             what each row is about.
-        coverage: videos to measure instead of the task's clips; none: the task. frames: of each, None for as many as
-            the model is meant to be shown.
+        coverage: videos to measure instead of the task's clips; none: the task. frames: of each video or clip, None for
+            as many as the model is meant to be shown.
         engine: a folder, `AUTO` for one that is built under `engines`, None for none.
         plot, json: files to write. json_only: show nothing but the JSON line.
     """
@@ -131,6 +134,13 @@ def parser() -> argparse.ArgumentParser:
         default="test",
         help="test: the figures to report (default); validation: the clips to choose settings by",
     )
+    p.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help=f"frames of a clip (default: {FRAMES}; more: it is longer, what is brief in it as brief), or of a video "
+        "of --coverage (default: as many as the model is meant for)",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="other clips, other random tokens (default: 0)")
     p.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help="what to measure (default: all)")
     p.add_argument(
@@ -150,9 +160,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="VIDEO",
         help="measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
-    )
-    coverage.add_argument(
-        "--frames", type=int, metavar="N", help="frames of each video (default: as many as the model is meant for)"
     )
     engine = p.add_argument_group("engine")
     engine.add_argument(
@@ -255,10 +262,12 @@ def check(asked: EvaluationSettings) -> None:
     if asked.coverage:
         check_coverage(asked)
     elif asked.frames is not None:
-        raise UserError("--frames is for --coverage VIDEO...: the task's clips have their own number")
+        whole("--frames", asked.frames, FRAMES)
+        if asked.frames > FRAMES and (asked.engine is not None or asked.record):
+            raise UserError(f"--frames {asked.frames} goes without --engine and --record: both are of {FRAMES} frames")
     cells_of(asked, settings_of(asked, None))
     for words in asked.budgets:
-        merging_of(words)
+        merging_of(words, asked.frames)
     for path in (asked.plot, asked.json):
         # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
         if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
@@ -309,7 +318,7 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
     from earlytom.families import geometry
 
     depth = geometry(checkpoint.config).depth
-    config = settings_of(asked, depth)
+    config = settings_of(asked, depth, asked.frames)
     job = EvaluationJob(
         checkpoint.source,
         config,
@@ -318,9 +327,10 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
         asked.split,
         asked.seed,
         cells=cells_of(asked, config),
-        budgets=tuple(dict.fromkeys(map(merging_of, asked.budgets))),
+        budgets=tuple(dict.fromkeys(merging_of(words, asked.frames) for words in asked.budgets)),
         bias=asked.bias,
         original=None if asked.positions is None else asked.positions == "original",
+        frames=asked.frames or FRAMES,
     )
     job.rows(depth)
     if asked.record:
@@ -366,20 +376,20 @@ def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
     return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **changes)
 
 
-def merging_of(words: str) -> Merging:
-    """One of `--budgets`. Raises UserError for what is none, or has more frames than the task's clips."""
+def merging_of(words: str, frames: int | None = None) -> Merging:
+    """One of `--budgets`. Raises UserError for what is none, or has more frames than a clip (None: the task's)."""
     example = "merge layers and frames such as 2,4,6:8,6,4 or 2,4:0.5"
-    layers, colon, frames = words.partition(":")
+    layers, colon, kept = words.partition(":")
     if not colon:
         raise UserError(f"--budgets {words!r}: give {example}")
-    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(frames, "--budgets"))
+    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(kept, "--budgets"))
     CellsConfig(merge_layers=found.layers, frame_budget=found.frames)
-    frames_per_stage(FRAMES, merges=len(found.layers), frame_budget=found.frames)
+    frames_per_stage(frames or FRAMES, merges=len(found.layers), frame_budget=found.frames)
     return found
 
 
 def _frames(text: str, option: str) -> float | tuple[int, ...]:
-    counts = "," in text
+    counts = "," in text or (text.isdecimal() and int(text) > 1)  # 13 is no share
     budget = _numbers(text, option, "a share such as 0.75, or one count a merge", whole=counts)
     return tuple(budget) if counts else budget[0]
 

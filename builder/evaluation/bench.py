@@ -38,7 +38,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import family_of
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
-from earlytom.micro.data.scene import SIDE
+from earlytom.micro.data.scene import FRAMES, SIDE
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
 
 CLIPS_AT_ONCE = 8
@@ -55,7 +55,7 @@ class EvaluationJob:
         ratios: retention ratios.
         split, seed: of the task's clips; the seed is also that of random tokens.
         engine: an engine folder to measure beside the methods, or None.
-        cells, budgets, bias, original: as `methods.methods` has them.
+        cells, budgets, bias, original, frames: as `methods.methods` has them.
     """
 
     source: str
@@ -69,6 +69,7 @@ class EvaluationJob:
     budgets: tuple[Merging, ...] = ()
     bias: bool | None = None
     original: bool | None = None
+    frames: int = FRAMES
 
     def rows(self, depth: int) -> list[Row]:
         """What is measured in a tower of `depth` layers. Raises UserError as `methods.methods` and `chosen` do."""
@@ -80,6 +81,7 @@ class EvaluationJob:
             budgets=self.budgets,
             bias=self.bias,
             original=self.original,
+            frames=self.frames,
         )
         return chosen(known, self.methods)
 
@@ -174,7 +176,7 @@ class EvaluationBench:
 
     def clip(self, index: int) -> tuple[ClipPasses, LabelledClip]:
         """A clip of the job's split, ready to be encoded, and what the task knows about it."""
-        clip = labelled_clip(self.job.split, index, seed=self.job.seed)
+        clip = labelled_clip(self.job.split, index, seed=self.job.seed, length=self.job.frames)
         return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip
 
     def measure(self, indices: Sequence[int]) -> Answers:

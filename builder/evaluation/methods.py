@@ -10,6 +10,9 @@ given the number of tokens N that EarlyTom's budget schedule keeps at that ratio
   merged; EarlyTom without its merging, and without an equal share for each frame;
 * pooling, pooling-space: averages over the cells of a grid with N cells or fewer.
 
+Of clips that have more frames than the model was made for there is one row more, `FEWER`: as many frames as that,
+evenly spaced, with all of their tokens. It is what a user does without a method.
+
 A row also says what the decoder is told of the tokens besides themselves (`runtime.text.places.Placing`): how many of
 the video's tokens each stands for (bias), and where it was.
 
@@ -27,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from builder.evaluation.options import FULL, Merging
+from builder.evaluation.options import FEWER, FULL, Merging
 from builder.evaluation.passes import ClipPasses
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.select import affinity, likeness, saliency, select_rounds
@@ -37,6 +40,7 @@ from earlytom.method import Method, State
 from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.micro.data.scene import FRAMES
 from earlytom.standing import frame_times
 from runtime.text.places import Placing
 
@@ -116,6 +120,7 @@ def methods(
     budgets: Sequence[Merging] = (),
     bias: bool | None = None,
     original: bool | None = None,
+    frames: int = FRAMES,
 ) -> dict[str, Row]:
     """All methods by name.
 
@@ -126,6 +131,7 @@ def methods(
         cells: the settings of "cells", of which the ratio plays no part; default: the same layers and frames.
         budgets: other merge layers and frame counts to measure both methods with.
         bias, original: what the decoder is told of every row's tokens; None: what the row says.
+        frames: of a clip.
 
     Raises:
         UserError: a merge layer that the tower does not have.
@@ -138,6 +144,7 @@ def methods(
     unmerged = _with_layers(budget, ())
     found = [
         Row(FULL, "full tokens", "reference", False, _all(unmerged)),
+        *([_fewer_frames(unmerged)] if frames > FRAMES else []),
         Row(BUDGET, "EarlyTom budget", "earlytom", True, _earlytom(budget)),
         Row(ADAPTIVE, "EarlyTom adaptive", "earlytom", True, _earlytom(adaptive)),
         Row("budget-bias", "EarlyTom budget, bias", "earlytom", True, _earlytom(budget), Placing(bias=True)),
@@ -158,7 +165,7 @@ def methods(
 def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
     """The methods that `words` name, each once, in the order of `known`; a word is a method, a group, or "all".
 
-    The full tokens are always among them: everything is compared with them.
+    The full tokens are always among them, of all frames and of fewer: everything is compared with them.
 
     Raises:
         UserError: no such method.
@@ -170,7 +177,7 @@ def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
                 f"no method named {word!r} (--methods): choose from all, {', '.join(sorted(groups))} (groups), "
                 f"{', '.join(known)}"
             )
-    wanted = {FULL, *words}
+    wanted = {FULL, FEWER, *words}
     return [method for method in known.values() if wanted & {method.name, method.group, "all"}]
 
 
@@ -197,6 +204,17 @@ def _all(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
     return lambda clip, _: _chosen(clip, method)
 
 
+def _fewer_frames(unmerged: EarlyTomConfig) -> Row:
+    """All tokens of `FRAMES` evenly spaced frames; the others are never encoded."""
+    method, some = EarlyTom(unmerged), EvenFrames(FRAMES)
+
+    def visual(clip: ClipPasses, _: float) -> Visual:
+        kept = some.frames(len(clip.frames))
+        return Visual(clip.some_frames(kept, method).flatten(0, 1), (len(kept),))
+
+    return Row(FEWER, f"full tokens, {FRAMES} frames", "reference", False, visual)
+
+
 def _earlytom(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
     return lambda clip, ratio: _chosen(clip, EarlyTom(config.replace(retention_ratio=ratio)))
 
@@ -215,6 +233,7 @@ def _cells_rows(config: CellsConfig) -> list[Row]:
         Row(CELLS, f"cells, {rounds}", "cells", True, _cells(config), BOTH),
         Row("cells-greedy", "cells, greedy", "cells", True, _cells(config.replace(rounds=None)), BOTH),
         Row("cells-plain", "cells, no bias, no positions", "cells", True, _cells(config)),
+        Row("cells-adaptive", "cells, adaptive", "cells", True, _cells(config.replace(schedule="adaptive")), BOTH),
     ]
 
 
