@@ -265,7 +265,7 @@ def check(asked: EvaluationSettings) -> None:
         whole("--frames", asked.frames, FRAMES)
         if asked.frames > FRAMES and (asked.engine is not None or asked.record):
             raise UserError(f"--frames {asked.frames} goes without --engine and --record: both are of {FRAMES} frames")
-    cells_of(asked, settings_of(asked, None))
+    cells_of(asked, settings_of(asked, None, asked.frames))
     for words in asked.budgets:
         merging_of(words, asked.frames)
     for path in (asked.plot, asked.json):
