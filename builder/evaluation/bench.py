@@ -40,6 +40,7 @@ from earlytom.families import family_of
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.scene import FRAMES, SIDE
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
+from runtime.text.places import Placing, fitted
 
 CLIPS_AT_ONCE = 8
 
@@ -100,8 +101,10 @@ class Setting:
     def standing(self, clip: ClipPasses, visual: Visual) -> Standing:
         """What the decoder is told of what it sees."""
         told = self.method.told
-        place, bias = visual.place if told.original else None, visual.bias if told.bias else None
-        return Standing(len(clip.frames) * clip.cells, place, bias)
+        full, most = len(clip.frames) * clip.cells, FRAMES * clip.cells
+        span = Placing(most=most).span(full)
+        place = fitted(visual.place, full, span) if told.original and visual.place is not None else None
+        return Standing(span, place, visual.bias if told.bias else None)
 
 
 @dataclass(frozen=True)
