@@ -62,7 +62,8 @@ class EvaluationSettings:
 
     Attributes:
         model: a source, None for the bundled one.
-        ratios: as they were given. tau, merge_layers, frame_budget, power, rounds: the methods', None for the defaults.
+        ratios: as they were given.
+        tau, merge_layers, frame_budget, power, rounds, threshold: the methods', None for the defaults.
         budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
             what each row is about.
         coverage: videos to measure instead of the task's clips; none: the task. frames: of each video or clip, None for
@@ -82,6 +83,7 @@ class EvaluationSettings:
     frame_budget: str | None
     power: float | None
     rounds: int | None
+    threshold: float | None
     budgets: tuple[str, ...]
     bias: bool | None
     positions: str | None
@@ -193,6 +195,13 @@ def _method_options(p: argparse.ArgumentParser) -> None:
         help="cells: how far a cell prefers the frame in which it differs; 0 averages (default: 4)",
     )
     method.add_argument("--rounds", type=int, metavar="N", help="cells: rounds in which tokens are taken (default: 7)")
+    method.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="cells-adaptive: the change from which on a frame starts a group (default: "
+        f"{CellsConfig.threshold:g}; more: fewer frames stay)",
+    )
     method.add_argument(
         "--budgets",
         nargs="+",
@@ -372,7 +381,7 @@ def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None
 
 def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
     """The settings of "cells": the same merge layers and frames as EarlyTom, changed by what was given."""
-    changes = {name: value for name in ("power", "rounds") if (value := getattr(asked, name)) is not None}
+    changes = {name: value for name in ("power", "rounds", "threshold") if (value := getattr(asked, name)) is not None}
     return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **changes)
 
 
