@@ -19,9 +19,8 @@ from earlytom.methods.earlytom import EachVideo, EarlyTom
 from earlytom.methods.published import NEED_TRAINING, PUBLISHED
 from earlytom.settings import MethodSettings
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *PUBLISHED.values())
-}
+_OWN: tuple[type[Method], ...] = (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _OWN} | dict(PUBLISHED)
 """All methods by name."""
 
 
