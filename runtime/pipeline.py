@@ -41,7 +41,19 @@ from runtime.service.answering import CONSECUTIVE, READ_AFTER_ANOTHER_TEXT, WATC
 from runtime.service.asking import Request
 from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
-from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Remembered, Seen, Taken, Video, Work
+from runtime.service.requests import (
+    Answer,
+    Arrived,
+    Delta,
+    Embeds,
+    Ready,
+    Remembered,
+    Seen,
+    Taken,
+    Timings,
+    Video,
+    Work,
+)
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
@@ -55,6 +67,18 @@ if TYPE_CHECKING:
     from runtime.decoder.compiler import Compiler
     from runtime.service.live_video import LiveVideo
 
+__all__ = [  # what callers import from here
+    "Answer",
+    "ChatMessage",
+    "Clip",
+    "Delta",
+    "InnerMerge",
+    "Limits",
+    "Pipeline",
+    "Request",
+    "Sampling",
+    "Timings",
+]
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
