@@ -83,7 +83,7 @@ def show_budgets(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparis
     """Both methods with other merge layers and frames, against each other and against the full tokens."""
     rows = []
     fewer = find(found, FEWER, None)
-    columns = ("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom")
+    columns: tuple[str, ...] = ("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom")
     for result in found:
         if result.group != "budgets":
             continue
