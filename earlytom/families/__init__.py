@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import Family, Features, Geometry, Vision, VisionModules
+from earlytom.families.family import SIZES, Family, Features, Geometry, Sampling, Vision, VisionModules
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 
 __all__ = [
     "DEFAULT_FAMILY",
     "FAMILIES",
     "LLAVA_ONEVISION",
+    "SIZES",
     "TITLES",
     "Family",
     "Features",
     "Geometry",
+    "Sampling",
     "Vision",
     "VisionModules",
     "family_of",
