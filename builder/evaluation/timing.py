@@ -67,14 +67,14 @@ class Prefill:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._newline = family_of(model.config).closing(model.model)
+        self._family, self._closing = family_of(model.config), family_of(model.config).closing(model.model)
         self._decoder = Decoder.from_model(model)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, question: str, standing: Standing | None = None) -> int:
         """The first token of the answer to a question about visual tokens [N, E], which stand for more."""
-        prompt = build_prompt(self._tokenizer, question)
-        embeds = splice(prompt, tokens, self._newline, self._decoder.embed)
+        prompt = build_prompt(self._tokenizer, question, family=self._family)
+        embeds = splice(prompt, tokens, self._closing, self._decoder.embed)
         told = {} if standing is None else _told(prompt, len(tokens), standing)
         with closing(self._decoder.stream(embeds, max_new_tokens=1, **told)) as stream:
             return next(stream)
@@ -84,9 +84,9 @@ def _told(prompt: Prompt, count: int, standing: Standing) -> dict[str, Any]:
     """Positions and bias of a whole prompt with `count` visual tokens."""
     place, bias = standing.place, standing.bias
     return Placing(original=place is not None, bias=bias is not None).of_prompt(
-        len(prompt.prefix_ids),
+        prompt,
         torch.zeros(count, dtype=torch.int64) if place is None else place,
         torch.zeros(count) if bias is None else bias,
-        standing.full,
-        len(prompt.suffix_ids),
+        frames=1,  # a prompt of one span asks for their product alone
+        per_frame=standing.full,
     )

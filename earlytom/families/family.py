@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Sampling = Literal["ends", "middles"]
 
-SIZES: Mapping[str, int] = {
+SIZES = {
     "hidden_size": 1 << 15,
     "intermediate_size": 1 << 18,
     "num_hidden_layers": 256,
@@ -173,7 +173,11 @@ class Family(ABC):
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     pixels_name: ClassVar[str] = "pixel_values_videos"
     features_name: ClassVar[str] = "get_video_features"
-    vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {"image_size": 1 << 12, "patch_size": 1 << 10, "num_channels": 3}
+    vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
+        "image_size": 1 << 12,
+        "patch_size": 1 << 10,
+        "num_channels": 3,
+    }
     activations: ClassVar[tuple[str, ...]]
     token_ids: ClassVar[tuple[str, ...]]
     layer_setting: ClassVar[str]
@@ -329,6 +333,11 @@ class Family(ABC):
     @abstractmethod
     def special_tokens(self, config: Any) -> dict[str, int]:
         """The tokens of a published model's prompts that stand for themselves, and their ids, ascending."""
+
+    @property
+    def published(self) -> Mapping[str, Callable[[], Any]]:
+        """Configurations of published models by name, to measure without a download."""
+        return {}
 
     def weight_role(self, name: str) -> str:
         """A tensor's canonical name, as `earlytom.micro.weights` knows tensors of its kind."""

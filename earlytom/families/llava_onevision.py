@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.family import Family, Features, Geometry, Vision, VisionModules
+from earlytom.families.tokens import SPECIAL_TOKENS, VIDEO
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class LlavaOnevision(Family):
     decoder_names = ("language_model.", "lm_head.")
     closing_name = _CLOSING
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
-    video_token = visual_token = "<video>"
+    video_token = visual_token = VIDEO
     activations = ("projector_hidden_act",)
     token_ids = ("image_token_id", "video_token_id")
     layer_setting = "vision_feature_layer"
@@ -200,8 +201,6 @@ class LlavaOnevision(Family):
         return [[next(each) for _ in range(count // full)] for count in placeholders]
 
     def special_tokens(self, config: Any) -> dict[str, int]:
-        from earlytom.families.published import SPECIAL_TOKENS
-
         return {token: config.text_config.bos_token_id + i for i, token in enumerate(SPECIAL_TOKENS)}
 
 

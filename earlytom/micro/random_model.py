@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from earlytom.families import family_of
-from earlytom.families.published import END, SPECIAL_TOKENS, STOP
+from earlytom.families.tokens import END, SPECIAL_TOKENS, STOP
 from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.weights import random_state
 

@@ -128,9 +128,7 @@ def _check_vision(files: Files, vision: Any, family: Family) -> None:
 
 def _check_text(files: Files, text: Any) -> None:
     of = "text_config"
-    sizes = {
-        name: most for name, most in _TEXT_SIZES.items() if name in SIZES or getattr(text, name, None) is not None
-    }
+    sizes = {name: most for name, most in _TEXT_SIZES.items() if name in SIZES or getattr(text, name, None) is not None}
     _check_sizes(files, of, lambda name: getattr(text, name, None), sizes | {"vocab_size": _TEXT_SIZES["vocab_size"]})
     heads, width = text.num_attention_heads, text.hidden_size
     shared = getattr(text, "num_key_value_heads", None) or heads

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -66,7 +67,8 @@ def serve(settings: Settings, trace: Trace) -> None:
         if not keys:
             trace.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
         decoding = Decoders(limits, seconds=settings.deadline)
-        app = create_app(Local(pipeline, decoding.clip, videos=settings.videos), settings, keys)
+        decode = functools.partial(decoding.clip, sampling=pipeline.manifest.model.preprocessing.sampling)
+        app = create_app(Local(pipeline, decode, videos=settings.videos), settings, keys)
         stack.enter_context(contextlib.closing(app))
         run(app, decoding, listening, lambda url: trace.line(f"serving {settings.name} on {url}/v1"))
     trace.line("stopped: all that was asked is answered")
