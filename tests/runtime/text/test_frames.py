@@ -135,7 +135,7 @@ def test_a_question_that_spells_a_placeholder_is_refused(text: str) -> None:
 def test_a_template_without_one_video_is_refused(template: str) -> None:
     own = published_tokenizer(load_tokenizer(), tiny_internvl(bundled=True).config)
     own.chat_template = template
-    with pytest.raises(UserError, match="the chat template places <video> [02] times; expected once"):
+    with pytest.raises(UserError, match=r"the chat template places <video> [02] times; expected once"):
         build_prompt(own, QUESTION, family=INTERNVL)
 
 
