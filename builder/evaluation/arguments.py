@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS
 from builder.evaluation.ways.settings import cells_of, merging_of, settings_of
+from earlytom.cells.config import CellsConfig
 from earlytom.errors import UserError
+from earlytom.micro.data.scene import FRAMES
 from earlytom.numbers import whole
 from runtime import cli
 from runtime.choices import MIN_FRAMES
@@ -31,6 +33,8 @@ examples:
       choose a setting, on clips that the table is not made of
   python -m builder.evaluate --methods cells-rounds budget budgets --ratios 0.05 0.1 --budgets 2,4,6:8,6,4 1,3,5:8,6,4
       both methods with more frames merged, and earlier
+  python -m builder.evaluate --frames 32 --methods budgets --budgets 0,3:16,12 --ratios 0.05
+      clips twice as long, all frames for the arithmetic of half of them
   python -m builder.evaluate --methods budget --ratios 0.1 --engine auto
       builds an engine of that setting and asks it the same questions, in ONNX Runtime
   python -m builder.evaluate --methods compared cells-rounds budget --ratios 0.1 --clips 100
@@ -39,9 +43,10 @@ examples:
       what both methods lose of your own videos, in the features of your own model: no questions, no decoder
 
 methods (--methods takes names and groups):
-  reference  full
+  reference  full; of clips of more than 16 frames also fewer-frames, all tokens of 16 of them
   earlytom   budget, adaptive, budget-bias (the decoder is told how many tokens each one stands for)
-  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing)
+  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing),
+             cells-adaptive (each clip has as many groups of frames as it needs)
   parts      merging, merging-adaptive (all tokens of the merged frames), selection (no frame is merged), diverse
              (merging of budget, selection of cells), selection-diverse (that selection alone)
   layers     budget with other merge layers; at ratio 0.10
@@ -61,11 +66,12 @@ class EvaluationSettings:
 
     Attributes:
         model: a source, None for the bundled one.
-        ratios: as they were given. tau, merge_layers, frame_budget, power, rounds: the methods', None for the defaults.
+        ratios: as they were given.
+        tau, merge_layers, frame_budget, power, rounds, threshold: the methods', None for the defaults.
         budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
             what each row is about.
-        coverage: videos to measure instead of the task's clips; none: the task. frames: of each, None for as many as
-            the model is meant to be shown.
+        coverage: videos to measure instead of the task's clips; none: the task. frames: of each video or clip, None for
+            as many as the model is meant to be shown.
         engine: a folder, `AUTO` for one that is built under `engines`, None for none.
         table, table_plot: files to write of the field's methods beside ours: Markdown, and accuracy against time.
         only_times: ask nothing, and measure times alone.
@@ -83,6 +89,7 @@ class EvaluationSettings:
     frame_budget: str | None
     power: float | None
     rounds: int | None
+    threshold: float | None
     budgets: tuple[str, ...]
     bias: bool | None
     positions: str | None
@@ -139,6 +146,13 @@ def parser() -> argparse.ArgumentParser:
         default="test",
         help="test: the figures to report (default); validation: the clips to choose settings by",
     )
+    p.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help=f"frames of a clip (default: {FRAMES}; more: it is longer, what is brief in it as brief), or of a video "
+        "of --coverage (default: as many as the model is meant for)",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="other clips, other random tokens (default: 0)")
     p.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help="what to measure (default: all)")
     p.add_argument(
@@ -158,9 +172,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="VIDEO",
         help="measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
-    )
-    coverage.add_argument(
-        "--frames", type=int, metavar="N", help="frames of each video (default: as many as the model is meant for)"
     )
     engine = p.add_argument_group("engine")
     engine.add_argument(
@@ -194,6 +205,13 @@ def _method_options(p: argparse.ArgumentParser) -> None:
         help="cells: how far a cell prefers the frame in which it differs; 0 averages (default: 4)",
     )
     method.add_argument("--rounds", type=int, metavar="N", help="cells: rounds in which tokens are taken (default: 7)")
+    method.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="cells-adaptive: the change from which on a frame starts a group (default: "
+        f"{CellsConfig.threshold:g}; more: fewer frames stay)",
+    )
     method.add_argument(
         "--budgets",
         nargs="+",
@@ -284,10 +302,12 @@ def check(asked: EvaluationSettings) -> None:
     if asked.coverage:
         check_coverage(asked)
     elif asked.frames is not None:
-        raise UserError("--frames is for --coverage VIDEO...: the task's clips have their own number")
-    cells_of(asked, settings_of(asked, None))
+        whole("--frames", asked.frames, FRAMES)
+        if asked.frames > FRAMES and (asked.engine is not None or asked.record):
+            raise UserError(f"--frames {asked.frames} goes without --engine and --record: both are of {FRAMES} frames")
+    cells_of(asked, settings_of(asked, None, asked.frames))
     for words in asked.budgets:
-        merging_of(words)
+        merging_of(words, asked.frames)
     if asked.only_times and (not asked.timed_clips or asked.engine is not None):
         raise UserError("--only-times needs clips to measure on (--timed-clips), and no --engine")
     if (asked.table or asked.table_plot) and asked.only_times and not asked.record:
@@ -345,7 +365,7 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
 
     model: Any = checkpoint.config
     depth = geometry(model).depth
-    config = settings_of(asked, depth)
+    config = settings_of(asked, depth, asked.frames)
     job = EvaluationJob(
         checkpoint.source,
         config,
@@ -354,10 +374,11 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
         asked.split,
         asked.seed,
         cells=cells_of(asked, config),
-        budgets=tuple(dict.fromkeys(map(merging_of, asked.budgets))),
+        budgets=tuple(dict.fromkeys(merging_of(words, asked.frames) for words in asked.budgets)),
         bias=asked.bias,
         faithful=asked.faithful,
         original=None if asked.positions is None else asked.positions == "original",
+        frames=asked.frames or FRAMES,
     )
     job.rows(depth, model.text_config.num_hidden_layers)
     if asked.record:

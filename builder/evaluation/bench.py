@@ -41,8 +41,9 @@ from earlytom.families import family_of
 from earlytom.inner import InnerSettings
 from earlytom.inner_decoder import apply_inner
 from earlytom.micro.data import KINDS, LabelledClip, Question, labelled_clip
-from earlytom.micro.data.scene import SIDE
+from earlytom.micro.data.scene import FRAMES, SIDE
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
+from runtime.text.places import Placing, fitted
 
 CLIPS_AT_ONCE = 8
 
@@ -58,7 +59,7 @@ class EvaluationJob:
         ratios: retention ratios.
         split, seed: of the task's clips; the seed is also that of random tokens.
         engine: an engine folder to measure beside the methods, or None.
-        cells, budgets, bias, original, faithful: as `methods.methods` has them.
+        cells, budgets, bias, original, frames, faithful: as `methods.methods` has them.
     """
 
     source: str
@@ -72,6 +73,7 @@ class EvaluationJob:
     budgets: tuple[Merging, ...] = ()
     bias: bool | None = None
     original: bool | None = None
+    frames: int = FRAMES
     faithful: bool = False
 
     def rows(self, depth: int, text_layers: int) -> list[Row]:
@@ -85,6 +87,7 @@ class EvaluationJob:
             budgets=self.budgets,
             bias=self.bias,
             original=self.original,
+            frames=self.frames,
             text_layers=text_layers,
             faithful=self.faithful,
         )
@@ -105,8 +108,10 @@ class Setting:
     def standing(self, clip: ClipPasses, visual: Visual) -> Standing:
         """What the decoder is told of what it sees."""
         told = self.method.told
-        place, bias = visual.place if told.original else None, visual.bias if told.bias else None
-        return Standing(len(clip.frames) * clip.cells, place, bias)
+        full, most = len(clip.frames) * clip.cells, FRAMES * clip.cells
+        span = Placing(most=most).span(full)
+        place = fitted(visual.place, full, span) if told.original and visual.place is not None else None
+        return Standing(span, place, visual.bias if told.bias else None)
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class EvaluationBench:
 
     def clip(self, index: int) -> tuple[ClipPasses, LabelledClip]:
         """A clip of the job's split, ready to be encoded, and what the task knows about it."""
-        clip = labelled_clip(self.job.split, index, seed=self.job.seed)
+        clip = labelled_clip(self.job.split, index, seed=self.job.seed, length=self.job.frames)
         return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip
 
     def measure(self, indices: Sequence[int]) -> Answers:

@@ -10,6 +10,9 @@ given the number of tokens N that EarlyTom's budget schedule keeps at that ratio
   merged; EarlyTom without its merging, and without an equal share for each frame;
 * pooling, pooling-space: averages over the cells of a grid with N cells or fewer.
 
+Of clips that have more frames than the model was made for there is one row more, `FEWER`: as many frames as that,
+evenly spaced, with all of their tokens. It is what a user does without a method.
+
 A row also says what the decoder is told of the tokens besides themselves (`runtime.text.places.Placing`): how many of
 the video's tokens each stands for (bias), and where it was.
 
@@ -26,7 +29,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from builder.evaluation.options import FULL, Merging
+from builder.evaluation.options import FEWER, FULL, Merging
 from builder.evaluation.passes import ClipPasses
 from builder.evaluation.ways.compared import compared_rows, refuse_untrained
 from builder.evaluation.ways.row import BOTH, Row, Visual, seen
@@ -38,6 +41,7 @@ from earlytom.method import State
 from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.micro.data.scene import FRAMES
 from earlytom.standing import frame_times
 from runtime.text.places import Placing
 
@@ -69,6 +73,7 @@ def methods(
     budgets: Sequence[Merging] = (),
     bias: bool | None = None,
     original: bool | None = None,
+    frames: int = FRAMES,
     text_layers: int = 28,
     faithful: bool = False,
 ) -> dict[str, Row]:
@@ -81,6 +86,7 @@ def methods(
         cells: the settings of "cells", of which the ratio plays no part; default: the same layers and frames.
         budgets: other merge layers and frame counts to measure both methods with.
         bias, original: what the decoder is told of every row's tokens; None: what the row says.
+        frames: of a clip.
         text_layers: of the language model; default those of the 7B model.
         faithful: the field's methods in their released form.
 
@@ -95,6 +101,7 @@ def methods(
     unmerged = _with_layers(budget, ())
     found = [
         Row(FULL, "full tokens", "reference", False, _all(unmerged)),
+        *([_fewer_frames(unmerged)] if frames > FRAMES else []),
         Row(BUDGET, "EarlyTom budget", "earlytom", True, _earlytom(budget)),
         Row(ADAPTIVE, "EarlyTom adaptive", "earlytom", True, _earlytom(adaptive)),
         Row("budget-bias", "EarlyTom budget, bias", "earlytom", True, _earlytom(budget), Placing(bias=True)),
@@ -117,7 +124,7 @@ def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
     """The methods that `words` name, each once, in the order of `known`; a word is a method, a group, or "all", which
     leaves out the field's methods: they take as long again.
 
-    The full tokens are always among them: everything is compared with them.
+    The full tokens are always among them, of all frames and of fewer: everything is compared with them.
 
     Raises:
         UserError: no such method, or one that needs training.
@@ -130,7 +137,7 @@ def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
                 f"no method named {word!r} (--methods): choose from all, {', '.join(sorted(groups))} (groups), "
                 f"{', '.join(known)}"
             )
-    wanted = {FULL, *words}
+    wanted = {FULL, FEWER, *words}
     return [
         method
         for method in known.values()
@@ -161,6 +168,17 @@ def _all(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
     return lambda clip, _: seen(clip, method)
 
 
+def _fewer_frames(unmerged: EarlyTomConfig) -> Row:
+    """All tokens of `FRAMES` evenly spaced frames; the others are never encoded."""
+    method, some = EarlyTom(unmerged), EvenFrames(FRAMES)
+
+    def visual(clip: ClipPasses, _: float) -> Visual:
+        kept = some.frames(len(clip.frames))
+        return Visual(clip.some_frames(kept, method).flatten(0, 1), (len(kept),))
+
+    return Row(FEWER, f"full tokens, {FRAMES} frames", "reference", False, visual)
+
+
 def _earlytom(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
     return lambda clip, ratio: seen(clip, EarlyTom(config.replace(retention_ratio=ratio)))
 
@@ -179,6 +197,7 @@ def _cells_rows(config: CellsConfig) -> list[Row]:
         Row(CELLS, f"cells, {rounds}", "cells", True, _cells(config), BOTH),
         Row("cells-greedy", "cells, greedy", "cells", True, _cells(config.replace(rounds=None)), BOTH),
         Row("cells-plain", "cells, no bias, no positions", "cells", True, _cells(config)),
+        Row("cells-adaptive", "cells, adaptive", "cells", True, _cells(config.replace(schedule="adaptive")), BOTH),
     ]
 
 

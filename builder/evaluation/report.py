@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS
-from builder.evaluation.options import FULL, MAIN_RATIO
+from builder.evaluation.options import FEWER, FULL, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result
 from builder.evaluation.statistics import Estimate
 from earlytom.micro.data import KINDS
@@ -126,17 +126,25 @@ def _is(pair: Comparison, name: str, to: Result) -> bool:
 def show_budgets(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
     """Both methods with other merge layers and frames, against each other and against the full tokens."""
     rows = []
+    fewer = find(found, FEWER, None)
+    columns: tuple[str, ...] = ("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom")
     for result in found:
         if result.group != "budgets":
             continue
         mine = [pair for pair in pairs if (pair.name, pair.ratio) == (result.name, result.ratio)]
-        by_group = {find(found, pair.to, pair.to_ratio).group: points(pair.difference) for pair in mine}  # type: ignore[union-attr]
+        against = {"budgets" if "@" in pair.to else pair.to: points(pair.difference) for pair in mine}
         full = find(found, FULL, None)
         assert full is not None  # always among them
+        shown = [against.get(FULL, ""), against.get("budgets", "")]
         share = f"{100 * result.vision / full.vision:.0f} %"
-        rows.append((result.title, result.ratio, share, by_group.get("reference", ""), by_group.get("budgets", "")))
+        if fewer is not None:
+            share += f", {100 * result.vision / fewer.vision:.0f} % of {fewer.title}"
+            shown.append(against.get(FEWER, ""))
+        rows.append((result.title, result.ratio, share, *shown))
+    if fewer is not None:
+        columns += (f"against {fewer.title}",)
     if rows:
-        trace.table(("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom"), rows, title="budgets")
+        trace.table(columns, rows, title="budgets")
 
 
 def show_kinds(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from builder.evaluation import statistics
 from builder.evaluation.bench import Answers, Setting
 from builder.evaluation.engine import ENGINE, TWIN
-from builder.evaluation.options import FULL
+from builder.evaluation.options import FEWER, FULL
 from builder.evaluation.statistics import Estimate
 from builder.evaluation.timing import Times
 from builder.evaluation.ways.row import Row
@@ -193,6 +193,9 @@ def _pairs(settings: Sequence[Setting]) -> list[tuple[int, int]]:
             if same_ratio and _compared((first.method, one), (second.method, other)):
                 pairs.append((one, other))
     names = [setting.method.name for setting in settings]
+    if FEWER in names:
+        fewer = names.index(FEWER)
+        pairs += [(row, fewer) for row in range(len(settings)) if row not in (full, fewer)]
     return pairs + ([(names.index(ENGINE), names.index(TWIN))] if ENGINE in names else [])
 
 

@@ -151,7 +151,7 @@ def progress(trace: Trace, what: str, total: int, *, bar: bool) -> Iterator[Call
 
 def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: int) -> Guess:
     """What the questions' texts alone allow on the same clips."""
-    asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed)]
+    asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed, job.frames)]
     return guess(answers, Blind(text_clips, job.seed).right(asked))
 
 
@@ -196,6 +196,7 @@ def full_record(
         "split": job.split,
         "seed": job.seed,
         "clips": asked.clips,
+        "frames": job.frames,
         "questions": len(answers.clip),
         "object_tokens": float(answers.objects.mean()),
         "settings": job.config.to_dict(),

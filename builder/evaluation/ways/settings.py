@@ -42,24 +42,24 @@ def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None
 
 def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
     """The settings of "cells": the same merge layers and frames as EarlyTom, changed by what was given."""
-    changes = {name: value for name in ("power", "rounds") if (value := getattr(asked, name)) is not None}
+    changes = {name: value for name in ("power", "rounds", "threshold") if (value := getattr(asked, name)) is not None}
     return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **changes)
 
 
-def merging_of(words: str) -> Merging:
-    """One of `--budgets`. Raises UserError for what is none, or has more frames than the task's clips."""
+def merging_of(words: str, frames: int | None = None) -> Merging:
+    """One of `--budgets`. Raises UserError for what is none, or has more frames than a clip (None: the task's)."""
     example = "merge layers and frames such as 2,4,6:8,6,4 or 2,4:0.5"
-    layers, colon, frames = words.partition(":")
+    layers, colon, kept = words.partition(":")
     if not colon:
         raise UserError(f"--budgets {words!r}: give {example}")
-    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(frames, "--budgets"))
+    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(kept, "--budgets"))
     CellsConfig(merge_layers=found.layers, frame_budget=found.frames)
-    frames_per_stage(FRAMES, merges=len(found.layers), frame_budget=found.frames)
+    frames_per_stage(frames or FRAMES, merges=len(found.layers), frame_budget=found.frames)
     return found
 
 
 def _frames(text: str, option: str) -> float | tuple[int, ...]:
-    counts = "," in text
+    counts = "," in text or (text.isdecimal() and int(text) > 1)  # 13 is no share
     budget = _numbers(text, option, "a share such as 0.75, or one count a merge", whole=counts)
     return tuple(budget) if counts else budget[0]
 
