@@ -150,15 +150,12 @@ class Answering:
         # A longer text has more tokens than there are positions.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
-        check_length(
-            words,
-            visual_tokens=least.tokens + words.closing,
-            new_tokens=new_tokens,
-            context=context,
-            left=least.frames_per_stage[-1],
-            frames=least.frames,
-        )
-        end = words.room(least.tokens_full + words.closing, least.frames, least.frames) + new_tokens
+        left, all_frames = least.frames_per_stage[-1], least.frames
+        visual = least.tokens + words.closing
+        check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
+        span = self.placing.span(least.tokens_full)
+        whole_frames = span // least.tokens_per_frame
+        end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
         if self.placing.original and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
@@ -372,7 +369,11 @@ class Answering:
         spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
         embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
         place, bias = encoded.place.to(device), encoded.bias.to(device)
-        placed = self.placing.of_prompt(words, place, bias, encoded.sources.shape[-1], per_frame, spans)
+        frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
+        if spans is None:
+            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after)
+        else:
+            placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
     def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:

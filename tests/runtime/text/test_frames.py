@@ -18,7 +18,7 @@ from earlytom.micro.random_model import published_tokenizer
 from earlytom.standing import FrameSpan, frame_spans
 from runtime.checkpoint import load_tokenizer
 from runtime.text.messages import ChatMessage
-from runtime.text.places import Placing, places
+from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, build_prompt, check_length, splice
 from tests.earlytom.tiny import tiny_internvl
 
@@ -85,7 +85,7 @@ def test_what_is_left_keeps_the_name_and_the_place_that_it_had(data: st.DataObje
     spans = frame_spans(positions, sources, CELLS)
     assert [span.number for span in spans] == numbers
     place = torch.tensor([numbers[int(one) // CELLS] * CELLS + int(one) % CELLS for one in positions])
-    told = Placing(original=True, bias=True).of_prompt(words, place, place.float() + 1, FRAMES, CELLS, spans)
+    told = Placing(original=True, bias=True).of_frames(words, place, place.float() + 1, FRAMES, CELLS, spans)
     ids, whole = words.input_ids(len(place), spans)[0], torch.tensor(processor_ids(FRAMES))
     assert torch.equal(whole[told["positions"]], ids)
     assert told["positions"].diff().gt(0).all()
@@ -98,16 +98,20 @@ def test_what_is_left_keeps_the_name_and_the_place_that_it_had(data: st.DataObje
     values = torch.randn(len(place), 8)
     spliced = splice(words, values, None, lambda given: table[given], spans)
     assert torch.equal(spliced[0], table[ids].masked_scatter(visual[:, None], values))
-    assert Placing().of_prompt(words, place, place.float(), FRAMES, CELLS, spans) == {}
+    assert Placing().of_frames(words, place, place.float(), FRAMES, CELLS, spans) == {}
 
 
-def test_a_single_span_has_the_places_that_it_had_before() -> None:
-    words = build_prompt(load_tokenizer(), QUESTION)
-    place, bias = torch.tensor([1, 5, 6]), torch.tensor([0.5, 1.0, -1.0])
-    told = Placing(original=True, bias=True).of_prompt(words, place, bias, 3, 4)
-    wanted = places(len(words.prefix_ids), place, bias, 12, len(words.suffix_ids))
-    assert torch.equal(told["positions"], wanted[0])
-    assert torch.equal(told["bias"], wanted[1])
+def test_a_longer_video_is_fitted_into_the_positions_of_the_frames_that_the_model_knows() -> None:
+    words, shown = prompt(), 5
+    place, bias = torch.arange(FRAMES * CELLS), torch.zeros(FRAMES * CELLS)
+    whole = Placing(original=True).of_frames(words, place, bias, FRAMES, CELLS, ALL)["positions"]
+    told = Placing(original=True, most=shown * CELLS).of_frames(words, place, bias, FRAMES, CELLS, ALL)["positions"]
+    assert torch.equal(whole, torch.arange(len(whole)))
+    assert told.diff().ge(0).all()
+    assert told.shape == whole.shape
+    assert int(told[-1]) + 1 == words.room(shown * CELLS, shown, shown) < len(whole)
+    same = Placing(original=True, most=FRAMES * CELLS).of_frames(words, place, bias, FRAMES, CELLS, ALL)["positions"]
+    assert torch.equal(same, whole)
 
 
 def test_the_first_frame_left_is_called_the_first() -> None:
