@@ -147,6 +147,7 @@ class Family(ABC):
         mean, std: of the pixels, where a checkpoint's files do not say.
         pixels_name, features_name: what `generate` and the model call the pixels of a video, and the model's method
             that makes visual tokens of them.
+        released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
             tokens, and the encoder layer whose states are taken.
@@ -173,6 +174,7 @@ class Family(ABC):
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     pixels_name: ClassVar[str] = "pixel_values_videos"
     features_name: ClassVar[str] = "get_video_features"
+    released: ClassVar[bool] = False
     vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
         "image_size": 1 << 12,
         "patch_size": 1 << 10,

@@ -59,6 +59,7 @@ class LlavaOnevision(Family):
     model_class = "LlavaOnevisionForConditionalGeneration"
     towers = ("siglip_vision_model",)
     frames = 32
+    released = True
     vision_names = (_TOWER, _PROJECTOR, _CLOSING)
     decoder_names = ("language_model.", "lm_head.")
     closing_name = _CLOSING
