@@ -23,7 +23,7 @@ from builder.plugins import __main__ as plugins
 from builder.settings import arguments
 from earlytom import UserError
 from earlytom.config import PRESETS
-from runtime import ask, cli, clip
+from runtime import ask, cli, clip, extract_decoder
 from runtime.measure import arguments as bench_arguments
 from runtime.serve import __main__ as serve
 from tests import fuzz_video, soak_pipeline
@@ -61,6 +61,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,
+    "runtime.extract_decoder": extract_decoder.parser,
     "runtime.serve": serve.parser,
     "tests.fuzz_video": fuzz_video.parser,
     "tests.soak_pipeline": soak_pipeline.parser,
