@@ -42,7 +42,19 @@ from runtime.service.answering import CONSECUTIVE, READ_AFTER_ANOTHER_TEXT, WATC
 from runtime.service.asking import Request
 from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
-from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Remembered, Seen, Taken, Video, Work
+from runtime.service.requests import (
+    Answer,
+    Arrived,
+    Delta,
+    Embeds,
+    Ready,
+    Remembered,
+    Seen,
+    Taken,
+    Timings,
+    Video,
+    Work,
+)
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
@@ -56,6 +68,18 @@ if TYPE_CHECKING:
     from runtime.decoder.compiler import Compiler
     from runtime.service.live_video import LiveVideo
 
+__all__ = [  # what callers import from here
+    "Answer",
+    "ChatMessage",
+    "Clip",
+    "Delta",
+    "InnerMerge",
+    "Limits",
+    "Pipeline",
+    "Request",
+    "Sampling",
+    "Timings",
+]
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
@@ -223,8 +247,8 @@ class Pipeline:
         precision, note = dtype or DTYPES[manifest.dtype], None
         if dtype is None and where.type == "cpu":
             precision, note = fitting_dtype(checkpoint)
-        placing = placing_of(manifest, bias, positions)
-        if by_vllm(decoder) and placing != CONSECUTIVE:
+        placing = placing_of(manifest, checkpoint, bias, positions)
+        if by_vllm(decoder) and (placing.original or placing.bias):
             raise UserError(f"{decoder}: {PLACES}")
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
         if inner is not None and placing.bias:
@@ -486,11 +510,12 @@ def _given(video: Taken | Remembered) -> Arriving | None:
     return as_of_now(frames) if isinstance(frames, Tensor) else None
 
 
-def placing_of(manifest: Manifest, bias: bool | None, positions: str | None) -> Placing:
+def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, positions: str | None) -> Placing:
     """What the decoder is told of an engine's tokens; None as its method has it."""
     settings = manifest.settings
     original = settings.original_positions if positions is None else positions == POSITIONS[0]
-    return Placing(original, settings.bias if bias is None else bias)
+    most = checkpoint.frames * manifest.tokens_per_frame
+    return Placing(original, settings.bias if bias is None else bias, most)
 
 
 def _open_vision(

@@ -366,14 +366,19 @@ MACHINE = re.compile(
 )
 
 
-def tracked() -> list[Path]:
-    """The text files under version control and those about to be."""
+def tracked_paths() -> list[Path]:
+    """The files under version control and those about to be."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=HANG_SECONDS) if shutil.which("git") else None
     if done is None or done.returncode:
         pytest.skip("no git, or no checkout that it trusts, so there is no list of the project's own files")
     paths = [ROOT / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
-    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()]
+    return [path for path in paths if path.is_file()]
+
+
+def tracked() -> list[Path]:
+    """Those of them that are text."""
+    return [path for path in tracked_paths() if b"\0" not in path.read_bytes()]
 
 
 def test_no_file_names_a_machine() -> None:

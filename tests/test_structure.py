@@ -44,7 +44,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "pipeline",
         "serve",
         "measure",
-        "ask bench clip extract_decoder",
+        "ask bench clip extract_decoder scripts",
     ),
     "builder": (
         "cache micro settings/options trace",
@@ -58,7 +58,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "inspection stages",
         "build verify inspect",
         "evaluation operators",
-        "evaluate kernels",
+        "evaluate kernels scripts",
     ),
 }
 COMMANDS = {
