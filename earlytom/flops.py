@@ -38,6 +38,13 @@ def vision_encoder(
     return patches + layer * sum(frames_per_stage[stage] for stage in stages)
 
 
+def merged_encoder(config: Any, tokens: int, frames: int, ran: Sequence[tuple[int, int]]) -> int:
+    """Like `vision_encoder`, where tokens are merged: `ran` has (sequences, tokens of each) of every layer."""
+    patches = vision_encoder(config, tokens, (frames,), (), 0)
+    layers = (count * encoder_layer(own, config.hidden_size, config.intermediate_size) for count, own in ran)
+    return patches + sum(layers)
+
+
 def prefill(
     config: Any, tokens: int, *, visual: int | None = None, inner_layer: int | None = None, inner_ratio: float = 0.5
 ) -> int:

@@ -235,7 +235,7 @@ class Pipeline:
         if dtype is None and where.type == "cpu":
             precision, note = fitting_dtype(checkpoint)
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
-        placing = placing_of(manifest, bias, positions)
+        placing = placing_of(manifest, checkpoint, bias, positions)
         if inner is not None and placing.bias:
             raise UserError(
                 "tokens that are merged inside the decoder have no bias: leave out --inner-layer, or use --no-bias"
@@ -491,11 +491,12 @@ def _given(video: Taken | Remembered) -> Arriving | None:
     return as_of_now(frames) if isinstance(frames, Tensor) else None
 
 
-def placing_of(manifest: Manifest, bias: bool | None, positions: str | None) -> Placing:
+def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, positions: str | None) -> Placing:
     """What the decoder is told of an engine's tokens; None as its method has it."""
     settings = manifest.settings
     original = settings.original_positions if positions is None else positions == POSITIONS[0]
-    return Placing(original, settings.bias if bias is None else bias)
+    most = checkpoint.frames * manifest.tokens_per_frame
+    return Placing(original, settings.bias if bias is None else bias, most)
 
 
 def _open_vision(

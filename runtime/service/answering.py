@@ -139,11 +139,11 @@ class Answering:
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
         check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
-        if self.placing.original and words.length(least.tokens_full + 1) + new_tokens > context:
+        end = words.length(self.placing.span(least.tokens_full) + 1) + new_tokens
+        if self.placing.original and end > context:
             raise UserError(
-                f"with visual tokens where they were in the video, the answer would end at position "
-                f"{words.length(least.tokens_full + 1) + new_tokens}, and the model's context ends at {context}: use "
-                "--positions consecutive, or fewer frames"
+                f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
+                f"model's context ends at {context}: use --positions consecutive, or fewer frames"
             )
         return CheckedQuestion(words, new_tokens, sampling or GREEDY, tuple(stop), bool(kept))
 

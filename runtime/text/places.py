@@ -1,7 +1,8 @@
 """Position ids and attention bias of a whole prompt, from those of its visual tokens.
 
 A visual token keeps the place in the prompt that it had before tokens were left out: the newline and the text after it
-stand where they would stand behind all of them. Tensors only, and no wait for the device.
+stand where they would stand behind all of them. A video of more frames than the model was made for is fitted into the
+positions of as many as that: further ones mean nothing to the model. Tensors only, and no wait for the device.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ class Placing:
     Attributes:
         original: where they were in the video; else they stand one after the other, as if nothing had been left out.
         bias: how many of the video's tokens each stands for.
+        most: original positions that a video may take; None: as many as it has tokens.
     """
 
     original: bool = False
     bias: bool = False
+    most: int | None = None
+
+    def span(self, tokens_full: int) -> int:
+        """The original positions that a video of so many tokens takes."""
+        return tokens_full if self.most is None else min(tokens_full, self.most)
 
     def of_prompt(
         self, prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int
@@ -30,9 +37,15 @@ class Placing:
         """`positions` and `bias` of a whole prompt, see `places`; those that are not wanted are left out."""
         if not (self.original or self.bias):
             return {}
-        found = places(prefix_length, place, bias, tokens_full, suffix_length)
+        span = self.span(tokens_full)
+        found = places(prefix_length, fitted(place, tokens_full, span), bias, span, suffix_length)
         wanted = {"positions": self.original, "bias": self.bias}
         return {name: value for (name, wants), value in zip(wanted.items(), found, strict=True) if wants}
+
+
+def fitted(place: Tensor, tokens_full: int, span: int) -> Tensor:
+    """Places int64 [N] below `tokens_full`, moved together to lie below `span`; as they are where that is no less."""
+    return place if span >= tokens_full else place * span // tokens_full
 
 
 def places(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from earlytom.method import Counts, State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.visionzip import visionzip
 
 
