@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from builder import build, inspect, kernels, verify
+from builder.doctor import __main__ as doctor
 from builder.evaluation import arguments as evaluation_arguments
 from builder.micro import train
 from builder.plugins import __main__ as plugins
@@ -52,6 +53,7 @@ def commands(text: str = README) -> list[Words]:
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "builder.build": arguments.parser,
+    "builder.doctor": doctor.parser,
     "builder.evaluate": evaluation_arguments.parser,
     "builder.inspect": inspect.parser,
     "builder.kernels": kernels.parser,
