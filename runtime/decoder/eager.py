@@ -78,6 +78,7 @@ class Decoder:
     Attributes:
         limit: the most positions that a prompt and its answer may take together.
         device, dtype: of the model.
+        concurrent: streams at a time.
         replay: its `reason` says why decode steps are not CUDA graphs, if they are not. To be cleared when weights
             have moved.
 
@@ -85,6 +86,8 @@ class Decoder:
         ValueError: a bucket below 1.
         UserError: `inner` does not fit the model.
     """
+
+    concurrent = 1
 
     def __init__(
         self,
@@ -132,6 +135,9 @@ class Decoder:
         """Embeddings [..., D] of token ids int64 [...]; placeholder ids for video tokens are the caller's business."""
         with torch.no_grad():  # no inference tensors: the caller may write the video's tokens into the result
             return self._embedding(to_device(ids, self.device))
+
+    def close(self) -> None:
+        """Nothing is held elsewhere: its memory goes with it."""
 
     def warm_up(self, lengths: Iterable[int], *, positions: bool = False, bias: bool = False) -> None:
         """Allocate caches, capture decode steps and run each once, so that no request pays for it.

@@ -37,6 +37,7 @@ class ModelFacts:
         context: positions that a prompt and its answer may take together.
         engine: its name.
         grid: rows and columns of a frame's cells; None where they are not a square.
+        lanes: questions that are answered at a time.
     """
 
     frames: tuple[int, ...]
@@ -46,6 +47,7 @@ class ModelFacts:
     context: int
     engine: str
     grid: tuple[int, int] | None
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Local:
             context=pipeline.context,
             engine=manifest.name,
             grid=(side, side) if side * side == manifest.tokens_per_frame else None,
+            lanes=pipeline.lanes,
         )
 
     @property

@@ -5,13 +5,16 @@
     for delta in core.answer(Ready(core.prepare("clip.mp4"), question)): ...
 
 The stages: decode and resize the frames (`prepare`), run the vision engine, splice its tokens into the prompt, prefill,
-decode token by token (`answer`). Nothing here knows of threads or lines. The buffers of the engine and the decoder are
-used again by every answer, so one has to end before the next begins; `question` and `prepare` may run at any time.
+decode token by token (`answer`). Nothing here knows of lines. The buffers of the engine and the decoder are used again
+by every answer, so one has to end before the next begins, unless the decoder takes several at a time (`lanes`): then
+answers may be generated in as many threads, and wait for each other only to have their videos encoded. `question` and
+`prepare` may run at any time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -27,7 +30,8 @@ from earlytom.families import family_named
 from earlytom.numbers import shown, whole
 from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
-from runtime.decoder.eager import Decoder, Finish
+from runtime.decoder.eager import Finish
+from runtime.decoder.protocol import TextDecoder
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.manifest import Manifest
 from runtime.errors import Closed
@@ -83,7 +87,8 @@ class Answering:
         placing: what the decoder is told of visual tokens besides themselves.
 
     Attributes:
-        batch: videos that the engine encodes at once.
+        lanes: answers that may be generated at a time.
+        batch: videos that the engine encodes at once; with several lanes one.
         decoder: None once closed.
         watched: videos that were read.
     """
@@ -92,7 +97,7 @@ class Answering:
         self,
         manifest: Manifest,
         vision: VisionBackend,
-        decoder: Decoder,
+        decoder: TextDecoder,
         closing: Tensor | None,
         tokenizer: Any,
         stops: Any,
@@ -105,8 +110,10 @@ class Answering:
         self.manifest = manifest
         self.limits = limits
         self.vision = vision
-        self.batch = vision.batch
-        self.decoder: Decoder | None = decoder
+        self.lanes = decoder.concurrent
+        self.batch = vision.batch if self.lanes == 1 else 1
+        self.decoder: TextDecoder | None = decoder
+        self._turn = threading.Lock()  # to use the engine, until what it gave was copied
         self.closing = closing
         self.tokenizer = tokenizer
         self.stops = stops
@@ -245,8 +252,9 @@ class Answering:
         Raises:
             Closed: while iterating: after `close`.
         """
-        found, _ = self._tokens(ready) if encoded is None else encoded
-        values = self._spliced(ready.question.words, found).embeds
+        with self._turn:
+            found, _ = self._tokens(ready) if encoded is None else encoded
+            values = self._spliced(ready.question.words, found).embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -274,22 +282,27 @@ class Answering:
             UserError: while iterating: a video and a question that do not go together with each other or the engine.
             Closed: while iterating: after `close`.
         """
-        resumed = time.perf_counter()
-        shown = ready.shown
-        costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
-        vision = Stopwatch(None)
-        if ready.remembered is not None and ready.remembered in self.watched:  # the request before this one has read it
-            shown = self.watched.get(ready.remembered) or shown
-        cached = isinstance(shown, Seen)
-        if not isinstance(shown, Seen):
-            found, vision = self._tokens(ready) if encoded is None else encoded
-            shown = self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
-            del found
-        if ready.read_only:
-            return
-        question = ready.question
-        kept = (shown.kept if isinstance(shown, Seen) else _kept(shown.encoded)) if question.kept else None
-        visual_tokens, prompt_tokens, source = self._start(shown, question)
+        came = time.perf_counter()
+        with self._turn:
+            resumed = time.perf_counter()
+            waited += resumed - came
+            shown = ready.shown
+            costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
+            vision = Stopwatch(None)
+            if ready.remembered is not None and ready.remembered in self.watched:  # one before this one has read it
+                shown = self.watched.get(ready.remembered) or shown
+            cached = isinstance(shown, Seen)
+            if not isinstance(shown, Seen):
+                found, vision = self._tokens(ready) if encoded is None else encoded
+                shown = (
+                    self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
+                )
+                del found
+            if ready.read_only:
+                return
+            question = ready.question
+            kept = (shown.kept if isinstance(shown, Seen) else _kept(shown.encoded)) if question.kept else None
+            visual_tokens, prompt_tokens, source = self._start(shown, question)
         cached_tokens = shown.prefix.length if cached and isinstance(shown, Seen) else 0
         del shown, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
         text, stops = TextStream(self.tokenizer), StopStrings(question.stop)
@@ -341,7 +354,9 @@ class Answering:
     def close(self) -> None:
         """Free the engine and the decoder. A second call does nothing."""
         self.vision.close()
-        self.decoder = None
+        decoder, self.decoder = self.decoder, None
+        if decoder is not None:
+            decoder.close()
         self.watched.clear()
 
     def _start(self, shown: Seen | Arrived, question: CheckedQuestion) -> tuple[int, int, Generator[int, None, Finish]]:
@@ -409,7 +424,7 @@ class Answering:
         vision.stop()
         return [(one, vision) for one in found]
 
-    def _open_decoder(self) -> Decoder:
+    def _open_decoder(self) -> TextDecoder:
         if self.decoder is None:
             raise Closed("this pipeline is closed: load another one")
         return self.decoder

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.decoder.eager import Finish
-from runtime.decoder.prefix import Prefix
+from runtime.decoder.protocol import ReadPrompt
 from runtime.decoder.sampling import Sampling
 from runtime.gpu.staging import Arriving
 from runtime.text.prompt import Prompt
@@ -117,7 +117,7 @@ class CheckedQuestion:
 class Seen:
     """A video that the decoder has read before: its prefix, which ends with the video, and what it was made of."""
 
-    prefix: Prefix
+    prefix: ReadPrompt
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance
