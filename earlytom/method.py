@@ -67,6 +67,11 @@ class State:
         """F, that entered the tower."""
         return self.stages[0]
 
+    @property
+    def ran(self) -> tuple[tuple[int, int], ...]:
+        """Of a method that merges tokens inside the tower: sequences, and tokens of each, that every layer ran on."""
+        return ()
+
 
 class Method(ABC):
     """Who decides which frames and which tokens of a video the LLM sees.

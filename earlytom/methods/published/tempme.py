@@ -49,6 +49,10 @@ class MergedState(State):
     tokens: Tensor | None = None
     where: Tensor | None = None
 
+    @property
+    def ran(self) -> tuple[tuple[int, int], ...]:
+        return tuple((merge.clips, merge.tokens + merge.within) for merge in self.plan)
+
 
 @dataclass(frozen=True)
 class TokenMerging(Compressing):

@@ -19,7 +19,7 @@ from builder.evaluation import record, run
 from builder.evaluation.bench import EvaluationBench, EvaluationJob
 from builder.evaluation.blind import questions_of
 from builder.evaluation.engine import TWIN, built_engine, check_engine
-from builder.evaluation.methods import Row
+from builder.evaluation.ways.row import Row
 from builder.settings import arguments as build_arguments
 from builder.settings.config import BuildConfig
 from earlytom.budget import token_count
