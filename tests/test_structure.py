@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors",
         "numbers attention transfers restorable density bipartite scenes",
         "config budget",
-        "cells/config",
+        "cells/config untouched",
         "settings",
         "spans merge select flops inner standing",
         "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid pooled",

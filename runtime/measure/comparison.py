@@ -46,6 +46,9 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     for count in (frames, *asked.scale_frames):
         bench.check(count, asked.max_new_tokens)
     variants = [bench.variant(name, config, frames) for name in asked.variants]
+    for ratio in asked.scale_ratios:  # a method that does not have it is refused now
+        for one in asked.variants:
+            bench.variant(one, config.replace(retention_ratio=ratio), frames)
     missing: list[str] = []
     for folder, manifest in zip(asked.engine, manifests, strict=True):
         found, left_out = bench.engines(folder, manifest)
