@@ -8,3 +8,8 @@ from runtime import cli
 def build() -> None:
     """`earlytom-build`."""
     cli.run_module("builder.build")
+
+
+def doctor() -> None:
+    """`earlytom-doctor`."""
+    cli.run_module("builder.doctor")

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 
 from builder import build, inspect, kernels, verify
+from builder.doctor import __main__ as doctor
 from builder.evaluation import arguments as evaluation_arguments
 from builder.micro import train
 from builder.plugins import __main__ as plugins
 from builder.settings import arguments
 from earlytom import UserError
 from earlytom.config import PRESETS
-from runtime import ask, cli, clip
+from runtime import ask, cli, clip, extract_decoder
 from runtime.measure import arguments as bench_arguments
 from runtime.serve import __main__ as serve
 from tests import fuzz_video, soak_pipeline
@@ -34,6 +35,7 @@ NAMES = (
     "README.md",
     "builder/README.md",
     "earlytom/README.md",
+    "earlytom/families/README.md",
     "earlytom/methods/README.md",
     "engines/README.md",
     "runtime/README.md",
@@ -59,6 +61,7 @@ def commands(text: str = README) -> list[Words]:
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "builder.build": arguments.parser,
+    "builder.doctor": doctor.parser,
     "builder.evaluate": evaluation_arguments.parser,
     "builder.inspect": inspect.parser,
     "builder.kernels": kernels.parser,
@@ -68,6 +71,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,
+    "runtime.extract_decoder": extract_decoder.parser,
     "runtime.serve": serve.parser,
     "tests.fuzz_video": fuzz_video.parser,
     "tests.soak_pipeline": soak_pipeline.parser,

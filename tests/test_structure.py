@@ -44,7 +44,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "pipeline",
         "serve",
         "measure",
-        "ask bench clip scripts",
+        "ask bench clip extract_decoder scripts",
     ),
     "builder": (
         "cache micro settings/options trace",
@@ -58,13 +58,14 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "inspection stages",
         "build verify inspect",
         "evaluation operators",
+        "doctor",
         "evaluate kernels scripts",
     ),
 }
 COMMANDS = {
     "builder/build.py", "builder/verify.py", "builder/inspect.py", "builder/evaluate.py", "builder/kernels.py",
-    "builder/plugins/__main__.py", "builder/micro/train.py", "runtime/ask.py", "runtime/bench.py", "runtime/clip.py",
-    "runtime/serve/__main__.py",
+    "builder/plugins/__main__.py", "builder/doctor/__main__.py", "builder/micro/train.py", "runtime/ask.py",
+    "runtime/bench.py", "runtime/clip.py", "runtime/serve/__main__.py", "runtime/extract_decoder.py",
 }  # fmt: skip
 MOST_FILES = 14  # of a folder, `__init__` not counted
 METHOD = "earlytom"  # its own floor plan is a file a floor

@@ -201,7 +201,8 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
     """
     part = load_vision(config.checkpoint, torch.float32)
     preprocessing = config.checkpoint.preprocessing
-    set_vision_precision(part.vision_tower, part.projector, dtype, config.islands)
+    family = family_of(config.model)
+    set_vision_precision(part.vision_tower, part.projector, dtype, config.islands, family)
     return VisionGraph(
         part.vision_tower,
         part.projector,
@@ -211,7 +212,7 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
         depth=config.depth,
         dtype=dtype,
         islands=config.islands,
-        family=family_of(config.model),
+        family=family,
     )
 
 

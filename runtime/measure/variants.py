@@ -30,6 +30,7 @@ from earlytom.method import Method
 from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.settings import FIELD, MethodSettings
+from earlytom.standing import FrameSpan, frame_spans
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
 from runtime.engine.manifest import Manifest
@@ -45,11 +46,13 @@ OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 @dataclass(frozen=True)
 class SeenPrompt:
     """Visual tokens [N, E], whether what closes them is the last of them, and the frames before the first merge and
-    after each one."""
+    after each one; where the tokens come from, as in `runtime.vision.Encoded`, None for all of a video's."""
 
     tokens: Tensor
-    newline: bool
+    closed: bool
     frames_per_stage: tuple[int, ...]
+    positions: Tensor | None = None
+    sources: Tensor | None = None
 
 
 class Decoding(Protocol):
@@ -131,13 +134,13 @@ class Bench:
     def __init__(self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.tokenizer = load_tokenizer(checkpoint)
-        self.prompt: Prompt = build_prompt(self.tokenizer, question)
+        self.prompt: Prompt = build_prompt(self.tokenizer, question, family=checkpoint.family)
         self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
         self.inner: Any = self.model.model
         self.family = checkpoint.family
         self.depth = geometry(checkpoint.config).depth
         closing = self.family.closing(self.inner)
-        self.newline = None if closing is None else closing.detach()
+        self.closing = None if closing is None else closing.detach()
         self.plain = TransformersDecoding(self.model)
         self.ours = RuntimeDecoding(Decoder.from_model(self.model))
         self._scale, self._shift = checkpoint.preprocessing.affine(device)
@@ -147,7 +150,17 @@ class Bench:
         full = full_tokens(self.checkpoint, frames)
         text: Any = self.checkpoint.config.text_config
         context = text.max_position_embeddings
-        check_length(self.prompt, visual_tokens=full + 1, new_tokens=new_tokens, context=context)
+        visual, how = full + self.prompt.closing, {"left": frames, "frames": frames}
+        check_length(self.prompt, visual_tokens=visual, new_tokens=new_tokens, context=context, **how)
+
+    def spans(self, seen: SeenPrompt) -> tuple[FrameSpan, ...] | None:
+        """The frames of visual tokens, where the prompt names them."""
+        if self.prompt.names is None:
+            return None
+        per_frame = geometry(self.checkpoint.config).tokens_per_frame
+        if seen.positions is None or seen.sources is None:
+            return tuple(FrameSpan(number, per_frame) for number in range(seen.frames_per_stage[0]))
+        return frame_spans(seen.positions, seen.sources, per_frame)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
         """One of `arguments.VARIANTS`, or a method of the field, for videos of `frames` frames; `config` gives ratio,
@@ -192,9 +205,9 @@ class Bench:
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
         def see(frames: Tensor) -> SeenPrompt:
-            tokens = encode_one(vision, frames).tokens.to(self.device)
+            found = encode_one(vision, frames)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
-            return SeenPrompt(tokens, False, tuple(stages))
+            return SeenPrompt(found.tokens.to(self.device), False, tuple(stages), found.positions, found.sources)
 
         about = f"{manifest.name} in {backend}"
         name = f"{backend} {manifest.dtype} r{config.retention_ratio:g}"
@@ -210,7 +223,8 @@ class Bench:
 
     @torch.no_grad()
     def _full(self, pixels: Tensor) -> SeenPrompt:
-        return SeenPrompt(self.family.own_tokens(self.model, pixels), True, (len(pixels),))
+        closed = self.closing is not None
+        return SeenPrompt(self.family.own_tokens(self.model, pixels), closed, (len(pixels),))
 
     def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
@@ -223,7 +237,7 @@ class Bench:
     def _compressed(self, method: Method) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
             out = encode(self.family.vision_of(self.inner), pixels, method, depth=self.depth)
-            return SeenPrompt(out.tokens, False, out.frames_per_stage)
+            return SeenPrompt(out.tokens, False, out.frames_per_stage, out.positions, out.sources)
 
         return see
 
@@ -231,7 +245,10 @@ class Bench:
         """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
         whole: Any = self.checkpoint.config
         vision = self.family.vision_flops(whole, seen_frames, config.merge_layers)
-        return vision, flops.prefill(whole.text_config, self.prompt.length(tokens + 1))
+        return vision, flops.prefill(whole.text_config, self._length(seen_frames, tokens))
+
+    def _length(self, seen_frames: tuple[int, ...], tokens: int) -> int:
+        return self.prompt.room(tokens + self.prompt.closing, seen_frames[-1], seen_frames[0])
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:

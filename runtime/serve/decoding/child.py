@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from earlytom.numbers import shown
 from runtime.errors import VideoError
 from runtime.video import MIN_FRAMES, Clip, Limits, frames_for, load_clip, resize_frames, sample_indices
@@ -91,9 +92,9 @@ def _reply(job: dict[str, Any], files: list[int], line: socket.socket) -> dict[s
     try:
         limits, counts, size = Limits(**job["limits"]), job["counts"], tuple(job["size"])
         if job["frames"] is None:
-            clip = load_clip(Path(path), counts, size, limits=limits, check=check)
+            clip = load_clip(Path(path), counts, size, limits=limits, check=check, sampling=job["sampling"])
         else:
-            clip = _from_pictures(given, job["frames"], counts, size, limits, check)
+            clip = _from_pictures(given, job["frames"], counts, size, limits, check, job["sampling"])
         write(out, [clip.frames.contiguous().numpy().data.cast("B")])
         said = {name: getattr(clip, name) for name in ("timestamps", "source_frames", "duration")}
         said |= {name: getattr(clip, name) for name in ("decode_seconds", "preprocess_seconds")}
@@ -116,6 +117,7 @@ def _from_pictures(
     size: tuple[int, int],
     limits: Limits,
     check: Callable[[], None],
+    sampling: Sampling,
 ) -> Clip:
     """Frames that came as pictures, one behind the other. Only those shown are decoded; the others must fit them."""
     from PIL import Image
@@ -125,7 +127,7 @@ def _from_pictures(
         raise VideoError(f"the frame list has {len(lengths)} frame; a video has at least {MIN_FRAMES}")
     if limits.max_frames is not None and len(lengths) > limits.max_frames:
         raise VideoError(f"the frame list has more than {limits.max_frames} frames; {remedy('max_frames')}")
-    chosen = sample_indices(len(lengths), frames_for(len(lengths), counts))
+    chosen = sample_indices(len(lengths), frames_for(len(lengths), counts), sampling)
     rows = {index: row for row, index in enumerate(np.unique(chosen).tolist())}
     frames = torch.empty(len(rows), 3, *size, dtype=torch.uint8)
     first: tuple[int, int] | None = None

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from earlytom.numbers import real, whole
 from runtime.serve.decoding.child import BEGUN, write
 from runtime.serve.errors import ServeError
@@ -75,7 +76,9 @@ class Decoders:
         """Start all decoders now, so that no video waits for it. Raises ServeError 503 where they do not start."""
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
-    async def clip(self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int]) -> Clip:
+    async def clip(
+        self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int], sampling: Sampling = "ends"
+    ) -> Clip:
         """Sample a video as `load_clip` and `clip_from_frames` do; on the CPU.
 
         Raises:
@@ -86,6 +89,7 @@ class Decoders:
         job = {
             "counts": counts if isinstance(counts, int) else wanted,
             "size": size,
+            "sampling": sampling,
             "limits": dataclasses.asdict(self._limits),
             "frames": None if taken.frames is None else [len(frame) for frame in taken.frames],
         }
