@@ -287,7 +287,8 @@ def names(text: str) -> tuple[str, ...]:
                 "fastv acts inside the language model: python -m builder.evaluate --methods fastv measures it"
             )
         if name not in VARIANTS and name not in FIELD:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join((*VARIANTS, *FIELD))} (or none)")
+            of = f"{', '.join(VARIANTS)} (or none), nor of the field: {', '.join(sorted(FIELD))}"
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {of}")
     return found
 
 
