@@ -24,6 +24,7 @@ from earlytom.settings import FIELD, NOT_BUILT, SETTINGS, settings_of
 from earlytom.untouched import VisionZipConfig
 from earlytom.visionzip import visionzip
 from runtime import cli
+from runtime.checkpoint import describe
 from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
 from runtime.vision import encode_one, open_backend
@@ -68,7 +69,8 @@ def test_an_engine_of_visionzip_says_what_pytorch_says(built: Build, videos: tup
         own = manifest.at(count)
         clip = load_clip(videos[0], count, own.model.preprocessing.size).frames
         got = encode_one(open_backend("onnxruntime", folder, own), clip)
-        wanted = encode_one(open_torch(own, device=torch.device("cpu"), dtype=torch.float32), clip)
+        reference = open_torch(describe(own.model.source), own, device=torch.device("cpu"), dtype=torch.float32)
+        wanted = encode_one(reference, clip)
         assert torch.equal(got.positions, wanted.positions)
         assert torch.equal(got.place, wanted.place)
         torch.testing.assert_close(got.tokens.float(), wanted.tokens, rtol=1e-3, atol=1e-4)
