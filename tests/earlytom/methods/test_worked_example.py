@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,9 +24,10 @@ F, P = 8, 9
 def example(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     (source,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert source.count("\n") <= 50
-    module: dict[str, Any] = {"__name__": "evenly"}
-    exec(compile(source, str(README), "exec"), module)
-    method: type[Method] = module["Evenly"]
+    module: Any = ModuleType("evenly")
+    monkeypatch.setitem(sys.modules, "evenly", module)  # where a dataclass looks its annotations up
+    exec(compile(source, str(README), "exec"), vars(module))
+    method: type[Method] = module.Evenly
     monkeypatch.setitem(METHODS, method.name, method)
     return method
 
