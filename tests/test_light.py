@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 BUILD, VERIFY, INSPECT, EVALUATE = "builder.build", "builder.verify", "builder.inspect", "builder.evaluate"
 PLUGINS, KERNELS, DOCTOR = "builder.plugins", "builder.kernels", "builder.doctor"
 ASK, BENCH, CLIP, TRAIN = "runtime.ask", "runtime.bench", "runtime.clip", "builder.micro.train"
-SERVE = "runtime.serve"
-COMMANDS = (BUILD, VERIFY, INSPECT, EVALUATE, PLUGINS, KERNELS, DOCTOR, ASK, BENCH, CLIP, TRAIN, SERVE)
+SERVE, EXTRACT = "runtime.serve", "runtime.extract_decoder"
+COMMANDS = (BUILD, VERIFY, INSPECT, EVALUATE, PLUGINS, KERNELS, DOCTOR, ASK, BENCH, CLIP, TRAIN, SERVE, EXTRACT)
 SLOW = (
     *("torch", "transformers", "tokenizers", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     *("polygraphy", "av", "matplotlib", "triton", "tensorrt", "tensorrt_rtx", "torch_tensorrt"),
@@ -44,7 +44,14 @@ LIGHT = (
         "runtime.cli",
     ),
     *("runtime.engine.layout", "runtime.drawing.clips", "runtime.errors", "runtime.engine.manifest"),
-    *("runtime.decoder.sampling", "runtime.serve.settings", "runtime.trt", "builder", "builder.settings.arguments"),
+    *(
+        "runtime.decoder.sampling",
+        "runtime.decoder.naming",
+        "runtime.serve.settings",
+        "runtime.trt",
+        "builder",
+        "builder.settings.arguments",
+    ),
     *("builder.gate.limits", "builder.inspection.comparison", "builder.precision.islands"),
     *("builder.settings.key", "builder.settings.options", "builder.plugins", "builder.show"),
     *COMMANDS,
@@ -119,7 +126,7 @@ REFUSALS = (
     refusal(ASK, "README.md What? --top-k 5", "--top-k and --top-p are for sampling, and --temperature 0 ..."),
     refusal(ASK, "README.md What? --engine nowhere", ENGINE),
     refusal(BENCH, "--repeats 0", "--repeats must be at least 1, got 0"),
-    refusal(BENCH, "--variants x", "--variants: 'x' is not one of full, naive, adaptive, budget (or none) (--help ..."),
+    refusal(BENCH, "--variants x", "--variants: 'x' is not one of full, naive, adaptive, budget (or none), nor ..."),
     refusal(BENCH, "--dtype x", "--dtype: invalid choice: 'x' (choose from 'fp16', 'bf16', 'fp32') (--help ..."),
     refusal(BENCH, "--soak 5 --service", "--soak and --service measure different things: give one of them"),
     refusal(BENCH, "--ratio 3", "retention_ratio must be in (0, 1], got 3.0 (--ratio, --merge-layers, --tau)"),
@@ -159,6 +166,11 @@ REFUSALS = (
     refusal(SERVE, "nowhere --metrics-prefix 7", "--metrics-prefix '7': give letters, digits, _ and :, as in vllm:"),
     refusal(SERVE, "nowhere --allow-domain http://a", "--allow-domain 'http://a': give a host name, or *.suffix ..."),
     refusal(SERVE, "nowhere --allow-private", "--allow-private is about hosts that are allowed: name them with ..."),
+    refusal(SERVE, "nowhere --decoder tensorrt", "--decoder: unknown decoder 'tensorrt': expected torch, ..."),
+    refusal(SERVE, "nowhere --decoder http://a:b/v1", "--decoder: --decoder 'http://a:b/v1' is no address of a ..."),
+    refusal(SERVE, "nowhere --decoder-key-file x", "--decoder-key-file is about a vLLM server: give its address ..."),
+    refusal(EXTRACT, "nowhere out", ENGINE),
+    refusal(EXTRACT, "nowhere", "the following arguments are required: OUT (--help lists the options)"),
     refusal(TRAIN, "--scale 2", "--scale must be above 0 and at most 1, got 2.0"),
     refusal(TRAIN, "--scale 0.5", "--scale below 1 does not replace the bundled weights; ..."),
     refusal(TRAIN, "--scale x", "--scale: invalid float value: 'x' (--help lists the options)"),
@@ -288,6 +300,7 @@ def test_ctrl_c_during_imports_is_one_line(command: str, interrupted: Path, tmp_
         BENCH: [],
         CLIP: ["a.mp4"],
         SERVE: ["engine"],
+        EXTRACT: ["engine", "out"],
         TRAIN: ["--scale", "0.001", "--out", "made", "--work", "work"],
     }[command]
     before = {path.name for path in tmp_path.iterdir()}

@@ -24,14 +24,22 @@ from builder.plugins import __main__ as plugins
 from builder.settings import arguments
 from earlytom import UserError
 from earlytom.config import PRESETS
-from runtime import ask, cli, clip
+from runtime import ask, cli, clip, extract_decoder
 from runtime.measure import arguments as bench_arguments
 from runtime.serve import __main__ as serve
 from tests import fuzz_video, soak_pipeline
 from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "builder/README.md", "earlytom/README.md", "engines/README.md", "runtime/README.md")
+NAMES = (
+    "README.md",
+    "builder/README.md",
+    "earlytom/README.md",
+    "earlytom/families/README.md",
+    "earlytom/methods/README.md",
+    "engines/README.md",
+    "runtime/README.md",
+)
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = "\n".join(READMES.values())  # what people are told, wherever it stands
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -63,6 +71,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,
+    "runtime.extract_decoder": extract_decoder.parser,
     "runtime.serve": serve.parser,
     "tests.fuzz_video": fuzz_video.parser,
     "tests.soak_pipeline": soak_pipeline.parser,
