@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "runtime": (
         "errors choices trace",
-        "cli files gpu trt forks checkpoint",
+        "cli files gpu trt forks checkpoint show",
         "drawing engine video text",
         "decoder vision",
         "options",
