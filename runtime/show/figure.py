@@ -23,11 +23,11 @@ def new_figure(columns: int) -> tuple[Any, Sequence[Any]]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def blank(size: tuple[float, float], dpi: int, colour: Sequence[float]) -> Any:
-    """A figure without panels: its size in inches, its background."""
+def blank(size: tuple[float, float], dpi: int, colour: tuple[float, float, float]) -> Any:
+    """A figure without panels: its size in inches, its background as shares of red, green and blue."""
     from matplotlib.figure import Figure
 
-    return _on_canvas(Figure(figsize=size, dpi=dpi, facecolor=tuple(colour)))
+    return _on_canvas(Figure(figsize=size, dpi=dpi, facecolor=colour))
 
 
 def require_matplotlib(flag: str = "--plot") -> None:

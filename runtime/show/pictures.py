@@ -138,8 +138,9 @@ def _axes(figure: Any, place: tuple[float, float, float, float], size: tuple[flo
     return axes
 
 
-def _of(colour: Sequence[int]) -> tuple[float, ...]:
-    return tuple(part / 255 for part in colour)
+def _of(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - a block
