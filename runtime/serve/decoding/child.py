@@ -1,10 +1,10 @@
 """The side of a decoder that sees videos: a process that sees none, and for each video one that sees no other.
 
-The first has imported everything and waits. What it hears, a line of JSON with three open files, it leaves to a fork
-of itself, which is as ready as it is after a few milliseconds. The fork says on a line of its own that it has begun,
-writes the frames into the second file and says what they are. It has no other line, and ends with the video: whatever a
-video does to it, nothing of that is left when the next one comes. It ends, too, when nobody holds the other end of its
-line any more, or when the first process ends.
+The first has imported everything, and has a fork of itself wait for a video: a line of JSON with three open files. The
+fork says that it is ready, and leaves the common line when a video has come. On a line of its own, the third file, it
+says that it has begun, writes the frames into the second file and says what they are. It ends with the video: whatever
+a video does to it, nothing of that is left when the next one comes, for which the first process makes the next fork. A
+fork ends, too, when nobody holds the other end of its line any more, or when the first process ends.
 
 It believes the server and nothing of the video.
 """
@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 from earlytom.errors import UserError
 from earlytom.families import Sampling
 from earlytom.numbers import shown
+from runtime.drawing.clips import draw_clip
 from runtime.errors import VideoError
 from runtime.video import MIN_FRAMES, Clip, Limits, frames_for, load_clip, resize_frames, sample_indices
 from runtime.video.limits import remedy
@@ -39,6 +41,8 @@ from runtime.video.limits import remedy
 BEGUN = "begun"  # what is said before a video is opened
 _PICTURES = ("JPEG", "PNG")
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+_NO_MORE = 3  # exit status: the common line is closed
+_READY, _TAKEN = b"r", b"t"  # what a fork tells the first process
 _log = logging.getLogger(__name__)
 
 
@@ -46,30 +50,51 @@ def run() -> None:
     """Have videos decoded until the other end of the line is closed. The words: path, line, memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line, memory, parent = socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), os.getpid()
-    _tell(line, {"ready": True})
-    while (heard := _hear(line)) is not None:
-        job, files = heard
+    _warm_up()
+    announced = False
+    while True:
+        told, tell = os.pipe2(os.O_NONBLOCK)
         if (process := os.fork()) == 0:
-            line.close()
-            _see(job, files, memory, parent)
-        for file in files:
-            os.close(file)
+            _see_one(line, tell, memory, parent, announced)
+        os.close(tell)
         _, status = os.waitpid(process, 0)
-        _tell(line, {"ended": os.waitstatus_to_exitcode(status)})
+        if os.waitstatus_to_exitcode(status) == _NO_MORE:
+            return
+        with os.fdopen(told, "rb") as words:
+            said = words.read()
+        # A fork that was ended while it waited has not used up that one is ready.
+        announced = said == _READY or (announced and not said)
 
 
-def _see(job: dict[str, Any], files: list[int], memory: int, parent: int) -> NoReturn:
-    """Decode one video and end."""
+def _warm_up() -> None:
+    """Decode something of our own, so that no fork has to do what the first decoding of a process does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork would wait for ever for threads that it does not have
+    with contextlib.suppress(UserError, OSError), tempfile.TemporaryDirectory() as folder:  # no encoder, no disk
+        load_clip(draw_clip(Path(folder, "clip.mp4"), seconds=0.5, size=(64, 64)), 4, (32, 32))
+    torch.set_num_threads(threads)
+
+
+def _see_one(line: socket.socket, tell: int, memory: int, parent: int, announced: bool) -> NoReturn:
+    """Wait for a video, decode it and end: a fork is there before its video is."""
+    status = _NO_MORE  # if it cannot even wait: nobody is there any more
     try:
-        given, out, theirs = files
-        line = socket.socket(fileno=theirs)
         _end_with(parent)
-        threading.Thread(target=_end_with_caller, args=(line,), daemon=True).start()
         _bound_memory(memory)
-        _tell(line, {BEGUN: True})
-        _tell(line, _reply(job, given, out))
+        if not announced:
+            _tell(line, {"ready": True})
+        os.write(tell, _READY)
+        if (heard := _hear(line)) is not None:
+            status = 0
+            job, (given, out, theirs) = heard
+            line.close()
+            os.write(tell, _TAKEN)
+            own = socket.socket(fileno=theirs)
+            threading.Thread(target=_end_with_caller, args=(own,), daemon=True).start()
+            _tell(own, {BEGUN: True})
+            _tell(own, _reply(job, given, out))
     finally:
-        os._exit(0)  # nothing of the first process is to be tidied up here
+        os._exit(status)  # nothing of the first process is to be tidied up here
 
 
 def _end_with(parent: int) -> None:

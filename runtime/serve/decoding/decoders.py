@@ -200,7 +200,7 @@ class _Decoder:
             return await self._receive(mine)
 
     async def rest(self) -> None:
-        """Wait until the process of the last video has ended; where it does not end, end all."""
+        """Wait until the last video's process has ended and another is ready; where it does not end, end all."""
         if not self._busy or self._line is None:
             return
         try:
