@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -80,6 +81,7 @@ __all__ = [  # what callers import from here
     "Sampling",
     "Timings",
 ]
+_log = logging.getLogger(__name__)
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
@@ -270,6 +272,9 @@ class Pipeline:
             placing=placing,
         )
         made.notes = tuple(line for line in (checkpoint.generation_note, note) if line is not None)
+        _log.info("engine %s in %s, decoder %s on %s in %s", manifest.name, choice, decoder, where, precision)
+        for line in made.notes:
+            _log.info("%s", line)
         try:
             if where.type == "cuda" if warm_up is None else warm_up:
                 made.warm_up()
