@@ -27,7 +27,7 @@ from earlytom.config import PRESETS
 from runtime import ask, cli, clip, extract_decoder
 from runtime.measure import arguments as bench_arguments
 from runtime.serve import __main__ as serve
-from tests import fuzz_video, soak_pipeline
+from tests import fuzz_video, soak_pipeline, vllm_check
 from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.serve": serve.parser,
     "tests.fuzz_video": fuzz_video.parser,
     "tests.soak_pipeline": soak_pipeline.parser,
+    "tests.vllm_check": vllm_check.parser,
 }
 
 
