@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import family_of
+from earlytom.families import family_named
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
@@ -99,7 +99,7 @@ class Pipeline:
         manifest: Manifest,
         vision: VisionBackend,
         decoder: TextDecoder,
-        newline: Tensor,
+        closing: Tensor | None,
         tokenizer: Any,
         stops: Any,
         *,
@@ -114,7 +114,7 @@ class Pipeline:
             manifest,
             vision,
             decoder,
-            newline,
+            closing,
             tokenizer,
             stops,
             watch_bytes=watch_bytes,
@@ -479,7 +479,8 @@ class Pipeline:
         from runtime.service.live_video import LiveVideo
         from runtime.vision.live import LiveClip
 
-        clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device)  # type: ignore[arg-type]
+        sampling = self.manifest.model.preprocessing.sampling
+        clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device, sampling=sampling)  # type: ignore[arg-type]
         return LiveVideo(self, clip)
 
     def close(self, *, drain: bool = False) -> None:
@@ -553,30 +554,30 @@ def _make_decoder(
     from runtime.decoder.compiled import CompiledDecoder, default_size
     from runtime.decoder.store import ProgramStore
 
-    size = default_size(manifest.tokens + 1, model.get_decoder().config.max_position_embeddings)
+    closing = family_named(manifest.model.family).closing_tokens
+    size = default_size(manifest.tokens + closing, model.get_decoder().config.max_position_embeddings)
     store, placed = ProgramStore(folder / DECODER_FOLDER), placing != CONSECUTIVE
     return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)
 
 
 def _open_vllm(
     name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, key: str | None
-) -> tuple[TextDecoder, Tensor, Any, Any]:
+) -> tuple[TextDecoder, Tensor | None, Any, Any]:
     """As `_load_decoder`; of the decoder's weights only the embeddings are loaded."""
     from runtime.decoder.vllm import open_decoder
 
     tokenizer = load_tokenizer(checkpoint)
     opened = open_decoder(name, checkpoint, device, dtype, key)
-    assert opened.closing is not None  # no family without one is known yet
     return opened.decoder, opened.closing, tokenizer, stop_token_ids(opened.generation, tokenizer)
 
 
 def _load_decoder(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
-) -> tuple[TextDecoder, Tensor, Any, Any]:
-    """Decoder, what closes visual tokens [E], tokenizer, stop ids. The checkpoint's own vision tower is not loaded."""
+) -> tuple[TextDecoder, Tensor | None, Any, Any]:
+    """Decoder, what closes visual tokens [E] (if anything does), tokenizer, stop ids. The checkpoint's own vision tower
+    is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
     model: Any = load_decoder(checkpoint, dtype)
     stops = stop_token_ids(model.generation_config, tokenizer)
-    newline = family_of(checkpoint.config).closing(model.model)
-    assert newline is not None  # no family without one is known yet
-    return make(model), newline.detach().to(device), tokenizer, stops
+    closing = checkpoint.family.closing(model.model)
+    return make(model), None if closing is None else closing.detach().to(device), tokenizer, stops

@@ -31,7 +31,15 @@ from tests import fuzz_video, soak_pipeline, vllm_check
 from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "builder/README.md", "earlytom/README.md", "engines/README.md", "runtime/README.md")
+NAMES = (
+    "README.md",
+    "builder/README.md",
+    "earlytom/README.md",
+    "earlytom/families/README.md",
+    "earlytom/methods/README.md",
+    "engines/README.md",
+    "runtime/README.md",
+)
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = "\n".join(READMES.values())  # what people are told, wherever it stands
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -82,7 +82,7 @@ class Prefill:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._newline = family_of(model.config).closing(model.model)
+        self._family, self._closing = family_of(model.config), family_of(model.config).closing(model.model)
         self._decoder, self._language_model = Decoder.from_model(model), model.get_decoder()
 
     @torch.no_grad()
@@ -91,8 +91,8 @@ class Prefill:
     ) -> int:
         """The first token of the answer to a question about visual tokens [N, E], which stand for more; `inner` is what
         the decoder does with them on its way."""
-        prompt = build_prompt(self._tokenizer, question)
-        embeds = splice(prompt, tokens, self._newline, self._decoder.embed)
+        prompt = build_prompt(self._tokenizer, question, family=self._family)
+        embeds = splice(prompt, tokens, self._closing, self._decoder.embed)
         told = {} if standing is None else _told(prompt, len(tokens), standing)
         with ExitStack() as stack:
             if inner is not None:

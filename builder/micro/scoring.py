@@ -21,6 +21,7 @@ from torch import Tensor
 
 from builder.micro import packing
 from builder.micro.packing import IGNORE, Batch, Pack, Packer, Standing
+from earlytom.errors import UserError
 from earlytom.families import family_of
 from earlytom.inner_decoder import AppliedInner
 from earlytom.micro.data import Question
@@ -53,6 +54,11 @@ class Scorer:
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
         self._model = model
+        if (family := family_of(model.config)).span_a_frame:
+            raise UserError(
+                f"questions are packed for families with one span a video, and {family.title} has one a frame: compare "
+                "methods with --coverage, or ask an engine (python -m runtime.ask)"
+            )
         self._packer = Packer(tokenizer)
         self._batch = batch
 

@@ -164,7 +164,7 @@ class Decoder:
     def prefill(
         self,
         inputs_embeds: Tensor,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -208,7 +208,7 @@ class Decoder:
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         prefix: Prefix | None = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -262,7 +262,7 @@ class Decoder:
         merged: InnerPrompt | None = None
         if visual and self._merges(visual):
             mask = torch.zeros(1, length, dtype=torch.bool)
-            mask[0, visual.start : visual.stop] = True
+            mask[0, list(visual)] = True
             merged = InnerPrompt.of(mask)
         return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling, merged, prefix, placed)
 
@@ -415,7 +415,7 @@ class Decoder:
         positions: Tensor | None,
         bias: Tensor | None,
         prefix: Prefix | None = None,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
     ) -> Placed | None:
         """Where the `length` tokens of a prompt after a prefix stand. Raises UserError where they cannot."""
         placed = Placed.of(length, positions, bias, prefix, self.device)
@@ -423,7 +423,7 @@ class Decoder:
             refuse_places(placed, self._config, merging=self._merges(visual))
         return placed
 
-    def _merges(self, visual: range | None) -> bool:
+    def _merges(self, visual: Sequence[int] | None) -> bool:
         return self._inner is not None and bool(visual)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +54,7 @@ class TextDecoder(Protocol):
     def prefill(
         self,
         inputs_embeds: Tensor,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -69,7 +69,7 @@ class TextDecoder(Protocol):
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         prefix: Any = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,

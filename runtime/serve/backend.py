@@ -181,7 +181,9 @@ class Local:
         if asked.max_tokens is None:
             tokens = dict(zip(self.facts.frames, self.facts.tokens, strict=True))
             visual = max(tokens.values()) if asked.frames is None else tokens[asked.frames]
-            count = max(1, min(asked.most_tokens, self.facts.context - words.length(visual + 1)))
+            manifest = self._pipeline.manifest
+            length = words.room(visual + words.closing, manifest.frames_per_stage[-1], manifest.frames)
+            count = max(1, min(asked.most_tokens, self.facts.context - length))
         return words.prefix_ids, how | {"max_new_tokens": count}
 
 

@@ -24,15 +24,16 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from earlytom.errors import UserError
+from runtime.checkpoint import Preprocessing
 from runtime.decoder.naming import by_vllm
 from runtime.decoder.vllm.prompts import CONCURRENT
 from runtime.serve.app import create_app
-from runtime.serve.backend import Asked, Decode, Local, ModelFacts, Sampled, out_of_time, with_costs
+from runtime.serve.backend import Asked, Local, ModelFacts, Sampled, out_of_time, with_costs
 from runtime.serve.decoding import Decoders
 from runtime.serve.errors import ServeError, from_runtime
 from runtime.serve.gate import load_keys
@@ -129,9 +130,10 @@ class AnsweringReplica:
         self._backend = Local(self._pipeline, self._decoded, videos=settings.videos)
         self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def facts(self) -> tuple[ModelFacts, tuple[int, int]]:
-        """What clients are told of the model, and the size [H, W] of its frames."""
-        return self._backend.facts, self._pipeline.manifest.model.preprocessing.size
+    async def facts(self) -> tuple[ModelFacts, Preprocessing]:
+        """What clients are told of the model, and what it wants of frames."""
+        frames = self._pipeline.manifest.model.preprocessing
+        return self._backend.facts, Preprocessing(frames.size, sampling=frames.sampling)
 
     async def answer(self, shipped: Shipped) -> AsyncGenerator[Begun | Delta | Refused, None]:
         """One `Begun`, then the answer as it comes; a refusal instead, or in its midst."""
@@ -211,15 +213,15 @@ class Replicas:
 
     Args:
         handle: of `Answerer`.
-        facts, size: as `AnsweringReplica.facts` says.
-        decode: makes a clip of what a client gave.
+        facts, frames: as `AnsweringReplica.facts` says.
+        decode: makes a clip of what a client gave, as `Decoders.clip` does.
         settings: of the server.
     """
 
     def __init__(
-        self, handle: Any, facts: ModelFacts, size: tuple[int, int], decode: Decode, *, settings: Settings
+        self, handle: Any, facts: ModelFacts, frames: Preprocessing, decode: Callable[..., Any], *, settings: Settings
     ) -> None:
-        self._handle, self._size, self._decode, self._most = handle, size, decode, settings.videos
+        self._handle, self._frames, self._decode, self._most = handle, frames, decode, settings.videos
         replicas = settings.max_replicas or settings.replicas
         # As many questions may be inside as all replicas take; where they take fewer, they say so.
         self.facts = dataclasses.replace(facts, lanes=replicas * (settings.waiting + facts.lanes) - settings.waiting)
@@ -263,7 +265,8 @@ class Replicas:
         if (known := self._clips.get(key)) is not None:
             self._clips.move_to_end(key)
             return known, {"decode": 0.0, "preprocess": 0.0}
-        clip = await self._decode(taken, self.facts.frames if asked.frames is None else (asked.frames,), self._size)
+        counts = self.facts.frames if asked.frames is None else (asked.frames,)
+        clip = await self._decode(taken, counts, self._frames.size, sampling=self._frames.sampling)
         found = await asyncio.to_thread(ray.put, clip)
         self._clips[key] = found
         while len(self._clips) > self._most:
@@ -381,10 +384,10 @@ class FrontReplica:
         await self._app(scope, receive, send)
 
     async def _made(self) -> Any:
-        facts, size = await self._handle.facts.remote()
+        facts, frames = await self._handle.facts.remote()
         self._decoding = Decoders(limits_of(self._settings), seconds=self._settings.deadline)
         await self._decoding.start()
-        backend = Replicas(self._handle, facts, size, self._decoding.clip, settings=self._settings)
+        backend = Replicas(self._handle, facts, frames, self._decoding.clip, settings=self._settings)
         return create_app(backend, self._settings, self._keys)
 
 
@@ -430,7 +433,7 @@ def application(told: Mapping[str, Any]) -> serve.Application:
 
 
 @contextlib.contextmanager
-def on_this_machine(settings: Settings, decode: Decode, trace: Trace) -> Iterator[Replicas]:
+def on_this_machine(settings: Settings, decode: Callable[..., Any], trace: Trace) -> Iterator[Replicas]:
     """A front in this process, and its replicas in a Ray of their own on this machine.
 
     Raises:
@@ -444,14 +447,14 @@ def on_this_machine(settings: Settings, decode: Decode, trace: Trace) -> Iterato
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
         try:
             handle = serve.run(answerer(told_of(settings)), route_prefix=None)
-            facts, size = handle.facts.remote().result()
+            facts, frames = handle.facts.remote().result()
         except (RuntimeError, RayError) as error:
             what = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
             raise UserError(f"the replicas do not start ({what}); run it without --ray to see why") from error
         most = settings.max_replicas or settings.replicas
         count = f"{settings.replicas}" if most == settings.replicas else f"{settings.replicas} to {most}"
         trace.line(f"engine: {facts.engine} (Ray {ray.__version__}, {count} replicas)")
-        backend = Replicas(handle, facts, size, decode, settings=settings)
+        backend = Replicas(handle, facts, frames, decode, settings=settings)
         yield backend
         backend.close()
         serve.shutdown()

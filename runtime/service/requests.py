@@ -81,8 +81,8 @@ class Answer:
     Attributes:
         text: without a stop string that ended it.
         tokens: all that were generated, those of a stop string too.
-        visual_tokens: of the video, without the newline after them.
-        prompt_tokens: positions that the prompt took: text, visual tokens, newline.
+        visual_tokens: of the video, without what closes them.
+        prompt_tokens: positions that the prompt took: text, visual tokens, what closes them.
         cached_tokens: those of them that were read before this request: what a watched video saves.
         kept: which visual tokens these are, on a CPU; None unless it was asked for.
     """

@@ -80,7 +80,7 @@ class VllmDecoder(ABC):
     def prefill(
         self,
         inputs_embeds: Tensor,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -108,7 +108,7 @@ class VllmDecoder(ABC):
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         prefix: EmbeddedPrompt | None = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,

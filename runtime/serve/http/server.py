@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import uvicorn
 
 from earlytom.errors import UserError
 from runtime.serve.app import ServerApp, create_app
-from runtime.serve.backend import Backend, Decode, Local
+from runtime.serve.backend import Backend, Local
 from runtime.serve.decoding import Decoders
 from runtime.serve.gate import connections, load_keys
 from runtime.serve.loading import limits_of, load_pipeline
@@ -29,14 +30,14 @@ _DRAIN_POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 5  # for clients that still read when all is answered
 
 
-Behind = Callable[[Settings, Decode, Trace], contextlib.AbstractContextManager[Backend]]
+Behind = Callable[[Settings, Callable[..., Any], Trace], contextlib.AbstractContextManager[Backend]]
 
 
 def serve(settings: Settings, trace: Trace, behind: Behind | None = None) -> None:
     """Load the engine and serve it until a signal ends that.
 
     Args:
-        behind: makes the backend, which ends with its context; by default a pipeline of this process.
+        behind: makes the backend, with `Decoders.clip`; it ends with its context. By default a pipeline here.
 
     Raises:
         UserError: a setting that cannot be had: the port is taken, no key in the file, no room for one video.
@@ -56,13 +57,14 @@ def serve(settings: Settings, trace: Trace, behind: Behind | None = None) -> Non
 
 
 @contextlib.contextmanager
-def local(settings: Settings, decode: Decode, trace: Trace) -> Iterator[Backend]:
+def local(settings: Settings, decode: Callable[..., Any], trace: Trace) -> Iterator[Backend]:
     """The backend with a pipeline of this process."""
     with load_pipeline(settings) as pipeline:
         trace.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
         for note in pipeline.notes:
             trace.line(f"note: {note}")
-        yield Local(pipeline, decode, videos=settings.videos)
+        sampled = functools.partial(decode, sampling=pipeline.manifest.model.preprocessing.sampling)
+        yield Local(pipeline, sampled, videos=settings.videos)
 
 
 def bind(host: str, port: int) -> socket.socket:

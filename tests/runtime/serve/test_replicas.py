@@ -95,7 +95,7 @@ class Decoding:
     def __init__(self) -> None:
         self.count = 0
 
-    async def __call__(self, taken: TakenVideo, counts: Sequence[int], size: tuple[int, int]) -> Clip:
+    async def __call__(self, taken: TakenVideo, counts: Sequence[int], size: tuple[int, int], sampling: str) -> Clip:
         self.count += 1
         return Clip(torch.zeros(16, 3, *size, dtype=torch.uint8), (), 16, 0.0, 2.0, 0.5)
 
@@ -107,7 +107,8 @@ def asked(sampling: Sampling = GREEDY, *, seconds: float = LONG, owner: str = "k
 
 def front(module: Any, handle: Handle, decode: Any = None, **settings: Any) -> Any:
     told = Settings(Path("engine"), **{"ray": True, "replicas": 2, **settings})
-    return module.Replicas(handle, FACTS, (8, 8), decode or Decoding(), settings=told)
+    frames = SimpleNamespace(size=(8, 8), sampling="a way")
+    return module.Replicas(handle, FACTS, frames, decode or Decoding(), settings=told)
 
 
 def ask(replicas: Any, question: Asked, sha256: str = "abc") -> list[Sampled | Delta]:
