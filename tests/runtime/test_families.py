@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,20 @@ from builder import build
 from earlytom import apply_earlytom
 from earlytom.families import INTERNVL
 from earlytom.standing import FrameSpan, frame_spans
+from runtime import ask, bench, cli
 from runtime.checkpoint import Checkpoint, Preprocessing, describe, load_model, load_tokenizer
 from runtime.decoder.eager import InnerMerge
+from runtime.decoder.sampling import GREEDY
 from runtime.engine.manifest import Manifest
 from runtime.pipeline import Pipeline
+from runtime.serve.backend import Asked, Local
+from runtime.serve.decoding import Decoders
+from runtime.serve.fetch import FetchRules
+from runtime.serve.media import Media, TakenVideo, VideoPart
+from runtime.text.messages import ChatMessage
 from runtime.text.prompt import build_prompt
-from runtime.video import sample_indices
+from runtime.video import Clip, load_clip, sample_indices
+from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
 F, CELLS, QUESTION = 6, 4, "What happens?"
@@ -147,3 +159,53 @@ def test_frames_are_sampled_as_transformers_do(count: int, frames: int) -> None:
     assert chosen == sorted(chosen)
     assert 0 <= chosen[0] <= chosen[-1] < count
     assert sample_indices(100, 8, "middles").tolist() != sample_indices(100, 8).tolist()  # negative control
+
+
+def test_the_commands_ask_and_bench_take_it(
+    folder: Path, engine: Path, drawn_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(drawn_clip), QUESTION, "--engine", str(engine), "--device", "cpu", "--max-new-tokens", "8"]
+    assert cli.run(ask.main, [*words, "--json-only"]) == 0
+    asked = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert asked["visual_tokens_full"] == F * CELLS
+    words = ["--model", str(folder), "--engine", str(engine), "--video", str(drawn_clip)]
+    words += f"--frames {F} --device cpu --ratio 0.5 --merge-layers 0,1,2 --requests 1 --warmup 0".split()
+    words += f"--concurrency none --repeats 1 --scale-repeats 1 --max-new-tokens {CELLS} --json-only".split()
+    assert cli.run(bench.main, words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokens = {one["name"].split()[0]: one["visual_tokens"] for one in found["variants"]}
+    assert list(tokens) == ["full", "adaptive", "budget", "onnxruntime"]
+    assert "naive: EarlyTom was not released for InternVL" in found["left_out"]
+    assert tokens["onnxruntime"] == tokens["budget"] < tokens["full"] == F * CELLS
+
+
+def test_a_server_samples_its_videos_as_the_family_does(engine: Path, drawn_clip: Path) -> None:
+    """The same answer as the pipeline gives to the file; frames from the first to the last give another clip."""
+    shown: list[Tensor] = []
+
+    async def decoded(taken: TakenVideo, counts: Any, size: tuple[int, int]) -> Clip:
+        sampling = pipeline.manifest.model.preprocessing.sampling
+        clip = await decoders.clip(taken, counts, size, sampling)
+        shown.append(clip.frames)
+        return clip
+
+    async def answer() -> Any:
+        await decoders.start()
+        try:
+            message, deadline = ChatMessage("user", QUESTION), time.monotonic() + HANG_SECONDS
+            asked = Asked((message,), GREEDY, (), None, 12, 12, True, "k", deadline)
+            url = "data:video/mp4;base64," + base64.b64encode(drawn_clip.read_bytes()).decode()
+            taken = await Media(FetchRules()).take(VideoPart(url=url))
+            return [delta async for delta in backend.deltas(asked, taken)][-1].answer
+        finally:
+            await decoders.close()
+
+    decoders = Decoders()
+    with Pipeline.load(engine, device="cpu") as pipeline:
+        backend = Local(pipeline, decoded, videos=2)
+        found = asyncio.run(answer())
+        backend.close()
+        assert found.tokens == pipeline.ask(drawn_clip, QUESTION, max_new_tokens=12).tokens
+    size = shown[0].shape[2:]
+    assert torch.equal(shown[0], load_clip(drawn_clip, F, size, sampling="middles").frames)
+    assert not torch.equal(shown[0], load_clip(drawn_clip, F, size).frames)
