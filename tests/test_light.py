@@ -126,7 +126,7 @@ REFUSALS = (
     refusal(ASK, "README.md What? --top-k 5", "--top-k and --top-p are for sampling, and --temperature 0 ..."),
     refusal(ASK, "README.md What? --engine nowhere", ENGINE),
     refusal(BENCH, "--repeats 0", "--repeats must be at least 1, got 0"),
-    refusal(BENCH, "--variants x", "--variants: 'x' is not one of full, naive, adaptive, budget (or none) (--help ..."),
+    refusal(BENCH, "--variants x", "--variants: 'x' is not one of full, naive, adaptive, budget (or none), nor ..."),
     refusal(BENCH, "--dtype x", "--dtype: invalid choice: 'x' (choose from 'fp16', 'bf16', 'fp32') (--help ..."),
     refusal(BENCH, "--soak 5 --service", "--soak and --service measure different things: give one of them"),
     refusal(BENCH, "--ratio 3", "retention_ratio must be in (0, 1], got 3.0 (--ratio, --merge-layers, --tau)"),

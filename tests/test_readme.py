@@ -36,6 +36,7 @@ NAMES = (
     "builder/README.md",
     "earlytom/README.md",
     "earlytom/families/README.md",
+    "earlytom/methods/README.md",
     "engines/README.md",
     "runtime/README.md",
 )

@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors",
         "numbers attention transfers restorable density bipartite scenes",
         "config budget",
-        "cells/config",
+        "cells/config untouched",
         "settings",
         "spans merge select flops inner standing",
         "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid pooled",
@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "runtime": (
         "errors choices trace",
-        "cli files gpu trt forks checkpoint",
+        "cli files gpu trt forks checkpoint show",
         "drawing engine video text",
         "decoder vision",
         "options",

@@ -37,6 +37,7 @@ from earlytom.method import Method
 from earlytom.methods import method_of, several
 from earlytom.methods.cells import Cells
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods.published import VisionZip
 from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from earlytom.towers import Tower
@@ -376,8 +377,14 @@ def tokens_per_frame(node: ir.Node) -> int:
     return per_frame
 
 
+def no_body(node: ir.Node, config: MethodSettings, frames: int) -> ir.Function:
+    """Of a method whose steps are ordinary operators: its graph calls nothing."""
+    raise AssertionError(f"the graph of {config.method} calls {node.op_type}")
+
+
 FORMS: dict[str, Form] = {
     EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body),  # type: ignore[arg-type]
+    VisionZip.name: Form(lambda graph: graph.decisions, no_body),
     Cells.name: Form(lambda graph: SymbolicCells(graph.config), lambda node, _, frames: cells_body(node, OPSET)),  # type: ignore[arg-type]
 }
 """The methods that can be exported, by name."""

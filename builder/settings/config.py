@@ -18,7 +18,14 @@ from typing import Any
 from builder.plugins import triton_version
 from builder.precision.islands import DEFAULT, Costs, Islands
 from builder.settings.key import code_digest
-from builder.settings.options import WORKSPACE_GIB, check_batch, check_counts, check_rounds, check_shapes
+from builder.settings.options import (
+    WORKSPACE_GIB,
+    check_batch,
+    check_counts,
+    check_one_video,
+    check_rounds,
+    check_shapes,
+)
 from earlytom import flops
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
@@ -91,6 +98,7 @@ class BuildConfig:
             batch=self.batch,
             chunk=self.chunk,
         )
+        check_one_video(method.method, batch=self.batch, chunk=self.chunk)
         if isinstance(method, CellsConfig):
             check_rounds(method.schedule, method.rounds, self.backend)
         if self.adaptive and self.compression == "plugin":

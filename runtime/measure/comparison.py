@@ -51,6 +51,9 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         asked = dataclasses.replace(asked, variants=tuple(name for name in asked.variants if name != "naive"))
         missing.append(f"naive: EarlyTom was not released for {bench.family.title}")
     variants = [bench.variant(name, config, frames) for name in asked.variants]
+    for ratio in asked.scale_ratios:  # a method that does not have it is refused now
+        for one in asked.variants:
+            bench.variant(one, config.replace(retention_ratio=ratio), frames)
     for folder, manifest in zip(asked.engine, manifests, strict=True):
         found, left_out = bench.engines(folder, manifest)
         variants += found

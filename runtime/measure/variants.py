@@ -4,6 +4,7 @@
     naive      EarlyTom as it was first released (`runtime.measure.naive`), adaptive schedule; decoder as above
     adaptive   this project in PyTorch, the same decisions as the naive one; `runtime.decoder.eager`
     budget     this project in PyTorch, static shapes; `runtime.decoder.eager`
+    NAME       a method of the field in PyTorch (`earlytom.methods.published`), corrected form; decoder as above
     engine     an engine folder, once for each backend that can run it here; `runtime.decoder.eager`
 
 A variant is two parts, one that makes visual tokens and one that turns embeddings into ids. All share one model, so a
@@ -25,8 +26,10 @@ from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import geometry
+from earlytom.method import Method
+from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
-from earlytom.settings import MethodSettings
+from earlytom.settings import FIELD, MethodSettings
 from earlytom.standing import FrameSpan, frame_spans
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
@@ -160,7 +163,15 @@ class Bench:
         return frame_spans(seen.positions, seen.sources, per_frame)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
-        """One of `arguments.VARIANTS` for videos of `frames` frames; `config` gives ratio, tau and merge layers."""
+        """One of `arguments.VARIANTS`, or a method of the field, for videos of `frames` frames; `config` gives ratio,
+        tau and merge layers. Raises UserError for a ratio that the method does not have."""
+        if name in FIELD:
+            method, config = (
+                by_name(name, {"retention_ratio": config.retention_ratio}),
+                OFF.replace(retention_ratio=config.retention_ratio),
+            )
+            about = f"{name} in PyTorch, corrected form, tower untouched"
+            return Variant(name, about, config, frames, self._pixels, self._compressed(method), self.ours)
         if name == "full":
             return Variant(name, "transformers, sdpa, all tokens", OFF, frames, self._pixels, self._full, self.plain)
         if name == "naive":
@@ -169,7 +180,7 @@ class Bench:
             return Variant(name, about, config, frames, self._pixels, self._naive(config), self.plain)
         config = config.replace(schedule=name)
         about = f"this project in PyTorch, {name} schedule"
-        return Variant(name, about, config, frames, self._pixels, self._compressed(config), self.ours)
+        return Variant(name, about, config, frames, self._pixels, self._compressed(EarlyTom(config)), self.ours)
 
     def engines(self, folder: Path, manifest: Manifest) -> tuple[list[Variant], list[str]]:
         """The variants of an engine folder, one for each backend that runs here, and why others are left out.
@@ -223,9 +234,9 @@ class Bench:
 
         return see
 
-    def _compressed(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
+    def _compressed(self, method: Method) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
-            out = encode(self.family.vision_of(self.inner), pixels, EarlyTom(config), depth=self.depth)
+            out = encode(self.family.vision_of(self.inner), pixels, method, depth=self.depth)
             return SeenPrompt(out.tokens, False, out.frames_per_stage, out.positions, out.sources)
 
         return see

@@ -72,3 +72,42 @@ def test_more_tokens_for_a_larger_ratio(clip: Tensor, name: str) -> None:
         return
     counts = [len(seen(clip, name, retention_ratio=ratio).tokens) for ratio in (0.25, 0.6)]
     assert counts[0] < counts[1] or (name == "unicomp" and counts[0] <= counts[1])
+
+
+# Whose tokens come in another order than that of their places, as published: static tokens of a segment first; every
+# anchor of frames with the tokens that are made of it.
+OWN_ORDER = {"holitom", "bvllm-style"}
+
+
+@every
+def test_tokens_stand_in_the_order_of_their_places(clip: Tensor, name: str) -> None:
+    out = seen(clip, name, retention_ratio=0.3)
+    places = out.positions.tolist()
+    assert min(places) >= 0
+    if name not in OWN_ORDER:
+        assert places == sorted(places)
+    if name != "bvllm-style":  # two anchors may be of one frame
+        assert len(set(places)) == len(places)
+
+
+@every
+def test_the_same_clip_gives_the_same_tokens(clip: Tensor, name: str) -> None:
+    """And another clip others (negative control)."""
+    one, again = (seen(clip, name, retention_ratio=0.3) for _ in range(2))
+    assert torch.equal(one.tokens, again.tokens)
+    assert torch.equal(one.positions, again.positions)
+    other = seen(clip.flip(0), name, retention_ratio=0.3)
+    assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
+
+
+SEEDED = {"holitom": False, "vqtoken": False, "fastvid": True}  # and whether in the released form alone
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_noise_is_drawn_from_the_seed(clip: Tensor, name: str) -> None:
+    """The same seed gives the same tokens; noise moves ties, and never how many tokens there are."""
+    runs = [seen(clip, name, retention_ratio=0.3, faithful=SEEDED[name], seed=seed).tokens for seed in (0, 0, 1, 2)]
+    assert torch.equal(runs[0], runs[1])
+    assert len({run.shape for run in runs}) == 1
+    if name == "vqtoken":
+        assert not torch.equal(runs[0], runs[2])
