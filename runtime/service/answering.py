@@ -392,7 +392,7 @@ class Answering:
         place, bias = encoded.place.to(device), encoded.bias.to(device)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
         if spans is None:
-            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after)
+            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
