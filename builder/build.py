@@ -97,6 +97,7 @@ def obtain(
         return Built(folder, found, cached=True)
     if folder.is_dir() and not force:
         trace.line(f"{folder} is damaged or, as far as it is asked for, not verified: it is built again")
+    from builder.inspection.page import REPORT_PAGE, leave
     from builder.stages import build
 
     with cache.staging(folder, lambda: trace.line("another process is building this engine: waiting for it")) as place:
@@ -105,6 +106,12 @@ def obtain(
             return Built(folder, found, cached=True)
         manifest = build(config, key, folder.name, place, trace, verify=verify, verify_text=verify_text, kept=kept)
         cache.publish(place, folder)
+        try:
+            leave(folder)
+        except OSError as error:  # the engine is there, and this can be made again
+            trace.line(
+                f"note: there is no {REPORT_PAGE} ({error.strerror}): python -m builder.inspect {folder} --html FILE"
+            )
     return Built(folder, manifest, cached=False)
 
 

@@ -7,6 +7,7 @@ run.
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Mapping
@@ -84,12 +85,13 @@ def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
 
 def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
     """Real frames for the gate: of the clips given, else of a clip drawn, encoded and decoded for it."""
-    size = config.checkpoint.preprocessing.size
+    preprocessing = config.checkpoint.preprocessing
+    load = functools.partial(load_clip, frames=config.frames, size=preprocessing.size, sampling=preprocessing.sampling)
     if config.calibration:
         names = [path.name for path in config.calibration]
         labels = names if len(set(names)) == len(names) else [str(path) for path in config.calibration]
-        loaded = (load_clip(path, config.frames, size).frames for path in config.calibration)
+        loaded = (load(path).frames for path in config.calibration)
         return dict(zip(labels, loaded, strict=True))
     with tempfile.TemporaryDirectory(dir=place) as folder:
         path = draw_clip(Path(folder) / "drawn.mp4")
-        return {"drawn clip": load_clip(path, config.frames, size).frames}
+        return {"drawn clip": load(path).frames}

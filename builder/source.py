@@ -14,6 +14,6 @@ def check_answers(checkpoint: Checkpoint) -> None:
     checkpoint.check_weights()
     tokenizer = load_tokenizer(checkpoint)
     try:
-        build_prompt(tokenizer, QUESTION)
+        build_prompt(tokenizer, QUESTION, family=checkpoint.family)
     except UserError as error:
         raise UserError(f"--model {checkpoint.source}: {error}") from error

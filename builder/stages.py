@@ -277,7 +277,7 @@ def describe(
             trained=checkpoint.trained,
             image_size=height if height == width else frame.size,
             patch_size=frame.patch,
-            preprocessing=PreprocessingRecord(preprocessing.size, preprocessing.mean, preprocessing.std),
+            preprocessing=PreprocessingRecord(**dataclasses.asdict(preprocessing)),
         ),
         method=config.earlytom.method,
         earlytom=config.earlytom.to_dict(),

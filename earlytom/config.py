@@ -83,6 +83,7 @@ class EarlyTomConfig:
     method: ClassVar[str] = "earlytom"
     bias: ClassVar[bool] = False
     original_positions: ClassVar[bool] = False
+    watches: ClassVar[bool] = True
 
     retention_ratio: float = 0.1
     merge_layers: tuple[int, ...] = (6, 14, 20)

@@ -25,7 +25,7 @@ def spacing(vectors: Tensor, valid: Tensor) -> Tensor:
     """
     x = vectors.float()
     # As the released steps compute it: scores that are nearly equal are told apart by how distances are rounded.
-    apart = torch.cdist(x, x) / math.sqrt(x.shape[-1])
+    apart = torch.cdist(x, x).div_(math.sqrt(x.shape[-1]))
     return apart.masked_fill_(~(valid[:, :, None] & valid[:, None]), math.inf)
 
 

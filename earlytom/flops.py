@@ -7,6 +7,7 @@ are left out (they are bound by memory, not arithmetic).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,13 @@ def encoder_layer(tokens: int, width: int, intermediate: int) -> int:
 
 
 def vision_encoder(
-    config: Any, tokens: int, frames_per_stage: Sequence[int], merge_layers: Sequence[int], depth: int
+    config: Any,
+    tokens: int,
+    frames_per_stage: Sequence[int],
+    merge_layers: Sequence[int],
+    depth: int,
+    *,
+    prefix: int = 0,
 ) -> int:
     """The vision tower on a video.
 
@@ -31,11 +38,21 @@ def vision_encoder(
         frames_per_stage: frames before the first merge and after each one, as `budget.frames_per_stage` gives them.
         merge_layers: after which layers the frames are merged.
         depth: how many layers run.
+        prefix: tokens of a frame that are not patches.
     """
-    patches = 2 * tokens * 3 * config.patch_size**2 * config.hidden_size * frames_per_stage[0]
-    layer = encoder_layer(tokens, config.hidden_size, config.intermediate_size)
+    size = config.patch_size
+    area = size**2 if isinstance(size, int) else math.prod(size)
+    patches = 2 * tokens * 3 * area * config.hidden_size * frames_per_stage[0]
+    layer = encoder_layer(prefix + tokens, config.hidden_size, config.intermediate_size)
     stages = (sum(merged < index for merged in merge_layers) for index in range(depth))
     return patches + layer * sum(frames_per_stage[stage] for stage in stages)
+
+
+def merged_encoder(config: Any, tokens: int, frames: int, ran: Sequence[tuple[int, int]]) -> int:
+    """Like `vision_encoder`, where tokens are merged: `ran` has (sequences, tokens of each) of every layer."""
+    patches = vision_encoder(config, tokens, (frames,), (), 0)
+    layers = (count * encoder_layer(own, config.hidden_size, config.intermediate_size) for count, own in ran)
+    return patches + sum(layers)
 
 
 def prefill(

@@ -13,6 +13,7 @@ Notation: T tokens a prompt, L of them visual, of which K stay and R are folded;
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,23 @@ from earlytom.errors import UserError
 # Cosines as near as this are equal: kernels sum in different orders, and copies of a token would else be told apart by
 # rounding.
 TIE = 1e-6
+
+
+class InnerSettings(NamedTuple):
+    """What is done inside a language model.
+
+    Attributes:
+        layer: k.
+        ratio: share of the visual tokens that does not stay.
+        fold: it is merged into what stays; else it is left out.
+        causal: layer k-1 stays causal; else every token of a prompt sees in it what the last one sees. One published
+            method loses the mask there, its released form only.
+    """
+
+    layer: int
+    ratio: float
+    fold: bool = True
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,8 +70,11 @@ class InnerPlan:
         halvings = counted[:, -1:] - counted + member
         return torch.exp2(-member.sum(1)), member * torch.exp2(-halvings)
 
-    def apply(self, hidden: Tensor) -> Tensor:
-        """Merge `hidden [T, D]` to [M, D]: computed in fp32, returned in the dtype of `hidden`."""
+    def apply(self, hidden: Tensor, *, fold: bool = True) -> Tensor:
+        """Merge `hidden [T, D]` to [M, D]: computed in fp32, returned in the dtype of `hidden`. Without `fold`
+        what does not stay is left out."""
+        if not fold:
+            return hidden.index_select(0, self.kept)
         own, shares = self.weights()
         merged = own[:, None] * hidden[self.targets].float() + shares @ hidden[self.folded].float()  # [K, D]
         return hidden.index_copy(0, self.targets, merged.to(hidden.dtype)).index_select(0, self.kept)

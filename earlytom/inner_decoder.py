@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from earlytom.budget import kept_tokens
 from earlytom.errors import UserError
-from earlytom.inner import plan_inner
+from earlytom.inner import InnerSettings, plan_inner
 from earlytom.restorable import Restorable
 from earlytom.transfers import to_device
 
@@ -84,13 +84,13 @@ class _Pass:
 class AppliedInner(Restorable):
     """A decoder that merges the visual tokens of announced prompts until `restore()` or the end of the `with` block."""
 
-    def __init__(self, model: nn.Module, layer: int, ratio: float) -> None:
+    def __init__(self, model: nn.Module, settings: InnerSettings) -> None:
         super().__init__()
         self.decoder: Any = _decoder(model)
-        self.layer, self.ratio = layer, ratio
+        self.layer, self.ratio, self._fold, self._causal = settings
         self._local = threading.local()  # the announced prompt and the pass under way, of each thread
         self._check()
-        if ratio > 0:
+        if self.ratio > 0:
             self._install()
 
     @contextlib.contextmanager
@@ -130,6 +130,8 @@ class AppliedInner(Restorable):
                 "inner merging needs full attention, and this language model has sliding windows from layer "
                 f"{config.layer_types.index('sliding_attention')} on: set inner_layer to None"
             )
+        if not self._causal and "flash" in config._attn_implementation:
+            raise UserError("a layer that is not causal needs a mask: load the model with attn_implementation='sdpa'")
         if "_earlytom_inner" in vars(self.decoder):
             raise UserError("inner merging is already applied: call restore() on what apply_inner returned")
 
@@ -149,6 +151,8 @@ class AppliedInner(Restorable):
             run = self._local.run = self._begin(hidden_states, kwargs.get("past_key_values"))
             if run is not None and isinstance(run.of, InnerPrompt):
                 run.received = _received(layer, hidden_states, run.of, **kwargs)
+                if not self._causal:
+                    kwargs["attention_mask"] = open_mask(kwargs.get("attention_mask"), run.of, hidden_states)
             return own(hidden_states, **kwargs)
 
         return forward
@@ -229,9 +233,8 @@ class AppliedInner(Restorable):
             plans.append(plan_inner(tokens, received[row], visual, kept_tokens(len(visual), self.ratio)))
         longest = max(len(plan.kept) for plan in plans)
         missing = [longest - len(plan.kept) for plan in plans]
-        merged = torch.stack(
-            [F.pad(plan.apply(row), (0, 0, pad, 0)) for plan, row, pad in zip(plans, hidden, missing, strict=True)]
-        )
+        left = (plan.apply(row, fold=self._fold) for plan, row in zip(plans, hidden, strict=True))
+        merged = torch.stack([F.pad(row, (0, 0, pad, 0)) for row, pad in zip(left, missing, strict=True)])
         kept = torch.stack([F.pad(plan.kept, (pad, 0)) for plan, pad in zip(plans, missing, strict=True)])
         real = None
         if any(missing):
@@ -279,6 +282,26 @@ def later_mask(
     return mask.masked_fill(~valid[:, None, None], blocked)
 
 
+def open_mask(mask: Tensor | None, prompt: InnerPrompt, hidden: Tensor) -> Tensor:
+    """The mask of a layer in which every token of a prompt sees what its last one sees: [B, 1, T, c], from the mask
+    that the layer got (None: causal by shape). `hidden` [B, T, D] is the layer's input."""
+    batch, length = hidden.shape[:2]
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    mask = mask.expand(batch, *mask.shape[1:])
+    last = _last(prompt, hidden)[:, None, None, None]  # [B, 1, 1, 1]
+    asks = torch.arange(length, device=hidden.device)[:, None]
+    return torch.where(asks <= last, mask.take_along_dim(last, 2), mask)
+
+
+def _last(prompt: InnerPrompt, hidden: Tensor) -> Tensor:
+    """Position of the last token of each row of `hidden [B, T, D]`, [B] int64."""
+    batch = len(hidden)
+    if prompt.last is None:
+        return torch.full((batch,), prompt.length - 1, device=hidden.device)
+    return prompt.last.to(hidden.device).repeat_interleave(batch // len(prompt.last))
+
+
 def _received(
     layer: Any,
     hidden: Tensor,
@@ -294,9 +317,7 @@ def _received(
     """
     attention = layer.self_attn
     batch, length = hidden.shape[:2]
-    last = torch.full((batch,), prompt.length - 1, device=hidden.device)
-    if prompt.last is not None:
-        last = prompt.last.to(hidden.device).repeat_interleave(batch // len(prompt.last))
+    last = _last(prompt, hidden)
     at = last[:, None, None]  # [B, 1, 1]
     x = layer.input_layernorm(hidden)
     cos, sin = (e.expand(batch, -1, -1) for e in position_embeddings)
@@ -331,7 +352,9 @@ def _decoder(model: Any) -> Any:
     return decoder
 
 
-def apply_inner(model: nn.Module, layer: int, ratio: float = 0.5) -> AppliedInner:
+def apply_inner(
+    model: nn.Module, layer: int, ratio: float = 0.5, fold: bool = True, causal: bool = True
+) -> AppliedInner:
     """Make a transformers Qwen2 decoder merge visual tokens before one of its layers, on prefill.
 
         with apply_inner(model, layer=18, ratio=0.5) as inner, inner.prompt(visual):
@@ -343,11 +366,13 @@ def apply_inner(model: nn.Module, layer: int, ratio: float = 0.5) -> AppliedInne
     Args:
         model: a Qwen2 decoder, or a model that has one (`Qwen2ForCausalLM`, a video model).
         layer: k, the first layer that sees fewer tokens, from 1 on.
-        ratio: share of the visual tokens that is folded away, in [0, 1); 0 changes nothing.
+        ratio: share of the visual tokens that does not stay, in [0, 1); 0 changes nothing.
+        fold, causal: see `InnerSettings`.
 
     Raises:
-        UserError: another model family, a layer that does not exist, sliding windows, or it is applied already.
+        UserError: another model family, a layer that does not exist, sliding windows, flash attention without
+            causality, or it is applied already.
     """
     if not 0 <= ratio < 1:
         raise UserError(f"the inner ratio must be in [0, 1), got {ratio}")
-    return AppliedInner(model, layer, ratio)
+    return AppliedInner(model, InnerSettings(layer, ratio, fold, causal))

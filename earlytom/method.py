@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from earlytom.families import Vision
+from earlytom.inner import InnerSettings
 from earlytom.standing import frame_times, places, size_bias, token_sizes
 
 Note = Callable[..., None]
@@ -66,6 +67,11 @@ class State:
         """F, that entered the tower."""
         return self.stages[0]
 
+    @property
+    def ran(self) -> tuple[tuple[int, int], ...]:
+        """Of a method that merges tokens inside the tower: sequences, and tokens of each, that every layer ran on."""
+        return ()
+
 
 class Method(ABC):
     """Who decides which frames and which tokens of a video the LLM sees.
@@ -79,14 +85,13 @@ class Method(ABC):
         name: in `earlytom.methods.METHODS`.
         layers: the encoder layers, ascending, after which `after_layer` is called.
         videos: B, about how many videos at once it decides.
-        inner: the layer of the language model before which visual tokens are merged, and the share that is folded away
-            there (see `earlytom.inner`); None leaves the language model alone.
+        inner: what is done to visual tokens inside the language model (see `earlytom.inner`); None leaves it alone.
     """
 
     name: ClassVar[str]
     layers: tuple[int, ...] = ()
     videos: int = 1
-    inner: tuple[int, float] | None = None
+    inner: InnerSettings | None = None
 
     @classmethod
     @abstractmethod

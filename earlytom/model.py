@@ -1,14 +1,15 @@
 """EarlyTom on a whole Hugging Face model: `model.generate(...)` with compressed visual tokens, and back again.
 
-The processor expands one video to `F * P + 1` placeholder tokens; after compression there are fewer, and everything
-that counts positions (mask, cache, rotary positions) must see the shorter prompt. So the prompt is shortened and the
-visual tokens are put in before generation starts, and the ids that `generate` returns begin with the prompt that was
-passed in. Only instance attributes are set; `restore()` (or leaving the `with` block) removes them.
+The processor expands a video to placeholder tokens, as many as it has visual tokens; after compression there are fewer,
+and everything that counts positions (mask, cache, rotary positions) must see the shorter prompt. So the prompt is
+shortened and the visual tokens are put in before generation starts, and the ids that `generate` returns begin with the
+prompt that was passed in. Only instance attributes are set; `restore()` (or leaving the `with` block) removes them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +24,7 @@ from earlytom.inner_decoder import AppliedInner, apply_inner
 from earlytom.method import Method
 from earlytom.methods import method_of
 from earlytom.restorable import Restorable
+from earlytom.standing import frame_spans
 
 
 class AppliedEarlyTom(Restorable):
@@ -54,23 +56,20 @@ class AppliedEarlyTom(Restorable):
         """One video, [F, 3, H, W] normalised pixels."""
         return encode(self.family.vision_of(self.inner), pixels, self.method, depth=self.depth)
 
-    def features(self, pixel_values_videos: Tensor) -> list[Tensor]:
-        """Visual tokens of each video of [B, F, 3, H, W], with what closes them: B tensors [N + 1, E]."""
-        closing = self.family.closing(self.inner)
-        each = (self.encode(pixels).tokens for pixels in pixel_values_videos)
-        if closing is None:
-            return list(each)
-        return [torch.cat([tokens, closing[None].to(tokens)]) for tokens in each]
+    def features(self, videos: Iterable[Tensor]) -> list[Tensor]:
+        """Visual tokens of each video [F, 3, H, W], with what closes them: [N, E], or [N + 1, E] with a closing."""
+        return [self._closed(self.encode(pixels).tokens) for pixels in videos]
 
     def shorten(
-        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor | None, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompt with as many placeholders as there are visual tokens left.
+        """The prompt with as many placeholders as there are visual tokens left; where every frame has a span of its
+        own, without the spans of frames of which nothing is left and the text that names them.
 
         Args:
-            input_ids: [B, L] with `F * P + 1` placeholders for each video.
+            input_ids: [B, L] with the placeholders of each video.
             attention_mask: [B, L] or None.
-            pixel_values_videos: [V, F, 3, H, W], in the order of their placeholders.
+            pixels: of the videos in the order of their placeholders, as the model's processor makes them.
 
         Returns:
             input_ids [B, L'], attention_mask [B, L'] and inputs_embeds [B, L', E]; shorter rows are padded on the left.
@@ -78,46 +77,62 @@ class AppliedEarlyTom(Restorable):
         Raises:
             UserError: the placeholders do not fit the videos.
         """
-        placeholder = input_ids == self._video_token_id
-        full = self._placeholders_per_video(placeholder, pixel_values_videos)
-        videos = self.features(pixel_values_videos)
+        placeholder = (input_ids == self._video_token_id).tolist()
+        given = self.family.videos(self.model.config, pixels, [sum(row) for row in placeholder])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # The j-th placeholder of the batch is token `j mod full` of video `j div full`; it stays if that token exists.
-        order = placeholder.flatten().cumsum(0).sub(1).view_as(input_ids)
-        lengths = torch.tensor([len(video) for video in videos], device=input_ids.device)
-        stays = ~placeholder | (order % full < lengths[order.div(full, rounding_mode="floor").clamp_min(0)])
-        length = int(stays.sum(1).max())
+        stays: list[list[int]] = []
+        tokens: list[Tensor] = []
+        for row, videos in zip(placeholder, given, strict=True):
+            encoded = [self.encode(video) for video in videos]
+            tokens += [self._closed(one.tokens) for one in encoded]
+            stays.append(self._stays(row, [len(video) for video in videos], encoded))
+        length = max(map(len, stays))
         padding = self._video_token_id  # any id: masked out, its embedding is overwritten by zeros
         ids = input_ids.new_full((len(input_ids), length), padding)
         short_mask = mask.new_zeros(ids.shape)
-        target = torch.arange(length, device=ids.device) >= length - stays.sum(1, keepdim=True)  # [B, L'] right-aligned
-        ids[target], short_mask[target] = input_ids[stays], mask[stays]
+        target = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+        for at, places in enumerate(stays):
+            rest, where = slice(length - len(places), length), torch.tensor(places, device=ids.device)
+            ids[at, rest], short_mask[at, rest] = input_ids[at, where], mask[at, where]
+            target[at, rest] = True
         embeds = self.model.get_input_embeddings()(ids)
         embeds[~target] = 0
         visual = target & (ids == self._video_token_id)
-        embeds = embeds.masked_scatter(visual[..., None], torch.cat(videos).to(embeds))
+        embeds = embeds.masked_scatter(visual[..., None], torch.cat(tokens).to(embeds))
         return ids, short_mask, embeds
+
+    def _closed(self, tokens: Tensor) -> Tensor:
+        closing = self.family.closing(self.inner)
+        return tokens if closing is None else torch.cat([tokens, closing[None].to(tokens)])
+
+    def _stays(self, placeholder: Sequence[bool], frames: Sequence[int], encoded: Sequence[VisualTokens]) -> list[int]:
+        """Which places of a prompt stay, in their new order: `frames` of its videos, and what became of them."""
+        spots = [at for at, is_one in enumerate(placeholder) if is_one]
+        stays: list[int] = []
+        text = done = 0  # the first place that is not looked at yet, and how many placeholders are
+        for count, one in zip(frames, encoded, strict=True):
+            spans = self.family.spans(self.model.config, count)
+            ends = [done + sum(spans[: number + 1]) for number in range(len(spans))]
+            begins = [end - size for end, size in zip(ends, spans, strict=True)]
+            stays += range(text, spots[done])
+            for at, (number, left) in enumerate(self._spans(one)):
+                first = begins[number]
+                stays += range(spots[first - 1] + 1, spots[first]) if at else ()
+                stays += spots[first : first + left]
+            done = ends[-1]
+            text = spots[done - 1] + 1
+        return [*stays, *range(text, len(placeholder))]
+
+    def _spans(self, found: VisualTokens) -> Sequence[tuple[int, int]]:
+        """Of each span of a video that is left: its number among all, and how many placeholders it keeps."""
+        if not self.family.span_a_frame:
+            return [(0, len(found.tokens) + self.family.closing_tokens)]
+        per_frame = self.family.geometry(self.model.config).tokens_per_frame
+        return frame_spans(found.positions, found.sources, per_frame)
 
     @property
     def _video_token_id(self) -> int:
         return self.family.video_token_id(self.model.config)
-
-    def _placeholders_per_video(self, placeholder: Tensor, pixel_values_videos: Tensor) -> int:
-        """`F * P + 1`, once it is certain that every prompt has that many for each of its videos."""
-        if pixel_values_videos.dim() != 5:
-            raise UserError(
-                "pixel_values_videos must be [videos, frames, 3, height, width], got "
-                f"{list(pixel_values_videos.shape)}: make them with the model's own processor"
-            )
-        videos, frames = pixel_values_videos.shape[:2]
-        full = self.family.placeholders(self.model.config, frames)
-        counts = placeholder.sum(1).tolist()
-        if sum(counts) != full * videos or any(count % full for count in counts):
-            raise UserError(
-                f"the prompt has {', '.join(map(str, counts))} video placeholders, but {videos} video(s) of {frames} "
-                f"frames take {full} each: make the prompt with the model's own processor"
-            )
-        return full
 
     def _for_shorter_prompt(self, removed: int, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The options of `generate` for a prompt with `removed` tokens less; `given` is a GenerationConfig or None.
@@ -146,16 +161,17 @@ class AppliedEarlyTom(Restorable):
         model, inner = self.model, self.inner
         if "_earlytom" in vars(model):
             raise UserError("EarlyTom is already applied to this model: call restore() on what apply_earlytom returned")
-        own_generate, own_forward, own_features = model.generate, inner.forward, inner.get_video_features
+        pixels_name, features_name = self.family.pixels_name, self.family.features_name
+        own_generate, own_forward, own_features = model.generate, inner.forward, getattr(inner, features_name)
 
         @functools.wraps(own_generate)
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            pixels = kwargs.pop("pixel_values_videos", None)
+            pixels = kwargs.pop(pixels_name, None)
             if pixels is None:
                 return own_generate(inputs, *args, **kwargs)
             prompt = kwargs.pop("input_ids", inputs)
             if prompt is None:
-                raise UserError("generate needs input_ids beside pixel_values_videos")
+                raise UserError(f"generate needs input_ids beside {pixels_name}")
             with torch.no_grad():
                 ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
             given = args[0] if args else kwargs.get("generation_config")
@@ -166,21 +182,22 @@ class AppliedEarlyTom(Restorable):
 
         @functools.wraps(own_forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("pixel_values_videos") is None or kwargs.get("input_ids") is None:
+            if kwargs.get(pixels_name) is None or kwargs.get("input_ids") is None:
                 return own_forward(*args, **kwargs)
             if kwargs.get("position_ids") is not None:
                 raise UserError("position_ids count the full prompt, which gets shorter: leave them out")
-            pixels, ids = kwargs.pop("pixel_values_videos"), kwargs.pop("input_ids")
+            pixels, ids = kwargs.pop(pixels_name), kwargs.pop("input_ids")
             ids, mask, embeds = self.shorten(ids, kwargs.get("attention_mask"), pixels)
             with self._announced(ids, mask):
                 return own_forward(*args, **(kwargs | {"attention_mask": mask, "inputs_embeds": embeds}))
 
         @functools.wraps(own_features)
-        def get_video_features(pixel_values_videos: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def features(*args: Any, **kwargs: Any) -> Any:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             # As the model does it: [B, N + 1, E], where every video has as many tokens; else one row of all of them.
-            videos = self.features(pixel_values_videos)
+            pixels = args[0] if args else kwargs[pixels_name]
+            videos = self.features(pixels if pixels.dim() == 5 else pixels[None])
             even = len({len(video) for video in videos}) == 1
             pooled = torch.stack(videos) if even else torch.cat(videos)[None]
             return BaseModelOutputWithPooling(pooler_output=pooled)
@@ -189,7 +206,7 @@ class AppliedEarlyTom(Restorable):
             self._merging = apply_inner(inner.language_model, *self.method.inner)
         self.replace(model, "generate", generate)
         self.replace(inner, "forward", forward)
-        self.replace(inner, "get_video_features", get_video_features)
+        self.replace(inner, features_name, features)
         self.replace(model, "_earlytom", self)
 
 

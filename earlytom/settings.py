@@ -1,9 +1,9 @@
 """The settings of methods that can be built into an engine, by the name of the method. Needs no PyTorch.
 
 What an engine and its builder ask of settings, whatever the method: `method`, its name; `retention_ratio`,
-`merge_layers`, `frame_budget`, `schedule`; `check_layers`; `inner_layer` and `merges_inside`; `bias` and
-`original_positions`, whether the decoder is told, unless its user says otherwise, how much a token stands for and where
-it was; `replace`, `to_dict`, `from_dict`.
+`merge_layers`, `frame_budget`, `schedule`; `check_layers`; `watches`, whether it goes by received attention;
+`inner_layer` and `merges_inside`; `bias` and `original_positions`, whether the decoder is told, unless its user says
+otherwise, how much a token stands for and where it was; `replace`, `to_dict`, `from_dict`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,30 @@ from typing import Any
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.untouched import VisionZipConfig
 
-MethodSettings = EarlyTomConfig | CellsConfig
-SETTINGS: dict[str, type[EarlyTomConfig] | type[CellsConfig]] = {
-    kind.method: kind for kind in (EarlyTomConfig, CellsConfig)
+MethodSettings = EarlyTomConfig | CellsConfig | VisionZipConfig
+SETTINGS: dict[str, type[EarlyTomConfig] | type[CellsConfig] | type[VisionZipConfig]] = {
+    kind.method: kind for kind in (EarlyTomConfig, CellsConfig, VisionZipConfig)
 }
+_OF_THE_VIDEO = "how many tokens it keeps is for the video to say, and an engine has static shapes"
+_NOT_YET = "its shapes are static, but its steps have no form in ONNX here yet"
+NOT_BUILT: dict[str, str] = {
+    "holitom": _OF_THE_VIDEO,
+    "fastvid": _OF_THE_VIDEO,
+    "flashvid": _OF_THE_VIDEO,
+    "unicomp": _OF_THE_VIDEO,
+    "bvllm-style": _OF_THE_VIDEO,
+    "unified": "it accepts tokens one after the other, thousands of steps that wait for each other",
+    "vqtoken": _NOT_YET,
+    "tome": _NOT_YET,
+    "tempme": _NOT_YET,
+    "dycoke": _NOT_YET,
+    "fastv": "it acts inside the language model, and an engine holds the vision part",
+}
+"""Methods of the field that run in PyTorch and are no engine, and why."""
+FIELD = (VisionZipConfig.method, *NOT_BUILT)
+"""The names of all methods of the field."""
 
 
 def settings_of(method: str, values: Mapping[str, Any]) -> MethodSettings:

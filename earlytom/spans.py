@@ -18,6 +18,7 @@ OF_MERGES = ("similarity", "weights", "member", "taken")
 _NOTED = {
     "earlytom": (("similarity", "weights"), ("static",), ("relevance",)),
     "cells": (("weights", "member", "taken"), (), ()),
+    "visionzip": ((), (), ("relevance",)),
 }
 """Of each method: what it notes at a merge, behind the layers, and of features."""
 

@@ -11,6 +11,8 @@ frame after pooling, E width, N tokens kept.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -39,6 +41,35 @@ def places(time: Tensor, positions: Tensor, per_frame: int) -> Tensor:
     slot = torch.div(positions, per_frame, rounding_mode="trunc")
     when = time.index_select(0, slot) if time.dim() == 1 else time.flatten().index_select(0, positions)
     return when * per_frame + (positions - slot * per_frame)
+
+
+class FrameSpan(NamedTuple):
+    """Kept tokens of one frame that follow one another.
+
+    Attributes:
+        number: the frame of the video that it is taken to be, from 0.
+        tokens: how many.
+    """
+
+    number: int
+    tokens: int
+
+
+def frame_spans(positions: Tensor, sources: Tensor, per_frame: int) -> tuple[FrameSpan, ...]:
+    """Kept tokens by frames, in their order; waits for the device.
+
+    A frame made of others is taken to be the one that has the largest share in it (`frame_times`); the first span, and
+    no other, is always frame 0, whose name a prompt begins with.
+
+    Args:
+        positions: [N] int64, `frame * P + cell`, frame counted among the F'.
+        sources: [F', F].
+        per_frame: P.
+    """
+    slots, counts = torch.unique_consecutive(torch.div(positions, per_frame, rounding_mode="trunc"), return_counts=True)
+    times = frame_times(sources)[0].tolist()
+    found = zip(slots.tolist(), counts.tolist(), strict=True)
+    return tuple(FrameSpan(max(times[slot], 1) if at else 0, count) for at, (slot, count) in enumerate(found))
 
 
 def token_sizes(features: Tensor, positions: Tensor, time: Tensor, size: Tensor, frames: int) -> Tensor:

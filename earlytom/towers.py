@@ -10,7 +10,7 @@ Notation: F frames, S = g*g patch tokens, T = S + prefix tokens, D width, H head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,23 @@ from earlytom import ops
 from earlytom.attention import attention_matrix, column_means
 
 
+class LayerParts(NamedTuple):
+    """The modules of one encoder layer: each branch and the norm before it."""
+
+    attention_norm: Any
+    attention: Any
+    mlp_norm: Any
+    mlp: Any
+
+
 class Tower:
     """One vision tower seen as patches, layers and attention.
 
     Attributes:
         layers: the encoder layers, in order.
+        embeddings: what makes patches of pixels.
         prefix: number of leading tokens that are not patches (class token).
+        key_bias_cancels: a key's bias adds the same to all logits of a query, so that attention is the same without.
         residual_dtype: of the hidden states between the branches, from the embeddings on.
         logits_dtype: of query and key of the explicit attention matrix.
         matrix_dtype: of that matrix, after the logits.
@@ -33,6 +44,7 @@ class Tower:
     """
 
     prefix = 0
+    key_bias_cancels = True
     residual_dtype: torch.dtype | None = None
     logits_dtype: torch.dtype | None = None
     matrix_dtype: torch.dtype | None = torch.float32
@@ -41,18 +53,35 @@ class Tower:
         self.model: Any = model
         self.layers: Sequence[Any] = model.encoder.layers  # type: ignore[union-attr, assignment]
 
+    @property
+    def embeddings(self) -> nn.Module:
+        return self.model.embeddings
+
+    def parts(self, layer: Any) -> LayerParts:
+        """The modules of a layer."""
+        return LayerParts(layer.layer_norm1, layer.self_attn, layer.layer_norm2, layer.mlp)
+
+    def query(self, module: Any, entering: Tensor) -> Tensor:
+        """The queries [F, T, D] of all heads in an attention module."""
+        return module.q_proj(entering)
+
+    def key(self, module: Any, entering: Tensor) -> Tensor:
+        """The keys, likewise."""
+        return module.k_proj(entering)
+
     def embed(self, pixels: Tensor) -> Tensor:
         """[F, 3, H, W] normalised pixels to the hidden states [F, T, D] that enter layer 0."""
         return self.model.embeddings(pixels)
 
     def attention_input(self, layer: Any, hidden: Tensor) -> tuple[Any, Tensor]:
         """The attention module of a layer and what enters it, [F, T, D]."""
-        return layer.self_attn, layer.layer_norm1(hidden)
+        parts = self.parts(layer)
+        return parts.attention, parts.attention_norm(hidden)
 
     def received(self, layer: Any, hidden: Tensor) -> Tensor:
         """Received attention of the patch tokens in a layer that `hidden [F, T, D]` enters, [F, S] fp32, on its own."""
         module, entering = self.attention_input(layer, hidden)
-        query, key = (_heads(module, projection(entering)) for projection in (module.q_proj, module.k_proj))
+        query, key = (_heads(module, projected(module, entering)) for projected in (self.query, self.key))
         return self._received(query, key, module.head_dim**-0.5)
 
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -73,8 +102,8 @@ class Tower:
         attention has a kernel of its own, so that the matrix never goes through memory.
         """
         scale = module.head_dim**-0.5
-        projections = (module.q_proj, module.k_proj, module.v_proj)
-        query, key, value = (_heads(module, projection(hidden)) for projection in projections)
+        each = (self.query(module, hidden), self.key(module, hidden), module.v_proj(hidden))
+        query, key, value = (_heads(module, projected) for projected in each)
         received = None
         if receive and not query.is_cuda:
             attention = self._matrix(query, key, scale)

@@ -4,7 +4,8 @@ The few are evenly spaced among the others, and each of the rest joins the one t
 token is the sum of itself and the mean of those that join it, of about twice the length of any other, and comes behind
 the attended ones (`faithful`). The default takes the mean of all of them, and keeps tokens in raster order.
 
-Nothing waits for the device. Notation: F frames, P tokens a frame, E width, n tokens kept of each frame.
+Nothing waits for the device, and nothing is sorted, so that an exporter writes it as it is. Places are counted in fp32.
+Notation: F frames, P tokens a frame, E width, n tokens kept of each frame.
 """
 
 from __future__ import annotations
@@ -36,26 +37,51 @@ def visionzip(
     per_frame = features.shape[1]
     if not 1 <= count <= per_frame:
         raise UserError(f"of {per_frame} tokens a frame at least one and at most all can stay, got {count}")
-    dominant = int(count * DOMINANT)
-    contextual, left = count - dominant, per_frame - dominant
-    order = attention.float().argsort(dim=-1, descending=True, stable=True)
-    attended, rest = order[:, :dominant].sort(-1).values, order[:, dominant:].sort(-1).values
-    stride = max(1, left // contextual)
-    spots = torch.arange(contextual, device=features.device) * stride
-    likes = normalize(_at(metric, rest).float(), dim=-1)
-    into = (likes @ likes.index_select(1, spots).transpose(1, 2)).argmax(-1)  # [F, left]
-    joins = into[:, None] == torch.arange(contextual, device=into.device)[:, None]
-    is_spot = torch.zeros(left, dtype=torch.bool, device=into.device).index_fill(0, spots, True)
-    joins = (joins & ~is_spot).float()  # [F, contextual, left]
-    others, members = joins @ _at(features, rest).float(), joins.sum(-1, keepdim=True)
-    own = _at(features, rest).index_select(1, spots).float()
+    attended = int(count * DOMINANT)
+    contextual, left = count - attended, per_frame - attended
+    index = torch.arange(per_frame, device=features.device)
+    dominant = _ranks(attention.float(), index) < attended
+    spots, number = _evenly(dominant, contextual, max(1, left // contextual))
+    likes = normalize(metric.float(), dim=-1)
+    at_spots = _slots(spots, contextual)
+    alike = likes @ _at(likes, at_spots).transpose(1, 2)  # [F, P, contextual]
+    of = torch.arange(contextual, dtype=torch.float32, device=index.device)
+    into = torch.where(alike >= alike.amax(-1, keepdim=True), of, float(contextual)).amin(
+        -1
+    )  # of equally near ones the first
+    joins = ((into[:, None] == of[:, None]) & ~(dominant | spots)[:, None]).float()  # [F, contextual, P]
+    others, members, own = joins @ features.float(), joins.sum(-1, keepdim=True), _at(features, at_spots).float()
     means = own + others / members.clamp_min(1) if faithful else (own + others) / (1 + members)
-    tokens = torch.cat([_at(features, attended), means.to(features.dtype)], 1)
-    places = torch.cat([attended, rest.index_select(1, spots)], 1)
+    at_attended = _slots(dominant, attended)
+    tokens = torch.cat([_at(features, at_attended), means.to(features.dtype)], 1)
     if faithful:
-        return tokens, places
-    by_place = places.argsort(dim=-1, stable=True)
-    return _at(tokens, by_place), places.gather(1, by_place)
+        return tokens, torch.cat([at_attended, at_spots], 1)
+    places = _slots(dominant | spots, count)
+    which = torch.where(dominant, dominant.float().cumsum(-1) - 1, attended + number).long()
+    return _at(tokens, which.gather(1, places)), places
+
+
+def _ranks(scores: Tensor, index: Tensor) -> Tensor:
+    """How many of `scores [F, P]` come before each by falling score, of equal ones the first. No sort: backends order
+    equal values as they like."""
+    other, mine = scores[:, :, None], scores[:, None]
+    before = (other > mine) | ((other == mine) & (index[:, None] < index))
+    return before.float().sum(1)
+
+
+def _evenly(taken: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Every `stride`-th place that is not `taken [F, P]`, `count` of them: [F, P] bool, and their numbers, fp32."""
+    place = (~taken).float().cumsum(-1) - 1
+    number = torch.floor(place / stride)
+    return ~taken & (number * stride == place) & (number < count), number
+
+
+def _slots(mask: Tensor, count: int) -> Tensor:
+    """The indices of the `count` true values of each row of `mask [F, P]`, ascending, [F, count] int64."""
+    index = torch.arange(mask.shape[1], dtype=torch.float32, device=mask.device)
+    place = mask.float().cumsum(-1) - 1
+    here = mask[:, None] & (place[:, None] == torch.arange(count, device=mask.device)[:, None])
+    return torch.where(here, index, 0.0).sum(-1).long()
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

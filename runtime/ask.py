@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import cli
-from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS, POSITIONS
+from runtime.choices import BACKENDS, MAX_NEW_TOKENS, POSITIONS
+from runtime.decoder.naming import decoder_named
 from runtime.decoder.sampling import Sampling
 from runtime.engine import layout
 from runtime.engine.folder import ENGINES, newest_engine
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runtime.engine.dtypes import DTYPES
     from runtime.pipeline import Pipeline
 
-    if options.decoder != "torch":
+    if options.decoder == "torch-tensorrt":
         screen.line("note: a decoder that was not used before is compiled first, which takes minutes")
     with Pipeline.load(
         folder,
@@ -139,9 +140,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--decoder",
-        choices=DECODERS,
+        type=decoder_named,
         default="torch",
-        help="torch-tensorrt compiles the language model for the GPU it runs on (default: torch)",
+        metavar="DECODER",
+        help="torch-tensorrt compiles the language model for the GPU it runs on; http://HOST:PORT/v1 is a vLLM server "
+        "that decodes, vllm the same in this process (default: torch)",
     )
     p.add_argument(
         "--inner-layer",

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -58,6 +59,8 @@ _SAID_OF_MEMORY = (
 _SAID_OF_FILES = ("too many open files",)
 _LIBRARIES = (RuntimeError, OSError, ImportError, SystemError)  # and what is no error of Python's own
 
+_typed: list[str] = []  # the console script that was typed, if one was
+
 A = TypeVar("A")
 
 
@@ -85,6 +88,15 @@ def run(main: Callable[[A], int | None], args: A) -> int:
         _settle(sys.stdout)
         return _fail(line)
     return OK if status is None else status
+
+
+def run_module(name: str) -> None:
+    """Run a command's module as `python -m` does, under the name that was typed: what a console script is.
+
+    Ends the process, as every command does.
+    """
+    _typed.append(os.path.basename(sys.argv[0]))
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _open_streams() -> None:
@@ -175,7 +187,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
-            prog=prog,
+            prog=_typed[-1] if _typed else prog,
             description=description,
             epilog=epilog,
             allow_abbrev=False,

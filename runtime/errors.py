@@ -25,3 +25,11 @@ class Cancelled(RuntimeError):  # noqa: N818
 
 class Closed(RuntimeError):  # noqa: N818
     """The pipeline takes no more requests, or was closed before this one was answered."""
+
+
+class DecoderFailed(UserError):  # noqa: N818
+    """A decoder elsewhere did not do what it was asked for: it refused, hung, or said what makes no sense."""
+
+
+class DecoderAway(DecoderFailed):
+    """It cannot be reached, or has too much to do: try again later."""

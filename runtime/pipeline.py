@@ -24,24 +24,37 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import family_of
+from earlytom.families import family_named
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
 from runtime.checkpoint.precision import fitting_dtype
-from runtime.choices import BACKENDS, DECODERS, MAX_NEW_TOKENS, POSITIONS
+from runtime.choices import BACKENDS, MAX_NEW_TOKENS, POSITIONS
 from runtime.decoder.eager import Decoder, InnerMerge
+from runtime.decoder.naming import FORMS, INSIDE, PLACES, by_vllm, decoder_named
+from runtime.decoder.protocol import TextDecoder
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import Manifest
 from runtime.engine.origin import checkpoint_of
-from runtime.errors import EngineError
 from runtime.gpu.staging import Arriving, as_of_now
 from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
 from runtime.service.answering import CONSECUTIVE, READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
 from runtime.service.asking import Request
 from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
-from runtime.service.requests import Answer, Arrived, Delta, Embeds, Ready, Remembered, Seen, Taken, Video, Work
+from runtime.service.requests import (
+    Answer,
+    Arrived,
+    Delta,
+    Embeds,
+    Ready,
+    Remembered,
+    Seen,
+    Taken,
+    Timings,
+    Video,
+    Work,
+)
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
@@ -55,6 +68,18 @@ if TYPE_CHECKING:
     from runtime.decoder.compiler import Compiler
     from runtime.service.live_video import LiveVideo
 
+__all__ = [  # what callers import from here
+    "Answer",
+    "ChatMessage",
+    "Clip",
+    "Delta",
+    "InnerMerge",
+    "Limits",
+    "Pipeline",
+    "Request",
+    "Sampling",
+    "Timings",
+]
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
@@ -73,8 +98,8 @@ class Pipeline:
         self,
         manifest: Manifest,
         vision: VisionBackend,
-        decoder: Decoder,
-        newline: Tensor,
+        decoder: TextDecoder,
+        closing: Tensor | None,
         tokenizer: Any,
         stops: Any,
         *,
@@ -89,7 +114,7 @@ class Pipeline:
             manifest,
             vision,
             decoder,
-            newline,
+            closing,
             tokenizer,
             stops,
             watch_bytes=watch_bytes,
@@ -99,7 +124,7 @@ class Pipeline:
         self.notes: tuple[str, ...] = ()
         # The workers know the core and not this object, so that it can be let go while they wait.
         self._scheduler: Scheduler[Work, Ready, Delta | Embeds] = Scheduler(
-            core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch
+            core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch, lanes=core.lanes
         )
         weakref.finalize(self, self._scheduler.abandon).atexit = False  # the scheduler sees to that
 
@@ -119,6 +144,11 @@ class Pipeline:
         return self._core.context
 
     @property
+    def lanes(self) -> int:
+        """Requests that are answered at a time."""
+        return self._core.lanes
+
+    @property
     def running(self) -> int:
         """Requests that are being answered."""
         return self._scheduler.running
@@ -134,7 +164,7 @@ class Pipeline:
         return self._scheduler.home.left
 
     @property
-    def decoder(self) -> Decoder | None:
+    def decoder(self) -> TextDecoder | None:
         """None once closed."""
         return self._core.decoder
 
@@ -155,6 +185,7 @@ class Pipeline:
         limits: Limits = DEFAULT_LIMITS,
         bias: bool | None = None,
         positions: str | None = None,
+        decoder_key: str | None = None,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -166,9 +197,10 @@ class Pipeline:
             device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32, or where
                 that does not fit into the memory that is free, in what the checkpoint is stored in.
             decoder: "torch", or "torch-tensorrt" to compile the decoder; the first call takes minutes then, and what it
-                compiled is kept in the engine's folder.
+                compiled is kept in the engine's folder. "vllm", "vllm:FOLDER" or the address of a vLLM server: see
+                `runtime.decoder.vllm`; many requests are answered at a time then.
             inner: merge visual tokens inside the decoder, too (with decoder "torch").
-            waiting: requests that may wait behind the one that is answered; more are refused.
+            waiting: requests that may wait behind those that are answered; more are refused.
             watch_bytes: memory on the decoder's device for videos that are watched; see `watch`.
             warm_up: answer a question about a black clip first, see `warm_up`; by default on a GPU.
             limits: the largest video that is read.
@@ -176,18 +208,21 @@ class Pipeline:
                 method has it.
             positions: "original", where visual tokens were in the video, or "consecutive"; by default as the engine's
                 method has it.
+            decoder_key: what a vLLM server asks clients for.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
                 decoder cannot be compiled here.
             UserError: an argument that makes no sense, before anything is loaded; the checkpoint cannot be loaded,
                 there is no such device, `inner` does not fit the decoder.
+            DecoderFailed (a UserError): the vLLM server is none, or is started in another way; DecoderAway: it cannot
+                be reached.
             OSError: the compiled decoder cannot be written.
         """
         folder, model, where, dtype = engine_folder(engine), model_source(model), device_of(device), dtype_of(dtype)
         waiting, watch_bytes = whole("waiting", waiting, 0), whole("watch_bytes", watch_bytes, 0)
         instance("backend", backend, str, f"one of {', '.join(BACKENDS)}")
-        instance("decoder", decoder, str, f"one of {', '.join(DECODERS)}")
+        decoder_named(instance("decoder", decoder, str, f"one of {FORMS}"))
         instance("limits", limits, Limits, "Limits(max_seconds=...)")
         if inner is not None:
             instance("inner", inner, InnerMerge, "InnerMerge(layer, ratio)")
@@ -201,6 +236,8 @@ class Pipeline:
             raise UserError(f"positions must be {' or '.join(POSITIONS)}, got {shown(positions)} (--positions)")
         if inner is not None and decoder != "torch":
             raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
+        if decoder_key is not None and (not by_vllm(decoder) or decoder.startswith(INSIDE)):
+            raise UserError("decoder_key (--decoder-key-file) is what a vLLM server asks for: give its address")
         compiler = _open_compiler(decoder, where)  # first: it wants to, and refuses before anything large is loaded
         if where.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
@@ -210,17 +247,23 @@ class Pipeline:
         precision, note = dtype or DTYPES[manifest.dtype], None
         if dtype is None and where.type == "cpu":
             precision, note = fitting_dtype(checkpoint)
+        placing = placing_of(manifest, checkpoint, bias, positions)
+        if by_vllm(decoder) and (placing.original or placing.bias):
+            raise UserError(f"{decoder}: {PLACES}")
         vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
-        placing = placing_of(manifest, bias, positions)
         if inner is not None and placing.bias:
             raise UserError(
                 "tokens that are merged inside the decoder have no bias: leave out --inner-layer, or use --no-bias"
             )
-        make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner, placing)
+        if by_vllm(decoder):
+            parts = _open_vllm(decoder, checkpoint, where, precision, decoder_key)
+        else:
+            make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner, placing)
+            parts = _load_decoder(checkpoint, where, precision, make)
         made = cls(
             manifest,
             vision,
-            *_load_decoder(checkpoint, where, precision, make),
+            *parts,
             waiting=waiting,
             watch_bytes=watch_bytes,
             limits=limits,
@@ -436,7 +479,8 @@ class Pipeline:
         from runtime.service.live_video import LiveVideo
         from runtime.vision.live import LiveClip
 
-        clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device)  # type: ignore[arg-type]
+        sampling = self.manifest.model.preprocessing.sampling
+        clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device, sampling=sampling)  # type: ignore[arg-type]
         return LiveVideo(self, clip)
 
     def close(self, *, drain: bool = False) -> None:
@@ -467,11 +511,12 @@ def _given(video: Taken | Remembered) -> Arriving | None:
     return as_of_now(frames) if isinstance(frames, Tensor) else None
 
 
-def placing_of(manifest: Manifest, bias: bool | None, positions: str | None) -> Placing:
+def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, positions: str | None) -> Placing:
     """What the decoder is told of an engine's tokens; None as its method has it."""
     settings = manifest.settings
     original = settings.original_positions if positions is None else positions == POSITIONS[0]
-    return Placing(original, settings.bias if bias is None else bias)
+    most = checkpoint.frames * manifest.tokens_per_frame
+    return Placing(original, settings.bias if bias is None else bias, most)
 
 
 def _open_vision(
@@ -485,10 +530,8 @@ def _open_vision(
 
 
 def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:
-    """The compiler of one of `DECODERS`, None for "torch", which needs none."""
-    if decoder not in DECODERS:
-        raise EngineError(f"unknown decoder {decoder!r}: expected one of {', '.join(DECODERS)} (--decoder)")
-    if decoder == "torch":
+    """The compiler of a decoder, None for one that needs none."""
+    if decoder != "torch-tensorrt":
         return None
     from runtime.decoder.compiler import TorchTensorRT
 
@@ -511,18 +554,30 @@ def _make_decoder(
     from runtime.decoder.compiled import CompiledDecoder, default_size
     from runtime.decoder.store import ProgramStore
 
-    size = default_size(manifest.tokens + 1, model.get_decoder().config.max_position_embeddings)
+    closing = family_named(manifest.model.family).closing_tokens
+    size = default_size(manifest.tokens + closing, model.get_decoder().config.max_position_embeddings)
     store, placed = ProgramStore(folder / DECODER_FOLDER), placing != CONSECUTIVE
     return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)
 
 
+def _open_vllm(
+    name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, key: str | None
+) -> tuple[TextDecoder, Tensor | None, Any, Any]:
+    """As `_load_decoder`; of the decoder's weights only the embeddings are loaded."""
+    from runtime.decoder.vllm import open_decoder
+
+    tokenizer = load_tokenizer(checkpoint)
+    opened = open_decoder(name, checkpoint, device, dtype, key)
+    return opened.decoder, opened.closing, tokenizer, stop_token_ids(opened.generation, tokenizer)
+
+
 def _load_decoder(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
-) -> tuple[Decoder, Tensor, Any, Any]:
-    """Decoder, what closes visual tokens [E], tokenizer, stop ids. The checkpoint's own vision tower is not loaded."""
+) -> tuple[TextDecoder, Tensor | None, Any, Any]:
+    """Decoder, what closes visual tokens [E] (if anything does), tokenizer, stop ids. The checkpoint's own vision tower
+    is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
     model: Any = load_decoder(checkpoint, dtype)
     stops = stop_token_ids(model.generation_config, tokenizer)
-    newline = family_of(checkpoint.config).closing(model.model)
-    assert newline is not None  # no family without one is known yet
-    return make(model), newline.detach().to(device), tokenizer, stops
+    closing = checkpoint.family.closing(model.model)
+    return make(model), None if closing is None else closing.detach().to(device), tokenizer, stops

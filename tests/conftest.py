@@ -28,7 +28,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from earlytom.families.bundled import architecture
-from earlytom.families.published import SPECIAL_TOKENS
+from earlytom.families.tokens import SPECIAL_TOKENS
 from earlytom.micro.checkpoint import write_checkpoint
 from earlytom.micro.random_model import random_model
 from runtime.drawing.clips import draw_clip

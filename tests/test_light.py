@@ -21,10 +21,10 @@ from tests.runtime.engine.test_manifest import make
 
 ROOT = Path(__file__).parents[1]
 BUILD, VERIFY, INSPECT, EVALUATE = "builder.build", "builder.verify", "builder.inspect", "builder.evaluate"
-PLUGINS, KERNELS = "builder.plugins", "builder.kernels"
+PLUGINS, KERNELS, DOCTOR = "builder.plugins", "builder.kernels", "builder.doctor"
 ASK, BENCH, CLIP, TRAIN = "runtime.ask", "runtime.bench", "runtime.clip", "builder.micro.train"
-SERVE = "runtime.serve"
-COMMANDS = (BUILD, VERIFY, INSPECT, EVALUATE, PLUGINS, KERNELS, ASK, BENCH, CLIP, TRAIN, SERVE)
+SERVE, EXTRACT = "runtime.serve", "runtime.extract_decoder"
+COMMANDS = (BUILD, VERIFY, INSPECT, EVALUATE, PLUGINS, KERNELS, DOCTOR, ASK, BENCH, CLIP, TRAIN, SERVE, EXTRACT)
 SLOW = (
     *("torch", "transformers", "tokenizers", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     *("polygraphy", "av", "matplotlib", "triton", "tensorrt", "tensorrt_rtx", "torch_tensorrt"),
@@ -44,7 +44,14 @@ LIGHT = (
         "runtime.cli",
     ),
     *("runtime.engine.layout", "runtime.drawing.clips", "runtime.errors", "runtime.engine.manifest"),
-    *("runtime.decoder.sampling", "runtime.serve.settings", "runtime.trt", "builder", "builder.settings.arguments"),
+    *(
+        "runtime.decoder.sampling",
+        "runtime.decoder.naming",
+        "runtime.serve.settings",
+        "runtime.trt",
+        "builder",
+        "builder.settings.arguments",
+    ),
     *("builder.gate.limits", "builder.inspection.comparison", "builder.precision.islands"),
     *("builder.settings.key", "builder.settings.options", "builder.plugins", "builder.show"),
     *COMMANDS,
@@ -108,6 +115,7 @@ REFUSALS = (
     refusal(PLUGINS, "--target x", "--target 'x' is neither a100 nor a compute capability such as 8.0"),
     refusal(KERNELS, "--size huge", "--size: invalid choice: 'huge' (choose from 'so400m', 'tiny') (--help ..."),
     refusal(KERNELS, "--device cpu --repeats 0", "--repeats must be at least 1, got 0"),
+    refusal(DOCTOR, "--minutes 0", "--minutes must be above 0, got 0.0"),
     refusal(ASK, "", "the following arguments are required: VIDEO, QUESTION (--help lists the options)"),
     refusal(ASK, "nowhere.mp4 What?", "video 'nowhere.mp4' does not exist; give the path of a video file"),
     refusal(ASK, "http://host/a.mp4 What?", "video 'http://host/a.mp4' is an address; ..."),
@@ -118,7 +126,7 @@ REFUSALS = (
     refusal(ASK, "README.md What? --top-k 5", "--top-k and --top-p are for sampling, and --temperature 0 ..."),
     refusal(ASK, "README.md What? --engine nowhere", ENGINE),
     refusal(BENCH, "--repeats 0", "--repeats must be at least 1, got 0"),
-    refusal(BENCH, "--variants x", "--variants: 'x' is not one of full, naive, adaptive, budget (or none) (--help ..."),
+    refusal(BENCH, "--variants x", "--variants: 'x' is not one of full, naive, adaptive, budget (or none), nor ..."),
     refusal(BENCH, "--dtype x", "--dtype: invalid choice: 'x' (choose from 'fp16', 'bf16', 'fp32') (--help ..."),
     refusal(BENCH, "--soak 5 --service", "--soak and --service measure different things: give one of them"),
     refusal(BENCH, "--ratio 3", "retention_ratio must be in (0, 1], got 3.0 (--ratio, --merge-layers, --tau)"),
@@ -158,6 +166,11 @@ REFUSALS = (
     refusal(SERVE, "nowhere --metrics-prefix 7", "--metrics-prefix '7': give letters, digits, _ and :, as in vllm:"),
     refusal(SERVE, "nowhere --allow-domain http://a", "--allow-domain 'http://a': give a host name, or *.suffix ..."),
     refusal(SERVE, "nowhere --allow-private", "--allow-private is about hosts that are allowed: name them with ..."),
+    refusal(SERVE, "nowhere --decoder tensorrt", "--decoder: unknown decoder 'tensorrt': expected torch, ..."),
+    refusal(SERVE, "nowhere --decoder http://a:b/v1", "--decoder: --decoder 'http://a:b/v1' is no address of a ..."),
+    refusal(SERVE, "nowhere --decoder-key-file x", "--decoder-key-file is about a vLLM server: give its address ..."),
+    refusal(EXTRACT, "nowhere out", ENGINE),
+    refusal(EXTRACT, "nowhere", "the following arguments are required: OUT (--help lists the options)"),
     refusal(TRAIN, "--scale 2", "--scale must be above 0 and at most 1, got 2.0"),
     refusal(TRAIN, "--scale 0.5", "--scale below 1 does not replace the bundled weights; ..."),
     refusal(TRAIN, "--scale x", "--scale: invalid float value: 'x' (--help lists the options)"),
@@ -187,7 +200,7 @@ for command, words in runs:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            package = command in ("builder.plugins", "runtime.serve")
+            package = command in ("builder.plugins", "builder.doctor", "runtime.serve")
             main = importlib.import_module(command + ".__main__" if package else command)
             runpy.run_path(main.__file__, run_name="__main__")
             status = None
@@ -272,7 +285,8 @@ def interrupted(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# The doctor imports none of them: what a library does in a process of its own is one of its findings.
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != DOCTOR])
 def test_ctrl_c_during_imports_is_one_line(command: str, interrupted: Path, tmp_path: Path) -> None:
     make(tmp_path / "engine", backend="onnx").write(tmp_path / "engine")
     words = {
@@ -286,6 +300,7 @@ def test_ctrl_c_during_imports_is_one_line(command: str, interrupted: Path, tmp_
         BENCH: [],
         CLIP: ["a.mp4"],
         SERVE: ["engine"],
+        EXTRACT: ["engine", "out"],
         TRAIN: ["--scale", "0.001", "--out", "made", "--work", "work"],
     }[command]
     before = {path.name for path in tmp_path.iterdir()}

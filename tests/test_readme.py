@@ -17,20 +17,29 @@ from pathlib import Path
 import pytest
 
 from builder import build, inspect, kernels, verify
+from builder.doctor import __main__ as doctor
 from builder.evaluation import arguments as evaluation_arguments
 from builder.micro import train
 from builder.plugins import __main__ as plugins
 from builder.settings import arguments
 from earlytom import UserError
 from earlytom.config import PRESETS
-from runtime import ask, cli, clip
+from runtime import ask, cli, clip, extract_decoder
 from runtime.measure import arguments as bench_arguments
 from runtime.serve import __main__ as serve
 from tests import fuzz_video, soak_pipeline
 from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "builder/README.md", "earlytom/README.md", "engines/README.md", "runtime/README.md")
+NAMES = (
+    "README.md",
+    "builder/README.md",
+    "earlytom/README.md",
+    "earlytom/families/README.md",
+    "earlytom/methods/README.md",
+    "engines/README.md",
+    "runtime/README.md",
+)
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = "\n".join(READMES.values())  # what people are told, wherever it stands
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -52,6 +61,7 @@ def commands(text: str = README) -> list[Words]:
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "builder.build": arguments.parser,
+    "builder.doctor": doctor.parser,
     "builder.evaluate": evaluation_arguments.parser,
     "builder.inspect": inspect.parser,
     "builder.kernels": kernels.parser,
@@ -61,6 +71,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "runtime.ask": ask.parser,
     "runtime.bench": bench_arguments.parser,
     "runtime.clip": clip.parser,
+    "runtime.extract_decoder": extract_decoder.parser,
     "runtime.serve": serve.parser,
     "tests.fuzz_video": fuzz_video.parser,
     "tests.soak_pipeline": soak_pipeline.parser,
@@ -365,14 +376,19 @@ MACHINE = re.compile(
 )
 
 
-def tracked() -> list[Path]:
-    """The text files under version control and those about to be."""
+def tracked_paths() -> list[Path]:
+    """The files under version control and those about to be."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=HANG_SECONDS) if shutil.which("git") else None
     if done is None or done.returncode:
         pytest.skip("no git, or no checkout that it trusts, so there is no list of the project's own files")
     paths = [ROOT / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
-    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()]
+    return [path for path in paths if path.is_file()]
+
+
+def tracked() -> list[Path]:
+    """Those of them that are text."""
+    return [path for path in tracked_paths() if b"\0" not in path.read_bytes()]
 
 
 def test_no_file_names_a_machine() -> None:

@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors",
         "numbers attention transfers restorable density bipartite scenes",
         "config budget",
-        "cells/config",
+        "cells/config untouched",
         "settings",
         "spans merge select flops inner standing",
         "cells holitom tempme vqtoken bvllm visionzip dycoke fastvid unicomp flashvid pooled",
@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "runtime": (
         "errors choices trace",
-        "cli files gpu trt forks checkpoint",
+        "cli files gpu trt forks checkpoint show",
         "drawing engine video text",
         "decoder vision",
         "options",
@@ -44,7 +44,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "pipeline",
         "serve",
         "measure",
-        "ask bench clip",
+        "ask bench clip extract_decoder scripts",
     ),
     "builder": (
         "cache micro settings/options trace",
@@ -58,13 +58,14 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "inspection stages",
         "build verify inspect",
         "evaluation operators",
-        "evaluate kernels",
+        "doctor",
+        "evaluate kernels scripts",
     ),
 }
 COMMANDS = {
     "builder/build.py", "builder/verify.py", "builder/inspect.py", "builder/evaluate.py", "builder/kernels.py",
-    "builder/plugins/__main__.py", "builder/micro/train.py", "runtime/ask.py", "runtime/bench.py", "runtime/clip.py",
-    "runtime/serve/__main__.py",
+    "builder/plugins/__main__.py", "builder/doctor/__main__.py", "builder/micro/train.py", "runtime/ask.py",
+    "runtime/bench.py", "runtime/clip.py", "runtime/serve/__main__.py", "runtime/extract_decoder.py",
 }  # fmt: skip
 MOST_FILES = 14  # of a folder, `__init__` not counted
 METHOD = "earlytom"  # its own floor plan is a file a floor

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS, Merging
-from earlytom.budget import frames_per_stage
+from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS
+from builder.evaluation.ways.settings import cells_of, merging_of, settings_of
 from earlytom.cells.config import CellsConfig
-from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from earlytom.numbers import whole
@@ -34,19 +33,27 @@ examples:
       choose a setting, on clips that the table is not made of
   python -m builder.evaluate --methods cells-rounds budget budgets --ratios 0.05 0.1 --budgets 2,4,6:8,6,4 1,3,5:8,6,4
       both methods with more frames merged, and earlier
+  python -m builder.evaluate --frames 32 --methods budgets --budgets 0,3:16,12 --ratios 0.05
+      clips twice as long, all frames for the arithmetic of half of them
   python -m builder.evaluate --methods budget --ratios 0.1 --engine auto
       builds an engine of that setting and asks it the same questions, in ONNX Runtime
+  python -m builder.evaluate --methods compared cells-rounds budget --ratios 0.1 --clips 100
+      the field's methods beside these two, on the same clips
   python -m builder.evaluate --coverage holiday.mp4 street.mp4 --model ORG/NAME --frames 32 --plot coverage.png
       what both methods lose of your own videos, in the features of your own model: no questions, no decoder
 
 methods (--methods takes names and groups):
-  reference  full
+  reference  full; of clips of more than 16 frames also fewer-frames, all tokens of 16 of them
   earlytom   budget, adaptive, budget-bias (the decoder is told how many tokens each one stands for)
-  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing)
+  cells      cells-rounds, cells-greedy (tokens taken one after the other), cells-plain (the decoder is told nothing),
+             cells-adaptive (each clip has as many groups of frames as it needs)
   parts      merging, merging-adaptive (all tokens of the merged frames), selection (no frame is merged), diverse
              (merging of budget, selection of cells), selection-diverse (that selection alone)
   layers     budget with other merge layers; at ratio 0.10
   budgets    cells and budget with the merge layers and frames of --budgets; at ratios 0.05 and 0.10
+  compared   the field's methods, by the names of earlytom/methods, in their corrected form; at ratios 0.05, 0.1, 0.2:
+             holitom, holitom-inner, fastv, visionzip, fastvid, flashvid, unicomp, unified, tome, tome-tower, tempme,
+             vqtoken, vqtoken-adaptive, bvllm-style, dycoke, dycoke-least; not among all, as they take as long again
   controls   random, frames, top-k, pooling, pooling-space: as many tokens as budget has, chosen otherwise
 
 The exit status is 0 when everything was measured, 2 when something asked for cannot be done, 130 after Ctrl-C.
@@ -59,12 +66,15 @@ class EvaluationSettings:
 
     Attributes:
         model: a source, None for the bundled one.
-        ratios: as they were given. tau, merge_layers, frame_budget, power, rounds: the methods', None for the defaults.
+        ratios: as they were given.
+        tau, merge_layers, frame_budget, power, rounds, threshold: the methods', None for the defaults.
         budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
             what each row is about.
-        coverage: videos to measure instead of the task's clips; none: the task. frames: of each, None for as many as
-            the model is meant to be shown.
+        coverage: videos to measure instead of the task's clips; none: the task. frames: of each video or clip, None for
+            as many as the model is meant to be shown.
         engine: a folder, `AUTO` for one that is built under `engines`, None for none.
+        table, table_plot: files to write of the field's methods beside ours: Markdown, and accuracy against time.
+        only_times: ask nothing, and measure times alone.
         plot, json: files to write. json_only: show nothing but the JSON line.
     """
 
@@ -79,9 +89,11 @@ class EvaluationSettings:
     frame_budget: str | None
     power: float | None
     rounds: int | None
+    threshold: float | None
     budgets: tuple[str, ...]
     bias: bool | None
     positions: str | None
+    faithful: bool
     coverage: tuple[Path, ...]
     frames: int | None
     engine: str | None
@@ -90,9 +102,12 @@ class EvaluationSettings:
     timed_clips: int
     text_clips: int
     plot: Path | None
+    table: Path | None
+    table_plot: Path | None
     json: Path | None
     json_only: bool
     record: bool
+    only_times: bool
 
     @property
     def is_whole(self) -> bool:
@@ -131,6 +146,13 @@ def parser() -> argparse.ArgumentParser:
         default="test",
         help="test: the figures to report (default); validation: the clips to choose settings by",
     )
+    p.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help=f"frames of a clip (default: {FRAMES}; more: it is longer, what is brief in it as brief), or of a video "
+        "of --coverage (default: as many as the model is meant for)",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="other clips, other random tokens (default: 0)")
     p.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help="what to measure (default: all)")
     p.add_argument(
@@ -150,9 +172,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="VIDEO",
         help="measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
-    )
-    coverage.add_argument(
-        "--frames", type=int, metavar="N", help="frames of each video (default: as many as the model is meant for)"
     )
     engine = p.add_argument_group("engine")
     engine.add_argument(
@@ -187,6 +206,13 @@ def _method_options(p: argparse.ArgumentParser) -> None:
     )
     method.add_argument("--rounds", type=int, metavar="N", help="cells: rounds in which tokens are taken (default: 7)")
     method.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="cells-adaptive: the change from which on a frame starts a group (default: "
+        f"{CellsConfig.threshold:g}; more: fewer frames stay)",
+    )
+    method.add_argument(
         "--budgets",
         nargs="+",
         default=[],
@@ -202,6 +228,12 @@ def _method_options(p: argparse.ArgumentParser) -> None:
         "--positions",
         choices=("original", "consecutive"),
         help="where the decoder of every method takes tokens to be (default: as the method is meant)",
+    )
+    method.add_argument(
+        "--faithful",
+        action="store_true",
+        help="the field's methods in their released form, quirks included, instead of the corrected one: never both in "
+        "one table, and never in a record",
     )
 
 
@@ -224,6 +256,21 @@ def _output_options(p: argparse.ArgumentParser) -> None:
         default=20_000,
         metavar="N",
         help="training clips to learn guessing without video from, 0 leaves that row out (default: 20000)",
+    )
+    work.add_argument(
+        "--only-times",
+        action="store_true",
+        help="ask no questions, and measure times alone: with --record they become the record's, all of one run",
+    )
+    work.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE.md",
+        help="write the field's methods beside ours and the controls: accuracy, costs, times, what papers claim; with "
+        "--record that of the whole record",
+    )
+    work.add_argument(
+        "--table-plot", type=Path, metavar="FILE.png", help="draw that table: accuracy against time to the first token"
     )
     work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens, or coverage")
     work.add_argument(
@@ -255,17 +302,23 @@ def check(asked: EvaluationSettings) -> None:
     if asked.coverage:
         check_coverage(asked)
     elif asked.frames is not None:
-        raise UserError("--frames is for --coverage VIDEO...: the task's clips have their own number")
-    cells_of(asked, settings_of(asked, None))
+        whole("--frames", asked.frames, FRAMES)
+        if asked.frames > FRAMES and (asked.engine is not None or asked.record):
+            raise UserError(f"--frames {asked.frames} goes without --engine and --record: both are of {FRAMES} frames")
+    cells_of(asked, settings_of(asked, None, asked.frames))
     for words in asked.budgets:
-        merging_of(words)
-    for path in (asked.plot, asked.json):
+        merging_of(words, asked.frames)
+    if asked.only_times and (not asked.timed_clips or asked.engine is not None):
+        raise UserError("--only-times needs clips to measure on (--timed-clips), and no --engine")
+    if (asked.table or asked.table_plot) and asked.only_times and not asked.record:
+        raise UserError("--table and --table-plot need accuracies: leave out --only-times, or give --record")
+    for path in (asked.plot, asked.table, asked.table_plot, asked.json):
         # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
         if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
             there = "it is a folder" if path.is_dir() else "it is a device or a pipe"
             what = there if path.exists() else "its folder does not exist"
             raise UserError(f"cannot write {path}: {what}; give the path of a file")
-    if asked.plot is not None:
+    if asked.plot is not None or asked.table_plot is not None:
         require_matplotlib()
     if asked.engine not in (None, AUTO):
         Manifest.read(Path(asked.engine), verify_files=False)
@@ -278,8 +331,10 @@ def check_coverage(asked: EvaluationSettings) -> None:
             raise UserError(f"--coverage {video}: no such file; give video files")
     if asked.frames is not None:
         whole("--frames", asked.frames, MIN_FRAMES)
-    if asked.engine is not None or asked.record or asked.budgets:
-        raise UserError("--coverage goes without --engine, --record and --budgets: it asks no questions")
+    if asked.engine is not None or asked.record or asked.budgets or asked.only_times or asked.table or asked.table_plot:
+        raise UserError(
+            "--coverage goes without --engine, --record, --budgets, --only-times and --table: it asks no questions"
+        )
 
 
 def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJob:
@@ -308,8 +363,9 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
     from builder.evaluation.bench import EvaluationJob
     from earlytom.families import geometry
 
-    depth = geometry(checkpoint.config).depth
-    config = settings_of(asked, depth)
+    model: Any = checkpoint.config
+    depth = geometry(model).depth
+    config = settings_of(asked, depth, asked.frames)
     job = EvaluationJob(
         checkpoint.source,
         config,
@@ -318,11 +374,13 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
         asked.split,
         asked.seed,
         cells=cells_of(asked, config),
-        budgets=tuple(dict.fromkeys(map(merging_of, asked.budgets))),
+        budgets=tuple(dict.fromkeys(merging_of(words, asked.frames) for words in asked.budgets)),
         bias=asked.bias,
+        faithful=asked.faithful,
         original=None if asked.positions is None else asked.positions == "original",
+        frames=asked.frames or FRAMES,
     )
-    job.rows(depth)
+    job.rows(depth, model.text_config.num_hidden_layers)
     if asked.record:
         record.check_recordable(
             checkpoint,
@@ -330,62 +388,6 @@ def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
             seed=asked.seed,
             clips=asked.clips,
             whole=asked.is_whole,
-            overruled=(asked.bias, asked.positions) != (None, None),
+            overruled=(asked.bias, asked.positions, asked.faithful) != (None, None, False),
         )
     return job
-
-
-def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None = None) -> EarlyTomConfig:
-    """EarlyTom's settings for videos of some frames: the defaults for a tower of this depth, changed by what was given.
-
-    Where the depth is not known, None, what hangs on it is not checked; frames are by default those of the task's
-    clips.
-    """
-    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
-    changes: dict[str, Any] = {"merge_layers": layers, "schedule": "budget"}
-    if asked.merge_layers is not None:
-        changes["merge_layers"] = tuple(_numbers(asked.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
-    if asked.frame_budget is not None:
-        budget = _frames(asked.frame_budget, "--frame-budget")
-        changes["frame_budget"] = budget
-        if depth is None and isinstance(budget, tuple) and asked.merge_layers is None:
-            changes["merge_layers"] = tuple(range(len(budget)))  # a small tower has fewer layers to merge after
-    if asked.tau is not None:
-        changes["tau"] = asked.tau
-    config = EarlyTomConfig(**changes)
-    if depth is not None:
-        config.check_layers(depth)
-    if depth is not None or not asked.coverage:  # what a model is meant for is known with its depth
-        frames_per_stage(frames or FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
-    return config
-
-
-def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
-    """The settings of "cells": the same merge layers and frames as EarlyTom, changed by what was given."""
-    changes = {name: value for name in ("power", "rounds") if (value := getattr(asked, name)) is not None}
-    return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **changes)
-
-
-def merging_of(words: str) -> Merging:
-    """One of `--budgets`. Raises UserError for what is none, or has more frames than the task's clips."""
-    example = "merge layers and frames such as 2,4,6:8,6,4 or 2,4:0.5"
-    layers, colon, frames = words.partition(":")
-    if not colon:
-        raise UserError(f"--budgets {words!r}: give {example}")
-    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(frames, "--budgets"))
-    CellsConfig(merge_layers=found.layers, frame_budget=found.frames)
-    frames_per_stage(FRAMES, merges=len(found.layers), frame_budget=found.frames)
-    return found
-
-
-def _frames(text: str, option: str) -> float | tuple[int, ...]:
-    counts = "," in text
-    budget = _numbers(text, option, "a share such as 0.75, or one count a merge", whole=counts)
-    return tuple(budget) if counts else budget[0]
-
-
-def _numbers(text: str, option: str, example: str, *, whole: bool = True) -> list[Any]:
-    try:
-        return [(int if whole else float)(word) for word in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{option} {text!r}: give {example}") from error

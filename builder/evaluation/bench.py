@@ -26,9 +26,10 @@ from torch import Tensor
 
 from builder.compile.child import end_with_parent
 from builder.evaluation.engine import ENGINE, TWIN, engine_methods
-from builder.evaluation.methods import Row, Visual, chosen, methods
+from builder.evaluation.methods import chosen, methods
 from builder.evaluation.options import Merging
 from builder.evaluation.passes import ClipPasses, VisionPass
+from builder.evaluation.ways.row import Row, Visual
 from builder.micro.labels import object_cells
 from builder.micro.packing import Standing
 from builder.micro.scoring import Outcome, Scorer
@@ -37,9 +38,12 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import family_of
-from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
-from earlytom.micro.data.scene import SIDE
+from earlytom.inner import InnerSettings
+from earlytom.inner_decoder import apply_inner
+from earlytom.micro.data import KINDS, LabelledClip, Question, labelled_clip
+from earlytom.micro.data.scene import FRAMES, SIDE
 from runtime.checkpoint import Checkpoint, VisionPart, describe, load_model, load_tokenizer
+from runtime.text.places import Placing, fitted
 
 CLIPS_AT_ONCE = 8
 
@@ -55,7 +59,7 @@ class EvaluationJob:
         ratios: retention ratios.
         split, seed: of the task's clips; the seed is also that of random tokens.
         engine: an engine folder to measure beside the methods, or None.
-        cells, budgets, bias, original: as `methods.methods` has them.
+        cells, budgets, bias, original, frames, faithful: as `methods.methods` has them.
     """
 
     source: str
@@ -69,9 +73,12 @@ class EvaluationJob:
     budgets: tuple[Merging, ...] = ()
     bias: bool | None = None
     original: bool | None = None
+    frames: int = FRAMES
+    faithful: bool = False
 
-    def rows(self, depth: int) -> list[Row]:
-        """What is measured in a tower of `depth` layers. Raises UserError as `methods.methods` and `chosen` do."""
+    def rows(self, depth: int, text_layers: int) -> list[Row]:
+        """What is measured in a tower of `depth` layers and a language model of `text_layers`. Raises UserError as
+        `methods.methods` and `chosen` do."""
         known = methods(
             self.config,
             depth,
@@ -80,6 +87,9 @@ class EvaluationJob:
             budgets=self.budgets,
             bias=self.bias,
             original=self.original,
+            frames=self.frames,
+            text_layers=text_layers,
+            faithful=self.faithful,
         )
         return chosen(known, self.methods)
 
@@ -98,8 +108,10 @@ class Setting:
     def standing(self, clip: ClipPasses, visual: Visual) -> Standing:
         """What the decoder is told of what it sees."""
         told = self.method.told
-        place, bias = visual.place if told.original else None, visual.bias if told.bias else None
-        return Standing(len(clip.frames) * clip.cells, place, bias)
+        full, most = len(clip.frames) * clip.cells, FRAMES * clip.cells
+        span = Placing(most=most).span(full)
+        place = fitted(visual.place, full, span) if told.original and visual.place is not None else None
+        return Standing(span, place, visual.bias if told.bias else None)
 
 
 @dataclass(frozen=True)
@@ -167,14 +179,14 @@ class EvaluationBench:
         self.tokenizer = load_tokenizer(self.checkpoint)
         self.scorer = Scorer(self.model, self.tokenizer)
         self.vision = VisionPass(VisionPart.from_model(self.model), self.checkpoint)
-        found = self.job.rows(self.vision.depth)
+        found = self.job.rows(self.vision.depth, self.model.config.text_config.num_hidden_layers)
         if self.job.engine is not None:
             found += engine_methods(self.job.engine)
         self.settings = tuple(Setting(method, ratio) for method in found for ratio in method.ratios(self.job.ratios))
 
     def clip(self, index: int) -> tuple[ClipPasses, LabelledClip]:
         """A clip of the job's split, ready to be encoded, and what the task knows about it."""
-        clip = labelled_clip(self.job.split, index, seed=self.job.seed)
+        clip = labelled_clip(self.job.split, index, seed=self.job.seed, length=self.job.frames)
         return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip
 
     def measure(self, indices: Sequence[int]) -> Answers:
@@ -184,14 +196,19 @@ class EvaluationBench:
         packs = [self.scorer.pack(asked) for asked in questions]
         outcomes: list[list[list[Outcome]]] = []  # setting, clip, question
         costs: list[list[tuple[int, int, int, int]]] = []
-        known: dict[bytes, list[list[Outcome]]] = {}
+        known: dict[tuple[bytes, InnerSettings | None], list[list[Outcome]]] = {}
         for setting in self.settings:
             visual = [setting.visual(clip) for clip in clips]
             tokens = [one.tokens for one in visual]
             told = [setting.standing(clip, one) for clip, one in zip(clips, visual, strict=True)]
-            key = _digest([*tokens, *(one.place for one in told), *(one.bias for one in told)])
+            inner = visual[0].inner
+            key = _digest([*tokens, *(one.place for one in told), *(one.bias for one in told)]), inner
             if key not in known:  # some settings coincide, as keeping all tokens of few frames does
-                known[key] = self.scorer.score(tokens, packs, told)
+                known[key] = (
+                    self.scorer.score(tokens, packs, told)
+                    if inner is None
+                    else self._inside(tokens, questions, told, inner)
+                )
             outcomes.append(known[key])
             costs.append([self.cost(one) for one in visual])
         counted, frames, vision, prefill = np.array(costs, np.int64).transpose(2, 0, 1)
@@ -211,8 +228,30 @@ class EvaluationBench:
     def cost(self, visual: Visual) -> tuple[int, int, int, int]:
         """Tokens, frames at the tower's end, and operations of the vision part and of the prefill (see `flops`)."""
         config: Any = self.checkpoint.config
-        tokens, vision = len(visual.tokens), family_of(config).vision_flops(config, visual.stages, visual.merge_layers)
-        return tokens, visual.stages[-1], vision, flops.prefill(config.text_config, tokens)
+        family, tokens, inner = family_of(config), len(visual.tokens), visual.inner
+        vision = family.vision_flops(config, visual.stages, visual.merge_layers)
+        if visual.ran:
+            frame, frames = family.geometry(config), visual.stages[0]
+            whole = flops.vision_encoder(config.vision_config, frame.patches, visual.stages, (), frame.depth)
+            vision += flops.merged_encoder(config.vision_config, frame.patches, frames, visual.ran) - whole
+        inside: dict[str, Any] = {} if inner is None else {"inner_layer": inner.layer, "inner_ratio": inner.ratio}
+        return tokens, visual.stages[-1], vision, flops.prefill(config.text_config, tokens, **inside)
+
+    def _inside(
+        self,
+        tokens: Sequence[Tensor],
+        questions: Sequence[Sequence[Question]],
+        told: Sequence[Standing],
+        inner: InnerSettings,
+    ) -> list[list[Outcome]]:
+        """Outcomes where the decoder leaves tokens out on its way, which goes by the question: one after the other."""
+        found = []
+        with apply_inner(self.model.get_decoder(), *inner) as applied:
+            for own, asked, standing in zip(tokens, questions, told, strict=True):
+                packs = [self.scorer.pack([question]) for question in asked]
+                outcomes = self.scorer.score([own] * len(packs), packs, [standing] * len(packs), applied)
+                found.append([outcome for row in outcomes for outcome in row])
+        return found
 
     def _same(self, outcomes: list[list[list[Outcome]]]) -> NDArray[np.bool_]:
         """Whether the engine said what its twin said."""

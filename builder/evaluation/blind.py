@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from earlytom.micro.data import Question, labelled_clip
+from earlytom.micro.data.scene import FRAMES
 
 _NO_FRAMES = np.empty(0, np.intp)
 
 
-def questions_of(split: str, index: int, seed: int) -> tuple[Question, ...]:
-    """The questions about a clip, which is not drawn for it."""
-    return labelled_clip(split, index, seed=seed, times=_NO_FRAMES).questions
+def questions_of(split: str, index: int, seed: int, length: int = FRAMES) -> tuple[Question, ...]:
+    """The questions about a clip of `length` frames, which is not drawn for it."""
+    return labelled_clip(split, index, seed=seed, times=_NO_FRAMES, length=length).questions
 
 
 class Blind:

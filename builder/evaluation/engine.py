@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 
 from builder.build import build_engine
-from builder.evaluation.methods import Row, Visual
 from builder.evaluation.options import AUTO
 from builder.evaluation.passes import ClipPasses
+from builder.evaluation.ways.row import Row, Visual
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
 from earlytom.config import EarlyTomConfig

@@ -10,6 +10,9 @@ given the number of tokens N that EarlyTom's budget schedule keeps at that ratio
   merged; EarlyTom without its merging, and without an equal share for each frame;
 * pooling, pooling-space: averages over the cells of a grid with N cells or fewer.
 
+Of clips that have more frames than the model was made for there is one row more, `FEWER`: as many frames as that,
+evenly spaced, with all of their tokens. It is what a user does without a method.
+
 A row also says what the decoder is told of the tokens besides themselves (`runtime.text.places.Placing`): how many of
 the video's tokens each stands for (bias), and where it was.
 
@@ -21,74 +24,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from builder.evaluation.options import FULL, Merging
+from builder.evaluation.options import FEWER, FULL, Merging
 from builder.evaluation.passes import ClipPasses
+from builder.evaluation.ways.compared import compared_rows, refuse_untrained
+from builder.evaluation.ways.row import BOTH, Row, Visual, seen
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.select import affinity, likeness, saliency, select_rounds
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.method import Method, State
+from earlytom.method import State
 from earlytom.methods.cells import Cells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.micro.data.scene import FRAMES
 from earlytom.standing import frame_times
 from runtime.text.places import Placing
 
 BUDGET, ADAPTIVE, CELLS = "budget", "adaptive", "cells-rounds"
-Group = Literal["reference", "earlytom", "cells", "parts", "layers", "budgets", "controls", "engine"]
-# Choices of merge layers, and of frames that stay there, are compared at these ratios only.
-FEW_RATIOS = {"layers": (0.1,), "budgets": (0.05, 0.1)}
-NOTHING, BOTH = Placing(), Placing(original=True, bias=True)
-
-
-@dataclass(frozen=True)
-class Visual:
-    """What the decoder sees of a clip, and what the tower did for it.
-
-    Attributes:
-        tokens: [N, E].
-        stages: frames that the tower ran on before the first merge and after each one.
-        merge_layers: after which layers the frames were merged.
-        place, bias: [N] int64 and fp32, see `earlytom.standing`; None where nobody knows.
-    """
-
-    tokens: Tensor
-    stages: tuple[int, ...]
-    merge_layers: tuple[int, ...] = ()
-    place: Tensor | None = None
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way, as a row of the table.
-
-    Attributes:
-        name: on the command line; title: in tables; group: what it is compared as.
-        scaled: whether the retention ratio matters.
-        visual: of a clip at a ratio.
-        told: what the decoder is told of the tokens, as far as it is known.
-    """
-
-    name: str
-    title: str
-    group: Group
-    scaled: bool
-    visual: Callable[[ClipPasses, float], Visual]
-    told: Placing = NOTHING
-
-    def ratios(self, wanted: Sequence[float]) -> tuple[float | None, ...]:
-        """At which of the wanted ratios it is measured; (None,) where the ratio does not matter."""
-        if not self.scaled:
-            return (None,)
-        few = FEW_RATIOS.get(self.group, wanted)
-        return tuple(ratio for ratio in wanted if ratio in few) or tuple(wanted)
 
 
 class DiverseEarlyTom(EarlyTom):
@@ -116,6 +73,9 @@ def methods(
     budgets: Sequence[Merging] = (),
     bias: bool | None = None,
     original: bool | None = None,
+    frames: int = FRAMES,
+    text_layers: int = 28,
+    faithful: bool = False,
 ) -> dict[str, Row]:
     """All methods by name.
 
@@ -126,6 +86,9 @@ def methods(
         cells: the settings of "cells", of which the ratio plays no part; default: the same layers and frames.
         budgets: other merge layers and frame counts to measure both methods with.
         bias, original: what the decoder is told of every row's tokens; None: what the row says.
+        frames: of a clip.
+        text_layers: of the language model; default those of the 7B model.
+        faithful: the field's methods in their released form.
 
     Raises:
         UserError: a merge layer that the tower does not have.
@@ -138,6 +101,7 @@ def methods(
     unmerged = _with_layers(budget, ())
     found = [
         Row(FULL, "full tokens", "reference", False, _all(unmerged)),
+        *([_fewer_frames(unmerged)] if frames > FRAMES else []),
         Row(BUDGET, "EarlyTom budget", "earlytom", True, _earlytom(budget)),
         Row(ADAPTIVE, "EarlyTom adaptive", "earlytom", True, _earlytom(adaptive)),
         Row("budget-bias", "EarlyTom budget, bias", "earlytom", True, _earlytom(budget), Placing(bias=True)),
@@ -150,28 +114,35 @@ def methods(
         *_layer_rows(budget, depth),
         *_budget_rows(budget, cells, depth, budgets),
         *_controls(budget, unmerged, depth, seed),
+        *compared_rows(depth, text_layers, faithful=faithful),
     ]
     told = {name: value for name, value in (("bias", bias), ("original", original)) if value is not None}
     return {row.name: replace(row, told=replace(row.told, **told)) for row in found}
 
 
 def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
-    """The methods that `words` name, each once, in the order of `known`; a word is a method, a group, or "all".
+    """The methods that `words` name, each once, in the order of `known`; a word is a method, a group, or "all", which
+    leaves out the field's methods: they take as long again.
 
-    The full tokens are always among them: everything is compared with them.
+    The full tokens are always among them, of all frames and of fewer: everything is compared with them.
 
     Raises:
-        UserError: no such method.
+        UserError: no such method, or one that needs training.
     """
     groups = {method.group for method in known.values()}
     for word in words:
+        refuse_untrained(word)
         if word not in known and word not in groups and word != "all":
             raise UserError(
                 f"no method named {word!r} (--methods): choose from all, {', '.join(sorted(groups))} (groups), "
                 f"{', '.join(known)}"
             )
-    wanted = {FULL, *words}
-    return [method for method in known.values() if wanted & {method.name, method.group, "all"}]
+    wanted = {FULL, FEWER, *words}
+    return [
+        method
+        for method in known.values()
+        if wanted & {method.name, method.group} or ("all" in wanted and method.group != "compared")
+    ]
 
 
 def layer_choices(layers: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
@@ -194,19 +165,30 @@ def _with_layers(config: EarlyTomConfig, layers: tuple[int, ...]) -> EarlyTomCon
 def _all(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
     """All tokens of the frames that these settings leave."""
     method = EarlyTom(config.replace(retention_ratio=1.0))
-    return lambda clip, _: _chosen(clip, method)
+    return lambda clip, _: seen(clip, method)
+
+
+def _fewer_frames(unmerged: EarlyTomConfig) -> Row:
+    """All tokens of `FRAMES` evenly spaced frames; the others are never encoded."""
+    method, some = EarlyTom(unmerged), EvenFrames(FRAMES)
+
+    def visual(clip: ClipPasses, _: float) -> Visual:
+        kept = some.frames(len(clip.frames))
+        return Visual(clip.some_frames(kept, method).flatten(0, 1), (len(kept),))
+
+    return Row(FEWER, f"full tokens, {FRAMES} frames", "reference", False, visual)
 
 
 def _earlytom(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
-    return lambda clip, ratio: _chosen(clip, EarlyTom(config.replace(retention_ratio=ratio)))
+    return lambda clip, ratio: seen(clip, EarlyTom(config.replace(retention_ratio=ratio)))
 
 
 def _diverse(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
-    return lambda clip, ratio: _chosen(clip, DiverseEarlyTom(config.replace(retention_ratio=ratio)))
+    return lambda clip, ratio: seen(clip, DiverseEarlyTom(config.replace(retention_ratio=ratio)))
 
 
 def _cells(config: CellsConfig) -> Callable[[ClipPasses, float], Visual]:
-    return lambda clip, ratio: _chosen(clip, Cells(config.replace(retention_ratio=ratio)))
+    return lambda clip, ratio: seen(clip, Cells(config.replace(retention_ratio=ratio)))
 
 
 def _cells_rows(config: CellsConfig) -> list[Row]:
@@ -215,6 +197,7 @@ def _cells_rows(config: CellsConfig) -> list[Row]:
         Row(CELLS, f"cells, {rounds}", "cells", True, _cells(config), BOTH),
         Row("cells-greedy", "cells, greedy", "cells", True, _cells(config.replace(rounds=None)), BOTH),
         Row("cells-plain", "cells, no bias, no positions", "cells", True, _cells(config)),
+        Row("cells-adaptive", "cells, adaptive", "cells", True, _cells(config.replace(schedule="adaptive")), BOTH),
     ]
 
 
@@ -243,13 +226,6 @@ def _budget_rows(budget: EarlyTomConfig, cells: CellsConfig, depth: int, budgets
     return found
 
 
-def _chosen(clip: ClipPasses, method: Method, of: Method | None = None) -> Visual:
-    """What `method` keeps of its own pass, or of that of another method that leaves the tower as it does."""
-    done = clip.run(of or method)
-    kept = done.choose(method)
-    return Visual(kept.tokens, done.stages, (of or method).layers, kept.place, kept.bias)
-
-
 def _controls(budget: EarlyTomConfig, unmerged: EarlyTomConfig, depth: int, seed: int) -> list[Row]:
     """The controls, with as many tokens as the settings `budget` keep."""
     whole, deciding = EarlyTom(unmerged), EarlyTom(budget).watched(depth)
@@ -260,7 +236,7 @@ def _controls(budget: EarlyTomConfig, unmerged: EarlyTomConfig, depth: int, seed
         return counts.tokens
 
     def random(clip: ClipPasses, ratio: float) -> Visual:
-        return _chosen(clip, RandomTokens(count(clip, ratio), seed, clip.number), whole)
+        return seen(clip, RandomTokens(count(clip, ratio), seed, clip.number), whole)
 
     def frames(clip: ClipPasses, ratio: float) -> Visual:
         kept = EvenFrames(math.ceil(count(clip, ratio) / clip.cells)).frames(len(clip.frames))
@@ -268,11 +244,11 @@ def _controls(budget: EarlyTomConfig, unmerged: EarlyTomConfig, depth: int, seed
         return Visual(clip.some_frames(kept, whole).flatten(0, 1), (len(kept),), place=place.flatten())
 
     def top_k(clip: ClipPasses, ratio: float) -> Visual:
-        return _chosen(clip, TopK(count(clip, ratio), deciding))
+        return seen(clip, TopK(count(clip, ratio), deciding))
 
     def pooling(keep_frames: bool) -> Callable[[ClipPasses, float], Visual]:
         def visual(clip: ClipPasses, ratio: float) -> Visual:
-            return _chosen(clip, Pooling(count(clip, ratio), keep_frames), whole)
+            return seen(clip, Pooling(count(clip, ratio), keep_frames), whole)
 
         return visual
 

@@ -9,6 +9,7 @@ MAIN_RATIO = 0.1  # of the paper's headline figure
 # A record is of the default table, and of this many clips at least.
 CLIPS = 2000
 FULL = "full"  # the row that everything is compared with
+FEWER = "fewer-frames"  # of long clips: full tokens of as many frames as the model was made for
 AUTO = "auto"  # an engine to be built for the measurement, or found built
 
 

@@ -20,6 +20,7 @@ from earlytom.encoder import encode
 from earlytom.families import Vision, family_of
 from earlytom.method import Method, State
 from runtime.checkpoint import Checkpoint, VisionPart
+from runtime.measure.clock import timed
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Pass:
         """Frames before the first merge and after each one."""
         return tuple(self.state.stages)
 
+    @property
+    def ran(self) -> tuple[tuple[int, int], ...]:
+        """See `earlytom.method.State`."""
+        return self.state.ran
+
     def choose(self, method: Method) -> KeptTokens:
         """What a method keeps of it, in time and raster order."""
         tokens, positions = method.choose(self.features, self.relevance, self.state)
@@ -82,13 +88,13 @@ class VisionPass:
 
     Attributes:
         depth: encoder layers that run.
-        cells: P.
+        cells: P; patches: tokens a frame before pooling.
     """
 
     def __init__(self, part: VisionPart, checkpoint: Checkpoint) -> None:
         family = family_of(checkpoint.config)
         frame = family.geometry(checkpoint.config)
-        self.depth, self.cells = frame.depth, frame.tokens_per_frame
+        self.depth, self.cells, self.patches = frame.depth, frame.tokens_per_frame, frame.patches
         self._vision = family.vision(part.vision_tower, part.projector)
         self._scale, self._shift = checkpoint.preprocessing.affine()
 
@@ -107,11 +113,13 @@ class ClipPasses:
     Attributes:
         frames: uint8 [F, 3, H, W].
         number: the clip's index in its split; seeds what is drawn at random for it.
-        cells: P.
+        cells: P; patches: tokens a frame before pooling.
+        seconds: that the passes have taken.
     """
 
     def __init__(self, vision: VisionPass, frames: Tensor, number: int) -> None:
-        self.frames, self.number, self.cells = frames, number, vision.cells
+        self.frames, self.number, self.cells, self.patches = frames, number, vision.cells, vision.patches
+        self.seconds = 0.0
         self._vision = vision
         self._done: dict[Hashable, Pass] = {}
 
@@ -119,7 +127,7 @@ class ClipPasses:
         """The pass with this method."""
         key = method.tower_key()
         if key not in self._done:
-            self._done[key] = self._vision.encode(self.frames, method)
+            self._done[key] = self._encode(self.frames, method)
         return self._done[key]
 
     def some_frames(self, times: Sequence[int], method: Method) -> Tensor:
@@ -131,4 +139,9 @@ class ClipPasses:
         key = method.tower_key()
         if key in self._done:
             return self._done[key].features[list(times)]
-        return self._vision.encode(self.frames[list(times)], method).features
+        return self._encode(self.frames[list(times)], method).features
+
+    def _encode(self, frames: Tensor, method: Method) -> Pass:
+        done, seconds = timed(frames.device, lambda: self._vision.encode(frames, method))
+        self.seconds += seconds
+        return done

@@ -29,7 +29,7 @@ def check_recordable(
 
     Args:
         whole: all default methods and ratios are measured; if not, there must be a record on as many clips.
-        overruled: the decoder is told otherwise than the methods say.
+        overruled: the decoder is told otherwise than the methods say, or methods are in another form.
 
     Raises:
         UserError: another model, weights that are not trained, other clips, or rows that are not what they are called.
@@ -40,7 +40,7 @@ def check_recordable(
     if (split, seed) != ("test", 0) or clips < CLIPS or overruled:
         raise UserError(
             f"--record is for the test split with seed 0, {CLIPS} clips or more: leave out --split, --seed, --clips, "
-            "--bias and --positions, or use --json FILE"
+            "--bias, --positions and --faithful, or use --json FILE"
         )
     if not whole and (recorded := read()["clips"]) != clips:
         raise UserError(

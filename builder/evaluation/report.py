@@ -6,15 +6,16 @@ Accuracies are percentages, differences are in percentage points, both with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS
-from builder.evaluation.options import FULL, MAIN_RATIO
+from builder.evaluation.options import FEWER, FULL, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result
 from builder.evaluation.statistics import Estimate
 from earlytom.micro.data import KINDS
 from runtime.trace import Trace
 
-COMPARED = ("reference", "cells", "earlytom", "parts", "layers", "controls")
+COMPARED = ("reference", "cells", "earlytom", "parts", "layers", "controls", "compared")
 
 
 def main_ratio(found: Sequence[Result]) -> float | None:
@@ -36,22 +37,28 @@ def best_control(found: Sequence[Result], ratio: float | None) -> Result | None:
 
 def show_settings(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
     """The one table: every setting with what it costs and how often it is right."""
-    columns = "method,ratio,tokens,frames,vision GFLOP,prefill GFLOP,vision ms,prefill ms,accuracy,95 %,of full"
+    columns = (
+        "method,ratio,asked,tokens,frames,vision GFLOP,prefill GFLOP,encoder ms,compression ms,prefill ms,accuracy,"
+    )
+    columns += "95 %,of full"
+    whole = find(found, FULL, None)
     rows: list[tuple[object, ...]] = []
     if guess is not None:
-        rows.append(("chance", *[""] * 7, percent(guess.chance), "", ""))
-        rows.append(("no video", "", "0", *[""] * 5, percent(guess.accuracy.value), _interval(guess.accuracy), ""))
+        rows.append(("chance", *[""] * 9, percent(guess.chance), "", ""))
+        rows.append(("no video", "", "", "0", *[""] * 6, percent(guess.accuracy.value), _interval(guess.accuracy), ""))
     for result in found:
         times = result.times
         rows.append(
             (
                 result.title,
                 "" if result.ratio is None else f"{result.ratio:.2f}",
+                "" if result.ratio is None or whole is None else f"{result.ratio * whole.tokens:.0f}",
                 f"{result.tokens:.0f}",
                 f"{result.frames:.1f}",
                 f"{result.vision / 1e9:.2f}",
                 f"{result.prefill / 1e9:.2f}",
-                "" if times is None else f"{times.vision:.1f}",
+                "" if times is None else f"{times.vision - (times.compression or 0):.1f}",
+                "" if times is None or times.compression is None else f"{times.compression:.1f}",
                 "" if times is None else f"{times.prefill:.1f}",
                 percent(result.accuracy.value),
                 _interval(result.accuracy),
@@ -59,6 +66,23 @@ def show_settings(trace: Trace, found: Sequence[Result], guess: Guess | None) ->
             )
         )
     trace.table(columns.split(","), rows, title="accuracy and cost")
+
+
+def show_times(trace: Trace, rows: Sequence[dict[str, Any]]) -> None:
+    """Times alone, as a record has them."""
+    shown = [
+        (
+            row["method"],
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            f"{row['vision_ms'] - row['compression_ms']:.1f}",
+            f"{row['compression_ms']:.1f}",
+            f"{row['prefill_ms']:.1f}",
+            f"{row['vision_ms'] + row['prefill_ms']:.1f}",
+        )
+        for row in rows
+    ]
+    columns = ("method", "ratio", "encoder ms", "compression ms", "prefill ms", "first token ms")
+    trace.table(columns, shown, title="times, medians over single clips")
 
 
 def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
@@ -79,27 +103,56 @@ def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comp
         )
 
 
+def show_field(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
+    """The field's methods on the same clips as ours: how much better ours are, at every ratio."""
+    ours = [name for name in (CELLS, BUDGET) if any(result.name == name for result in found)]
+    rows = []
+    for result in found:
+        if result.group != "compared" or result.ratio is None:
+            continue
+        against = [next((points(pair.difference) for pair in pairs if _is(pair, name, result)), "") for name in ours]
+        rows.append(
+            (result.title, f"{result.ratio:.2f}", f"{result.tokens:.0f}", percent(result.accuracy.value), *against)
+        )
+    if rows:
+        columns = ("method", "ratio", "tokens", "accuracy", *(f"{name} less it" for name in ours))
+        trace.table(columns, rows, title="the field, on the same clips")
+
+
+def _is(pair: Comparison, name: str, to: Result) -> bool:
+    return (pair.name, pair.ratio, pair.to, pair.to_ratio) == (name, to.ratio, to.name, to.ratio)
+
+
 def show_budgets(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
     """Both methods with other merge layers and frames, against each other and against the full tokens."""
     rows = []
+    fewer = find(found, FEWER, None)
+    columns: tuple[str, ...] = ("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom")
     for result in found:
         if result.group != "budgets":
             continue
         mine = [pair for pair in pairs if (pair.name, pair.ratio) == (result.name, result.ratio)]
-        by_group = {find(found, pair.to, pair.to_ratio).group: points(pair.difference) for pair in mine}  # type: ignore[union-attr]
+        against = {"budgets" if "@" in pair.to else pair.to: points(pair.difference) for pair in mine}
         full = find(found, FULL, None)
         assert full is not None  # always among them
+        shown = [against.get(FULL, ""), against.get("budgets", "")]
         share = f"{100 * result.vision / full.vision:.0f} %"
-        rows.append((result.title, result.ratio, share, by_group.get("reference", ""), by_group.get("budgets", "")))
+        if fewer is not None:
+            share += f", {100 * result.vision / fewer.vision:.0f} % of {fewer.title}"
+            shown.append(against.get(FEWER, ""))
+        rows.append((result.title, result.ratio, share, *shown))
+    if fewer is not None:
+        columns += (f"against {fewer.title}",)
     if rows:
-        trace.table(("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom"), rows, title="budgets")
+        trace.table(columns, rows, title="budgets")
 
 
 def show_kinds(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
     """Accuracy by kind of question: of the full tokens, our methods and the best control at the main ratio."""
     ratio = main_ratio(found)
     named = [find(found, FULL, None), *(find(found, name, ratio) for name in (CELLS, BUDGET, ADAPTIVE))]
-    shown = [result for result in (*named, best_control(found, ratio)) if result is not None]
+    field = [result for result in found if result.group == "compared" and result.ratio in (None, ratio)]
+    shown = [result for result in (*named, best_control(found, ratio), *field) if result is not None]
     columns = [_label(result) for result in shown]
     rows = []
     for kind in KINDS:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from builder.evaluation import statistics
 from builder.evaluation.bench import Answers, Setting
 from builder.evaluation.engine import ENGINE, TWIN
-from builder.evaluation.methods import Row
-from builder.evaluation.options import FULL
+from builder.evaluation.options import FEWER, FULL
 from builder.evaluation.statistics import Estimate
 from builder.evaluation.timing import Times
+from builder.evaluation.ways.row import Row
 from earlytom.micro.data import KINDS
 
 OURS = ("cells", "earlytom")  # groups
@@ -55,6 +55,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
+        compression = None if self.times is None else self.times.compression
         return {
             "method": self.name,
             "title": self.title,
@@ -66,6 +67,7 @@ class Result:
             "prefill_flops": self.prefill,
             "vision_ms": None if self.times is None else self.times.vision,
             "prefill_ms": None if self.times is None else self.times.prefill,
+            **({} if compression is None else {"compression_ms": compression}),
             "accuracy": _triple(self.accuracy),
             "relative": _triple(self.relative),
             "kinds": {kind: _triple(estimate) for kind, estimate in self.kinds.items()},
@@ -87,7 +89,7 @@ class Result:
             frames=values["frames"],
             vision=values["vision_flops"],
             prefill=values["prefill_flops"],
-            times=None if None in times else Times(*times),
+            times=None if None in times else Times(*times, values.get("compression_ms")),
         )
 
 
@@ -105,6 +107,11 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self) | {"difference": _triple(self.difference)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Comparison:
+        """Inverse of `to_dict`."""
+        return cls(**(values | {"difference": Estimate(*values["difference"])}))
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,9 @@ def _pairs(settings: Sequence[Setting]) -> list[tuple[int, int]]:
             if same_ratio and _compared((first.method, one), (second.method, other)):
                 pairs.append((one, other))
     names = [setting.method.name for setting in settings]
+    if FEWER in names:
+        fewer = names.index(FEWER)
+        pairs += [(row, fewer) for row in range(len(settings)) if row not in (full, fewer)]
     return pairs + ([(names.index(ENGINE), names.index(TWIN))] if ENGINE in names else [])
 
 

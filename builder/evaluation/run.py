@@ -25,11 +25,14 @@ from builder.evaluation.engine import ENGINE, built_engine, check_engine
 from builder.evaluation.methods import ADAPTIVE, BUDGET, CELLS
 from builder.evaluation.options import AUTO, FULL, MAIN_RATIO
 from builder.evaluation.results import Comparison, Guess, Result, comparisons, guess, results
-from builder.evaluation.timing import measure_times
+from builder.evaluation.timing import Times, measure_times
+from builder.evaluation.ways import field
+from builder.evaluation.ways.picture import draw_field
 from builder.gate.limits import GATES
 from builder.micro.card import write_card
 from runtime.checkpoint import MICRO, Checkpoint, describe
 from runtime.engine.manifest import Manifest
+from runtime.files.partial import partial
 from runtime.trace import Trace
 
 AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on its benchmarks
@@ -52,6 +55,8 @@ def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
         manifest = check_engine(folder, checkpoint)
         job = replace(job, engine=str(folder))
     bench = EvaluationBench(job)
+    if asked.only_times:
+        return measure_only_times(asked, bench, trace)
     settings = bench.settings
     many = "" if len(settings) == 1 else "s"
     trace.line(
@@ -60,15 +65,13 @@ def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
     )
     with progress(trace, "answers", asked.clips, bar=not asked.json_only) as advance:
         answers = run(job, asked.clips, asked.workers, advance, bench)
-    times = None
-    if asked.timed_clips:
-        with progress(trace, "times", asked.timed_clips, bar=not asked.json_only) as advance:
-            times = measure_times(bench, range(asked.timed_clips), advance)
+    times = timed(asked, bench, trace) if asked.timed_clips else None
     found, pairs = results(answers, settings, times), comparisons(answers, settings, job.seed)
     blind = without_video(answers, job, asked.clips, asked.text_clips) if asked.text_clips else None
     report.show_settings(trace, found, blind)
     trace.line(f"{report.percent(answers.objects.mean())} % of the full tokens show an object")
     report.show_comparisons(trace, found, pairs)
+    report.show_field(trace, found, pairs)
     report.show_budgets(trace, found, pairs)
     report.show_kinds(trace, found, blind)
     engine = None if manifest is None else engine_record(manifest, answers, pairs, trace)
@@ -76,6 +79,27 @@ def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
     whole["seconds"] = time.monotonic() - started
     save(asked, whole, found, trace)
     return summary(whole, found)
+
+
+def timed(asked: EvaluationSettings, bench: EvaluationBench, trace: Trace) -> list[Times]:
+    """The times of every setting."""
+    with progress(trace, "times", asked.timed_clips, bar=not asked.json_only) as advance:
+        return measure_times(bench, range(asked.timed_clips), advance)
+
+
+def measure_only_times(asked: EvaluationSettings, bench: EvaluationBench, trace: Trace) -> dict[str, Any]:
+    """Times without answers; put into the record if that is asked for."""
+    rows = field.timed_rows([(one.method.name, one.ratio) for one in bench.settings], timed(asked, bench, trace))
+    measured = {"clips": asked.timed_clips, "threads": torch.get_num_threads(), "rows": rows}
+    report.show_times(trace, rows)
+    if asked.json is not None:
+        record.write(asked.json, {"times": measured})
+    if asked.record:
+        whole = record.read() | {"times": measured}
+        record.write(record.PATH, whole)
+        trace.line(f"record: {record.PATH}")
+        save_field(asked, whole, trace)
+    return {"times": measured}
 
 
 def measure_coverage(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
@@ -127,7 +151,7 @@ def progress(trace: Trace, what: str, total: int, *, bar: bool) -> Iterator[Call
 
 def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: int) -> Guess:
     """What the questions' texts alone allow on the same clips."""
-    asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed)]
+    asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed, job.frames)]
     return guess(answers, Blind(text_clips, job.seed).right(asked))
 
 
@@ -172,11 +196,13 @@ def full_record(
         "split": job.split,
         "seed": job.seed,
         "clips": asked.clips,
+        "frames": job.frames,
         "questions": len(answers.clip),
         "object_tokens": float(answers.objects.mean()),
         "settings": job.config.to_dict(),
         "cells": None if job.cells is None else job.cells.to_dict(),
         "told": {"bias": asked.bias, "positions": asked.positions},
+        "faithful": asked.faithful,
         "ratios": list(job.ratios),
         "torch": torch.__version__,
         "no_video": None if blind is None else blind.to_dict(),
@@ -198,12 +224,31 @@ def save(asked: EvaluationSettings, whole: dict[str, Any], found: Sequence[Resul
         record.write(record.PATH, whole)
         write_card(record.PATH.parent)
         trace.line(f"record: {record.PATH}, and the model card beside it")
+    save_field(asked, whole, trace)
     if asked.plot is not None:
         guessed = whole["no_video"]
         chance = None if guessed is None else guessed["accuracy"][0]
-        caption = f"{whole['questions']:,} questions about {whole['clips']:,} clips, 95 % intervals"
-        plot.draw(found, asked.plot, caption=caption, chance=chance)
+        plot.draw(found, asked.plot, caption=caption(whole), chance=chance)
         trace.line(f"plot: {asked.plot}")
+
+
+def save_field(asked: EvaluationSettings, whole: dict[str, Any], trace: Trace) -> None:
+    """The table of the field's methods and its plot, of a run or a record, if they were asked for."""
+    found = [Result.from_dict(row) for row in whole["results"]]
+    if "times" in whole:
+        found = field.with_times(found, whole["times"]["rows"])
+    if asked.table is not None:
+        pairs = [Comparison.from_dict(row) for row in whole["comparisons"]]
+        with partial(asked.table) as staging:
+            staging.write_text(field.field_table(found, pairs), encoding="utf-8")
+        trace.line(f"table: {asked.table}")
+    if asked.table_plot is not None:
+        draw_field(found, asked.table_plot, caption=caption(whole))
+        trace.line(f"plot: {asked.table_plot}")
+
+
+def caption(whole: dict[str, Any]) -> str:
+    return f"{whole['questions']:,} questions about {whole['clips']:,} clips, 95 % intervals"
 
 
 def summary(whole: dict[str, Any], found: Sequence[Result]) -> dict[str, Any]:

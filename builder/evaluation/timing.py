@@ -8,7 +8,7 @@ them; the median over the clips is what is reported.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from builder.evaluation.bench import EvaluationBench, Setting
 from builder.evaluation.passes import ClipPasses
 from builder.micro.packing import Standing
 from earlytom.families import family_of
+from earlytom.inner import InnerSettings
+from earlytom.inner_decoder import apply_inner
 from runtime.decoder.eager import Decoder
 from runtime.measure.clock import Laps
 from runtime.text.places import Placing
@@ -28,10 +30,23 @@ from runtime.text.prompt import Prompt, build_prompt, splice
 
 @dataclass(frozen=True)
 class Times:
-    """Medians in milliseconds: from frames to visual tokens, and from there to the answer's first token."""
+    """Medians in milliseconds.
+
+    Attributes:
+        vision: from frames to visual tokens.
+        prefill: from there to the answer's first token.
+        compression: the part of `vision` behind tower and projector; what a method does inside the tower is the
+            tower's. None in records that are older than this figure.
+    """
 
     vision: float
     prefill: float
+    compression: float | None = None
+
+    @property
+    def first_token(self) -> float:
+        """From frames to the answer's first token."""
+        return self.vision + self.prefill
 
 
 def measure_times(bench: EvaluationBench, clips: Sequence[int], progress: Callable[[int], None]) -> list[Times]:
@@ -41,19 +56,19 @@ def measure_times(bench: EvaluationBench, clips: Sequence[int], progress: Callab
         progress: called with the number of clips measured so far.
     """
     prefill = Prefill(bench.model, bench.tokenizer)
-    seconds = np.empty((len(clips), len(bench.settings), 2))
+    seconds = np.empty((len(clips), len(bench.settings), 3))
     for done, index in enumerate(clips):
         clip, known = bench.clip(index)
         question = known.questions[0].text
 
-        def one(setting: Setting, clip: ClipPasses = clip, question: str = question) -> tuple[float, float]:
+        def one(setting: Setting, clip: ClipPasses = clip, question: str = question) -> tuple[float, float, float]:
             laps = Laps(bench.model.device, ("vision", "prefill"))
             alone = ClipPasses(bench.vision, clip.frames, clip.number)
             visual = setting.visual(alone)
             laps("vision")
-            prefill(visual.tokens, question, setting.standing(alone, visual))
+            prefill(visual.tokens, question, setting.standing(alone, visual), visual.inner)
             laps("prefill")
-            return laps.seconds["vision"], laps.seconds["prefill"]
+            return laps.seconds["vision"], laps.seconds["prefill"], laps.seconds["vision"] - alone.seconds
 
         if not done:
             one(bench.settings[0])  # warms up
@@ -67,16 +82,24 @@ class Prefill:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._newline = family_of(model.config).closing(model.model)
-        self._decoder = Decoder.from_model(model)
+        self._family, self._closing = family_of(model.config), family_of(model.config).closing(model.model)
+        self._decoder, self._language_model = Decoder.from_model(model), model.get_decoder()
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, question: str, standing: Standing | None = None) -> int:
-        """The first token of the answer to a question about visual tokens [N, E], which stand for more."""
-        prompt = build_prompt(self._tokenizer, question)
-        embeds = splice(prompt, tokens, self._newline, self._decoder.embed)
+    def __call__(
+        self, tokens: Tensor, question: str, standing: Standing | None = None, inner: InnerSettings | None = None
+    ) -> int:
+        """The first token of the answer to a question about visual tokens [N, E], which stand for more; `inner` is what
+        the decoder does with them on its way."""
+        prompt = build_prompt(self._tokenizer, question, family=self._family)
+        embeds = splice(prompt, tokens, self._closing, self._decoder.embed)
         told = {} if standing is None else _told(prompt, len(tokens), standing)
-        with closing(self._decoder.stream(embeds, max_new_tokens=1, **told)) as stream:
+        with ExitStack() as stack:
+            if inner is not None:
+                place = torch.arange(embeds.shape[1])[None] - len(prompt.prefix_ids)
+                applied = stack.enter_context(apply_inner(self._language_model, *inner))
+                stack.enter_context(applied.prompt((place >= 0) & (place < len(tokens))))
+            stream = stack.enter_context(closing(self._decoder.stream(embeds, max_new_tokens=1, **told)))
             return next(stream)
 
 

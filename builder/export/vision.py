@@ -38,6 +38,7 @@ from earlytom.method import Method
 from earlytom.methods import method_of, several
 from earlytom.methods.cells import Cells
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods.published import VisionZip
 from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from earlytom.towers import Tower
@@ -201,9 +202,10 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype, int8: Int8Plan | None 
     """
     part = load_vision(config.checkpoint, torch.float32)
     preprocessing = config.checkpoint.preprocessing
+    family = family_of(config.model)
     if int8 is not None:
-        put_in(part.vision_tower, part.projector, int8, dtype)
-    set_vision_precision(part.vision_tower, part.projector, dtype, config.islands)
+        put_in(list(family.vision(part.vision_tower, part.projector).tower.layers), part.projector, int8, dtype)
+    set_vision_precision(part.vision_tower, part.projector, dtype, config.islands, family)
     return VisionGraph(
         part.vision_tower,
         part.projector,
@@ -213,7 +215,7 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype, int8: Int8Plan | None 
         depth=config.depth,
         dtype=dtype,
         islands=config.islands,
-        family=family_of(config.model),
+        family=family,
     )
 
 
@@ -378,8 +380,14 @@ def tokens_per_frame(node: ir.Node) -> int:
     return per_frame
 
 
+def no_body(node: ir.Node, config: MethodSettings, frames: int) -> ir.Function:
+    """Of a method whose steps are ordinary operators: its graph calls nothing."""
+    raise AssertionError(f"the graph of {config.method} calls {node.op_type}")
+
+
 FORMS: dict[str, Form] = {
     EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body),  # type: ignore[arg-type]
+    VisionZip.name: Form(lambda graph: graph.decisions, no_body),
     Cells.name: Form(lambda graph: SymbolicCells(graph.config), lambda node, _, frames: cells_body(node, OPSET)),  # type: ignore[arg-type]
 }
 """The methods that can be exported, by name."""

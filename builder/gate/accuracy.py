@@ -42,6 +42,7 @@ from torch import Tensor
 
 from builder.export.vision import VisionGraph
 from builder.gate.limits import GATES, OTHER_VIDEO, PLAN_TOLERANCE, SOURCES_TOLERANCE, STEPS, Gate
+from builder.gate.next_tokens import SeenTokens
 from builder.gate.rules import Rule, rule_of
 from builder.gate.runners import TorchRunner
 from builder.gate.runs import Arrays, run_tapped
@@ -119,7 +120,7 @@ def verify(
     *,
     precision: str | None = None,
     batch: int = 1,
-    text: Callable[[Tensor, Tensor], float] | None = None,
+    text: Callable[[SeenTokens, SeenTokens], float] | None = None,
     text_with_equal_decisions: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, RunResults]:
@@ -182,8 +183,7 @@ def verify(
     else:
         say("comparing the decoder's next tokens")
         against = [_arrays(iteration) for iteration in wanted[0][1]] if text_with_equal_decisions else own
-        pairs = [(out[layout.TOKENS], ref[layout.TOKENS]) for out, ref in zip(outputs, against, strict=True)]
-        share = min(text(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in pairs)
+        share = min(text(_seen(out), _seen(ref)) for out, ref in zip(outputs, against, strict=True))
         checks.append(Check("text", "share of next tokens that agree", share, gate.text, share >= gate.text))
     if dtype == "fp16" and isinstance(onnx_path, Path):
         # Polygraphy's command line will run the graph as it is, which rounds less and may take near-ties otherwise.
@@ -197,6 +197,13 @@ def verify(
                 again = Comparator.run([first], data_loader=feeds[:batch])
             wanted = RunResults([(wanted[0][0], [*again[0][1], *wanted[0][1][batch:]])])
     return Report(tuple(checks), tuple(clips), tuple(notes), gate.error * scale), wanted
+
+
+def _seen(out: Arrays) -> SeenTokens:
+    tokens, positions, sources = (
+        torch.from_numpy(out[name]) for name in (layout.TOKENS, layout.POSITIONS, layout.SOURCES)
+    )
+    return SeenTokens(tokens.float(), positions, sources)
 
 
 def _arrays(iteration: Any) -> Arrays:

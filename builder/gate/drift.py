@@ -236,12 +236,12 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
 
     uint8 [F, 3, H, W]; of B videos at once [B, F, 3, H, W], all but the first made of it (`builder.gate.batches.fill`).
     """
-    size = manifest.model.preprocessing.size
+    size, sampling = manifest.model.preprocessing.size, manifest.model.preprocessing.sampling
     saved = engine / manifest.file(layout.REFERENCE_INPUTS_FILE)
     if video is not None or not saved.is_file():  # not there: built with --no-verify
         with tempfile.TemporaryDirectory() as folder:
             path = video or draw_clip(Path(folder) / "drawn.mp4")
-            frames = load_clip(path, manifest.frames, size).frames
+            frames = load_clip(path, manifest.frames, size, sampling=sampling).frames
         name = "a drawn clip" if video is None else str(video)
         if manifest.batch == 1:
             return frames, name

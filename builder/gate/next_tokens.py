@@ -7,11 +7,12 @@ everything after it differs for no fault of the engine.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from earlytom.standing import frame_spans
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
 from runtime.text.prompt import build_prompt, splice
@@ -30,35 +31,46 @@ def decoder_parameters(text: Any) -> int:
     return text.num_hidden_layers * layer + tables * text.vocab_size * width
 
 
+class SeenTokens(NamedTuple):
+    """A video's visual tokens [N, E] fp32, and where they come from as in `runtime.vision.Encoded`."""
+
+    tokens: Tensor
+    positions: Tensor
+    sources: Tensor
+
+
 class NextTokens:
     """Compares two sets of visual tokens through the decoder of a checkpoint (fp32, on the CPU)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         model = load_model(checkpoint, torch.float32)
-        self.newline = checkpoint.family.closing(model.model)
+        self.family = checkpoint.family
+        self.per_frame = self.family.geometry(checkpoint.config).tokens_per_frame
+        self.closing = self.family.closing(model.model)
         self.embed = model.get_input_embeddings()
         self.language_model = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.decoder = Decoder.from_model(model)
-        self.prompt = build_prompt(load_tokenizer(checkpoint), QUESTION)
+        self.prompt = build_prompt(load_tokenizer(checkpoint), QUESTION, family=self.family)
 
-    def __call__(self, engine: Tensor, reference: Tensor) -> float:
-        """Share of places at which the most likely next token agrees, both [N, E] fp32."""
+    def __call__(self, engine: SeenTokens, reference: SeenTokens) -> float:
+        """Share of places at which the most likely next token agrees."""
+        mine, theirs = self._prompt(engine), self._prompt(reference)
         answer = torch.tensor(
-            list(self.decoder.stream(self._prompt(reference), max_new_tokens=ANSWER_TOKENS, stop_ids=())),
-            dtype=torch.long,
+            list(self.decoder.stream(theirs, max_new_tokens=ANSWER_TOKENS, stop_ids=())), dtype=torch.long
         )
-        mine, theirs = (self._following(tokens, answer) for tokens in (engine, reference))
-        return float((mine == theirs).float().mean())
+        return float((self._following(mine, answer) == self._following(theirs, answer)).float().mean())
 
-    def _prompt(self, tokens: Tensor) -> Tensor:
+    def _prompt(self, seen: SeenTokens) -> Tensor:
         """[1, L, E] embeddings of the prompt around the visual tokens."""
+        named = self.prompt.names is not None
+        spans = frame_spans(seen.positions, seen.sources, self.per_frame) if named else None
         with torch.no_grad():
-            return splice(self.prompt, tokens, self.newline, self.embed)
+            return splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
 
-    def _following(self, tokens: Tensor, answer: Tensor) -> Tensor:
+    def _following(self, prompt: Tensor, answer: Tensor) -> Tensor:
         """[len(answer)]: the most likely token at each place of the answer."""
         with torch.no_grad():
-            embeds = torch.cat([self._prompt(tokens), self.embed(answer[:-1])[None]], dim=1)
+            embeds = torch.cat([prompt, self.embed(answer[:-1])[None]], dim=1)
             hidden = self.language_model(inputs_embeds=embeds).last_hidden_state[0, -len(answer) :]
             return self.head(hidden).argmax(-1)

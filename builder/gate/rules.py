@@ -23,7 +23,10 @@ from earlytom.families import Vision
 from earlytom.method import Method, State
 from earlytom.methods.cells import Cells, CellsState, each_its_own, marks
 from earlytom.methods.earlytom import EarlyTom
+from earlytom.methods.published import VisionZip
 from earlytom.settings import MethodSettings
+from earlytom.untouched import VisionZipConfig
+from earlytom.visionzip import visionzip
 from runtime.engine import layout
 
 
@@ -211,8 +214,52 @@ class ForcedCells(Cells):
         return self.positions.clamp(0, len(salient) - 1)  # a position out of range fails as a token
 
 
+class VisionZipRule(Rule):
+    """See `Rule`: nothing is merged inside the tower, and the tokens follow from attention and features."""
+
+    decisions = ()
+    videos, videos_called = "relevance", "attention"
+
+    def __init__(self, config: VisionZipConfig) -> None:
+        super().__init__(())
+        self.config = config
+
+    def own(self) -> Method:
+        return VisionZip(self.config.retention_ratio)
+
+    def forced(self, taken: Arrays) -> Method:
+        found = ForcedVisionZip(self.config.retention_ratio)
+        found.by(*(torch.from_numpy(taken[name]) for name in ("features", "relevance")))
+        return found
+
+    def kept_frames(self, out: Arrays) -> list[int]:
+        return list(range(len(out["features"])))
+
+    def repeat_plans(self, out: Arrays, vision: Vision) -> float:
+        return 0.0
+
+    def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
+        features, relevance = (torch.from_numpy(out[name]) for name in ("features", "relevance"))
+        state = State(vision, [frames], torch.eye(frames))
+        return VisionZip(self.config.retention_ratio).choose(features, relevance, state)[1]
+
+
+class ForcedVisionZip(VisionZip):
+    """Chooses, and joins, by the attention and the features that a run of the graph had: its decisions, own tokens."""
+
+    def by(self, metric: Tensor, relevance: Tensor) -> None:
+        """[F, P, E] and [F, P] of that run."""
+        object.__setattr__(self, "taken", (metric, relevance))  # the class is frozen
+
+    def keep(self, features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        metric, own = self.taken  # type: ignore[attr-defined]
+        return visionzip(features, own, metric, count)
+
+
 def rule_of(settings: MethodSettings) -> Rule:
     """The rule of a method, from its settings."""
+    if isinstance(settings, VisionZipConfig):
+        return VisionZipRule(settings)
     return EarlyTomRule(settings) if isinstance(settings, EarlyTomConfig) else CellsRule(settings)
 
 

@@ -1,7 +1,8 @@
 """In what two engines differ, and why one was built although the other was there.
 
-`compare` takes two records as `builder.inspect.describe` makes them, and returns a third. It opens no file; that a
-folder was renamed it tells from its path. What a part of the cache key is set by follows from the options of a build.
+`compare` takes two records as `builder.inspection.record.describe` makes them, and returns a third. It opens no file;
+that a folder was renamed it tells from its path. What a part of the cache key is set by follows from the options of a
+build.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from builder.micro import packing
 from builder.micro.packing import IGNORE, Batch, Pack, Packer, Standing
+from earlytom.errors import UserError
 from earlytom.families import family_of
+from earlytom.inner_decoder import AppliedInner
 from earlytom.micro.data import Question
 
 BATCH = 16
@@ -52,6 +54,11 @@ class Scorer:
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
         self._model = model
+        if (family := family_of(model.config)).span_a_frame:
+            raise UserError(
+                f"questions are packed for families with one span a video, and {family.title} has one a frame: compare "
+                "methods with --coverage, or ask an engine (python -m runtime.ask)"
+            )
         self._packer = Packer(tokenizer)
         self._batch = batch
 
@@ -61,7 +68,11 @@ class Scorer:
 
     @torch.inference_mode()
     def score(
-        self, visual: Sequence[Tensor], packs: Sequence[Pack], standing: Sequence[Standing] | None = None
+        self,
+        visual: Sequence[Tensor],
+        packs: Sequence[Pack],
+        standing: Sequence[Standing] | None = None,
+        inner: AppliedInner | None = None,
     ) -> list[list[Outcome]]:
         """Ask every clip's questions.
 
@@ -69,12 +80,13 @@ class Scorer:
             visual: for each clip its visual tokens [N_i, E], without the newline; N_i may differ, and may be 0.
             packs: for each clip its questions, from `pack`; at least one question each.
             standing: for each clip what its tokens stand for; None tells nothing.
+            inner: what the decoder does with visual tokens on its way. It goes by the question, so each pack has one.
 
         Returns:
             For each clip, the outcomes in the order of its questions.
 
         Raises:
-            ValueError: not as many packs, or not as much to tell, as clips.
+            ValueError: not as many packs, or not as much to tell, as clips; several questions in a pack with `inner`.
         """
         if len(visual) != len(packs):
             raise ValueError(
@@ -82,6 +94,8 @@ class Scorer:
             )
         if standing is not None and len(standing) != len(visual):
             raise ValueError(f"{len(visual)} clips, and {len(standing)} of them are told of: expected all or none")
+        if inner is not None and any(pack.questions != 1 for pack in packs):
+            raise ValueError("inner merging goes by the question: expected packs of one question each")
         closing = family_of(self._model.config).closing(self._model.model)
         embed = self._model.get_input_embeddings()
         ends = [] if closing is None else [closing.detach()[None]]
@@ -91,11 +105,23 @@ class Scorer:
             some, told = packs[these], None if standing is None else standing[these]
             closed = [torch.cat((tokens.to(embed.weight), *ends)) for tokens in visual[these]]
             sequences = packing.batch(self._packer.prefix, closed, some, embed, standing=told)
-            scores = packing.logits(self._model, sequences)
+            scores = self._logits(sequences, [len(tokens) for tokens in visual[these]], inner)
             right = packing.right_answers(scores, sequences, some)
             said = _said(scores.argmax(-1), sequences, some)
             outcomes += [[*map(Outcome, *pair)] for pair in zip(right, said, strict=True)]
         return outcomes
+
+    def _logits(self, sequences: Batch, kept: Sequence[int], inner: AppliedInner | None) -> Tensor:
+        """[B, T, vocabulary]; `kept [B]` visual tokens of each sequence, without what closes them."""
+        if inner is None:
+            return packing.logits(self._model, sequences)
+        total, lead = sequences.embeddings.shape[1], len(self._packer.prefix)
+        place = torch.arange(total) - lead
+        visual = (place >= 0) & (place < torch.tensor(kept)[:, None])
+        # The prompt ends where the answer's first token should come next; the answer is fed in behind it.
+        last = total - sequences.target.shape[1] + (sequences.target != IGNORE).byte().argmax(1)
+        with inner.prompt(visual, last=last):
+            return packing.logits(self._model, sequences)
 
 
 def _said(likeliest: Tensor, sequences: Batch, packs: Sequence[Pack]) -> list[list[tuple[int, ...]]]:

@@ -79,9 +79,11 @@ class Int8Plan:
         return tuple(product for product in self.sites if product not in self.kept)
 
 
-def put_in(tower: nn.Module, projector: nn.Module, plan: Int8Plan, dtype: torch.dtype) -> None:
-    """Put int8 into a vision part in fp32, in place; `dtype` is that of the graph around the products."""
-    layers = list(tower.encoder.layers)  # type: ignore[union-attr, arg-type]
+def put_in(layers: Sequence[Any], projector: nn.Module, plan: Int8Plan, dtype: torch.dtype) -> None:
+    """Put int8 into a vision part in fp32, in place; `dtype` is that of the graph around the products.
+
+    `layers`: of its tower.
+    """
     for product in plan.chosen:
         smooth = plan.sites[product].smooth
         if smooth is not None and folds(product):

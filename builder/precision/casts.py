@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from builder.precision.int8 import Int8Linear
 from builder.precision.islands import DEFAULT, Islands
 from earlytom.errors import UserError
+from earlytom.families import DEFAULT_FAMILY, Family
 
 
 class TypedLayerNorm(nn.LayerNorm):
@@ -85,32 +86,46 @@ def set_precision(
 
 
 def set_vision_precision(
-    tower: nn.Module, projector: nn.Module, dtype: torch.dtype, islands: Islands = DEFAULT
+    tower: nn.Module,
+    projector: nn.Module,
+    dtype: torch.dtype,
+    islands: Islands = DEFAULT,
+    family: Family = DEFAULT_FAMILY,
 ) -> None:
     """Convert a vision tower and its projector in place to `dtype` with `islands` in fp32.
+
+    `family` says which module of a layer is which.
 
     Raises:
         UserError: a weight is too large for `dtype`.
     """
     if dtype == torch.float32:
         islands = DEFAULT  # there is nothing else to choose from
-    layers = list(tower.encoder.layers)  # type: ignore[union-attr, arg-type]
-    narrow = dtype != torch.float32
-    for layer in layers:
-        if narrow and (bias := layer.self_attn.k_proj.bias) is not None:
+    adapter = family.tower(tower)
+    layers = [adapter.parts(layer) for layer in adapter.layers]
+    for parts in layers:
+        bias = parts.attention.k_proj.bias
+        if dtype != torch.float32 and adapter.key_bias_cancels and bias is not None:
             bias.data = torch.zeros_like(bias)
-        if "gelu" in islands:
-            layer.mlp.activation_fn = Float32(layer.mlp.activation_fn)
     if "gelu" in islands:
-        projector.act = Float32(projector.act)  # type: ignore[arg-type]
-    wide = [f"encoder.layers.{layer}.self_attn" for layer in islands.attention]
-    wide += [f"encoder.layers.{layer}.mlp" for layer in islands.mlp]
-    wide += ["embeddings"] * ("embeddings" in islands)
-    set_precision(tower, dtype, wide=wide, norms="norms" in islands)
+        for module in (*(parts.mlp for parts in layers), projector):
+            _widen_activations(module)
+    kept = [layers[layer].attention for layer in islands.attention] + [layers[layer].mlp for layer in islands.mlp]
+    kept += [adapter.embeddings] * ("embeddings" in islands)
+    names = {module: name for name, module in tower.named_modules()}
+    set_precision(tower, dtype, wide=[names[module] for module in kept], norms="norms" in islands)
     set_precision(projector, dtype, wide=[""] * ("projector" in islands))
-    for index, layer in enumerate(layers):
-        layer.layer_norm1.result = torch.float32 if index in islands.attention else dtype
-        layer.layer_norm2.result = torch.float32 if index in islands.mlp else dtype
+    for index, parts in enumerate(layers):
+        for norm, wide in ((parts.attention_norm, islands.attention), (parts.mlp_norm, islands.mlp)):
+            if isinstance(norm, TypedLayerNorm):  # another kind answers in the dtype of what it is given
+                norm.result = torch.float32 if index in wide else dtype
+
+
+def _widen_activations(module: nn.Module) -> None:
+    """Put the functions among a module's parts, which have no weights, into fp32."""
+    for name, child in list(module.named_children()):
+        if not isinstance(child, nn.Dropout | nn.Identity) and next(child.parameters(), None) is None:
+            setattr(module, name, Float32(child))
 
 
 def _check_range(name: str, weight: Tensor, dtype: torch.dtype) -> None:

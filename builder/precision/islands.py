@@ -154,17 +154,19 @@ class Costs:
         from earlytom.families import family_of
         from earlytom.methods import method_of
 
-        vision, layers = config.model.vision_config, config.earlytom.merge_layers
+        family, layers = family_of(config.model), config.earlytom.merge_layers
         frame = config.geometry
-        self.width, self.inner, self.llm = frame.width, vision.intermediate_size, frame.llm_width
-        self.heads, self.patch = vision.num_attention_heads, frame.patch
-        self.size, self.tokens = frame.size, frame.patches
+        self.width, self.inner, self.llm = frame.width, frame.inner, frame.llm_width
+        self.heads, self.patch = frame.heads, frame.patch
+        self.size, self.patches, self.tokens = frame.size, frame.patches, frame.patches + frame.prefix
         self.pooled, self.stages, self.depth = config.tokens_per_frame, stages or config.stages, config.depth
         self.spans = layer_spans(layers, self.depth)
         self.frames = [self.stages[sum(merge < layer for merge in layers)] for layer in range(self.depth)]
         self.deciding = method_of(config.earlytom).watched(self.depth)
         self.kept = config.tokens if stages is None else config.tokens_of(self.stages[-1])
-        self.projector_flops = family_of(config.model).projector_flops(config.model, self.stages[-1])
+        self.projector_flops = family.projector_flops(config.model, self.stages[-1])
+        self.projector_rows = family.projector_rows(config.model)
+        self.projector_weights = family.projector_weights(config.model)
 
     def of(self, name: str) -> Cost:
         """The cost of one island; of a layered one, in all layers."""
@@ -197,7 +199,7 @@ class Costs:
     def _stage_products(self, stage: int, islands: Islands) -> tuple[int, int]:
         span, frames, size = self.spans[stage], self.stages[stage], self.tokens * self.width
         products, wide = self._layers(span, islands)
-        parts = [("similarity" in islands, 2 * frames**2 * size)]
+        parts = [("similarity" in islands, 2 * frames**2 * self.patches * self.width)]
         if stage == 0:
             parts.append(("embeddings" in islands, self._embeddings().products))
         if stage < len(self.spans) - 1:
@@ -269,8 +271,8 @@ class Costs:
         if self.deciding is None:  # frames are not compared with all others
             return Cost()
         # Before every merge, and once more for the segments of what is left.
-        products = sum(2 * self.tokens * n * n * self.width for n in self.stages)
-        elements = sum(self.tokens * n * (self.width + n) for n in self.stages)
+        products = sum(2 * self.patches * n * n * self.width for n in self.stages)
+        elements = sum(self.patches * n * (self.width + n) for n in self.stages)
         return Cost(products, 0, 0, _EXTRA * elements)
 
     def _logits(self) -> Cost:
@@ -281,7 +283,7 @@ class Costs:
         return Cost(2 * matrix * self.width, 0, 0, _EXTRA * elements)
 
     def _gelu(self) -> Cost:
-        elements = self.tokens * (self.inner * sum(self.frames) + self.llm * self.stages[-1])
+        elements = self.tokens * self.inner * sum(self.frames) + self.projector_rows * self.llm * self.stages[-1]
         return Cost(0, _GELU * elements, 0, _EXTRA * elements)
 
     def _residual(self) -> Cost:
@@ -293,15 +295,15 @@ class Costs:
 
     def _embeddings(self) -> Cost:
         area = 3 * self.patch**2
-        elements = self.stages[0] * self.tokens * self.width
+        elements = self.stages[0] * self.patches * self.width
         weights = self.width * (area + 1 + self.tokens)
         return Cost(2 * area * elements, elements, _EXTRA * weights, _EXTRA * elements)
 
     def _projector(self) -> Cost:
-        weights = self.llm * (self.width + self.llm + 2)
-        elements = self.stages[-1] * self.llm * (3 * self.tokens + self.pooled)
-        gelu = _GELU * self.stages[-1] * self.tokens * self.llm
-        return Cost(self.projector_flops, gelu, _EXTRA * weights, _EXTRA * elements)
+        rows = self.projector_rows
+        elements = self.stages[-1] * self.llm * (3 * rows + (0 if rows == self.pooled else self.pooled))
+        gelu = _GELU * self.stages[-1] * rows * self.llm
+        return Cost(self.projector_flops, gelu, _EXTRA * self.projector_weights, _EXTRA * elements)
 
     def _attention(self, layer: int) -> Cost:
         products = flops.encoder_layer(self.tokens, self.width, 0) * self.frames[layer]

@@ -17,6 +17,7 @@ from builder.settings.options import (
     WORKSPACE_GIB,
     check_batch,
     check_counts,
+    check_one_video,
     check_rounds,
     check_shapes,
     parse_target,
@@ -25,7 +26,8 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import TITLES
-from earlytom.settings import SETTINGS, MethodSettings
+from earlytom.settings import NOT_BUILT, SETTINGS, MethodSettings
+from earlytom.untouched import VisionZipConfig
 from runtime import cli, trt
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
         raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
     target = parse_target(options.target)
     _check_shapes(options)
+    check_one_video(options.method, batch=options.batch, chunk=options.chunk)
     if options.islands not in (None, islands.LIST):
         islands.check(options.islands)
     _check_int8(options)
@@ -196,10 +199,11 @@ def flags() -> dict[str, str]:
 def _method_options(group: Any) -> None:
     group.add_argument(
         "--method",
+        type=_built,
         choices=tuple(SETTINGS),
         default=EarlyTomConfig.method,
         help="earlytom: the published method (default); cells: frames merged cell by cell and diverse tokens, more "
-        "accurate with few tokens on the bundled model",
+        "accurate with few tokens on the bundled model; visionzip: no frame is merged, for comparison",
     )
     group.add_argument(
         "--ratio",
@@ -356,9 +360,16 @@ def _work_options(group: Any) -> None:
     group.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
 
 
+def _built(method: str) -> str:
+    """A method's name; ArgumentTypeError with the reason for one that runs in PyTorch alone."""
+    if method in NOT_BUILT:
+        raise argparse.ArgumentTypeError(f"{method} cannot be built into an engine: {NOT_BUILT[method]}")
+    return method
+
+
 def _has_kernels(method: MethodSettings) -> bool:
     """Whether one of the method's steps is a kernel of ours."""
-    return isinstance(method, EarlyTomConfig) or method.rounds is None
+    return isinstance(method, EarlyTomConfig) or (isinstance(method, CellsConfig) and method.rounds is None)
 
 
 # Options of one method alone.
@@ -376,6 +387,8 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
             "--threshold is for --schedule adaptive and --frame-budget auto: with fixed counts the frames that change "
             "most start groups; leave it out"
         )
+    if kind is VisionZipConfig:
+        _refuse_merging(options)
     changes: dict[str, Any] = {"schedule": options.schedule}
     if options.tau is not None:
         changes["tau"] = options.tau
@@ -399,9 +412,20 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     try:
         if options.preset is not None:
             return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
+        if kind is VisionZipConfig:
+            return VisionZipConfig(options.ratio)
         return kind(**(defaults | changes))
     except UserError as error:  # it names the settings; on a command line they are options
         raise UserError(_SETTING.sub(lambda match: _OPTIONS[match[0]], str(error))) from error
+
+
+def _refuse_merging(options: argparse.Namespace) -> None:
+    """Raise UserError for options about frames that are merged."""
+    given = {"--merge-layers": options.merge_layers, "--frame-budget": options.frame_budget}
+    given["--schedule adaptive"] = None if options.schedule == "budget" else options.schedule
+    for flag, value in given.items():
+        if value is not None:
+            raise UserError(f"--method {options.method} merges no frames: leave out {flag}")
 
 
 _OPTIONS = {

@@ -21,12 +21,19 @@ from builder.precision import products
 from builder.precision.islands import DEFAULT, Costs, Islands
 from builder.precision.products import Product
 from builder.settings.key import code_digest
-from builder.settings.options import WORKSPACE_GIB, check_batch, check_counts, check_rounds, check_shapes
+from builder.settings.options import (
+    WORKSPACE_GIB,
+    check_batch,
+    check_counts,
+    check_one_video,
+    check_rounds,
+    check_shapes,
+)
 from earlytom import flops
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.families import Geometry, family_of
+from earlytom.families import DEFAULT_FAMILY, Geometry, family_of
 from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint
 from runtime.engine.dtypes import DTYPES
@@ -97,8 +104,12 @@ class BuildConfig:
             batch=self.batch,
             chunk=self.chunk,
         )
+        check_one_video(method.method, batch=self.batch, chunk=self.chunk)
         if isinstance(method, CellsConfig):
             check_rounds(method.schedule, method.rounds, self.backend)
+        if self.int8 is not None and family_of(self.model) is not DEFAULT_FAMILY:
+            title = family_of(self.model).title
+            raise UserError(f"--int8 knows the products of {DEFAULT_FAMILY.title}, not of {title}: leave it out")
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:

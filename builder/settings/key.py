@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _APART = (
     "build",
     "cache",
+    "doctor",
     "evaluate",
     "evaluation",
     "gate/drift",
@@ -24,6 +25,7 @@ _APART = (
     "micro",
     "operators",
     "plugins/__main__",
+    "scripts",
     "settings/arguments",
     "settings/options",
     "show",

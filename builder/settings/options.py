@@ -83,6 +83,13 @@ def check_shapes(
             )
 
 
+def check_one_video(method: str, *, batch: int, chunk: int | None) -> None:
+    """Raise UserError for several videos at once, or chunks, of a method of the field."""
+    if method not in ("earlytom", "cells") and (batch > 1 or chunk is not None):
+        what = f"--chunk {chunk}" if chunk is not None else f"--batch {batch}"
+        raise UserError(f"--method {method} takes one whole video at a time: leave out {what}")
+
+
 def check_rounds(schedule: str, rounds: int | None, backend: str) -> None:
     """Raise UserError for tokens taken one after the other in a number that the video decides, in a compiled engine.
 

@@ -41,6 +41,7 @@ class CellsConfig:
     original_positions: ClassVar[bool] = True
     inner_layer: ClassVar[None] = None
     merges_inside: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
 
     retention_ratio: float = 0.1
     merge_layers: tuple[int, ...] = (6, 14, 20)

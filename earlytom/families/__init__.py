@@ -9,24 +9,28 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import Family, Features, Geometry, Vision, VisionModules
+from earlytom.families.family import SIZES, Family, Features, Geometry, Sampling, Vision, VisionModules
+from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 
 __all__ = [
     "DEFAULT_FAMILY",
     "FAMILIES",
     "LLAVA_ONEVISION",
+    "SIZES",
     "TITLES",
     "Family",
     "Features",
     "Geometry",
+    "Sampling",
     "Vision",
     "VisionModules",
+    "family_named",
     "family_of",
     "geometry",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL)}
 """The supported families by model type."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION
@@ -42,8 +46,12 @@ def family_of(config: Any) -> Family:
     Raises:
         UserError: it is not supported.
     """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
+    return family_named(getattr(config, "model_type", None))
+
+
+def family_named(model_type: object) -> Family:
+    """The family by its model type. Raises UserError where it is not supported."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 

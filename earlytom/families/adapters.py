@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from earlytom.errors import UserError
-from earlytom.towers import Tower, add
+from earlytom.towers import LayerParts, Tower, add
 
 
 class SiglipTower(Tower):
@@ -56,8 +56,8 @@ class Dinov2Tower(Tower):
         self.model = model
         self.layers = model.encoder.layer  # type: ignore[union-attr, assignment]
 
-    def attention_input(self, layer: Any, hidden: Tensor) -> tuple[Any, Tensor]:
-        return layer.attention, layer.norm1(hidden)
+    def parts(self, layer: Any) -> LayerParts:
+        return LayerParts(layer.norm1, layer.attention, layer.norm2, layer.mlp)
 
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
         attended, received = self.attention(*self.attention_input(layer, hidden), receive)

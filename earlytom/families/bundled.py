@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from earlytom.families.published import END, IMAGE, SPECIAL_TOKENS, STOP, VIDEO
+from earlytom.families.tokens import END, IMAGE, SPECIAL_TOKENS, STOP, VIDEO
 
 GRID, PATCH = 9, 8
 FRAMES = 16

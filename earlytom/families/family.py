@@ -13,14 +13,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from earlytom.towers import Tower
+
+
+Sampling = Literal["ends", "middles"]
+
+SIZES = {
+    "hidden_size": 1 << 15,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1 << 10,
+}
+"""Settings that transformers gives most models, and the largest of each that is believed: several times what any
+published model has."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class Geometry:
         step: frames of the video that the tower takes for one.
         depth: encoder layers that run.
         width: D; llm_width: E.
+        heads, inner: attention heads of a layer, and the width inside its MLP.
+        prefix: tokens a frame inside the tower that are not patches.
     """
 
     size: tuple[int, int]
@@ -45,6 +59,9 @@ class Geometry:
     depth: int
     width: int
     llm_width: int
+    heads: int
+    inner: int
+    prefix: int = 0
 
     @property
     def patches(self) -> int:
@@ -121,7 +138,17 @@ class Family(ABC):
         vision_names, decoder_names: what the canonical names of the tensors of either part begin with.
         closing_name, embeddings_name, head_name: canonical names of three tensors: what closes the visual tokens (None
             where nothing does), the decoder's embeddings, its output layer.
-        video_token: the text that stands for a video in a prompt.
+        video_token: the text that stands for a video in a rendered prompt.
+        visual_token: the text that stands for one visual token.
+        span_a_frame: whether every frame's visual tokens stand by themselves in a prompt, with a text that names the
+            frame (`before_frame`, `after_frame`, `between_frames`); else those of a video are one span.
+        sampling: which frames of a video are shown: "ends", from the first to the last, or "middles", those in the
+            middle of equal parts.
+        mean, std: of the pixels, where a checkpoint's files do not say.
+        pixels_name, features_name: what `generate` and the model call the pixels of a video, and the model's method
+            that makes visual tokens of them.
+        released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
+        vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
             tokens, and the encoder layer whose states are taken.
     """
@@ -138,6 +165,21 @@ class Family(ABC):
     embeddings_name: ClassVar[str]
     head_name: ClassVar[str]
     video_token: ClassVar[str]
+    visual_token: ClassVar[str]
+    span_a_frame: ClassVar[bool] = False
+    after_frame: ClassVar[str] = ""
+    between_frames: ClassVar[str] = ""
+    sampling: ClassVar[Sampling] = "ends"
+    mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    pixels_name: ClassVar[str] = "pixel_values_videos"
+    features_name: ClassVar[str] = "get_video_features"
+    released: ClassVar[bool] = False
+    vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
+        "image_size": 1 << 12,
+        "patch_size": 1 << 10,
+        "num_channels": 3,
+    }
     activations: ClassVar[tuple[str, ...]]
     token_ids: ClassVar[tuple[str, ...]]
     layer_setting: ClassVar[str]
@@ -159,12 +201,19 @@ class Family(ABC):
         """(rows, columns) of tokens that a grid of patches becomes."""
 
     @abstractmethod
-    def pool(self, values: Tensor) -> Tensor:
-        """Anything that patches have, [F', S, n], brought to the cells by the family's own pooling, [F', P, n]."""
+    def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Anything that patches have, [F', S, n], brought to the cells by the family's own pooling, [F', P, n].
+
+        `grid`: (rows, columns) of patches; a square by default.
+        """
 
     @abstractmethod
     def geometry(self, config: Any) -> Geometry:
         """Raises UserError for a configuration whose features EarlyTom cannot run on."""
+
+    @abstractmethod
+    def tower(self, tower: nn.Module) -> Tower:
+        """The adapter of a vision tower. Raises UserError where there is none."""
 
     @abstractmethod
     def vision(self, tower: nn.Module, projector: nn.Module) -> Vision:
@@ -239,6 +288,14 @@ class Family(ABC):
         """Those of the projector alone, on `frames` frames."""
 
     @abstractmethod
+    def projector_rows(self, config: Any) -> int:
+        """Rows of a frame that go through the projector: S where it runs before pooling, P behind it."""
+
+    @abstractmethod
+    def projector_weights(self, config: Any) -> int:
+        """How many values its weights have."""
+
+    @abstractmethod
     def vision_weights(self, config: Any) -> int:
         """How many values the weights of the vision part have."""
 
@@ -250,6 +307,40 @@ class Family(ABC):
     def closing(self, model: Any) -> nn.Parameter | None:
         """What follows the visual tokens of a video, [E]; None where nothing does. `model` as in `vision_of`."""
 
-    @abstractmethod
+    @property
+    def closing_tokens(self) -> int:
+        """How many tokens of a prompt that takes."""
+        return int(self.closing_name is not None)
+
+    def before_frame(self, number: int) -> str:
+        """Where frames have spans of their own: the text before the visual tokens of a frame of the video, from 0."""
+        raise NotImplementedError(f"{self.title} has one span a video")
+
+    def spans(self, config: Any, frames: int) -> tuple[int, ...]:
+        """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` frames."""
+        each = self.geometry(config).tokens_per_frame
+        return (each,) * frames if self.span_a_frame else (frames * each + self.closing_tokens,)
+
     def placeholders(self, config: Any, frames: int) -> int:
-        """How many placeholders the family's processor puts into a prompt for a video of `frames` frames."""
+        """How many placeholders those are together."""
+        return sum(self.spans(config, frames))
+
+    @abstractmethod
+    def videos(self, config: Any, pixels: Tensor, placeholders: Sequence[int]) -> list[list[Tensor]]:
+        """The videos [F, 3, H, W] of each prompt of a batch, of what the model's processor makes of them.
+
+        `placeholders`: how many each prompt has. Raises UserError where they do not fit the pixels.
+        """
+
+    @abstractmethod
+    def special_tokens(self, config: Any) -> dict[str, int]:
+        """The tokens of a published model's prompts that stand for themselves, and their ids, ascending."""
+
+    @property
+    def published(self) -> Mapping[str, Callable[[], Any]]:
+        """Configurations of published models by name, to measure without a download."""
+        return {}
+
+    def weight_role(self, name: str) -> str:
+        """A tensor's canonical name, as `earlytom.micro.weights` knows tensors of its kind."""
+        return name

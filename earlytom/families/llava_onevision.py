@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.family import Family, Features, Geometry, Vision, VisionModules
+from earlytom.families.tokens import SPECIAL_TOKENS, VIDEO
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:
@@ -58,11 +59,12 @@ class LlavaOnevision(Family):
     model_class = "LlavaOnevisionForConditionalGeneration"
     towers = ("siglip_vision_model",)
     frames = 32
+    released = True
     vision_names = (_TOWER, _PROJECTOR, _CLOSING)
     decoder_names = ("language_model.", "lm_head.")
     closing_name = _CLOSING
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
-    video_token = "<video>"
+    video_token = visual_token = VIDEO
     activations = ("projector_hidden_act",)
     token_ids = ("image_token_id", "video_token_id")
     layer_setting = "vision_feature_layer"
@@ -83,7 +85,7 @@ class LlavaOnevision(Family):
         rows, columns = grid
         return pooled_side(rows), pooled_side(columns)
 
-    def pool(self, values: Tensor) -> Tensor:
+    def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return pool(values)
 
     def geometry(self, config: Any) -> Geometry:
@@ -98,12 +100,17 @@ class LlavaOnevision(Family):
             depth=feature_depth(config),
             width=vision.hidden_size,
             llm_width=config.text_config.hidden_size,
+            heads=vision.num_attention_heads,
+            inner=vision.intermediate_size,
         )
 
-    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaOnevisionVision:
+    def tower(self, tower: nn.Module) -> Tower:
         from earlytom.families.adapters import tower_of
 
-        return LlavaOnevisionVision(tower_of(tower), projector)
+        return tower_of(tower)
+
+    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaOnevisionVision:
+        return LlavaOnevisionVision(self.tower(tower), projector)
 
     def modules(self, model: Any) -> VisionModules:
         return VisionModules(model.vision_tower, model.multi_modal_projector, model.image_newline)
@@ -160,11 +167,17 @@ class LlavaOnevision(Family):
 
     def vision_weights(self, config: Any) -> int:
         frame, inner = self.geometry(config), config.vision_config.intermediate_size
-        hidden, width = frame.width, frame.llm_width
+        hidden = frame.width
         layer = 4 * hidden * hidden + 2 * hidden * inner + 9 * hidden + inner  # products, biases, two layer norms
         embeddings = hidden * (3 * frame.patch * frame.patch + 1 + frame.patches)
-        projector = width * (hidden + width + 2)
-        return frame.depth * layer + embeddings + projector
+        return frame.depth * layer + embeddings + self.projector_weights(config)
+
+    def projector_rows(self, config: Any) -> int:
+        return self.geometry(config).patches
+
+    def projector_weights(self, config: Any) -> int:
+        frame = self.geometry(config)
+        return frame.llm_width * (frame.width + frame.llm_width + 2)
 
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id
@@ -172,8 +185,24 @@ class LlavaOnevision(Family):
     def closing(self, model: Any) -> nn.Parameter:
         return model.image_newline
 
-    def placeholders(self, config: Any, frames: int) -> int:
-        return frames * self.geometry(config).tokens_per_frame + 1
+    def videos(self, config: Any, pixels: Tensor, placeholders: Sequence[int]) -> list[list[Tensor]]:
+        if pixels.dim() != 5:
+            raise UserError(
+                "pixel_values_videos must be [videos, frames, 3, height, width], got "
+                f"{list(pixels.shape)}: make them with the model's own processor"
+            )
+        videos, frames = pixels.shape[:2]
+        full = self.placeholders(config, frames)
+        if sum(placeholders) != full * videos or any(count % full for count in placeholders):
+            raise UserError(
+                f"the prompt has {', '.join(map(str, placeholders))} video placeholders, but {videos} video(s) of "
+                f"{frames} frames take {full} each: make the prompt with the model's own processor"
+            )
+        each = iter(pixels)
+        return [[next(each) for _ in range(count // full)] for count in placeholders]
+
+    def special_tokens(self, config: Any) -> dict[str, int]:
+        return {token: config.text_config.bos_token_id + i for i, token in enumerate(SPECIAL_TOKENS)}
 
 
 LLAVA_ONEVISION = LlavaOnevision()

@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from earlytom.families.llava_onevision import LLAVA_ONEVISION
-
-END, START, STOP, IMAGE, VIDEO = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", LLAVA_ONEVISION.video_token
-SPECIAL_TOKENS = (END, START, STOP, IMAGE, VIDEO)
-"""In the order of their ids, which follow one another, here as in the published checkpoints."""
+from earlytom.families import FAMILIES, LLAVA_ONEVISION
+from earlytom.families.tokens import END, IMAGE, SPECIAL_TOKENS, STOP, VIDEO
 
 _FIRST_SPECIAL_ID = 151643  # of the tokenizer of Qwen2
 
@@ -49,7 +46,7 @@ def _published(**text: Any) -> Any:
 
 
 # The vocabularies are those of Qwen2 (151936 and 152064) and two tokens more, rounded up to a multiple of 64.
-PUBLISHED: dict[str, Callable[[], Any]] = {
+_LLAVA_ONEVISION: dict[str, Callable[[], Any]] = {
     "llava-onevision-qwen2-0.5b-ov": lambda: _published(
         hidden_size=896,
         intermediate_size=4864,
@@ -71,7 +68,8 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=False,
     ),
 }
-"""The published configurations by name."""
+PUBLISHED = _LLAVA_ONEVISION | {name: make for one in FAMILIES.values() for name, make in one.published.items()}
+"""The published configurations by name, of every family."""
 
 MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8
 """Between the bundled and the published ones, and the frames that it is measured with."""

@@ -1,2 +1,3 @@
 """HoliTom as pure functions: where segments begin (`segments`), and what stays of them (`compress`).
-`earlytom.methods.holitom` is the method made of them; what it does inside the language model is `earlytom.inner`."""
+`earlytom.methods.published.holitom` is the method made of them; what it does inside the language model is
+`earlytom.inner`."""

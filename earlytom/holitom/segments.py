@@ -21,6 +21,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 
 NORM_FLOOR = 1e-8
+BLOCK = 2  # frames
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ def similarity(features: Tensor, *, dtype: torch.dtype | None = torch.float32) -
     """Cosine of each position with itself one frame later, `features [T, S, D]` to [T-1, S], computed in `dtype` (None:
     that of the features, as released)."""
     x = features if dtype is None else features.to(dtype)
+    # A few frames at a time: their products stay in the cache, and a long video is read from memory once.
+    blocks = list(zip(x[:-1].split(BLOCK), x[1:].split(BLOCK), strict=True))
+    dot = torch.cat([(one * next_).sum(-1) for one, next_ in blocks]) if blocks else x.new_zeros(0, x.shape[1])
     length = x.norm(dim=-1)
-    dot = (x[1:] * x[:-1]).sum(-1)
     return dot / (length[1:] * length[:-1]).clamp_min(NORM_FLOOR if x.dtype == torch.float32 else 1e-4)
 
 
@@ -59,9 +62,8 @@ def steady_since(steady: Tensor) -> Tensor:
 
 def static_table(since: Tensor) -> Tensor:
     """How many positions are static from frame a to frame b, `since [T, S]` to [T (b), T (a)] int64."""
-    frames = since.shape[0]
-    exact = since[:, None] <= torch.arange(frames, device=since.device)[:, None]  # [b, a, S]
-    return exact.sum(-1)
+    begun = torch.zeros(since.shape[0], since.shape[0], dtype=torch.int64, device=since.device)
+    return begun.scatter_add(1, since, torch.ones_like(since)).cumsum(1)  # whole numbers, so any order will do
 
 
 def best_cuts(table: np.ndarray, max_window: int) -> list[tuple[int, int]]:

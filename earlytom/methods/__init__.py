@@ -1,7 +1,8 @@
 """Methods, by name: who decides which frames and which tokens of a video the LLM sees.
 
 What a method is, and when its hooks are called, says `earlytom.method.Method`. A new one is a module here and its
-class in `METHODS`. To be built into an engine it also needs its steps in ONNX, see `builder.export.vision.FORMS`.
+class in `METHODS`, or `published.PUBLISHED`; README.md here shows one. To be built into an engine it also needs its
+steps in ONNX, see `builder.export.vision.FORMS`.
 """
 
 from __future__ import annotations
@@ -12,26 +13,15 @@ from typing import Any
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.method import Method
-from earlytom.methods.bvllm import BVLLMStyle
 from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
-from earlytom.methods.dycoke import DyCoke
 from earlytom.methods.earlytom import EachVideo, EarlyTom
-from earlytom.methods.fastvid import FastVID
-from earlytom.methods.flashvid import FlashVID
-from earlytom.methods.holitom import HoliTom
-from earlytom.methods.pooled import Pooled
-from earlytom.methods.tempme import TempMe, ToMe
-from earlytom.methods.unicomp import UniComp
-from earlytom.methods.visionzip import VisionZip
-from earlytom.methods.vqtoken import VQToken
+from earlytom.methods.published import NEED_TRAINING, PUBLISHED, VisionZip
 from earlytom.settings import MethodSettings
+from earlytom.untouched import VisionZipConfig
 
-# Comparison methods of the field; each says in its module what is as published and what is not.
-_PUBLISHED = (HoliTom, VQToken, ToMe, TempMe, BVLLMStyle, VisionZip, FastVID, DyCoke, UniComp, FlashVID, Pooled)
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling, *_PUBLISHED)
-}
+_OWN: tuple[type[Method], ...] = (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _OWN} | dict(PUBLISHED)
 """All methods by name."""
 
 
@@ -39,8 +29,10 @@ def by_name(name: str, settings: Mapping[str, Any]) -> Method:
     """The method `name` with its settings as `Method.to_dict` gives them.
 
     Raises:
-        UserError: there is no such method, or these are no settings of it.
+        UserError: there is no such method, it needs trained modules, or these are no settings of it.
     """
+    if name in NEED_TRAINING:
+        raise UserError(f"method {name!r} needs trained modules: {NEED_TRAINING[name]}")
     if name not in METHODS:
         raise UserError(f"no method named {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name].from_dict(settings)
@@ -50,6 +42,8 @@ def method_of(config: MethodSettings | Method) -> Method:
     """A method as it is, or the one whose settings these are."""
     if isinstance(config, Method):
         return config
+    if isinstance(config, VisionZipConfig):
+        return VisionZip(config.retention_ratio)
     return EarlyTom(config) if isinstance(config, EarlyTomConfig) else Cells(config)
 
 

@@ -22,6 +22,7 @@ from earlytom.budget import dynamic_tokens, effective_ratio, frames_per_stage, s
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import Vision
+from earlytom.inner import InnerSettings
 from earlytom.merge import apply_weights
 from earlytom.method import SEVERAL_NEED_BUDGET, Counts, Method, Note, State
 from earlytom.select import select_varying
@@ -37,7 +38,7 @@ class EarlyTom(Method):
         self.layers = config.merge_layers
         if config.merges_inside:
             assert config.inner_layer is not None  # that is what merges_inside says
-            self.inner = (config.inner_layer, config.inner_ratio)
+            self.inner = InnerSettings(config.inner_layer, config.inner_ratio)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:

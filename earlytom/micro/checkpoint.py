@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from earlytom.families.bundled import CHAT_TEMPLATE, CONTEXT, VOCABULARY, preprocessing
-from earlytom.families.published import SPECIAL_TOKENS
+from earlytom.families.tokens import SPECIAL_TOKENS
 from earlytom.micro import ACCURACY_FILE, TRAINING_FILE
 from earlytom.micro.corpus import sentences
 from earlytom.micro.progress import without_progress_bars

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from earlytom.families import family_of
-from earlytom.families.published import END, SPECIAL_TOKENS, STOP
+from earlytom.families.tokens import END, SPECIAL_TOKENS, STOP
 from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.weights import random_state
 
@@ -49,8 +50,16 @@ def greedy(config: Any) -> GenerationConfig:
     )
 
 
-def make_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], context: int) -> Qwen2Tokenizer:
-    """A tokenizer with the pipeline of Qwen2. A special token in `vocabulary` keeps its id; others get the next ids."""
+def make_tokenizer(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    context: int,
+    special: Sequence[str] = SPECIAL_TOKENS,
+) -> Qwen2Tokenizer:
+    """A tokenizer with the pipeline of Qwen2. A special token in `vocabulary` keeps its id; others get the next ids.
+
+    The first of `special` is `END`, which the constructor adds.
+    """
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
 
@@ -58,11 +67,11 @@ def make_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], co
         vocab=vocabulary,
         merges=merges,  # type: ignore[arg-type]
         unk_token=None,  # type: ignore[arg-type]
-        eos_token=END,  # the constructor adds it, and the first token added must be the first of SPECIAL_TOKENS
+        eos_token=END,
         pad_token=END,
         model_max_length=context,
     )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.eos_token = STOP
     return tokenizer
 
@@ -74,8 +83,8 @@ def published_tokenizer(bundled: PreTrainedTokenizerBase, config: Any) -> Qwen2T
     """
     text: Any = config.text_config
     model = json.loads(bundled.backend_tokenizer.to_str())["model"]
-    moved = {token: text.bos_token_id + i for i, token in enumerate(SPECIAL_TOKENS)}
+    moved = family_of(config).special_tokens(config)
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = make_tokenizer(model["vocab"] | moved, merges, text.max_position_embeddings)
+    tokenizer = make_tokenizer(model["vocab"] | moved, merges, text.max_position_embeddings, list(moved))
     tokenizer.chat_template = bundled.chat_template
     return tokenizer

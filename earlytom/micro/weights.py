@@ -60,7 +60,7 @@ _NORM_STD = 0.1
 
 
 def _moments(name: str, shape: Sequence[int], family: Family) -> tuple[float, float]:
-    """Mean and standard deviation of the tensor `name`."""
+    """Mean and standard deviation of a tensor of the role `name`."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     if "norm" in module:
         return (1.0 if name.endswith("weight") else 0.0), _NORM_STD
@@ -85,9 +85,10 @@ def random_tensor(
     `name` is first brought to its canonical form. The values depend on the name, the shape and the seed only.
     """
     name = family.canonical_name(name)
+    role = family.weight_role(name)
     key = hashlib.sha256(f"{SCHEME}:{seed}:{name}".encode()).digest()
     words = np.random.PCG64(int.from_bytes(key[:16], "little"))
-    mean, std = _moments(name, shape, family)
+    mean, std = _moments(role, shape, family)
     tensor = torch.empty(tuple(shape), dtype=dtype)
     flat = tensor.view(-1)
     for start in range(0, flat.numel(), _BLOCK):

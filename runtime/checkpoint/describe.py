@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class Checkpoint:
     def _digest(self) -> str:
         settings = {
             **self.family.vision_settings(self.config),
-            "preprocessing": asdict(self.preprocessing),
+            "preprocessing": self.preprocessing.settings(),
         }
         sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         shapes = self.vision_shapes
@@ -222,5 +222,5 @@ def _describe_random(label: str) -> Checkpoint:
     config = known[name]()
     family = family_of(config)
     frames = MID_SIZE_FRAMES if name == MID_SIZE else family.frames
-    preprocessing = Preprocessing(family.geometry(config).size)
+    preprocessing = Preprocessing(family.geometry(config).size, family.mean, family.std, family.sampling)
     return Checkpoint(label, f"random-{name}", config, preprocessing, trained=False, frames=frames)

@@ -53,7 +53,7 @@ def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> Vi
         with checkpoint.files.in_memory():
             for name, tensor in checkpoint.weights.tensors(shapes, family.vision_names):
                 state[name] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
-                _check_finite(name, state[name], checkpoint.files)
+                check_finite(name, state[name], checkpoint.files)
     with torch.device("meta"):
         part = VisionPart(family.new_modules(checkpoint.config))
     part.load_state_dict({family.module_name(name): tensor for name, tensor in state.items()}, assign=True)
@@ -89,7 +89,7 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         checkpoint.check_weights()
         for name, tensor in checkpoint.weights.by_file(wanted, (*family.decoder_names, *closing)):
             state[names[name]] = tensor.to(dtype, copy=True)
-            _check_finite(name, state[names[name]], files)
+            check_finite(name, state[names[name]], files)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     inner: Any = model.get_decoder()
@@ -135,7 +135,7 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Any
         if names := sorted(map(str, report[f"{kind}_keys"])):
             raise files.error(f"{kind} tensors in the weights: {some(names)}; the checkpoint is not complete")
     for name, parameter in model.named_parameters():
-        _check_finite(name, parameter.detach(), files)
+        check_finite(name, parameter.detach(), files)
     return model.eval()
 
 
@@ -170,7 +170,7 @@ def _empty_decoder(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _check_finite(name: str, tensor: Tensor, files: Files) -> None:
+def check_finite(name: str, tensor: Tensor, files: Files) -> None:
     """Refuse NaN and infinity, in one pass without a copy: both extremes of a tensor with NaN are NaN."""
     if not torch.stack(tensor.aminmax()).isfinite().all():
         raise files.error(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
-from earlytom.families import family_of, geometry
+from earlytom.families import Sampling, family_of, geometry
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
 
@@ -20,11 +20,19 @@ _BICUBIC = 3
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to a frame before the tower: resize to `size` (height, width), divide by 255, normalise."""
+    """What happens to a frame before the tower: resize to `size` (height, width), divide by 255, normalise.
+
+    `sampling`: which frames of a video are shown, as in `earlytom.families.Family`.
+    """
 
     size: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    sampling: Sampling = "ends"
+
+    def settings(self) -> dict[str, Any]:
+        """What the vision part is fed with, in plain JSON types; the usual sampling is not named."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("sampling", "ends")}
 
     def affine(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Scale and shift, fp32 [1, 3, 1, 1]: values from 0 to 255 times the one plus the other are normalised."""
@@ -49,7 +57,7 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
     try:
         frames = 0 if not isinstance(video, dict) else video.get("num_frames") or 0
         frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family_of(config).frames
-        found = Preprocessing(_size(raw), *_normalisation(raw))
+        found = Preprocessing(_size(raw), *_normalisation(raw), family_of(config).sampling)
     except UserError as error:
         raise files.error(f"its preprocessing settings cannot be used: {error}") from error
     if found.size != (wanted := geometry(config).size):

@@ -6,30 +6,23 @@ of that size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families import FAMILIES, TITLES, Family
+from earlytom.families import FAMILIES, SIZES, TITLES, Family
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
 
 CONFIG = "config.json"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# The largest of each that is taken for a size: several times what any published model has.
-_SIZES = {
-    "hidden_size": 1 << 15,
-    "intermediate_size": 1 << 18,
-    "num_hidden_layers": 256,
-    "num_attention_heads": 1 << 10,
-}
-_VISION_SIZES = _SIZES | {"image_size": 1 << 12, "patch_size": 1 << 10, "num_channels": 3}
-_TEXT_SIZES = _SIZES | {
+_TEXT_SIZES = SIZES | {
     "num_key_value_heads": 1 << 10,
     "head_dim": 1 << 12,
     "vocab_size": 1 << 22,
     "max_position_embeddings": 1 << 27,
 }
+_MAY_BE_PAIRS = ("image_size", "patch_size")
 _MAY_BE_NULL = ("head_dim", "num_key_value_heads")
 
 
@@ -51,14 +44,14 @@ def read_config(files: Files) -> tuple[dict[str, Any], Any]:
     for where in (raw, *sections.values()):
         if where.get("quantization_config"):
             raise files.error("quantised weights are not supported; use the original checkpoint")
-    for name, sizes in (("vision_config", _VISION_SIZES), ("text_config", _TEXT_SIZES)):
+    for name, sizes in (("vision_config", family.vision_sizes), ("text_config", _TEXT_SIZES)):
         _check_sizes(files, name, sections[name].get, {size: sizes[size] for size in sizes if size in sections[name]})
     try:
         family.check(raw)
     except UserError as error:
         raise files.error(str(error)) from error
     config = _parse(files, raw, family)
-    _check_vision(files, config.vision_config)
+    _check_vision(files, config.vision_config, family)
     _check_text(files, config.text_config)
     for name in family.activations:
         _check_activation(files, name, getattr(config, name))
@@ -120,14 +113,14 @@ def _parse(files: Files, raw: dict[str, Any], family: Family) -> Any:
     return config
 
 
-def _check_vision(files: Files, vision: Any) -> None:
+def _check_vision(files: Files, vision: Any, family: Family) -> None:
     of = "vision_config"
-    _check_sizes(files, of, lambda name: getattr(vision, name, None), _VISION_SIZES)
+    _check_sizes(files, of, lambda name: getattr(vision, name, None), family.vision_sizes)
     if vision.num_channels != 3:
         raise files.error(f"num_channels of {of} must be 3 (red, green, blue), got {vision.num_channels}")
     if vision.hidden_size % vision.num_attention_heads:
         raise files.error(f"{of} has {vision.num_attention_heads} heads, which do not divide {vision.hidden_size}")
-    if vision.patch_size > vision.image_size:
+    if any(patch > side for patch, side in zip(_pair(vision.patch_size), _pair(vision.image_size), strict=True)):
         raise files.error(f"{of} has patches of {vision.patch_size} in images of {vision.image_size} pixels")
     _in(files, of, lambda: real("layer_norm_eps", vision.layer_norm_eps, 0, low_open=True))
     _check_activation(files, f"hidden_act of {of}", vision.hidden_act)
@@ -135,9 +128,7 @@ def _check_vision(files: Files, vision: Any) -> None:
 
 def _check_text(files: Files, text: Any) -> None:
     of = "text_config"
-    sizes = {
-        name: most for name, most in _TEXT_SIZES.items() if name in _SIZES or getattr(text, name, None) is not None
-    }
+    sizes = {name: most for name, most in _TEXT_SIZES.items() if name in SIZES or getattr(text, name, None) is not None}
     _check_sizes(files, of, lambda name: getattr(text, name, None), sizes | {"vocab_size": _TEXT_SIZES["vocab_size"]})
     heads, width = text.num_attention_heads, text.hidden_size
     shared = getattr(text, "num_key_value_heads", None) or heads
@@ -158,12 +149,18 @@ def _check_text(files: Files, text: Any) -> None:
         text.pad_token_id = None
 
 
-def _check_sizes(files: Files, section: str, get: Callable[[str], Any], most: dict[str, int]) -> None:
+def _check_sizes(files: Files, section: str, get: Callable[[str], Any], most: Mapping[str, int]) -> None:
     for name, limit in most.items():
         value = get(name)
         if value is None and name in _MAY_BE_NULL:
             continue
-        _in(files, section, lambda name=name, value=value, limit=limit: whole(name, value, 1, limit))  # type: ignore[misc]
+        for one in _pair(value) if name in _MAY_BE_PAIRS else (value,):
+            _in(files, section, lambda name=name, one=one, limit=limit: whole(name, one, 1, limit))  # type: ignore[misc]
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    """(height, width) of a setting that may be one number for both."""
+    return (value[0], value[1]) if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
 
 
 def _check_activation(files: Files, name: str, kind: Any) -> None:

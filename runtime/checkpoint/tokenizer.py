@@ -28,7 +28,8 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
     """The tokenizer in `files`; raises `UserError` as `runtime.checkpoint.load_tokenizer` does."""
     from transformers import AutoTokenizer
 
-    video = family_of(config).video_token
+    family = family_of(config)
+    visual = family.visual_token
     if not files.has("tokenizer.json") and not files.has("vocab.json"):
         raise files.error(
             "it has neither tokenizer.json nor vocab.json; expected the tokenizer's files beside the weights"
@@ -47,8 +48,11 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
             local_files_only=True,
             trust_remote_code=False,
         )
-        known, largest = tokenizer.get_added_vocab().get(video), max(tokenizer.get_vocab().values(), default=0)
-        tokenizer(video, verbose=False)  # what settings of no sense fail on
+        known = tokenizer.get_added_vocab().get(visual)
+        # What stands for a video alone is replaced before the model sees it, and may have an id that it does not have.
+        ids = (id for text, id in tokenizer.get_vocab().items() if text == visual or text != family.video_token)
+        largest = max(ids, default=0)
+        tokenizer(visual, verbose=False)  # what settings of no sense fail on
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
     except BaseException as error:
@@ -65,8 +69,8 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise files.error("it has no chat template; expected chat_template.jinja or chat_template.json")
-    if known != config.video_token_id:
-        raise files.error(f"its tokenizer has the id {known} for {video}, and config.json says {config.video_token_id}")
+    if known != (wanted := family.video_token_id(config)):
+        raise files.error(f"its tokenizer has the id {known} for {visual}, and config.json says {wanted}")
     return tokenizer
 
 

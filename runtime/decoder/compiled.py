@@ -193,7 +193,7 @@ class CompiledDecoder(Decoder):
     def prefill(
         self,
         inputs_embeds: Tensor,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -208,7 +208,7 @@ class CompiledDecoder(Decoder):
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         prefix: Prefix | None = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,

@@ -78,6 +78,7 @@ class Decoder:
     Attributes:
         limit: the most positions that a prompt and its answer may take together.
         device, dtype: of the model.
+        concurrent: streams at a time.
         replay: its `reason` says why decode steps are not CUDA graphs, if they are not. To be cleared when weights
             have moved.
 
@@ -85,6 +86,8 @@ class Decoder:
         ValueError: a bucket below 1.
         UserError: `inner` does not fit the model.
     """
+
+    concurrent = 1
 
     def __init__(
         self,
@@ -133,6 +136,9 @@ class Decoder:
         with torch.no_grad():  # no inference tensors: the caller may write the video's tokens into the result
             return self._embedding(to_device(ids, self.device))
 
+    def close(self) -> None:
+        """Nothing is held elsewhere: its memory goes with it."""
+
     def warm_up(self, lengths: Iterable[int], *, positions: bool = False, bias: bool = False) -> None:
         """Allocate caches, capture decode steps and run each once, so that no request pays for it.
 
@@ -158,7 +164,7 @@ class Decoder:
     def prefill(
         self,
         inputs_embeds: Tensor,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -202,7 +208,7 @@ class Decoder:
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         sampling: Sampling = GREEDY,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
         prefix: Prefix | None = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
@@ -256,7 +262,7 @@ class Decoder:
         merged: InnerPrompt | None = None
         if visual and self._merges(visual):
             mask = torch.zeros(1, length, dtype=torch.bool)
-            mask[0, visual.start : visual.stop] = True
+            mask[0, list(visual)] = True
             merged = InnerPrompt.of(mask)
         return self._generate(inputs_embeds, max_new_tokens, frozenset(stop_ids), sampling, merged, prefix, placed)
 
@@ -409,7 +415,7 @@ class Decoder:
         positions: Tensor | None,
         bias: Tensor | None,
         prefix: Prefix | None = None,
-        visual: range | None = None,
+        visual: Sequence[int] | None = None,
     ) -> Placed | None:
         """Where the `length` tokens of a prompt after a prefix stand. Raises UserError where they cannot."""
         placed = Placed.of(length, positions, bias, prefix, self.device)
@@ -417,7 +423,7 @@ class Decoder:
             refuse_places(placed, self._config, merging=self._merges(visual))
         return placed
 
-    def _merges(self, visual: range | None) -> bool:
+    def _merges(self, visual: Sequence[int] | None) -> bool:
         return self._inner is not None and bool(visual)
 
 

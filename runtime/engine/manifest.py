@@ -67,6 +67,7 @@ _BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the cal
 _SEAL = "manifest_sha256"
 # Fields that are not written where they have this value.
 _OPTIONAL_OF_MODEL = ("answers", "commit")  # None
+_SAMPLING = "ends"
 _OPTIONAL: dict[str, Any] = {
     "islands": None,
     "int8": None,
@@ -342,6 +343,8 @@ class Manifest:
         for name in _OPTIONAL_OF_MODEL:
             if values["model"][name] is None:
                 del values["model"][name]
+        if values["model"]["preprocessing"]["sampling"] == _SAMPLING:
+            del values["model"]["preprocessing"]["sampling"]
         return values
 
     @classmethod
@@ -362,9 +365,10 @@ class Manifest:
             check(False, "frame_counts", "null or several frame counts", counts)  # one alone is for `at`
         if isinstance(rest.get("model"), Mapping):
             model = dict.fromkeys(_OPTIONAL_OF_MODEL) | dict(rest["model"])
-            model["preprocessing"] = record_of(
-                PreprocessingRecord, model.get("preprocessing"), "manifest: model: preprocessing"
-            )
+            prepared = model.get("preprocessing")
+            if isinstance(prepared, Mapping):
+                prepared = {"sampling": _SAMPLING} | dict(prepared)
+            model["preprocessing"] = record_of(PreprocessingRecord, prepared, "manifest: model: preprocessing")
             rest["model"] = record_of(ModelRecord, model, "manifest: model")
         if isinstance(rest.get("files"), Mapping):
             rest["files"] = {

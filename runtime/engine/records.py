@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from earlytom.families import Sampling
 from earlytom.numbers import shown
 from runtime.engine.layout import MANIFEST_FILE
 from runtime.errors import EngineError
@@ -43,13 +44,17 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class PreprocessingRecord:
-    """How frames become pixels: `size` (H, W) to resize to; `mean` and `std` (RGB) of the engine's normalisation."""
+    """How frames become pixels: `size` (H, W) to resize to; `mean` and `std` (RGB) of the engine's normalisation; which
+    frames of a video are shown, see `runtime.video.sample_indices` ("ends" is not written)."""
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    sampling: Sampling = "ends"
 
     def __post_init__(self) -> None:
+        known = get_args(Sampling)
+        check(self.sampling in known, "preprocessing: sampling", " or ".join(known), self.sampling)
         for name, length in (("size", 2), ("mean", 3), ("std", 3)):
             value = getattr(self, name)
             good = is_count if name == "size" else is_number

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.settings import FIELD
 from runtime import cli
 from runtime.choices import MIN_FRAMES
 from runtime.engine.folder import ENGINES, newest_engine
@@ -28,6 +29,7 @@ what is measured:
   naive      EarlyTom as first released: attention formed in every layer, Python loops over frames
   adaptive   this project in PyTorch, with the decisions of the naive form
   budget     this project in PyTorch, fixed frame counts
+  holitom, visionzip, ...  a method of the field (earlytom.methods) in PyTorch, corrected form
   --engine   an engine folder, with each backend that runs it here
 
 examples:
@@ -125,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--ratio", type=float, default=0.1, metavar="R", help="retention ratio (default: 0.1)")
     what.add_argument("--merge-layers", type=layers, metavar="A,B,C", help="or none (default: those of the tower)")
     what.add_argument("--tau", type=float, default=0.8, help="similarity threshold of a segment (default: 0.8)")
-    what.add_argument("--variants", type=names, metavar="LIST", help=f"default: {','.join(VARIANTS)}")
+    what.add_argument("--variants", type=names, metavar="LIST", help=f"default: {','.join(VARIANTS)}; or of the field")
     what.add_argument(
         "--engine", type=Path, action="append", default=[], metavar="DIR", help="an engine folder; may be repeated"
     )
@@ -280,8 +282,13 @@ def names(text: str) -> tuple[str, ...]:
     """A list of variants."""
     found = _split(text, str)
     for name in found:
-        if name not in VARIANTS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(VARIANTS)} (or none)")
+        if name == "fastv":
+            raise argparse.ArgumentTypeError(
+                "fastv acts inside the language model: python -m builder.evaluate --methods fastv measures it"
+            )
+        if name not in VARIANTS and name not in FIELD:
+            of = f"{', '.join(VARIANTS)} (or none), nor of the field: {', '.join(sorted(FIELD))}"
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {of}")
     return found
 
 

@@ -45,8 +45,15 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     bench = Bench(checkpoint, asked.question, device, dtype)
     for count in (frames, *asked.scale_frames):
         bench.check(count, asked.max_new_tokens)
-    variants = [bench.variant(name, config, frames) for name in asked.variants]
     missing: list[str] = []
+    names = asked.variants
+    if "naive" in names and not bench.family.released:
+        names = tuple(name for name in names if name != "naive")
+        missing.append(f"naive: EarlyTom was not released for {bench.family.title}")
+    variants = [bench.variant(name, config, frames) for name in names]
+    for ratio in asked.scale_ratios:  # a method that does not have it is refused now
+        for one in names:
+            bench.variant(one, config.replace(retention_ratio=ratio), frames)
     for folder, manifest in zip(asked.engine, manifests, strict=True):
         found, left_out = bench.engines(folder, manifest)
         variants += found

@@ -43,7 +43,7 @@ class MeasuredRequest:
         tpot: mean time of each further token.
         total: from the call to the last token.
         tokens: the answer's ids.
-        visual_tokens: N, without the closing newline.
+        visual_tokens: N, without what closes them.
         frames_per_stage: frames before the first merge and after each one.
     """
 
@@ -64,7 +64,8 @@ class VariantRunner:
 
     def clip(self, variant: Variant) -> Clip:
         """The video, decoded and resized for a variant."""
-        return load_clip(self.video, variant.frames, self.bench.checkpoint.preprocessing.size)
+        prepared = self.bench.checkpoint.preprocessing
+        return load_clip(self.video, variant.frames, prepared.size, sampling=prepared.sampling)
 
     def answer(self, variant: Variant, clip: Clip | None = None) -> MeasuredRequest:
         """One request; a clip that was decoded before takes no time."""
@@ -79,8 +80,8 @@ class VariantRunner:
         laps("copy")
         seen = variant.see(ready)
         laps("vision")
-        newline = None if seen.newline else bench.newline
-        embeds = splice(bench.prompt, seen.tokens, newline, variant.decoding.embed)
+        ending = None if seen.closed else bench.closing
+        embeds = splice(bench.prompt, seen.tokens, ending, variant.decoding.embed, bench.spans(seen))
         laps("splice")
         with closing(variant.decoding.stream(embeds, self.new_tokens)) as source:
             ids = [next(source)]
@@ -99,7 +100,7 @@ class VariantRunner:
             decoding / (len(ids) - 1),
             ttft + decoding,
             tuple(ids),
-            len(seen.tokens) - seen.newline,
+            len(seen.tokens) - seen.closed,
             seen.frames_per_stage,
         )
 

@@ -60,7 +60,7 @@ def encode_naive(
         UserError: another schedule, another tower, or a merge layer that it does not have.
     """
     tower: Any = vision_model
-    if config.schedule != "adaptive" or tower.config.model_type not in family.towers:
+    if config.schedule != "adaptive" or not family.released or tower.config.model_type not in family.towers:
         raise UserError(
             f"the naive baseline has the adaptive schedule and a {family.tower_title} tower, got {config.schedule} and "
             f"{tower.config.model_type}: measure without it (--variants)"

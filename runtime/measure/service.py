@@ -41,8 +41,8 @@ class Service:
     def __init__(self, pipeline: Pipeline, video: Path, question: str, new_tokens: int) -> None:
         self.pipeline, self.video, self.question = pipeline, video, question
         self.how: dict[str, Any] = {"max_new_tokens": new_tokens}
-        size = pipeline.manifest.model.preprocessing.size
-        self.clip: Clip = load_clip(video, pipeline.manifest.frames, size)
+        prepared = pipeline.manifest.model.preprocessing
+        self.clip: Clip = load_clip(video, pipeline.manifest.frames, prepared.size, sampling=prepared.sampling)
 
     def fresh(self) -> Answer:
         return self.pipeline.ask(self.video, self.question, **self.how)

@@ -116,7 +116,8 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     requests = asked.soak or 0
     with opened(asked, waiting=asked.soak_clients) as pipeline:
         manifest = pipeline.manifest
-        clip = load_clip(video, manifest.frames, manifest.model.preprocessing.size)
+        prepared = manifest.model.preprocessing
+        clip = load_clip(video, manifest.frames, prepared.size, sampling=prepared.sampling)
         trace.line(f"{manifest.name} ({pipeline.vision.name}), {asked.soak} requests of {asked.soak_clients} ...")
         found = soak(
             pipeline,

@@ -4,6 +4,7 @@
     naive      EarlyTom as it was first released (`runtime.measure.naive`), adaptive schedule; decoder as above
     adaptive   this project in PyTorch, the same decisions as the naive one; `runtime.decoder.eager`
     budget     this project in PyTorch, static shapes; `runtime.decoder.eager`
+    NAME       a method of the field in PyTorch (`earlytom.methods.published`), corrected form; decoder as above
     engine     an engine folder, once for each backend that can run it here; `runtime.decoder.eager`
 
 A variant is two parts, one that makes visual tokens and one that turns embeddings into ids. All share one model, so a
@@ -25,8 +26,11 @@ from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
 from earlytom.families import geometry
+from earlytom.method import Method
+from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
-from earlytom.settings import MethodSettings
+from earlytom.settings import FIELD, MethodSettings
+from earlytom.standing import FrameSpan, frame_spans
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
 from runtime.engine.manifest import Manifest
@@ -42,11 +46,13 @@ OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 @dataclass(frozen=True)
 class SeenPrompt:
     """Visual tokens [N, E], whether what closes them is the last of them, and the frames before the first merge and
-    after each one."""
+    after each one; where the tokens come from, as in `runtime.vision.Encoded`, None for all of a video's."""
 
     tokens: Tensor
-    newline: bool
+    closed: bool
     frames_per_stage: tuple[int, ...]
+    positions: Tensor | None = None
+    sources: Tensor | None = None
 
 
 class Decoding(Protocol):
@@ -128,13 +134,13 @@ class Bench:
     def __init__(self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.tokenizer = load_tokenizer(checkpoint)
-        self.prompt: Prompt = build_prompt(self.tokenizer, question)
+        self.prompt: Prompt = build_prompt(self.tokenizer, question, family=checkpoint.family)
         self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
         self.inner: Any = self.model.model
         self.family = checkpoint.family
         self.depth = geometry(checkpoint.config).depth
         closing = self.family.closing(self.inner)
-        self.newline = None if closing is None else closing.detach()
+        self.closing = None if closing is None else closing.detach()
         self.plain = TransformersDecoding(self.model)
         self.ours = RuntimeDecoding(Decoder.from_model(self.model))
         self._scale, self._shift = checkpoint.preprocessing.affine(device)
@@ -144,10 +150,28 @@ class Bench:
         full = full_tokens(self.checkpoint, frames)
         text: Any = self.checkpoint.config.text_config
         context = text.max_position_embeddings
-        check_length(self.prompt, visual_tokens=full + 1, new_tokens=new_tokens, context=context)
+        visual, how = full + self.prompt.closing, {"left": frames, "frames": frames}
+        check_length(self.prompt, visual_tokens=visual, new_tokens=new_tokens, context=context, **how)
+
+    def spans(self, seen: SeenPrompt) -> tuple[FrameSpan, ...] | None:
+        """The frames of visual tokens, where the prompt names them."""
+        if self.prompt.names is None:
+            return None
+        per_frame = geometry(self.checkpoint.config).tokens_per_frame
+        if seen.positions is None or seen.sources is None:
+            return tuple(FrameSpan(number, per_frame) for number in range(seen.frames_per_stage[0]))
+        return frame_spans(seen.positions, seen.sources, per_frame)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
-        """One of `arguments.VARIANTS` for videos of `frames` frames; `config` gives ratio, tau and merge layers."""
+        """One of `arguments.VARIANTS`, or a method of the field, for videos of `frames` frames; `config` gives ratio,
+        tau and merge layers. Raises UserError for a ratio that the method does not have."""
+        if name in FIELD:
+            method, config = (
+                by_name(name, {"retention_ratio": config.retention_ratio}),
+                OFF.replace(retention_ratio=config.retention_ratio),
+            )
+            about = f"{name} in PyTorch, corrected form, tower untouched"
+            return Variant(name, about, config, frames, self._pixels, self._compressed(method), self.ours)
         if name == "full":
             return Variant(name, "transformers, sdpa, all tokens", OFF, frames, self._pixels, self._full, self.plain)
         if name == "naive":
@@ -156,7 +180,7 @@ class Bench:
             return Variant(name, about, config, frames, self._pixels, self._naive(config), self.plain)
         config = config.replace(schedule=name)
         about = f"this project in PyTorch, {name} schedule"
-        return Variant(name, about, config, frames, self._pixels, self._compressed(config), self.ours)
+        return Variant(name, about, config, frames, self._pixels, self._compressed(EarlyTom(config)), self.ours)
 
     def engines(self, folder: Path, manifest: Manifest) -> tuple[list[Variant], list[str]]:
         """The variants of an engine folder, one for each backend that runs here, and why others are left out.
@@ -181,9 +205,9 @@ class Bench:
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
         def see(frames: Tensor) -> SeenPrompt:
-            tokens = encode_one(vision, frames).tokens.to(self.device)
+            found = encode_one(vision, frames)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
-            return SeenPrompt(tokens, False, tuple(stages))
+            return SeenPrompt(found.tokens.to(self.device), False, tuple(stages), found.positions, found.sources)
 
         about = f"{manifest.name} in {backend}"
         name = f"{backend} {manifest.dtype} r{config.retention_ratio:g}"
@@ -199,7 +223,8 @@ class Bench:
 
     @torch.no_grad()
     def _full(self, pixels: Tensor) -> SeenPrompt:
-        return SeenPrompt(self.family.own_tokens(self.model, pixels), True, (len(pixels),))
+        closed = self.closing is not None
+        return SeenPrompt(self.family.own_tokens(self.model, pixels), closed, (len(pixels),))
 
     def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
@@ -209,10 +234,10 @@ class Bench:
 
         return see
 
-    def _compressed(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
+    def _compressed(self, method: Method) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
-            out = encode(self.family.vision_of(self.inner), pixels, EarlyTom(config), depth=self.depth)
-            return SeenPrompt(out.tokens, False, out.frames_per_stage)
+            out = encode(self.family.vision_of(self.inner), pixels, method, depth=self.depth)
+            return SeenPrompt(out.tokens, False, out.frames_per_stage, out.positions, out.sources)
 
         return see
 
@@ -220,7 +245,10 @@ class Bench:
         """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
         whole: Any = self.checkpoint.config
         vision = self.family.vision_flops(whole, seen_frames, config.merge_layers)
-        return vision, flops.prefill(whole.text_config, self.prompt.length(tokens + 1))
+        return vision, flops.prefill(whole.text_config, self._length(seen_frames, tokens))
+
+    def _length(self, seen_frames: tuple[int, ...], tokens: int) -> int:
+        return self.prompt.room(tokens + self.prompt.closing, seen_frames[-1], seen_frames[0])
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:

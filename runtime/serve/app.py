@@ -68,7 +68,7 @@ class ServerApp:
             max_body=settings.max_body,
             max_upload=settings.max_video + _FORM_BYTES,
             body_seconds=settings.body_seconds,
-            places=_PLACES_A_TURN * (settings.waiting + 1),
+            places=_PLACES_A_TURN * (settings.waiting + backend.facts.lanes),
             room=lambda: self.completions.room,
             draining=lambda: self.draining,
             cors=settings.cors,

@@ -37,6 +37,7 @@ class ModelFacts:
         context: positions that a prompt and its answer may take together.
         engine: its name.
         grid: rows and columns of a frame's cells; None where they are not a square.
+        lanes: questions that are answered at a time.
     """
 
     frames: tuple[int, ...]
@@ -46,6 +47,7 @@ class ModelFacts:
     context: int
     engine: str
     grid: tuple[int, int] | None
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Local:
             context=pipeline.context,
             engine=manifest.name,
             grid=(side, side) if side * side == manifest.tokens_per_frame else None,
+            lanes=pipeline.lanes,
         )
 
     @property
@@ -189,7 +192,9 @@ class Local:
         if asked.max_tokens is None:
             tokens = dict(zip(self.facts.frames, self.facts.tokens, strict=True))
             visual = max(tokens.values()) if asked.frames is None else tokens[asked.frames]
-            count = max(1, min(asked.most_tokens, self.facts.context - words.length(visual + 1)))
+            manifest = self._pipeline.manifest
+            length = words.room(visual + words.closing, manifest.frames_per_stage[-1], manifest.frames)
+            count = max(1, min(asked.most_tokens, self.facts.context - length))
         return words.prefix_ids, how | {"max_new_tokens": count}
 
 

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from earlytom.errors import UserError
-from runtime.errors import Cancelled, Closed, DeadlineExceeded, EngineError, Overloaded, VideoError
+from runtime.errors import (
+    Cancelled,
+    Closed,
+    DeadlineExceeded,
+    DecoderAway,
+    DecoderFailed,
+    EngineError,
+    Overloaded,
+    VideoError,
+)
 
 _LONGEST = 1000  # characters of a message
 # What the openai client's users see as `type`; every other status is the fault of the request.
@@ -20,6 +29,7 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "server_error",
     504: "server_error",
 }
@@ -72,6 +82,11 @@ def from_runtime(error: BaseException, *, retry_after: int = 1) -> ServeError:
         return ServeError(504, "deadline_exceeded", str(error))
     if isinstance(error, Closed):
         return ServeError(503, "draining", "the server is shutting down; ask another one", retry_after=retry_after)
+    if isinstance(error, DecoderAway):  # where it is, and what it said, is nobody else's business
+        what = "the language model's server cannot be reached or has too much to do; try again later"
+        return ServeError(503, "decoder_unavailable", what, retry_after=retry_after)
+    if isinstance(error, DecoderFailed):
+        return ServeError(502, "decoder_failed", "the language model's server failed to answer; the log tells why")
     if isinstance(error, UserError) and not isinstance(error, EngineError):
         return ServeError(400, "invalid_request", str(error))
     if isinstance(error, Cancelled):

@@ -49,8 +49,10 @@ _UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 _log = logging.getLogger(__name__)
 
 
-def load_keys(path: str | Path) -> tuple[str, ...]:
+def load_keys(path: str | Path, flag: str = "--api-key-file") -> tuple[str, ...]:
     """The keys of a file, one a line; empty lines and lines that begin with # are none. The file is read once.
+
+    `flag` is what errors call it.
 
     Raises:
         UserError: it cannot be read, holds no key, one twice, or one that no header can carry.
@@ -59,21 +61,19 @@ def load_keys(path: str | Path) -> tuple[str, ...]:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(
-            f"--api-key-file {str(path)!r} cannot be read ({reason}); give a file of one key a line"
-        ) from error
+        raise UserError(f"{flag} {str(path)!r} cannot be read ({reason}); give a file of one key a line") from error
     keys = []
     for number, line in enumerate(lines, 1):
         key = line.strip()
         if not key or key.startswith("#"):
             continue
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise UserError(f"--api-key-file: line {number} is no key; give printable ASCII without spaces")
+            raise UserError(f"{flag}: line {number} is no key; give printable ASCII without spaces")
         if key in keys:
-            raise UserError(f"--api-key-file: line {number} has the same key as a line above; give each key once")
+            raise UserError(f"{flag}: line {number} has the same key as a line above; give each key once")
         keys.append(key)
     if not keys:
-        raise UserError(f"--api-key-file {str(path)!r} has no key; write one key a line, or leave the option out")
+        raise UserError(f"{flag} {str(path)!r} has no key; write one key a line, or leave the option out")
     return tuple(keys)
 
 

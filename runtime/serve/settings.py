@@ -14,7 +14,8 @@ from typing import Any
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime.choices import BACKENDS, DECODERS, POSITIONS
+from runtime.choices import BACKENDS, POSITIONS
+from runtime.decoder.naming import address_of, by_vllm, decoder_named
 from runtime.engine import layout
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -71,7 +72,14 @@ class Settings:
     )
     device: str | None = _flag(None, "where the decoder runs (default: the GPU if any)", choices=("cpu", "cuda"))
     dtype: str | None = _flag(None, "of the decoder (default: see runtime.ask)", choices=layout.DTYPE_NAMES)
-    decoder: str = _flag("torch", "torch-tensorrt compiles the language model", choices=DECODERS)
+    decoder: str = _flag(
+        "torch",
+        "torch-tensorrt compiles the language model; http://HOST:PORT/v1 is a vLLM server that decodes, vllm the same "
+        "in this process",
+        "DECODER",
+        decoder_named,
+    )
+    decoder_key_file: str | None = _flag(None, "a file with the key that the vLLM server asks for", "FILE")
     bias: bool | None = _flag(
         None,
         "let a visual token weigh as much as all that it stands for (default: as the engine's method has it)",
@@ -97,7 +105,7 @@ class Settings:
     max_seconds: float = _flag(7200.0, "refuse a video of more seconds than this", "S", float)
     fetch_seconds: float = _flag(20.0, "a video has to be fetched within this", "S", float)
     body_seconds: float = _flag(10.0, "headers, and a body, have to come within this", "S", float)
-    waiting: int = _flag(8, "requests that may wait behind the one that is answered; more get 429", "N", int)
+    waiting: int = _flag(8, "requests that may wait behind those that are answered; more get 429", "N", int)
     deadline: float = _flag(60.0, "an answer has to end within this, else 504", "S", float)
     max_tokens: int = _flag(
         512, "the most tokens of an answer, and what is taken where a request asks for none", "N", int
@@ -113,6 +121,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("max_body", "max_video", "max_pixels", "max_frames", "videos"):
             whole(option(name), getattr(self, name), 1)
+        decoder_named(self.decoder)
+        if self.decoder_key_file is not None and (not by_vllm(self.decoder) or address_of(self.decoder) is None):
+            raise UserError("--decoder-key-file is about a vLLM server: give its address with --decoder")
         whole("--max-tokens", self.max_tokens, 1, _MOST_TOKENS)
         whole("--waiting", self.waiting, 0)
         whole("--watch-bytes", self.watch_bytes, 0)

@@ -1,31 +1,37 @@
 """From a video and a question to an answer: what a `Pipeline` does when it is a request's turn.
 
-    core = Answering(manifest, vision, decoder, newline, tokenizer, stops)
+    core = Answering(manifest, vision, decoder, closing, tokenizer, stops)
     question = core.question("What happens?", max_new_tokens=64)
     for delta in core.answer(Ready(core.prepare("clip.mp4"), question)): ...
 
 The stages: decode and resize the frames (`prepare`), run the vision engine, splice its tokens into the prompt, prefill,
-decode token by token (`answer`). Nothing here knows of threads or lines. The buffers of the engine and the decoder are
-used again by every answer, so one has to end before the next begins; `question` and `prepare` may run at any time.
+decode token by token (`answer`). Nothing here knows of lines. The buffers of the engine and the decoder are used again
+by every answer, so one has to end before the next begins, unless the decoder takes several at a time (`lanes`): then
+answers may be generated in as many threads, and wait for each other only to have their videos encoded. `question` and
+`prepare` may run at any time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.families import family_named
 from earlytom.numbers import shown, whole
+from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
-from runtime.decoder.eager import Decoder, Finish
+from runtime.decoder.eager import Finish
+from runtime.decoder.protocol import TextDecoder
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.manifest import Manifest
 from runtime.errors import Closed
@@ -63,6 +69,15 @@ READ_AFTER_ANOTHER_TEXT = (
 )
 
 
+class Spliced(NamedTuple):
+    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, and what else the decoder is
+    told of it."""
+
+    embeds: Tensor
+    visual: Sequence[int]
+    placed: dict[str, Tensor]
+
+
 class Answering:
     """One engine and one decoder.
 
@@ -72,7 +87,8 @@ class Answering:
         placing: what the decoder is told of visual tokens besides themselves.
 
     Attributes:
-        batch: videos that the engine encodes at once.
+        lanes: answers that may be generated at a time.
+        batch: videos that the engine encodes at once; with several lanes one.
         decoder: None once closed.
         watched: videos that were read.
     """
@@ -81,8 +97,8 @@ class Answering:
         self,
         manifest: Manifest,
         vision: VisionBackend,
-        decoder: Decoder,
-        newline: Tensor,
+        decoder: TextDecoder,
+        closing: Tensor | None,
         tokenizer: Any,
         stops: Any,
         *,
@@ -94,11 +110,14 @@ class Answering:
         self.manifest = manifest
         self.limits = limits
         self.vision = vision
-        self.batch = vision.batch
-        self.decoder: Decoder | None = decoder
-        self.newline = newline
+        self.lanes = decoder.concurrent
+        self.batch = vision.batch if self.lanes == 1 else 1
+        self.decoder: TextDecoder | None = decoder
+        self._turn = threading.Lock()  # to use the engine, until what it gave was copied
+        self.closing = closing
         self.tokenizer = tokenizer
         self.stops = stops
+        self._family = family_named(manifest.model.family)
         self._bytes_per_token = bytes_per_token(tokenizer)
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
@@ -137,13 +156,17 @@ class Answering:
             raise UserError(f"stop must be a list of texts that are not empty, got {shown(stop)}: give stop=('.',)")
         # A longer text has more tokens than there are positions.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
-        words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most)
-        check_length(words, visual_tokens=least.tokens + 1, new_tokens=new_tokens, context=context)
-        if self.placing.original and words.length(least.tokens_full + 1) + new_tokens > context:
+        words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
+        left, all_frames = least.frames_per_stage[-1], least.frames
+        visual = least.tokens + words.closing
+        check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
+        span = self.placing.span(least.tokens_full)
+        whole_frames = span // least.tokens_per_frame
+        end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
+        if self.placing.original and end > context:
             raise UserError(
-                f"with visual tokens where they were in the video, the answer would end at position "
-                f"{words.length(least.tokens_full + 1) + new_tokens}, and the model's context ends at {context}: use "
-                "--positions consecutive, or fewer frames"
+                f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
+                f"model's context ends at {context}: use --positions consecutive, or fewer frames"
             )
         return CheckedQuestion(words, new_tokens, sampling or GREEDY, tuple(stop), bool(kept))
 
@@ -176,11 +199,13 @@ class Answering:
         """
         if isinstance(video, Clip):  # decoded before this request
             return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
-        size = self.manifest.model.preprocessing.size
+        preprocessing = self.manifest.model.preprocessing
+        size = preprocessing.size
+        how: dict[str, Any] = {"device": self.vision.device, "sampling": preprocessing.sampling}
         counts = self.manifest.counts if frames is None else (frames,)
         if isinstance(video, str | Path | Spooled):
-            return load_clip(video, counts, size, device=self.vision.device, limits=self.limits, check=check)
-        return clip_from_frames(video, counts, size, device=self.vision.device)
+            return load_clip(video, counts, size, limits=self.limits, check=check, **how)
+        return clip_from_frames(video, counts, size, **how)
 
     def prepare_work(self, work: Work, check: Callable[[], None] | None = None) -> Ready:
         """The first stage of a request, for a scheduler."""
@@ -227,8 +252,9 @@ class Answering:
         Raises:
             Closed: while iterating: after `close`.
         """
-        found, _ = self._tokens(ready) if encoded is None else encoded
-        values, _ = self._spliced(ready.question.words, found)
+        with self._turn:
+            found, _ = self._tokens(ready) if encoded is None else encoded
+            values = self._spliced(ready.question.words, found).embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -256,22 +282,27 @@ class Answering:
             UserError: while iterating: a video and a question that do not go together with each other or the engine.
             Closed: while iterating: after `close`.
         """
-        resumed = time.perf_counter()
-        shown = ready.shown
-        costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
-        vision = Stopwatch(None)
-        if ready.remembered is not None and ready.remembered in self.watched:  # the request before this one has read it
-            shown = self.watched.get(ready.remembered) or shown
-        cached = isinstance(shown, Seen)
-        if not isinstance(shown, Seen):
-            found, vision = self._tokens(ready) if encoded is None else encoded
-            shown = self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
-            del found
-        if ready.read_only:
-            return
-        question = ready.question
-        kept = (shown.kept if isinstance(shown, Seen) else _kept(shown.encoded)) if question.kept else None
-        visual_tokens, source = self._start(shown, question)
+        came = time.perf_counter()
+        with self._turn:
+            resumed = time.perf_counter()
+            waited += resumed - came
+            shown = ready.shown
+            costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
+            vision = Stopwatch(None)
+            if ready.remembered is not None and ready.remembered in self.watched:  # one before this one has read it
+                shown = self.watched.get(ready.remembered) or shown
+            cached = isinstance(shown, Seen)
+            if not isinstance(shown, Seen):
+                found, vision = self._tokens(ready) if encoded is None else encoded
+                shown = (
+                    self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
+                )
+                del found
+            if ready.read_only:
+                return
+            question = ready.question
+            kept = (shown.kept if isinstance(shown, Seen) else _kept(shown.encoded)) if question.kept else None
+            visual_tokens, prompt_tokens, source = self._start(shown, question)
         cached_tokens = shown.prefix.length if cached and isinstance(shown, Seen) else 0
         del shown, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
         text, stops = TextStream(self.tokenizer), StopStrings(question.stop)
@@ -314,7 +345,7 @@ class Answering:
             finish=finish,
             timings=timings,
             visual_tokens=visual_tokens,
-            prompt_tokens=question.words.length(visual_tokens + 1),
+            prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
             kept=kept,
         )
@@ -323,11 +354,13 @@ class Answering:
     def close(self) -> None:
         """Free the engine and the decoder. A second call does nothing."""
         self.vision.close()
-        self.decoder = None
+        decoder, self.decoder = self.decoder, None
+        if decoder is not None:
+            decoder.close()
         self.watched.clear()
 
-    def _start(self, shown: Seen | Arrived, question: CheckedQuestion) -> tuple[int, Generator[int, None, Finish]]:
-        """The number of visual tokens, and the answer's ids, not begun yet."""
+    def _start(self, shown: Seen | Arrived, question: CheckedQuestion) -> tuple[int, int, Generator[int, None, Finish]]:
+        """The numbers of visual tokens and of all of the prompt's, and the answer's ids, not begun yet."""
         decoder, words = self._open_decoder(), question.words
         how: dict[str, Any] = {
             "max_new_tokens": question.max_new_tokens,
@@ -335,29 +368,34 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            count = len(shown.encoded.tokens)
-            embeds, placed = self._spliced(words, shown.encoded)
-            return count, decoder.stream(embeds, visual=words.visual_span(count + 1), **how | placed)
+            spliced = self._spliced(words, shown.encoded)
+            stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
+            return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
-        return shown.visual_tokens, decoder.stream(suffix, prefix=shown.prefix, **how)
+        length = shown.prefix.length + len(words.suffix_ids)
+        return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
-    def _spliced(self, words: Prompt, encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
-        """The embeddings [1, L, D] of a prompt with its video, and what else the decoder is told of it."""
+    def _spliced(self, words: Prompt, encoded: Encoded) -> Spliced:
+        """A prompt with its video."""
         decoder = self._open_decoder()
-        device = decoder.device
-        embeds = splice(words, encoded.tokens.to(device), self.newline, decoder.embed)
-        full = encoded.sources.shape[-1] * self.manifest.tokens_per_frame
+        device, per_frame = decoder.device, self.manifest.tokens_per_frame
+        spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
+        embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
         place, bias = encoded.place.to(device), encoded.bias.to(device)
-        return embeds, self.placing.of_prompt(len(words.prefix_ids), place, bias, full, len(words.suffix_ids))
+        frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
+        if spans is None:
+            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after)
+        else:
+            placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
+        return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
     def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
-        decoder, count = self._open_decoder(), len(encoded.tokens)
-        embeds, placed = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
-        prefix = decoder.prefill(embeds, visual=words.visual_span(count + 1), **placed)
-        seen = Seen(prefix, words.prefix_ids, count, _kept(encoded))
+        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
+        prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
+        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word
@@ -386,7 +424,7 @@ class Answering:
         vision.stop()
         return [(one, vision) for one in found]
 
-    def _open_decoder(self) -> Decoder:
+    def _open_decoder(self) -> TextDecoder:
         if self.decoder is None:
             raise Closed("this pipeline is closed: load another one")
         return self.decoder

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.decoder.eager import Finish
-from runtime.decoder.prefix import Prefix
+from runtime.decoder.protocol import ReadPrompt
 from runtime.decoder.sampling import Sampling
 from runtime.gpu.staging import Arriving
 from runtime.text.prompt import Prompt
@@ -81,8 +81,8 @@ class Answer:
     Attributes:
         text: without a stop string that ended it.
         tokens: all that were generated, those of a stop string too.
-        visual_tokens: of the video, without the newline after them.
-        prompt_tokens: positions that the prompt took: text, visual tokens, newline.
+        visual_tokens: of the video, without what closes them.
+        prompt_tokens: positions that the prompt took: text, visual tokens, what closes them.
         cached_tokens: those of them that were read before this request: what a watched video saves.
         kept: which visual tokens these are, on a CPU; None unless it was asked for.
     """
@@ -117,7 +117,7 @@ class CheckedQuestion:
 class Seen:
     """A video that the decoder has read before: its prefix, which ends with the video, and what it was made of."""
 
-    prefix: Prefix
+    prefix: ReadPrompt
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance

@@ -1,4 +1,4 @@
-"""A bounded line of jobs and two workers: one prepares a job while the other serves the one before it.
+"""A bounded line of jobs and its workers: one prepares a job while another serves the one before it.
 
     scheduler = Scheduler(prepare, serve, waiting=8)
     job = scheduler.submit(given, deadline=2.0)
@@ -6,8 +6,9 @@
 
 `prepare(given, check)` makes what a job needs, and calls `check()` as often as it likes, which raises once nobody waits
 for the job any more; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of items (not None) for
-each, which are run one after another, each to its end. Jobs are served in the order in which they came. Items are kept
-for their reader, so a reader that is slow, or never comes, holds up nobody.
+each, which are run one after another, each to its end. Jobs are served in the order in which they came; with several
+`lanes`, as many workers serve, each its own. Items are kept for their reader, so a reader that is slow, or never comes,
+holds up nobody.
 
 A job ends in one of five ways, and its reader gets what came before: served to the end, an error of `prepare` or
 `serve` (that very exception), `Cancelled`, `DeadlineExceeded`, `Closed`. A worker looks at a job before it prepares it,
@@ -69,15 +70,16 @@ class Scheduler(Generic[Given, Ready, Item]):
     Args:
         prepare: runs in one thread, with what was given and the job's check, which takes no lock; up to `batch` jobs
             are prepared ahead of those that are served.
-        serve: runs in the other thread, as do the generators that it returns, one for each turn. If it raises, all the
-            jobs that it was given end with that.
-        waiting: jobs that may wait behind the one that is served.
+        serve: runs in another thread, as do the generators that it returns, one for each turn. If it raises, all the
+            jobs that it was given end with that. With several lanes it is called from as many threads.
+        waiting: jobs that may wait behind those that are served.
         batch: prepared jobs that one call of `serve` may be given: those that are ready then.
+        lanes: jobs that may be served at a time.
         clock: seconds.
 
     Raises:
         UserError: `waiting` is no whole number of at least 0.
-        ValueError: `batch` is below 1.
+        ValueError: `batch` or `lanes` is below 1.
     """
 
     def __init__(
@@ -87,13 +89,15 @@ class Scheduler(Generic[Given, Ready, Item]):
         *,
         waiting: int,
         batch: int = 1,
+        lanes: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         waiting = whole("waiting", waiting, 0)
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
+        for name, number in (("batch", batch), ("lanes", lanes)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         self._prepare, self._serve = prepare, serve
-        self.waiting, self.batch = waiting, batch
+        self.waiting, self.batch, self.lanes = waiting, batch, lanes
         self._clock = clock
         self.home = Home("this pipeline")
         self._lock = threading.Lock()
@@ -102,15 +106,16 @@ class Scheduler(Generic[Given, Ready, Item]):
         self._preparing: Job[Item] | None = None
         self._prepared: deque[Job[Item]] = deque()
         self._group: list[Job[Item]] = []  # given to `serve` and not through yet
-        self._serving: Job[Item] | None = None  # the one of them that has the worker
+        self._serving: set[Job[Item]] = set()  # those of them that have a worker
         self._closing = self._aborting = self._abandoned = False
         self._broken: str | None = None  # why no worker goes on
         self._unheard = False  # a worker may sleep on: it could not be told that
         # Rung when something has changed for a worker. A queue and no condition: a finalizer may ring it.
-        self._bells: tuple[SimpleQueue[None], SimpleQueue[None]] = (SimpleQueue(), SimpleQueue())
+        self._bells: tuple[SimpleQueue[None], ...] = tuple(SimpleQueue() for _ in range(1 + lanes))
+        loops = [("prepare", self._prepare_all), *[("serve", self._serve_all)] * lanes]
         self._workers = [
-            threading.Thread(target=self._work, args=(work,), name=f"earlytom-{name}", daemon=True)
-            for name, work in (("prepare", self._prepare_all), ("serve", self._serve_all))
+            threading.Thread(target=self._work, args=(loop, bell), name=f"earlytom-{name}", daemon=True)
+            for (name, loop), bell in zip(loops, self._bells, strict=True)
         ]
         try:
             for worker in self._workers:
@@ -202,7 +207,7 @@ class Scheduler(Generic[Given, Ready, Item]):
         self.home.check()
         with self._lock:
             self._sweep()
-            taken = [job for job in self._jobs() if job is self._serving or not job._ended]
+            taken = [job for job in self._jobs() if job in self._serving or not job._ended]
             running = [job for job in taken if job in self._group]
             return running, [job for job in taken if job not in running]
 
@@ -217,15 +222,16 @@ class Scheduler(Generic[Given, Ready, Item]):
         self._sweep()
         if self._closing:
             raise Closed(self._broken or "this pipeline is closed: load another one")
-        if (occupied := self._occupied()) > self.waiting:
+        if (occupied := self._occupied()) >= self.waiting + self.lanes:
+            answered = "one that is answered" if self.lanes == 1 else f"{self.lanes} that are answered"
             raise Overloaded(
-                f"{occupied} requests are unanswered, and the limit is one that is answered and {self.waiting} "
+                f"{occupied} requests are unanswered, and the limit is {answered} and {self.waiting} "
                 f"that wait: try again when one has ended, or raise the limit with Pipeline.load(waiting=...)"
             )
 
     def _occupied(self) -> int:
         """Places taken: a job that has ended has given its place back, unless it still has the worker that serves."""
-        return sum(job is self._serving or not job._ended for job in self._jobs())
+        return sum(job in self._serving or not job._ended for job in self._jobs())
 
     def _sweep(self) -> None:
         """End what nobody wants or waits for any more."""
@@ -240,9 +246,9 @@ class Scheduler(Generic[Given, Ready, Item]):
         return [*self._group, *self._prepared, *preparing, *self._line]
 
     def _end_line(self) -> None:
-        """End every job but the one that is being served."""
+        """End every job but those that are being served."""
         for job in self._jobs():
-            if job is not self._serving:
+            if job not in self._serving:
                 self._end(job, Closed("this pipeline was closed before the request was answered"))
 
     def _is_over(self, job: Job[Item]) -> bool:
@@ -272,11 +278,11 @@ class Scheduler(Generic[Given, Ready, Item]):
                 line.remove(job)
         self._ring()
 
-    # Both workers
+    # All workers
 
-    def _work(self, loop: Callable[[], None]) -> None:
+    def _work(self, loop: Callable[[SimpleQueue[None]], None], bell: SimpleQueue[None]) -> None:
         try:
-            loop()
+            loop(bell)
         except BaseException as error:  # of the loop itself: those of the stages are the jobs'
             self._break(error)
 
@@ -313,15 +319,15 @@ class Scheduler(Generic[Given, Ready, Item]):
 
     # The worker that prepares
 
-    def _prepare_all(self) -> None:
-        while (job := self._next_in_line()) is not None:
+    def _prepare_all(self, bell: SimpleQueue[None]) -> None:
+        while (job := self._next_in_line(bell)) is not None:
             self._prepare_one(job)
             del job  # or it would be kept for as long as none follows
 
-    def _next_in_line(self) -> Job[Item] | None:
+    def _next_in_line(self, bell: SimpleQueue[None]) -> Job[Item] | None:
         """The next job to prepare, waited for; None when there will be none."""
         while True:
-            _hush(self._bells[0])
+            _hush(bell)
             with self._lock:
                 self._sweep()
                 if self._line and len(self._prepared) < self.batch:
@@ -331,7 +337,7 @@ class Scheduler(Generic[Given, Ready, Item]):
                     return job
                 if self._closing and not self._line:
                     return None
-            self._bells[0].get()
+            bell.get()
 
     def _prepare_one(self, job: Job[Item]) -> None:
         ready: Ready | None = None
@@ -353,17 +359,17 @@ class Scheduler(Generic[Given, Ready, Item]):
         # A kept error knows its frames, and they know this one: the circle would live until a garbage collection.
         del job, ready, error
 
-    # The worker that serves
+    # Those that serve
 
-    def _serve_all(self) -> None:
-        while group := self._next_prepared():
+    def _serve_all(self, bell: SimpleQueue[None]) -> None:
+        while group := self._next_prepared(bell):
             self._serve_group(group)
             del group
 
-    def _next_prepared(self) -> list[Job[Item]]:
+    def _next_prepared(self, bell: SimpleQueue[None]) -> list[Job[Item]]:
         """The next jobs to serve, waited for; none when there will be none."""
         while True:
-            _hush(self._bells[1])
+            _hush(bell)
             with self._lock:
                 self._sweep()
                 if self._prepared:
@@ -371,11 +377,12 @@ class Scheduler(Generic[Given, Ready, Item]):
                     for job in group:
                         job._phase = "being served"
                         job._waited += self._clock() - job._since
-                    self._group, self._serving = list(group), group[0]
+                    self._group += group
+                    self._serving.add(group[0])
                     break
                 if self._closing and not self._line and (self._preparing is None or self._broken is not None):
                     return []
-            self._bells[1].get()
+            bell.get()
         self._ring()  # there is room for another prepared one
         return group
 
@@ -384,8 +391,9 @@ class Scheduler(Generic[Given, Ready, Item]):
             streams = self._begin(group)
         except BaseException as error:
             with self._lock:
-                self._group, self._serving = [], None
                 for one in group:
+                    self._group.remove(one)
+                    self._serving.discard(one)
                     self._end(one, error)
                     del one
         else:
@@ -410,7 +418,7 @@ class Scheduler(Generic[Given, Ready, Item]):
 
     def _serve_one(self, job: Job[Item], stream: Generator[Item, None, Any]) -> None:
         with self._lock:
-            self._serving = job
+            self._serving.add(job)
         error: BaseException | None = None
         item: Item | None = None
         try:
@@ -427,7 +435,7 @@ class Scheduler(Generic[Given, Ready, Item]):
                 error = caught
         with self._lock:  # at once, so that who has the answer finds the place free
             self._group.remove(job)
-            self._serving = None
+            self._serving.remove(job)
             self._end(job, None if isinstance(error, StopIteration) else error)
         del job, error
 

@@ -6,7 +6,12 @@ placeholder in it stands for n visual tokens. The processor repeats the placehol
 placeholder is a special token, which splits the text, so the tokens before and after it are the same for every n: they
 are computed once here, and n is chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n
 visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the token that closes a
-video, as the processor does.
+video, where the family has one, as the processor does.
+
+Some families have a span of visual tokens for every frame, with a text before it that names the frame (`FrameNames`).
+Which frames are left, and how many tokens of each, is then part of what makes the prompt: its `spans`, from
+`earlytom.standing.frame_spans`. A frame keeps the name that it had in the whole video, so that the model is told when
+what is left of the video was.
 
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
@@ -15,15 +20,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import FAMILIES
+from earlytom.families import DEFAULT_FAMILY, Family
 from earlytom.numbers import whole
+from earlytom.standing import FrameSpan
 from earlytom.transfers import to_device
 from runtime.checkpoint.files import first_line
 from runtime.text.messages import ChatMessage, conversation, rendered
@@ -32,26 +39,78 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
+Spans = Sequence[FrameSpan]
+Piece = tuple[tuple[int, ...], int]  # ids of text, and how many visual tokens follow them
+
+
+class FrameNames:
+    """The text between the visual tokens of one frame and those of another, as ids: it names the other.
+
+    Special tokens are around each such text, so that it is tokenized by itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
+        self._tokenizer, self._family = tokenizer, family
+        self._known: dict[int, tuple[int, ...]] = {}
+
+    def before(self, number: int) -> tuple[int, ...]:
+        """Ids before frame `number` of the video, from 1."""
+        if number not in self._known:
+            family = self._family
+            text = family.after_frame + family.between_frames + family.before_frame(number)
+            self._known[number] = tuple(self._tokenizer(text, verbose=False)["input_ids"])
+        return self._known[number]
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """The token ids before and after the visual tokens, and the id of the video placeholder between them."""
+    """The token ids before and after the visual tokens, and the id of the placeholder between them.
+
+    Attributes:
+        closing: visual tokens that close a video, one or none.
+        names: of frames, where each has a span of its own; `prefix_ids` then end with the name of the first. The
+            methods need `spans` then, and ignore them otherwise.
+    """
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     video_token_id: int
+    closing: int = 1
+    names: FrameNames | None = field(default=None, repr=False, compare=False)
 
-    def input_ids(self, visual_tokens: int) -> Tensor:
+    def pieces(self, visual_tokens: int, spans: Spans | None = None) -> list[Piece]:
+        """The prompt up to the last visual token."""
+        if self.names is None:
+            return [(self.prefix_ids, visual_tokens)]
+        assert spans is not None
+        assert sum(span.tokens for span in spans) == visual_tokens
+        ids = [self.prefix_ids, *(self.names.before(span.number) for span in spans[1:])]
+        return list(zip(ids, [span.tokens for span in spans] or [0], strict=True))
+
+    def input_ids(self, visual_tokens: int, spans: Spans | None = None) -> Tensor:
         """[1, L] int64: the placeholder repeated `visual_tokens` times in the prompt, as `model.generate` takes it."""
-        ids = (*self.prefix_ids, *(self.video_token_id,) * visual_tokens, *self.suffix_ids)
-        return torch.tensor([ids], dtype=torch.int64)
+        before = [(*ids, *(self.video_token_id,) * count) for ids, count in self.pieces(visual_tokens, spans)]
+        return torch.tensor([[*chain(*before), *self.suffix_ids]], dtype=torch.int64)
 
-    def visual_span(self, visual_tokens: int) -> range:
+    def visual_span(self, visual_tokens: int, spans: Spans | None = None) -> Sequence[int]:
         """Where the visual tokens are in the prompt."""
-        return range(len(self.prefix_ids), len(self.prefix_ids) + visual_tokens)
+        places: list[range] = []
+        at = 0
+        for ids, count in self.pieces(visual_tokens, spans):
+            places.append(range(at + len(ids), at := at + len(ids) + count))
+        return places[0] if len(places) == 1 else [*chain(*places)]
 
-    def length(self, visual_tokens: int) -> int:
+    def length(self, visual_tokens: int, spans: Spans | None = None) -> int:
         """Number of tokens that the decoder sees."""
-        return len(self.prefix_ids) + visual_tokens + len(self.suffix_ids)
+        return sum(len(ids) + count for ids, count in self.pieces(visual_tokens, spans)) + len(self.suffix_ids)
+
+    def room(self, visual_tokens: int, left: int, frames: int) -> int:
+        """The most that `length` can be where `left` of a video's `frames` frames are left; exact where all are."""
+        most = len(self.prefix_ids) + visual_tokens + len(self.suffix_ids)
+        if self.names is None:
+            return most
+        names = sorted((len(self.names.before(number)) for number in range(1, frames)), reverse=True)
+        return most + sum(names[: max(left - 1, 0)])
 
 
 def build_prompt(
@@ -60,6 +119,7 @@ def build_prompt(
     *,
     system: str | None = None,
     most_bytes: int | None = None,
+    family: Family = DEFAULT_FAMILY,
 ) -> Prompt:
     """The prompt that asks `question` about one video: a text with an optional `system` message before it, or messages.
 
@@ -71,34 +131,30 @@ def build_prompt(
     """
     messages = conversation(question, system)
     for what, one in messages.items():
-        _refuse_unusable(tokenizer, one.text, what)
+        _refuse_unusable(tokenizer, one.text, what, family)
     try:
-        text = tokenizer.apply_chat_template(
-            rendered(list(messages.values())), tokenize=False, add_generation_prompt=True
+        text = str(
+            tokenizer.apply_chat_template(rendered(list(messages.values())), tokenize=False, add_generation_prompt=True)
         )
     except Exception as error:  # a template is a program of the checkpoint's; it can fail in any way
         raise UserError(
             f"the chat template cannot render a video and a text ({first_line(error)}); use a template for video"
         ) from error
     if most_bytes is not None:
-        _refuse_long(tokenizer, str(text), most_bytes, {what: one.text for what, one in messages.items()})
-    video_token, video_token_id = _placeholder(tokenizer)
+        _refuse_long(tokenizer, text, most_bytes, {what: one.text for what, one in messages.items()})
+    if family.span_a_frame and text.count(family.video_token) == 1:
+        first = family.before_frame(0) + family.visual_token + family.after_frame
+        text = text.replace(family.video_token, first)
+    visual = tokenizer.get_added_vocab().get(family.visual_token)  # the whole vocabulary is copied when asked for
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
-    if video_token_id is None or ids.count(video_token_id) != 1:
-        count = 0 if video_token_id is None else ids.count(video_token_id)
+    if visual is None or ids.count(visual) != 1:
+        count = 0 if visual is None else text.count(family.video_token) or ids.count(visual)
         raise UserError(
-            f"the chat template places {video_token} {count} times; expected once: use a template for video"
+            f"the chat template places {family.video_token} {count} times; expected once: use a template for video"
         )
-    at = ids.index(video_token_id)
-    return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), video_token_id)
-
-
-def _placeholder(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int | None]:
-    """What stands for a video, of what families use for it, and its id; None where the tokenizer knows none."""
-    known = [family.video_token for family in FAMILIES.values()]
-    vocabulary = tokenizer.get_added_vocab()  # the whole one is copied when it is asked for
-    token = next((token for token in known if token in vocabulary), known[0])
-    return token, vocabulary.get(token)
+    at = ids.index(visual)
+    names = FrameNames(tokenizer, family) if family.span_a_frame else None
+    return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, family.closing_tokens, names)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -128,19 +184,28 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return max(*map(len, symbols), *(len(token.content.encode()) for token in added))
 
 
-def check_length(prompt: Prompt, *, visual_tokens: int, new_tokens: int, context: int) -> None:
+def check_length(
+    prompt: Prompt, *, visual_tokens: int, new_tokens: int, context: int, left: int = 1, frames: int = 1
+) -> None:
     """Raise `UserError` unless prompt, visual and new tokens together fit into the decoder's `context` of tokens, and
-    these are a whole number of at least 1."""
-    total = prompt.length(visual_tokens) + whole("max_new_tokens (--max-new-tokens)", new_tokens, 1)
+    these are a whole number of at least 1. `left`, `frames`: as in `Prompt.room`."""
+    length = prompt.room(visual_tokens, left, frames)
+    total = length + whole("max_new_tokens (--max-new-tokens)", new_tokens, 1)
     if total > context:
-        text = len(prompt.prefix_ids) + len(prompt.suffix_ids)
+        text = length - visual_tokens
         raise UserError(
             f"{total} tokens ({text} of text, {visual_tokens} of the video, {new_tokens} to generate) exceed the "
             f"model's context of {context}; shorten the question, generate less, or build with a lower --ratio"
         )
 
 
-def splice(prompt: Prompt, visual: Tensor, newline: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor:
+def splice(
+    prompt: Prompt,
+    visual: Tensor,
+    newline: Tensor | None,
+    embed: Callable[[Tensor], Tensor],
+    spans: Spans | None = None,
+) -> Tensor:
     """The decoder's input: embeddings of the prompt with the visual tokens in the place of the video.
 
     Args:
@@ -148,18 +213,20 @@ def splice(prompt: Prompt, visual: Tensor, newline: Tensor | None, embed: Callab
         visual: [N, D] visual tokens.
         newline: [D] what closes them, appended; None if `visual` ends with it already.
         embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
+        spans: of the visual tokens, see `Prompt`.
 
     Returns:
         [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(n)` for n = N + 1, or
         n = N without newline.
     """
-    parts = [visual] if newline is None else [visual, newline.to(visual)[None]]
-    before, after = (
-        embed(to_device(torch.tensor([ids], dtype=torch.int64), visual.device))
-        for ids in (prompt.prefix_ids, prompt.suffix_ids)
-    )
-    video = torch.cat(parts).to(before)[None]  # [1, N + 1, D]
-    return torch.cat((before, video, after), dim=1)
+    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D]
+    pieces = prompt.pieces(len(closed), spans)
+    words = torch.tensor([[*chain(*(ids for ids, _ in pieces)), *prompt.suffix_ids]], dtype=torch.int64)
+    text = embed(to_device(words, visual.device))[0]
+    between = text.split([*(len(ids) for ids, _ in pieces), len(prompt.suffix_ids)])
+    video = closed.to(text).split([count for _, count in pieces])
+    parts = chain(*zip(between[:-1], video, strict=True), between[-1:])
+    return torch.cat(list(parts))[None]
 
 
 def stop_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -175,17 +242,16 @@ def stop_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTok
     return tuple(stops) if isinstance(stops, (list, tuple)) else (int(stops),)
 
 
-def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> None:
+def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, text: str, what: str, family: Family) -> None:
     """Refuse a text that no tokenizer takes, and one that spells a control token out."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # undecodable bytes on a command line arrive as lone surrogates
         raise UserError(f"the {what} is not valid Unicode (position {error.start}); write it in UTF-8") from error
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content in text:
-            raise UserError(
-                f"the {what} contains {token.content!r}, a control token of the model; write it differently"
-            )
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for control in (*controls, family.video_token):
+        if control in text:
+            raise UserError(f"the {what} contains {control!r}, a control token of the model; write it differently")
 
 
 def _refuse_long(tokenizer: PreTrainedTokenizerBase, text: str, most_bytes: int, texts: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from runtime.video.frames import channels_first, resize_frames, stack_frames
 from runtime.video.sample import check_request, frames_for, sample_indices
 
@@ -36,6 +37,7 @@ def clip_from_frames(
     *,
     fps: float | None = None,
     device: torch.device | str | None = None,
+    sampling: Sampling = "ends",
 ) -> Clip:
     """Sample and resize frames that were decoded elsewhere.
 
@@ -44,6 +46,7 @@ def clip_from_frames(
     frames: how many; of several counts the one that suits n is taken (`frames_for`).
     fps: frames a second of `pixels`; without it the clip has no timestamps and its duration is 0.0.
     device: where frames are resized and stay; default the CPU.
+    sampling: which frames, see `sample_indices`.
     Only the sampled frames are touched. Raises UserError for anything else than that.
     """
     check_request(frames, size)
@@ -52,7 +55,7 @@ def clip_from_frames(
     started = time.perf_counter()
     given: Any = stack_frames(pixels) if isinstance(pixels, list | tuple) else pixels
     planar = channels_first(given)  # [n, 3, h, w]
-    chosen = sample_indices(len(planar), frames_for(len(planar), frames))
+    chosen = sample_indices(len(planar), frames_for(len(planar), frames), sampling)
     resized = resize_frames(planar[torch.from_numpy(chosen).to(planar.device)], size, device or "cpu")
     return Clip(
         frames=resized.contiguous(),

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import torch
 
+from earlytom.families import Sampling
 from runtime.errors import VideoError
 from runtime.video.frames import MIN_FRAMES
 from runtime.video.limits import remedy
@@ -41,14 +42,19 @@ class _ContradictionError(Exception):
 
 
 def decode(
-    opener: Opener, packets: Packets, frames: int | Sequence[int], size: tuple[int, int], device: torch.device
+    opener: Opener,
+    packets: Packets,
+    frames: int | Sequence[int],
+    size: tuple[int, int],
+    device: torch.device,
+    sampling: Sampling = "ends",
 ) -> tuple[Sample, list[int | None]]:
     """The sampled frames and the times (pts) of all frames of the video, sampled or not."""
     if packets.kinds & _OPEN_ENDED and len(packets.pts) > MIN_FRAMES and _last_is_torn(opener, packets):
         packets.drop_last()
     count = sum(packets.shown)
     if count >= MIN_FRAMES:
-        chosen = np.unique(sample_indices(count, frames_for(count, frames)))
+        chosen = np.unique(sample_indices(count, frames_for(count, frames), sampling))
         spans = plan(packets, chosen)
         if spans is not None:
             sample = Sample(len(chosen), size, device)
@@ -60,7 +66,7 @@ def decode(
             except _ContradictionError:
                 pass  # decode everything and believe only what comes out
     for _ in range(2):  # once more if the packets were no measure of the frames
-        chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames)))
+        chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames), sampling))
         sample = Sample(len(chosen), size, device)
         rows = {index: row for row, index in enumerate(chosen.tolist())}
         pts = decode_all(opener, len(packets.pts), rows, sample.put)

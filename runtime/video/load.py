@@ -11,6 +11,7 @@ import av
 import torch
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from runtime.errors import VideoError
 from runtime.video.clip import Clip
 from runtime.video.clock import seconds_of
@@ -30,12 +31,14 @@ def load_clip(
     device: torch.device | str = "cpu",
     limits: Limits = DEFAULT_LIMITS,
     check: Callable[[], object] | None = None,
+    sampling: Sampling = "ends",
 ) -> Clip:
     """Sample `frames` frames uniformly over the whole video file and resize each to `size` = (H, W).
 
     video: the path of a file (str or any os.PathLike), its content (bytes, bytearray, memoryview), a binary file
         object, read from where it stands, or what `take_video` has made of one of these.
     limits: how large it may be.
+    sampling: which frames, see `sample_indices`.
     check: called for every packet and every frame; what it raises ends the reading at once and is passed on.
 
     Of several counts in `frames` the one that suits the length of the video is taken (`frames_for`). Frames are resized
@@ -56,7 +59,7 @@ def load_clip(
     opener = Opener(source, limits, check)
     try:
         packets = read_packets(opener)
-        sample, pts = decode(opener, packets, frames, size, torch.device(device))
+        sample, pts = decode(opener, packets, frames, size, torch.device(device), sampling)
     except av.error.FFmpegError as error:
         reason = error.strerror or type(error).__name__
         raise VideoError(
@@ -66,7 +69,7 @@ def load_clip(
         if isinstance(source, Spooled) and source is not video:
             source.close()  # an error that is kept would keep it
     seconds, duration = seconds_of(pts, packets)
-    chosen = sample_indices(len(pts), frames_for(len(pts), frames))
+    chosen = sample_indices(len(pts), frames_for(len(pts), frames), sampling)
     return Clip(
         frames=sample.result(chosen),
         timestamps=tuple(seconds[chosen].tolist()),

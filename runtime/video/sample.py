@@ -1,8 +1,7 @@
 """Which frames of a video are shown, and their way from the decoder to the model's size.
 
-Sampling goes by frame index over the whole clip, `np.linspace(0, n - 1, F, dtype=int)`, as the released
-code does. In a clip of variable rate, neighbours in the sample are therefore the same number of frames apart, not the
-same number of seconds. A clip of fewer than F frames repeats some of them.
+Sampling goes by frame index over the whole clip. In a clip of variable rate, neighbours in the sample are therefore the
+same number of frames apart, not the same number of seconds. A clip of fewer than F frames repeats some of them.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from runtime.video.frames import resize_frames
 
 
@@ -29,11 +29,17 @@ def frames_for(source: int, frames: int | Sequence[int]) -> int:
     return min((count for count in frames if count >= source), default=max(frames))
 
 
-def sample_indices(count: int, frames: int) -> NDArray[np.int64]:
-    """Which of `count` frames are shown: int64 [frames], ascending, from the first to the last one.
+def sample_indices(count: int, frames: int, sampling: Sampling = "ends") -> NDArray[np.int64]:
+    """Which of `count` frames are shown: int64 [frames], ascending.
 
-    Fractions are rounded down, by numpy itself, so that every index is the one the released code takes.
+    "ends": from the first to the last one, `np.linspace(0, n - 1, F, dtype=int)`, as the released code of EarlyTom has
+    it; fractions are rounded down, by numpy itself, so that every index is the one that takes. "middles": the frame in
+    the middle of each of F equal parts, from numbers in fp32, as the processors of transformers have them that shift
+    the first.
     """
+    if sampling == "middles":
+        step = count / frames
+        return np.minimum((step / 2 + step * np.arange(frames)).astype(np.float32).astype(np.int64), count - 1)
     return np.linspace(0, count - 1, frames, dtype=np.int64)
 
 

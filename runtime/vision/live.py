@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.errors import EngineError
@@ -78,6 +79,7 @@ class LiveClip:
         total: how many frames will come; None where that is not known.
         limit: the most frames that may come where that is not known, 4 F by default; all are kept, resized.
         device: where frames are resized.
+        sampling: which frames are shown, see `runtime.video.sample_indices`.
 
     Raises:
         EngineError: a backend that takes whole clips only.
@@ -92,6 +94,7 @@ class LiveClip:
         total: int | None = None,
         limit: int | None = None,
         device: torch.device | str = "cpu",
+        sampling: Sampling = "ends",
     ) -> None:
         if not isinstance(vision, ChunkedVision):
             raise EngineError(
@@ -102,9 +105,11 @@ class LiveClip:
         self.size = vision.shape[2:]
         self.total = total = None if total is None else whole("total", total, MIN_FRAMES, MOST)
         self.limit = LIMIT * self.frames if limit is None else whole("limit", limit, MIN_FRAMES, MOST)
-        self._device = torch.device(device)
+        self._device, self._sampling = torch.device(device), sampling
         # How often the sample has each frame of the source; where that may end at any time, the first F once each.
-        self._times = Counter(range(self.frames) if total is None else sample_indices(total, self.frames).tolist())
+        self._times = Counter(
+            range(self.frames) if total is None else sample_indices(total, self.frames, sampling).tolist()
+        )
         self._reuse = total is None and vision.rows_alike
         self._chunk = vision.chunk
         self._arrived = 0
@@ -273,7 +278,7 @@ class LiveClip:
         encoded = self._clip.encoded
         if self.total is not None:  # what is encoded is the beginning of the sample
             return Completion(range(encoded), range(encoded, self.frames), range(self.frames))
-        sample = sample_indices(self._arrived, self.frames).tolist()
+        sample = sample_indices(self._arrived, self.frames, self._sampling).tolist()
         return completion(sample, encoded, self._chunk if not self._reuse else None)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from builder import build, cache, stages
 from builder.gate import accuracy, stage
+from builder.inspection.page import REPORT_PAGE
 from builder.settings.arguments import parse
 from builder.settings.config import project_version
 from earlytom.budget import frames_per_stage, token_count
@@ -95,7 +96,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def test_the_folder_is_what_the_manifest_says(engine: Path, build_arguments: list[str]) -> None:
-    assert {path.name for path in engine.iterdir()} == FILES
+    assert {path.name for path in engine.iterdir()} == FILES | {REPORT_PAGE}
     manifest = Manifest.read(engine)
     config = parse(build_arguments)[1]
     assert manifest.name == engine.name == config.name(manifest.key)
@@ -125,6 +126,7 @@ def test_the_whole_command_tells_its_stages(command: Command, out: Path) -> None
         layout.MANIFEST_FILE,
         layout.ONNX_FILE,
         layout.REPORT_FILE,
+        REPORT_PAGE,
     }
     lines = stdout.splitlines()
     stages = [line for line in lines if line.startswith(("export:", "compile:", "verify:"))]

@@ -26,6 +26,7 @@ from runtime import ask, cli
 from runtime.checkpoint import describe
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
+from runtime.engine.origin import checkpoint_of
 from runtime.pipeline import placing_of
 from runtime.text.places import Placing
 from runtime.video import load_clip
@@ -161,8 +162,10 @@ def test_the_adaptive_schedule_from_the_command_line(
 def test_what_the_decoder_is_told_comes_of_the_method(built: Build) -> None:
     cells = Manifest.read(built("whole"))
     published = EarlyTomConfig(merge_layers=(1, 2), schedule="budget").to_dict()
-    assert placing_of(cells, None, None) == Placing(original=True, bias=True)
-    assert placing_of(cells, False, "consecutive") == Placing()
+    model = checkpoint_of(cells, None)
+    most = model.frames * cells.tokens_per_frame
+    assert placing_of(cells, model, None, None) == Placing(original=True, bias=True, most=most)
+    assert placing_of(cells, model, False, "consecutive") == Placing(most=most)
     assert (published["schedule"], EarlyTomConfig.bias, EarlyTomConfig.original_positions) == ("budget", False, False)
 
 

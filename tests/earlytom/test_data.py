@@ -47,6 +47,33 @@ def again(scene: Scene, random: Generator) -> tuple[NDArray[np.uint8], NDArray[n
     return render(scene, copy.deepcopy(random), ALL)
 
 
+def test_a_longer_clip_has_what_is_brief_as_brief() -> None:
+    long, short = (
+        [draw("validation", index, length=length)[0] for index in range(150)] for length in (3 * FRAMES, FRAMES)
+    )
+    assert {scene.frames for scene in long} == {3 * FRAMES}
+    assert {scene.cut for scene in long if scene.cut is not None} <= set(range(18, 33))
+    assert {scene.dot.last - scene.dot.first for scene in long if scene.dot} == {1, 2}
+    shapes = [shape for scene in long for shape in scene.shapes]
+    assert {shape.digit_last - shape.digit_first for shape in shapes if shape.digit is not None} == {2, 3, 4, 5}
+    assert {len(shape.x) for shape in shapes} == {3 * FRAMES}
+    assert all(0 <= shape.first <= shape.last - 3 * 5 and shape.last <= 3 * FRAMES for shape in shapes)
+    late = [scene.dot.first for scene in long if scene.dot]
+    assert min(late) < FRAMES
+    assert max(late) > 2 * FRAMES
+    moved = [
+        [max(np.ptp(shape.x), np.ptp(shape.y)) for scene in some for shape in scene.shapes] for some in (long, short)
+    ]
+    assert abs(np.mean(moved[0]) - np.mean(moved[1])) < 4  # as far, three times slower
+
+
+def test_all_frames_of_a_longer_clip_are_drawn() -> None:
+    clip = labelled_clip("validation", 1, length=20)
+    assert clip.frames.shape == (20, 3, SIDE, SIDE)
+    with pytest.raises(UserError, match="has 16 frames or more, got 8"):
+        labelled_clip("validation", 1, length=8)
+
+
 def colour_at(scene: Scene, index: int, time: int) -> str:
     shape = scene.shapes[index]
     return shape.later_colour if scene.cut is not None and time >= scene.cut else shape.colour

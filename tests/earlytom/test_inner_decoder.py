@@ -177,6 +177,46 @@ def test_earlier_layers_see_all_and_later_ones_less(qwen: Model, layer: int) -> 
     assert not torch.allclose(ours.values[:, :, 5:9], untouched.values[:, :, 5:9], atol=1e-3)
 
 
+def test_what_does_not_stay_can_be_left_out(qwen: Model) -> None:
+    """Without folding, layer k gets what layer k-1 gave for the tokens that stay, and those are the same tokens."""
+    ids, visual = text_prompt()
+    plain, folded, dropped = DynamicCache(), DynamicCache(), DynamicCache()
+    qwen(ids, past_key_values=plain)
+    with apply_inner(qwen, 2) as inner, inner.prompt(visual):
+        qwen(ids, past_key_values=folded)
+    with apply_inner(qwen, 2, fold=False) as inner, inner.prompt(visual):
+        qwen(ids, past_key_values=dropped)
+    kept = dropped._earlytom_inner.kept  # type: ignore[attr-defined]
+    assert torch.equal(kept, folded._earlytom_inner.kept)  # type: ignore[attr-defined]
+    ours, others, untouched = (cache.layers[2].values for cache in (dropped, folded, plain))
+    assert torch.allclose(ours, untouched[:, :, kept[0]], atol=1e-5)
+    assert not torch.allclose(others, ours, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [0, 8])
+def test_a_prompt_that_is_not_causal_in_one_layer(qwen: Model, implementation: str, padding: int) -> None:
+    """As one released form has it, in layer k-1: every token of the prompt sees it whole, and none what comes after."""
+    ids, visual = (torch.nn.functional.pad(x, (0, padding)) for x in text_prompt())
+    real, last = slice(0, 24), torch.tensor([23])
+    found: dict[bool, list[Tensor]] = {}
+    qwen.set_attn_implementation(implementation)
+    try:
+        for causal in (True, False):
+            with apply_inner(qwen, 2, causal=causal) as inner, inner.prompt(visual, last=last):
+                found[causal] = list(qwen(ids, output_hidden_states=True).hidden_states[1:3])
+        layer, entering = qwen.model.layers[1], found[True][0]
+        rotary = qwen.model.rotary_emb(entering[:, real], torch.arange(24)[None])
+        qwen.set_attn_implementation("eager")  # which takes no mask for none
+        open_ = layer(entering[:, real], attention_mask=None, position_embeddings=rotary)
+    finally:
+        qwen.set_attn_implementation("sdpa")
+    assert torch.equal(found[False][0], entering)
+    assert torch.allclose(found[False][1][:, real], open_, atol=1e-5)
+    assert not torch.allclose(found[True][1][:, real], open_, atol=1e-3)
+    assert torch.allclose(found[False][1][:, 24:], found[True][1][:, 24:], atol=1e-5)
+
+
 def test_hidden_states_have_the_length_of_their_layer(qwen: Model) -> None:
     ids, visual = text_prompt()
     with apply_inner(qwen, 2) as inner, inner.prompt(visual):

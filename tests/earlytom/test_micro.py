@@ -23,7 +23,7 @@ from builder.micro.see import normalised
 from earlytom import micro
 from earlytom.families import bundled
 from earlytom.families.llava_onevision import canonical_name, pool
-from earlytom.families.published import SPECIAL_TOKENS
+from earlytom.families.tokens import SPECIAL_TOKENS
 from earlytom.micro import checkpoint
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
 from earlytom.micro.data.render import NOBODY

@@ -5,6 +5,7 @@ Weights are drawn wide enough that attention is uneven and frames differ, which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Siglip2VisionConfig,
@@ -25,6 +28,10 @@ from transformers import (
 FAMILIES = ("siglip", "siglip2", "clip", "dinov2")
 PATCH = 4
 VIDEO_TOKEN, IMAGE_TOKEN, VOCABULARY = 127, 126, 128
+GAINS = (
+    "norm.weight", "norm1.weight", "norm2.weight", "norm_before.weight", "norm_after.weight", "lambda1", "lambda_1",
+    "lambda_2",
+)  # fmt: skip
 
 
 def tiny_tower(family: str, *, layers: int = 4, grid: int = 5, seed: int = 0, device: str = "cpu") -> Any:
@@ -58,7 +65,7 @@ def randomise(model: nn.Module, seed: int) -> Any:
             if parameter.dim() > 1:
                 parameter.copy_(0.2 * noise)
             else:
-                parameter.copy_(0.1 * noise + name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "lambda1")))
+                parameter.copy_(0.1 * noise + name.endswith(GAINS))
     return model.eval()
 
 
@@ -90,10 +97,13 @@ def tiny_projector(width: int = 32, out: int = 24, *, seed: int = 0, device: str
     return randomise(model, seed)
 
 
-def made_video(kind: str, frames: int, *, grid: int = 5, seed: int = 0) -> Tensor:
-    """[F, 3, H, W] normalised pixels. Kinds: noise, drift (slow change), scenes (cuts), still (one frame, repeated)."""
+def made_video(kind: str, frames: int, *, grid: int | tuple[int, int] = 5, seed: int = 0) -> Tensor:
+    """[F, 3, H, W] normalised pixels of a grid of patches.
+
+    Kinds: noise, drift (slow change), scenes (cuts), still (one frame, repeated)."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (frames, 3, grid * PATCH, grid * PATCH)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    shape = (frames, 3, rows * PATCH, columns * PATCH)
     noise = torch.randn(shape, generator=generator)
     if kind == "noise":
         return noise
@@ -105,9 +115,21 @@ def made_video(kind: str, frames: int, *, grid: int = 5, seed: int = 0) -> Tenso
     return noise[cuts.long().cumsum(0)] + 0.15 * noise
 
 
-def tiny_llava(*, layers: int = 4, grid: int = 5, seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
-    """A random LLaVA-OneVision: SigLIP tower, Qwen2 decoder of two layers, `VOCABULARY` token ids."""
+# A decoder that the bundled tokenizer serves, its special tokens moved behind the others.
+BUNDLED_WORDS = {"vocab_size": 1300, "bos_token_id": 1290, "eos_token_id": 1292, "pad_token_id": 1290}
+BUNDLED_IDS = {
+    "llava_onevision": {"image_token_id": 1293, "video_token_id": 1294},
+    "internvl": {"image_token_id": 1295},
+}
+
+
+def tiny_llava(
+    *, layers: int = 4, grid: int = 5, seed: int = 0, bundled: bool = False
+) -> LlavaOnevisionForConditionalGeneration:
+    """A random LLaVA-OneVision: SigLIP tower, Qwen2 decoder of two layers, `VOCABULARY` token ids or, where `bundled`,
+    those of the bundled tokenizer."""
     ids: Any = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
+    ids = BUNDLED_IDS["llava_onevision"] if bundled else ids
     config = LlavaOnevisionConfig(
         vision_config={
             "model_type": "siglip_vision_model",
@@ -128,10 +150,48 @@ def tiny_llava(*, layers: int = 4, grid: int = 5, seed: int = 0) -> LlavaOnevisi
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
+            **(BUNDLED_WORDS if bundled else {}),
         },
         **ids,
     )
     return randomise(LlavaOnevisionForConditionalGeneration(config), seed)
+
+
+def tiny_internvl(
+    *, layers: int = 4, grid: tuple[int, int] = (4, 4), seed: int = 0, bundled: bool = False, **vision: Any
+) -> InternVLForConditionalGeneration:
+    """A random InternVL; otherwise as `tiny_llava`."""
+    ids: Any = BUNDLED_IDS["internvl"] if bundled else {"image_token_id": VIDEO_TOKEN}
+    config = InternVLConfig(
+        vision_config={
+            "model_type": "internvl_vision",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "image_size": [side * PATCH for side in grid],
+            "patch_size": [PATCH, PATCH],
+            "attention_bias": True,
+            **vision,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            **(BUNDLED_WORDS if bundled else {}),
+        },
+        **ids,
+    )
+    return randomise(InternVLForConditionalGeneration(config), seed)
+
+
+MODELS: dict[str, Callable[..., Any]] = {"llava_onevision": tiny_llava, "internvl": tiny_internvl}
+"""A tiny model of every family."""
 
 
 def video_prompt(frames: int, *, grid: int = 5, seed: int = 0, before: int = 4, after: int = 3) -> Tensor:

@@ -62,7 +62,8 @@ def cover(job: CoverageJob, checkpoint: Checkpoint, trace: Trace) -> dict[str, A
     if not checkpoint.trained:
         trace.line("note: its weights are not trained, so its features tell little of what is seen")
     # The videos first: one that cannot be read is noticed before a large tower is loaded.
-    clips = [load_clip(video, job.frames, checkpoint.preprocessing.size).frames for video in job.videos]
+    size, sampling = checkpoint.preprocessing.size, checkpoint.preprocessing.sampling
+    clips = [load_clip(video, job.frames, size, sampling=sampling).frames for video in job.videos]
     vision = VisionPass(load_vision(checkpoint.source), checkpoint)
     found: list[list[Coverage]] = []
     for number, (video, frames) in enumerate(zip(job.videos, clips, strict=True)):

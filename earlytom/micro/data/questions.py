@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from numpy.random import Generator
 
-from earlytom.micro.data.scene import COLOURS, DIGITS, FRAMES, MAX_SHAPES, SHAPES, SIDE, Scene, Shape
+from earlytom.micro.data.scene import COLOURS, DIGITS, MAX_SHAPES, SHAPES, SIDE, Scene, Shape
 
 _NUMBERS = ("one", "two", "three", "four")
 _MIDDLE = (SIDE - 1) / 2
@@ -125,7 +125,7 @@ def _where(scene: Scene, random: Generator) -> tuple[str, str] | None:
     def clear(shape: Shape) -> bool:
         return min(abs(shape.x[-1] - _MIDDLE), abs(shape.y[-1] - _MIDDLE)) >= _CLEAR
 
-    shape = _pick([shape for shape in _steady(scene) if shape.last == FRAMES and clear(shape)], random)
+    shape = _pick([shape for shape in _steady(scene) if shape.last == scene.frames and clear(shape)], random)
     if shape is None:
         return None
     rows, columns = ("top", "bottom"), ("left", "right")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from earlytom.micro.data.scene import COLOURS, DOT_RADIUS, FRAMES, SIDE, Scene, Shape
+from earlytom.micro.data.scene import COLOURS, DOT_RADIUS, SIDE, Scene, Shape
 
 Array = NDArray[np.float32]
 
@@ -39,7 +39,7 @@ def render(scene: Scene, random: Generator, times: NDArray[np.intp]) -> tuple[ND
         for at, time in enumerate(times):
             if dot.first <= time < dot.last:
                 _blit(picture[at], owner[at], dot.x, dot.y, _disc, DOT_RADIUS, COLOURS[dot.colour], DOT)
-    gain = 1 + random.uniform(-0.12, 0.12) * np.linspace(-1, 1, FRAMES)[times] + random.uniform(-0.08, 0.08)
+    gain = 1 + random.uniform(-0.12, 0.12) * np.linspace(-1, 1, scene.frames)[times] + random.uniform(-0.08, 0.08)
     picture *= gain[:, None, None, None].astype(np.float32)
     noise = random.standard_normal(picture.shape, np.float32)
     picture += noise * np.float32(random.uniform(2, 7))

@@ -6,7 +6,8 @@ pass before one another. One of them may carry a *digit* for two to five frames.
 may flash for one or two frames. In half of the clips there is a *cut*: another background, other shapes, and one
 shape that is seen on both sides of it, in another place and perhaps in another colour.
 
-Lengths are in pixels of the 72 x 72 frame, times in frames.
+Lengths are in pixels of the 72 x 72 frame, times in frames. A clip has `FRAMES` of them, or more: then shapes stay as
+many times longer, and what is brief, a digit, a dot, is as brief as before and a smaller part of the clip.
 """
 
 from __future__ import annotations
@@ -110,14 +111,15 @@ class Scene:
     dot: Dot | None
     cut: int | None
     drift: tuple[float, float]
+    frames: int = FRAMES
 
     def after_cut(self, times: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which of the frames `times` come after the cut; none, if there is no cut."""
-        return times >= (FRAMES if self.cut is None else self.cut)
+        return times >= (self.frames if self.cut is None else self.cut)
 
     def centre(self, shape: Shape, times: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Where a shape is seen at the frames `times`, x and y: in its place, moved by the camera."""
-        since = times - (FRAMES - 1) / 2
+        since = times - (self.frames - 1) / 2
         return shape.x[times] + self.drift[0] * since, shape.y[times] + self.drift[1] * since
 
 
@@ -148,18 +150,18 @@ def casts_of(scene: Scene) -> list[Cast]:
     return [Cast(colours, shapes, dot, digit) for digit in digits if digit is not None or len(digits) == 1]
 
 
-def draw_scene(cast: Cast, random: Generator) -> Scene:
-    """A clip with this cast."""
+def draw_scene(cast: Cast, random: Generator, frames: int = FRAMES) -> Scene:
+    """A clip with this cast, of that many frames, `FRAMES` or more."""
     while True:  # a crowded attempt is thrown away whole, so that no kind of shape is rarer in crowds
-        scene = _attempt(cast, random)
+        scene = _attempt(cast, random, frames)
         if scene is not None:
             return scene
 
 
-def _attempt(cast: Cast, random: Generator) -> Scene | None:
+def _attempt(cast: Cast, random: Generator, frames: int) -> Scene | None:
     count = len(cast.colours)
-    cut = int(random.integers(6, 11)) if random.random() < _CUT else None
-    drift = random.uniform(-0.25, 0.25, 2)
+    cut = int(random.integers(_scaled(6, frames), _scaled(11, frames))) if random.random() < _CUT else None
+    drift = random.uniform(-0.25, 0.25, 2) * FRAMES / frames
     returning = int(random.integers(count)) if cut is not None else -1
     carriers = [i for i, shape in enumerate(cast.shapes) if shape in DIGIT_SHAPES]
     carrier = int(random.choice(carriers)) if cast.digit is not None else -1
@@ -178,8 +180,8 @@ def _attempt(cast: Cast, random: Generator) -> Scene | None:
             digit: int | None = digit,
             returns: bool = index == returning,
         ) -> Shape:
-            first, last = _lifetime(random, None if returns else cut)
-            x, y, direction = _path(random, radius, first, last, cut if returns else None)
+            first, last = _lifetime(random, None if returns else cut, frames)
+            x, y, direction = _path(random, radius, first, last, cut if returns else None, frames)
             length = int(random.integers(2, 6)) if digit is not None else 0
             begin = int(random.integers(first, last - length + 1))
             return Shape(colour, later, kind, radius, x, y, first, last, direction, digit, begin, begin + length)
@@ -190,10 +192,10 @@ def _attempt(cast: Cast, random: Generator) -> Scene | None:
         shapes.append(found)
     dot = None
     if cast.dot is not None:
-        dot = _place_dot(cast.dot, shapes, random)
+        dot = _place_dot(cast.dot, shapes, random, frames)
         if dot is None:
             return None
-    return Scene(tuple(shapes), dot, cut, (float(drift[0]), float(drift[1])))
+    return Scene(tuple(shapes), dot, cut, (float(drift[0]), float(drift[1])), frames)
 
 
 def _fitting(draw: Callable[[], Shape], others: list[Shape]) -> Shape | None:
@@ -217,25 +219,30 @@ def _crossing(one: Shape, other: Shape) -> bool:
     return not (touching & (shown[0] | shown[1])).any()
 
 
-def _lifetime(random: Generator, cut: int | None) -> tuple[int, int]:
+def _scaled(time: int, frames: int) -> int:
+    """A time of a clip of `FRAMES` frames, in one that is longer."""
+    return time * frames // FRAMES
+
+
+def _lifetime(random: Generator, cut: int | None, frames: int) -> tuple[int, int]:
     """First and last (exclusive) frame; on one side of the cut if there is one."""
     if cut is not None:
-        return (0, cut) if random.random() < 0.5 else (cut, FRAMES)
-    first = 0 if random.random() < 0.5 else int(random.integers(1, 9))
-    last = FRAMES if random.random() < 0.7 else int(random.integers(first + 6, FRAMES + 1))
+        return (0, cut) if random.random() < 0.5 else (cut, frames)
+    first = 0 if random.random() < 0.5 else int(random.integers(1, _scaled(9, frames)))
+    last = frames if random.random() < 0.7 else int(random.integers(first + _scaled(6, frames), frames + 1))
     return first, last
 
 
 def _path(
-    random: Generator, radius: float, first: int, last: int, cut: int | None
+    random: Generator, radius: float, first: int, last: int, cut: int | None, frames: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], str | None]:
     """Centres in all frames, and direction. At a cut the shape jumps elsewhere, and rests."""
     low, high = radius + 1.5, SIDE - 2.5 - radius
     if cut is not None:
         places = random.uniform(low, high, (2, 2))
-        side = (np.arange(FRAMES) >= cut).astype(int)
+        side = (np.arange(frames) >= cut).astype(int)
         return places[side, 0], places[side, 1], None
-    x, y = np.full(FRAMES, random.uniform(low, high)), np.full(FRAMES, random.uniform(low, high))
+    x, y = np.full(frames, random.uniform(low, high)), np.full(frames, random.uniform(low, high))
     if random.random() < 0.25:
         return x, y, None
     direction = str(random.choice(list(DIRECTIONS)))
@@ -243,19 +250,19 @@ def _path(
     lifetime = last - first
     moving = lifetime - 1 if not stops else max(2, round(lifetime * random.uniform(0.35, 0.5)))
     length = min(random.uniform(20, 44), high - low)
-    step = np.clip(np.arange(FRAMES) - first, 0, moving) / moving * length
+    step = np.clip(np.arange(frames) - first, 0, moving) / moving * length
     dx, dy = DIRECTIONS[direction]
     start = random.uniform(low, high - length)
     along = start + step if dx + dy > 0 else SIDE - 1 - start - step
     return (along, y, direction) if dx else (x, along, direction)
 
 
-def _place_dot(colour: str, shapes: list[Shape], random: Generator) -> Dot | None:
+def _place_dot(colour: str, shapes: list[Shape], random: Generator, frames: int) -> Dot | None:
     """A place and a time at which no shape touches the dot."""
     for _ in range(_TRIES):
         x, y = random.uniform(DOT_RADIUS + 1, SIDE - 2 - DOT_RADIUS, 2)
         length = int(random.integers(1, 3))
-        first = int(random.integers(0, FRAMES - length + 1))
+        first = int(random.integers(0, frames - length + 1))
         times = np.arange(first, first + length)
         clear = True
         for shape in shapes:

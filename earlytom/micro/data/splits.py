@@ -48,7 +48,9 @@ def split_of(cast: Cast) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def labelled_clip(split: str, index: int, *, seed: int = 0, times: NDArray[np.intp] | None = None) -> LabelledClip:
+def labelled_clip(
+    split: str, index: int, *, seed: int = 0, times: NDArray[np.intp] | None = None, length: int = FRAMES
+) -> LabelledClip:
     """Clip number `index` of a split; always the same one for the same seed.
 
     Args:
@@ -57,16 +59,19 @@ def labelled_clip(split: str, index: int, *, seed: int = 0, times: NDArray[np.in
         seed: draws other clips of the same split.
         times: which frames to draw; all by default. Their sensor noise depends on which they are, what happens in them
             does not.
+        length: frames of the whole clip; another length is another clip.
 
     Raises:
-        UserError: no such split, or a negative index.
+        UserError: no such split, a negative index, or fewer than `FRAMES` frames.
     """
-    scene, asked, random = draw(split, index, seed=seed)
-    frames, owner = render(scene, random, np.arange(FRAMES) if times is None else times)
+    scene, asked, random = draw(split, index, seed=seed, length=length)
+    frames, owner = render(scene, random, np.arange(length) if times is None else times)
     return LabelledClip(frames, owner, scene, asked)
 
 
-def draw(split: str, index: int, *, seed: int = 0) -> tuple[Scene, tuple[Question, ...], Generator]:
+def draw(
+    split: str, index: int, *, seed: int = 0, length: int = FRAMES
+) -> tuple[Scene, tuple[Question, ...], Generator]:
     """The scene and the questions of that clip, and the generator that `render` would go on with to draw it.
 
     Raises as `labelled_clip`.
@@ -75,10 +80,12 @@ def draw(split: str, index: int, *, seed: int = 0) -> tuple[Scene, tuple[Questio
         raise UserError(f"no split named {split!r}; expected one of {', '.join(SPLITS)}")
     if index < 0:
         raise UserError(f"a clip's index must be 0 or more, got {index}")
+    if length < FRAMES:
+        raise UserError(f"a clip has {FRAMES} frames or more, got {length}; draw some of them with times")
     random = np.random.Generator(np.random.PCG64([seed, list(SPLITS).index(split), index]))
     cast = draw_cast(random, lambda cast: split_of(cast) == split)
     while True:
-        scene = draw_scene(cast, random)
+        scene = draw_scene(cast, random, length)
         asked = questions(scene, random)
         if asked:  # a very few scenes leave nothing certain to ask about
             return scene, asked, random

@@ -1,12 +1,18 @@
-"""The side of a decoder that sees the video: it runs in a process of its own.
+"""The side of a decoder that sees videos: a process that sees none, and for each video one that sees no other.
 
-It hears a line of JSON with two open files, says that it has begun, writes the frames into the second file and says
-what they are. It believes the server and nothing of the video.
+The first has imported everything and waits. What it hears, a line of JSON with three open files, it leaves to a fork
+of itself, which is as ready as it is after a few milliseconds. The fork says on a line of its own that it has begun,
+writes the frames into the second file and says what they are. It has no other line, and ends with the video: whatever a
+video does to it, nothing of that is left when the next one comes. It ends, too, when nobody holds the other end of its
+line any more, or when the first process ends.
+
+It believes the server and nothing of the video.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import logging
@@ -16,44 +22,65 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from earlytom.numbers import shown
 from runtime.errors import VideoError
 from runtime.video import MIN_FRAMES, Clip, Limits, frames_for, load_clip, resize_frames, sample_indices
 from runtime.video.limits import remedy
 
-BEGUN = "begun"  # what a decoder says of a job before it opens the video
+BEGUN = "begun"  # what is said before a video is opened
 _PICTURES = ("JPEG", "PNG")
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 _log = logging.getLogger(__name__)
 
 
 def run() -> None:
-    """Decode what is asked for until the other end of the line is closed. The words: path, line, memory."""
+    """Have videos decoded until the other end of the line is closed. The words: path, line, memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = socket.socket(fileno=int(sys.argv[2]))
-    threading.Thread(target=_end_with_parent, args=(line,), daemon=True).start()
-    _bound_memory(int(sys.argv[3]))
+    line, memory, parent = socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), os.getpid()
     _tell(line, {"ready": True})
     while (heard := _hear(line)) is not None:
         job, files = heard
-        reply = None
-        if "counts" in job:
-            _tell(line, {BEGUN: job["number"]})
-            reply = _reply(job, files, line)
+        if (process := os.fork()) == 0:
+            line.close()
+            _see(job, files, memory, parent)
         for file in files:
             os.close(file)
-        if reply is not None:
-            _tell(line, {**reply, "number": job["number"]})
+        _, status = os.waitpid(process, 0)
+        _tell(line, {"ended": os.waitstatus_to_exitcode(status)})
 
 
-def _end_with_parent(line: socket.socket) -> None:
+def _see(job: dict[str, Any], files: list[int], memory: int, parent: int) -> NoReturn:
+    """Decode one video and end."""
+    try:
+        given, out, theirs = files
+        line = socket.socket(fileno=theirs)
+        _end_with(parent)
+        threading.Thread(target=_end_with_caller, args=(line,), daemon=True).start()
+        _bound_memory(memory)
+        _tell(line, {BEGUN: True})
+        _tell(line, _reply(job, given, out))
+    finally:
+        os._exit(0)  # nothing of the first process is to be tidied up here
+
+
+def _end_with(parent: int) -> None:
+    """Let the system end this process with the one that forked it; it may be killed while this one is busy."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it was already
+        os._exit(0)
+
+
+def _end_with_caller(line: socket.socket) -> None:
     """Nobody waits for the answer any more, however busy this process is with it."""
     poll = select.poll()
     poll.register(line.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
@@ -76,32 +103,20 @@ def _bound_memory(memory: int) -> None:
         return
 
 
-class _StopError(Exception):
-    """The caller has left."""
-
-
-def _reply(job: dict[str, Any], files: list[int], line: socket.socket) -> dict[str, Any]:
-    given, out = files
+def _reply(job: dict[str, Any], given: int, out: int) -> dict[str, Any]:
     path = f"/proc/self/fd/{given}" if Path("/proc/self/fd").is_dir() else f"/dev/fd/{given}"
-
-    def check() -> None:
-        if select.select([line], [], [], 0)[0]:
-            raise _StopError
-
     try:
         limits, counts, size = Limits(**job["limits"]), job["counts"], tuple(job["size"])
         if job["frames"] is None:
-            clip = load_clip(Path(path), counts, size, limits=limits, check=check)
+            clip = load_clip(Path(path), counts, size, limits=limits, sampling=job["sampling"])
         else:
-            clip = _from_pictures(given, job["frames"], counts, size, limits, check)
+            clip = _from_pictures(given, job["frames"], counts, size, limits, job["sampling"])
         write(out, [clip.frames.contiguous().numpy().data.cast("B")])
         said = {name: getattr(clip, name) for name in ("timestamps", "source_frames", "duration")}
         said |= {name: getattr(clip, name) for name in ("decode_seconds", "preprocess_seconds")}
         return {"clip": {"frames": len(clip.frames), **said}}
     except UserError as error:
         return {"error": str(error).replace(repr(path), "the video").replace(path, "the video")}
-    except _StopError:
-        return {"error": "nobody waits for it"}
     except MemoryError:
         return {"error": "the video needs more memory than decoding one may take; send one of fewer pixels"}
     except Exception as error:
@@ -115,7 +130,7 @@ def _from_pictures(
     counts: int | list[int],
     size: tuple[int, int],
     limits: Limits,
-    check: Callable[[], None],
+    sampling: Sampling,
 ) -> Clip:
     """Frames that came as pictures, one behind the other. Only those shown are decoded; the others must fit them."""
     from PIL import Image
@@ -125,13 +140,12 @@ def _from_pictures(
         raise VideoError(f"the frame list has {len(lengths)} frame; a video has at least {MIN_FRAMES}")
     if limits.max_frames is not None and len(lengths) > limits.max_frames:
         raise VideoError(f"the frame list has more than {limits.max_frames} frames; {remedy('max_frames')}")
-    chosen = sample_indices(len(lengths), frames_for(len(lengths), counts))
+    chosen = sample_indices(len(lengths), frames_for(len(lengths), counts), sampling)
     rows = {index: row for row, index in enumerate(np.unique(chosen).tolist())}
     frames = torch.empty(len(rows), 3, *size, dtype=torch.uint8)
     first: tuple[int, int] | None = None
     at = 0
     for index, length in enumerate(lengths):
-        check()
         try:
             image = Image.open(io.BytesIO(os.pread(file, length, at)), formats=_PICTURES)
         except Exception as error:
@@ -174,7 +188,7 @@ def _tell(line: socket.socket, message: dict[str, Any]) -> None:
 
 def _hear(line: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """The next message and the files that came with it; None where the line is closed."""
-    head, files, _, _ = socket.recv_fds(line, 4, 2)
+    head, files, _, _ = socket.recv_fds(line, 4, 3)
     content = b"" if not head else head + _rest(line, 4 - len(head))
     if len(content) < 4:
         return None

@@ -1,15 +1,16 @@
-"""Videos of strangers are decoded in a process of its own: what they break is that process, and one request.
+"""Each video of a stranger is decoded in a process of its own: what it breaks is that process, and one request.
 
     decoding = Decoders(limits, memory=4 << 30)
     clip = await decoding.clip(taken, counts, (384, 384))
 
-The process is started afresh (nothing is forked), has a bound on its memory, knows no name of the file that it reads,
-and ends with this one. What goes to it are open files and a line of JSON; what comes back are the bytes of the frames,
-through memory that both have open, and a line of JSON that is believed no further than its numbers make sense. So a
-decoder that a video has taken over can show wrong pictures and nothing more.
+A decoder is a process that is started afresh (it is no fork of this one), and that forks for each video. The fork has
+a bound on its memory, knows no name of the file that it reads, and ends with its video. What goes to it are open files
+and a line of JSON; what comes back are the bytes of the frames, through memory that both have open, and a line of JSON
+that is believed no further than its numbers make sense. So a fork that a video has taken over can show wrong pictures
+of that video and nothing more: it never sees another.
 
-Whatever ends a decoder, a crash, its memory, its deadline, is an invalid video to the one who sent it; the next call
-finds another. Who stops waiting ends the work.
+Whatever ends a fork, a crash, its memory, its deadline, is an invalid video to the one who sent it; the next call finds
+another. Who stops waiting ends the work.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -31,8 +33,9 @@ import numpy as np
 import torch
 
 from earlytom.errors import UserError
+from earlytom.families import Sampling
 from earlytom.numbers import real, whole
-from runtime.serve.decoding.child import BEGUN, write
+from runtime.serve.decoding.child import write
 from runtime.serve.errors import ServeError
 from runtime.serve.media import TakenVideo
 from runtime.video import Clip, Limits
@@ -75,7 +78,9 @@ class Decoders:
         """Start all decoders now, so that no video waits for it. Raises ServeError 503 where they do not start."""
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
-    async def clip(self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int]) -> Clip:
+    async def clip(
+        self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int], sampling: Sampling = "ends"
+    ) -> Clip:
         """Sample a video as `load_clip` and `clip_from_frames` do; on the CPU.
 
         Raises:
@@ -86,11 +91,11 @@ class Decoders:
         job = {
             "counts": counts if isinstance(counts, int) else wanted,
             "size": size,
+            "sampling": sampling,
             "limits": dataclasses.asdict(self._limits),
             "frames": None if taken.frames is None else [len(frame) for frame in taken.frames],
         }
         worker = await self._free.get()
-        busy = False
         try:
             with contextlib.ExitStack() as files:
                 out = files.enter_context(_shared_memory())
@@ -99,7 +104,6 @@ class Decoders:
                     await asyncio.to_thread(write, given.fileno(), taken.frames)
                 for attempt in range(2):
                     await worker.start()
-                    busy = True
                     try:
                         async with asyncio.timeout(self._seconds):
                             reply = await worker.ask(job, [given.fileno(), out.fileno()])
@@ -108,16 +112,13 @@ class Decoders:
                         worker.kill()
                         if attempt:
                             raise
-                busy = False
                 if (error := reply.get("error")) is not None:
                     raise _invalid(str(error))
                 return await asyncio.to_thread(_read_clip, reply, out.fileno(), wanted, size)
         except TimeoutError:
-            worker.kill()
             what = f"takes longer than {self._seconds:g} s to decode; send a shorter one, or one of fewer pixels"
             raise _invalid(f"the video {what}") from None
         except _DeadError as error:
-            worker.kill()
             _log.warning("a video has ended its decoder: %s", error)
             raise _invalid("the video cannot be decoded: it ends the decoder; re-encode it") from error
         except OSError as error:  # of this process: no memory, no descriptor
@@ -125,7 +126,7 @@ class Decoders:
                 503, "overloaded", "there is no room for the video; try again later", retry_after=5
             ) from error
         finally:
-            self._begin(self._release(worker, busy))
+            self._begin(self._release(worker))
 
     async def close(self) -> None:
         """End all decoders."""
@@ -140,11 +141,10 @@ class Decoders:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _release(self, worker: _Decoder, busy: bool) -> None:
-        """Make a decoder fit for the next video: stop what it does, replace it where it is gone."""
+    async def _release(self, worker: _Decoder) -> None:
+        """Make a decoder fit for the next video: see the last one's process end, replace what is gone."""
         try:
-            if busy:
-                await worker.stop()
+            await worker.rest()
             with contextlib.suppress(ServeError):  # who asks next is told
                 await worker.start()
         finally:
@@ -164,7 +164,7 @@ class _Decoder:
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
-        self._asked = 0
+        self._busy = False  # a video's process may still run
         self._line: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -174,9 +174,9 @@ class _Decoder:
             return
         self.kill()
         try:
-            self._open()
+            line = self._open()
             async with asyncio.timeout(_START_SECONDS):
-                await self._receive()
+                await self._receive(line)
         except (OSError, TimeoutError, _DeadError) as error:
             self.kill()
             _log.error("the decoder does not start: %s", error)
@@ -186,29 +186,27 @@ class _Decoder:
             raise
 
     async def ask(self, job: dict[str, Any], files: list[int]) -> dict[str, Any]:
-        """Send a job and return its reply. Raises _DeadError, _AtRestError."""
-        self._asked += 1
-        try:
-            await self._send({**job, "number": self._asked}, files)
-            reply = await self._receive()
-        except _DeadError as error:
-            # A process that is dying looks alive until its last thread is gone, so only its word tells.
-            raise _AtRestError(str(error)) from error
-        if BEGUN in reply:
-            reply = await self._receive()
-        if reply.get("number") != self._asked:
-            raise _DeadError("it answers another question")
-        return reply
+        """Send a job and return what is replied to it. Raises _DeadError, _AtRestError."""
+        mine, theirs = socket.socketpair()
+        with mine:  # whose end ends the video's process
+            mine.setblocking(False)
+            try:
+                with theirs:
+                    await self._send(job, [*files, theirs.fileno()])
+                await self._receive(mine)
+            except _DeadError as error:
+                # A process that is dying looks alive until its last thread is gone, so only its word tells.
+                raise _AtRestError(str(error)) from error
+            return await self._receive(mine)
 
-    async def stop(self) -> None:
-        """End what it does: by a word if it listens, else altogether."""
-        if self.process is None:
+    async def rest(self) -> None:
+        """Wait until the process of the last video has ended; where it does not end, end all."""
+        if not self._busy or self._line is None:
             return
         try:
             async with asyncio.timeout(_STOP_SECONDS):
-                await self._send({"stop": True}, [])
-                while BEGUN in await self._receive():
-                    pass
+                await self._receive(self._line)
+            self._busy = False
         except (TimeoutError, _DeadError):
             self.kill()
         except BaseException:
@@ -218,13 +216,15 @@ class _Decoder:
     def kill(self) -> None:
         process, line = self.process, self._line
         self.process = self._line = None
+        self._busy = False
         if line is not None:
             line.close()
         if process is not None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and the process of a video
             process.wait()  # at once, after a kill
 
-    def _open(self) -> None:
+    def _open(self) -> socket.socket:
         self._line, theirs = socket.socketpair()
         with theirs:
             self._line.setblocking(False)
@@ -234,13 +234,15 @@ class _Decoder:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is the server's
+                start_new_session=True,  # Ctrl-C is the server's, and all of it can be killed at once
             )
+        return self._line
 
     async def _send(self, message: dict[str, Any], files: list[int]) -> None:
         content, line = json.dumps(message).encode(), self._line
         if line is None:
             raise _DeadError("it was ended")
+        self._busy = True
         try:
             # The line is empty, so this does not wait.
             socket.send_fds(line, [len(content).to_bytes(4, "big")], files)
@@ -248,36 +250,29 @@ class _Decoder:
         except OSError as error:
             raise _DeadError(str(error)) from error
 
-    async def _receive(self) -> dict[str, Any]:
-        length = int.from_bytes(await self._exactly(4), "big")
+    async def _receive(self, line: socket.socket) -> dict[str, Any]:
+        length = int.from_bytes(await self._exactly(line, 4), "big")
         if length > _LONGEST:
             raise _DeadError("it says too much")
         try:
-            message = json.loads(await self._exactly(length))
+            message = json.loads(await self._exactly(line, length))
         except (ValueError, RecursionError) as error:
             raise _DeadError("it says what is no JSON") from error
         if not isinstance(message, dict):
             raise _DeadError("it says what makes no sense")
         return message
 
-    async def _exactly(self, count: int) -> bytes:
-        content, line = b"", self._line
+    async def _exactly(self, line: socket.socket, count: int) -> bytes:
+        content = b""
         while len(content) < count:
             try:
-                part = b"" if line is None else await asyncio.get_running_loop().sock_recv(line, count - len(content))
+                part = await asyncio.get_running_loop().sock_recv(line, count - len(content))
             except OSError as error:
                 raise _DeadError(str(error)) from error
             if not part:
-                raise _DeadError(f"it ended{self._status()}")
+                raise _DeadError("it ended")
             content += part
         return content
-
-    def _status(self) -> str:
-        if self.process is None:
-            return ""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return f" with status {self.process.wait(0.1)}"
-        return ""
 
 
 def _read_clip(reply: dict[str, Any], out: int, counts: list[int], size: tuple[int, int]) -> Clip:

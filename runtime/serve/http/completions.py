@@ -20,7 +20,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from runtime.errors import Cancelled
+from runtime.errors import Cancelled, DecoderFailed
 from runtime.serve.backend import Asked, Backend, ModelFacts, Sampled, out_of_time
 from runtime.serve.chat import conversation_of
 from runtime.serve.errors import ServeError, body, from_runtime
@@ -54,7 +54,7 @@ class Completions:
     @property
     def room(self) -> bool:
         """One more question may come."""
-        return self.inside <= self._settings.waiting
+        return self.inside < self._settings.waiting + self._backend.facts.lanes
 
     def check_model(self, name: str) -> None:
         """Raises ServeError, 404, for another model's name."""
@@ -102,6 +102,8 @@ class Completions:
             found = from_runtime(error)
             if found.status >= 500 and found.code == "internal_error":
                 _log.exception("a question failed")
+            if isinstance(error, DecoderFailed):
+                _log.warning("%s", error)
             if not events.started:
                 raise found from error
             await events.event(body(found))

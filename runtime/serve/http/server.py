@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import uvicorn
 
 from earlytom.errors import UserError
-from runtime.engine.dtypes import DTYPES
-from runtime.pipeline import Pipeline
 from runtime.serve.app import ServerApp, create_app
 from runtime.serve.backend import Local
 from runtime.serve.decoding import Decoders
 from runtime.serve.gate import connections, load_keys
+from runtime.serve.loading import limits_of, load_pipeline
 from runtime.serve.settings import Settings
 from runtime.trace import Trace
-from runtime.video import Clip, Limits
 
 _DRAIN_POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 5  # for clients that still read when all is answered
@@ -40,33 +38,17 @@ def serve(settings: Settings, trace: Trace) -> None:
         EngineError: as `Pipeline.load`.
     """
     keys = () if settings.api_key_file is None else load_keys(settings.api_key_file)
-    limits = Limits(settings.max_pixels, settings.max_frames, settings.max_seconds, settings.max_video)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(contextlib.closing(bind(settings.host, settings.port)))
-        pipeline = stack.enter_context(
-            Pipeline.load(
-                settings.engine,
-                settings.model,
-                settings.backend,
-                device=settings.device,
-                dtype=None if settings.dtype is None else DTYPES[settings.dtype],
-                decoder=settings.decoder,
-                # The server counts places itself; one whose answer has just been read may still be the pipeline's.
-                waiting=settings.waiting + 2,
-                watch_bytes=settings.watch_bytes,
-                limits=limits,
-                bias=settings.bias,
-                positions=settings.positions,
-            )
-        )
+        pipeline = stack.enter_context(load_pipeline(settings))
         trace.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
         for note in pipeline.notes:
             trace.line(f"note: {note}")
-        check_room_for_a_video(pipeline)
         if not keys:
             trace.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
-        decoding = Decoders(limits, seconds=settings.deadline)
-        app = create_app(Local(pipeline, decoding.clip, videos=settings.videos), settings, keys)
+        decoding = Decoders(limits_of(settings), seconds=settings.deadline)
+        decode = functools.partial(decoding.clip, sampling=pipeline.manifest.model.preprocessing.sampling)
+        app = create_app(Local(pipeline, decode, videos=settings.videos), settings, keys)
         stack.enter_context(contextlib.closing(app))
         run(app, decoding, listening, lambda url: trace.line(f"serving {settings.name} on {url}/v1"))
     trace.line("stopped: all that was asked is answered")
@@ -89,20 +71,6 @@ def bind(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on --host {host} --port {port} ({reason}); give another port") from error
     return made
-
-
-def check_room_for_a_video(pipeline: Pipeline) -> None:
-    """Read a black clip as a client's video, which also finds memory and threads for all later ones.
-
-    Raises:
-        UserError: it does not fit into what --watch-bytes gives.
-    """
-    count, size = max(pipeline.manifest.counts), pipeline.manifest.model.preprocessing.size
-    black = Clip(torch.zeros(count, 3, *size, dtype=torch.uint8), (), count, 0.0, 0.0, 0.0)
-    try:
-        pipeline.watch(black).close()
-    except UserError as error:
-        raise UserError(f"--watch-bytes {pipeline.watched.limit} has no room for a video: {error}") from error
 
 
 def run(app: ServerApp, decoding: Decoders, listening: socket.socket, started: Callable[[str], object]) -> None:

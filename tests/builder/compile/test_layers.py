@@ -259,7 +259,8 @@ def test_int8_is_counted_and_held() -> None:
     """A product of whole numbers with a result in half, as tensorrt-rtx lists it."""
     end = "Format: Row major linear }"
     record = (
-        f"Name: node_matmul_myl0_1, LayerType: gemm, Inputs: [ {{ Name: q8, Dimensions: [%s,1152], Datatype: Int8, {end}], "
+        "Name: node_matmul_myl0_1, LayerType: gemm, "
+        f"Inputs: [ {{ Name: q8, Dimensions: [%s,1152], Datatype: Int8, {end}], "
         f"Constants: [ {{ Name: w, Dimensions: [1152,4304], Datatype: Int8, {end}, "
         f"{{ Name: alpha, Dimensions: [1], Datatype: Float, {end}], "
         f"Outputs: [ {{ Name: out, Dimensions: [%s,4304], Datatype: Half, {end}], TacticName: t, StreamId: 0"

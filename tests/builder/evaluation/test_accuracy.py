@@ -16,12 +16,13 @@ from threadpoolctl import threadpool_limits
 from builder.evaluation import record
 from builder.evaluation.bench import EvaluationBench, EvaluationJob, run
 from builder.evaluation.statistics import Estimate, accuracy
+from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from runtime.checkpoint import describe
 
 CLIPS = 240
 MARGIN = 0.01
-RECORDED = [("full", None), ("budget", 0.25)]
+RECORDED = [("full", None), ("budget", 0.1), ("cells-rounds", 0.1)]
 
 pytestmark = pytest.mark.skipif(
     not describe().trained, reason="the bundled model's weights are not trained (python -m builder.micro.train)"
@@ -44,7 +45,8 @@ def value(recorded: dict[str, Any], name: str, ratio: float | None) -> float:
 
 
 def job(recorded: dict[str, Any]) -> EvaluationJob:
-    return EvaluationJob("micro", EarlyTomConfig.from_dict(recorded["settings"]), ("budget",), (0.25,))
+    config, cells = EarlyTomConfig.from_dict(recorded["settings"]), CellsConfig.from_dict(recorded["cells"])
+    return EvaluationJob("micro", config, ("budget", "cells-rounds"), (0.1,), cells=cells)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from builder.evaluation import record, run
 from builder.evaluation.bench import EvaluationBench, EvaluationJob
 from builder.evaluation.blind import questions_of
 from builder.evaluation.engine import TWIN, built_engine, check_engine
-from builder.evaluation.methods import Row
+from builder.evaluation.ways.row import Row
 from builder.settings import arguments as build_arguments
 from builder.settings.config import BuildConfig
 from earlytom.budget import token_count
@@ -156,15 +156,21 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--tau", "7"], "tau must be in [-1, 1]"),
         (["--merge-layers", "2,x"], "--merge-layers '2,x': give layer numbers"),
         (["--merge-layers", "2,40"], "merge layer 40 does not exist"),
-        (["--frame-budget", "2"], "frame_budget must be in (0, 1]"),
+        (["--frame-budget", "2"], "frame_budget names 1 frame counts for 3 merge layers"),
+        (["--frame-budget", "1.5"], "frame_budget must be in (0, 1]"),
         (["--frame-budget", "12,8"], "frame_budget names 2 frame counts for 3 merge layers"),
         (["--frame-budget", "20,8,8"], "frame budget 20 at merge 1 is more than the 16 frames"),
         (["--power", "-1"], "power must be in [0, 64]"),
         (["--rounds", "0"], "rounds must be "),
+        (["--threshold", "4"], "threshold must be in [0, 3]"),
         (["--positions", "anywhere"], "--positions"),
         (["--budgets", "2,4,6"], "--budgets '2,4,6': give merge layers and frames such as"),
-        (["--budgets", "2,4:8"], "frame_budget must be in (0, 1]"),
+        (["--budgets", "2,4:8"], "frame_budget names 1 frame counts for 2 merge layers"),
         (["--budgets", "2,4:20,8"], "frame budget 20 at merge 1 is more than the 16 frames"),
+        (["--frames", "32", "--budgets", "2,4:40,8"], "frame budget 40 at merge 1 is more than the 32 frames"),
+        (["--frames", "32", "--frame-budget", "40,8,4"], "frame budget 40 at merge 1 is more than the 32 frames"),
+        (["--frames", "8"], "--frames must be "),
+        (["--frames", "32", "--record"], "--frames 32 goes without --engine and --record"),
         (["--budgets", "2,40:8,4"], "merge layer 40 does not exist"),
         (["--frame-budget", "much"], "--frame-budget 'much': give a share"),
         (["--split", "train"], "--split"),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder.evaluation.methods import Row, Visual, chosen, layer_choices, methods
+from builder.evaluation.methods import chosen, layer_choices, methods
 from builder.evaluation.options import Merging
 from builder.evaluation.passes import ClipPasses, VisionPass
+from builder.evaluation.ways.row import Row, Visual
 from earlytom import encode_video
 from earlytom.budget import token_count
 from earlytom.cells.config import CellsConfig
@@ -274,6 +275,20 @@ def test_dropped_frames_are_not_encoded() -> None:
     assert torch.equal(visual("frames", 0.2).tokens, whole[[0, 5, 10, 15]].flatten(0, 1))
 
 
+def test_of_long_clips_fewer_frames_are_compared_too() -> None:
+    """As many as the model was made for, first and last among them; the others are not encoded."""
+    long = ClipPasses(vision(), torch.from_numpy(labelled_clip("validation", 3, length=2 * F).frames), 3)
+    rows = methods(BASE, DEPTH, frames=2 * F)
+    got = rows["fewer-frames"].visual(long, 1.0)
+    assert long._done == {}
+    assert (got.stages, len(got.tokens)) == ((F,), F * P)
+    whole = rows["full"].visual(long, 1.0).tokens.unflatten(0, (2 * F, P))
+    kept = [round(at * (2 * F - 1) / (F - 1)) for at in range(F)]
+    torch.testing.assert_close(got.tokens, whole[kept].flatten(0, 1), rtol=1e-3, atol=1e-3)
+    assert [row.name for row in chosen(rows, ["cells-rounds"])] == ["full", "fewer-frames", "cells-rounds"]
+    assert "fewer-frames" not in known()
+
+
 def test_top_k_takes_the_highest_received_attention() -> None:
     """Against the deciding layer's own received attention of an encoding that merges after it, by brute force."""
     part = load_vision(None)
@@ -311,8 +326,8 @@ def test_methods_are_chosen_by_name_and_by_group() -> None:
 
     assert names("random", "budget", "random") == ["full", "budget", "random"]
     assert names("earlytom") == ["full", "budget", "adaptive", "budget-bias"]
-    assert names("cells") == ["full", "cells-rounds", "cells-greedy", "cells-plain"]
-    assert names("all") == list(known())
+    assert names("cells") == ["full", "cells-rounds", "cells-greedy", "cells-plain", "cells-adaptive"]
+    assert names("all") == [name for name, row in known().items() if row.group != "compared"]
     assert set(names("controls")) == {"full", "random", "frames", "top-k", "pooling", "pooling-space"}
     with pytest.raises(UserError, match="no method named 'nonsense'"):
         names("budget", "nonsense")

@@ -21,7 +21,7 @@ from torch import Tensor
 from builder.export import functions
 from builder.gate import accuracy
 from builder.gate.accuracy import GATES, STEPS, Report
-from builder.gate.next_tokens import NextTokens
+from builder.gate.next_tokens import NextTokens, SeenTokens
 from earlytom.errors import UserError
 from runtime.checkpoint import describe
 from runtime.engine import layout
@@ -234,8 +234,8 @@ def test_the_text_of_an_untrained_decoder_is_held_against_equal_decisions(gate: 
     for equal in (True, False):
         close: list[bool] = []
 
-        def text(engine: Tensor, reference: Tensor, close: list[bool] = close) -> float:
-            close.append(torch.allclose(engine, reference, atol=1e-4))
+        def text(engine: SeenTokens, reference: SeenTokens, close: list[bool] = close) -> float:
+            close.append(torch.allclose(engine.tokens, reference.tokens, atol=1e-4))
             return 1.0
 
         gate(other_plan, text=text, text_with_equal_decisions=equal)
@@ -295,9 +295,10 @@ def test_next_tokens_agree_with_themselves_and_not_with_another_clip(
 ) -> None:
     made = exported(*RATIO, "--fp32")
     text = NextTokens(describe(talkative))
-    first, second = (made.reference(frames)["tokens"] for frames in clips.values())
+    names = SeenTokens._fields
+    first, second = (SeenTokens(*(found[name] for name in names)) for found in map(made.reference, clips.values()))
     assert text(first, first) == 1
-    assert text(first.flip(0), second) < GATES["bf16"].text
+    assert text(first._replace(tokens=first.tokens.flip(0)), second) < GATES["bf16"].text
 
 
 def test_report_is_plain_json(exported: Make, clips: dict[str, Tensor], engine: Path) -> None:

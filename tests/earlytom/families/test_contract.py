@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from earlytom import EarlyTomConfig, UserError, apply_earlytom
+from earlytom import EarlyTomConfig, UserError, apply_earlytom, token_count
 from earlytom.encoder import encode
 from earlytom.families import FAMILIES, Family, family_of, geometry
 from earlytom.methods.earlytom import EarlyTom
-from tests.earlytom.tiny import made_video, tiny_llava
+from earlytom.standing import frame_spans
+from tests.earlytom.tiny import MODELS, made_video
 
 OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
+ON = EarlyTomConfig(retention_ratio=0.3, merge_layers=(0, 1, 2), schedule="budget")
 F = 6
-MODELS: dict[str, Callable[[], Any]] = {"llava_onevision": tiny_llava}
-"""A tiny model of every family, whose frames are those of `made_video`."""
-
 every = pytest.mark.parametrize("name", FAMILIES)
 
 
 def family(name: str) -> tuple[Family, Any]:
     return FAMILIES[name], MODELS[name]()
+
+
+def video(model: Any, kind: str, frames: int = F) -> Tensor:
+    return made_video(kind, frames, grid=geometry(model.config).grid)
+
+
+def as_given(found: Family, pixels: Tensor) -> Tensor:
+    """One video as the family's processor gives it to the model."""
+    return pixels[None] if found.pixels_name == "pixel_values_videos" else pixels
+
+
+def own(found: Family, model: Any, pixels: Tensor) -> Tensor:
+    """transformers' visual tokens of one video, [N, E]."""
+    config, given = model.config, as_given(found, pixels)
+    how = {name: getattr(config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+    return getattr(model.model, found.features_name)(given, **how).pooler_output.flatten(0, 1)
+
+
+def prompt(found: Family, model: Any, frames: int = F) -> Tensor:
+    """[1, L] ids of a prompt: text, and before every span of a video a text of its own."""
+    placeholder = found.video_token_id(model.config)
+    spans = [[7, number, *[placeholder] * size, 9] for number, size in enumerate(found.spans(model.config, frames), 50)]
+    return torch.tensor([[1, 2, 3, *chain(*spans), 4, 5]])
 
 
 def test_every_family_is_tested_here() -> None:
@@ -50,23 +73,70 @@ def test_another_family_is_refused(config: Any) -> None:
 @torch.no_grad()
 def test_off_is_transformers_own_features_bit_for_bit(name: str) -> None:
     found, model = family(name)
-    pixels = made_video("scenes", F)
-    wanted = model.get_video_features(pixels[None]).pooler_output.flatten(0, 1)
+    pixels = video(model, "scenes")
+    wanted = own(found, model, pixels)
     frame, closing = geometry(model.config), found.closing(model.model)
     seen = encode(found.vision_of(model.model), pixels, EarlyTom(OFF), depth=frame.depth)
     tokens = seen.tokens if closing is None else torch.cat([seen.tokens, closing[None]])
     assert torch.equal(tokens, wanted)
     with apply_earlytom(model, OFF):
-        assert torch.equal(model.model.get_video_features(pixels[None]).pooler_output.flatten(0, 1), wanted)
+        assert torch.equal(own(found, model, pixels), wanted)
     merged = encode(found.vision_of(model.model), pixels, EarlyTom(OFF.replace(merge_layers=(0,), tau=-1.0)))
     assert len(merged.tokens) < len(seen.tokens)  # negative control
+
+
+@every
+def test_off_answers_as_transformers_do(name: str) -> None:
+    found, model = family(name)
+    ids, pixels = prompt(found, model), video(model, "scenes")
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), found.pixels_name: as_given(found, pixels)}
+    wanted = model.generate(**given, max_new_tokens=12, do_sample=False)
+    with apply_earlytom(model, OFF):
+        assert torch.equal(model.generate(**given, max_new_tokens=12, do_sample=False), wanted)
+    with apply_earlytom(model, ON):
+        less = model.generate(**given, max_new_tokens=12, do_sample=False)
+    assert torch.equal(less[:, : ids.shape[1]], ids)
+    assert not torch.equal(less, wanted)  # negative control: it sees less
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_on_it_keeps_as_many_tokens_as_are_promised(name: str, ratio: float) -> None:
+    found, model = family(name)
+    on, frame = ON.replace(retention_ratio=ratio), geometry(model.config)
+    promised = token_count(F, frame.tokens_per_frame, ratio, merges=3)
+    with apply_earlytom(model, on) as applied:
+        seen = applied.encode(video(model, "scenes"))
+        short, _, embeds = applied.shorten(prompt(found, model), None, as_given(found, video(model, "scenes")))
+    assert len(seen.tokens) == promised < F * frame.tokens_per_frame
+    assert int((short == found.video_token_id(model.config)).sum()) == promised + found.closing_tokens
+    assert embeds.shape == (1, short.shape[1], frame.llm_width)
+    kept = [span.number for span in frame_spans(seen.positions, seen.sources, frame.tokens_per_frame)]
+    spans = [number for number in range(F) if number + 50 in short[0].tolist()]
+    assert spans == (kept if found.span_a_frame else [0])
+
+
+@every
+@torch.no_grad()
+def test_a_still_video_keeps_its_own_tokens(name: str) -> None:
+    """Frames that are alike are merged into what they were: what is left are tokens of any of them."""
+    found, model = family(name)
+    pixels, frame = video(model, "still"), geometry(model.config)
+    with apply_earlytom(model, ON) as applied:
+        seen = applied.encode(pixels)
+    one = own(found, model, pixels)[: frame.tokens_per_frame]
+    assert seen.frames_per_stage[-1] < F
+    torch.testing.assert_close(seen.tokens, one[seen.positions % frame.tokens_per_frame], rtol=0, atol=2e-5)
+    moving = encode(found.vision_of(model.model), video(model, "noise"), EarlyTom(ON), depth=frame.depth)
+    assert not torch.allclose(moving.tokens, one[moving.positions % frame.tokens_per_frame], atol=0.1)
 
 
 @every
 @torch.no_grad()
 def test_shapes_are_those_of_the_geometry(name: str) -> None:
     found, model = family(name)
-    frame, pixels = geometry(model.config), made_video("noise", F)
+    frame, pixels = geometry(model.config), video(model, "noise")
     assert pixels.shape[2:] == frame.size
     assert frame.grid == tuple(side // frame.patch for side in frame.size)
     assert frame.cells == found.cells(frame.grid)
@@ -91,7 +161,8 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     frame = geometry(model.config)
     closing = found.closing(model.model)
     assert found.placeholders(model.config, F) == F * frame.tokens_per_frame + (closing is not None)
-    assert found.video_token_id(model.config) == model.config.video_token_id
+    assert found.placeholders(model.config, F) == sum(found.spans(model.config, F))
+    assert 0 <= found.video_token_id(model.config) < model.config.text_config.vocab_size
     vision = found.vision_of(model.model)
     parts: list[Any] = [vision.tower.model.embeddings, *vision.tower.layers[: frame.depth]]
     parts.append(vision.projector)  # type: ignore[attr-defined]
@@ -104,10 +175,10 @@ def test_counts_are_those_of_the_model(name: str) -> None:
 @torch.no_grad()
 def test_its_own_tokens_are_transformers_features(name: str) -> None:
     found, model = family(name)
-    pixels = made_video("scenes", F)
+    pixels = video(model, "scenes")
     closing = found.closing(model.model)
     tokens = found.own_tokens(model, pixels)
-    assert torch.equal(tokens, model.get_video_features(pixels[None]).pooler_output.flatten(0, 1))
+    assert torch.equal(tokens, own(found, model, pixels))
     assert len(tokens) == found.placeholders(model.config, F)
     assert closing is None or torch.equal(tokens[-1], closing)
 
@@ -133,7 +204,7 @@ def test_its_modules_are_made_alone_and_take_the_tensors_of_a_whole_model(name: 
 @torch.no_grad()
 def test_buffers_that_are_stored_nowhere_come_back(name: str) -> None:
     found, model = family(name)
-    tower, pixels = found.modules(model.model).vision_tower, made_video("scenes", 1)
+    tower, pixels = found.modules(model.model).vision_tower, video(model, "noise", 1)
     wanted = found.vision_of(model.model).tower.embed(pixels)
     for module in tower.modules():
         for buffer in module._non_persistent_buffers_set:

@@ -26,7 +26,7 @@ from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.holitom.compress import HoliTomSettings, HoliTomTokens, compress, fold, with_newlines
 from earlytom.holitom.segments import best_cuts, segment, similarity
-from earlytom.inner import plan_inner
+from earlytom.inner import InnerSettings, plan_inner
 from earlytom.methods import by_name
 from tests.earlytom.tiny import made_video, tiny_llava, tiny_projector, tiny_tower, video_prompt
 from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
@@ -310,9 +310,10 @@ def state_before(vision: Any, layer: int) -> Tensor:
 
 
 def test_merging_inside_the_language_model_is_part_of_it() -> None:
-    assert by_name("holitom", {"inner_layer": 1}).inner == (1, 0.5)
+    assert by_name("holitom", {"inner_layer": 1}).inner == InnerSettings(1, 0.5)
     assert by_name("holitom", {"inner_layer": 1, "inner_ratio": 0.0}).inner is None
     assert by_name("holitom", {}).inner is None
+    assert by_name("holitom", {"inner_layer": 1, "faithful": True}).inner == InnerSettings(1, 0.5, causal=False)
 
 
 def test_a_whole_model_generates_with_both_parts() -> None:

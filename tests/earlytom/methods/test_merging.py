@@ -15,7 +15,7 @@ from earlytom.bipartite import match, reduce
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import by_name
-from earlytom.methods.tempme import TempMe, ToMe
+from earlytom.methods.published.tempme import TempMe, ToMe
 from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower
 
 INSIDE: dict[str, Any] = {"depth": 4, "each": 2, "merge_layers": (1, 3), "groups": (2, 2), "within": 10}

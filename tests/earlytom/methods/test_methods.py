@@ -76,6 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "linked": 0.8,
         "neighbours": 7,
     },
+    "fastv": {"retention_ratio": 0.3, "faithful": False, "inner_layer": 1},
     "unified": {"retention_ratio": 0.3, "faithful": False, "alike": 0.7, "clustered": 0.3},
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
@@ -167,6 +168,13 @@ def test_settings_stand_for_earlytom_and_a_method_for_itself() -> None:
     made = method_of(BUDGET)
     assert isinstance(made, EarlyTom)
     assert made.config is BUDGET
+
+
+def test_what_needs_training_says_so() -> None:
+    trained = {"bvllm": "two Q-Formers", "vqtoken-attention": "VQ-attention", "tempme-trained": "adapters"}
+    for name, said in trained.items():
+        with pytest.raises(UserError, match=f"method '{name}' needs trained modules: {said}"):
+            by_name(name, {})
 
 
 def test_an_unknown_method_is_refused() -> None:

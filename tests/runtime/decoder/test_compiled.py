@@ -524,7 +524,7 @@ def test_a_pipeline_refuses_before_it_loads_anything(engine: Path, monkeypatch: 
     with pytest.raises(EngineError, match="needs an NVIDIA GPU") as error:
         Pipeline.load(engine, device="cpu", decoder="torch-tensorrt")
     one_line(error)
-    with pytest.raises(EngineError, match="unknown decoder 'tensorrt': expected one of torch, torch-tensorrt"):
+    with pytest.raises(UserError, match="unknown decoder 'tensorrt': expected torch, torch-tensorrt, vllm"):
         Pipeline.load(engine, device="cpu", decoder="tensorrt")
 
 

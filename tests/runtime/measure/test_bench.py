@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from earlytom import EarlyTomConfig, UserError, encode_video
+from earlytom.encoder import encode
 from earlytom.merge import plan_frames
+from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.towers import Tower
 from runtime import bench, cli
@@ -194,6 +196,24 @@ def test_the_baseline_is_what_generate_gives(
     assert got.tokens == tuple(out[0, ids.shape[1] :].tolist())
     assert got.visual_tokens == full_tokens(loaded.checkpoint, 8) == 200
     assert got.frames_per_stage == (8,)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "holitom"])
+def test_a_method_of_the_field_is_a_variant(
+    loaded: Bench, runner: VariantRunner, config: EarlyTomConfig, name: str
+) -> None:
+    variant = loaded.variant(name, config, 8)
+    method = by_name(name, {"retention_ratio": 0.3})
+    frames = runner.clip(variant).frames
+    wanted = encode(loaded.family.vision_of(loaded.inner), variant.copy(frames), method, depth=loaded.depth)
+    got = variant.see(variant.copy(frames))
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert got.frames_per_stage == (8,)
+    vision, prefill = loaded.arithmetic(got.frames_per_stage, len(got.tokens), variant.config)
+    full, most = loaded.arithmetic((8,), 200, OFF)
+    assert vision == full
+    assert prefill < most
+    assert variant.config.retention_ratio == 0.3
 
 
 def test_both_decoders_give_the_same_ids(loaded: Bench, runner: VariantRunner, variants: dict[str, Variant]) -> None:
@@ -462,6 +482,9 @@ def test_json_prints_the_line_alone_and_lists_can_be_empty(
         (("--concurrency", "0"), "--concurrency: '0': expected whole numbers"),
         (("--variants", "full,fast"), "'fast' is not one of full, naive"),
         (("--variants", "none"), "nothing to measure"),
+        (("--variants", "fastv"), "fastv acts inside the language model: python -m builder.evaluate --methods fastv"),
+        (("--variants", "dycoke", "--ratio", "0.1"), "retention_ratio must be at least 0.25, got 0.1"),
+        (("--variants", "dycoke", "--ratio", "0.5", "--scale-ratios", "0.1"), "must be at least 0.25, got 0.1"),
         (("--ratio", "0"), "--ratio"),
         (("--merge-layers", "99"), "merge layer 99 does not exist"),
         (("--video", "no-such.mp4"), "no-such.mp4"),

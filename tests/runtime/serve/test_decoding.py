@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import signal
@@ -252,25 +253,23 @@ def stopped(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoders, 
 
 
 @pytest.fixture
-def begun(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoders], Any]:
-    """Begin a video that takes seconds; back when the decoder has begun with it."""
-    told = threading.Event()
-    real = module._Decoder._receive
+def begun(loop: Loop) -> Callable[[Decoders], tuple[Any, int]]:
+    """Begin a video that takes seconds; back with the process that has begun with it."""
 
-    async def receive(self: Any) -> dict[str, Any]:
-        message = await real(self)
-        if module.BEGUN in message:
-            told.set()
-        return message
-
-    monkeypatch.setattr(module._Decoder, "_receive", receive)
-
-    def begin(decoders: Decoders) -> Any:
+    def begin(decoders: Decoders) -> tuple[Any, int]:
         call = loop.start(decoders.clip(taken([bomb(4_000)] * 64), 64, SIZE))
-        assert told.wait(HANG_SECONDS)
-        return call
+        (decoder,) = decoders.processes
+        while not (running := forks(decoder)) or _cpu_seconds(running[0]) < 0.1:
+            assert not call.done()
+            threading.Event().wait(0.01)
+        return call, running[0]
 
     return begin
+
+
+def forks(process: int) -> list[int]:
+    """Processes that a process has started and that run."""
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def invalid(call: Any) -> str:
@@ -282,15 +281,45 @@ def invalid(call: Any) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_decoder_that_dies_costs_one_request(
-    loop: Loop, make: Make, film: Path, begun: Callable[[Decoders], Any], how: signal.Signals
+    loop: Loop, make: Make, film: Path, begun: Callable[[Decoders], tuple[Any, int]], how: signal.Signals
 ) -> None:
     decoders = make()
     (before,) = decoders.processes
-    call = begun(decoders)
+    call, fork = begun(decoders)
     os.kill(before, how)
     assert "ends the decoder" in invalid(call)
     assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
     assert decoders.processes != [before]
+    assert ended(fork)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_video_that_ends_its_process_costs_one_request_and_nothing_else(
+    loop: Loop, make: Make, film: Path, begun: Callable[[Decoders], tuple[Any, int]], how: signal.Signals
+) -> None:
+    decoders = make()
+    before = decoders.processes
+    call, fork = begun(decoders)
+    os.kill(fork, how)
+    assert "ends the decoder" in invalid(call)
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+    assert decoders.processes == before
+
+
+def test_no_video_shares_a_process_with_another(
+    loop: Loop, make: Make, film: Path, begun: Callable[[Decoders], tuple[Any, int]]
+) -> None:
+    decoders = make()
+    before = decoders.processes
+    used = []
+    for _ in range(3):
+        call, fork = begun(decoders)
+        call.cancel()
+        used.append(fork)
+        assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+        assert ended(fork)
+    assert len(set(used)) == 3
+    assert decoders.processes == before
 
 
 def test_a_decoder_that_died_at_rest_costs_none(loop: Loop, make: Make, film: Path) -> None:
@@ -339,15 +368,29 @@ def test_a_deadline(loop: Loop, make: Make, film: Path, stopped: Callable[[Decod
     decoders = make(seconds=0.5)
     (before,) = decoders.processes
     assert "longer than 0.5 s" in invalid(stopped(decoders, film))
-    assert not Path(f"/proc/{before}").exists()
+    assert ended(before)
     decoders._seconds = HANG_SECONDS
     assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+
+
+def test_a_deadline_ends_a_video_s_process_alone(
+    loop: Loop, make: Make, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STOP_SECONDS", HANG_SECONDS)
+    decoders = make()
+    before = decoders.processes
+    decoders._seconds = 1.0
+    assert "longer than 1 s" in invalid(loop.start(decoders.clip(taken([bomb(4_000)] * 64), 64, SIZE)))
+    decoders._seconds = HANG_SECONDS
+    assert len(clip_of(loop, decoders, film.read_bytes()).frames) == 8
+    assert decoders.processes == before
+    assert all(ended(fork) for fork in forks(before[0]))
 
 
 def test_who_leaves_stops_the_work(
     loop: Loop, make: Make, film: Path, stopped: Callable[[Decoders, Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The decoder hears of it between two packets, and lives on."""
+    """The video's process ends with it, and the decoder lives on."""
     monkeypatch.setattr(module, "_STOP_SECONDS", HANG_SECONDS)
     decoders = make()
     before = decoders.processes
@@ -409,25 +452,35 @@ def test_it_ends_with_its_parent(how: str) -> None:
     with subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdin is not None
         assert parent.stdout is not None
-        child = Path(f"/proc/{int(parent.stdout.readline())}")
-        assert child.exists()
+        processes = [int(parent.stdout.readline())]
         if how == "busy":
             frames = ",".join([base64.b64encode(bomb(2000)).decode()] * 200)
             parent.stdin.write(f"data:video/png;base64,{frames}\n")
             parent.stdin.flush()
-            started = _cpu_seconds(child)
-            while _cpu_seconds(child) < started + 0.2:
+            while not (running := forks(processes[0])) or _cpu_seconds(running[0]) < 0.1:
                 threading.Event().wait(0.01)
+            processes += running
         parent.kill()
+    assert all(ended(process) for process in processes)
+
+
+def ended(process: int) -> bool:
+    """Whether a process ends by itself."""
     for _ in range(int(HANG_SECONDS * 10)):
-        if not child.exists() or child.joinpath("stat").read_text().split()[2] == "Z":
-            return
-        threading.Event().wait(0.1)
-    pytest.fail("it still runs")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{process}/stat").read_text().split()[2] != "Z":
+                threading.Event().wait(0.1)
+                continue
+        return True
+    return False
 
 
-def _cpu_seconds(process: Path) -> float:
-    return sum(map(int, process.joinpath("stat").read_text().split()[13:15])) / os.sysconf("SC_CLK_TCK")
+def _cpu_seconds(process: int) -> float:
+    try:
+        words = Path(f"/proc/{process}/stat").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, words[13:15])) / os.sysconf("SC_CLK_TCK")
 
 
 # A decoder that a video has taken over
@@ -435,16 +488,21 @@ def _cpu_seconds(process: Path) -> float:
 
 FAKE = """
 import json, socket, sys
-line = socket.socket(fileno=int(sys.argv[2]))
-def tell(content):
+def put(line, content):
     line.sendall(len(content).to_bytes(4, "big") + content)
-tell(b"{}")
+line = socket.socket(fileno=int(sys.argv[2]))
+put(line, b"{}")
 while True:
-    head, files, _, _ = socket.recv_fds(line, 4, 2)
+    head, files, _, _ = socket.recv_fds(line, 4, 3)
     if not head:
         break
     line.recv(1 << 20)
-    %s
+    with socket.socket(fileno=files[2]) as own:
+        def tell(content):
+            put(own, content)
+        tell(b"{}")
+        %s
+    put(line, b"{}")
 """
 SOUND = {"frames": 2, "timestamps": [], "source_frames": 2, "duration": 0.0}
 SOUND |= {"decode_seconds": 0.0, "preprocess_seconds": 0.0}
@@ -453,7 +511,7 @@ FRAMES = f"import os; os.write(files[1], bytes(2 * 3 * {SIZE[0] * SIZE[1]}))"
 
 def reply(**clip: Any) -> str:
     said = {**SOUND, **clip}
-    return f"{FRAMES}; tell(json.dumps({{'number': 1, 'clip': {said!r}}}).encode())"
+    return f"{FRAMES}; tell(json.dumps({{'clip': {said!r}}}).encode())"
 
 
 def faked(loop: Loop, make: Make, monkeypatch: pytest.MonkeyPatch, does: str) -> Clip:
@@ -476,12 +534,10 @@ def test_a_sound_reply_is_believed(loop: Loop, make: Make, monkeypatch: pytest.M
         "tell(b'[' * 100000)",
         "tell(b'\\xff')",
         "tell(b'{}')",
-        "tell(b'{\"number\": 1}')",
-        'tell(b\'{"number": 1, "clip": []}\')',
+        "tell(b'{\"clip\": []}')",
         "import pickle; tell(pickle.dumps(print))",
-        "line.sendall(b'\\xff\\xff\\xff\\xff')",
-        "line.sendall(b'\\0\\0')",
-        reply().replace("'number': 1", "'number': 2"),
+        "own.sendall(b'\\xff\\xff\\xff\\xff')",
+        "own.sendall(b'\\0\\0')",
         reply(frames=4),  # of which there are only two
         reply(frames=3),
         reply(frames=10**9),
@@ -507,7 +563,7 @@ def test_anything_else_is_not(loop: Loop, make: Make, monkeypatch: pytest.Monkey
 
 
 def test_what_it_says_is_one_line(loop: Loop, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    says = {"number": 1, "error": "a\nb\r\x1b[31m" + "x" * 5000}
+    says = {"error": "a\nb\r\x1b[31m" + "x" * 5000}
     with pytest.raises(ServeError) as caught:
         faked(loop, make, monkeypatch, f"tell(json.dumps({says!r}).encode())")
     assert caught.value.message.startswith("a b [31mx")

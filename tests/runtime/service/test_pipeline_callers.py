@@ -220,7 +220,7 @@ def test_an_engine_for_several_videos_gets_those_that_are_ready(
 ) -> None:
     vision = Several(opened.vision)
     expected = [opened.ask(clip, QUESTION, max_new_tokens=TOKENS).tokens for clip in clips[:4]]
-    parts = (vision, opened.decoder, opened._core.newline, opened._core.tokenizer, opened._core.stops)
+    parts = (vision, opened.decoder, opened._core.closing, opened._core.tokenizer, opened._core.stops)
     with Pipeline(opened.manifest, *parts, waiting=4) as pipeline:  # type: ignore[arg-type]
         begun, go = threading.Event(), threading.Event()
         plain = pipeline._core.answer
@@ -519,7 +519,7 @@ def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
     found = core.vision.encode(clip.frames)
-    whole = splice(question.words, found.tokens, core.newline, core.decoder.embed)
+    whole = splice(question.words, found.tokens, core.closing, core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
     kept = Provenance(found.positions.clone(), found.sources.clone(), found.place.clone())
     return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept)

@@ -117,9 +117,11 @@ class Bench:
         self.made: list[Scheduler[Any, Any, Any]] = []
         self.works: list[weakref.ref[Work]] = []
 
-    def scheduler(self, waiting: int = 8, *, batch: int = 1, real: bool = False) -> Scheduler[Work, Work, str]:
+    def scheduler(
+        self, waiting: int = 8, *, batch: int = 1, lanes: int = 1, real: bool = False
+    ) -> Scheduler[Work, Work, str]:
         clock: dict[str, Any] = {} if real else {"clock": self.clock}
-        made = Scheduler(self.stages.prepare, self.stages.serve, waiting=waiting, batch=batch, **clock)
+        made = Scheduler(self.stages.prepare, self.stages.serve, waiting=waiting, batch=batch, lanes=lanes, **clock)
         self.made.append(made)
         return made
 
@@ -630,6 +632,64 @@ def test_an_error_at_the_begin_ends_the_group(bench: Bench) -> None:
     for job in jobs:
         with pytest.raises(OwnError):
             job.last()
+
+
+def lanes_of_two(bench: Bench) -> tuple[Scheduler[Work, Work, str], list[Work], list[Job[str]]]:
+    """Two that have a worker each, and two behind them."""
+    scheduler = bench.scheduler(waiting=2, lanes=2)
+    works = [bench.work(name, held="serve") for name in "abcd"]
+    jobs = [scheduler.submit(work) for work in works]
+    assert all(work.serving.wait(LONG) for work in works[:2])
+    return scheduler, works, jobs
+
+
+def test_as_many_are_served_at_a_time_as_there_are_lanes(bench: Bench) -> None:
+    scheduler, works, jobs = lanes_of_two(bench)
+    assert (scheduler.running, scheduler.queued) == (2, 2)
+    with pytest.raises(Overloaded, match=r"4 requests are unanswered, .* 2 that are answered and 2 that wait"):
+        scheduler.submit(bench.work("e"))
+    works[1].let_go()  # who comes later may end sooner, and the next takes its place
+    assert list(jobs[1]) == works[1].expected
+    assert works[2].serving.wait(LONG)
+    assert not works[0].through.is_set()
+    assert not works[3].serving.is_set()
+    for work in works:
+        work.let_go()
+    assert [list(job) for job in jobs if job is not jobs[1]] == [works[n].expected for n in (0, 2, 3)]
+    assert (scheduler.running, scheduler.queued) == (0, 0)
+
+
+def test_what_fails_or_ends_in_one_lane_leaves_the_other(bench: Bench) -> None:
+    _, works, jobs = lanes_of_two(bench)
+    works[0].fails, works[0].fails_at = OwnError("a"), 1
+    jobs[2].cancel()
+    for work in works:
+        work.let_go()
+    with pytest.raises(OwnError):
+        jobs[0].last()
+    with pytest.raises(Cancelled):
+        jobs[2].last()
+    assert [jobs[n].last() for n in (1, 3)] == ["b2", "d2"]
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_waits_for_all_lanes(bench: Bench, drain: bool) -> None:
+    scheduler, works, jobs = lanes_of_two(bench)
+    closing = Caller(lambda: scheduler.close(drain=drain))
+    if not drain:
+        for job in jobs[2:]:
+            with pytest.raises(Closed):
+                job.last()
+    for work in works:
+        work.let_go()
+    assert closing.outcome() is None
+    assert [job.last() for job in (jobs if drain else jobs[:2])] == [f"{n}2" for n in ("abcd" if drain else "ab")]
+    assert not any(worker.is_alive() for worker in scheduler._workers)
+
+
+def test_there_is_a_lane_at_least(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="lanes must be at least 1, got 0"):
+        bench.scheduler(lanes=0)
 
 
 def test_closing_ends_those_of_a_group_whose_turn_has_not_come(bench: Bench) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.text.places import places
+from runtime.text.places import Placing, fitted, places
 from tests.runtime.gpu.recorded_graph import no_waiting
 
 
@@ -41,3 +41,20 @@ def test_kept_tokens_and_text_stand_as_in_the_whole_prompt(data: st.DataObject) 
     assert torch.equal(first, positions[: len(first)])
     assert torch.equal(weighed, bias[: len(first)])
     assert torch.equal(positions[len(first) :], first[-1] + 1 + torch.arange(after))  # as the decoder goes on
+
+
+@given(full=st.integers(1, 40), most=st.integers(1, 40), before=st.integers(0, 5), after=st.integers(0, 5))
+def test_a_long_video_is_fitted_into_the_positions_of_a_shorter_one(
+    full: int, most: int, before: int, after: int
+) -> None:
+    place = torch.arange(full)
+    with no_waiting():
+        told = Placing(original=True, most=most).of_prompt(before, place, torch.zeros(full), full, after)
+    video = told["positions"][before : before + full] - before
+    span = min(full, most)
+    assert torch.equal(video, place * span // full)
+    assert set(video.tolist()) == set(range(span))  # no position is left empty
+    assert told["positions"][before + full :].tolist() == list(range(before + span, before + span + 1 + after))
+    if full <= most:
+        assert torch.equal(video, place)
+    assert torch.equal(fitted(place, full, full + 3), place)

@@ -74,7 +74,6 @@ def test_thumbnails_are_small() -> None:
     ("words", "said"),
     [
         (["--coverage", "nowhere.mp4"], "--coverage nowhere.mp4: no such file"),
-        (["--frames", "8"], "--frames is for --coverage"),
         (["--coverage", __file__], "cannot be read as a video"),
         (["--coverage", __file__, "--frames", "1"], "--frames must be "),
         (["--coverage", __file__, "--record"], "--coverage goes without --engine, --record and --budgets"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from earlytom.dycoke import GROUP, dycoke, whole_frames
 from earlytom.errors import UserError
 from earlytom.method import Counts, State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 
 
 @dataclass(frozen=True)

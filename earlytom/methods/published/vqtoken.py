@@ -20,7 +20,7 @@ from torch import Tensor
 from earlytom.config import one_of
 from earlytom.errors import UserError
 from earlytom.method import Counts, State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from earlytom.vqtoken.codebook import (

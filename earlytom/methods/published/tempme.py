@@ -29,7 +29,7 @@ from earlytom.bipartite import Matching, match, reduce
 from earlytom.errors import UserError
 from earlytom.families import Vision
 from earlytom.method import Counts, Note, State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import whole
 from earlytom.tempme.block import join
 from earlytom.tempme.schedule import LayerMerge, TempMeSchedule
@@ -48,6 +48,10 @@ class MergedState(State):
     plan: list[LayerMerge]
     tokens: Tensor | None = None
     where: Tensor | None = None
+
+    @property
+    def ran(self) -> tuple[tuple[int, int], ...]:
+        return tuple((merge.clips, merge.tokens + merge.within) for merge in self.plan)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 from earlytom.bvllm.frames import THRESHOLD, merge_candidates, merge_tokens
 from earlytom.bvllm.path import CHOOSERS, TEMPERATURE
 from earlytom.method import State
-from earlytom.methods.compressing import Compressing
 from earlytom.methods.controls import even_frames
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import real
 
 

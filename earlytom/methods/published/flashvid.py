@@ -12,7 +12,7 @@ from torch import Tensor
 
 from earlytom.flashvid import FlashVIDSettings, flashvid
 from earlytom.method import State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import real, whole
 
 EXPANSION = 1.25

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from earlytom.holitom.compress import HoliTomSettings, compress
+from earlytom.inner import InnerSettings
 from earlytom.method import State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
 
@@ -29,7 +30,8 @@ class HoliTom(Compressing):
         beta: weight of a centre beside the mean of those that join it; None takes the mean of all of them.
         neighbours, max_window: as in `HoliTomSettings`.
         seed: of the noise that is added to densities; None adds none.
-        inner_layer, inner_ratio: as in `EarlyTomConfig`; released with layer 18 of 28.
+        inner_layer, inner_ratio: as in `EarlyTomConfig`; released with layer 18 of 28. The released form is not causal
+            in the layer before.
     """
 
     name = "holitom"
@@ -54,7 +56,8 @@ class HoliTom(Compressing):
         if self.inner_layer is not None:
             whole("inner_layer", self.inner_layer, 1)
             if self.inner_ratio > 0:
-                object.__setattr__(self, "inner", (self.inner_layer, self.inner_ratio))  # the class is frozen
+                found = InnerSettings(self.inner_layer, self.inner_ratio, causal=not self.faithful)
+                object.__setattr__(self, "inner", found)  # of `Method`; the class is frozen
 
     def watched(self, depth: int) -> int:
         return depth - 1

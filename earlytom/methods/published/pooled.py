@@ -11,7 +11,7 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from earlytom.method import Counts, State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import real
 from earlytom.pooled import pooled
 

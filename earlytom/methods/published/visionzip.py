@@ -6,14 +6,14 @@ and the features themselves instead of its keys, which a method is not shown. No
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from earlytom.budget import dynamic_tokens
 from earlytom.method import Counts, State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.visionzip import visionzip
 
 
@@ -27,12 +27,15 @@ class VisionZip(Compressing):
         return depth - 1
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts:
-        return Counts((frames,), frames * math.ceil(self.retention_ratio * tokens_per_frame))
+        return Counts((frames,), frames * dynamic_tokens(tokens_per_frame, self.retention_ratio))
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         assert relevance is not None  # a layer is watched
-        per_frame = features.shape[1]
-        count = math.ceil(self.retention_ratio * per_frame)
-        tokens, places = visionzip(features, relevance, features, count, faithful=self.faithful)
-        start = torch.arange(len(features), device=features.device)[:, None] * per_frame
+        frames, per_frame = features.shape[:2]
+        tokens, places = self.keep(features, relevance, dynamic_tokens(per_frame, self.retention_ratio))
+        start = torch.arange(frames, device=features.device)[:, None] * per_frame
         return tokens.flatten(0, 1), (places + start).flatten()
+
+    def keep(self, features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The step that depends on the video: tokens [F, n, E] and their places [F, n]."""
+        return visionzip(features, relevance, features, count, faithful=self.faithful)

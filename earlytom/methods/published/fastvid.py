@@ -13,7 +13,7 @@ from torch import Tensor
 
 from earlytom.fastvid import FastVIDSettings, fastvid
 from earlytom.method import State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import real, whole
 from earlytom.scenes import frame_means
 

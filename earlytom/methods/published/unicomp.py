@@ -8,7 +8,7 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 from earlytom.method import State
-from earlytom.methods.compressing import Compressing
+from earlytom.methods.published.compressing import Compressing
 from earlytom.numbers import real
 from earlytom.unicomp import UniCompSettings, unicomp
 

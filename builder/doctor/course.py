@@ -1,0 +1,225 @@
+"""What `--run` tries, in order: each way from a checkpoint to an answer, whether or not it can be gone here.
+
+A part that needs what is not here stays in the list, with the reason; so the list is the same on every machine, and on
+one with a GPU it covers what this project's README files call unverified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder.doctor.machine import Machine
+from builder.plugins import PTX_VERSIONS
+from earlytom.errors import UserError
+from earlytom.families.published import PUBLISHED
+from runtime import trt
+
+MODES = {
+    "plain": "",
+    "fp32": "--fp32",
+    "bf16": "--bf16",
+    "several frame counts": "--frames 8,16",
+    "two videos at once": "--batch 2",
+    "chunks": "--chunk 4",
+    "chain": "--schedule adaptive",
+    "cells": "--method cells",
+    "cells, chain": "--method cells --schedule adaptive",
+}
+# Only tensorrt takes plugins; there "plain" has the graph's own operators, to be compared with.
+PLUGINS = {
+    "plugin": "--compression plugin",
+    "plugin, two videos at once": "--compression plugin --batch 2",
+    "plugin, cells one by one": "--compression plugin --method cells --rounds greedy",
+    "plugin, hardware compatible": "--compression plugin --hardware-compatible",
+}
+_FULL = f"random:{list(PUBLISHED)[-1]}"
+_FEW = ("--warmup", "1", "--repeats", "3", "--max-new-tokens", "4")
+_ALONE = ("--concurrency", "none", "--scale-frames", "none", "--scale-ratios", "none")
+_FULL_GPU, _FULL_HOST = 30e9, 25e9  # bytes that the benchmark at full size needs
+_RUNS = {"onnxruntime": "in ONNX Runtime", **{name: f"as {name} engine" for name in trt.FLAVOURS}}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to try.
+
+    Attributes:
+        name: what it is called.
+        target: "module:function", see `builder.doctor.isolated`.
+        arguments: of that.
+        seconds: after which it is ended.
+        lacking: why it is not possible here; empty where it is.
+        engine: the part whose engine it needs, given to it as "folder".
+        timed: it measures, so nothing else runs beside it.
+        environment: variables for its process.
+    """
+
+    name: str
+    target: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 90.0
+    lacking: str = ""
+    engine: str = ""
+    timed: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def course(machine: Machine, work: Path) -> list[Part]:
+    """The parts, what later ones need first. `work`: a folder for engines and clips."""
+    builds = _builds(machine, work)
+    device = "cuda" if machine.gpu else "cpu"
+    return [
+        *builds,
+        *_device(machine, device, work),
+        *_runs(machine, builds),
+        *_asks(machine, builds, device),
+        *_benches(machine, device, work),
+    ]
+
+
+def _asked(name: str) -> str:
+    return f"build: {name}"
+
+
+def _builds(machine: Machine, work: Path) -> list[Part]:
+    found = [_build("onnx, verified", "--backend onnx", "", work, verify=True)]
+    for flavour in trt.FLAVOURS:
+        lacking, where = _lacking_build(machine, flavour)
+        for mode, words in MODES.items():
+            native = "--compression native" if flavour == "tensorrt" else ""
+            found.append(_build(f"{flavour}, {mode}", f"--backend {flavour} {where} {native} {words}", lacking, work))
+        if flavour == "tensorrt":
+            plugin = lacking or _lacking_plugin(machine)
+            for mode, words in PLUGINS.items():
+                found.append(_build(f"{flavour}, {mode}", f"--backend {flavour} {where} {words}", plugin, work))
+    if not any(machine.usable(flavour) and not _lacking_build(machine, flavour)[0] for flavour in trt.FLAVOURS):
+        of_onnx = {mode: words for mode, words in MODES.items() if mode != "bf16"}
+        found += [_build(f"onnx, {mode}", f"--backend onnx {words}", "", work) for mode, words in of_onnx.items()]
+    return found
+
+
+def _build(name: str, words: str, lacking: str, work: Path, *, verify: bool = False) -> Part:
+    precision = "" if "--fp32" in words or "--bf16" in words else "--fp16"
+    arguments = {"words": f"--ratio 0.3 {precision} {words}".split(), "out": str(work / "engines"), "verify": verify}
+    target = "builder.doctor.engines:build"
+    return Part(_asked(name), target, arguments, seconds=150.0, lacking=lacking, timed=False)
+
+
+def _lacking_build(machine: Machine, flavour: str) -> tuple[str, str]:
+    """Why a flavour cannot build here, and the option for the target if it can."""
+    outcome = machine.loaded[flavour]
+    if not machine.usable(flavour):
+        return f"{flavour}: {outcome.why}", ""
+    if flavour == "tensorrt":
+        if machine.capability is None:
+            return "tensorrt builds only on a machine with an NVIDIA GPU", ""
+        return "", f"--target {machine.capability[0]}.{machine.capability[1]}"
+    return "", ""  # the default target runs on newer GPUs as well
+
+
+def _lacking_plugin(machine: Machine) -> str:
+    if not machine.usable("triton"):
+        return f"Triton: {machine.loaded['triton'].why}"
+    if not machine.about("tensorrt").get("plugins"):
+        return str(machine.about("tensorrt").get("why"))
+    return "" if machine.capability in PTX_VERSIONS else "there are no plugin kernels for this GPU"
+
+
+def _lacking_gpu(machine: Machine) -> str:
+    if machine.capability is None:
+        return "no NVIDIA GPU"
+    return "" if machine.torch_gpu is not None else "torch cannot use the GPU"
+
+
+def _device(machine: Machine, device: str, work: Path) -> list[Part]:
+    gpu, triton = _lacking_gpu(machine), "" if machine.usable("triton") else f"Triton: {machine.loaded['triton'].why}"
+    half = "fp16" if device == "cuda" else "fp32"
+    ours = "builder.doctor.operators:"
+    on_gpu = {"device": "cuda", "size": "so400m"}
+    return [
+        Part(f"peak bandwidth and matrix products ({device})", f"{ours}limits", {"device": device, "dtype": half}),
+        Part(
+            "kernels in Triton's interpreter",
+            f"{ours}kernels",
+            {"device": "cpu", "size": "tiny", "dtype": "fp32"},
+            lacking=triton,
+            environment={"TRITON_INTERPRET": "1"},
+        ),
+        Part("kernels on the GPU, fp16", f"{ours}kernels", {**on_gpu, "dtype": "fp16"}, lacking=gpu or triton),
+        Part("kernels on the GPU, bf16", f"{ours}kernels", {**on_gpu, "dtype": "bf16"}, lacking=gpu or triton),
+        Part("encoder as a CUDA graph", f"{ours}encoder_graph", lacking=gpu or triton),
+        Part("uploads on a stream of their own", f"{ours}uploads", lacking=gpu),
+        Part("resizing on the GPU", f"{ours}resizing", {"work": str(work)}, lacking=gpu),
+    ]
+
+
+def _runs(machine: Machine, builds: list[Part]) -> list[Part]:
+    """Every engine in every backend that takes it: the compiled one on a GPU, its graph in ONNX Runtime once a mode."""
+    found, graphs = [], set()
+    target = "builder.doctor.engines:run"
+    for build in builds:
+        name = build.name.removeprefix("build: ")
+        kind, _, mode = name.partition(", ")
+        if kind in trt.FLAVOURS:
+            lacking = build.lacking or _lacking_gpu(machine)
+            found.append(Part(f"run: {name}", target, {"backend": kind}, lacking=lacking, engine=build.name))
+        if mode not in graphs and mode not in PLUGINS and not build.lacking:
+            graphs.add(mode)
+            lacking = "ONNX Runtime has no bf16 kernels on a CPU" if mode == "bf16" else ""
+            arguments = {"backend": "onnxruntime"}
+            found.append(Part(f"run: onnxruntime, {mode}", target, arguments, lacking=lacking, engine=build.name))
+    verified = builds[0].name
+    found.append(Part("compare by Polygraphy", "builder.doctor.engines:polygraphy", engine=verified))
+    return found
+
+
+def _asks(machine: Machine, builds: list[Part], device: str) -> list[Part]:
+    target, verified, gpu = "builder.doctor.answers:ask", builds[0].name, _lacking_gpu(machine)
+    found = [Part("ask: onnxruntime, cpu", target, {"backend": "onnxruntime", "device": "cpu"}, engine=verified)]
+    for flavour in trt.FLAVOURS:
+        lacking = _lacking_build(machine, flavour)[0] or gpu
+        how = {"backend": flavour, "device": "cuda", "half": True}
+        engine = _asked(f"{flavour}, plain")
+        found.append(Part(f"ask: {flavour}, decode steps as CUDA graphs", target, how, lacking=lacking, engine=engine))
+    compiled = gpu or ("" if machine.torch_tensorrt else "torch-tensorrt is not installed")
+    how = {"backend": "onnxruntime", "device": "cuda", "decoder": "torch-tensorrt", "half": True}
+    found.append(Part("ask: torch-tensorrt decoder", target, how, 150.0, lacking=compiled, engine=verified))
+    how = {"device": device}
+    chunked = next((b.name for b in builds if b.name.endswith(", chunks") and not b.lacking), verified)
+    found.append(Part(f"service ({device})", "builder.doctor.answers:service", how, engine=chunked))
+    return found
+
+
+def _benches(machine: Machine, device: str, work: Path) -> list[Part]:
+    ours = "builder.doctor.answers:"
+    size = "so400m" if device == "cuda" else "tiny"
+    times = ["builder.kernels", "--json", "--device", device, "--size", size, "--dtype", "fp16", "--repeats", "10"]
+    lacking = _lacking_gpu(machine)
+    if not lacking and (machine.about("torch").get("gpu_bytes") or 0) < _FULL_GPU:
+        lacking = f"the GPU has less than {_FULL_GPU / 1e9:.0f} GB"
+    if not lacking and machine.memory < _FULL_HOST:
+        lacking = f"less than {_FULL_HOST / 1e9:.0f} GB of memory are free"
+    full = ["--model", _FULL, "--frames", "32", "--device", "cuda", *_FEW, *_ALONE]
+    return [
+        Part(f"times of the kernels ({device})", f"{ours}command", {"words": times}),
+        Part("benchmark at 7B", f"{ours}bench", {"words": full}, 240.0, lacking=lacking),
+        Part(f"benchmark, bundled model ({device})", f"{ours}bench", {"words": ["--device", device, *_FEW, *_ALONE]}),
+    ]
+
+
+def only(parts: list[Part], text: str | None) -> list[Part]:
+    """The parts that have a text in their names, and those whose engines they need.
+
+    Raises:
+        UserError: no part has.
+    """
+    if text is None:
+        return parts
+    named = {part.name for part in parts if text in part.name}
+    if not named:
+        raise UserError(f"--only {text!r}: no part is called that; they are {', '.join(part.name for part in parts)}")
+    needed = {part.engine for part in parts if part.name in named}
+    return [part for part in parts if part.name in named | needed]

@@ -1,0 +1,115 @@
+"""The rows of the field's methods (`earlytom.methods.published`), each at the settings that it was published with.
+
+What had to be decided, as the bundled model is not the published one:
+
+* HoliTom's threshold is 0.65 up to a ratio of 0.1 and 0.8 above, as released; inside the language model it merges at
+  the same share of the depth (18 of 28 layers), FastV leaves out before layer 2, as released;
+* VQToken has as many clusters as the ratio asks for (above about 64 it is outside the method), and once as many as the
+  clip asks for;
+* ToMe in the tower merges as many tokens of each frame after each layer as leave half of them; TempMe joins two clips
+  at each of the layers at which EarlyTom merges by default. Both are put back on the grid, and merged to the ratio;
+* DyCoke keeps a quarter at least, so it is measured at that, and at what it was released with;
+* the decoder is told original positions where the method has them (FastVID), and nothing else.
+
+The corrected forms and the released ones (`faithful`) are never rows of one table: a caller chooses one for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from builder.evaluation.passes import ClipPasses
+from builder.evaluation.ways.row import NOTHING, Row, Visual, seen
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
+from earlytom.method import Method
+from earlytom.methods import by_name
+from earlytom.methods.published import NEED_TRAINING
+from runtime.text.places import Placing
+
+Settings = dict[str, Any]
+DEEP = 18 / 28  # where HoliTom was released to merge inside a language model, as a share of its layers
+EARLY = 2  # where FastV leaves out
+
+
+class Way(NamedTuple):
+    """A method as it is measured.
+
+    Attributes:
+        method: its name in `earlytom.methods`.
+        title: in tables.
+        settings: besides ratio and form, of a clip at a ratio.
+        ratio: its own, where the ratio asked for does not matter.
+        released: there is a released form of it.
+    """
+
+    method: str
+    title: str
+    settings: Callable[[ClipPasses, float], Settings] = lambda clip, ratio: {}
+    ratio: float | None = None
+    released: bool = True
+    told: Placing = NOTHING
+
+
+def ways(depth: int, text_layers: int) -> dict[str, Way]:
+    """All of them by the name of their row, for a tower of `depth` layers and a language model of `text_layers`."""
+    layers = EarlyTomConfig.layers_for(depth)
+    deep = min(max(1, round(DEEP * text_layers)), text_layers - 1)
+    early = min(EARLY, text_layers - 1)
+
+    def holitom(clip: ClipPasses, ratio: float) -> Settings:
+        return {"tau": 0.65 if ratio <= 0.1 else 0.8}
+
+    def tome(clip: ClipPasses, ratio: float) -> Settings:
+        return {"depth": depth, "each": clip.patches // (2 * depth)}
+
+    def tempme(clip: ClipPasses, ratio: float) -> Settings:
+        return {"depth": depth, "merge_layers": layers, "groups": (2,) * len(layers)}
+
+    return {
+        "holitom": Way("holitom", "HoliTom", holitom),
+        "holitom-inner": Way(
+            "holitom", f"HoliTom, inner {deep}", lambda clip, ratio: holitom(clip, ratio) | {"inner_layer": deep}
+        ),
+        "fastv": Way("fastv", f"FastV, layer {early}", lambda clip, ratio: {"inner_layer": early}, released=False),
+        "visionzip": Way("visionzip", "VisionZip"),
+        "fastvid": Way("fastvid", "FastVID", told=Placing(original=True)),
+        "flashvid": Way("flashvid", "FlashVID, by description"),
+        "unicomp": Way("unicomp", "UniComp, by description", released=False),
+        "unified": Way("unified", "unified, by description", released=False),
+        "tome": Way("tome", "ToMe, behind the projector"),
+        "tome-tower": Way("tome", "ToMe, in the tower too", tome),
+        "tempme": Way("tempme", "TempMe schedule, untrained", tempme),
+        "vqtoken": Way("vqtoken", "VQToken core"),
+        "vqtoken-adaptive": Way(
+            "vqtoken", "VQToken core, adaptive K", lambda clip, ratio: {"clusters": "adaptive"}, ratio=1.0
+        ),
+        "bvllm-style": Way("bvllm-style", "B-VLLM-style, no Q-Formers"),
+        "dycoke-least": Way("dycoke", "DyCoke merging, 0.25", ratio=0.25),
+        "dycoke": Way("dycoke", "DyCoke merging, 0.475", ratio=0.475),
+    }
+
+
+def compared_rows(depth: int, text_layers: int, *, faithful: bool = False) -> list[Row]:
+    """The rows, of one form: those without a released one are left out of the released table."""
+    form = ", released form" if faithful else ""
+    return [
+        Row(name, f"{way.title}{form}", "compared", way.ratio is None, _visual(way, faithful), way.told)
+        for name, way in ways(depth, text_layers).items()
+        if way.released or not faithful
+    ]
+
+
+def refuse_untrained(word: str) -> None:
+    """Raise UserError for what is published and needs training."""
+    if word in NEED_TRAINING:
+        raise UserError(f"--methods {word}: it needs {NEED_TRAINING[word]}")
+
+
+def _visual(way: Way, faithful: bool) -> Callable[[ClipPasses, float], Visual]:
+    def method(clip: ClipPasses, ratio: float) -> Method:
+        given = {"retention_ratio": way.ratio or ratio, "faithful": faithful}
+        return by_name(way.method, given | way.settings(clip, ratio))
+
+    return lambda clip, ratio: seen(clip, method(clip, ratio))

@@ -1,0 +1,6 @@
+"""Texts of tokens that stand for themselves, as the tokenizer of Qwen2 has them and families that use it."""
+
+END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+IMAGE, VIDEO = "<image>", "<video>"
+SPECIAL_TOKENS = (END, START, STOP, IMAGE, VIDEO)
+"""Those of LLaVA-OneVision in the order of their ids, which follow one another."""

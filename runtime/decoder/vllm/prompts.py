@@ -1,0 +1,204 @@
+"""What every way to vLLM has in common: prompts go there as embeddings, token ids come back.
+
+Text is embedded here, so of the language model only the embeddings are loaded. A prompt's beginning that was read is
+kept as embeddings too: vLLM finds what it has read of them by their content (its prefix cache). What a decoder
+elsewhere says is believed no further than it makes sense.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from earlytom.errors import UserError
+from earlytom.numbers import whole
+from earlytom.transfers import to_device
+from runtime.decoder.checks import broken_prompt, checked_length
+from runtime.decoder.eager import Finish
+from runtime.decoder.naming import PLACES
+from runtime.decoder.sampling import GREEDY, Sampling
+from runtime.errors import DecoderFailed
+
+CONCURRENT = 32  # answers under way; vLLM takes more together the more there are
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedPrompt:
+    """The beginning of a prompt.
+
+    Attributes:
+        values: [1, L, D], which nobody writes over.
+        maker: the decoder that made it.
+    """
+
+    values: Tensor
+    maker: object = field(repr=False)
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return int(self.values.shape[1])
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.values.nbytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came: ids that follow those before them, and why there are no more, None if there may be."""
+
+    ids: Sequence[int]
+    finish: Finish | None = None
+
+
+class VllmDecoder(ABC):
+    """A decoder whose layers are elsewhere; see `runtime.decoder.protocol.TextDecoder`.
+
+    Args:
+        embeddings: [V, D] of the language model, where prompts are made and in the dtype in which they go.
+        limit: positions that a prompt and its answer may take together.
+        concurrent: answers that may be under way at a time.
+    """
+
+    def __init__(self, embeddings: Tensor, limit: int, *, concurrent: int = CONCURRENT) -> None:
+        self._embeddings = embeddings
+        self.limit, self.concurrent = limit, concurrent
+        self.device, self.dtype = embeddings.device, embeddings.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of token ids int64 [...]."""
+        return F.embedding(to_device(ids, self.device), self._embeddings)
+
+    def prefill(
+        self,
+        inputs_embeds: Tensor,
+        visual: Sequence[int] | None = None,
+        *,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> EmbeddedPrompt:
+        """Keep the beginning [1, L, D] of a prompt. vLLM reads it with the first question.
+
+        Raises:
+            ValueError: embeddings of another shape.
+            UserError: it leaves no room for a question and an answer; values that are not finite; positions or a bias.
+        """
+        length = checked_length(inputs_embeds, self._width)
+        _refuse_places(positions, bias)
+        if length > self.limit - 2:
+            raise UserError(
+                f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
+                f"{self.limit} positions: use an engine with fewer frames or tokens"
+            )
+        _refuse_broken(inputs_embeds)
+        return EmbeddedPrompt(inputs_embeds.to(self.device, self.dtype, copy=True), self)
+
+    def stream(
+        self,
+        inputs_embeds: Tensor,
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        sampling: Sampling = GREEDY,
+        visual: Sequence[int] | None = None,
+        prefix: EmbeddedPrompt | None = None,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Generator[int, None, Finish]:
+        """Generate token ids as `runtime.decoder.eager.Decoder.stream` does; greedily, the same.
+
+        Raises:
+            ValueError: embeddings of another shape.
+            UserError: prompt and answer do not fit in `limit`; a prefix of another decoder; positions or a bias; while
+                iterating, values that are not finite, which vLLM would take.
+            DecoderFailed: while iterating.
+        """
+        checked_length(inputs_embeds, self._width)
+        max_new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
+        _refuse_places(positions, bias)
+        embeds = inputs_embeds.to(self.device, self.dtype)
+        if prefix is not None:
+            if prefix.maker is not self:
+                raise UserError("this prefix was made by another decoder: make it anew with this one's prefill")
+            embeds = torch.cat((prefix.values, embeds), dim=1)
+        length = embeds.shape[1]
+        if length + max_new_tokens > self.limit:
+            raise UserError(
+                f"a prompt of {length} tokens and {max_new_tokens} new ones need {length + max_new_tokens} positions, "
+                f"the decoder has {self.limit}: lower --max-new-tokens, or start vLLM with a larger --max-model-len"
+            )
+        return self._generate(embeds[0], max_new_tokens, frozenset(stop_ids), sampling)
+
+    def _generate(
+        self, embeds: Tensor, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
+    ) -> Generator[int, None, Finish]:
+        _refuse_broken(embeds)
+        count = 0
+        with closing(self.steps(embeds, max_new_tokens, stop_ids, sampling)) as steps:
+            for step in steps:
+                for token in step.ids:
+                    if token in stop_ids:
+                        return "stop"
+                    if not 0 <= token < len(self._embeddings):
+                        raise DecoderFailed(f"the decoder answered with token {token} of {len(self._embeddings)}")
+                    if (count := count + 1) > max_new_tokens:
+                        raise DecoderFailed(
+                            f"the decoder answered with more than the {max_new_tokens} tokens asked for"
+                        )
+                    yield token
+                if step.finish is not None:
+                    return step.finish
+        raise DecoderFailed("the decoder's answer ended before its end")
+
+    @abstractmethod
+    def steps(
+        self, embeds: Tensor, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
+    ) -> Generator[Step, None, None]:
+        """The answer to a prompt [L, D] as it comes; closing it ends the answer there, too.
+
+        Raises:
+            DecoderFailed: while iterating.
+        """
+
+    def close(self) -> None:  # noqa: B027 - nothing, unless there is something
+        """Let go of what is held elsewhere. A second call does nothing."""
+
+    @property
+    def _width(self) -> int:
+        return int(self._embeddings.shape[1])
+
+
+def ids_of(value: object) -> list[int]:
+    """Token ids of a step. Raises DecoderFailed if they are none."""
+    if not isinstance(value, list) or not all(type(one) is int for one in value):
+        raise DecoderFailed("the decoder answered without token ids: is it a vLLM server that knows return_token_ids?")
+    return value
+
+
+def finish_of(value: object) -> Finish | None:
+    """Why an answer ended, as vLLM says it. Raises DecoderFailed for what is no end of an answer."""
+    if value is None:
+        return None
+    if value == "stop":
+        return "stop"
+    if value == "length":
+        return "length"
+    raise DecoderFailed(f"the decoder ended an answer with {str(value)[:40]!r}")
+
+
+def _refuse_places(positions: Tensor | None, bias: Tensor | None) -> None:
+    if positions is not None or bias is not None:
+        raise UserError(PLACES)
+
+
+def _refuse_broken(embeds: Tensor) -> None:
+    if (broken := broken_prompt(embeds, None)) is not None:
+        raise UserError(broken)

@@ -1,0 +1,145 @@
+"""What a page shows beside text: kept cells over a frame, which frames became which, bars, and a curve. Colours are
+those of the page's style, so that they follow a light or a dark one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from runtime.show.html import Html, element
+from runtime.show.kept import KeptCells
+
+_STEP, _HIGH, _EDGE = 40, 150, 26  # of the graph of frames, in its own units
+_CURVE = (560, 190, 46, 26)  # of a curve: width, height, room on the left and below
+
+
+def kept_frame(picture: str, kept: KeptCells, frame: int, caption: str) -> Html:
+    """A frame with the cells that were not kept dimmed and the others framed.
+
+    `picture`: address of the frame's pixels.
+    """
+    rows, columns = kept.grid
+    there = kept.cells[frame]
+    cells = [
+        element(
+            "rect",
+            x=f"{cell % columns + 0.02}",
+            y=f"{cell // columns + 0.02}",
+            width="0.96",
+            height="0.96",
+            class_="kept" if cell in there else "gone",
+        )
+        for cell in range(rows * columns)
+    ]
+    over = element("svg", *cells, viewBox=f"0 0 {columns} {rows}", preserveAspectRatio="none", aria_hidden="true")
+    image = element("img", src=picture, alt=f"Frame {frame + 1}, {len(there)} of {rows * columns} cells kept")
+    return element(
+        "figure", element("div", image, over, class_="frame"), element("figcaption", caption), data_kept=len(there)
+    )
+
+
+def frames_graph(kept: KeptCells) -> Html:
+    """The frames of the clip above, those that were left below, and lines as strong as the shares between them."""
+    frames, left = len(kept.cells), len(kept.sources)
+    width = _STEP * max(frames, 1)
+
+    def at(index: int, count: int) -> float:
+        return width * (index + 0.5) / count
+
+    lines = []
+    for frame, slot, share in sorted(kept.links(), key=lambda link: link[2]):
+        top, bottom, middle = at(frame, frames), at(slot, left), _HIGH / 2
+        path = f"M{top:.1f},{_EDGE} C{top:.1f},{middle} {bottom:.1f},{middle} {bottom:.1f},{_HIGH - _EDGE}"
+        strong = {"stroke_width": f"{1 + 7 * share:.2f}", "stroke_opacity": f"{0.2 + 0.7 * share:.2f}"}
+        lines.append(element("path", element("title", _share(frame, slot, share)), d=path, class_="link", **strong))
+    nodes = [_node(at(n, frames), _EDGE - 9, n + 1, bool(kept.cells[n])) for n in range(frames)]
+    nodes += [_node(at(n, left), _HIGH - _EDGE + 9, n + 1, True) for n in range(left)]
+    graph = element(
+        "svg",
+        *lines,
+        *nodes,
+        viewBox=f"0 0 {width} {_HIGH}",
+        style=f"min-width:{26 * frames}px",
+        role="img",
+        aria_label=f"{frames} frames became {left}",
+    )
+    return element("div", graph, class_="graph wide")
+
+
+def _share(frame: int, slot: int, share: float) -> str:
+    return f"{share:.0%} of frame {slot + 1} that is left is frame {frame + 1}"
+
+
+def _node(x: float, y: float, number: int, strong: bool) -> Html:
+    text = element("text", number, x=f"{x:.1f}", y=f"{y + 4:.1f}", text_anchor="middle")
+    disc = element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="10", class_="node" if strong else "node weak")
+    return element("g", disc, text)
+
+
+def bar(share: float, kind: str = "") -> Html:
+    """A bar over a share of its room; shares above 1 fill it."""
+    width = 100 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 100.0
+    return element("span", element("i", style=f"width:{width:.1f}%"), class_=f"bar {kind}".strip())
+
+
+def pair(name: str, full: float, compressed: float, shown: Sequence[str]) -> Html:
+    """What something costs in full and compressed, as two bars; `shown`: both in words."""
+    most = max(full, compressed) or 1.0
+    return element(
+        "div",
+        element("h3", name),
+        element("p", element("span", "full", class_="label"), bar(full / most, "plain"), element("b", shown[0])),
+        element("p", element("span", "kept", class_="label"), bar(compressed / most), element("b", shown[1])),
+        class_="pair",
+    )
+
+
+def curve(points: Sequence[tuple[str, float]], limit: float, what: str) -> Html:
+    """Values on a logarithmic scale, in their order, and a limit that none should reach.
+
+    `points`: name and value of each; what is not above 0 stands at the bottom.
+    """
+    width, height, left, below = _CURVE
+    logs = [math.log10(value) if value > 0 and math.isfinite(value) else -math.inf for _, value in points]
+    finite = [value for value in (*logs, math.log10(limit)) if value > -math.inf]
+    low, high = math.floor(min(finite)), math.ceil(max(finite) + 1e-9)
+    high = max(high, low + 1)
+
+    def y(value: float) -> float:
+        return 10 + (height - below - 10) * (high - max(value, low)) / (high - low)
+
+    def x(index: int) -> float:
+        return left + (width - left - 20) * (index + 0.5) / max(len(points), 1)
+
+    step = max(1, (high - low) // 5)
+    grid = [
+        element("g", element("line", x1=left, x2=width, y1=f"{y(n):.1f}", y2=f"{y(n):.1f}", class_="rule"),
+                element("text", f"1e{n}", x=left - 6, y=f"{y(n) + 4:.1f}", text_anchor="end"))
+        for n in range(low, high + 1, step)
+    ]  # fmt: skip
+    bound = f"{y(math.log10(limit)):.1f}"
+    places = [(x(index), y(value)) for index, value in enumerate(logs)]
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+    every = max(1, len(points) // 14)
+    names = [
+        element("text", name, x=f"{x(n):.1f}", y=height - 6, text_anchor="middle")
+        for n, (name, _) in enumerate(points)
+        if n % every == 0
+    ]
+    dots = [
+        element("circle", element("title", f"{name}: {value:.3g}"), cx=f"{a:.1f}", cy=f"{b:.1f}", r="4", class_="dot")
+        for (name, value), (a, b) in zip(points, places, strict=True)
+    ]
+    drawn = element(
+        "svg",
+        *grid,
+        element("line", x1=left, x2=width, y1=bound, y2=bound, class_="limit"),
+        element("text", "limit", x=width - 4, y=f"{float(bound) - 5:.1f}", text_anchor="end", class_="limit"),
+        element("polyline", points=line, class_="curve"),
+        *dots,
+        *names,
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_label=what,
+    )
+    return element("div", drawn, class_="graph")

@@ -1,0 +1,69 @@
+"""What was kept of a clip, as everything that draws it sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_NOTHING = 0.005  # a share that is not worth a line
+
+
+@dataclass(frozen=True)
+class KeptCells:
+    """Which cells of which frames stayed, and which frames became which.
+
+    Attributes:
+        grid: (rows, columns) of the P cells of a frame, which are numbered row by row.
+        cells: of each of the F frames of the clip the cells that were kept.
+        sources: [F'][F], what share of each frame each frame that was left is made of.
+    """
+
+    grid: tuple[int, int]
+    cells: tuple[frozenset[int], ...]
+    sources: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, place: Sequence[int], sources: Sequence[Sequence[float]], grid: tuple[int, int]) -> KeptCells:
+        """From what an engine returns (`runtime.engine.layout`): place [N], frame * P + cell, and sources [F', F].
+
+        Raises:
+            ValueError: they do not fit each other, or the grid.
+        """
+        frames, each = len(sources[0]) if sources else 0, grid[0] * grid[1]
+        if any(len(row) != frames for row in sources) or not all(0 <= one < frames * each for one in place):
+            raise ValueError(f"places up to {max(place, default=0)} of {frames} frames with {each} cells")
+        found: list[set[int]] = [set() for _ in range(frames)]
+        for one in place:
+            found[one // each].add(one % each)
+        return cls(grid, tuple(map(frozenset, found)), tuple(tuple(map(float, row)) for row in sources))
+
+    @property
+    def tokens(self) -> int:
+        """Cells that were kept; of two tokens of one place, one."""
+        return sum(map(len, self.cells))
+
+    def became(self, frame: int) -> tuple[int, ...]:
+        """The frames that were left which have a share of this one, the largest first."""
+        shares = [(row[frame], -slot) for slot, row in enumerate(self.sources) if row[frame] > _NOTHING]
+        return tuple(-slot for _, slot in sorted(shares, reverse=True))
+
+    def links(self) -> tuple[tuple[int, int, float], ...]:
+        """(frame, frame that was left, share) for every share that is worth a line."""
+        return tuple(
+            (frame, slot, share)
+            for slot, row in enumerate(self.sources)
+            for frame, share in enumerate(row)
+            if share > _NOTHING
+        )
+
+
+def grid_of(cells: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of so many cells in frames of `size` (height, width): the most square cells that divide them."""
+    height, width = size
+    pairs = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
+
+    def stretched(pair: tuple[int, int]) -> float:
+        side = (height / pair[0]) / (width / pair[1])
+        return max(side, 1 / side)
+
+    return min(pairs, key=stretched)

@@ -1,0 +1,86 @@
+"""Checkpoints of every family: under the names of any release of transformers, with the tokenizer beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from earlytom.errors import UserError
+from earlytom.families import FAMILIES, geometry
+from runtime.checkpoint import PUBLISHED, RANDOM, VisionPart, describe, load_decoder, load_tokenizer, load_vision
+from tests.runtime.checkpoint.family_folders import MEAN, STD, family_folder
+from tests.runtime.checkpoint.tiny_checkpoint import Rename, edit_json, middle_name, old_name, one_line, same_name
+
+every = pytest.mark.parametrize("name", FAMILIES)
+
+
+@every
+@pytest.mark.parametrize("rename", [same_name, middle_name, old_name])
+def test_names_old_and_new_are_one_checkpoint(tmp_path: Path, name: str, rename: Rename) -> None:
+    folder, model = family_folder(tmp_path / "given", name, rename=rename)
+    plain, _ = family_folder(tmp_path / "plain", name)
+    found = describe(folder)
+    assert found.digest() == describe(plain).digest()
+    found.check_weights()
+    part, whole = load_vision(found), VisionPart.from_model(model)
+    assert part.state_dict().keys() == whole.state_dict().keys()
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in part.state_dict().items())
+    decoder, wanted = load_decoder(found), model.get_decoder().state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in decoder.get_decoder().state_dict().items())
+    assert not hasattr(decoder.model, "vision_tower")
+
+
+@every
+def test_what_its_files_say_is_what_frames_are_prepared_by(tmp_path: Path, name: str) -> None:
+    folder, model = family_folder(tmp_path / "given", name)
+    found = describe(folder)
+    assert found.preprocessing.size == geometry(model.config).size
+    assert (found.preprocessing.mean, found.preprocessing.std) == (tuple(MEAN), tuple(STD))
+    assert found.preprocessing.sampling == FAMILIES[name].sampling
+    assert found.frames == FAMILIES[name].frames
+    tokenizer = load_tokenizer(found)
+    assert tokenizer.get_added_vocab()[FAMILIES[name].visual_token] == FAMILIES[name].video_token_id(model.config)
+
+
+@every
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, name: str) -> None:
+    folder, _ = family_folder(tmp_path / "given", name)
+    edit_json(folder / "config.json", **dict.fromkeys(FAMILIES[name].token_ids, 5))
+    with pytest.raises(UserError, match=r"its tokenizer has the id 129. for .*, and config.json says 5") as error:
+        load_tokenizer(folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"image_size": [16, 0]}, "image_size must be a whole number between 1 and 4096, got 0"),
+        ({"image_size": [2, 16]}, "vision_config has patches of"),
+        ({"patch_size": [4, 8]}, "patches must be square, got 4 x 8"),
+        ({"num_attention_heads": 3}, "vision_config has 3 heads, which do not divide 32"),
+        ({"model_type": "siglip_vision_model"}, "is not"),
+    ],
+)
+def test_a_tower_that_cannot_be_run_is_refused(tmp_path: Path, change: dict[str, Any], line: str) -> None:
+    folder, model = family_folder(tmp_path / "given", "internvl")
+    edit_json(folder / "config.json", vision_config=model.config.vision_config.to_dict() | change)
+    with pytest.raises(UserError, match=line) as error:
+        describe(folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize("source", [RANDOM + name for one in FAMILIES.values() for name in one.published])
+def test_published_models_are_random_without_a_download(source: str) -> None:
+    found = describe(source)
+    assert source.removeprefix(RANDOM) in PUBLISHED
+    frame = geometry(found.config)
+    assert found.preprocessing.size == frame.size
+    assert found.preprocessing.mean == found.family.mean
+    assert sum(shape.numel() for shape in found.vision_shapes.values()) == found.family.vision_weights(found.config)
+    ids = found.family.special_tokens(found.config)
+    tokenizer = load_tokenizer(found)
+    assert {text: tokenizer.convert_tokens_to_ids(text) for text in ids} == ids
+    assert sorted(ids.values()) == list(ids.values())

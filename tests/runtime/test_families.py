@@ -1,0 +1,149 @@
+"""A family whose frames have spans of their own, from a folder to an answer: built, asked, watched, embedded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from builder import build
+from earlytom import apply_earlytom
+from earlytom.families import INTERNVL
+from earlytom.standing import FrameSpan, frame_spans
+from runtime.checkpoint import Checkpoint, Preprocessing, describe, load_model, load_tokenizer
+from runtime.decoder.eager import InnerMerge
+from runtime.engine.manifest import Manifest
+from runtime.pipeline import Pipeline
+from runtime.text.prompt import build_prompt
+from runtime.video import sample_indices
+from tests.runtime.checkpoint.family_folders import family_folder
+
+F, CELLS, QUESTION = 6, 4, "What happens?"
+ON = ["--ratio", "0.5", "--merge-layers", "0,1,2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family_folder(tmp_path_factory.mktemp("internvl"), "internvl")[0]
+
+
+def built(folder: Path, out: Path, *words: str) -> Path:
+    arguments = ["--model", str(folder), "--frames", str(F), "--backend", "onnx", "--fp32", "--out", str(out), *words]
+    assert build.main(arguments) == 0
+    (engine,) = out.iterdir()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the gate, its text too."""
+    return built(folder, tmp_path_factory.mktemp("engines"), *ON, "--verify-text")
+
+
+@pytest.fixture(scope="module")
+def frames() -> Tensor:
+    """uint8 [15, 3, 16, 16], some of them alike."""
+    generator = torch.Generator().manual_seed(0)
+    scenes = torch.randint(0, 256, (4, 3, 16, 16), generator=generator)
+    return (
+        scenes[torch.arange(15) // 4]
+        .add(torch.randint(0, 40, (15, 3, 16, 16), generator=generator))
+        .clamp(max=255)
+        .byte()
+    )
+
+
+def pixels_of(checkpoint: Checkpoint, frames: Tensor) -> Tensor:
+    """What transformers' processor makes of the frames: its sample, the documented arithmetic, no resizing."""
+    step = len(frames) / F
+    chosen = torch.arange(step / 2, len(frames), step).int()  # as it is written there
+    prepared: Preprocessing = checkpoint.preprocessing
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (prepared.mean, prepared.std))
+    return (frames[chosen.long()] / 255 - mean) / std
+
+
+def greedy(folder: Path, frames: Tensor, *, on: bool) -> list[int]:
+    """Ids of `generate` with EarlyTom as in the engine, or of the untouched model."""
+    model: Any = load_model(folder)
+    words = build_prompt(load_tokenizer(folder), QUESTION, family=INTERNVL)
+    spans = [FrameSpan(number, CELLS) for number in range(F)]
+    ids = words.input_ids(F * CELLS, spans)
+    given = {"input_ids": ids, "pixel_values": pixels_of(describe(folder), frames), "max_new_tokens": 12}
+    given["attention_mask"] = torch.ones_like(ids)
+    if not on:
+        return model.generate(**given)[0, ids.shape[1] :].tolist()
+    with apply_earlytom(model, _settings(folder)):
+        return model.generate(**given)[0, ids.shape[1] :].tolist()
+
+
+def _settings(folder: Path) -> Any:
+    from builder.settings.arguments import parse
+
+    return parse(["--model", str(folder), "--frames", str(F), "--backend", "onnx", *ON])[1].earlytom
+
+
+def said(folder: Path, answer: Any) -> list[int]:
+    """Its ids; `generate` returns the one that ended it, too."""
+    stops = load_model(folder).generation_config.eos_token_id
+    assert answer.finish in ("length", "stop")
+    return [*answer.tokens, *([stops[0]] if answer.finish == "stop" else [])]
+
+
+def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine: Path, frames: Tensor) -> None:
+    manifest = Manifest.read(engine)
+    assert manifest.model.family == "internvl"
+    assert manifest.model.preprocessing.sampling == "middles"
+    assert manifest.verification is not None
+    assert manifest.verification["passed"]
+    assert Manifest.from_dict(manifest.to_dict()) == manifest
+    wanted = greedy(folder, frames, on=True)
+    with Pipeline.load(engine) as pipeline:
+        answer = pipeline.ask(frames, QUESTION, max_new_tokens=12, kept=True)
+        assert said(folder, answer) == wanted
+        assert wanted != greedy(folder, frames, on=False)  # negative control: what is kept matters
+        assert answer.visual_tokens == manifest.tokens < manifest.tokens_full == F * CELLS
+        assert answer.kept is not None
+        spans = frame_spans(answer.kept.positions, answer.kept.sources, CELLS)
+        words = build_prompt(load_tokenizer(folder), QUESTION, family=INTERNVL)
+        assert answer.prompt_tokens == words.length(manifest.tokens, spans)
+
+        again = pipeline.ask(frames, QUESTION, max_new_tokens=12)
+        with pipeline.watch(frames) as watched:
+            seen = watched.ask(QUESTION, max_new_tokens=12)
+        assert seen.tokens == again.tokens == answer.tokens
+        assert seen.prompt_tokens == answer.prompt_tokens
+        assert seen.cached_tokens == answer.prompt_tokens - len(words.suffix_ids)
+        assert pipeline.embed(frames, QUESTION).shape == (1, answer.prompt_tokens, 32)
+    with Pipeline.load(engine, inner=InnerMerge(1, 0.5)) as merging:
+        merged = merging.ask(frames, QUESTION, max_new_tokens=12)
+        assert merged.prompt_tokens == answer.prompt_tokens
+
+
+def test_with_all_tokens_an_engine_answers_as_transformers_do(folder: Path, tmp_path: Path, frames: Tensor) -> None:
+    engine = built(folder, tmp_path / "off", "--ratio", "1", "--merge-layers", "none", "--no-verify")
+    with Pipeline.load(engine) as pipeline:
+        assert said(folder, pipeline.ask(frames, QUESTION, max_new_tokens=12)) == greedy(folder, frames, on=False)
+
+
+def test_cells_are_built_and_asked_with_positions_and_bias(folder: Path, tmp_path: Path, frames: Tensor) -> None:
+    engine = built(folder, tmp_path / "cells", "--method", "cells", *ON)
+    with Pipeline.load(engine) as pipeline, Pipeline.load(engine, backend="torch") as reference:
+        answer = pipeline.ask(frames, QUESTION, max_new_tokens=12)
+        assert answer.tokens == reference.ask(frames, QUESTION, max_new_tokens=12).tokens
+        assert answer.visual_tokens == pipeline.manifest.tokens
+
+
+@pytest.mark.parametrize("count", [6, 7, 15, 32, 100, 299, 1000])
+@pytest.mark.parametrize("frames", [6, 8, 16, 32])
+def test_frames_are_sampled_as_transformers_do(count: int, frames: int) -> None:
+    chosen = sample_indices(count, frames, "middles").tolist()
+    if frames <= count:
+        step = count / frames
+        assert chosen == torch.arange(step / 2, count, step).int().tolist()
+    assert len(chosen) == frames
+    assert chosen == sorted(chosen)
+    assert 0 <= chosen[0] <= chosen[-1] < count
+    assert sample_indices(100, 8, "middles").tolist() != sample_indices(100, 8).tolist()  # negative control
