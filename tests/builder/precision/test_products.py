@@ -103,3 +103,8 @@ def test_the_key_and_the_name_tell_what_was_asked_for(config_of: object) -> None
 def test_keeping_without_int8_is_refused() -> None:
     with pytest.raises(UserError, match="--int8-keep is for --int8: add it"):
         parse(["--int8-keep", "fc2"])
+
+
+def test_a_family_whose_products_are_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--int8 knows the products of LLaVA-OneVision, not of InternVL.*leave it out"):
+        parse(["--int8", "--model", "random:internvl3-1b", "--backend", "onnx"])
