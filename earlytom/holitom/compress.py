@@ -24,6 +24,8 @@ from earlytom.density import by_peak, first_of, nearest, spacing
 from earlytom.errors import UserError
 from earlytom.holitom.segments import Segmentation, segment, similarity
 
+SEGMENTS = 4  # that are compressed at a time
+
 
 @dataclass(frozen=True)
 class HoliTomSettings:
@@ -142,31 +144,58 @@ class StaticTokens:
 def compress_static(
     features: Tensor, found: Segmentation, centres: np.ndarray, settings: HoliTomSettings, noise: Tensor | None
 ) -> StaticTokens:
-    """Average the static positions of each segment, and keep `centres [G]` of them."""
-    device, per_frame = features.device, features.shape[1]
+    """Average the static positions of each segment, and keep `centres [G]` of them.
+
+    A few segments at a time, those with as many static positions together: little is padded, and what is compared
+    stays in the cache.
+    """
+    centre = torch.zeros(len(centres), features.shape[1], dtype=torch.bool, device=features.device)
     chosen = np.flatnonzero(centres)
-    centre = torch.zeros(len(centres), per_frame, dtype=torch.bool, device=device)
-    if not len(chosen):
-        return StaticTokens(centre, features.new_zeros(0, features.shape[2]), [])
-    rows, most = torch.from_numpy(chosen).to(device), int(found.static_counts[chosen].max())
-    valid = found.static.index_select(0, rows)
-    places = (~valid).byte().argsort(dim=-1, stable=True)[:, :most]  # [G, n], the static positions go first
+    values: dict[int, Tensor] = {}
+    by_score: dict[int, Tensor] = {}
+    begins = np.cumsum(found.static_counts[chosen]) - found.static_counts[chosen]  # of each one's noise
+    first = dict(zip(chosen.tolist(), begins.tolist(), strict=True))
+    by_size = chosen[np.argsort(-found.static_counts[chosen], kind="stable")]
+    for some in np.split(by_size, range(SEGMENTS, len(by_size), SEGMENTS)) if len(by_size) else ():
+        drawn = None
+        if noise is not None:
+            drawn = torch.cat([noise[first[g] :][: found.static_counts[g]] for g in some.tolist()])
+        own, kept, order = _static_of(features, found, some, centres[some], settings, drawn)
+        centre[torch.from_numpy(some).to(centre.device)] = own
+        values |= zip(some.tolist(), kept.split(centres[some].tolist()), strict=True)
+        by_score |= {g: one[: int(centres[g])] for g, one in zip(some.tolist(), order, strict=True)}
+    tokens = torch.cat([values[g] for g in chosen.tolist()]) if values else features.new_zeros(0, features.shape[2])
+    return StaticTokens(centre, tokens, [by_score[g] for g in chosen.tolist()])
+
+
+def _static_of(
+    features: Tensor,
+    found: Segmentation,
+    some: np.ndarray,
+    centres: np.ndarray,
+    settings: HoliTomSettings,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the segments `some [g]`: which positions are centres [g, S] bool, their values [sum C, D], and positions by
+    falling score [g, n]."""
+    device, counts = features.device, found.static_counts[some]
+    valid = found.static.index_select(0, torch.from_numpy(some).to(device))
+    places = (~valid).byte().argsort(dim=-1, stable=True)[:, : int(counts.max())]  # the static positions go first
     valid = valid.gather(1, places)
-    means = segment_means(features, found.bounds[chosen])
+    means = segment_means(features, found.bounds[some])
     means = means.gather(1, places[:, :, None].expand(-1, -1, means.shape[-1]))
     apart = spacing(means, valid)
     least = 1 if settings.faithful else 3  # two that are each other's nearest are equally dense
-    asked = np.minimum(np.maximum(np.minimum(settings.neighbours, centres[chosen]), least), found.static_counts[chosen])
+    asked = np.minimum(np.maximum(np.minimum(settings.neighbours, centres), least), counts)
     spread = None
     if noise is not None:
         spread = torch.zeros(valid.shape, device=device).masked_scatter(valid, noise.to(device, torch.float32))
-    neighbours, wanted = (torch.from_numpy(one).to(device) for one in (asked, centres[chosen]))
+    neighbours, wanted = (torch.from_numpy(one).to(device) for one in (asked, centres))
     order = by_peak(apart, valid, neighbours, most=int(asked.max()), noise=spread)
     own = first_of(order, wanted)
     values = fold(means, apart, valid, own, int(centres.max()), int(centres.sum()), settings.beta)
-    centre[rows] = torch.zeros_like(centre[rows]).scatter(1, places, own)
-    by_score = [one[: int(count)] for one, count in zip(places.gather(1, order), centres[chosen], strict=True)]
-    return StaticTokens(centre, values.to(features.dtype), by_score)
+    centre = torch.zeros(len(some), features.shape[1], dtype=torch.bool, device=device).scatter(1, places, own)
+    return centre, values.to(features.dtype), places.gather(1, order)
 
 
 def segment_means(features: Tensor, bounds: np.ndarray) -> Tensor:
