@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from builder.precision.int8 import LIMIT, Int8Linear
 from builder.precision.products import LAYERED, Product, words
-from builder.precision.smoothing import Place, fold, folds, places
+from builder.precision.smoothing import LinearPlace, fold, folds, places
 from earlytom.encoder import embed
 from earlytom.families import Vision
 
@@ -178,7 +178,7 @@ class Calibration:
             for place, linear in zip(found, wide, strict=True):
                 setattr(place.parent, place.name, linear)
 
-    def _places(self, product: Product) -> list[Place]:
+    def _places(self, product: Product) -> list[LinearPlace]:
         return places(self.layers, self.projector, product)
 
     def _layer(self, index: int, hidden: Tensor) -> Tensor:
@@ -205,9 +205,9 @@ class Calibration:
         self._measure(ours, lambda: self.vision.features(few, None).features)
 
     @contextmanager
-    def _watched(self, products: Sequence[Product]) -> Iterator[dict[Product, Seen]]:
+    def _watched(self, products: Sequence[Product]) -> Iterator[dict[Product, Entered]]:
         """What enters each product, as long as it lasts."""
-        seen = {product: Seen() for product in products}
+        seen = {product: Entered() for product in products}
         hooks = [
             self._places(product)[0].linear.register_forward_pre_hook(lambda _, given, to=found: to.add(given[0]))
             for product, found in seen.items()
@@ -218,7 +218,7 @@ class Calibration:
             for hook in hooks:
                 hook.remove()
 
-    def _settle(self, products: Sequence[Product], seen: dict[Product, Seen]) -> None:
+    def _settle(self, products: Sequence[Product], seen: dict[Product, Entered]) -> None:
         for product in products:
             site = settle(seen[product], [place.linear.weight.data for place in self._places(product)])
             self.sites[product] = site
@@ -238,7 +238,7 @@ class Calibration:
             self.sites[product] = replace(self.sites[product], noise=noise)
 
 
-class Seen:
+class Entered:
     """What entered a product: the largest magnitude of every channel [K], and a sample of rows [R, K]."""
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ class Seen:
         return every[:: -(-len(every) // _ROWS)]
 
 
-def settle(seen: Seen, weights: Sequence[Tensor]) -> Site:
+def settle(seen: Entered, weights: Sequence[Tensor]) -> Site:
     """The smoothing and the limit that change a product least.
 
     Args:

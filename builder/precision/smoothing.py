@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from builder.precision.products import Product
 
 
-class Place(NamedTuple):
+class LinearPlace(NamedTuple):
     """A linear layer in a model: the module that has it, and its name there."""
 
     parent: nn.Module
@@ -29,16 +29,16 @@ class Place(NamedTuple):
         return getattr(self.parent, self.name)
 
 
-def places(layers: Sequence[Any], projector: nn.Module, product: Product) -> list[Place]:
+def places(layers: Sequence[Any], projector: nn.Module, product: Product) -> list[LinearPlace]:
     """The linear layers of a product, which all take the same input."""
     if product.layer < 0:
-        return [Place(projector, {"projector-in": "linear_1", "projector-out": "linear_2"}[product.name])]
+        return [LinearPlace(projector, {"projector-in": "linear_1", "projector-out": "linear_2"}[product.name])]
     layer = layers[product.layer]
     if product.name == "qkv":
-        return [Place(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
+        return [LinearPlace(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
     if product.name == "out":
-        return [Place(layer.self_attn, "out_proj")]
-    return [Place(layer.mlp, product.name)]
+        return [LinearPlace(layer.self_attn, "out_proj")]
+    return [LinearPlace(layer.mlp, product.name)]
 
 
 def folds(product: Product) -> bool:

@@ -14,7 +14,7 @@ from builder.export.vision import export_onnx, vision_graph
 from builder.gate.drift import measure
 from builder.gate.limits import GATES
 from builder.precision import calibration
-from builder.precision.calibration import MOST_ERROR, Calibration, Seen, settle
+from builder.precision.calibration import MOST_ERROR, Calibration, Entered, settle
 from builder.precision.int8 import Int8Linear
 from builder.precision.products import Product
 from builder.precision.smoothing import fold, folds, places
@@ -69,10 +69,10 @@ def test_folding_leaves_the_function(small_checkpoint: Path, clips: dict[str, Te
 def test_an_outlier_moves_into_the_weights() -> None:
     random = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(256, 32, generator=random), torch.randn(16, 32, generator=random)
-    seen = Seen()
+    seen = Entered()
     seen.add(rows)
     quiet = settle(seen, [weight])
-    loud = Seen()
+    loud = Entered()
     loud.add(rows * torch.where(torch.arange(32) == 7, 500.0, 1.0))
     site = settle(loud, [weight])
     assert site.smooth is not None
@@ -82,7 +82,7 @@ def test_an_outlier_moves_into_the_weights() -> None:
 
 
 def test_what_never_entered_but_zeros_is_no_reason_to_fail() -> None:
-    seen = Seen()
+    seen = Entered()
     seen.add(torch.zeros(4, 8))
     site = settle(seen, [torch.ones(2, 8)])
     assert torch.equal(
