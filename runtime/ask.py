@@ -23,6 +23,7 @@ from runtime.engine import layout
 from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.manifest import Manifest
 from runtime.errors import VideoError
+from runtime.show.figure import check_picture
 from runtime.video import Limits
 
 if TYPE_CHECKING:  # what loads PyTorch is imported when nothing is left to refuse
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "note: this model's weights are not trained, so the answer is nonsense; counts and times are real"
             )
         how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "sampling": sampling}
+        how["kept"] = options.picture is not None
         video: dict[str, Any] = {"system": options.system, "frames": options.frames}
         if len(options.questions) == 1:
             answers = [say(screen, pipeline.stream(options.video, options.questions[0], **how, **video))]
@@ -91,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     screen.line(f"> {question}")
                     answers.append(say(screen, watched.stream(question, **how)))
         show_times(screen, answers, manifest)
+        if options.picture is not None:
+            from runtime.service.pictures import picture
+
+            screen.line(f"picture: {picture(answers, options.questions, options.picture, options.video)}")
         screen.result(record(options.questions, answers, manifest, pipeline.vision.name))
     return 0
 
@@ -193,6 +199,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: another each time)")
     p.add_argument("--system", metavar="TEXT", help="a system message before the question")
+    p.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="draw what was kept of the video, the answer and the times: FILE.png, or FILE.mp4",
+    )
     add_limits(p)
     p.add_argument("--json", action="store_true", help="print nothing but the JSON line at the end")
     return p
@@ -242,6 +253,8 @@ def check_request(options: argparse.Namespace) -> None:
     for name, value in (("--max-new-tokens", options.max_new_tokens), ("--frames", options.frames)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+    if options.picture is not None:
+        check_picture(options.picture, "--picture")
     if options.inner_ratio is not None and options.inner_layer is None:
         raise UserError(f"--inner-ratio {options.inner_ratio} needs --inner-layer, the layer to merge before")
 

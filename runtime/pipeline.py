@@ -11,10 +11,9 @@ resizes the next video while another answers the request before it (`runtime.ser
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -24,20 +23,16 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import family_named
-from earlytom.numbers import real, shown, whole
-from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
-from runtime.checkpoint.precision import fitting_dtype
-from runtime.choices import BACKENDS, MAX_NEW_TOKENS, POSITIONS
-from runtime.decoder.eager import Decoder, InnerMerge
-from runtime.decoder.naming import FORMS, INSIDE, PLACES, by_vllm, decoder_named
+from earlytom.numbers import whole
+from runtime.checkpoint import Source
+from runtime.choices import MAX_NEW_TOKENS
+from runtime.decoder.eager import InnerMerge
 from runtime.decoder.protocol import TextDecoder
 from runtime.decoder.sampling import GREEDY, Sampling
-from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import Manifest
-from runtime.engine.origin import checkpoint_of
 from runtime.gpu.staging import Arriving, as_of_now
-from runtime.options import Options, device_of, dtype_of, engine_folder, instance, model_source
+from runtime.options import Options, instance
+from runtime.parts import WantedParts, load_parts
 from runtime.service.answering import CONSECUTIVE, READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
 from runtime.service.asking import Request
 from runtime.service.job import Job
@@ -59,13 +54,12 @@ from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, stop_token_ids
+from runtime.text.prompt import Prompt
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
-from runtime.vision import VisionBackend, choose_backend, open_backend
+from runtime.vision import VisionBackend
 
 if TYPE_CHECKING:
-    from runtime.decoder.compiler import Compiler
     from runtime.service.live_video import LiveVideo
 
 __all__ = [  # what callers import from here
@@ -82,7 +76,6 @@ __all__ = [  # what callers import from here
 ]
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
-DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the decoder
 
 
 class Pipeline:
@@ -219,59 +212,30 @@ class Pipeline:
                 be reached.
             OSError: the compiled decoder cannot be written.
         """
-        folder, model, where, dtype = engine_folder(engine), model_source(model), device_of(device), dtype_of(dtype)
         waiting, watch_bytes = whole("waiting", waiting, 0), whole("watch_bytes", watch_bytes, 0)
-        instance("backend", backend, str, f"one of {', '.join(BACKENDS)}")
-        decoder_named(instance("decoder", decoder, str, f"one of {FORMS}"))
         instance("limits", limits, Limits, "Limits(max_seconds=...)")
-        if inner is not None:
-            instance("inner", inner, InnerMerge, "InnerMerge(layer, ratio)")
-            whole("inner layer (--inner-layer)", inner.layer, 1)
-            real("inner ratio (--inner-ratio)", inner.ratio, 0, 1, high_open=True)
         if warm_up is not None:
             instance("warm_up", warm_up, bool, "True or False")
-        if bias is not None:
-            instance("bias", bias, bool, "True or False")
-        if positions is not None and positions not in POSITIONS:
-            raise UserError(f"positions must be {' or '.join(POSITIONS)}, got {shown(positions)} (--positions)")
-        if inner is not None and decoder != "torch":
-            raise UserError(f"inner merging runs in the PyTorch decoder, not in {decoder}: use --decoder torch")
-        if decoder_key is not None and (not by_vllm(decoder) or decoder.startswith(INSIDE)):
-            raise UserError("decoder_key (--decoder-key-file) is what a vLLM server asks for: give its address")
-        compiler = _open_compiler(decoder, where)  # first: it wants to, and refuses before anything large is loaded
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"no GPU that torch {torch.__version__} can use for --device {where}: use --device cpu")
-        manifest = Manifest.read(folder)
-        choice = choose_backend(backend, manifest)
-        checkpoint = checkpoint_of(manifest, model)
-        precision, note = dtype or DTYPES[manifest.dtype], None
-        if dtype is None and where.type == "cpu":
-            precision, note = fitting_dtype(checkpoint)
-        placing = placing_of(manifest, checkpoint, bias, positions)
-        if by_vllm(decoder) and (placing.original or placing.bias):
-            raise UserError(f"{decoder}: {PLACES}")
-        vision = _open_vision(folder, manifest, choice, checkpoint, where, precision)
-        if inner is not None and placing.bias:
-            raise UserError(
-                "tokens that are merged inside the decoder have no bias: leave out --inner-layer, or use --no-bias"
-            )
-        if by_vllm(decoder):
-            parts = _open_vllm(decoder, checkpoint, where, precision, decoder_key)
-        else:
-            make = functools.partial(_make_decoder, compiler, folder, manifest, where, inner, placing)
-            parts = _load_decoder(checkpoint, where, precision, make)
+        wanted = WantedParts.checked(
+            engine, model, backend, device, dtype, decoder, inner, bias, positions, decoder_key
+        )
+        parts = load_parts(wanted)
+        text = parts.text
         made = cls(
-            manifest,
-            vision,
-            *parts,
+            parts.manifest,
+            parts.vision,
+            text.decoder,
+            text.closing,
+            text.tokenizer,
+            text.stops,
             waiting=waiting,
             watch_bytes=watch_bytes,
             limits=limits,
-            placing=placing,
+            placing=parts.placing,
         )
-        made.notes = tuple(line for line in (checkpoint.generation_note, note) if line is not None)
+        made.notes = parts.notes
         try:
-            if where.type == "cuda" if warm_up is None else warm_up:
+            if wanted.device.type == "cuda" if warm_up is None else warm_up:
                 made.warm_up()
         except BaseException:
             made.close()
@@ -509,75 +473,3 @@ def _given(video: Taken | Remembered) -> Arriving | None:
     shown = video.video if isinstance(video, Remembered) else video
     frames = shown.frames if isinstance(shown, Clip) else shown
     return as_of_now(frames) if isinstance(frames, Tensor) else None
-
-
-def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, positions: str | None) -> Placing:
-    """What the decoder is told of an engine's tokens; None as its method has it."""
-    settings = manifest.settings
-    original = settings.original_positions if positions is None else positions == POSITIONS[0]
-    most = checkpoint.frames * manifest.tokens_per_frame
-    return Placing(original, settings.bias if bias is None else bias, most)
-
-
-def _open_vision(
-    folder: Path, manifest: Manifest, backend: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> VisionBackend:
-    if backend != "torch":
-        return open_backend(backend, folder, manifest)
-    from runtime.vision.torch import open_torch
-
-    return open_torch(checkpoint, manifest, device=device, dtype=dtype)
-
-
-def _open_compiler(decoder: str, device: torch.device) -> Compiler | None:
-    """The compiler of a decoder, None for one that needs none."""
-    if decoder != "torch-tensorrt":
-        return None
-    from runtime.decoder.compiler import TorchTensorRT
-
-    return TorchTensorRT(device)
-
-
-def _make_decoder(
-    compiler: Compiler | None,
-    folder: Path,
-    manifest: Manifest,
-    device: torch.device,
-    inner: InnerMerge | None,
-    placing: Placing,
-    model: Any,
-) -> Decoder:
-    """The decoder of a model, whose layers go to the device, or into compiled programs there."""
-    if compiler is None:
-        torch.nn.Module.to(model, device)
-        return Decoder.from_model(model, inner=inner)
-    from runtime.decoder.compiled import CompiledDecoder, default_size
-    from runtime.decoder.store import ProgramStore
-
-    closing = family_named(manifest.model.family).closing_tokens
-    size = default_size(manifest.tokens + closing, model.get_decoder().config.max_position_embeddings)
-    store, placed = ProgramStore(folder / DECODER_FOLDER), placing != CONSECUTIVE
-    return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)
-
-
-def _open_vllm(
-    name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, key: str | None
-) -> tuple[TextDecoder, Tensor | None, Any, Any]:
-    """As `_load_decoder`; of the decoder's weights only the embeddings are loaded."""
-    from runtime.decoder.vllm import open_decoder
-
-    tokenizer = load_tokenizer(checkpoint)
-    opened = open_decoder(name, checkpoint, device, dtype, key)
-    return opened.decoder, opened.closing, tokenizer, stop_token_ids(opened.generation, tokenizer)
-
-
-def _load_decoder(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
-) -> tuple[TextDecoder, Tensor | None, Any, Any]:
-    """Decoder, what closes visual tokens [E] (if anything does), tokenizer, stop ids. The checkpoint's own vision tower
-    is not loaded."""
-    tokenizer = load_tokenizer(checkpoint)
-    model: Any = load_decoder(checkpoint, dtype)
-    stops = stop_token_ids(model.generation_config, tokenizer)
-    closing = checkpoint.family.closing(model.model)
-    return make(model), None if closing is None else closing.detach().to(device), tokenizer, stops

@@ -41,6 +41,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "decoder vision",
         "options",
         "service",
+        "parts",
         "pipeline",
         "serve",
         "measure",

@@ -26,13 +26,13 @@ from builder.precision.smoothing import LinearPlace, fold, folds, places
 from earlytom.encoder import embed
 from earlytom.families import Vision
 
-STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
 PERCENTILES = (99.9, 99.99, 100.0)  # of magnitudes
 MOST_ERROR = 0.05  # of features, root mean square against theirs
 MOST_FRAMES = 64  # that are calibrated on, at most
 _AT_ONCE = 8  # frames, which bounds the memory
 _FEW = 4  # frames that noise and error are measured on
-_ROWS = 512  # of a product's sample
+_ROWS = 256  # of a product's sample
 _LEAST = 1e-6  # of a channel's largest magnitude, as a share of the largest
 
 

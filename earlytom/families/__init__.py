@@ -11,6 +11,7 @@ from typing import Any
 from earlytom.errors import UserError
 from earlytom.families.family import SIZES, Family, Features, Geometry, Sampling, Vision, VisionModules
 from earlytom.families.internvl import INTERNVL
+from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
     "geometry",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO)}
 """The supported families by model type."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION

@@ -136,6 +136,7 @@ class Family(ABC):
         towers: model types of the vision towers that its checkpoints may have.
         frames: how many of a video a checkpoint is shown that does not say.
         vision_names, decoder_names: what the canonical names of the tensors of either part begin with.
+        unused_names: tensors of neither part, that only pictures need.
         closing_name, embeddings_name, head_name: canonical names of three tensors: what closes the visual tokens (None
             where nothing does), the decoder's embeddings, its output layer.
         video_token: the text that stands for a video in a rendered prompt.
@@ -161,6 +162,7 @@ class Family(ABC):
     frames: ClassVar[int]
     vision_names: ClassVar[tuple[str, ...]]
     decoder_names: ClassVar[tuple[str, ...]]
+    unused_names: ClassVar[tuple[str, ...]] = ()
     closing_name: ClassVar[str | None]
     embeddings_name: ClassVar[str]
     head_name: ClassVar[str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
 from runtime.errors import VideoError
 from runtime.measure.serving import arguments as serving
+from runtime.show.figure import require_matplotlib
 
 VARIANTS = ("full", "naive", "adaptive", "budget")  # see `runtime.measure.variants`
 QUESTION = "What happens in this video?"
@@ -243,16 +243,6 @@ def _check_plot(options: argparse.Namespace) -> None:
     if options.plot is not None:
         require_matplotlib()
         options.plot.mkdir(parents=True, exist_ok=True)
-
-
-def require_matplotlib() -> None:
-    """Raise UserError unless matplotlib can be loaded: before a measurement of minutes, not after it."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise UserError(
-            'matplotlib is not installed, which --plot draws with: pip install "earlytom-engine-builder[plot]"'
-        ) from error
 
 
 def place(options: argparse.Namespace) -> None:

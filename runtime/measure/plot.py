@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.measure.figure import new_figure
 from runtime.measure.measure import STAGES
+from runtime.show.figure import new_figure
 
 # The colours can be told apart with any colour vision (Okabe and Ito).
 _COLOURS = ("#999999", "#CC79A7", "#F0E442", "#D55E00", "#56B4E9", "#0072B2", "#000000")

@@ -53,6 +53,7 @@ from runtime.service.requests import (
     Work,
 )
 from runtime.service.scheduler import Turn
+from runtime.show.kept import grid_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
@@ -118,6 +119,7 @@ class Answering:
         self.tokenizer = tokenizer
         self.stops = stops
         self._family = family_named(manifest.model.family)
+        self._grid = grid_of(manifest.tokens_per_frame, manifest.model.preprocessing.size)
         self._bytes_per_token = bytes_per_token(tokenizer)
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
@@ -348,6 +350,7 @@ class Answering:
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
             kept=kept,
+            grid=self._grid,
         )
         yield Delta(parts[-1], None, finish, answer)
 
@@ -386,7 +389,7 @@ class Answering:
         place, bias = encoded.place.to(device), encoded.bias.to(device)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
         if spans is None:
-            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after)
+            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)

@@ -85,6 +85,7 @@ class Answer:
         prompt_tokens: positions that the prompt took: text, visual tokens, what closes them.
         cached_tokens: those of them that were read before this request: what a watched video saves.
         kept: which visual tokens these are, on a CPU; None unless it was asked for.
+        grid: (rows, columns) of the cells of a frame.
     """
 
     text: str
@@ -95,6 +96,26 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     kept: Provenance | None = None
+    grid: tuple[int, int] = (0, 0)
+
+    def picture(self, path: str | os.PathLike[str], video: Video, *, question: str = "") -> Path:
+        """Draw the answer over its video: the frames, what was kept of them, and where the time went.
+
+        Args:
+            path: a .png with all frames, or an .mp4 with one after the other.
+            video: what was asked about; its frames are sampled again.
+            question: to stand above the answer.
+
+        Returns:
+            the path.
+
+        Raises:
+            UserError: the answer was not asked for with kept=True; another ending; a video that cannot be read;
+                matplotlib is missing.
+        """
+        from runtime.service.pictures import picture
+
+        return picture([self], [question], path, video)
 
     @property
     def generated_tokens(self) -> int:

@@ -27,7 +27,7 @@ from runtime.checkpoint import describe
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.engine.origin import checkpoint_of
-from runtime.pipeline import placing_of
+from runtime.parts import placing_of
 from runtime.text.places import Placing
 from runtime.video import load_clip
 from runtime.vision import encode_one, open_backend

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from earlytom.errors import UserError
 from runtime import ask, cli, trt
 from runtime.drawing.clips import draw_clip
 from runtime.engine.manifest import Manifest, describe_files
 from runtime.pipeline import Pipeline
+from runtime.video import load_clip
 from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -459,3 +461,34 @@ def test_a_video_path_may_be_relative_to_anywhere(
     monkeypatch.chdir(tmp_path)
     draw_clip("here.mp4", seconds=1, size=(48, 64))
     assert run(video=Path("here.mp4"))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["kept.png", "kept.mp4"])
+def test_a_picture_of_the_answer(run: Run, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    status, out, err = run("And then?", "--picture", str(tmp_path / name))
+    assert (status, err) == (0, "")
+    assert f"picture: {tmp_path / name}\n" in out
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name == "kept.mp4":
+        clip = load_clip(tmp_path / name, 16, (54, 96)).frames
+        assert len(clip.unique(dim=0)) > 8  # one frame of the video after the other
+    else:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_from_python(engine: Path, drawn_clip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with Pipeline.load(engine, device="cpu") as pipeline:
+        answer = pipeline.ask(drawn_clip, QUESTION, max_new_tokens=2, kept=True)
+        plain = pipeline.ask(drawn_clip, QUESTION, max_new_tokens=2)
+    assert answer.grid == (5, 5)
+    frames = load_clip(drawn_clip, 40, (60, 80)).frames
+    made = [
+        answer.picture(tmp_path / f"{n}.png", video) for n, video in enumerate((drawn_clip, frames, str(drawn_clip)))
+    ]
+    assert made[0].read_bytes() == made[2].read_bytes() != made[1].read_bytes()
+    with pytest.raises(UserError, match="kept=True"):
+        plain.picture(tmp_path / "a.png", drawn_clip)
+    with pytest.raises(UserError, match="png or"):
+        answer.picture(tmp_path / "a.gif", drawn_clip)

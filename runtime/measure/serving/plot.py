@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.measure.figure import new_figure
+from runtime.show.figure import new_figure
 
 _LATENCIES = (("ttft", "first token", "#0072B2"), ("e2e", "answer", "#D55E00"))
 _QUANTILES = (("p50", "-"), ("p90", "--"), ("p99", ":"))

@@ -31,7 +31,8 @@ from runtime.decoder.eager import Decoder
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.decoder.store import PROGRAM_FILE, ProgramStore
 from runtime.errors import EngineError
-from runtime.pipeline import DECODER_FOLDER, Pipeline
+from runtime.parts import DECODER_FOLDER
+from runtime.pipeline import Pipeline
 from tests.runtime.decoder.tiny_decoder import TEXT, WIDTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
