@@ -106,7 +106,7 @@ class Spans:
 
     def _send(self) -> None:
         while self._waiting:
-            several = []
+            several: list[dict[str, Any]] = []
             with contextlib.suppress(IndexError):
                 while len(several) < _MOST:
                     several.append(self._waiting.popleft())
