@@ -92,6 +92,8 @@ def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | No
         "target": ".".join(map(str, config.target)),
         "dtype": config.dtype,
         "islands": [] if config.dtype == "fp32" else list(config.islands.words),
+        "int8_keep": None if config.int8 is None else list(config.int8),
+        "int8": None if manifest is None or manifest.int8 is None else list(manifest.int8),
         **_sizes(config),
         "frames_kept": None if manifest is None or manifest.frames_kept is None else list(manifest.frames_kept),
         "batch": config.batch,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,18 +168,7 @@ class Local:
         async with request:
             yield Sampled(found.timestamps)
             async for delta in request:
-                if delta.answer is not None:
-                    costs = {"decode": found.decode_seconds, "preprocess": found.preprocess_seconds}
-                    times = delta.answer.timings
-                    times = dataclasses.replace(
-                        times,
-                        **costs,
-                        waiting=times.waiting + max(0.0, ahead - sum(costs.values())),
-                        first_token=times.first_token + ahead,
-                        total=times.total + ahead,
-                    )
-                    delta = dataclasses.replace(delta, answer=dataclasses.replace(delta.answer, timings=times))
-                yield delta
+                yield with_costs(delta, {"decode": found.decode_seconds, "preprocess": found.preprocess_seconds}, ahead)
 
     def close(self) -> None:
         self._videos.forget()
@@ -196,6 +185,26 @@ class Local:
             length = words.room(visual + words.closing, manifest.frames_per_stage[-1], manifest.frames)
             count = max(1, min(asked.most_tokens, self.facts.context - length))
         return words.prefix_ids, how | {"max_new_tokens": count}
+
+
+def with_costs(delta: Delta, costs: Mapping[str, float], ahead: float) -> Delta:
+    """A delta whose answer, if it has one, counts what was done before its request was submitted.
+
+    Args:
+        costs: seconds of stages that were done there, by name.
+        ahead: seconds from the question to its submission; what no stage has of them was a wait.
+    """
+    if delta.answer is None:
+        return delta
+    times = delta.answer.timings
+    times = dataclasses.replace(
+        times,
+        **{name: getattr(times, name) + seconds for name, seconds in costs.items()},
+        waiting=times.waiting + max(0.0, ahead - sum(costs.values())),
+        first_token=times.first_token + ahead,
+        total=times.total + ahead,
+    )
+    return dataclasses.replace(delta, answer=dataclasses.replace(delta.answer, timings=times))
 
 
 def out_of_time() -> ServeError:

@@ -22,9 +22,9 @@ from starlette.requests import Request
 
 from runtime.errors import Cancelled, DecoderFailed
 from runtime.serve.backend import Asked, Backend, ModelFacts, Sampled, out_of_time
-from runtime.serve.chat import conversation_of
 from runtime.serve.errors import ServeError, body, from_runtime
 from runtime.serve.gate import Receive, Scope, Send
+from runtime.serve.http.chat import conversation_of
 from runtime.serve.http.events import Events, while_there
 from runtime.serve.media import Media, TakenVideo, VideoPart
 from runtime.serve.metrics import Metrics
