@@ -351,6 +351,7 @@ class Answering:
             cached_tokens=cached_tokens,
             kept=kept,
             grid=self._grid,
+            sampling=self.manifest.model.preprocessing.sampling,
         )
         yield Delta(parts[-1], None, finish, answer)
 
