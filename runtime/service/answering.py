@@ -353,6 +353,7 @@ class Answering:
             cached_tokens=cached_tokens,
             kept=kept,
             grid=self._grid,
+            sampling=self.manifest.model.preprocessing.sampling,
         )
         _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
         yield Delta(parts[-1], None, finish, answer)
