@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, choice = read(argv)
     config = configured(options, choice)
     from builder.compile.engine import check_target
-    from builder.precision import islands
+    from builder.precision import int8_table, islands, products
     from builder.show import show_plan, show_result, summary
     from builder.source import check_answers
 
@@ -147,6 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.islands == islands.LIST:
         islands.show(screen, config)
         screen.result(islands.record(config))
+        return 0
+    if options.int8_keep == products.LIST:
+        from builder.stages import measure_int8
+
+        plan = measure_int8(config)
+        int8_table.show(screen, config, plan)
+        screen.result(plan.to_dict())
         return 0
     show_plan(screen, config)
     if config.backend != "onnx" and not (options.dry_run and config.backend == "tensorrt"):  # plans need no GPU

@@ -143,10 +143,12 @@ def show_layers(screen: cli.Screen, layers: Record | None) -> None:
         screen.line("layers: the build left no list of them\n")
         return
     fused, unfused = layers["attention_fused"], layers["attention_unfused"]
+    narrow = f", {layers['int8_share']:.2%} in int8" if layers["int8_share"] else ""
     shares = ", ".join(f"{share:.1%} {dtype}" for dtype, share in layers["weight_shares"].items())
     screen.line(
         f"layers ({layers['source']}): {layers['count']}; matrix products: {layers['matrix_flops'] / 1e9:.2f} GFLOP, "
-        f"{layers['half_share']:.2%} in half precision\nfused attention: {fused} of {fused + len(unfused)} that can be"
+        f"{layers['half_share']:.2%} in half precision{narrow}\n"
+        f"fused attention: {fused} of {fused + len(unfused)} that can be"
         f"{', not ' if unfused else ''}{', '.join(unfused)}; weights: {decimal(layers['weight_bytes'])} ({shares})\n"
     )
     kinds = [(_text(row["kind"]), row["work"], row["layers"], *_cells(row)) for row in layers["kinds"]]

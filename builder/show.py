@@ -92,6 +92,8 @@ def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | No
         "target": ".".join(map(str, config.target)),
         "dtype": config.dtype,
         "islands": [] if config.dtype == "fp32" else list(config.islands.words),
+        "int8_keep": None if config.int8 is None else list(config.int8),
+        "int8": None if manifest is None or manifest.int8 is None else list(manifest.int8),
         **_sizes(config),
         "frames_kept": None if manifest is None or manifest.frames_kept is None else list(manifest.frames_kept),
         "batch": config.batch,
@@ -114,11 +116,12 @@ def _sizes(config: BuildConfig) -> dict[str, Any]:
 
 
 def progress_line(trace: Trace) -> Callable[[CompileProgress], None]:
-    """A callback for the compiler: its phase, at most once in two seconds."""
+    """A callback for the compiler: its phase as a line at most once in two seconds, and each step on a terminal."""
     shown = 0.0
 
     def show(progress: CompileProgress) -> None:
         nonlocal shown
+        trace.step(progress.phase, progress.done, progress.steps)
         if progress.seconds >= shown + 2:
             shown = progress.seconds
             trace.line(f"  {progress.phase} ({progress.seconds:.0f} s)")

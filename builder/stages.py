@@ -29,7 +29,9 @@ from builder.gate import accuracy
 from builder.gate.kept_reference import polygraphy_command
 from builder.gate.limits import GATES
 from builder.gate.stage import check_each
-from builder.precision import islands
+from builder.precision import int8_table, islands, products
+from builder.precision.calibration import MOST_FRAMES as MOST_CALIBRATION_FRAMES
+from builder.precision.calibration import Calibration, Int8Plan
 from builder.settings.config import BuildConfig, project_version
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
@@ -50,7 +52,8 @@ class Stages:
         """Run `work()` as the stage `name`; returns its result."""
         self.trace.line(f"{name}: {what}")
         started = time.monotonic()
-        result = work()
+        with self.trace.working(f"{name}: {what}"):
+            result = work()
         self.seconds[name] = time.monotonic() - started
         self.trace.line(f"{name}: done in {self.seconds[name]:.1f} s")
         return result
@@ -80,15 +83,23 @@ def build(
     """
     stages, key_parts = Stages(trace), config.key_parts()
     # First, so that a clip that cannot be read costs nothing.
-    clips = {one.frames: calibration_clips(one, place) for one in config.each if verify or config.adaptive}
+    clips = {
+        one.frames: calibration_clips(one, place)
+        for one in config.each
+        if verify or config.adaptive or config.int8 is not None
+    }
     if config.adaptive:
         what = "how many frames each merge keeps"
         kept = stages.run("calibrate", what, lambda: calibrate(config, clips[config.frames]))
         show_kept(trace, config, kept)
+    int8: Int8Plan | None = None
+    if config.int8 is not None:
+        int8 = stages.run("quantise", "scales of the products in int8", lambda: plan_int8(config, clips[config.frames]))
+        int8_table.note(trace, config, int8)
     graphs: tuple[ExportedGraph, ...] = stages.run(
         "export",
-        f"{config.checkpoint.name} to ONNX in {config.dtype}",
-        lambda: export_graphs(config, place),
+        f"{config.checkpoint.name} to ONNX in {config.dtype}{'' if int8 is None else ' and int8'}",
+        lambda: export_graphs(config, place, int8),
     )
     compiled: tuple[CompileReport, ...] = ()
     if config.backend != "onnx":
@@ -96,7 +107,7 @@ def build(
         compiled = stages.run(
             "compile",
             f"{config.backend} {config.backend_version} for compute capability {target}",
-            lambda: compile_graphs(config, graphs, place, kept, trace),
+            lambda: compile_graphs(config, graphs, place, kept, trace, int8),
         )
     peak = peak_bytes(compiled)  # now: the gate loads more than a build needs
     reports: dict[int, accuracy.Report] = {}
@@ -116,28 +127,28 @@ def build(
         counts = config.flops_of(usual, config.tokens_of(usual[-1]))
     figures |= {f"flops_{what}": float(count) for what, count in counts.items()}
     verified = accuracy.joined(reports) if config.frame_counts else reports.get(config.frames)
-    write_report(place / layout.REPORT_FILE, config, verified, compiled, figures, key_parts, kept)
-    manifest = describe(config, key, name, place, reports, compiled, figures, kept)
+    write_report(place / layout.REPORT_FILE, config, verified, compiled, figures, key_parts, kept, int8)
+    manifest = describe(config, key, name, place, reports, compiled, figures, kept, int8)
     manifest.write(place)
     return manifest
 
 
-def export_graphs(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
+def export_graphs(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
     """The export stage: one graph, that of every frame count, or that of every stage."""
     if config.in_stages:
-        return export_stages(config, place)
-    return (export(config, place),) if config.frame_counts is None else export_counts(config, place)
+        return export_stages(config, place, int8)
+    return (export(config, place, int8),) if config.frame_counts is None else export_counts(config, place, int8)
 
 
-def export(config: BuildConfig, place: Path) -> ExportedGraph:
+def export(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> ExportedGraph:
     """`vision.onnx` in `place`. The weights are freed before anything else starts."""
-    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype], int8), config.checkpoint.preprocessing.size
     return export_onnx(graph, config.frames, size, place / layout.ONNX_FILE, batch=config.batch)
 
 
-def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
+def export_counts(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
     """`vision.f8.onnx`, `vision.f16.onnx`, ... in `place`, and their weights in one file."""
-    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype], int8), config.checkpoint.preprocessing.size
     shared = SharedWeights(place / layout.DATA_FILE)
     return tuple(
         export_onnx(graph, one.frames, size, place / one.file(layout.ONNX_FILE), batch=one.batch, shared=shared)
@@ -145,9 +156,9 @@ def export_counts(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
     )
 
 
-def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]:
+def export_stages(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
     """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
-    graph, size = vision_graph(config, DTYPES[config.dtype]), config.checkpoint.preprocessing.size
+    graph, size = vision_graph(config, DTYPES[config.dtype], int8), config.checkpoint.preprocessing.size
     if config.chunk is not None:
         return export_chunks(graph, config.frames, config.chunk, size, place)
     return export_chain(graph, config.frames, size, place)
@@ -156,6 +167,29 @@ def export_stages(config: BuildConfig, place: Path) -> tuple[ExportedGraph, ...]
 def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
     """Frames that the adaptive schedule keeps of each clip, with the settings of `config`."""
     return frames_kept(vision_graph(config, torch.float32), clips)
+
+
+def plan_int8(config: BuildConfig, clips: dict[str, Tensor]) -> Int8Plan:
+    """How int8 is done: scales from the clips, and which products stay wider (as asked for, or as the clips say)."""
+    found = calibration(config, clips)
+    if config.int8 == (products.AUTO,):
+        return found.search()
+    return found.plan(set(config.may_be_int8) - set(config.narrow()))
+
+
+def measure_int8(config: BuildConfig) -> Int8Plan:
+    """`plan_int8` on the build's clips, without a build."""
+    with tempfile.TemporaryDirectory() as folder:
+        clips = calibration_clips(config.each[-1], Path(folder))
+    return plan_int8(config, clips)
+
+
+def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:
+    """The products that int8 may have, measured on the clips, evenly of all their frames."""
+    graph = vision_graph(config, torch.float32)
+    frames = torch.cat(list(clips.values()))
+    pixels = graph.pixels(frames[:: -(-len(frames) // MOST_CALIBRATION_FRAMES)])
+    return Calibration(graph.vision, graph.projector, pixels, config.depth, config.may_be_int8)
 
 
 def auto_budget(config: BuildConfig, trace: Trace) -> tuple[BuildConfig, FramesKept]:
@@ -172,11 +206,21 @@ def auto_budget(config: BuildConfig, trace: Trace) -> tuple[BuildConfig, FramesK
 
 
 def compile_graphs(
-    config: BuildConfig, graphs: Sequence[ExportedGraph], place: Path, kept: FramesKept | None, trace: Trace
+    config: BuildConfig,
+    graphs: Sequence[ExportedGraph],
+    place: Path,
+    kept: FramesKept | None,
+    trace: Trace,
+    int8: Int8Plan | None = None,
 ) -> tuple[CompileReport, ...]:
     """The compile stage: an engine and a layer list for each graph."""
     usual = None if kept is None else [median for _, median, _ in kept.ranges]
     shares = config.stage_half_shares if config.in_stages else tuple(one.half_share for one in config.each)
+    narrow, folded = [0.0] * len(shares), (1, 1)
+    if int8 is not None:
+        folded = config.geometry.patches, config.model.vision_config.num_attention_heads
+        every = (one.int8_share(int8.kept) for one in config.each)
+        narrow = list(config.stage_int8_shares(int8.kept) if config.in_stages else every)
     reports = []
     for stage, (graph, part) in enumerate(zip(graphs, config.layout.files, strict=True)):
         engine, layers = map(part.file, (layout.ENGINE_FILE, layout.LAYERS_FILE))
@@ -190,7 +234,9 @@ def compile_graphs(
                 hardware_compatible=config.hardware_compatible,
                 workspace_gib=config.workspace_gib,
                 compression=config.compression,
-                expected_share=shares[stage] if config.dtype != "fp32" else 1.0,
+                expected_share=(shares[stage] if config.dtype != "fp32" else 1.0) - narrow[stage],
+                int8_share=narrow[stage],
+                folded=folded,
                 profile=(1, usual[stage], config.frames) if config.adaptive and usual else None,
                 layers_path=place / layers,
                 progress=progress_line(trace),
@@ -208,6 +254,7 @@ def describe(
     compiled: Sequence[CompileReport],
     figures: dict[str, float],
     kept: FramesKept | None = None,
+    int8: Int8Plan | None = None,
 ) -> Manifest:
     """The manifest of what `place` holds. `reports`: of the gate for every frame count, none where it did not run."""
     checkpoint, frame = config.checkpoint, config.geometry
@@ -251,8 +298,10 @@ def describe(
         figures=figures,
         verification=None if report is None else report.to_dict(),
         islands=None if config.islands == islands.DEFAULT else config.islands.words,
+        int8=None if int8 is None else products.words(int8.chosen),
         polygraphy=AND.join(
-            polygraphy_command(reports[one.frames].tolerance, GATES[config.dtype].bias, one.file) for one in config.each
+            polygraphy_command(reports[one.frames].tolerance, GATES[config.precision].bias, one.file)
+            for one in config.each
         )
         if comparable
         else "",
@@ -271,10 +320,11 @@ def write_report(
     figures: dict[str, float],
     key_parts: dict[str, Any],
     kept: FramesKept | None = None,
+    int8: Int8Plan | None = None,
 ) -> None:
     """report.json: the gate's checks, the compiler's report (of a chain or of several frame counts a list of them), the
     figures of the build, what its key is made of and, where that was measured, how many frames the adaptive schedule
-    keeps."""
+    keeps and what int8 costs."""
     reports = [one.to_dict() for one in compiled]
     if config.frame_counts:
         reports = [{"frames": frames, **one} for frames, one in zip(config.counts, reports, strict=bool(compiled))]
@@ -286,6 +336,8 @@ def write_report(
     }
     if kept is not None:
         record["frames_kept"] = kept.to_dict()
+    if int8 is not None:
+        record["int8"] = int8.to_dict()
     path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -96,6 +96,8 @@ def compile_engine(
     workspace_gib: float = WORKSPACE_GIB,
     compression: str = "auto",
     expected_share: float = 1.0,
+    int8_share: float = 0.0,
+    folded: tuple[int, int] = (1, 1),
     profile: tuple[int, int, int] | None = None,
     layers_path: str | Path | None = None,
     progress: Callable[[CompileProgress], None] | None = None,
@@ -110,6 +112,8 @@ def compile_engine(
         workspace_gib: most scratch memory a layer may use on the GPU.
         compression: "plugin", "native" or "auto", see `builder.plugins.choose`.
         expected_share: share of the flops of matrix products that the graph has in `dtype`; the rest are its islands.
+        int8_share: share of them that the graph has in int8.
+        folded: tokens of a frame and attention heads, see `builder.compile.layers.of_one_frame`.
         profile: least, usual and largest size of the first dimension of inputs in which that is dynamic.
         layers_path: where the layer list goes; default `layers.json` beside the engine.
         progress: called at every phase and at least once a second, in this thread.
@@ -144,6 +148,8 @@ def compile_engine(
             workspace_bytes=int(workspace_gib * 2**30),
             compression=chosen,
             expected_share=expected_share,
+            int8_share=int8_share,
+            folded=folded,
             profile=profile,
         )
         answer = _run(request, progress, started)

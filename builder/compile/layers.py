@@ -5,10 +5,11 @@ dtypes, tactic, ONNX nodes it came from). That needs no GPU. The engine inspecto
 serves both. `signal` and `wait` records are synchronisation between streams and have no tensors.
 
 **Precision.** An engine is half precision when its arithmetic is: the half share is the share of multiply-adds, over
-all matrix products (matrix multiplication, convolution, fused attention), whose operands are fp16 (or bf16). Flops come
-from the recorded shapes, 2 a multiply-add. Normalisation, softmax and other element-wise work moves bytes but does no
-matrix product, so an fp32 layer norm does not count, while a weight that is stored in half but multiplied in fp32 does.
-A dynamic dimension counts as 1, which leaves the shares right when only the number of frames is dynamic.
+all matrix products (matrix multiplication, convolution, fused attention), whose operands are fp16 (or bf16), and the
+int8 share is that of those whose operands are int8. Flops come from the recorded shapes, 2 a multiply-add.
+Normalisation, softmax and other element-wise work moves bytes but does no matrix product, so an fp32 layer norm does
+not count, while a weight that is stored in half but multiplied in fp32 does. A dynamic dimension counts as 1, which
+leaves the shares right when only the number of frames is dynamic.
 
 This module knows text and numbers only; it imports neither TensorRT nor ONNX.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from earlytom.errors import UserError
@@ -27,9 +28,9 @@ from earlytom.errors import UserError
 # ("Row major linear FP16 format"), newer ones words.
 _DTYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Double": "fp64", "FP8": "fp8"}
 _SENTENCE_DTYPES = {"FP16": "fp16", "FP32": "fp32", "BF16": "bf16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
-BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
-"""The floating dtypes, narrow to wide, with the bytes of an element."""
-_FLOATING = tuple(BYTES)
+BYTES = {"int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+"""The dtypes that matrix products are done in, narrow to wide, with the bytes of an element."""
+_COUNTED = tuple(BYTES)
 
 _RECORD = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>[^,]+),(?P<rest>.*)$", re.MULTILINE)
 _SECTION = re.compile(r"\b(?P<section>Inputs|Constants|Outputs): \[(?P<body>\s*|.*?\})\](?=, [A-Z]|$)")
@@ -47,6 +48,7 @@ _PRODUCT_KIND = re.compile(r"gemm|matrix_?multiply|matmul", re.IGNORECASE)
 _PRODUCT_NAME = re.compile(r"^__myl_(?:[A-Z][a-z]*)*?Fc(?![a-z])|^__fc\d")
 
 Shape = tuple[int, ...]
+INT8_SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class LayerSummary:
     def half_share(self) -> float:
         """Share of the matrix-product flops whose operands are 16 bits wide."""
         return self.flop_shares.get("fp16", 0.0) + self.flop_shares.get("bf16", 0.0)
+
+    @property
+    def int8_share(self) -> float:
+        """Share of the matrix-product flops whose operands are int8."""
+        return self.flop_shares.get("int8", 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "half_share": self.half_share}
@@ -186,7 +193,7 @@ _Sized = tuple[tuple[LayerTensor, ...], int]  # the operands of a matrix product
 
 def _attention(inputs: Sequence[LayerTensor], outputs: Sequence[LayerTensor]) -> _Sized:
     """Q [B, S, d], K [B, d, T] or [B, T, d], V [B, T, e] -> [B, S, e]: two products."""
-    matrices = tuple(t for t in inputs if len(t.shape) >= 3 and t.dtype in _FLOATING)
+    matrices = tuple(t for t in inputs if len(t.shape) >= 3 and t.dtype in _COUNTED)
     if len(matrices) < 3 or not outputs:
         return tuple(inputs), 0
     query, key, value = matrices[:3]
@@ -227,7 +234,7 @@ def _product(inputs: Sequence[LayerTensor], constants: Sequence[LayerTensor], ou
 
 
 def _is_matrix(tensor: LayerTensor) -> bool:
-    return len(tensor.shape) >= 2 and tensor.dtype in _FLOATING and elements(tensor) > 1
+    return len(tensor.shape) >= 2 and tensor.dtype in _COUNTED and elements(tensor) > 1
 
 
 def elements(tensor: LayerTensor) -> int:
@@ -236,8 +243,8 @@ def elements(tensor: LayerTensor) -> int:
 
 
 def _widest(tensors: Iterable[LayerTensor]) -> str:
-    ranks = [_FLOATING.index(t.dtype) for t in tensors if t.dtype in _FLOATING]
-    return _FLOATING[max(ranks)] if ranks else ""
+    ranks = [_COUNTED.index(t.dtype) for t in tensors if t.dtype in _COUNTED]
+    return _COUNTED[max(ranks)] if ranks else ""
 
 
 def summarise(
@@ -258,7 +265,7 @@ def summarise(
         if layer.flops:
             flops[layer.precision] = flops.get(layer.precision, 0) + layer.flops
     for tensor in (t for layer in layers for t in layer.constants):
-        if tensor.dtype in _FLOATING:
+        if tensor.dtype in _COUNTED:
             weights[tensor.dtype] = weights.get(tensor.dtype, 0) + elements(tensor) * BYTES[tensor.dtype]
     return LayerSummary(
         layers=sum(bool(layer.inputs or layer.constants or layer.outputs) for layer in layers),
@@ -272,6 +279,28 @@ def summarise(
     )
 
 
+def of_one_frame(layers: Sequence[Layer], rows: int, heads: int) -> tuple[Layer, ...]:
+    """The layers with the flops of one frame where TensorRT has folded the dynamic number of frames with another size.
+
+    It makes one matrix [n T, K] of what enters a product in int8, and one batch [n H, T, d] of attention's heads; such
+    a size counts as 1 like any dynamic one.
+
+    Args:
+        rows: T.
+        heads: H.
+    """
+    return tuple(replace(layer, flops=layer.flops * _folded(layer, rows, heads)) for layer in layers)
+
+
+def _folded(layer: Layer, rows: int, heads: int) -> int:
+    if not layer.inputs or layer.inputs[0].shape[:1] != (-1,):
+        return 1
+    sizes = len(layer.inputs[0].shape)
+    if layer.work == "attention" and sizes == 3:
+        return heads
+    return rows if layer.precision == "int8" and sizes == 2 else 1
+
+
 def _missing(nodes: Sequence[str], layers: Sequence[Layer]) -> tuple[str, ...]:
     # Inside a local function the record reads "node | caller (Function)": the node is what comes before the bar.
     placed = {name.split(" | ")[0] for layer in layers for name in layer.onnx}
@@ -283,29 +312,39 @@ def _shares(amounts: dict[str, int]) -> dict[str, float]:
     return {dtype: amount / total for dtype, amount in sorted(amounts.items())} if total else {}
 
 
-def check_precision(summary: LayerSummary, asked: str, *, expected: float = 1.0, slack: float = 0.1) -> None:
+def check_precision(
+    summary: LayerSummary, asked: str, *, expected: float = 1.0, int8: float = 0.0, slack: float = 0.1
+) -> None:
     """Refuse an engine whose arithmetic is not in the precision that was asked for.
 
     Args:
         summary: from `summarise`.
         asked: "fp16", "bf16" or "fp32".
         expected: share of the matrix-product flops that should be in it; the rest are the fp32 islands.
+        int8: share that should be in int8. It is held within `INT8_SLACK`: nothing but a product that fell back to
+            another precision moves it.
         slack: how far off the engine may be, either way: an island that is not fp32 is not what was asked for.
 
     Raises:
         UserError: another share, or no matrix product was recognised, so that nothing is proved.
     """
+    flags = f"--int8 --{asked}" if int8 else f"--{asked}"
     if not summary.flop_shares:
         raise UserError(
-            f"asked for --{asked}, but no matrix product was found among the engine's {summary.layers} layers, so its "
+            f"asked for {flags}, but no matrix product was found among the engine's {summary.layers} layers, so its "
             f"precision is not proved: see layers.json, and report the TensorRT version"
+        )
+    found = ", ".join(f"{100 * part:.1f} % {dtype}" for dtype, part in summary.flop_shares.items())
+    if abs(summary.int8_share - int8) > INT8_SLACK:
+        raise UserError(
+            f"asked for {flags}, but the matrix products of the engine are {found} (expected {100 * int8:.1f} % int8): "
+            f"the builder cannot make int8 of a graph, and must not take it out of one; see layers.json"
         )
     share = summary.flop_shares.get(asked, 0.0)
     least, most = expected - slack, expected + slack
     if not least <= share <= most:
-        found = ", ".join(f"{100 * part:.1f} % {dtype}" for dtype, part in summary.flop_shares.items())
         bound = f"at least {100 * least:.0f}" if share < least else f"at most {100 * most:.0f}"
         raise UserError(
-            f"asked for --{asked}, but the matrix products of the engine are {found} (expected {bound} % {asked}): "
+            f"asked for {flags}, but the matrix products of the engine are {found} (expected {bound} % {asked}): "
             f"export the graph in {asked}, the builder cannot change its dtype"
         )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.compile.child import end_with_parent
-from builder.compile.layers import LayerSummary, check_precision, parse_layers, summarise
+from builder.compile.layers import LayerSummary, check_precision, of_one_frame, parse_layers, summarise
 from builder.plugins import NATIVE, kernel_target
 from earlytom.errors import UserError
 from runtime import trt as seam
@@ -49,6 +49,8 @@ class CompileRequest:
     hardware_compatible: bool
     workspace_bytes: int
     expected_share: float = 1.0
+    int8_share: float = 0.0
+    folded: tuple[int, int] = (1, 1)
     compression: str = "native"
     profile: tuple[int, int, int] | None = None
 
@@ -120,7 +122,7 @@ def _build(request: CompileRequest, say: Say) -> dict[str, Any]:
         raise EngineError(f"{request.flavour} {trt.__version__} asked for no plugin kernel: {NATIVE}")
     done = time.monotonic()
     summary = _save_layers(trt, logger, request, nodes)
-    check_precision(summary, request.dtype, expected=request.expected_share)
+    check_precision(summary, request.dtype, expected=request.expected_share, int8=request.int8_share)
     return {
         "version": str(trt.__version__),
         "engine_bytes": writer.written,
@@ -290,6 +292,7 @@ def _save_layers(trt: Any, logger: Any, request: CompileRequest, nodes: OnnxNode
     source, layers = "build log", parse_layers("\n".join(m.text for m in logger.messages if "LayerType: " in m.text))
     if not layers and seam.has_gpu():
         source, layers = "engine inspector", parse_layers(_inspect(trt, logger, request.engine))
+    layers = of_one_frame(layers, *request.folded)
     summary = summarise(layers, nodes.attention, nodes.matrix)
     document = {
         "source": source,

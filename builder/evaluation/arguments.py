@@ -52,8 +52,9 @@ methods (--methods takes names and groups):
   layers     budget with other merge layers; at ratio 0.10
   budgets    cells and budget with the merge layers and frames of --budgets; at ratios 0.05 and 0.10
   compared   the field's methods, by the names of earlytom/methods, in their corrected form; at ratios 0.05, 0.1, 0.2:
-             holitom, holitom-inner, fastv, visionzip, fastvid, flashvid, unicomp, unified, tome, tome-tower, tempme,
-             vqtoken, vqtoken-adaptive, bvllm-style, dycoke, dycoke-least; not among all, as they take as long again
+             holitom, holitom-inner, fastv, visionzip, fastvid, flashvid, unicomp, unified, evs, vidcom2, tome,
+             tome-tower, tempme, vqtoken, vqtoken-adaptive, bvllm-style, dycoke, dycoke-least; not among all, as they
+             take as long again
   controls   random, frames, top-k, pooling, pooling-space: as many tokens as budget has, chosen otherwise
 
 The exit status is 0 when everything was measured, 2 when something asked for cannot be done, 130 after Ctrl-C.

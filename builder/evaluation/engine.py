@@ -97,9 +97,10 @@ def engine_methods(folder: str) -> list[Row]:
         kept = done.choose(method)
         return Visual(kept.tokens, done.stages, config.merge_layers, kept.place, kept.bias)
 
+    precision = manifest.dtype if manifest.int8 is None else f"int8 and {manifest.dtype}"
     what = f"{config.method}, {config.schedule} {config.retention_ratio:g}"
     told = Placing(config.original_positions, config.bias)
     return [
-        Row(ENGINE, f"ONNX Runtime {manifest.dtype}, {what}", "engine", False, engine, told),
+        Row(ENGINE, f"ONNX Runtime {precision}, {what}", "engine", False, engine, told),
         Row(TWIN, f"the same in PyTorch, {what}", "engine", False, twin, told),
     ]

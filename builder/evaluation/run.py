@@ -158,12 +158,12 @@ def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: 
 def engine_record(manifest: Manifest, answers: Answers, pairs: Sequence[Comparison], trace: Trace) -> dict[str, Any]:
     """How the engine's answers compare with its twin's; told on the screen too."""
     different, asked = int((~answers.same).sum()), len(answers.same)
-    limit = GATES[manifest.dtype].text
+    limit = GATES[manifest.precision].text
     paired = next(pair for pair in pairs if pair.name == ENGINE and pair.to != FULL)
     within = 1 - different / asked >= limit
     trace.line(
         f"engine {manifest.name}: {different} of {asked} questions answered differently than in PyTorch "
-        f"({1 - different / asked:.2%} alike; the gate for {manifest.dtype} asks for {limit:.0%}: "
+        f"({1 - different / asked:.2%} alike; the gate for {manifest.precision} asks for {limit:.0%}: "
         f"{'passed' if within else 'FAILED'}); accuracy {report.points(paired.difference)} points, p = {paired.p:.3f}"
     )
     return {

@@ -112,4 +112,5 @@ def _told(prompt: Prompt, count: int, standing: Standing) -> dict[str, Any]:
         torch.zeros(count) if bias is None else bias,
         standing.full,
         len(prompt.suffix_ids),
+        prompt.closing,
     )

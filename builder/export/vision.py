@@ -26,6 +26,7 @@ from builder.export import functions
 from builder.export.cells import SymbolicCells
 from builder.export.cells import body as cells_body
 from builder.export.shared_weights import SharedWeights
+from builder.precision.calibration import Int8Plan, put_in
 from builder.precision.casts import set_vision_precision
 from builder.precision.islands import DEFAULT, Islands
 from earlytom.config import EarlyTomConfig
@@ -194,14 +195,16 @@ class VisionGraph(nn.Module):
         return trace_names(self.config, self.layers if self.every_layer else None)
 
 
-def vision_graph(config: BuildConfig, dtype: torch.dtype) -> VisionGraph:
-    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (the islands in fp32).
+def vision_graph(config: BuildConfig, dtype: torch.dtype, int8: Int8Plan | None = None) -> VisionGraph:
+    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (the islands in fp32, products in `int8`).
 
     Weights are read in fp32, so that islands keep theirs and one that `dtype` cannot hold is noticed.
     """
     part = load_vision(config.checkpoint, torch.float32)
     preprocessing = config.checkpoint.preprocessing
     family = family_of(config.model)
+    if int8 is not None:
+        put_in(list(family.vision(part.vision_tower, part.projector).tower.layers), part.projector, int8, dtype)
     set_vision_precision(part.vision_tower, part.projector, dtype, config.islands, family)
     return VisionGraph(
         part.vision_tower,

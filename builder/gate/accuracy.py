@@ -118,6 +118,7 @@ def verify(
     clips: dict[str, Tensor],
     dtype: str,
     *,
+    precision: str | None = None,
     batch: int = 1,
     text: Callable[[SeenTokens, SeenTokens], float] | None = None,
     text_with_equal_decisions: bool = False,
@@ -129,7 +130,8 @@ def verify(
         onnx_path: the exported graph, or those of a chain; a temporary copy with more outputs is written beside it.
         reference: the same vision part in fp32.
         clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
-        dtype: precision of the graph, which chooses the gate.
+        dtype: of the graph.
+        precision: which of `builder.gate.limits.GATES` it is held against; default that of its dtype.
         batch: videos that the graph takes at once; `clips` are then those of whole batches
             (`builder.gate.batches.fill`).
         text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
@@ -163,14 +165,14 @@ def verify(
             say("running the PyTorch reference with the graph's decisions")
             wanted = Comparator.run([TorchRunner(reference, forced, shape, "reference")], data_loader=feeds)
 
-    gate = GATES[dtype]
+    gate = GATES[precision or dtype]
     scale = float(np.sqrt(np.mean([np.mean(out[layout.TOKENS].astype(np.float64) ** 2) for out in own])))
     if not np.isfinite(scale) or scale == 0:
         raise UserError("the reference's tokens are not finite or all zero: the checkpoint's weights are unusable")
     checks = _compare_values(got, wanted, config, gate, gate.error * scale)
     checks += _compare_decisions(rule, outputs, own, gate)
     if config.schedule == "adaptive":
-        checks += _compare_counts(rule, outputs, own, dtype)
+        checks += _compare_counts(rule, outputs, own, gate, exact=precision in (None, dtype) and not half)
     checks += _repeat_decisions(rule, outputs, shape[0], reference.vision)
     if batch > 1:
         checks += _compare_videos(rule, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
@@ -208,13 +210,13 @@ def _arrays(iteration: Any) -> Arrays:
     return {name: np.asarray(iteration[name]) for name in iteration}
 
 
-def _compare_counts(rule: Rule, got: list[Arrays], own: list[Arrays], dtype: str) -> list[Check]:
-    """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 has no excuse."""
+def _compare_counts(rule: Rule, got: list[Arrays], own: list[Arrays], gate: Gate, *, exact: bool) -> list[Check]:
+    """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 (`exact`) has no excuse."""
     layers = [f"{rule.decisions[0]}_{layer}" for layer in rule.layers]
     pairs = [(a[name], b[name]) for a, b in zip(got, own, strict=True) for name in layers]
     difference = max((abs(len(a) - len(b)) for a, b in pairs), default=0)
     frames = max((a.shape[1] for a, _ in pairs), default=1)
-    limit = 0.0 if dtype == "fp32" else math.ceil((1 - GATES[dtype].frames) * frames)
+    limit = 0.0 if exact else math.ceil((1 - gate.frames) * frames)
     what = "frames that a merge keeps: largest error"
     return [Check("decisions", what, float(difference), limit, difference <= limit)]
 

@@ -39,6 +39,7 @@ from builder.gate.batches import fill
 from builder.gate.limits import GATES
 from builder.gate.rules import rule_of
 from builder.gate.runs import Arrays, run_tapped
+from builder.precision import products
 from builder.settings.config import BuildConfig
 from builder.settings.options import parse_target
 from earlytom.errors import UserError
@@ -157,15 +158,15 @@ def _compare(name: str, got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any],
     )
 
 
-def first_bad(taps: Iterable[Tap], dtype: str) -> Tap | None:
+def first_bad(taps: Iterable[Tap], precision: str) -> Tap | None:
     """The first tap, in the order of computation, that is not finite, below the gate's cosine, or as far off in the
     median channel: an error of e standard deviations, unrelated to the values, leaves a cosine of 1 - e**2 / 2."""
-    least, most = _limits(dtype)
+    least, most = _limits(precision)
     return next((t for t in taps if t.nonfinite or not t.cosine >= least or t.channel_error > most), None)
 
 
-def _limits(dtype: str) -> tuple[float, float]:
-    least = GATES[dtype].cosine
+def _limits(precision: str) -> tuple[float, float]:
+    least = GATES[precision].cosine
     return least, math.sqrt(2 * (1 - least))
 
 
@@ -189,14 +190,15 @@ def report(
     trace.line(f"{manifest.name} against the PyTorch reference in fp32, on {clip}")
     paths = [engine / name for name in manifest.stage_files(layout.ONNX_FILE)]
     taps = measure(paths if manifest.in_stages else paths[0], reference, shown_frames, manifest.dtype)
-    show(trace, taps, manifest.dtype)
-    bad = first_bad(taps, manifest.dtype)
+    show(trace, taps, manifest.dtype, manifest.precision)
+    bad = first_bad(taps, manifest.precision)
     record = {
         "engine": str(engine),
         "dtype": manifest.dtype,
+        "precision": manifest.precision,
         "clip": clip,
         "frames": manifest.frames,
-        "gate_cosine": GATES[manifest.dtype].cosine,
+        "gate_cosine": GATES[manifest.precision].cosine,
     }
     return record | {"taps": [tap.to_dict() for tap in taps], "first_bad": bad and bad.name}
 
@@ -272,22 +274,30 @@ def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(frames)
 
 
-def show(trace: Trace, taps: list[Tap], dtype: str) -> None:
-    """The table, and what to look at first."""
+def show(trace: Trace, taps: list[Tap], dtype: str, precision: str | None = None) -> None:
+    """The table, and what to look at first; `precision` as in `builder.gate.accuracy.verify`."""
     rows = []
     for tap in taps:
         values = (f"{tap.cosine:.6f}", f"{tap.channel_error:.3%}", f"{tap.max_error:.3g}")
         ranges = (f"{low:.4g} .. {high:.4g}" for low, high in (tap.reference, tap.graph))
         rows.append((tap.name, *(values if not tap.nonfinite else ("-", "-", "-")), *ranges, _share(tap)))
     trace.table(("tap", "cosine", "channel error", "max error", "reference", "graph", f"of {dtype}'s largest"), rows)
-    bad, (least, most) = first_bad(taps, dtype), _limits(dtype)
+    bad, (least, most) = first_bad(taps, precision or dtype), _limits(precision or dtype)
     if bad is None:
         trace.line(f"at every tap the cosine is at least {least:g}, and the median channel's error at most {most:.1%}")
         return
     what = f"cosine {bad.cosine:.6f} (at least {least:g}), channel error {bad.channel_error:.1%} (at most {most:.1%})"
     trace.line(f"{bad.name} is the first tap off: {f'{bad.nonfinite} values not finite' if bad.nonfinite else what}")
+    if precision == "int8":
+        trace.line(f"keep more out of int8 there: add to {products.OPTION}, of {_products(bad.name)}")
     if dtype != "fp32":
         trace.line(f"keep more in fp32 there: add to --islands, of {_near(bad.name)} (--islands list shows the cost)")
+
+
+def _products(tap: str) -> str:
+    """The products that a tap's values come through."""
+    layer = tap.removeprefix("hidden_")
+    return ", ".join(f"{name}:{layer}" if layer.isdigit() else name for name in products.nearest(layer.isdigit()))
 
 
 def _near(tap: str) -> str:

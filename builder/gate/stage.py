@@ -68,6 +68,7 @@ def check(
         reference,
         clips,
         config.dtype,
+        precision=config.precision,
         batch=config.batch,
         text=text,
         text_with_equal_decisions=not config.checkpoint.trained,

@@ -23,6 +23,7 @@ SET_BY = {
     "earlytom.tau": "--tau, --preset",
     "frame_counts": "--frames",
     "islands": "--islands",
+    "int8_keep": "--int8, --int8-keep",
     "backend_version": "the installed library that compiles",
     "workspace_gib": "--workspace",
     "calibration": "--calibration (the bytes of the clips)",

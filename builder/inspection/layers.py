@@ -100,6 +100,9 @@ def _graph(path: Path, frames: int = -1) -> tuple[str, list[Layer], LayerSummary
         kind = value.type.tensor_type
         shape = tuple(dim.dim_value or frames for dim in kind.shape.dim)
         known[value.name] = _tensor(value.name, shape, name_of(kind.elem_type))
+    for node in graph.node:  # what multiplies it multiplies whole numbers
+        if node.op_type == "DequantizeLinear" and (whole := known.get(node.input[0])) is not None:
+            known[node.output[0]] = dataclasses.replace(whole, name=node.output[0])
     layers = [_node_layer(node, known, set(weights)) for node in graph.node]
     return path.name, layers, summarise(layers)
 
@@ -153,6 +156,7 @@ def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Re
         "count": int(summary.layers),
         "matrix_flops": int(summary.matrix_flops),
         "half_share": float(summary.half_share),
+        "int8_share": float(summary.int8_share),
         "flop_shares": {dtype: float(share) for dtype, share in summary.flop_shares.items()},
         "weight_bytes": _cost(layers)["weight_bytes"],
         "weight_shares": {dtype: float(share) for dtype, share in summary.weight_shares.items()},

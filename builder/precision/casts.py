@@ -20,6 +20,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from builder.precision.int8 import Int8Linear
 from builder.precision.islands import DEFAULT, Islands
 from earlytom.errors import UserError
 from earlytom.families import DEFAULT_FAMILY, Family
@@ -56,7 +57,7 @@ class Float32(nn.Module):
 def set_precision(
     module: nn.Module, dtype: torch.dtype, *, wide: Collection[str] = (), norms: bool = True
 ) -> nn.Module:
-    """Convert `module` in place to `dtype`.
+    """Convert `module` in place to `dtype`, products in int8 left out, which have theirs.
 
     Args:
         module: in fp32.
@@ -67,6 +68,8 @@ def set_precision(
         UserError: a weight is too large for `dtype`.
     """
     for name, child in module.named_modules():
+        if isinstance(child, Int8Linear):
+            continue
         if isinstance(child, nn.LayerNorm):
             child.__class__ = TypedLayerNorm
         elif type(child) is nn.Linear:

@@ -19,12 +19,12 @@ Notation: F frames, T tokens a frame, D width, I width inside the MLP, H heads, 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from builder.precision.words import layers_in, runs_of
 from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.spans import layer_spans
@@ -74,7 +74,7 @@ class Islands:
     def words(self) -> tuple[str, ...]:
         """The choice in words that `parse` takes; equal choices have equal words."""
         plain = [name for name in ISLANDS if name in self.names]
-        return (*plain, *_spans("attention", self.attention), *_spans("mlp", self.mlp))
+        return (*plain, *runs_of("attention", self.attention), *runs_of("mlp", self.mlp))
 
 
 DEFAULT = Islands()
@@ -104,9 +104,9 @@ def parse(text: str, depth: int) -> Islands:
     names: set[str] = set()
     layers: dict[str, set[int]] = {name: set() for name in LAYERED}
     for word in (word.strip().lower() for word in text.split(",")):
-        name, colon, span = word.partition(":")
+        name, colon, where = word.partition(":")
         if colon:
-            layers[name] |= set(_span(span, word, depth))
+            layers[name] |= set(layers_in(where, word, depth, OPTION))
         elif name in LAYERED:
             layers[name] |= set(range(depth))
         elif name in ISLANDS:
@@ -117,25 +117,6 @@ def parse(text: str, depth: int) -> Islands:
             names |= ISLANDS.keys() - set(LAYERED)
             layers = {name: set(range(depth)) for name in LAYERED}
     return Islands(frozenset(names), *(frozenset(layers[name]) for name in LAYERED))
-
-
-def _span(text: str, word: str, depth: int) -> range:
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if not first <= last < depth:
-        raise UserError(f"{OPTION} {word!r}: give a layer, or a range such as {word.partition(':')[0]}:0-{depth - 1}")
-    return range(first, last + 1)
-
-
-def _spans(name: str, layers: Iterable[int]) -> Iterator[str]:
-    """Runs of layers as words: {1, 2, 3, 7} to "mlp:1-3" and "mlp:7"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return (f"{name}:{run[0]}" if len(run) == 1 else f"{name}:{run[0]}-{run[-1]}" for run in runs)
 
 
 @dataclass(frozen=True)
@@ -209,9 +190,13 @@ class Costs:
 
     def stage_shares(self, islands: Islands) -> tuple[float, ...]:
         """`half_share` of every stage of a chain."""
-        return tuple(self._stage_share(stage, islands) for stage in range(len(self.spans)))
+        return tuple(1 - wide / products for products, wide in self.stage_products(islands))
 
-    def _stage_share(self, stage: int, islands: Islands) -> float:
+    def stage_products(self, islands: Islands) -> list[tuple[int, int]]:
+        """Flops of the matrix products of every stage of a chain: of all, and of those in fp32."""
+        return [self._stage_products(stage, islands) for stage in range(len(self.spans))]
+
+    def _stage_products(self, stage: int, islands: Islands) -> tuple[int, int]:
         span, frames, size = self.spans[stage], self.stages[stage], self.tokens * self.width
         products, wide = self._layers(span, islands)
         parts = [("similarity" in islands, 2 * frames**2 * self.patches * self.width)]
@@ -223,16 +208,20 @@ class Costs:
             parts.append(("projector" in islands, self._projector().products))
             parts.append((True, self.standing))
         products += sum(count for _, count in parts)
-        wide += sum(count for chosen, count in parts if chosen)
-        return 1 - wide / products
+        return products, wide + sum(count for chosen, count in parts if chosen)
 
     def chunk_shares(self, islands: Islands) -> tuple[float, float]:
         """`half_share` of the head, which has the layers up to the first merge, and of the rest."""
+        (head, wide), (rest, rest_wide) = self.chunk_products(islands)
+        return 1 - wide / head, 1 - rest_wide / rest
+
+    def chunk_products(self, islands: Islands) -> list[tuple[int, int]]:
+        """`stage_products` of the head and of the rest."""
         products, wide = self._layers(self.spans[0], islands)
         products += self._embeddings().products
         wide += self._embeddings().products * ("embeddings" in islands)
         whole = self.total(islands).products + self.standing
-        return 1 - wide / products, 1 - (whole - wide) / (self.products - products)
+        return [(products, wide), (self.products - products, whole - wide)]
 
     def _layers(self, span: range, islands: Islands) -> tuple[int, int]:
         """Flops of the matrix products of some encoder layers: of all, and of those in fp32."""
@@ -355,4 +344,4 @@ def show(trace: Trace, config: BuildConfig) -> None:
 def _chosen(name: str, islands: Islands) -> str:
     if name not in LAYERED:
         return "yes" if name in islands else ""
-    return ",".join(word.partition(":")[2] for word in _spans(name, getattr(islands, name)))
+    return ",".join(word.partition(":")[2] for word in runs_of(name, getattr(islands, name)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.plugins import COMPRESSIONS, choose, kernel_target
-from builder.precision import islands
+from builder.precision import islands, products
 from builder.settings.options import (
     AUTO,
     AUTO_SHARE,
@@ -89,6 +89,7 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
     check_one_video(options.method, batch=options.batch, chunk=options.chunk)
     if options.islands not in (None, islands.LIST):
         islands.check(options.islands)
+    _check_int8(options)
     choice = trt.resolve_backend(options.backend)
     if options.hardware_compatible and choice.backend != "tensorrt":
         raise UserError(f"--hardware-compatible is for --backend tensorrt; the backend is {choice.backend}")
@@ -122,6 +123,14 @@ def _check_shapes(options: argparse.Namespace) -> None:
     )
 
 
+def _check_int8(options: argparse.Namespace) -> None:
+    if options.int8_keep is None:
+        return
+    if not options.int8:
+        raise UserError(f"{products.OPTION} is for --int8: add it, or leave this out")
+    products.check(options.int8_keep)
+
+
 def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
     """The build that options which `read` accepted ask for.
 
@@ -152,6 +161,7 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
         compression=kernels.compression,
         calibration=tuple(options.calibration),
         islands=islands.DEFAULT if options.islands in (None, islands.LIST) else islands.parse(options.islands, depth),
+        int8=products.choice(options.int8_keep, depth) if options.int8 else None,
         batch=options.batch,
         frame_counts=counts if len(counts) > 1 else None,
         chunk=options.chunk,
@@ -277,6 +287,18 @@ def _engine_options(group: Any) -> None:
     ):
         precision.add_argument(f"--{name}", dest="dtype", action="store_const", const=name, help=what)
     group.set_defaults(dtype="fp16")
+    group.add_argument(
+        "--int8",
+        action="store_true",
+        help="the products of attention's projections, of the MLPs and of the projector in int8, with scales from the "
+        "--calibration clips; the rest as --fp16, --bf16 or --fp32 says (on a CPU only --fp32 is faster for it)",
+    )
+    group.add_argument(
+        products.OPTION,
+        metavar="NAME,...",
+        help="what --int8 leaves wider, such as fc2:0-3,projector-out; none; auto: what the clips show to be too "
+        "sensitive; 'list' measures each product and builds nothing (default: auto)",
+    )
     group.add_argument(
         islands.OPTION,
         "--fp16-islands",

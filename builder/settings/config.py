@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from builder.plugins import triton_version
+from builder.precision import products
 from builder.precision.islands import DEFAULT, Costs, Islands
+from builder.precision.products import Product
 from builder.settings.key import code_digest
 from builder.settings.options import (
     WORKSPACE_GIB,
@@ -30,7 +33,7 @@ from earlytom import flops
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.families import Geometry, family_of
+from earlytom.families import DEFAULT_FAMILY, Geometry, family_of
 from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint
 from runtime.engine.dtypes import DTYPES
@@ -62,6 +65,8 @@ class BuildConfig:
         compression: "plugin" or "native", already resolved.
         calibration: video files whose frames the gate runs on; none means the drawn clip.
         islands: what stays fp32 in half precision.
+        int8: what stays wider than int8, in words of `--int8-keep`: ("auto",) where the clips say, none for nothing;
+            None without int8.
         batch: B, videos at once; counts, flops and costs are those of one.
         frame_counts: the frame counts, ascending, if there are several; each gets a graph and an engine of its own.
             What `at` returns has one of them, and the properties below are about `frames`.
@@ -80,6 +85,7 @@ class BuildConfig:
     compression: str = "native"
     calibration: tuple[Path, ...] = ()
     islands: Islands = DEFAULT
+    int8: tuple[str, ...] | None = None
     batch: int = 1
     frame_counts: tuple[int, ...] | None = None
     chunk: int | None = None
@@ -101,6 +107,9 @@ class BuildConfig:
         check_one_video(method.method, batch=self.batch, chunk=self.chunk)
         if isinstance(method, CellsConfig):
             check_rounds(method.schedule, method.rounds, self.backend)
+        if self.int8 is not None and family_of(self.model) is not DEFAULT_FAMILY:
+            title = family_of(self.model).title
+            raise UserError(f"--int8 knows the products of {DEFAULT_FAMILY.title}, not of {title}: leave it out")
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:
@@ -206,8 +215,10 @@ class BuildConfig:
     @property
     def expected_bytes(self) -> dict[str, int]:
         """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
-        size, (height, width) = DTYPES[self.dtype].itemsize, self.geometry.size
+        size, (height, width) = self.itemsize, self.geometry.size
         wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
+        if self.int8 is not None:  # of what is chosen by clips, as if nothing stayed
+            wider -= (size - 1) * sum(products.elements_of(Costs(self), product) for product in self.narrow())
         return {
             "weights": size * family_of(self.model).vision_weights(self.model) + wider,
             "input": self.batch * self.frames * 3 * height * width,
@@ -226,6 +237,48 @@ class BuildConfig:
             return Costs(self).chunk_shares(self.islands)
         stages = (self.frames, *([1] * len(self.earlytom.merge_layers)))
         return Costs(self, stages).stage_shares(self.islands)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the graph's dtype."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def precision(self) -> str:
+        """What the gate's limits go by: "int8" or the dtype."""
+        return self.dtype if self.int8 is None else "int8"
+
+    @property
+    def may_be_int8(self) -> tuple[Product, ...]:
+        """The products that int8 may have, in the order in which they run."""
+        return products.every(self.depth, DEFAULT if self.dtype == "fp32" else self.islands)
+
+    def narrow(self, kept: Collection[Product] | None = None) -> tuple[Product, ...]:
+        """The products that are int8; where that is for the clips to say, with what they said."""
+        if self.int8 is None:
+            return ()
+        if kept is None:
+            kept = (
+                ()
+                if self.int8 == (products.AUTO,)
+                else products.parse(",".join(self.int8) or products.NONE, self.depth)
+            )
+        return tuple(product for product in self.may_be_int8 if product not in kept)
+
+    def int8_share(self, kept: Collection[Product] | None = None) -> float:
+        """Share of the flops of matrix products that are int8; `kept` as in `narrow`."""
+        return products.share(Costs(self), self.narrow(kept))
+
+    def stage_int8_shares(self, kept: Collection[Product] | None = None) -> tuple[float, ...]:
+        """`int8_share` of every stage, counted as `stage_half_shares` is."""
+        ends = self.earlytom.merge_layers
+        if self.chunk is not None:
+            costs = Costs(self)
+            found, ends = costs.chunk_products(self.islands), ends[:1] or (self.depth - 1,)
+        else:
+            costs = Costs(self, (self.frames, *([1] * len(ends))))
+            found = costs.stage_products(self.islands)
+        return products.part_shares(costs, self.narrow(kept), [whole for whole, _ in found], ends)
 
     def key_parts(self) -> dict[str, Any]:
         """Everything that changes the folder that is built, in plain JSON types; report.json keeps it."""
@@ -248,6 +301,7 @@ class BuildConfig:
             # Only where it is another than usual, so that what was built before there was a choice is still found.
             **({} if self.earlytom.method == EarlyTomConfig.method else {"method": self.earlytom.method}),
             **({} if self.islands == DEFAULT else {"islands": list(self.islands.words)}),
+            **({} if self.int8 is None else {"int8_keep": list(self.int8)}),
             **({} if self.batch == 1 else {"batch": self.batch}),
             **({} if self.frame_counts is None else {"frame_counts": list(self.frame_counts)}),
             **({} if self.chunk is None else {"chunk": self.chunk}),
@@ -266,6 +320,7 @@ class BuildConfig:
             f"sm{major}{minor}",
             self.backend,
             self.dtype,
+            *([] if self.int8 is None else ["int8"]),
             *([] if self.earlytom.method == EarlyTomConfig.method else [self.earlytom.method]),
             f"r{ratio}",
             f"f{'+'.join(map(str, self.counts))}",

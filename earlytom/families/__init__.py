@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, Features, Geometry, Sampling, Vision, VisionModules
+from earlytom.families.family import SIZES, Family, Features, FrameSampling, Geometry, Vision, VisionModules
 from earlytom.families.internvl import INTERNVL
+from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 
 __all__ = [
@@ -21,8 +22,8 @@ __all__ = [
     "TITLES",
     "Family",
     "Features",
+    "FrameSampling",
     "Geometry",
-    "Sampling",
     "Vision",
     "VisionModules",
     "family_named",
@@ -30,7 +31,7 @@ __all__ = [
     "geometry",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO)}
 """The supported families by model type."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION

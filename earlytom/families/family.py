@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from earlytom.towers import Tower
 
 
-Sampling = Literal["ends", "middles"]
+FrameSampling = Literal["ends", "middles"]
 
 SIZES = {
     "hidden_size": 1 << 15,
@@ -136,6 +136,7 @@ class Family(ABC):
         towers: model types of the vision towers that its checkpoints may have.
         frames: how many of a video a checkpoint is shown that does not say.
         vision_names, decoder_names: what the canonical names of the tensors of either part begin with.
+        unused_names: tensors of neither part, that only pictures need.
         closing_name, embeddings_name, head_name: canonical names of three tensors: what closes the visual tokens (None
             where nothing does), the decoder's embeddings, its output layer.
         video_token: the text that stands for a video in a rendered prompt.
@@ -161,6 +162,7 @@ class Family(ABC):
     frames: ClassVar[int]
     vision_names: ClassVar[tuple[str, ...]]
     decoder_names: ClassVar[tuple[str, ...]]
+    unused_names: ClassVar[tuple[str, ...]] = ()
     closing_name: ClassVar[str | None]
     embeddings_name: ClassVar[str]
     head_name: ClassVar[str]
@@ -169,7 +171,7 @@ class Family(ABC):
     span_a_frame: ClassVar[bool] = False
     after_frame: ClassVar[str] = ""
     between_frames: ClassVar[str] = ""
-    sampling: ClassVar[Sampling] = "ends"
+    sampling: ClassVar[FrameSampling] = "ends"
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     pixels_name: ClassVar[str] = "pixel_values_videos"

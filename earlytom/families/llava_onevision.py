@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from earlytom.towers import Tower
 
 _TOWER, _PROJECTOR, _CLOSING = "vision_tower.", "multi_modal_projector.", "image_newline"
-_TOWER_SETTINGS = (
+TOWER_SETTINGS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -60,9 +60,9 @@ class LlavaOnevision(Family):
     towers = ("siglip_vision_model",)
     frames = 32
     released = True
-    vision_names = (_TOWER, _PROJECTOR, _CLOSING)
+    vision_names: ClassVar[tuple[str, ...]] = (_TOWER, _PROJECTOR, _CLOSING)
     decoder_names = ("language_model.", "lm_head.")
-    closing_name = _CLOSING
+    closing_name: ClassVar[str | None] = _CLOSING
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
     video_token = visual_token = VIDEO
     activations = ("projector_hidden_act",)
@@ -138,7 +138,7 @@ class LlavaOnevision(Family):
 
     def vision_settings(self, config: Any) -> dict[str, Any]:
         return {
-            "tower": {name: getattr(config.vision_config, name) for name in _TOWER_SETTINGS},
+            "tower": {name: getattr(config.vision_config, name) for name in TOWER_SETTINGS},
             "projector": [config.projector_hidden_act, config.multimodal_projector_bias],
         }
 

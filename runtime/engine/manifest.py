@@ -70,6 +70,7 @@ _OPTIONAL_OF_MODEL = ("answers", "commit")  # None
 _SAMPLING = "ends"
 _OPTIONAL: dict[str, Any] = {
     "islands": None,
+    "int8": None,
     "frames_kept": None,
     "frame_counts": None,
     "batch": 1,
@@ -107,6 +108,7 @@ class Manifest:
         polygraphy: command line that compares the folder's files with the saved reference, to be pasted in the folder;
             of several frame counts one after the other.
         islands: what is fp32 in a half graph, in words of `--islands`; None (and not written) for the usual ones.
+        int8: the products that are int8, in words of `--int8-keep`; None (and not written) for an engine without.
         frames_kept: adaptive schedule: least, median and most frames before the first merge and after each one, on the
             clips that the engine was calibrated on; None (and not written) in the budget schedule.
         batch: `B`, videos that the engine takes at once; all counts are of one. 1 is not written.
@@ -140,6 +142,7 @@ class Manifest:
     verification: dict[str, Any] | None = None
     polygraphy: str = ""
     islands: tuple[str, ...] | None = None
+    int8: tuple[str, ...] | None = None
     frames_kept: tuple[tuple[int, int, int], ...] | None = None
     batch: int = 1
     frame_counts: tuple[int, ...] | None = None
@@ -155,8 +158,9 @@ class Manifest:
         for name in ("frames_per_stage", "plugins"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "programs", dict(self.programs))
-        if self.islands is not None:
-            object.__setattr__(self, "islands", tuple(self.islands))
+        for name in ("islands", "int8"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.frames_kept is not None:
             object.__setattr__(self, "frames_kept", tuple(map(tuple, self.frames_kept)))
         if self.frame_counts is not None:
@@ -185,6 +189,11 @@ class Manifest:
         """What the engine is: its graphs, tensors and counts."""
         sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
         return Layout(self.settings, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+
+    @property
+    def precision(self) -> str:
+        """What the accuracy gate's limits went by: "int8" or the dtype."""
+        return self.dtype if self.int8 is None else "int8"
 
     @property
     def adaptive(self) -> bool:
@@ -264,7 +273,7 @@ class Manifest:
             (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
             (("plugins",), is_plugins, "plugin records"),
             (("polygraphy",), lambda v: isinstance(v, str), "a text"),
-            (("islands",), is_words, "null or a list of words"),
+            (("islands", "int8"), is_words, "null or a list of words"),
             (("frames_kept",), is_kept, "null or least, median and most of every stage"),
             (("frame_counts",), is_ascending, "null or ascending frame counts"),
             (("chunk",), lambda v: v is None or is_count(v), "null or a positive whole number"),

@@ -6,6 +6,7 @@ request by request, after a warm-up that is not counted; then come memory, throu
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Sequence
@@ -46,13 +47,12 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     for count in (frames, *asked.scale_frames):
         bench.check(count, asked.max_new_tokens)
     missing: list[str] = []
-    names = asked.variants
-    if "naive" in names and not bench.family.released:
-        names = tuple(name for name in names if name != "naive")
+    if "naive" in asked.variants and not bench.family.released:
+        asked = dataclasses.replace(asked, variants=tuple(name for name in asked.variants if name != "naive"))
         missing.append(f"naive: EarlyTom was not released for {bench.family.title}")
-    variants = [bench.variant(name, config, frames) for name in names]
+    variants = [bench.variant(name, config, frames) for name in asked.variants]
     for ratio in asked.scale_ratios:  # a method that does not have it is refused now
-        for one in names:
+        for one in asked.variants:
             bench.variant(one, config.replace(retention_ratio=ratio), frames)
     for folder, manifest in zip(asked.engine, manifests, strict=True):
         found, left_out = bench.engines(folder, manifest)

@@ -24,6 +24,8 @@ examples:
       for others: each line of keys.txt is a key
   python -m runtime.serve engines/NAME --allow-domain videos.example.org --allow-domain "*.example.com"
       clients may give addresses of videos there; without it they send videos themselves
+  python -m runtime.serve engines/NAME --ray --replicas 4
+      four engines behind one address; a video's questions go to the one that has read it
 
 Clients need to know nothing but OpenAI's chat completions: a message has a part {"type": "video_url", "video_url":
 {"url": "data:video/mp4;base64,..."}} and a text. Further questions about a video find it read by its content.
@@ -46,7 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f'{", ".join(missing)} is not installed, which a server needs: pip install -e ".[serve]"')
     from runtime.serve.http.server import serve
 
-    serve(settings, cli.Screen())
+    if settings.ray:
+        if importlib.util.find_spec("ray") is None:
+            raise UserError('ray is not installed, which --ray answers with: pip install -e ".[ray]"')
+        from runtime.serve.ray import on_this_machine
+
+        serve(settings, cli.Screen(), on_this_machine)
+    else:
+        serve(settings, cli.Screen())
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from runtime.engine import layout
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MOST_TOKENS = 1 << 20
+_MOST_REPLICAS = 1024
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ class Settings:
     cors: tuple[str, ...] = _flag(
         (), "an origin whose pages may call the server, or *; again for more (default: none)", "ORIGIN", several=True
     )
+    ray: bool = _flag(False, "answer with replicas of the engine, by Ray Serve; this process is their front")
+    replicas: int = _flag(1, "with --ray: how many, each with an engine and a decoder", "N", int)
+    max_replicas: int | None = _flag(
+        None, "with --ray: as many while there is more to do (default: --replicas)", "N", int
+    )
     metrics_prefix: str = _flag("earlytom:", "of the metrics' names; vllm: lets its dashboards read them", "TEXT")
+    otlp: str | None = _flag(None, "a collector of OpenTelemetry that spans are sent to (default: none)", "URL")
     page: bool = _flag(True, "no page at /")
 
     def __post_init__(self) -> None:
@@ -128,17 +136,51 @@ class Settings:
         whole("--waiting", self.waiting, 0)
         whole("--watch-bytes", self.watch_bytes, 0)
         whole("--port", self.port, 0, 65535)
+        whole("--replicas", self.replicas, 1, _MOST_REPLICAS)
+        if self.max_replicas is not None:
+            whole("--max-replicas", self.max_replicas, self.replicas, _MOST_REPLICAS)
+        if not self.ray and (self.replicas > 1 or self.max_replicas is not None):
+            raise UserError("--replicas and --max-replicas are Ray's: give --ray, too")
         for name in ("max_seconds", "fetch_seconds", "body_seconds", "deadline"):
             real(option(name), getattr(self, name), 0, low_open=True)
         if not self.name.strip() or not self.name.isprintable() or "/" in self.name:
             raise UserError(f"--name {self.name!r}: give a word that clients can type, without a slash")
         if re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", self.metrics_prefix) is None:
             raise UserError(f"--metrics-prefix {self.metrics_prefix!r}: give letters, digits, _ and :, as in vllm:")
+        if self.otlp is not None and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", self.otlp) is None:
+            raise UserError(f"--otlp {self.otlp!r}: give the address of a collector, as http://127.0.0.1:4318")
         for host in self.allow_domain:
             if re.fullmatch(r"(\*\.)?[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", host) is None:
                 raise UserError(f"--allow-domain {host!r}: give a host name, or *.suffix for all hosts under one")
         if self.allow_private and not self.allow_domain:
             raise UserError("--allow-private is about hosts that are allowed: name them with --allow-domain HOST")
+
+
+def settings_from(told: Mapping[str, Any]) -> Settings:
+    """Settings by name, as a file has them: what a command line would read is read here.
+
+    Raises:
+        UserError: a name that there is none of, a value that makes no sense, no engine.
+    """
+    known = flags()
+    values: dict[str, Any] = {}
+    for name, value in told.items():
+        if name != "engine" and name not in known:
+            raise UserError(f"there is no setting {name!r}; known are engine, {', '.join(known)}")
+        flag = None if name == "engine" else known[name][1]
+        if flag is not None and flag.several:
+            value = tuple(value)
+        elif flag is not None and isinstance(value, str) and flag.kind not in (str, bool):
+            value = flag.kind(value)
+        values[name] = Path(value) if name == "engine" else value
+    if "engine" not in values:
+        raise UserError("there is no setting engine: give the folder of one")
+    return Settings(**values)
+
+
+def told_of(settings: Settings) -> dict[str, Any]:
+    """Settings by name, in plain types; `settings_from` takes them."""
+    return dataclasses.asdict(settings) | {"engine": str(settings.engine)}
 
 
 def option(name: str) -> str:

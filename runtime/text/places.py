@@ -36,13 +36,14 @@ class Placing:
         return tokens_full if self.most is None else min(tokens_full, self.most)
 
     def of_prompt(
-        self, prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int
+        self, prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int, closing: int = 1
     ) -> dict[str, Tensor]:
         """`positions` and `bias` of a whole prompt, see `places`; those that are not wanted are left out."""
         if not (self.original or self.bias):
             return {}
         span = self.span(tokens_full)
-        return self._wanted(places(prefix_length, fitted(place, tokens_full, span), bias, span, suffix_length))
+        fits = fitted(place, tokens_full, span)
+        return self._wanted(places(prefix_length, fits, bias, span, suffix_length, closing))
 
     def of_frames(
         self, prompt: Prompt, place: Tensor, bias: Tensor, frames: int, per_frame: int, spans: Spans
@@ -64,19 +65,19 @@ def fitted(place: Tensor, tokens_full: int, span: int) -> Tensor:
 
 
 def places(
-    prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int
+    prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int, closing: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """For a prompt of text, N visual tokens, one that closes them, and text.
+    """For a prompt of text, N visual tokens, `closing` that close them, and text.
 
     Args:
         prefix_length: tokens before the visual ones.
         place: int64 [N], of each visual token in the video, frame * P + cell (P cells a frame).
         bias: fp32 [N], of each visual token.
         tokens_full: F * P, visual tokens if none had been left out; above every place.
-        suffix_length: tokens after that one; 0 for a prompt that is read up to there, whose rest goes on by itself.
+        suffix_length: tokens after those; 0 for a prompt that is read up to there, whose rest goes on by itself.
 
     Returns:
-        positions: int64 [L], L = prefix_length + N + 1 + suffix_length.
+        positions: int64 [L], L = prefix_length + N + closing + suffix_length.
         bias: fp32 [L], 0 for text and what closes.
     """
     after = prefix_length + tokens_full
@@ -84,10 +85,10 @@ def places(
         (
             torch.arange(prefix_length, device=place.device),
             place + prefix_length,
-            torch.arange(after, after + 1 + suffix_length, device=place.device),
+            torch.arange(after, after + closing + suffix_length, device=place.device),
         )
     )
-    return positions, torch.nn.functional.pad(bias, (prefix_length, 1 + suffix_length))
+    return positions, torch.nn.functional.pad(bias, (prefix_length, closing + suffix_length))
 
 
 def places_by_frame(

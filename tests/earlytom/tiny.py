@@ -17,6 +17,8 @@ from transformers import (
     Dinov2Model,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Siglip2VisionConfig,
@@ -190,7 +192,30 @@ def tiny_internvl(
     return randomise(InternVLForConditionalGeneration(config), seed)
 
 
-MODELS: dict[str, Callable[..., Any]] = {"llava_onevision": tiny_llava, "internvl": tiny_internvl}
+def tiny_llava_next_video(
+    *, layers: int = 4, grid: int = 5, seed: int = 0, bundled: bool = False
+) -> LlavaNextVideoForConditionalGeneration:
+    """A random LLaVA-NeXT-Video, whose tower has a layer that does not run; otherwise as `tiny_llava`."""
+    like = tiny_llava(bundled=bundled).config
+    ids: Any = {"image_token_index": like.image_token_id, "video_token_index": like.video_token_id}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers + 1,
+        "num_attention_heads": 2,
+        "image_size": grid * PATCH,
+        "patch_size": PATCH,
+    }
+    config = LlavaNextVideoConfig(vision_config=vision, text_config=like.text_config.to_dict(), **ids)
+    return randomise(LlavaNextVideoForConditionalGeneration(config), seed)
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "llava_onevision": tiny_llava,
+    "internvl": tiny_internvl,
+    "llava_next_video": tiny_llava_next_video,
+}
 """A tiny model of every family."""
 
 

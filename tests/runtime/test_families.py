@@ -1,7 +1,12 @@
-"""A family whose frames have spans of their own, from a folder to an answer: built, asked, watched, embedded."""
+"""Families from a folder to an answer: built, asked, watched, embedded, served; InternVL, whose frames have spans of
+their own, most of all."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +16,22 @@ from torch import Tensor
 
 from builder import build
 from earlytom import apply_earlytom
-from earlytom.families import INTERNVL
+from earlytom.families import INTERNVL, family_of, geometry
 from earlytom.standing import FrameSpan, frame_spans
+from runtime import ask, bench, cli
 from runtime.checkpoint import Checkpoint, Preprocessing, describe, load_model, load_tokenizer
 from runtime.decoder.eager import InnerMerge
+from runtime.decoder.sampling import GREEDY
 from runtime.engine.manifest import Manifest
 from runtime.pipeline import Pipeline
+from runtime.serve.backend import Asked, Local
+from runtime.serve.decoding import Decoders
+from runtime.serve.fetch import FetchRules
+from runtime.serve.media import Media, TakenVideo, VideoPart
+from runtime.text.messages import ChatMessage
 from runtime.text.prompt import build_prompt
-from runtime.video import sample_indices
+from runtime.video import Clip, load_clip, resize_frames, sample_indices
+from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
 F, CELLS, QUESTION = 6, 4, "What happens?"
@@ -57,10 +70,14 @@ def frames() -> Tensor:
 
 
 def pixels_of(checkpoint: Checkpoint, frames: Tensor) -> Tensor:
-    """What transformers' processor makes of the frames: its sample, the documented arithmetic, no resizing."""
+    """What transformers' processor makes of the frames: its sample, the documented arithmetic."""
     step = len(frames) / F
-    chosen = torch.arange(step / 2, len(frames), step).int()  # as it is written there
     prepared: Preprocessing = checkpoint.preprocessing
+    if prepared.sampling == "middles":
+        chosen = torch.arange(step / 2, len(frames), step).int()  # as it is written there
+    else:
+        chosen = torch.linspace(0, len(frames) - 1, F).int()
+    frames = resize_frames(frames, prepared.size)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (prepared.mean, prepared.std))
     return (frames[chosen.long()] / 255 - mean) / std
 
@@ -68,11 +85,13 @@ def pixels_of(checkpoint: Checkpoint, frames: Tensor) -> Tensor:
 def greedy(folder: Path, frames: Tensor, *, on: bool) -> list[int]:
     """Ids of `generate` with EarlyTom as in the engine, or of the untouched model."""
     model: Any = load_model(folder)
-    words = build_prompt(load_tokenizer(folder), QUESTION, family=INTERNVL)
-    spans = [FrameSpan(number, CELLS) for number in range(F)]
-    ids = words.input_ids(F * CELLS, spans)
-    given = {"input_ids": ids, "pixel_values": pixels_of(describe(folder), frames), "max_new_tokens": 12}
-    given["attention_mask"] = torch.ones_like(ids)
+    family, each = family_of(model.config), geometry(model.config).tokens_per_frame
+    words = build_prompt(load_tokenizer(folder), QUESTION, family=family)
+    spans = [FrameSpan(number, each) for number in range(F)]
+    ids = words.input_ids(F * each + words.closing, spans)
+    pixels = pixels_of(describe(folder), frames)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12}
+    given[family.pixels_name] = pixels if family.span_a_frame else pixels[None]
     if not on:
         return model.generate(**given)[0, ids.shape[1] :].tolist()
     with apply_earlytom(model, _settings(folder)):
@@ -114,6 +133,7 @@ def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine:
         with pipeline.watch(frames) as watched:
             seen = watched.ask(QUESTION, max_new_tokens=12)
         assert seen.tokens == again.tokens == answer.tokens
+        assert answer.sampling == "middles"
         assert seen.prompt_tokens == answer.prompt_tokens
         assert seen.cached_tokens == answer.prompt_tokens - len(words.suffix_ids)
         assert pipeline.embed(frames, QUESTION).shape == (1, answer.prompt_tokens, 32)
@@ -122,18 +142,22 @@ def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine:
         assert merged.prompt_tokens == answer.prompt_tokens
 
 
-def test_with_all_tokens_an_engine_answers_as_transformers_do(folder: Path, tmp_path: Path, frames: Tensor) -> None:
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+def test_with_all_tokens_an_engine_answers_as_transformers_do(name: str, tmp_path: Path, frames: Tensor) -> None:
+    folder, _ = family_folder(tmp_path / "model", name)
     engine = built(folder, tmp_path / "off", "--ratio", "1", "--merge-layers", "none", "--no-verify")
     with Pipeline.load(engine) as pipeline:
         assert said(folder, pipeline.ask(frames, QUESTION, max_new_tokens=12)) == greedy(folder, frames, on=False)
 
 
-def test_cells_are_built_and_asked_with_positions_and_bias(folder: Path, tmp_path: Path, frames: Tensor) -> None:
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+def test_cells_are_built_and_asked_with_positions_and_bias(name: str, tmp_path: Path, frames: Tensor) -> None:
+    folder, model = family_folder(tmp_path / "model", name)
     engine = built(folder, tmp_path / "cells", "--method", "cells", *ON)
     with Pipeline.load(engine) as pipeline, Pipeline.load(engine, backend="torch") as reference:
         answer = pipeline.ask(frames, QUESTION, max_new_tokens=12)
         assert answer.tokens == reference.ask(frames, QUESTION, max_new_tokens=12).tokens
-        assert answer.visual_tokens == pipeline.manifest.tokens
+        assert answer.visual_tokens == pipeline.manifest.tokens < F * geometry(model.config).tokens_per_frame
 
 
 @pytest.mark.parametrize("count", [6, 7, 15, 32, 100, 299, 1000])
@@ -147,3 +171,53 @@ def test_frames_are_sampled_as_transformers_do(count: int, frames: int) -> None:
     assert chosen == sorted(chosen)
     assert 0 <= chosen[0] <= chosen[-1] < count
     assert sample_indices(100, 8, "middles").tolist() != sample_indices(100, 8).tolist()  # negative control
+
+
+def test_the_commands_ask_and_bench_take_it(
+    folder: Path, engine: Path, drawn_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(drawn_clip), QUESTION, "--engine", str(engine), "--device", "cpu", "--max-new-tokens", "8"]
+    assert cli.run(ask.main, [*words, "--json"]) == 0
+    asked = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert asked["visual_tokens_full"] == F * CELLS
+    words = ["--model", str(folder), "--engine", str(engine), "--video", str(drawn_clip)]
+    words += f"--frames {F} --device cpu --ratio 0.5 --merge-layers 0,1,2 --requests 1 --warmup 0".split()
+    words += f"--concurrency none --repeats 1 --scale-repeats 1 --max-new-tokens {CELLS} --json".split()
+    assert cli.run(bench.main, words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokens = {one["name"].split()[0]: one["visual_tokens"] for one in found["variants"]}
+    assert list(tokens) == ["full", "adaptive", "budget", "onnxruntime"]
+    assert "naive: EarlyTom was not released for InternVL" in found["left_out"]
+    assert tokens["onnxruntime"] == tokens["budget"] < tokens["full"] == F * CELLS
+
+
+def test_a_server_samples_its_videos_as_the_family_does(engine: Path, drawn_clip: Path) -> None:
+    """The same answer as the pipeline gives to the file; frames from the first to the last give another clip."""
+    shown: list[Tensor] = []
+
+    async def decoded(taken: TakenVideo, counts: Any, size: tuple[int, int]) -> Clip:
+        sampling = pipeline.manifest.model.preprocessing.sampling
+        clip = await decoders.clip(taken, counts, size, sampling)
+        shown.append(clip.frames)
+        return clip
+
+    async def answer() -> Any:
+        await decoders.start()
+        try:
+            message, deadline = ChatMessage("user", QUESTION), time.monotonic() + HANG_SECONDS
+            asked = Asked((message,), GREEDY, (), None, 12, 12, True, "k", deadline)
+            url = "data:video/mp4;base64," + base64.b64encode(drawn_clip.read_bytes()).decode()
+            taken = await Media(FetchRules()).take(VideoPart(url=url))
+            return [delta async for delta in backend.deltas(asked, taken)][-1].answer
+        finally:
+            await decoders.close()
+
+    decoders = Decoders()
+    with Pipeline.load(engine, device="cpu") as pipeline:
+        backend = Local(pipeline, decoded, videos=2)
+        found = asyncio.run(answer())
+        backend.close()
+        assert found.tokens == pipeline.ask(drawn_clip, QUESTION, max_new_tokens=12).tokens
+    size = shown[0].shape[2:]
+    assert torch.equal(shown[0], load_clip(drawn_clip, F, size, sampling="middles").frames)
+    assert not torch.equal(shown[0], load_clip(drawn_clip, F, size).frames)

@@ -1,2 +1,3 @@
 """Ways of getting visual tokens of a clip: what a row of the table is (`row`), the rows of the field's methods
-(`compared`), and what their papers claim (`claims`). `inside` asks a decoder that leaves tokens out on its way."""
+(`compared`), their table beside ours and its picture (`field`, `picture`), and what their papers claim (`claims`).
+`settings` makes those of our two methods from what a command was asked for."""

@@ -15,6 +15,8 @@ CLAIMS: dict[str, str] = {
     "fastvid": "97.8 % at 10 % (by UniComp's paper)",
     "flashvid": "99.1 % at 10 %, of which 12.5 % enter the language model",
     "unicomp": "99.7 % at 10 %, 100.9 % at 20 %",
+    "evs": "TTFT up to 4x lower with minimal loss",
+    "vidcom2": "99.6 % at 25 %, 70.8 % less time in the language model",
     "unified": "95.4 % at 5 %, 90.1 % at 2 %",
     "tempme": "95 % fewer tokens, half of the arithmetic, 1.8x faster, trained, in text-video retrieval",
     "vqtoken": "0.07 % of the tokens for 0.66 points of NextQA, trained, 0.5B model",

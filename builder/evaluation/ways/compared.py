@@ -9,7 +9,7 @@ What had to be decided, as the bundled model is not the published one:
 * ToMe in the tower merges as many tokens of each frame after each layer as leave half of them; TempMe joins two clips
   at each of the layers at which EarlyTom merges by default. Both are put back on the grid, and merged to the ratio;
 * DyCoke keeps a quarter at least, so it is measured at that, and at what it was released with;
-* the decoder is told original positions where the method has them (FastVID), and nothing else.
+* the decoder is told original positions where the method has them (FastVID, EVS), and nothing else.
 
 The corrected forms and the released ones (`faithful`) are never rows of one table: a caller chooses one for all.
 """
@@ -78,6 +78,8 @@ def ways(depth: int, text_layers: int) -> dict[str, Way]:
         "flashvid": Way("flashvid", "FlashVID, by description"),
         "unicomp": Way("unicomp", "UniComp, by description", released=False),
         "unified": Way("unified", "unified, by description", released=False),
+        "evs": Way("evs", "EVS, as in vLLM", released=False, told=Placing(original=True)),
+        "vidcom2": Way("vidcom2", "VidCom2, by description", released=False),
         "tome": Way("tome", "ToMe, behind the projector"),
         "tome-tower": Way("tome", "ToMe, in the tower too", tome),
         "tempme": Way("tempme", "TempMe schedule, untrained", tempme),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from earlytom.methods.published.bvllm import BVLLMStyle
 from earlytom.methods.published.compressing import Compressing
 from earlytom.methods.published.dycoke import DyCoke
+from earlytom.methods.published.evs import EVS
 from earlytom.methods.published.fastv import FastV
 from earlytom.methods.published.fastvid import FastVID
 from earlytom.methods.published.flashvid import FlashVID
@@ -15,6 +16,7 @@ from earlytom.methods.published.holitom import HoliTom
 from earlytom.methods.published.pooled import Pooled
 from earlytom.methods.published.tempme import TempMe, ToMe
 from earlytom.methods.published.unicomp import UniComp
+from earlytom.methods.published.vidcom2 import VidCom2
 from earlytom.methods.published.visionzip import VisionZip
 from earlytom.methods.published.vqtoken import VQToken
 
@@ -33,6 +35,8 @@ PUBLISHED: dict[str, type[Compressing]] = {
         FlashVID,
         Pooled,
         FastV,
+        EVS,
+        VidCom2,
     )
 }
 NEED_TRAINING: dict[str, str] = {

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from earlytom.numbers import shown
 from runtime.drawing.clips import draw_clip
 from runtime.errors import VideoError
@@ -155,7 +155,7 @@ def _from_pictures(
     counts: int | list[int],
     size: tuple[int, int],
     limits: Limits,
-    sampling: Sampling,
+    sampling: FrameSampling,
 ) -> Clip:
     """Frames that came as pictures, one behind the other. Only those shown are decoded; the others must fit them."""
     from PIL import Image

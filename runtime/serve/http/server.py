@@ -19,7 +19,7 @@ import uvicorn
 
 from earlytom.errors import UserError
 from runtime.serve.app import ServerApp, create_app
-from runtime.serve.backend import Local
+from runtime.serve.backend import Backend, Local
 from runtime.serve.decoding import Decoders
 from runtime.serve.gate import connections, load_keys
 from runtime.serve.loading import limits_of, load_pipeline
@@ -30,8 +30,14 @@ _DRAIN_POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 5  # for clients that still read when all is answered
 
 
-def serve(settings: Settings, trace: Trace) -> None:
+Behind = Callable[[Settings, Callable[..., Any], Trace], contextlib.AbstractContextManager[Backend]]
+
+
+def serve(settings: Settings, trace: Trace, behind: Behind | None = None) -> None:
     """Load the engine and serve it until a signal ends that.
+
+    Args:
+        behind: makes the backend, with `Decoders.clip`; it ends with its context. By default a pipeline here.
 
     Raises:
         UserError: a setting that cannot be had: the port is taken, no key in the file, no room for one video.
@@ -40,18 +46,25 @@ def serve(settings: Settings, trace: Trace) -> None:
     keys = () if settings.api_key_file is None else load_keys(settings.api_key_file)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(contextlib.closing(bind(settings.host, settings.port)))
-        pipeline = stack.enter_context(load_pipeline(settings))
-        trace.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
-        for note in pipeline.notes:
-            trace.line(f"note: {note}")
+        decoding = Decoders(limits_of(settings), seconds=settings.deadline)
+        backend = stack.enter_context((local if behind is None else behind)(settings, decoding.clip, trace))
         if not keys:
             trace.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
-        decoding = Decoders(limits_of(settings), seconds=settings.deadline)
-        decode = functools.partial(decoding.clip, sampling=pipeline.manifest.model.preprocessing.sampling)
-        app = create_app(Local(pipeline, decode, videos=settings.videos), settings, keys)
+        app = create_app(backend, settings, keys)
         stack.enter_context(contextlib.closing(app))
         run(app, decoding, listening, lambda url: trace.line(f"serving {settings.name} on {url}/v1"))
     trace.line("stopped: all that was asked is answered")
+
+
+@contextlib.contextmanager
+def local(settings: Settings, decode: Callable[..., Any], trace: Trace) -> Iterator[Backend]:
+    """The backend with a pipeline of this process."""
+    with load_pipeline(settings) as pipeline:
+        trace.line(f"engine: {pipeline.manifest.name} ({pipeline.vision.name})")
+        for note in pipeline.notes:
+            trace.line(f"note: {note}")
+        sampled = functools.partial(decode, sampling=pipeline.manifest.model.preprocessing.sampling)
+        yield Local(pipeline, sampled, videos=settings.videos)
 
 
 def bind(host: str, port: int) -> socket.socket:

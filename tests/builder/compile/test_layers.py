@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from builder.compile.layers import LayerSummary, check_precision, parse_layers, summarise
+from builder.compile.layers import LayerSummary, check_precision, of_one_frame, parse_layers, summarise
 from earlytom.errors import UserError
 
 LINEAR = "Format: (Linear) Row major linear format"
@@ -253,3 +253,28 @@ def test_kernels_are_told_by_name(name, work):
     (layer,) = parse_layers(record(name, "kgen", [tensor([4, 4])], [], [tensor([4, 4])]))
     assert layer.work == work
     assert json.loads(json.dumps(asdict(layer)))["work"] == work
+
+
+def test_int8_is_counted_and_held() -> None:
+    """A product of whole numbers with a result in half, as tensorrt-rtx lists it."""
+    end = "Format: Row major linear }"
+    record = (
+        "Name: node_matmul_myl0_1, LayerType: gemm, "
+        f"Inputs: [ {{ Name: q8, Dimensions: [%s,1152], Datatype: Int8, {end}], "
+        f"Constants: [ {{ Name: w, Dimensions: [1152,4304], Datatype: Int8, {end}, "
+        f"{{ Name: alpha, Dimensions: [1], Datatype: Float, {end}], "
+        f"Outputs: [ {{ Name: out, Dimensions: [%s,4304], Datatype: Half, {end}], TacticName: t, StreamId: 0"
+    )
+    layers = parse_layers(record % (1458, 1458))
+    summary = summarise(layers)
+    assert summary.flop_shares == {"int8": 1.0}
+    assert summary.int8_share == 1.0
+    assert summary.matrix_flops == 2 * 1458 * 1152 * 4304
+    assert summary.weight_shares["int8"] > 0.999
+    check_precision(summary, "fp16", expected=0.0, int8=0.99)
+    with pytest.raises(UserError, match=r"asked for --fp16, .* 100.0 % int8 \(expected 0.0 % int8\)"):
+        check_precision(summary, "fp16")
+    with pytest.raises(UserError, match=r"asked for --int8 --fp16, .*expected 90.0 % int8"):
+        check_precision(summary, "fp16", expected=0.1, int8=0.9)
+    (dynamic,) = of_one_frame(parse_layers(record % (-1, -1)), 729, 16)
+    assert dynamic.flops == 2 * 729 * 1152 * 4304  # of one frame

@@ -46,7 +46,11 @@ def frames_of(model: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("llava_onevision", {}), ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False})],
+    [
+        ("llava_onevision", {}),
+        ("llava_next_video", {}),
+        ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False}),
+    ],
 )
 def test_the_exported_graph_is_the_reference(name: str, how: Mapping[str, Any], tmp_path: Path) -> None:
     model = MODELS[name](layers=3, **how)

@@ -164,7 +164,8 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert found.placeholders(model.config, F) == sum(found.spans(model.config, F))
     assert 0 <= found.video_token_id(model.config) < model.config.text_config.vocab_size
     vision = found.vision_of(model.model)
-    parts: list[Any] = [vision.tower.model.embeddings, *vision.tower.layers[: frame.depth]]
+    parts: list[Any] = [vision.tower.embeddings, *vision.tower.layers[: frame.depth]]
+    parts += [module for name, module in vision.tower.model.named_children() if name.startswith("pre")]
     parts.append(vision.projector)  # type: ignore[attr-defined]
     assert found.vision_weights(model.config) == sum(p.numel() for part in parts for p in part.parameters())
     whole, less = (found.vision_flops(model.config, *stages) for stages in (((F,), ()), ((F, 3), (0,))))
@@ -188,7 +189,7 @@ def test_its_modules_are_made_alone_and_take_the_tensors_of_a_whole_model(name: 
     found, model = family(name)
     whole, alone = found.modules(model.model), found.new_modules(model.config)
     state = {found.canonical_name(raw): value for raw, value in model.named_parameters()}
-    assert all(raw.startswith((*found.vision_names, *found.decoder_names)) for raw in state)
+    assert all(raw.startswith((*found.vision_names, *found.decoder_names, *found.unused_names)) for raw in state)
     names = [raw for raw in state if raw.startswith(found.vision_names)]
     assert not any(raw.startswith(found.decoder_names) for raw in names)
     assert (whole.closing is None) == (found.closing_name is None)

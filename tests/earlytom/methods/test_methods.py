@@ -78,6 +78,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "fastv": {"retention_ratio": 0.3, "faithful": False, "inner_layer": 1},
     "unified": {"retention_ratio": 0.3, "faithful": False, "alike": 0.7, "clustered": 0.3},
+    "evs": {"retention_ratio": 0.3, "faithful": False},
+    "vidcom2": {"retention_ratio": 0.3, "faithful": False, "temperature": 0.01},
     "random": {"tokens": 13, "seed": 2, "video": 1},
     "frames": {"keep": 3},
     "top-k": {"tokens": 13, "layer": 1},

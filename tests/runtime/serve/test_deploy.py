@@ -23,6 +23,7 @@ import pytest
 
 from runtime.errors import VideoError
 from runtime.serve.fetch import is_public
+from runtime.serve.settings import flags, settings_from
 
 DEPLOY = Path(str(files("runtime.serve").joinpath("deploy")))
 yaml = pytest.importorskip("yaml", reason="reads YAML")
@@ -188,7 +189,69 @@ def test_all_of_it_is_in_the_package() -> None:
         "compose.yaml",
         "kubernetes.yaml",
         "prometheus.yml",
+        "rayservice.yaml",
+        "serve_config.yaml",
     }
+
+
+# A cluster by Ray
+
+
+# What a configuration of Ray Serve may say, as far as it is said here: Ray's schema takes misspelt names.
+RAY_NAMES = {"proxy_location", "http_options", "applications"}
+HTTP_NAMES = {"host", "port", "request_timeout_s", "keep_alive_timeout_s"}
+APPLICATION_NAMES = {"name", "route_prefix", "import_path", "args"}
+
+
+def serve_config() -> Any:
+    return yaml.safe_load(DEPLOY.joinpath("serve_config.yaml").read_text("utf-8"))
+
+
+def misspelt(config: Any) -> set[str]:
+    """Names that nobody would read."""
+    (app,) = config["applications"]
+    found = (set(config) - RAY_NAMES) | (set(config["http_options"]) - HTTP_NAMES) | (set(app) - APPLICATION_NAMES)
+    return found | (set(app["args"]) - {"engine", "fronts", *flags()})
+
+
+def test_ray_s_configuration_is_spelt_right_and_its_settings_are_the_server_s() -> None:
+    config = serve_config()
+    assert misspelt(config) == set()
+    (app,) = config["applications"]
+    given = {name: value for name, value in app["args"].items() if name != "fronts"}
+    settings = settings_from(given | {"ray": True})
+    assert config["http_options"]["request_timeout_s"] > settings.deadline
+    assert settings.max_replicas is not None
+    assert settings.max_replicas > settings.replicas
+    module, _, name = app["import_path"].partition(":")
+    source = DEPLOY.parent.joinpath(*module.split(".")[2:]).with_suffix(".py").read_text("utf-8")
+    assert f"\ndef {name}(" in source
+
+
+def test_a_misspelt_name_is_found() -> None:
+    """Negative control."""
+    for change in ({"aplications": []}, {"http_options": {"hosts": "x"}}):
+        assert misspelt(serve_config() | change)
+    config = serve_config()
+    config["applications"][0]["args"]["max_replica"] = 3
+    assert misspelt(config) == {"max_replica"}
+
+
+def test_kuberay_s_file_has_the_same_configuration_and_what_it_mounts() -> None:
+    service = documents("rayservice.yaml")["RayService"]["spec"]
+    assert yaml.safe_load(service["serveConfigV2"]) == serve_config()
+    (app,) = serve_config()["applications"]
+    cluster = service["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        mounts = {one["mountPath"] for one in container["volumeMounts"]}
+        for name in ("engine", "model", "api_key_file"):
+            assert any(app["args"][name].startswith(mount) for mount in mounts), name
+        assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > app["args"]["deadline"]
+    assert workers["maxReplicas"] >= app["args"]["max_replicas"]
 
 
 # Triton's recipe

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from earlytom.errors import UserError
 from runtime.serve.__main__ import parser, settings_of
-from runtime.serve.settings import Settings, flags, option, size
+from runtime.serve.settings import Settings, flags, option, settings_from, size, told_of
 
 
 def read(*words: str) -> Settings:
@@ -56,3 +57,43 @@ def test_sizes(text: str, wanted: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no size"):
         size(text)
+
+
+# Settings by name, as a configuration of Ray has them
+
+
+def test_settings_by_name_are_those_of_the_command_line() -> None:
+    words = [
+        "--ray",
+        "--replicas",
+        "2",
+        "--max-body",
+        "1MiB",
+        "--allow-domain",
+        "a.org",
+        "--deadline",
+        "5",
+        "--no-page",
+    ]
+    found = settings_of(parser().parse_args(["engines/x", *words]))
+    assert settings_from(told_of(found)) == found
+    named = {"engine": "engines/x", "ray": True, "replicas": "2", "max_body": "1MiB", "allow_domain": ["a.org"]}
+    assert settings_from(named | {"deadline": "5", "page": False}) == found
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        ({}, "there is no setting engine"),
+        ({"engine": "x", "replica": 2}, "there is no setting 'replica'; known are engine, model, "),
+        ({"engine": "x", "max_body": "much"}, "'much' is no size"),
+        ({"engine": "x", "ray": True, "replicas": 0}, "--replicas must be"),
+        ({"engine": "x", "ray": True, "replicas": 3, "max_replicas": 2}, "--max-replicas must be"),
+        ({"engine": "x", "replicas": 2}, "--replicas and --max-replicas are Ray's: give --ray, too"),
+        ({"engine": "x", "decoder": "tensorrt"}, "unknown decoder 'tensorrt'"),
+        ({"engine": "x", "decoder_key_file": "y"}, "--decoder-key-file is about a vLLM server"),
+    ],
+)
+def test_a_name_or_a_value_that_makes_no_sense_is_refused(told: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        settings_from(told)

@@ -41,7 +41,7 @@ def test_every_published_method_is_a_row() -> None:
     assert rows.keys() == ways(DEPTH, TEXT).keys()
     assert {row.group for row in rows.values()} == {"compared"}
     assert [name for name, row in rows.items() if not row.scaled] == ["vqtoken-adaptive", "dycoke-least", "dycoke"]
-    assert [name for name, row in rows.items() if row.told != Placing()] == ["fastvid"]
+    assert [name for name, row in rows.items() if row.told != Placing()] == ["fastvid", "evs"]
 
 
 def test_they_are_measured_at_few_ratios_and_only_when_asked_for() -> None:
@@ -66,7 +66,7 @@ def test_released_forms_are_never_beside_corrected_ones() -> None:
         {row.name: row.title for row in methods(BASE, DEPTH, faithful=faithful).values() if row.group == "compared"}
         for faithful in (False, True)
     )
-    assert corrected.keys() - released.keys() == {"fastv", "unicomp", "unified"}
+    assert corrected.keys() - released.keys() == {"fastv", "unicomp", "unified", "evs", "vidcom2"}
     assert all(title.endswith(", released form") for title in released.values())
     assert not any("released form" in title for title in corrected.values())
     assert not set(corrected.values()) & set(released.values())

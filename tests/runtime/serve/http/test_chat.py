@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.serve.chat import conversation_of
 from runtime.serve.errors import ServeError
+from runtime.serve.http.chat import conversation_of
 from runtime.serve.media import VideoPart
 from runtime.text.messages import ChatMessage
 

@@ -1,0 +1,97 @@
+"""Products in int8: weights and what enters them are whole numbers from -127 to 127, everything else stays as it is.
+
+    y = (Q(x) s) @ (W c) r + b          Q(x) = round(x / s), int8;  W int8 [K, N];  r [N]
+
+s is one number a product (activations), c r one a column (weights). In the exported graph these are QuantizeLinear and
+DequantizeLinear around a MatMul, which compilers make one int8 product of. W is stored as int8.
+
+Two things about that pattern were found out the hard way. Where the graph is half, DequantizeLinear of the weights has
+the one number c and the columns' r are multiplied afterwards: with a scale a column tensorrt-rtx 1.7.1 lets the product
+write its sums, whole numbers of up to K 127^2, as half, which ends at 65504, and scales them afterwards; with one
+number it scales before. Where the graph is fp32, DequantizeLinear has a number a column, as sums fit and ONNX Runtime
+saves a pass. And the bias is no vector but [1, 1, N]: ONNX Runtime 1.31 makes a Gemm of a MatMul and the Add of a
+vector, which it cannot run in int8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LIMIT = 127  # symmetric: -128 is not used
+_LEAST = {torch.float16: 2.0**-14, torch.bfloat16: 2.0**-100, torch.float32: 2.0**-100}  # normal numbers
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in int8, [F, T, K] to [F, T, N]. Outside of an export it rounds its operands as the graph does.
+
+    Args:
+        weight: fp32 [N, K], as a linear layer has it.
+        bias: fp32 [N], or None.
+        limit: largest magnitude of what enters (after `smooth`) that is not cut off.
+        dtype: of the graph around it.
+        smooth: fp32 [K], what every channel that enters is divided by here, and its weights multiplied; None for
+            nothing.
+    """
+
+    factor: Tensor | None
+    unsmooth: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        limit: float,
+        dtype: torch.dtype,
+        smooth: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        least = _LEAST[dtype]
+        self.input_scale = nn.Buffer(torch.tensor(max(limit / LIMIT, least)).to(dtype))
+        self.zero = nn.Buffer(torch.zeros((), dtype=torch.int8))
+        if smooth is not None:
+            weight = weight * smooth
+        columns = weight.abs().amax(1) / LIMIT  # [N]
+        if dtype in _HALF:
+            common = columns.median().clamp(min=least).to(dtype)
+            factor = (columns / common.float()).clamp(min=least).to(dtype)
+            columns = common.float() * factor.float()
+            self.weight_scale = nn.Buffer(common)
+            self.register_buffer("factor", factor)
+        else:
+            columns = columns.clamp(min=least)
+            self.weight_scale = nn.Buffer(columns)
+            self.register_buffer("factor", None)
+        whole = (weight / columns[:, None]).round().clamp(-LIMIT, LIMIT).to(torch.int8)
+        self.weight = nn.Buffer(whole.T.contiguous())  # [K, N]
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype)[None, None], requires_grad=False)
+        self.register_buffer("unsmooth", None if smooth is None else (1 / smooth).to(dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        values = input.to(self.dtype)
+        if self.unsmooth is not None:
+            values = values * self.unsmooth
+        out = (self._symbols if torch.compiler.is_exporting() else self._numbers)(values)
+        if self.factor is not None:
+            out = out * self.factor
+        return out if self.bias is None else out + self.bias
+
+    def _symbols(self, values: Tensor) -> Tensor:
+        """The product before factor and bias, for the exporter."""
+        whole = _symbol("QuantizeLinear", (values, self.input_scale, self.zero), torch.int8, values)
+        entering = _symbol("DequantizeLinear", (whole, self.input_scale, self.zero), self.dtype, values)
+        axis = {} if self.weight_scale.dim() == 0 else {"axis": 1}
+        weight = _symbol("DequantizeLinear", (self.weight, self.weight_scale), self.dtype, self.weight, **axis)
+        return entering @ weight
+
+    def _numbers(self, values: Tensor) -> Tensor:
+        scale = self.input_scale.float()
+        whole = (values.float() / scale).round().clamp(-LIMIT - 1, LIMIT)
+        out = whole @ self.weight.float() * (scale * self.weight_scale.float())
+        return out.to(self.dtype)
+
+
+def _symbol(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
+    return torch.onnx.ops.symbolic(name, inputs, dict(attributes), dtype=dtype, shape=like.shape)

@@ -1,0 +1,137 @@
+"""LLaVA-NeXT-Video: as LLaVA-OneVision, but a CLIP tower, average pooling before the projector, and nothing that closes
+the visual tokens of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from earlytom import flops
+from earlytom.errors import UserError
+from earlytom.families.family import Features, Geometry, Vision, VisionModules
+from earlytom.families.llava_onevision import TOWER_SETTINGS, LlavaOnevision, grid_side
+from earlytom.numbers import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from earlytom.towers import Tower
+
+_STRIDE = 2
+
+
+class LlavaNextVideoVision(Vision):
+    """Pooling first, then the projector."""
+
+    def __init__(self, tower: Tower, projector: nn.Module) -> None:
+        super().__init__(tower)
+        self.projector = projector
+
+    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
+        features = self.projector(average_pool(hidden))
+        relevance = None if received is None else average_pool(received[:, :, None])[:, :, 0]
+        return Features(features, relevance, features, (grid_side(hidden.shape[1]) // _STRIDE,) * 2)
+
+    def pool(self, values: Tensor) -> Tensor:
+        return average_pool(values)
+
+
+class LlavaNextVideo(LlavaOnevision):
+    """See `Family`."""
+
+    model_type = "llava_next_video"
+    title, tower_title = "LLaVA-NeXT-Video", "CLIP"
+    model_class = "LlavaNextVideoForConditionalGeneration"
+    towers = ("clip_vision_model",)
+    frames = 16
+    released = False
+    vision_names, unused_names = LlavaOnevision.vision_names[:2], LlavaOnevision.vision_names[2:]
+    closing_name = None
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        super().check(raw)
+        mode, stride = raw.get("spatial_pool_mode", "average"), raw.get("spatial_pool_stride", _STRIDE)
+        if (mode, stride) != ("average", _STRIDE):
+            got = f"{shown(mode)} and {shown(stride)}"
+            raise UserError(f"spatial_pool_mode must be average and spatial_pool_stride {_STRIDE}, got {got}")
+
+    def config(self, raw: dict[str, Any]) -> Any:
+        from transformers import LlavaNextVideoConfig
+
+        return LlavaNextVideoConfig.from_dict(raw)
+
+    def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = grid
+        return rows // _STRIDE, columns // _STRIDE
+
+    def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return average_pool(values)
+
+    def geometry(self, config: Any) -> Geometry:
+        return replace(super().geometry(config), prefix=1)
+
+    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaNextVideoVision:  # type: ignore[override]
+        return LlavaNextVideoVision(self.tower(tower), projector)
+
+    def modules(self, model: Any) -> VisionModules:
+        return VisionModules(model.vision_tower, model.multi_modal_projector, None)
+
+    def new_modules(self, config: Any) -> VisionModules:
+        from transformers import AutoModel
+        from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoMultiModalProjector
+
+        return VisionModules(
+            AutoModel.from_config(config.vision_config), LlavaNextVideoMultiModalProjector(config), None
+        )
+
+    def drop_vision(self, model: Any) -> None:
+        super().drop_vision(model)
+        del model.model.image_newline
+
+    def vision_settings(self, config: Any) -> dict[str, Any]:
+        settings = [name for name in TOWER_SETTINGS if hasattr(config.vision_config, name)]
+        return {
+            "family": self.model_type,
+            "tower": {name: getattr(config.vision_config, name) for name in settings},
+            "projector": [config.projector_hidden_act, config.multimodal_projector_bias, config.vision_feature_layer],
+        }
+
+    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
+        # The 23 layers of CLIP-L at 336 pixels that run come to 366 GFLOP a frame.
+        frame, vision = self.geometry(config), config.vision_config
+        tower = flops.vision_encoder(vision, frame.patches, frames_per_stage, merge_layers, frame.depth, prefix=1)
+        return tower + self.projector_flops(config, frames_per_stage[-1])
+
+    def projector_flops(self, config: Any, frames: int) -> int:
+        frame = self.geometry(config)
+        return 2 * frames * frame.tokens_per_frame * (frame.width * frame.llm_width + frame.llm_width * frame.llm_width)
+
+    def vision_weights(self, config: Any) -> int:
+        frame = self.geometry(config)
+        width, inner = frame.width, frame.inner
+        layer = 4 * width * width + 2 * width * inner + 9 * width + inner  # products, biases, two layer norms
+        embeddings = width * (3 * frame.patch**2 + 1 + 1 + frame.patches + 2)  # and the norm behind them
+        return frame.depth * layer + embeddings + self.projector_weights(config)
+
+    def projector_rows(self, config: Any) -> int:
+        return self.geometry(config).tokens_per_frame
+
+    def closing(self, model: Any) -> None:  # type: ignore[override]
+        return None
+
+    def weight_role(self, name: str) -> str:
+        return "position_embedding.weight" if name.endswith("class_embedding") else name
+
+
+LLAVA_NEXT_VIDEO = LlavaNextVideo()
+
+
+def average_pool(values: Tensor) -> Tensor:
+    """The mean of 2 x 2 patches, an odd row or column left out: [F, g * g, n] to [F, P, n]."""
+    from torch.nn import functional
+
+    side = grid_side(values.shape[1])
+    grid = values.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return functional.avg_pool2d(grid, _STRIDE, _STRIDE).flatten(2).transpose(1, 2).contiguous()

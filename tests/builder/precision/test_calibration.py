@@ -1,0 +1,147 @@
+"""Calibration of int8: smoothing leaves the function, outliers and sensitive products are found, and the proof: a
+checkpoint with outliers (`stress`) that int8 done naively breaks and ours does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from builder.export.vision import export_onnx, vision_graph
+from builder.gate.drift import measure
+from builder.gate.limits import GATES
+from builder.precision import calibration
+from builder.precision.calibration import MOST_ERROR, Calibration, Entered, settle
+from builder.precision.int8 import Int8Linear
+from builder.precision.products import Product
+from builder.precision.smoothing import fold, folds, places
+from builder.settings.arguments import parse
+from builder.settings.config import BuildConfig
+from builder.stages import plan_int8
+from runtime.engine import layout
+from tests.builder.conftest import FRAMES, TAU
+from tests.builder.precision.stress import stress_checkpoint
+
+
+def config_of(checkpoint: Path, *words: str) -> BuildConfig:
+    given = ["--model", str(checkpoint), "--frames", str(FRAMES), "--tau", TAU, "--ratio", "0.3", "--backend", "onnx"]
+    return parse([*given, "--int8", *words])[1]
+
+
+def calibrated(checkpoint: Path, clips: dict[str, Tensor]) -> Calibration:
+    config = config_of(checkpoint)
+    graph = vision_graph(config, torch.float32)
+    pixels = torch.cat([graph.pixels(frames[:4]) for frames in clips.values()])
+    return Calibration(graph.vision, graph.projector, pixels, config.depth, config.may_be_int8)
+
+
+def naive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tool does it that takes the largest magnitude and moves nothing."""
+    monkeypatch.setattr(calibration, "STRENGTHS", (0.0,))
+    monkeypatch.setattr(calibration, "PERCENTILES", (100.0,))
+
+
+@pytest.fixture(scope="module")
+def stressed(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stress_checkpoint(small_checkpoint, tmp_path_factory.mktemp("int8") / "stressed")
+
+
+def test_folding_leaves_the_function(small_checkpoint: Path, clips: dict[str, Tensor]) -> None:
+    config = config_of(small_checkpoint)
+    clip = clips["drawn0.mp4"]
+    graph = vision_graph(config, torch.float32)
+    wanted = graph(clip)
+    layers = list(graph.tower.layers)
+    random = torch.Generator().manual_seed(0)
+    for product in filter(folds, config.may_be_int8):
+        width = places(layers, graph.projector, product)[0].linear.weight.shape[1]
+        fold(layers, graph.projector, product, 2.0 ** torch.randint(-6, 7, (width,), generator=random).float())
+    got = graph(clip)
+    for name in ("hidden_1", "features", "tokens"):
+        torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=2e-3)
+    layers[0].layer_norm1.weight.data[0] *= 2  # the negative control: half of a fold is another function
+    assert (graph(clip)["features"] - wanted["features"]).abs().max() > 2e-3
+
+
+def test_an_outlier_moves_into_the_weights() -> None:
+    random = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(256, 32, generator=random), torch.randn(16, 32, generator=random)
+    seen = Entered()
+    seen.add(rows)
+    quiet = settle(seen, [weight])
+    loud = Entered()
+    loud.add(rows * torch.where(torch.arange(32) == 7, 500.0, 1.0))
+    site = settle(loud, [weight])
+    assert site.smooth is not None
+    assert site.smooth.argmax() == 7
+    assert site.limit < 500 < float(loud.rows.abs().max())
+    assert quiet.limit == pytest.approx(float(rows.abs().max()), rel=0.5)
+
+
+def test_what_never_entered_but_zeros_is_no_reason_to_fail() -> None:
+    seen = Entered()
+    seen.add(torch.zeros(4, 8))
+    site = settle(seen, [torch.ones(2, 8)])
+    assert torch.equal(
+        Int8Linear(torch.ones(2, 8), None, site.limit, torch.float16)(torch.zeros(1, 8)), torch.zeros(1, 2).half()
+    )
+
+
+def test_the_plan_is_what_was_measured(small_checkpoint: Path, clips: dict[str, Tensor]) -> None:
+    """What `put_in` makes of another copy of the model is what the error was measured on."""
+    found = calibrated(small_checkpoint, clips)
+    plan = found.plan([Product("fc2", 0)])
+    assert plan.error < 0.05
+    config = config_of(small_checkpoint)
+    graph = vision_graph(config, torch.float32, plan)
+    linears = [p for p in graph.modules() if isinstance(p, Int8Linear)]
+    assert len(linears) == 6 * config.depth + 2 - 1
+    hidden = found.few
+    with torch.no_grad():
+        for layer in graph.tower.layers[: config.depth]:
+            hidden, _ = graph.tower.run_layer(layer, hidden)
+        features = graph.vision.features(hidden, None).features
+    error = float(((features - found.exact).square().mean() / found.exact.square().mean()).sqrt())
+    assert error == pytest.approx(plan.error, rel=0.05)
+    assert all(site.noise > 0 for site in plan.sites.values())
+    assert plan.to_dict()["kept"] == ["fc2:0"]
+
+
+def test_the_search_keeps_the_loudest_and_no_more(small_checkpoint: Path, clips: dict[str, Tensor]) -> None:
+    found = calibrated(small_checkpoint, clips)
+    assert found.search().kept == frozenset()
+    tight = found.search(found.error(()) * 0.8)
+    assert tight.kept
+    assert tight.error <= found.error(()) * 0.8
+    assert len(tight.kept) < len(found.products)
+    worst = max(found.products, key=lambda p: found.sites[p].noise / sum(m.weight.numel() for m in found.modules[p]))
+    assert worst in tight.kept
+    assert found.search(0.0).kept == frozenset(found.products)  # nothing is good enough: all stay
+
+
+def test_the_stress_checkpoint_breaks_naive_int8_and_not_ours(
+    stressed: Path, clips: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the exported graph, every result rounded, the rest in half."""
+    config, clip = config_of(stressed), clips["drawn0.mp4"]
+    reference = vision_graph(config, torch.float32)
+    ours = plan_int8(config, clips)
+    naive(monkeypatch)
+    careless = plan_int8(replace(config, int8=()), clips)
+    monkeypatch.undo()
+    assert {product.name for product in ours.kept} == {"fc2"}  # where the loud neurons end
+    assert len(ours.kept) < config.depth
+    assert careless.kept == frozenset()
+    assert ours.error <= MOST_ERROR < 0.3 < careless.error
+    cosines = []
+    for name, plan in (("ours", ours), ("careless", careless)):
+        graph = vision_graph(config, torch.float16, plan)
+        (tmp_path / name).mkdir()
+        exported = export_onnx(graph, FRAMES, (72, 72), tmp_path / name / layout.ONNX_FILE)
+        taps = measure(exported.path, reference, clip, "fp16")
+        assert not any(tap.nonfinite for tap in taps)
+        cosines.append(min(tap.cosine for tap in taps))
+    assert cosines[0] > GATES["int8"].cosine > cosines[1]
