@@ -320,8 +320,8 @@ def test_a_server_that_is_not_there_is_one_line(engine: Path) -> None:
 def test_what_vllm_cannot_do_is_refused_before_anything_is_loaded(
     engine: Path, url: str, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], line: str
 ) -> None:
-    monkeypatch.setattr("runtime.pipeline.load_tokenizer", None)
-    monkeypatch.setattr("runtime.pipeline.open_backend", None)
+    monkeypatch.setattr("runtime.parts.load_tokenizer", None)
+    monkeypatch.setattr("runtime.parts.open_backend", None)
     with pytest.raises(UserError, match=line) as caught:
         Pipeline.load(engine, **{"device": "cpu", "decoder": url, **how})
     assert "\n" not in str(caught.value)
