@@ -33,6 +33,8 @@ NOT_BUILT: dict[str, str] = {
     "tome": _NOT_YET,
     "tempme": _NOT_YET,
     "dycoke": _NOT_YET,
+    "evs": _NOT_YET,
+    "vidcom2": _NOT_YET,
     "fastv": "it acts inside the language model, and an engine holds the vision part",
 }
 """Methods of the field that run in PyTorch and are no engine, and why."""

@@ -30,7 +30,7 @@ from runtime.engine.manifest import Manifest
 from runtime.engine.origin import checkpoint_of
 from runtime.options import device_of, dtype_of, engine_folder, instance, model_source
 from runtime.text.places import Placing
-from runtime.text.prompt import stop_token_ids
+from runtime.text.prompt import build_prompt, stop_token_ids
 from runtime.vision import VisionBackend, choose_backend, open_backend
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def _decoder(
     inner: InnerMerge | None,
     placing: Placing,
     model: Any,
+    tokenizer: Any,
 ) -> Decoder:
     """The decoder of a model, whose layers go to the device, or into compiled programs there."""
     if compiler is None:
@@ -196,8 +197,10 @@ def _decoder(
     from runtime.decoder.compiled import CompiledDecoder, default_size
     from runtime.decoder.store import ProgramStore
 
-    closing = family_named(manifest.model.family).closing_tokens
-    size = default_size(manifest.tokens + closing, model.get_decoder().config.max_position_embeddings)
+    words = build_prompt(tokenizer, "?", family=family_named(manifest.model.family))
+    visual = manifest.tokens + words.closing
+    video = words.room(visual, manifest.frames_per_stage[-1], manifest.frames) - words.room(0, 1, 1)
+    size = default_size(video, model.get_decoder().config.max_position_embeddings)
     store, placed = ProgramStore(folder / DECODER_FOLDER), placing.original or placing.bias
     return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)
 
@@ -212,11 +215,12 @@ def _by_vllm(name: str, checkpoint: Checkpoint, device: torch.device, dtype: tor
 
 
 def _loaded(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any], Decoder]
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any, Any], Decoder]
 ) -> TextParts:
     """A decoder whose weights are here. The checkpoint's own vision tower is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
     model: Any = load_decoder(checkpoint, dtype)
     stops = stop_token_ids(model.generation_config, tokenizer)
     closing = checkpoint.family.closing(model.model)
-    return TextParts(make(model), None if closing is None else closing.detach().to(device), tokenizer, stops)
+    made = make(model, tokenizer)
+    return TextParts(made, None if closing is None else closing.detach().to(device), tokenizer, stops)

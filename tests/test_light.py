@@ -178,6 +178,8 @@ REFUSALS = (
     refusal(SERVE, "nowhere --decoder tensorrt", "--decoder: unknown decoder 'tensorrt': expected torch, ..."),
     refusal(SERVE, "nowhere --decoder http://a:b/v1", "--decoder: --decoder 'http://a:b/v1' is no address of a ..."),
     refusal(SERVE, "nowhere --decoder-key-file x", "--decoder-key-file is about a vLLM server: give its address ..."),
+    refusal(SERVE, "nowhere --otlp collector", "--otlp 'collector': give the address of a collector, as http://..."),
+    refusal(SERVE, "nowhere --replicas 2", "--replicas and --max-replicas are Ray's: give --ray, too"),
     refusal(EXTRACT, "nowhere out", ENGINE),
     refusal(EXTRACT, "nowhere", "the following arguments are required: OUT (--help lists the options)"),
     refusal(TRAIN, "--scale 2", "--scale must be above 0 and at most 1, got 2.0"),

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = (
     "README.md",
     "builder/README.md",
+    "builder/evaluation/compared.md",
     "earlytom/README.md",
     "earlytom/families/README.md",
     "earlytom/methods/README.md",

@@ -84,7 +84,8 @@ def _clip(place: Path, index: int, manifest: Manifest) -> Tensor:
     path = place / f"clip-{index}.mp4"
     if not path.is_file():
         write_test_clip(path, index)
-    return load_clip(path, manifest.frames, manifest.model.preprocessing.size).frames
+    prepared = manifest.model.preprocessing
+    return load_clip(path, manifest.frames, prepared.size, sampling=prepared.sampling).frames
 
 
 def _compare(vision: VisionBackend, reference: VisionBackend, clips: Sequence[Tensor], dtype: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, Features, Geometry, Sampling, Vision, VisionModules
+from earlytom.families.family import SIZES, Family, Features, FrameSampling, Geometry, Vision, VisionModules
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
@@ -22,8 +22,8 @@ __all__ = [
     "TITLES",
     "Family",
     "Features",
+    "FrameSampling",
     "Geometry",
-    "Sampling",
     "Vision",
     "VisionModules",
     "family_named",

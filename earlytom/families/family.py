@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from earlytom.towers import Tower
 
 
-Sampling = Literal["ends", "middles"]
+FrameSampling = Literal["ends", "middles"]
 
 SIZES = {
     "hidden_size": 1 << 15,
@@ -171,7 +171,7 @@ class Family(ABC):
     span_a_frame: ClassVar[bool] = False
     after_frame: ClassVar[str] = ""
     between_frames: ClassVar[str] = ""
-    sampling: ClassVar[Sampling] = "ends"
+    sampling: ClassVar[FrameSampling] = "ends"
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     pixels_name: ClassVar[str] = "pixel_values_videos"

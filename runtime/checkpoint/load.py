@@ -93,7 +93,11 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     inner: Any = model.get_decoder()
-    inner.rotary_emb = type(inner.rotary_emb)(config=inner.config)  # its buffers are stored nowhere
+    inner.rotary_emb = rotary = type(inner.rotary_emb)(config=inner.config)  # its buffers are stored nowhere
+    if getattr(rotary, "rope_type", None) == "dynamic":
+        # Such a one stays as it begins up to the model's context, which no prompt exceeds here. It would ask at every
+        # step whether it has to grow, and so wait for the device.
+        rotary.rope_type = "default"
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not missing, missing
     return model.eval().requires_grad_(False)

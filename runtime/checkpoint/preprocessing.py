@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling, family_of, geometry
+from earlytom.families import FrameSampling, family_of, geometry
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint.files import Files
 
@@ -28,7 +28,7 @@ class Preprocessing:
     size: tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    sampling: Sampling = "ends"
+    sampling: FrameSampling = "ends"
 
     def settings(self) -> dict[str, Any]:
         """What the vision part is fed with, in plain JSON types; the usual sampling is not named."""

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, get_args
 
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from earlytom.numbers import shown
 from runtime.engine.layout import MANIFEST_FILE
 from runtime.errors import EngineError
@@ -50,10 +50,10 @@ class PreprocessingRecord:
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    sampling: Sampling = "ends"
+    sampling: FrameSampling = "ends"
 
     def __post_init__(self) -> None:
-        known = get_args(Sampling)
+        known = get_args(FrameSampling)
         check(self.sampling in known, "preprocessing: sampling", " or ".join(known), self.sampling)
         for name, length in (("size", 2), ("mean", 3), ("std", 3)):
             value = getattr(self, name)

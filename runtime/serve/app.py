@@ -24,6 +24,7 @@ from runtime.serve.errors import ServeError, body, from_runtime
 from runtime.serve.fetch import FetchRules
 from runtime.serve.gate import Door, Receive, Scope, Send
 from runtime.serve.http.completions import Completions
+from runtime.serve.http.spans import Spans
 from runtime.serve.http.uploads import Uploads
 from runtime.serve.media import FileStore, Media
 from runtime.serve.metrics import CONTENT_TYPE, Metrics
@@ -57,6 +58,8 @@ class ServerApp:
         )
         self.completions = Completions(backend, settings, Media(rules, settings.max_video, self.files))
         self.metrics = self.completions.metrics = Metrics(settings.metrics_prefix, model=settings.name)
+        self.spans = None if settings.otlp is None else Spans(settings.otlp, name=settings.name)
+        self.completions.spans = self.spans
         self.metrics.gauges(
             running=lambda: backend.running,
             waiting=lambda: max(0, self.inside - backend.running),
@@ -90,6 +93,8 @@ class ServerApp:
 
     def close(self) -> None:
         """Delete uploaded files and let go of videos."""
+        if self.spans is not None:
+            self.spans.close()
         self.files.close()
         self.backend.close()
 

@@ -8,13 +8,14 @@ video; and the server reads these until they end or leaves them.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from earlytom.families import family_named
 from runtime.decoder.sampling import Sampling
+from runtime.engine.manifest import Manifest
 from runtime.pipeline import Pipeline
 from runtime.serve.errors import ServeError
 from runtime.serve.media import TakenVideo
@@ -36,7 +37,7 @@ class ModelFacts:
         ratio: of the tokens that the engine keeps.
         context: positions that a prompt and its answer may take together.
         engine: its name.
-        grid: rows and columns of a frame's cells; None where they are not a square.
+        grid: rows and columns of a frame's cells; None where tokens are no cells of a grid.
         lanes: questions that are answered at a time.
     """
 
@@ -122,7 +123,7 @@ class Local:
     """
 
     def __init__(self, pipeline: Pipeline, decode: Decode, *, videos: int) -> None:
-        manifest, side = pipeline.manifest, math.isqrt(pipeline.manifest.tokens_per_frame)
+        manifest = pipeline.manifest
         each = [manifest.at(frames) for frames in manifest.counts]
         self._pipeline, self._decode = pipeline, decode
         self._videos = Videos(pipeline, videos)
@@ -133,7 +134,7 @@ class Local:
             ratio=round(each[-1].tokens / each[-1].tokens_full, 4),
             context=pipeline.context,
             engine=manifest.name,
-            grid=(side, side) if side * side == manifest.tokens_per_frame else None,
+            grid=grid_of(manifest),
             lanes=pipeline.lanes,
         )
 
@@ -185,6 +186,14 @@ class Local:
             length = words.room(visual + words.closing, manifest.frames_per_stage[-1], manifest.frames)
             count = max(1, min(asked.most_tokens, self.facts.context - length))
         return words.prefix_ids, how | {"max_new_tokens": count}
+
+
+def grid_of(manifest: Manifest) -> tuple[int, int] | None:
+    """Rows and columns of a frame's cells, as the model's family has them; None where tokens are no cells of a grid."""
+    height, width = manifest.model.preprocessing.size
+    patch = manifest.model.patch_size
+    rows, columns = family_named(manifest.model.family).cells((height // patch, width // patch))
+    return (rows, columns) if rows * columns == manifest.tokens_per_frame else None
 
 
 def with_costs(delta: Delta, costs: Mapping[str, float], ahead: float) -> Delta:

@@ -123,6 +123,7 @@ class Settings:
         None, "with --ray: as many while there is more to do (default: --replicas)", "N", int
     )
     metrics_prefix: str = _flag("earlytom:", "of the metrics' names; vllm: lets its dashboards read them", "TEXT")
+    otlp: str | None = _flag(None, "a collector of OpenTelemetry that spans are sent to (default: none)", "URL")
     page: bool = _flag(True, "no page at /")
 
     def __post_init__(self) -> None:
@@ -146,6 +147,8 @@ class Settings:
             raise UserError(f"--name {self.name!r}: give a word that clients can type, without a slash")
         if re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", self.metrics_prefix) is None:
             raise UserError(f"--metrics-prefix {self.metrics_prefix!r}: give letters, digits, _ and :, as in vllm:")
+        if self.otlp is not None and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", self.otlp) is None:
+            raise UserError(f"--otlp {self.otlp!r}: give the address of a collector, as http://127.0.0.1:4318")
         for host in self.allow_domain:
             if re.fullmatch(r"(\*\.)?[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", host) is None:
                 raise UserError(f"--allow-domain {host!r}: give a host name, or *.suffix for all hosts under one")

@@ -44,7 +44,8 @@ def picture(answers: Sequence[Answer], questions: Sequence[str], path: str | os.
     if isinstance(video, Clip):
         clip = clip_from_frames(video.frames, count, size)
     else:
-        clip = load_clip(video, count, size) if is_file else clip_from_frames(video, count, size)
+        load = load_clip if is_file else clip_from_frames
+        clip = load(video, count, size, sampling=first.sampling)
     times, decoded = first.timings, first.timings.decode + first.timings.preprocess
     stages = (
         ("decode", decoded),

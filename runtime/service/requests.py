@@ -12,6 +12,7 @@ from typing import IO, Any
 from numpy.typing import NDArray
 from torch import Tensor
 
+from earlytom.families import FrameSampling
 from runtime.decoder.eager import Finish
 from runtime.decoder.protocol import ReadPrompt
 from runtime.decoder.sampling import Sampling
@@ -86,6 +87,7 @@ class Answer:
         cached_tokens: those of them that were read before this request: what a watched video saves.
         kept: which visual tokens these are, on a CPU; None unless it was asked for.
         grid: (rows, columns) of the cells of a frame.
+        sampling: which frames of its video were shown, see `runtime.video.sample_indices`.
     """
 
     text: str
@@ -97,6 +99,7 @@ class Answer:
     cached_tokens: int
     kept: Provenance | None = None
     grid: tuple[int, int] = (0, 0)
+    sampling: FrameSampling = "ends"
 
     def picture(self, path: str | os.PathLike[str], video: Video, *, question: str = "") -> Path:
         """Draw the answer over its video: the frames, what was kept of them, and where the time went.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from runtime.video.frames import channels_first, resize_frames, stack_frames
 from runtime.video.sample import check_request, frames_for, sample_indices
 
@@ -37,7 +37,7 @@ def clip_from_frames(
     *,
     fps: float | None = None,
     device: torch.device | str | None = None,
-    sampling: Sampling = "ends",
+    sampling: FrameSampling = "ends",
 ) -> Clip:
     """Sample and resize frames that were decoded elsewhere.
 

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from runtime.errors import VideoError
 from runtime.video.frames import MIN_FRAMES
 from runtime.video.limits import remedy
@@ -47,7 +47,7 @@ def decode(
     frames: int | Sequence[int],
     size: tuple[int, int],
     device: torch.device,
-    sampling: Sampling = "ends",
+    sampling: FrameSampling = "ends",
 ) -> tuple[Sample, list[int | None]]:
     """The sampled frames and the times (pts) of all frames of the video, sampled or not."""
     if packets.kinds & _OPEN_ENDED and len(packets.pts) > MIN_FRAMES and _last_is_torn(opener, packets):

@@ -11,7 +11,7 @@ import av
 import torch
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from runtime.errors import VideoError
 from runtime.video.clip import Clip
 from runtime.video.clock import seconds_of
@@ -31,7 +31,7 @@ def load_clip(
     device: torch.device | str = "cpu",
     limits: Limits = DEFAULT_LIMITS,
     check: Callable[[], object] | None = None,
-    sampling: Sampling = "ends",
+    sampling: FrameSampling = "ends",
 ) -> Clip:
     """Sample `frames` frames uniformly over the whole video file and resize each to `size` = (H, W).
 

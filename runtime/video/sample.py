@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from runtime.video.frames import resize_frames
 
 
@@ -29,7 +29,7 @@ def frames_for(source: int, frames: int | Sequence[int]) -> int:
     return min((count for count in frames if count >= source), default=max(frames))
 
 
-def sample_indices(count: int, frames: int, sampling: Sampling = "ends") -> NDArray[np.int64]:
+def sample_indices(count: int, frames: int, sampling: FrameSampling = "ends") -> NDArray[np.int64]:
     """Which of `count` frames are shown: int64 [frames], ascending.
 
     "ends": from the first to the last one, `np.linspace(0, n - 1, F, dtype=int)`, as the released code of EarlyTom has

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.errors import EngineError
@@ -94,7 +94,7 @@ class LiveClip:
         total: int | None = None,
         limit: int | None = None,
         device: torch.device | str = "cpu",
-        sampling: Sampling = "ends",
+        sampling: FrameSampling = "ends",
     ) -> None:
         if not isinstance(vision, ChunkedVision):
             raise EngineError(

@@ -133,6 +133,7 @@ def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine:
         with pipeline.watch(frames) as watched:
             seen = watched.ask(QUESTION, max_new_tokens=12)
         assert seen.tokens == again.tokens == answer.tokens
+        assert answer.sampling == "middles"
         assert seen.prompt_tokens == answer.prompt_tokens
         assert seen.cached_tokens == answer.prompt_tokens - len(words.suffix_ids)
         assert pipeline.embed(frames, QUESTION).shape == (1, answer.prompt_tokens, 32)

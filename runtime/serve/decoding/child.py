@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from earlytom.numbers import shown
 from runtime.errors import VideoError
 from runtime.video import MIN_FRAMES, Clip, Limits, frames_for, load_clip, resize_frames, sample_indices
@@ -130,7 +130,7 @@ def _from_pictures(
     counts: int | list[int],
     size: tuple[int, int],
     limits: Limits,
-    sampling: Sampling,
+    sampling: FrameSampling,
 ) -> Clip:
     """Frames that came as pictures, one behind the other. Only those shown are decoded; the others must fit them."""
     from PIL import Image

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from earlytom.errors import UserError
-from earlytom.families import Sampling
+from earlytom.families import FrameSampling
 from earlytom.numbers import real, whole
 from runtime.serve.decoding.child import write
 from runtime.serve.errors import ServeError
@@ -79,7 +79,7 @@ class Decoders:
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
     async def clip(
-        self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int], sampling: Sampling = "ends"
+        self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int], sampling: FrameSampling = "ends"
     ) -> Clip:
         """Sample a video as `load_clip` and `clip_from_frames` do; on the CPU.
 

@@ -26,6 +26,7 @@ from runtime.serve.errors import ServeError, body, from_runtime
 from runtime.serve.gate import Receive, Scope, Send
 from runtime.serve.http.chat import conversation_of
 from runtime.serve.http.events import Events, while_there
+from runtime.serve.http.spans import Spans
 from runtime.serve.media import Media, TakenVideo, VideoPart
 from runtime.serve.metrics import Metrics
 from runtime.serve.protocol import ChatRequest, Reply, parse, usage_of
@@ -45,6 +46,7 @@ class Completions:
     """
 
     metrics: Metrics
+    spans: Spans | None = None
 
     def __init__(self, backend: Backend, settings: Settings, media: Media) -> None:
         self._backend, self._settings, self._media = backend, settings, media
@@ -81,13 +83,19 @@ class Completions:
             deadline=arrived + self._settings.deadline,
         )
         request.messages.clear()
-        await while_there(self._answer(request, asked, part, Events(send), send, arrived), receive)
+        watch = _Watch(arrived, _header(scope, b"traceparent"))
+        await while_there(self._answer(request, asked, part, Events(send), send, watch), receive)
 
     async def _answer(
-        self, request: ChatRequest, asked: Asked, part: VideoPart, events: Events, send: Send, arrived: float
+        self,
+        request: ChatRequest,
+        asked: Asked,
+        part: VideoPart,
+        events: Events,
+        send: Send,
+        watch: _Watch,
     ) -> None:
         reply = Reply(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), self._settings.name)
-        watch = _Watch(arrived)
         try:
             async with aclosing(self._deltas(asked, part, watch)) as deltas:
                 if request.stream:
@@ -97,6 +105,7 @@ class Completions:
         except asyncio.CancelledError:
             if not watch.counted:
                 self.metrics.ended("abort")
+                self._trace(watch, status=499, code="cancelled")
             raise
         except Exception as error:
             found = from_runtime(error)
@@ -104,6 +113,7 @@ class Completions:
                 _log.exception("a question failed")
             if isinstance(error, DecoderFailed):
                 _log.warning("%s", error)
+            self._trace(watch, status=found.status, code=found.code)
             if not events.started:
                 raise found from error
             await events.event(body(found))
@@ -190,14 +200,19 @@ class Completions:
         seconds = time.monotonic() - watch.arrived
         self.metrics.observe(last.answer, seconds, [b - a for a, b in itertools.pairwise(watch.tokens)])
         watch.counted = True
+        self._trace(watch, answer=last.answer)
         return last.answer
+
+    def _trace(self, watch: _Watch, **how: Any) -> None:
+        if self.spans is not None:
+            self.spans.question(began=watch.arrived, traceparent=watch.traceparent, **how)
 
 
 class _Watch:
     """When a request came and what is known of its answer by now."""
 
-    def __init__(self, arrived: float) -> None:
-        self.arrived = arrived
+    def __init__(self, arrived: float, traceparent: str | None = None) -> None:
+        self.arrived, self.traceparent = arrived, traceparent
         self.video = ""  # its hash
         self.counted = False  # as an answer that has ended
         self.timestamps: tuple[float, ...] = ()  # of its frames
@@ -206,6 +221,11 @@ class _Watch:
     def token(self, delta: Delta) -> None:
         if delta.token is not None:
             self.tokens.append(time.monotonic())
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    """A header's value, if it has one."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
 @asynccontextmanager

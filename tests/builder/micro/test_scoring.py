@@ -11,9 +11,11 @@ from torch import Tensor
 from builder.micro import packing
 from builder.micro.packing import IGNORE, Batch
 from builder.micro.scoring import Scorer
+from earlytom.errors import UserError
 from earlytom.micro.data import Question
 from runtime.checkpoint import load_model, load_tokenizer
 from runtime.text.prompt import build_prompt, splice
+from tests.earlytom.tiny import tiny_internvl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ("What color is the circle?", "Did the red object stop?", "How many shapes appeared?")
@@ -50,6 +52,11 @@ def greedy(model: Any, tokenizer: Any, tokens: Tensor, question: str, count: int
         said.append(int(model.lm_head(hidden[0, -1]).argmax()))
         embeds = torch.cat((embeds, embed(torch.tensor([said[-1:]]))), 1)
     return said
+
+
+def test_a_family_with_a_span_a_frame_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="questions are packed for families with one span a video, and InternVL"):
+        Scorer(tiny_internvl(bundled=True), tokenizer)
 
 
 def asked(model: Any, tokenizer: Any, tokens: Tensor) -> list[tuple[Question, list[int]]]:

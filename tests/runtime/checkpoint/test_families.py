@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from earlytom.errors import UserError
 from earlytom.families import FAMILIES, geometry
-from runtime.checkpoint import PUBLISHED, RANDOM, VisionPart, describe, load_decoder, load_tokenizer, load_vision
+from runtime.checkpoint import (
+    PUBLISHED,
+    RANDOM,
+    VisionPart,
+    describe,
+    load_decoder,
+    load_model,
+    load_tokenizer,
+    load_vision,
+)
+from runtime.checkpoint.language_model import load_embeddings, write_language_model
 from tests.runtime.checkpoint.family_folders import MEAN, STD, family_folder
 from tests.runtime.checkpoint.tiny_checkpoint import Rename, edit_json, middle_name, old_name, one_line, same_name
 
@@ -43,6 +54,34 @@ def test_what_its_files_say_is_what_frames_are_prepared_by(tmp_path: Path, name:
     assert found.frames == FAMILIES[name].frames
     tokenizer = load_tokenizer(found)
     assert tokenizer.get_added_vocab()[FAMILIES[name].visual_token] == FAMILIES[name].video_token_id(model.config)
+
+
+@every
+@torch.no_grad()
+def test_its_language_model_stands_alone(tmp_path: Path, name: str) -> None:
+    """As other servers load it, beside the embeddings that make prompts."""
+    folder, model = family_folder(tmp_path / "given", name)
+    found, alone = load_embeddings(describe(folder), torch.float32), tmp_path / "alone"
+    assert torch.equal(found.values, model.get_input_embeddings().weight)
+    assert (found.closing is None) == (FAMILIES[name].closing_name is None)
+    alone.mkdir()
+    assert write_language_model(describe(folder), alone, torch.float32).architecture == "Qwen2ForCausalLM"
+    ids = torch.arange(5, 40)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(alone)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert not torch.equal(loaded(input_ids=ids + 1).logits, model(input_ids=ids).logits)  # negative control
+
+
+@torch.no_grad()
+def test_a_rope_that_could_grow_does_not_look_whether_it_must(tmp_path: Path) -> None:
+    folder, model = family_folder(tmp_path / "given", "internvl")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    text = model.config.text_config.to_dict() | {"rope_parameters": rope}
+    edit_json(folder / "config.json", text_config=text)
+    whole, decoder = (load(folder).get_decoder() for load in (load_model, load_decoder))
+    ids = torch.arange(5, 69)[None]
+    assert (whole.rotary_emb.rope_type, decoder.rotary_emb.rope_type) == ("dynamic", "default")
+    assert torch.equal(decoder(input_ids=ids).last_hidden_state, whole(input_ids=ids).last_hidden_state)
 
 
 @every

@@ -520,8 +520,8 @@ def test_where_the_package_does_not_load_it_says_why(
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_pipeline_refuses_before_it_loads_anything(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.pipeline.load_decoder", None)
-    monkeypatch.setattr("runtime.pipeline.open_backend", None)
+    monkeypatch.setattr("runtime.parts.load_decoder", None)
+    monkeypatch.setattr("runtime.parts.open_backend", None)
     with pytest.raises(EngineError, match="needs an NVIDIA GPU") as error:
         Pipeline.load(engine, device="cpu", decoder="torch-tensorrt")
     one_line(error)

@@ -23,6 +23,7 @@ from runtime.serve.media import TakenVideo
 from runtime.serve.settings import Settings
 from runtime.video import Clip, clip_from_frames, load_clip
 from tests.processes import HANG_SECONDS as LONG
+from tests.runtime.serve.http.test_spans import Collector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -488,3 +489,24 @@ def test_the_model_says_what_it_takes(app: ServerApp, pipeline: Pipeline) -> Non
 def test_the_page_can_be_left_out(make: Any) -> None:
     (response,) = talk(make(page=False), lambda client: client.get("/"))
     assert refusal(response) == (404, "not_found")
+
+
+# OpenTelemetry
+
+
+def test_questions_are_spans_where_a_collector_is_named(make: Callable[..., ServerApp], url: str) -> None:
+    collector = Collector()
+    with collector.standing() as where:
+        app = make(otlp=where)
+        parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        answered, refused = post(app, body(url), body(url, n=2), headers=HEAD | {"traceparent": parent})
+        app.close()
+    assert (answered.status_code, refused.status_code) == (200, 400)
+    whole = [one for one in collector.spans if one["kind"] == 2]
+    assert {one["traceId"] for one in collector.spans} == {parent.split("-")[1]}
+    assert len(whole) == 1  # what is refused before it is a question is none
+    assert {"vision", "prefill"} <= {one["name"] for one in collector.spans}
+    sent = json.dumps(collector.spans)
+    assert Q not in sent
+    assert "k1" not in sent
+    assert make().spans is None  # by default
