@@ -116,11 +116,12 @@ def _sizes(config: BuildConfig) -> dict[str, Any]:
 
 
 def progress_line(trace: Trace) -> Callable[[CompileProgress], None]:
-    """A callback for the compiler: its phase, at most once in two seconds."""
+    """A callback for the compiler: its phase as a line at most once in two seconds, and each step on a terminal."""
     shown = 0.0
 
     def show(progress: CompileProgress) -> None:
         nonlocal shown
+        trace.step(progress.phase, progress.done, progress.steps)
         if progress.seconds >= shown + 2:
             shown = progress.seconds
             trace.line(f"  {progress.phase} ({progress.seconds:.0f} s)")

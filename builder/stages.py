@@ -52,7 +52,8 @@ class Stages:
         """Run `work()` as the stage `name`; returns its result."""
         self.trace.line(f"{name}: {what}")
         started = time.monotonic()
-        result = work()
+        with self.trace.working(f"{name}: {what}"):
+            result = work()
         self.seconds[name] = time.monotonic() - started
         self.trace.line(f"{name}: done in {self.seconds[name]:.1f} s")
         return result

@@ -59,19 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if options.decoder == "torch-tensorrt":
         screen.line("note: a decoder that was not used before is compiled first, which takes minutes")
-    with Pipeline.load(
-        folder,
-        options.model,
-        options.backend,
-        device=options.device,
-        dtype=None if options.dtype is None else DTYPES[options.dtype],
-        decoder=options.decoder,
-        inner=inner_merge(options),
-        bias=options.bias,
-        positions=options.positions,
-        limits=limits,
-        warm_up=False,  # there is one request, and it would only come later
-    ) as pipeline:
+    with screen.working("loading the engine and the decoder"):
+        loaded = Pipeline.load(
+            folder,
+            options.model,
+            options.backend,
+            device=options.device,
+            dtype=None if options.dtype is None else DTYPES[options.dtype],
+            decoder=options.decoder,
+            inner=inner_merge(options),
+            bias=options.bias,
+            positions=options.positions,
+            limits=limits,
+            warm_up=False,  # there is one request, and it would only come later
+        )
+    with loaded as pipeline:
         manifest = pipeline.manifest
         screen.line(f"engine: {manifest.name} ({pipeline.vision.name})")
         for note in pipeline.notes:

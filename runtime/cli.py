@@ -2,28 +2,36 @@
 
 Status 0 is success, 2 means that the user can mend it (one line `error: ...` on stderr), 130 is Ctrl-C. Anything
 else is a defect of ours and keeps its traceback. Text and tables are for people, one JSON line at the end is for
-machines, and a command's `--json` leaves only that line.
+machines, and a command's `--json` leaves only that line. Libraries print nothing: what they have to say while they run
+goes to the logger `LOGGER`, which `--verbose` shows on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TextIO, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from earlytom.errors import UserError
+
+if TYPE_CHECKING:
+    from runtime.show.progress import LiveLine
 
 OK = 0
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+LOGGER = "runtime"  # the one name under which everything is logged
 
 _REMEDIES = {
     errno.ENOSPC: ("no space is left on the disk", "free some space or choose a folder on another disk"),
@@ -193,9 +201,25 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.add_argument("--verbose", action=_Verbose, help="log what happens, on standard error")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
+
+
+class _Verbose(argparse.Action):
+    """Shows what is logged from here on; leaves nothing among the options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **how: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=how["help"])
+
+    def __call__(self, *_: object) -> None:
+        logger, shown = logging.getLogger(LOGGER), logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        for old in [one for one in logger.handlers if type(one) is logging.StreamHandler]:
+            logger.removeHandler(old)
+        logger.addHandler(shown)
+        logger.setLevel(logging.DEBUG)
 
 
 class Screen:
@@ -209,6 +233,7 @@ class Screen:
     def __init__(self, json_only: bool = False, stream: TextIO | None = None) -> None:
         self.json_only = json_only
         self.stream = stream if stream is not None else sys.stdout
+        self._live: LiveLine | None = None
 
     def line(self, text: str = "") -> None:
         """One line for people."""
@@ -216,9 +241,30 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Text for people as it comes, without a line end (a streamed answer)."""
-        if not self.json_only:
+        if self._live is not None:
+            self._live.write(text)
+        elif not self.json_only:
             self.stream.write(text)
             self.stream.flush()
+
+    @contextlib.contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """On a terminal the block is shown while it runs, with a clock; elsewhere nothing is."""
+        if self.json_only or self._live is not None or not self.stream.isatty():
+            yield
+            return
+        from runtime.show.progress import LiveLine
+
+        try:
+            with LiveLine(self.stream, text) as self._live:
+                yield
+        finally:
+            self._live = None
+
+    def step(self, text: str, done: int = 0, steps: int = 0) -> None:
+        """What `working` is at, and how many of how many steps are done; with those the time left is shown."""
+        if self._live is not None:
+            self._live.step(text, done, steps)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
         """A table for people: numbers to the right, drawn on a terminal, plain aligned text elsewhere.
@@ -229,7 +275,7 @@ class Screen:
         right = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(columns))]
         if self.json_only:
             return
-        if self.stream.isatty():
+        if self.stream.isatty() and self._live is None:
             self._draw(columns, cells, right, title)
         else:
             self.write(_plain_table(columns, cells, right, title))

@@ -12,6 +12,7 @@ resizes the next video while another answers the request before it (`runtime.ser
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -74,6 +75,7 @@ __all__ = [  # what callers import from here
     "Sampling",
     "Timings",
 ]
+_log = logging.getLogger(__name__)
 WAITING = 8  # requests in line, if nothing else is asked for
 _ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
 
@@ -234,6 +236,9 @@ class Pipeline:
             placing=parts.placing,
         )
         made.notes = parts.notes
+        _log.info("engine %s in %s, decoder %s on %s", parts.manifest.name, made.vision.name, decoder, wanted.device)
+        for line in made.notes:
+            _log.info("%s", line)
         try:
             if wanted.device.type == "cuda" if warm_up is None else warm_up:
                 made.warm_up()

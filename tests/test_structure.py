@@ -35,8 +35,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "model",
     ),
     "runtime": (
-        "errors choices trace",
-        "cli files gpu trt forks checkpoint show",
+        "errors choices trace show",
+        "cli files gpu trt forks checkpoint",
         "drawing engine video text",
         "decoder vision",
         "options",

@@ -282,8 +282,8 @@ def summarise(
 def of_one_frame(layers: Sequence[Layer], rows: int, heads: int) -> tuple[Layer, ...]:
     """The layers with the flops of one frame where TensorRT has folded the dynamic number of frames with another size.
 
-    It makes one matrix [n T, K] of what enters a product in int8, and one batch [n H, T, d] of attention's heads; such
-    a size counts as 1 like any dynamic one.
+    It makes one matrix [n T, K] of what enters a product in int8, and one batch [n H, T, d] of attention's heads, fused
+    or written out; such a size counts as 1 like any dynamic one.
 
     Args:
         rows: T.
@@ -296,7 +296,8 @@ def _folded(layer: Layer, rows: int, heads: int) -> int:
     if not layer.inputs or layer.inputs[0].shape[:1] != (-1,):
         return 1
     sizes = len(layer.inputs[0].shape)
-    if layer.work == "attention" and sizes == 3:
+    weights = any(len(constant.shape) > 1 for constant in layer.constants)
+    if layer.work in ("attention", "product") and sizes == 3 and not weights:
         return heads
     return rows if layer.precision == "int8" and sizes == 2 else 1
 

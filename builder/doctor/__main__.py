@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     real("--minutes", options.minutes, 0, low_open=True)
     screen = cli.Screen(json_only=options.json)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        machine = look(options.out, Path(folder))
+        with screen.working("looking around"):
+            machine = look(options.out, Path(folder))
         found = findings(machine)
         build, ask = can_build(machine), can_ask(machine)
         show(screen, found, build=build, ask=ask)
@@ -67,7 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             parts = only(course(machine, Path(folder)), options.only)
             screen.line(f"\n{len(parts)} parts, at most {options.minutes:g} minutes")
-            tried = treat(parts, Path(folder), seconds=60 * options.minutes, told=lambda one: show_part(screen, one))
+            ended: list[Tried] = []
+
+            def told(one: Tried) -> None:
+                ended.append(one)
+                show_part(screen, one)
+                screen.step(one.part.name, len(ended), len(parts))
+
+            with screen.working("trying"):
+                tried = treat(parts, Path(folder), seconds=60 * options.minutes, told=told)
     result = record(machine, found, tried, build=build, ask=ask)
     if options.run:
         for path in write(result, options.report):

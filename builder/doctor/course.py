@@ -7,7 +7,7 @@ one with a GPU it covers what this project's README files call unverified.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ PLUGINS = {
     "plugin, cells one by one": "--compression plugin --method cells --rounds greedy",
     "plugin, hardware compatible": "--compression plugin --hardware-compatible",
 }
+_FIRST = ("verified", "plain", "plugin")
 _FULL = f"random:{list(PUBLISHED)[-1]}"
 _FEW = ("--warmup", "1", "--repeats", "3", "--max-new-tokens", "4")
 _ALONE = ("--concurrency", "none", "--scale-frames", "none", "--scale-ratios", "none")
@@ -68,15 +69,27 @@ class Part:
 
 
 def course(machine: Machine, work: Path) -> list[Part]:
-    """The parts, what later ones need first. `work`: a folder for engines and clips."""
-    builds = _builds(machine, work)
-    device = "cuda" if machine.gpu else "cpu"
+    """The parts, what later ones need first; and what matters most, should there not be time for all.
+
+    `work`: a folder for engines and clips.
+    """
+    builds, device = _builds(machine, work), "cuda" if machine.gpu else "cpu"
+    first = [build for build in builds if build.name.rpartition(", ")[2] in _FIRST]
+    others = [build for build in builds if build not in first]
+    runs = _runs(machine, builds)
+    of_first = [run for run in runs if run.engine in {build.name for build in first}]
+    kernels, full, bundled = _benches(machine, device)
     return [
-        *builds,
+        *first,
         *_device(machine, device, work),
-        *_runs(machine, builds),
-        *_asks(machine, builds, device),
-        *_benches(machine, device, work),
+        *of_first,
+        *_asks(machine, builds),
+        kernels,
+        bundled,
+        *others,
+        *(replace(run, timed=False) for run in runs if run not in of_first),
+        full,
+        *_late(machine, builds, device),
     ]
 
 
@@ -176,7 +189,7 @@ def _runs(machine: Machine, builds: list[Part]) -> list[Part]:
     return found
 
 
-def _asks(machine: Machine, builds: list[Part], device: str) -> list[Part]:
+def _asks(machine: Machine, builds: list[Part]) -> list[Part]:
     target, verified, gpu = "builder.doctor.answers:ask", builds[0].name, _lacking_gpu(machine)
     found = [Part("ask: onnxruntime, cpu", target, {"backend": "onnxruntime", "device": "cpu"}, engine=verified)]
     for flavour in trt.FLAVOURS:
@@ -184,16 +197,24 @@ def _asks(machine: Machine, builds: list[Part], device: str) -> list[Part]:
         how = {"backend": flavour, "device": "cuda", "half": True}
         engine = _asked(f"{flavour}, plain")
         found.append(Part(f"ask: {flavour}, decode steps as CUDA graphs", target, how, lacking=lacking, engine=engine))
-    compiled = gpu or ("" if machine.torch_tensorrt else "torch-tensorrt is not installed")
-    how = {"backend": "onnxruntime", "device": "cuda", "decoder": "torch-tensorrt", "half": True}
-    found.append(Part("ask: torch-tensorrt decoder", target, how, 150.0, lacking=compiled, engine=verified))
-    how = {"device": device}
-    chunked = next((b.name for b in builds if b.name.endswith(", chunks") and not b.lacking), verified)
-    found.append(Part(f"service ({device})", "builder.doctor.answers:service", how, engine=chunked))
     return found
 
 
-def _benches(machine: Machine, device: str, work: Path) -> list[Part]:
+def _late(machine: Machine, builds: list[Part], device: str) -> list[Part]:
+    """What takes long: a decoder that is compiled first, and an engine as a service uses it."""
+    verified = builds[0].name
+    lacking = _lacking_gpu(machine) or ("" if machine.torch_tensorrt else "torch-tensorrt is not installed")
+    compiled = {"backend": "onnxruntime", "device": "cuda", "decoder": "torch-tensorrt", "half": True}
+    chunked = next((b.name for b in builds if b.name.endswith(", chunks") and not b.lacking), verified)
+    ours = "builder.doctor.answers:"
+    return [
+        Part("ask: torch-tensorrt decoder", f"{ours}ask", compiled, 150.0, lacking=lacking, engine=verified),
+        Part(f"service ({device})", f"{ours}service", {"device": device}, engine=chunked),
+    ]
+
+
+def _benches(machine: Machine, device: str) -> list[Part]:
+    """Times of the kernels, the benchmark at full size, and with the bundled model."""
     ours = "builder.doctor.answers:"
     size = "so400m" if device == "cuda" else "tiny"
     times = ["builder.kernels", "--json", "--device", device, "--size", size, "--dtype", "fp16", "--repeats", "10"]

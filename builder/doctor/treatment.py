@@ -62,9 +62,13 @@ def treat(
 
 
 def _groups(parts: Sequence[Part]) -> Iterator[list[int]]:
-    """Numbers of parts that may run side by side: those that follow one another and measure nothing."""
+    """Numbers of parts that may run side by side: those that follow one another, measure nothing and need none of the
+    others' engines."""
     group: list[int] = []
     for number, part in enumerate(parts):
+        if part.engine in {parts[other].name for other in group}:
+            yield group
+            group = []
         if part.timed:
             if group:
                 yield group

@@ -14,6 +14,7 @@ answers may be generated in as many threads, and wait for each other only to hav
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -64,6 +65,7 @@ from runtime.vision import BatchedVision, Encoded, VisionBackend, encode_one
 
 CONSECUTIVE = Placing()
 WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
+_log = logging.getLogger(__name__)
 READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
     "messages before the video"
@@ -353,6 +355,7 @@ class Answering:
             grid=self._grid,
             sampling=self.manifest.model.preprocessing.sampling,
         )
+        _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
         yield Delta(parts[-1], None, finish, answer)
 
     def close(self) -> None:

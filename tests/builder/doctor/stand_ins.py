@@ -23,6 +23,11 @@ def engine(place: str) -> dict[str, Any]:
     return {"folder": place}
 
 
+def engine_later(place: str) -> dict[str, Any]:
+    time.sleep(1)
+    return engine(place)
+
+
 def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 

@@ -60,6 +60,18 @@ def test_an_engine_is_handed_to_those_who_need_it(tmp_path: Path) -> None:
     )
 
 
+def test_an_engine_is_waited_for(tmp_path: Path) -> None:
+    """Also by what may run side by side with others."""
+    parts = [
+        part("slow", "engine_later", arguments={"place": "there"}, timed=False),
+        part("run", "well", engine="slow", timed=False),
+        part("again", "well", engine="slow", timed=False),
+    ]
+    tried = treat(parts, tmp_path, seconds=4 * HANG_SECONDS, told=lambda one: None, cores=16)
+    assert statuses(tried) == {"slow": OK, "run": OK, "again": OK}
+    assert tried[2].outcome.figures == {"given": "there"}
+
+
 def test_what_measures_nothing_runs_side_by_side(tmp_path: Path) -> None:
     """Each of the two waits for the other to begin."""
     own, other = str(tmp_path / "a"), str(tmp_path / "b")
