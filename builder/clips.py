@@ -15,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from builder.export.vision import VisionGraph
 from builder.settings.options import AUTO_SHARE
 from earlytom.encoder import encode
 from earlytom.methods import method_of
+from earlytom.micro.data import labelled_clip
+from runtime.checkpoint import MICRO
 from runtime.drawing.clips import draw_clip
 from runtime.video import load_clip
 
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
+
+SCALE_CLIPS = 8  # of the bundled model's own task
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,12 @@ def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory(dir=place) as folder:
         path = draw_clip(Path(folder) / "drawn.mp4")
         return {"drawn clip": load(path).frames}
+
+
+def scale_clips(config: BuildConfig, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Frames that the scales of int8 go by: of the clips given, else, for the bundled model, of its task's validation
+    split. A single drawn clip has not what others have: scales from it lost points, which the gate on it cannot see."""
+    if config.calibration or config.checkpoint.source != MICRO:
+        return clips
+    found = {f"validation {index}": labelled_clip("validation", index).frames for index in range(SCALE_CLIPS)}
+    return {name: torch.from_numpy(frames) for name, frames in found.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.clips import FramesKept, calibration_clips, frames_kept
+from builder.clips import FramesKept, calibration_clips, frames_kept, scale_clips
 from builder.compile.engine import CompileReport, compile_engine
 from builder.export.chain import export_chain
 from builder.export.chunks import export_chunks
@@ -35,6 +35,7 @@ from builder.precision.calibration import Calibration, Int8Plan
 from builder.settings.config import BuildConfig, project_version
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
+from runtime.checkpoint import MICRO
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
@@ -94,7 +95,10 @@ def build(
         show_kept(trace, config, kept)
     int8: Int8Plan | None = None
     if config.int8 is not None:
-        int8 = stages.run("quantise", "scales of the products in int8", lambda: plan_int8(config, clips[config.frames]))
+        if not config.calibration and config.checkpoint.source != MICRO:
+            trace.line("note: int8 has its scales from one drawn clip: name clips like yours with --calibration")
+        seen = scale_clips(config, clips[config.frames])
+        int8 = stages.run("quantise", "scales of the products in int8", lambda: plan_int8(config, seen))
         int8_table.note(trace, config, int8)
     graphs: tuple[ExportedGraph, ...] = stages.run(
         "export",
@@ -181,7 +185,7 @@ def measure_int8(config: BuildConfig) -> Int8Plan:
     """`plan_int8` on the build's clips, without a build."""
     with tempfile.TemporaryDirectory() as folder:
         clips = calibration_clips(config.each[-1], Path(folder))
-    return plan_int8(config, clips)
+    return plan_int8(config, scale_clips(config, clips))
 
 
 def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:

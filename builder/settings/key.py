@@ -32,9 +32,10 @@ _APART = (
     "source",
     "verify",
 )
-# Of the method everything but the bundled model's world, training and files; random weights are drawn by these two.
+# Of the method everything but the bundled model's training and files: two of these draw random weights, and the scales
+# of int8 go by clips of the bundled model's world.
 _BUNDLED = ("families/bundled", "micro")
-_MICRO = ("random_model", "weights")
+_MICRO = ("data", "random_model", "weights")
 # Of the runtime what reads checkpoints, makes the frames that the gate goes by, and writes the folder.
 _RUNTIME = (
     "checkpoint",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from builder.clips import scale_clips
 from builder.export.vision import export_onnx, vision_graph
 from builder.gate.drift import measure
 from builder.gate.limits import GATES
@@ -21,6 +22,7 @@ from builder.precision.smoothing import fold, folds, places
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
 from builder.stages import plan_int8
+from earlytom.micro.data import labelled_clip
 from runtime.engine import layout
 from tests.builder.conftest import FRAMES, TAU
 from tests.builder.precision.stress import stress_checkpoint
@@ -145,3 +147,18 @@ def test_the_stress_checkpoint_breaks_naive_int8_and_not_ours(
         assert not any(tap.nonfinite for tap in taps)
         cosines.append(min(tap.cosine for tap in taps))
     assert cosines[0] > GATES["int8"].cosine > cosines[1]
+
+
+def test_without_clips_the_bundled_model_s_scales_come_of_its_own_task(
+    small_checkpoint: Path, clips: dict[str, Tensor], drawn_clip: Path
+) -> None:
+    """Of many clips, none of them in a table; of other models nobody has such, and clips that are named are enough."""
+    words = ["--ratio", "0.3", "--backend", "onnx", "--int8"]
+    bundled = parse(words)[1]
+    found = scale_clips(bundled, clips)
+    assert len(found) == 8
+    assert len({frames.numpy().tobytes() for frames in found.values()}) == 8
+    assert {(frames.dtype, tuple(frames.shape)) for frames in found.values()} == {(torch.uint8, (16, 3, 72, 72))}
+    assert torch.equal(found["validation 3"], torch.from_numpy(labelled_clip("validation", 3).frames))
+    assert scale_clips(config_of(small_checkpoint), clips) is clips
+    assert scale_clips(parse([*words, "--calibration", str(drawn_clip)])[1], clips) is clips

@@ -64,6 +64,7 @@ def test_a_copy_has_the_digest_of_these_sources(tree: Path) -> None:
         "earlytom/encoder",
         "earlytom/merge",
         "earlytom/kernels",
+        "earlytom/micro/data",
         "earlytom/micro/weights",
         "runtime/video",
         "runtime/drawing",
