@@ -61,7 +61,7 @@ class AppliedEarlyTom(Restorable):
         return [self._closed(self.encode(pixels).tokens) for pixels in videos]
 
     def shorten(
-        self, input_ids: Tensor, attention_mask: Tensor | None, pixels: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The prompt with as many placeholders as there are visual tokens left; where every frame has a span of its
         own, without the spans of frames of which nothing is left and the text that names them.
@@ -69,7 +69,7 @@ class AppliedEarlyTom(Restorable):
         Args:
             input_ids: [B, L] with the placeholders of each video.
             attention_mask: [B, L] or None.
-            pixels: of the videos in the order of their placeholders, as the model's processor makes them.
+            pixel_values_videos: of the videos in the order of their placeholders, as the model's processor makes them.
 
         Returns:
             input_ids [B, L'], attention_mask [B, L'] and inputs_embeds [B, L', E]; shorter rows are padded on the left.
@@ -78,7 +78,7 @@ class AppliedEarlyTom(Restorable):
             UserError: the placeholders do not fit the videos.
         """
         placeholder = (input_ids == self._video_token_id).tolist()
-        given = self.family.videos(self.model.config, pixels, [sum(row) for row in placeholder])
+        given = self.family.videos(self.model.config, pixel_values_videos, [sum(row) for row in placeholder])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stays: list[list[int]] = []
         tokens: list[Tensor] = []

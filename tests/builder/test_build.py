@@ -340,7 +340,7 @@ def test_what_fails_the_gate_is_not_published(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_disk_that_takes_no_more(command: Command, out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def half(config: Any, place: Path) -> None:
+    def half(config: Any, place: Path, int8: Any) -> None:
         (place / layout.ONNX_FILE).write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 

@@ -195,7 +195,7 @@ def test_both_methods_are_compared_with_all_others_and_where_the_frames_are_the_
     merging = Merging((1, 3), (8, 4)), Merging((1, 3), (4, 2))
     words = ("cells-rounds", "cells-greedy", "budget", "top-k", "budgets")
     job = EvaluationJob("micro", BASE, words, (0.1,), budgets=merging)
-    settings = [Setting(row, ratio) for row in job.rows(8) for ratio in row.ratios(job.ratios)]
+    settings = [Setting(row, ratio) for row in job.rows(8, 4) for ratio in row.ratios(job.ratios)]
     names = [one.method.name for one in settings]
     right = [[False] * 6 for _ in names]
     pairs = {(one.name, one.to) for one in comparisons(fake(right, [0, 0, 1, 1, 2, 2]), settings, 0)}

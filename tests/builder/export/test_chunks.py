@@ -23,6 +23,7 @@ from builder.export.chunks import export_chunks
 from builder.export.vision import VisionGraph, vision_graph
 from builder.gate import accuracy
 from builder.gate.runs import run_stages
+from builder.inspection.layers import graph_layers
 from builder.precision.islands import Costs
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
@@ -359,7 +360,7 @@ def test_other_commands_take_the_folder(
 def test_layers_add_up_to_a_whole_clip(folder: Path, exported: Callable[..., Exported]) -> None:
     """Flops of a clip, not of a chunk: those of the single graph."""
     record = inspect.describe(folder)["layers"]
-    whole = inspect.graph_layers(exported("--fp32", "--ratio", "0.3").path)
+    whole = graph_layers(exported("--fp32", "--ratio", "0.3").path)
     for name in ("matrix_flops", "attention_fused"):
         assert record[name] == whole[name]
     assert record["weight_bytes"] == pytest.approx(whole["weight_bytes"], rel=0.01)

@@ -168,8 +168,8 @@ def test_a_count_that_fails_fails_the_build(
     """The gate of the least count sees its own graph, and nothing is published."""
     kept = stages.export_counts
 
-    def export(config: BuildConfig, place: Path) -> Any:
-        made = kept(config, place)
+    def export(config: BuildConfig, place: Path, int8: Any) -> Any:
+        made = kept(config, place, int8)
         model = onnx.load(str(made[0].path), load_external_data=False)
         (node,) = (node for node in model.graph.node if layout.TOKENS in node.output)
         node.output[list(node.output).index(layout.TOKENS)] = "raw"

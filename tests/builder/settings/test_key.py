@@ -148,6 +148,7 @@ HARMLESS = (
     "runtime/gpu",
     "runtime/files",
     "runtime/choices",
+    "runtime/show",
     "runtime/text",
     "runtime/trace",
 )

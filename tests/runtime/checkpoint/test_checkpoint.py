@@ -230,7 +230,7 @@ def test_the_bundled_tokenizer_has_its_template() -> None:
     assert tokenizer.chat_template == (micro.PATH / "chat_template.jinja").read_text()
 
 
-@pytest.mark.parametrize("name", list(PUBLISHED))
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("llava-onevision")])
 def test_random_checkpoints_get_the_bundled_tokenizer_with_the_published_special_tokens(name: str) -> None:
     tokenizer, config = load_tokenizer(f"random:{name}"), describe(f"random:{name}").config
     text: Any = config.text_config

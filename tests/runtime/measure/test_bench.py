@@ -27,13 +27,14 @@ from runtime import bench, cli
 from runtime.checkpoint import describe
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError, VideoError
-from runtime.measure import arguments, clock, comparison, overhead, report
+from runtime.measure import clock, comparison, overhead, report
 from runtime.measure.arguments import VARIANTS
 from runtime.measure.measure import STAGES, VariantRunner, interleaved, under_load
 from runtime.measure.memory import Memory, peak_memory
 from runtime.measure.naive import encode_naive, find_segments
 from runtime.measure.overhead import compression_share
 from runtime.measure.variants import OFF, Bench, Variant, full_tokens, read_engine, settings
+from runtime.show import figure
 from runtime.video import load_clip
 from tests.processes import HANG_SECONDS
 
@@ -533,7 +534,7 @@ def test_plots_without_matplotlib_are_refused_at_once(
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(arguments.importlib, "import_module", missing)
+    monkeypatch.setattr(figure.importlib, "import_module", missing)
     status, _, err = run(capsys, "--plot", str(tmp_path))
     assert status == 2
     assert "pip install" in err

@@ -76,7 +76,7 @@ def test_thumbnails_are_small() -> None:
         (["--coverage", "nowhere.mp4"], "--coverage nowhere.mp4: no such file"),
         (["--coverage", __file__], "cannot be read as a video"),
         (["--coverage", __file__, "--frames", "1"], "--frames must be "),
-        (["--coverage", __file__, "--record"], "--coverage goes without --engine, --record and --budgets"),
+        (["--coverage", __file__, "--record"], "--coverage goes without --engine, --record, --budgets"),
         (["--coverage", __file__, "--frames", "4", "--frame-budget", "6,4,3"], "more than the 4 frames"),
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else "",
