@@ -247,8 +247,9 @@ def _messages(process: subprocess.Popen[str], request: str) -> Iterator[dict[str
     stdout = process.stdout
 
     def read() -> None:
-        for line in stdout:
-            lines.put(line)
+        with suppress(ValueError):  # whoever ends the process closes its output, perhaps in the midst of this
+            for line in stdout:
+                lines.put(line)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
