@@ -103,9 +103,10 @@ def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
 
 
 def scale_clips(config: BuildConfig, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Frames that the scales of int8 go by: of the clips given, else, for the bundled model, of its task's validation
-    split. A single drawn clip has not what others have: scales from it lost points, which the gate on it cannot see."""
+    """Frames that the scales of int8 go by: of the clips, and where none were given for the bundled model, of its
+    task's validation split. The drawn clip has not what others have: scales from it alone lost points, which the gate
+    on it cannot see."""
     if config.calibration or config.checkpoint.source != MICRO:
         return clips
     found = {f"validation {index}": labelled_clip("validation", index).frames for index in range(SCALE_CLIPS)}
-    return {name: torch.from_numpy(frames) for name, frames in found.items()}
+    return clips | {name: torch.from_numpy(frames) for name, frames in found.items()}
