@@ -56,8 +56,8 @@ saw every visual token of every clip: EarlyTom and cells need no training and ha
 _CELLS = (
     "cells has as many frames and tokens as EarlyTom, and its tokens come with bias and original positions. Nothing of "
     "EarlyTom was tuned on this model; what cells has beside it was chosen on validation clips, none of them above. "
-    "Unknown on published checkpoints: how its bias gets on with the attention sinks of large decoders, and its positions "
-    "with videos of more than 32 frames."
+    "Unknown on published checkpoints: how its bias gets on with the attention sinks of large decoders, and its "
+    "positions with videos of more than 32 frames."
 )
 _UNMEASURED = "Not measured yet: `python -m builder.evaluate --record` does."
 
