@@ -5,11 +5,14 @@ that picks positions. Cheap refusals run `engine_process._build` in this process
 """
 
 import dataclasses
+import io
 import json
 import os
 import resource
 import stat
 import subprocess
+import threading
+import types
 
 import numpy as np
 import onnx
@@ -454,3 +457,19 @@ def test_a_missing_library_is_said_before_anything_starts(tmp_path, monkeypatch,
     with pytest.raises(EngineError, match="not installed"):
         compile_small(tmp_path, tower(tmp_path / "vision.onnx"))
     assert processes == []
+
+
+def test_output_that_is_closed_while_it_is_read_ends_the_messages_and_prints_nothing(monkeypatch):
+    """As when an interrupted build kills the process: its pipe is closed, and the thread may be in the midst of it."""
+
+    def closing():
+        yield '{"phase": "Building", "done": 1, "steps": 2}\n'
+        raise ValueError("I/O operation on closed file.")
+
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    child = types.SimpleNamespace(stdin=io.StringIO(), stdout=closing())
+    assert [message for message in compiler._messages(child, "{}") if message] == [
+        {"phase": "Building", "done": 1, "steps": 2}
+    ]
+    assert failed == []
