@@ -9,10 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, Features, FrameSampling, Geometry, Vision, VisionModules
+from earlytom.families.family import (
+    SIZES,
+    Family,
+    Features,
+    FrameSampling,
+    Geometry,
+    ShortPrompt,
+    Vision,
+    VisionModules,
+)
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
+from earlytom.families.qwen3_vl import QWEN3_VL
 
 __all__ = [
     "DEFAULT_FAMILY",
@@ -24,6 +34,7 @@ __all__ = [
     "Features",
     "FrameSampling",
     "Geometry",
+    "ShortPrompt",
     "Vision",
     "VisionModules",
     "family_named",
@@ -31,14 +42,16 @@ __all__ = [
     "geometry",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, QWEN3_VL)
+}
 """The supported families by model type."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION
 """That of modules which come without a configuration to tell it by, and of the bundled checkpoint."""
 
-TITLES = " or ".join(family.title for family in FAMILIES.values())
-"""What people call them."""
+TITLES = " or ".join(family.title for family in FAMILIES.values() if family.built)
+"""What people call those that engines are built for."""
 
 
 def family_of(config: Any) -> Family:
