@@ -56,8 +56,10 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
         raise files.error(f"its preprocessing settings are {shown(raw)}, expected an object; download them again")
     try:
         frames = 0 if not isinstance(video, dict) else video.get("num_frames") or 0
-        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family_of(config).frames
-        found = Preprocessing(_size(raw), *_normalisation(raw), family_of(config).sampling)
+        family = family_of(config)
+        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family.frames
+        size = geometry(config).size if family.any_size else _size(raw)  # theirs are limits
+        found = Preprocessing(size, *_normalisation(raw), family.sampling)
     except UserError as error:
         raise files.error(f"its preprocessing settings cannot be used: {error}") from error
     if found.size != (wanted := geometry(config).size):

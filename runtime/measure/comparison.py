@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
 from runtime.checkpoint import describe
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.engine.dtypes import DTYPES
@@ -36,6 +37,11 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         UserError: the model, the video or an engine cannot be used, or the prompt is too long for the model.
     """
     checkpoint = describe(asked.model)
+    if checkpoint.family.on_axes:
+        raise UserError(
+            f"variants are compared by prompts that are embeddings alone, and those of {checkpoint.family.title} are "
+            "more: measure a server of its engine, with --serve"
+        )
     frames = asked.frames or checkpoint.frames
     config = settings(checkpoint, asked.ratio, asked.merge_layers, asked.tau)
     device, dtype, note = torch.device(asked.device), DTYPES.get(asked.dtype or ""), None

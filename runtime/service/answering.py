@@ -55,9 +55,10 @@ from runtime.service.requests import (
 )
 from runtime.service.scheduler import Turn
 from runtime.show.kept import grid_of
+from runtime.text.axes import following, on_axes, states_of, weights_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
+from runtime.text.prompt import Prompt, Spans, build_prompt, bytes_per_token, check_length, splice
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
@@ -73,12 +74,13 @@ READ_AFTER_ANOTHER_TEXT = (
 
 
 class Spliced(NamedTuple):
-    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, and what else the decoder is
-    told of it."""
+    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
+    of it, and where tokens are placed on axes the position behind it."""
 
     embeds: Tensor
     visual: Sequence[int]
     placed: dict[str, Tensor]
+    after: int | None = None
 
 
 class Answering:
@@ -161,13 +163,13 @@ class Answering:
         # A longer text has more tokens than there are positions.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
-        left, all_frames = least.frames_per_stage[-1], least.frames
+        left, all_frames = least.frames_per_stage[-1], least.layout.steps
         visual = least.tokens + words.closing
         check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
         span = self.placing.span(least.tokens_full)
         whole_frames = span // least.tokens_per_frame
         end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
-        if self.placing.original and end > context:
+        if self.placing.original and not self._family.on_axes and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
                 f"model's context ends at {context}: use --positions consecutive, or fewer frames"
@@ -258,7 +260,13 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            values = self._spliced(ready.question.words, found).embeds
+            spliced = self._spliced(ready.question.words, found)
+        if "states" in spliced.placed:
+            raise UserError(
+                f"a prompt of {self._family.title} is more than embeddings, its decoder takes states of layers: ask "
+                "here, with ask or submit"
+            )
+        values = spliced.embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -354,6 +362,7 @@ class Answering:
             kept=kept,
             grid=self._grid,
             sampling=self.manifest.model.preprocessing.sampling,
+            step=self._family.step,
         )
         _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
         yield Delta(parts[-1], None, finish, answer)
@@ -381,6 +390,8 @@ class Answering:
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
+        if shown.after is not None:
+            how["positions"] = following(shown.after, len(words.suffix_ids), suffix.device)
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
@@ -392,17 +403,33 @@ class Answering:
         embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
         place, bias = encoded.place.to(device), encoded.bias.to(device)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
+        if self._family.on_axes:
+            return self._on_axes(words, encoded, embeds, spans)
         if spans is None:
             placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
+    def _on_axes(self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None) -> Spliced:
+        """`_spliced` where tokens are placed by time, row and column, and bring states of layers along."""
+        assert spans is not None  # so it is with all such families
+        device, (_, length, width) = embeds.device, embeds.shape
+        frames, original = encoded.sources.shape[-1], self.placing.original
+        positions, after = on_axes(words, spans, encoded.place.to(device), self._grid, frames, original=original)
+        visual = words.visual_span(len(encoded.tokens), spans)
+        placed = {"positions": positions}
+        if (states := states_of(encoded.tokens.to(device), visual, length, width)) is not None:
+            placed["states"] = states
+        if self.placing.bias:
+            placed["bias"] = weights_of(words, spans, encoded.bias.to(device))
+        return Spliced(embeds, visual, placed, after)
+
     def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
         spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
         prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
-        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
+        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), spliced.after)
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word
