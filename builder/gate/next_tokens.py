@@ -41,7 +41,7 @@ class SeenTokens(NamedTuple):
     sources: Tensor
 
 
-class Asked(NamedTuple):
+class ToldPrompt(NamedTuple):
     """A prompt: embeddings [1, L, E], and where they are not all, positions [3, L], that of the token after them, and
     states [K, L, E], as `runtime.text.axes` has them."""
 
@@ -73,22 +73,22 @@ class NextTokens:
         answer = torch.tensor(list(stream), dtype=torch.long)
         return float((self._following(mine, answer) == self._following(theirs, answer)).float().mean())
 
-    def _prompt(self, seen: SeenTokens) -> Asked:
+    def _prompt(self, seen: SeenTokens) -> ToldPrompt:
         """The prompt around the visual tokens."""
         per_frame = self.frame.tokens_per_frame
         spans = None if self.prompt.names is None else frame_spans(seen.positions, seen.sources, per_frame)
         with torch.no_grad():
             embeds = splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
         if not self.family.on_axes:
-            return Asked(embeds)
+            return ToldPrompt(embeds)
         assert spans is not None  # so it is with all of them
         place = places(frame_times(seen.sources)[0], seen.positions, per_frame)
         frames, (_, length, width) = seen.sources.shape[1], embeds.shape
         placed = on_axes(self.prompt, spans, place, self.frame.cells, frames, original=False)
         states = states_of(seen.tokens, self.prompt.visual_span(len(place), spans), length, width)
-        return Asked(embeds, *placed, states)
+        return ToldPrompt(embeds, *placed, states)
 
-    def _following(self, prompt: Asked, answer: Tensor) -> Tensor:
+    def _following(self, prompt: ToldPrompt, answer: Tensor) -> Tensor:
         """[len(answer)]: the most likely token at each place of the answer."""
         more, states = len(answer) - 1, prompt.states
         how: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ class Places(NamedTuple):
     sin: Tensor
 
 
-class Embeddings(nn.Module):
+class PatchEmbeddings(nn.Module):
     """What patches are embedded by, and learned positions."""
 
     def __init__(self, visual: Any) -> None:
@@ -51,7 +51,7 @@ class Trunk(nn.Module):
     def __init__(self, visual: Any) -> None:
         super().__init__()
         self.config = visual.config
-        self.embeddings, self.blocks = Embeddings(visual), visual.blocks
+        self.embeddings, self.blocks = PatchEmbeddings(visual), visual.blocks
 
 
 class Mergers(nn.Module):
