@@ -229,7 +229,7 @@ def test_what_has_no_reference_is_refused(
 ) -> None:
     accepted = place / "engines" / "NAME"
     half = Path(shutil.copytree(accepted, tmp_path / "bf16"))
-    dataclasses.replace(Manifest.read(half), dtype="bf16", polygraphy="").write(half)
+    Manifest.read(half).replace(dtype="bf16", polygraphy="").write(half)
     (tmp_path / "file").touch()
     chain = as_chain(accepted, tmp_path / "chain")
     for engine, out, says in (
