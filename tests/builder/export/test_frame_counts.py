@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 import torch
@@ -43,6 +44,7 @@ from runtime.vision.whole import Whole
 from tests.builder.conftest import TAU
 from tests.builder.needed import needs_rtx
 from tests.processes import HANG_SECONDS
+from tests.runtime.engine.test_manifest import PLUGIN
 from tests.runtime.vision.opened import open_whole
 
 COUNTS = (4, 8)
@@ -422,6 +424,7 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
             seconds={},
             warnings=(),
             layers=summarise(()),
+            plugins=(PLUGIN,),
         )
 
     monkeypatch.setattr(stages, "compile_engine", compiler)
@@ -435,6 +438,9 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
     stages.write_report(tmp_path / layout.REPORT_FILE, config, None, reports, {}, {})
     record = json.loads((tmp_path / layout.REPORT_FILE).read_text())
     assert [one["frames"] for one in record["compile"]] == list(COUNTS)
+    assert [one["plugins"] for one in record["compile"]] == [
+        [{**msgspec.structs.asdict(PLUGIN), "grid": [1, 1, 1]}]
+    ] * 2
 
 
 @needs_rtx
