@@ -134,9 +134,9 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Raise EngineError unless every field is of its type and the fields agree with each other."""
-        super().__post_init__()
         for name in ("earlytom", "figures", "verification"):
             msgspec.structs.force_setattr(self, name, plain(name, getattr(self, name)))
+        super().__post_init__()
         self._check_values()
         self._check_counts()
         if self.compression == "plugin" and self.backend != "tensorrt":
@@ -284,7 +284,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the schema version first; `from_dict` is its inverse."""
-        values = {"schema": SCHEMA, **json.loads(json.dumps(msgspec.to_builtins(self)))}
+        values = {"schema": SCHEMA, **json.loads(json.dumps(msgspec.to_builtins(self, enc_hook=_builtin)))}
         if self.method == EarlyTomConfig.method:
             values.pop("method", None)
         return values
@@ -414,6 +414,11 @@ def _sha256(path: Path) -> str:
 def _seal(values: Mapping[str, Any]) -> str:
     """Digest of the content, whatever the order and layout of the file."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _builtin(value: object) -> str | int | float:
+    """A text or number of a library's own kind, as torch's version is, in Python's."""
+    return next(kind(value) for kind in (str, int, float) if isinstance(value, kind))
 
 
 def _contradiction(text: str) -> EngineError:
