@@ -236,7 +236,7 @@ class AppliedEarlyTom(Restorable):
             return self.family.given_features(model.config, self.features(videos))
 
         if self.method.inner is not None:
-            self._merging = apply_inner(inner.language_model, *self.method.inner)
+            self._merging = apply_inner(model.get_decoder(), *self.method.inner)
         self.replace(model, "generate", generate)
         self.replace(inner, "forward", forward)
         self.replace(inner, features_name, features)

@@ -14,6 +14,7 @@ from earlytom.families.family import (
     Family,
     Features,
     FrameSampling,
+    FrameTimes,
     Geometry,
     ShortPrompt,
     Vision,
@@ -23,6 +24,7 @@ from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 from earlytom.families.qwen3_vl import QWEN3_VL
+from earlytom.families.smolvlm import SMOLVLM
 
 __all__ = [
     "DEFAULT_FAMILY",
@@ -33,6 +35,7 @@ __all__ = [
     "Family",
     "Features",
     "FrameSampling",
+    "FrameTimes",
     "Geometry",
     "ShortPrompt",
     "Vision",
@@ -43,15 +46,15 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, QWEN3_VL)
+    family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, SMOLVLM, QWEN3_VL)
 }
 """The supported families by model type."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION
 """That of modules which come without a configuration to tell it by, and of the bundled checkpoint."""
 
-TITLES = " or ".join(family.title for family in FAMILIES.values() if family.built)
-"""What people call those that engines are built for."""
+TITLES = " or ".join(family.title for family in FAMILIES.values())
+"""What people call them."""
 
 
 def family_of(config: Any) -> Family:

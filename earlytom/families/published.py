@@ -68,9 +68,7 @@ _LLAVA_ONEVISION: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=False,
     ),
 }
-PUBLISHED = _LLAVA_ONEVISION | {
-    name: make for one in FAMILIES.values() if one.built for name, make in one.published.items()
-}
+PUBLISHED = _LLAVA_ONEVISION | {name: make for one in FAMILIES.values() for name, make in one.published.items()}
 """The published configurations by name, of every family."""
 
 MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8

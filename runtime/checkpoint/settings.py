@@ -37,14 +37,9 @@ def read_config(files: Files) -> tuple[dict[str, Any], Any]:
         raise files.error(f"it has no {CONFIG}; expected the folder of a {TITLES} checkpoint")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(f"{name!r} ({one.title})" for name, one in FAMILIES.items() if one.built)
+        known = ", ".join(f"{name!r} ({one.title})" for name, one in FAMILIES.items())
         raise files.error(f"model family {shown(kind)} is not supported; supported is {known}")
     family = FAMILIES[kind]
-    if not family.built:
-        raise files.error(
-            f"{family.title} runs in PyTorch alone so far, and no engine is built for it: load it with transformers "
-            "and call earlytom.apply_earlytom(model, config)"
-        )
     sections = {name: _section(files, raw, name) for name in ("vision_config", "text_config")}
     for where in (raw, *sections.values()):
         if where.get("quantization_config"):

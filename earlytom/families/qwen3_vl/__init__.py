@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, Geometry, ShortPrompt, VisionModules
+from earlytom.families.family import SIZES, Family, FrameTimes, Geometry, ShortPrompt, VisionModules
 from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.qwen3_vl.grid import SIDE, SIZE, STEP, grid_of
 from earlytom.families.tokens import END, START, STOP
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from earlytom.families.qwen3_vl.tower import Qwen3VlTower, Qwen3VlVision
 
+_LONGEST = 99999.9  # seconds into a video
 _OPEN, _VISUAL, _CLOSE = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
 _PARTS = {
     "visual.merger.": "projector.merger.",
@@ -77,13 +78,13 @@ class Qwen3Vl(Family):
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
     video_token, visual_token = _VISUAL, _VISUAL
     span_a_frame = True
+    names_times = True
     after_frame = _CLOSE
     beside_pixels = ("video_grid_thw", "mm_token_type_ids")
     step = STEP
     on_axes = True
     any_size = True
     sampling = "nearest"
-    built = False
     vision_sizes = SIZES | {
         "depth": SIZES["num_hidden_layers"],
         "num_heads": SIZES["num_attention_heads"],
@@ -246,6 +247,11 @@ class Qwen3Vl(Family):
 
     def closing(self, model: Any) -> None:
         return None
+
+    def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
+        # The middle between the first picture of a frame and the last.
+        seconds = _LONGEST if times is None else sum(times.seconds[number * STEP : number * STEP + STEP]) / STEP
+        return f"<{seconds:.1f} seconds>{_OPEN}"
 
     def videos(self, config: Any, pixels: Any, placeholders: Sequence[int]) -> list[list[Tensor]]:
         each = [self.placeholders(self.sized(config, tuple(video.shape[2:])), len(video)) for video in pixels]

@@ -38,7 +38,7 @@ def as_given(found: Family, model: Any, pixels: Tensor) -> dict[str, Tensor]:
     if "video_grid_thw" in found.beside_pixels:
         patches, grid = packed(pixels, geometry(model.config).patch)
         return {found.pixels_name: patches, "video_grid_thw": grid}
-    return {found.pixels_name: pixels[None] if found.pixels_name == "pixel_values_videos" else pixels}
+    return {found.pixels_name: pixels if found.model_type == "internvl" else pixels[None]}
 
 
 def with_prompt(found: Family, model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     vision = found.vision_of(model.model)
     parts: list[Any] = [vision.tower.embeddings, *vision.tower.layers[: frame.depth]]
     parts += [module for name, module in vision.tower.model.named_children() if name.startswith("pre")]
-    parts.append(vision.projector)  # type: ignore[attr-defined]
+    parts += [module for name, module in vars(vision).items() if name in ("projector", "norm")]
     assert found.vision_weights(model.config) == sum(p.numel() for part in parts for p in part.parameters())
     whole, less = (found.vision_flops(model.config, *stages) for stages in (((F,), ()), ((F, 3), (0,))))
     assert found.projector_flops(model.config, F) == 2 * found.projector_flops(model.config, F // 2) < less < whole

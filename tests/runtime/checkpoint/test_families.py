@@ -25,12 +25,18 @@ from runtime.checkpoint.language_model import load_embeddings, write_language_mo
 from tests.runtime.checkpoint.family_folders import MEAN, STD, family_folder
 from tests.runtime.checkpoint.tiny_checkpoint import Rename, edit_json, middle_name, old_name, one_line, same_name
 
-every = pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.built])
+every = pytest.mark.parametrize("name", FAMILIES)
+
+
+def head_name(name: str) -> str:
+    return name.removeprefix("model.")
 
 
 @every
 @pytest.mark.parametrize("rename", [same_name, middle_name, old_name])
 def test_names_old_and_new_are_one_checkpoint(tmp_path: Path, name: str, rename: Rename) -> None:
+    if name == "smolvlm" and rename is old_name:  # its head was never inside of its language model
+        rename = head_name
     folder, model = family_folder(tmp_path / "given", name, rename=rename)
     plain, _ = family_folder(tmp_path / "plain", name)
     found = describe(folder)
@@ -41,7 +47,7 @@ def test_names_old_and_new_are_one_checkpoint(tmp_path: Path, name: str, rename:
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in part.state_dict().items())
     decoder, wanted = load_decoder(found), model.get_decoder().state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in decoder.get_decoder().state_dict().items())
-    assert not hasattr(decoder.model, "vision_tower")
+    assert not any(hasattr(decoder.model, tower) for tower in ("vision_tower", "vision_model"))
 
 
 @every
@@ -65,7 +71,8 @@ def test_its_language_model_stands_alone(tmp_path: Path, name: str) -> None:
     assert torch.equal(found.values, model.get_input_embeddings().weight)
     assert (found.closing is None) == (FAMILIES[name].closing_name is None)
     alone.mkdir()
-    assert write_language_model(describe(folder), alone, torch.float32).architecture == "Qwen2ForCausalLM"
+    kind = type(model.get_decoder()).__name__.removesuffix("Model")
+    assert write_language_model(describe(folder), alone, torch.float32).architecture == f"{kind}ForCausalLM"
     ids = torch.arange(5, 40)[None]
     loaded = AutoModelForCausalLM.from_pretrained(alone)
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -111,7 +118,7 @@ def test_a_tower_that_cannot_be_run_is_refused(tmp_path: Path, change: dict[str,
     one_line(error)
 
 
-@pytest.mark.parametrize("source", [RANDOM + name for one in FAMILIES.values() if one.built for name in one.published])
+@pytest.mark.parametrize("source", [RANDOM + name for one in FAMILIES.values() for name in one.published])
 def test_published_models_are_random_without_a_download(source: str) -> None:
     found = describe(source)
     assert source.removeprefix(RANDOM) in PUBLISHED
