@@ -130,7 +130,9 @@ def test_published_models_are_random_without_a_download(source: str) -> None:
     frame = geometry(found.config)
     assert found.preprocessing.size == frame.size
     assert found.preprocessing.mean == found.family.mean
-    assert sum(shape.numel() for shape in found.vision_shapes.values()) == found.family.vision_weights(found.config)
+    idle = (f"vision_tower.encoder.layers.{frame.depth}.", "vision_tower.post_layernorm")  # of LLaVA-NeXT-Video
+    run = [shape.numel() for name, shape in found.vision_shapes.items() if not name.startswith(idle)]
+    assert sum(run) == found.family.vision_weights(found.config)
     ids = found.family.special_tokens(found.config)
     tokenizer = load_tokenizer(found)
     assert {text: tokenizer.convert_tokens_to_ids(text) for text in ids} == ids
