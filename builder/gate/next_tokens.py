@@ -16,7 +16,7 @@ from earlytom.standing import frame_spans, frame_times, places
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
 from runtime.decoder.states import adding
-from runtime.text.axes import following, on_axes, states_of
+from runtime.text.axes import Told, following, told_of
 from runtime.text.prompt import build_prompt, splice
 
 QUESTION = "What happens in the video?"
@@ -42,13 +42,10 @@ class SeenTokens(NamedTuple):
 
 
 class ToldPrompt(NamedTuple):
-    """A prompt: embeddings [1, L, E], and where they are not all, positions [3, L], that of the token after them, and
-    states [K, L, E], as `runtime.text.axes` has them."""
+    """A prompt: embeddings [1, L, E], and where they are not all, what else the decoder is told."""
 
     embeds: Tensor
-    positions: Tensor | None = None
-    next: int = 0
-    states: Tensor | None = None
+    told: Told | None = None
 
 
 class NextTokens:
@@ -68,7 +65,7 @@ class NextTokens:
     def __call__(self, engine: SeenTokens, reference: SeenTokens) -> float:
         """Share of places at which the most likely next token agrees."""
         mine, theirs = self._prompt(engine), self._prompt(reference)
-        told: dict[str, Any] = {"positions": theirs.positions, "states": theirs.states}
+        told: dict[str, Any] = {} if theirs.told is None else dict(theirs.told.how)
         stream = self.decoder.stream(theirs.embeds, max_new_tokens=ANSWER_TOKENS, stop_ids=(), **told)
         answer = torch.tensor(list(stream), dtype=torch.long)
         return float((self._following(mine, answer) == self._following(theirs, answer)).float().mean())
@@ -83,20 +80,18 @@ class NextTokens:
             return ToldPrompt(embeds)
         assert spans is not None  # so it is with all of them
         place = places(frame_times(seen.sources)[0], seen.positions, per_frame)
-        frames, (_, length, width) = seen.sources.shape[1], embeds.shape
-        placed = on_axes(self.prompt, spans, place, self.frame.cells, frames, original=False)
-        states = states_of(seen.tokens, self.prompt.visual_span(len(place), spans), length, width)
-        return ToldPrompt(embeds, *placed, states)
+        frames, width = seen.sources.shape[1], embeds.shape[2]
+        return ToldPrompt(embeds, told_of(self.prompt, spans, seen.tokens, place, self.frame.cells, frames, width))
 
     def _following(self, prompt: ToldPrompt, answer: Tensor) -> Tensor:
         """[len(answer)]: the most likely token at each place of the answer."""
-        more, states = len(answer) - 1, prompt.states
+        more, states = len(answer) - 1, None
         how: dict[str, Tensor] = {}
-        if prompt.positions is not None:
-            behind = following(prompt.next, more, prompt.positions.device)
-            how["position_ids"] = torch.cat([prompt.positions, behind], dim=1)[:, None]
-        if states is not None:
-            states = torch.nn.functional.pad(states, (0, 0, 0, more))
+        if prompt.told is not None:
+            behind = following(prompt.told.next, more, answer.device)
+            how["position_ids"] = torch.cat([prompt.told.how["positions"], behind], dim=1)[:, None]
+            if (states := prompt.told.how.get("states")) is not None:
+                states = torch.nn.functional.pad(states, (0, 0, 0, more))
         with torch.no_grad(), adding(self.language_model, states, slice(None)):
             embeds = torch.cat([prompt.embeds, self.embed(answer[:-1])[None]], dim=1)
             hidden = self.language_model(inputs_embeds=embeds, **how).last_hidden_state[0, -len(answer) :]

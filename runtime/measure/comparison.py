@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from earlytom.config import EarlyTomConfig
-from earlytom.errors import UserError
 from runtime.checkpoint import describe
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.engine.dtypes import DTYPES
+from runtime.engine.manifest import Manifest
 from runtime.measure import report
 from runtime.measure.arguments import BenchSettings
 from runtime.measure.clock import matmul_rate
@@ -37,11 +37,8 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         UserError: the model, the video or an engine cannot be used, or the prompt is too long for the model.
     """
     checkpoint = describe(asked.model)
-    if checkpoint.family.on_axes:
-        raise UserError(
-            f"variants are compared by prompts that are embeddings alone, and those of {checkpoint.family.title} are "
-            "more: measure a server of its engine, with --serve"
-        )
+    if checkpoint.family.any_size and asked.engine:  # all variants see what the engine does
+        checkpoint = checkpoint.sized(Manifest.read(asked.engine[0]).model.preprocessing.size)
     frames = asked.frames or checkpoint.frames
     config = settings(checkpoint, asked.ratio, asked.merge_layers, asked.tau)
     device, dtype, note = torch.device(asked.device), DTYPES.get(asked.dtype or ""), None

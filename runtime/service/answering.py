@@ -55,7 +55,7 @@ from runtime.service.requests import (
 )
 from runtime.service.scheduler import Turn
 from runtime.show.kept import grid_of
-from runtime.text.axes import following, on_axes, states_of, weights_of
+from runtime.text.axes import following, told_of, weights_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, Spans, build_prompt, bytes_per_token, check_length, splice
@@ -419,16 +419,12 @@ class Answering:
     def _on_axes(self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None) -> Spliced:
         """`_spliced` where tokens are placed by time, row and column, and bring states of layers along."""
         assert spans is not None  # so it is with all such families
-        device, (_, length, width) = embeds.device, embeds.shape
-        frames, original = encoded.sources.shape[-1], self.placing.original
-        positions, after = on_axes(words, spans, encoded.place.to(device), self._grid, frames, original=original)
-        visual = words.visual_span(len(encoded.tokens), spans)
-        placed = {"positions": positions}
-        if (states := states_of(encoded.tokens.to(device), visual, length, width)) is not None:
-            placed["states"] = states
+        tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
+        frames, width, original = encoded.sources.shape[-1], embeds.shape[2], self.placing.original
+        placed, after = told_of(words, spans, tokens, place, self._grid, frames, width, original=original)
         if self.placing.bias:
-            placed["bias"] = weights_of(words, spans, encoded.bias.to(device))
-        return Spliced(embeds, visual, placed, after)
+            placed["bias"] = weights_of(words, spans, bias)
+        return Spliced(embeds, words.visual_span(len(tokens), spans), placed, after)
 
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""

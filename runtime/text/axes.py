@@ -29,6 +29,35 @@ class OnAxes(NamedTuple):
     next: int
 
 
+class Told(NamedTuple):
+    """What a decoder is told of a prompt, and the position of the token after it, on all axes."""
+
+    how: dict[str, Tensor]
+    next: int
+
+    def forward(self) -> dict[str, Tensor]:
+        """The positions as the language model's own forward pass takes them."""
+        return {"position_ids": self.how["positions"][:, None]}
+
+
+def told_of(
+    prompt: Prompt,
+    spans: Spans,
+    tokens: Tensor,
+    place: Tensor,
+    cells: tuple[int, int],
+    frames: int,
+    width: int,
+    *,
+    original: bool = False,
+) -> Told:
+    """`positions` [3, L], and where the tokens [N, (1 + K) * D] bring some `states` [K, L, D], by the names that
+    `runtime.decoder.eager` has for them; `width` is D, the others as in `on_axes`."""
+    positions, behind = on_axes(prompt, spans, place, cells, frames, original=original)
+    states = states_of(tokens, prompt.visual_span(len(place), spans), positions.shape[1], width)
+    return Told({"positions": positions} | ({} if states is None else {"states": states}), behind)
+
+
 def on_axes(
     prompt: Prompt, spans: Spans, place: Tensor, cells: tuple[int, int], frames: int, *, original: bool
 ) -> OnAxes:

@@ -192,12 +192,18 @@ def test_decoders_that_do_not_know_states_are_refused(engine: Path, how: dict[st
         Pipeline.load(engine, **how)
 
 
-def test_the_commands_take_it_or_say_why_not(
+def test_the_commands_ask_and_bench_take_it(
     folder: Path, engine: Path, drawn_clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(drawn_clip), QUESTION, "--engine", str(engine), "--device", "cpu", "--max-new-tokens", "8"]
     assert cli.run(ask.main, [*words, "--json"]) == 0
     asked = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert asked["visual_tokens_full"] == STEPS * CELLS
-    assert cli.run(bench.main, ["--model", str(folder), "--video", str(drawn_clip), "--device", "cpu"]) == 2
-    assert "those of Qwen3-VL are more: measure a server of its engine" in capsys.readouterr().err
+    words = ["--model", str(folder), "--engine", str(engine), "--video", str(drawn_clip)]
+    words += f"--frames {F} --device cpu --ratio 0.5 --merge-layers 0,1 --requests 1 --warmup 0".split()
+    words += f"--concurrency none --repeats 1 --scale-repeats 1 --max-new-tokens {CELLS} --json".split()
+    assert cli.run(bench.main, words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokens = {one["name"].split()[0]: one["visual_tokens"] for one in found["variants"]}
+    assert list(tokens) == ["full", "adaptive", "budget", "onnxruntime"]
+    assert tokens["onnxruntime"] == tokens["budget"] < tokens["full"] == STEPS * CELLS
