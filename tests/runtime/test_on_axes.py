@@ -114,6 +114,19 @@ def said(folder: Path, answer: Any) -> list[int]:
     return [*answer.tokens, *([stops[0]] if answer.finish == "stop" else [])]
 
 
+@pytest.mark.parametrize("count", [8, 9, 21, 100, 299])
+@pytest.mark.parametrize("frames", [4, 8, 32])
+def test_frames_are_sampled_as_transformers_do(count: int, frames: int) -> None:
+    processor: Any = SimpleNamespace(fps=2)
+    metadata: Any = SimpleNamespace(total_num_frames=count, fps=30)
+    wanted = Qwen3VLVideoProcessor.sample_frames(processor, metadata, num_frames=frames)
+    assert sample_indices(count, frames, "nearest").tolist() == wanted.tolist()
+
+
+def test_nearest_frames_are_not_those_before() -> None:
+    assert sample_indices(21, 8, "nearest").tolist() != sample_indices(21, 8).tolist()  # negative control
+
+
 def test_with_all_tokens_an_engine_answers_as_transformers_do(folder: Path, tmp_path: Path, video: Tensor) -> None:
     engine = built(folder, tmp_path / "off", *OFF, "--no-verify")
     with Pipeline.load(engine) as pipeline:
@@ -134,6 +147,10 @@ def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine:
     assert (manifest.frames, manifest.tokens_full) == (F, STEPS * CELLS)
     assert manifest.frames_per_stage == (STEPS, 3, 2)
     assert manifest.dim == 3 * 32
+    (graph,) = manifest.layout.graphs
+    shapes = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+    assert (shapes["frames"], shapes["sources"]) == ((F, 3, *SIZE), (2, STEPS))
+    assert shapes["tokens"] == (manifest.tokens, 3 * 32)
     wanted = greedy(folder, video, manifest.settings)
     assert wanted != greedy(folder, video)  # negative control: what is kept matters
     with Pipeline.load(engine) as pipeline, Pipeline.load(engine, backend="torch") as reference:
