@@ -123,7 +123,8 @@ class RuntimeDecoding:
         self.embed = decoder.embed
 
     def stream(self, embeds: Tensor, count: int, told: Told | None = None) -> Generator[int, None, Any]:
-        return self._decoder.stream(embeds, max_new_tokens=count, **({} if told is None else told.how))
+        how: dict[str, Any] = {} if told is None else dict(told.how)
+        return self._decoder.stream(embeds, max_new_tokens=count, **how)
 
 
 class Bench:
