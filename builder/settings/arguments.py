@@ -27,7 +27,7 @@ from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import TITLES
 from earlytom.settings import NOT_BUILT, SETTINGS, MethodSettings
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UntouchedConfig
 from runtime import cli, trt
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _method_options(group: Any) -> None:
         choices=tuple(SETTINGS),
         default=EarlyTomConfig.method,
         help="earlytom: the published method (default); cells: frames merged cell by cell and diverse tokens, more "
-        "accurate with few tokens on the bundled model; visionzip: no frame is merged, for comparison",
+        "accurate with few tokens on the bundled model; the others, for comparison, merge no frames inside the encoder",
     )
     group.add_argument(
         "--ratio",
@@ -387,7 +387,7 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
             "--threshold is for --schedule adaptive and --frame-budget auto: with fixed counts the frames that change "
             "most start groups; leave it out"
         )
-    if kind is VisionZipConfig:
+    if issubclass(kind, UntouchedConfig):
         _refuse_merging(options)
     changes: dict[str, Any] = {"schedule": options.schedule}
     if options.tau is not None:
@@ -412,8 +412,8 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     try:
         if options.preset is not None:
             return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
-        if kind is VisionZipConfig:
-            return VisionZipConfig(options.ratio)
+        if issubclass(kind, UntouchedConfig):
+            return kind(options.ratio)
         return kind(**(defaults | changes))
     except UserError as error:  # it names the settings; on a command line they are options
         raise UserError(_SETTING.sub(lambda match: _OPTIONS[match[0]], str(error))) from error
