@@ -44,7 +44,8 @@ class VidCom2(Exported):
         unit, mean = normalize(values, dim=-1), values.mean(1)  # [F, P, E] and [F, E]
         of_video = -(unit @ normalize(mean.mean(0), dim=-1))  # [F, P], how unlike the video a token is
         of_frame = -(unit * normalize(mean, dim=-1)[:, None]).sum(-1)
-        share = 1 - 1 / frames + (of_video.mean(1) / self.temperature).softmax(0)  # [F], 1 on average
+        unlike = of_video.mean(1)[None] / self.temperature  # [1, F]: an engine has no softmax of one dimension
+        share = 1 - 1 / frames + unlike.softmax(1)[0]  # [F], 1 on average
         seat = ranks(of_video + of_frame)  # [F, P], whether a token is its frame's first, second, ...
         turn = ((seat + 0.5) / share[:, None]).masked_fill(seat == 0, -1)
         count = self.counts(frames, per_frame).tokens
