@@ -17,7 +17,8 @@ from builder.inspection.record import describe
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
 from runtime.files.partial import partial
-from runtime.show import charts, html
+from runtime.show import charts, colours, html
+from runtime.show.frames import kept_frame
 from runtime.show.html import Html, element
 from runtime.show.png import data_url, thumbnail
 
@@ -51,7 +52,7 @@ def page_of(record: Record, clip: SavedClip | None) -> str:
     """The page of a record of `describe`."""
     name = str(record["manifest"]["name"])
     sections = [_head(record), _costs(record), _pictures(clip, record), _gate(record), _layers(record), _rest(record)]
-    css = files("builder.inspection").joinpath("report.css").read_text("utf-8")
+    css = colours.css() + files("builder.inspection").joinpath("report.css").read_text("utf-8")
     return html.page(f"Engine {name}", css, element("main", sections))
 
 
@@ -106,7 +107,7 @@ def _pictures(clip: SavedClip | None, record: Record) -> list[Html]:
         return [_section("What was kept", element("p", note, class_="note"))]
     kept, frames = clip.kept, clip.frames
     figures = [
-        charts.kept_frame(data_url(thumbnail(frame, _SIDE)), kept, number, _caption(clip, number))
+        kept_frame(data_url(thumbnail(frame, _SIDE)), kept, number, _caption(clip, number))
         for number, frame in enumerate(frames)
     ]
     clips = record["verification"]["clips"] if record["verification"] else []
@@ -124,9 +125,9 @@ def _pictures(clip: SavedClip | None, record: Record) -> list[Html]:
 
 
 def _caption(clip: SavedClip, number: int) -> str:
-    cells, slots = len(clip.kept.cells[number]), clip.kept.became(number)
+    slots = clip.kept.became(number)
     into = f" \u2192 {', '.join(str(slot + 1) for slot in slots)}" if slots else ""
-    return f"{number + 1}{into} \u00b7 " + (f"{cells} kept" if cells else "merged" if slots else "dropped")
+    return f"{number + 1}{into} \u00b7 {clip.kept.fate(number)}"
 
 
 def _gate(record: Record) -> list[Html]:
