@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from builder.compile.child import end_with_parent
 from builder.compile.layers import LayerSummary, check_precision, of_one_frame, parse_layers, summarise
 from builder.plugins import NATIVE, kernel_target
@@ -130,7 +132,7 @@ def _build(request: CompileRequest, say: Say) -> dict[str, Any]:
         "seconds": {"parse": parsed - started, "build": done - parsed},
         "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if _is_warning(m)}),
         "layers": asdict(summary),
-        "plugins": [] if plugins is None else [asdict(record) for record in plugins.records],
+        "plugins": [] if plugins is None else msgspec.to_builtins(plugins.records),
     }
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from builder.settings.options import MAX_FRAMES, parse_target
 from earlytom.budget import frames_per_stage, token_count
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plugins.kernel(*call)
         for record in plugins.records:
             name = ".".join(map(str, target))
-            records.append({"target": name, **asdict(record)})
+            records.append({"target": name, **msgspec.structs.asdict(record)})
             sizes = (record.registers, record.shared_bytes, record.spill_bytes)
             grid = " x ".join(map(str, record.grid))
             rows.append((record.name, record.tensors, name, grid, record.threads, *sizes, record.ptx_sha256[:12]))

@@ -28,6 +28,7 @@ from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
+from tests.shared import Shared, name_of
 
 # Of the small checkpoint below: vision layers, decoder layers.
 SMALL = (4, 1)
@@ -72,9 +73,13 @@ def reference_of(graph: VisionGraph, frames: Tensor) -> VisualTokens:
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_checkpoint(shared: Shared) -> Path:
     """The bundled model cut to `SMALL` layers, as a checkpoint folder of the user would be."""
-    source, folder = Path(micro.PATH), tmp_path_factory.mktemp("checkpoint") / "small"
+    return shared("small", lambda place: write_small(place / "small")) / "small"
+
+
+def write_small(folder: Path) -> None:
+    source = Path(micro.PATH)
     folder.mkdir()
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja"):
@@ -90,11 +95,10 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     weights = load_file(source / "model.safetensors")
     save_file({name: w for name, w in weights.items() if kept(name)}, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Callable[..., Exported]:
+def exported(shared: Shared, small_checkpoint: Path) -> Callable[..., Exported]:
     """`exported("--ratio", "0.3", "--fp16")`: that graph of the small checkpoint; equal arguments share one export."""
     made: dict[tuple[str, ...], Exported] = {}
 
@@ -103,15 +107,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--backend", "onnx"]
             own = [] if "--method" in arguments else ["--tau", TAU]  # of EarlyTom alone
             _, config, _ = parse([*words, *own, *arguments])
-            graph = stages.export(config, tmp_path_factory.mktemp("export"))
+            place = shared.copy(name_of("graph", arguments), lambda place: export_graph(config, place))
+            files = json.loads((place / "files.json").read_text())
+            graph = ExportedGraph(place / "graph" / layout.ONNX_FILE, tuple(files))
             made[arguments] = Exported(config, graph, vision_graph(config, torch.float32))
         return made[arguments]
 
     return export
 
 
+def export_graph(config: BuildConfig, place: Path) -> None:
+    folder = place / "graph"
+    folder.mkdir()
+    (place / "files.json").write_text(json.dumps(stages.export(config, folder).files))
+
+
 @pytest.fixture(scope="session")
-def chain_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Callable[..., Chain]:
+def chain_of(shared: Shared, small_checkpoint: Path) -> Callable[..., Chain]:
     """`chain_of("--fp16")`: that chain of the small checkpoint; equal arguments share one export."""
     made: dict[tuple[str, ...], Chain] = {}
 
@@ -120,8 +132,7 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--backend", "onnx"]
             own = [] if "--method" in arguments else ["--tau", TAU]  # of EarlyTom alone
             _, config, _ = parse([*words, *own, "--ratio", "0.3", "--schedule", "adaptive", *arguments])
-            folder = tmp_path_factory.mktemp("chain")
-            stages.export_stages(config, folder)
+            folder = shared.copy(name_of("chain", arguments), lambda place: stages.export_stages(config, place))
             made[arguments] = Chain(config, folder, vision_graph(config, torch.float32))
         return made[arguments]
 
@@ -134,10 +145,11 @@ def chain(chain_of: Callable[..., Chain]) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+def videos(shared: Shared) -> tuple[Path, ...]:
     """Two drawn clips as files."""
-    folder = tmp_path_factory.mktemp("videos")
-    return tuple(draw_clip(folder / f"drawn{seed}.mp4", seed=seed) for seed in range(2))
+    names = {seed: f"drawn{seed}.mp4" for seed in range(2)}
+    folder = shared("videos", lambda place: [draw_clip(place / name, seed=seed) for seed, name in names.items()])
+    return tuple(folder / name for name in names.values())
 
 
 @pytest.fixture(scope="session")
@@ -154,11 +166,13 @@ def build_arguments(small_checkpoint: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory, build_arguments: list[str]) -> Path:
+def engine(shared: Shared, build_arguments: list[str]) -> Path:
     """The folder of an engine built by the command, for reading only."""
-    out = tmp_path_factory.mktemp("engines")
-    assert build.main([*build_arguments, "--out", str(out), "--verify-text"]) == 0
-    (folder,) = out.iterdir()
+
+    def build_it(out: Path) -> None:
+        assert build.main([*build_arguments, "--out", str(out), "--verify-text"]) == 0
+
+    (folder,) = shared.copy("small-engine", build_it).iterdir()
     Manifest.read(folder)
     return folder
 
