@@ -64,7 +64,7 @@ def test_the_way_in_which_it_takes_clips_is_said(engine: Path) -> None:
     other["manifest"] = manifest | {"batch": 2, "chunk": 4, "int8": [], "frames_kept": kept}
     other["layers"] = record["layers"] | {"int8_share": 0.863}
     text = page.page_of(other, None)
-    for words in ("8 or 16 frames", "2 videos at once", "frames as they come, 4 at a time"):
+    for words in (f"8 or {manifest['frames']} frames", "2 videos at once", "frames as they come, 4 at a time"):
         assert f", {words}" in text
     assert f"<b>int8, {manifest['dtype']}</b>" in text
     assert ", 86.30% in int8;" in text
