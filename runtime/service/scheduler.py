@@ -15,9 +15,9 @@ A job ends in one of five ways, and its reader gets what came before: served to 
 at each check, before it serves it and between items, and never in the midst of a call. If a worker itself fails,
 outside those calls, every job ends with `Closed`, and so does every `submit` from then on.
 
-Knows nothing of what it runs: no tensors, no models. Where jobs are and how they end is `runtime.service.line`; its lock
-is never held while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`) takes no
-lock: it may interrupt a thread that holds it.
+Knows nothing of what it runs: no tensors, no models. Where jobs are and how they end is `runtime.service.line`, whose
+lock is never held while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`)
+takes no lock: it may interrupt a thread that holds it.
 """
 
 from __future__ import annotations
