@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.families import family_named
 from earlytom.numbers import shown, whole
-from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder.eager import Finish
 from runtime.decoder.protocol import TextDecoder
@@ -37,6 +36,7 @@ from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.manifest import Manifest
 from runtime.errors import Closed
 from runtime.gpu.staging import Upload
+from runtime.gpu.stopwatch import Stopwatch
 from runtime.service.prefixes import PrefixCache
 from runtime.service.requests import (
     Answer,
@@ -54,10 +54,11 @@ from runtime.service.requests import (
     Work,
 )
 from runtime.service.scheduler import Turn
+from runtime.service.splicing import Splicer
 from runtime.show.kept import grid_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
+from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
@@ -70,15 +71,6 @@ READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
     "messages before the video"
 )
-
-
-class Spliced(NamedTuple):
-    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, and what else the decoder is
-    told of it."""
-
-    embeds: Tensor
-    visual: Sequence[int]
-    placed: dict[str, Tensor]
 
 
 class Answering:
@@ -118,6 +110,7 @@ class Answering:
         self.decoder: TextDecoder | None = decoder
         self._turn = threading.Lock()  # to use the engine, until what it gave was copied
         self.closing = closing
+        self._splice = Splicer(closing, placing, manifest.tokens_per_frame)
         self.tokenizer = tokenizer
         self.stops = stops
         self._family = family_named(manifest.model.family)
@@ -258,7 +251,7 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            values = self._spliced(ready.question.words, found).embeds
+            values = self._splice(ready.question.words, found, self._open_decoder()).embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -375,7 +368,7 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            spliced = self._spliced(words, shown.encoded)
+            spliced = self._splice(words, shown.encoded, decoder)
             stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
@@ -384,24 +377,11 @@ class Answering:
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
-    def _spliced(self, words: Prompt, encoded: Encoded) -> Spliced:
-        """A prompt with its video."""
-        decoder = self._open_decoder()
-        device, per_frame = decoder.device, self.manifest.tokens_per_frame
-        spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
-        embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
-        place, bias = encoded.place.to(device), encoded.bias.to(device)
-        frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
-        if spans is None:
-            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
-        else:
-            placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
-        return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
-
     def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
-        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
-        prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
+        decoder = self._open_decoder()
+        spliced = self._splice(dataclasses.replace(words, suffix_ids=()), encoded, decoder)
+        prefix = decoder.prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
         seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
         held = self.watched.keys()
         for one in held:
@@ -446,29 +426,6 @@ def _frames(ready: Ready) -> Tensor:
     """The frames of its clip, where the engine wants them."""
     assert isinstance(ready.shown, Clip)
     return ready.shown.frames if ready.arriving is None else ready.arriving.take()
-
-
-class Stopwatch:
-    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing. Without a
-    device, and without `stop`, they are none."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.events: list[Any] = []
-        self.started = self.stopped = time.perf_counter()
-        if device is not None and device.type == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-
-    def stop(self) -> None:
-        self.stopped = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-
-    def seconds(self) -> float:
-        """Valid once the host has waited for the device, as it does for every token."""
-        if self.events:
-            return self.events[0].elapsed_time(self.events[1]) / 1000
-        return self.stopped - self.started
 
 
 Measured = tuple[Encoded, Stopwatch]  # visual tokens, and what measured the engine
