@@ -116,11 +116,7 @@ class EvaluationSettings:
 
 
 def read(argv: Sequence[str] | None) -> EvaluationSettings:
-    """Parse, and refuse what can be refused without the model: loading one takes seconds.
-
-    Raises:
-        UserError: as `check` does.
-    """
+    """Parse, and refuse what can be refused without the model: loading one takes seconds."""
     given = vars(parser().parse_args(argv))
     json = given.pop("json")
     given["ratios"] = given["ratios"] or ((MAIN_RATIO,) if given["coverage"] else RATIOS)
@@ -266,11 +262,7 @@ def _output_options(p: argparse.ArgumentParser) -> None:
 
 
 def check(asked: EvaluationSettings) -> None:
-    """Refuse what makes no sense whatever the model.
-
-    Raises:
-        UserError: a value that makes no sense, no such engine, or a file that could not be written at the end.
-    """
+    """Refuse what makes no sense whatever the model."""
     for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
         if (value := getattr(asked, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -318,11 +310,7 @@ def check_coverage(asked: EvaluationSettings) -> None:
 
 
 def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJob:
-    """The coverage that is asked for, of a model.
-
-    Raises:
-        UserError: a value that makes no sense with this model.
-    """
+    """The coverage that is asked for, of a model."""
     from builder.evaluation.coverage.command import CoverageJob
     from earlytom.families import geometry
 
@@ -334,11 +322,7 @@ def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJ
 
 
 def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
-    """The measurement that is asked for, of a model.
-
-    Raises:
-        UserError: a value that makes no sense with this model.
-    """
+    """The measurement that is asked for, of a model."""
     from builder.evaluation import record
     from builder.evaluation.bench import EvaluationJob
     from earlytom.families import geometry

@@ -64,10 +64,6 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
 
     Returns:
         The options as given, and what they build with.
-
-    Raises:
-        UserError: an option that there is not, or a value that makes no sense, alone or together with others.
-        SystemExit: --help, with status 0.
     """
     options = parser().parse_args(argv)
     for clip in options.calibration:
@@ -132,11 +128,7 @@ def _check_int8(options: argparse.Namespace) -> None:
 
 
 def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
-    """The build that options which `read` accepted ask for.
-
-    Raises:
-        UserError: the model cannot be used, or a value makes no sense together with it.
-    """
+    """The build that options which `read` accepted ask for."""
     from builder.settings.config import BuildConfig
     from earlytom.families import geometry
     from runtime.checkpoint import describe

@@ -172,12 +172,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s.
-
-    Raises:
-        UserError: a value that makes no sense, no such video or engine, matplotlib is missing.
-        OSError: the folder for the plots cannot be made.
-    """
+    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s."""
     for name, least in (
         ("repeats", 1), ("warmup", 0), ("requests", 1), ("scale_repeats", 1), ("max_new_tokens", 2), ("threads", 1),
         ("frames", MIN_FRAMES), ("soak", 1), ("soak_clients", 1),
@@ -246,11 +241,7 @@ def _check_plot(options: argparse.Namespace) -> None:
 
 
 def place(options: argparse.Namespace) -> None:
-    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU.
-
-    Raises:
-        UserError: a GPU was asked for, and there is none.
-    """
+    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU."""
     import torch
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
