@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from earlytom.config import Schedule
-from earlytom.errors import UserError
+from earlytom.config import Schedule, known
 from earlytom.numbers import real
 
 
@@ -54,7 +53,4 @@ class VisionZipConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionZipConfig:
         """Inverse of `to_dict`. Raises UserError on a key that is not a setting."""
-        unknown = sorted(set(values) - {"retention_ratio"})
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r} of method 'visionzip': the setting is retention_ratio")
-        return cls(**values)
+        return cls(**known(cls, cls.method, values))
