@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.families import family_named
 from earlytom.numbers import shown, whole
+from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder.eager import Finish
 from runtime.decoder.protocol import TextDecoder
@@ -54,11 +55,10 @@ from runtime.service.requests import (
     Work,
 )
 from runtime.service.scheduler import Turn
-from runtime.service.splicing import Splicer
 from runtime.show.kept import grid_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length
+from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
@@ -71,6 +71,15 @@ READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
     "messages before the video"
 )
+
+
+class Spliced(NamedTuple):
+    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, and what else the decoder is
+    told of it."""
+
+    embeds: Tensor
+    visual: Sequence[int]
+    placed: dict[str, Tensor]
 
 
 class Answering:
@@ -110,7 +119,6 @@ class Answering:
         self.decoder: TextDecoder | None = decoder
         self._turn = threading.Lock()  # to use the engine, until what it gave was copied
         self.closing = closing
-        self._splice = Splicer(closing, placing, manifest.tokens_per_frame)
         self.tokenizer = tokenizer
         self.stops = stops
         self._family = family_named(manifest.model.family)
@@ -251,7 +259,7 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            values = self._splice(ready.question.words, found, self._open_decoder()).embeds
+            values = self._spliced(ready.question.words, found).embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -368,7 +376,7 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            spliced = self._splice(words, shown.encoded, decoder)
+            spliced = self._spliced(words, shown.encoded)
             stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
@@ -377,11 +385,24 @@ class Answering:
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
+    def _spliced(self, words: Prompt, encoded: Encoded) -> Spliced:
+        """A prompt with its video."""
+        decoder = self._open_decoder()
+        device, per_frame = decoder.device, self.manifest.tokens_per_frame
+        spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
+        embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
+        place, bias = encoded.place.to(device), encoded.bias.to(device)
+        frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
+        if spans is None:
+            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
+        else:
+            placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
+        return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
+
     def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
-        decoder = self._open_decoder()
-        spliced = self._splice(dataclasses.replace(words, suffix_ids=()), encoded, decoder)
-        prefix = decoder.prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
+        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
+        prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
         seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
         held = self.watched.keys()
         for one in held:
