@@ -72,13 +72,13 @@ class MethodOption:
         """Of what argparse makes of it."""
         return self.flag[2:].replace("-", "_")
 
-    def value(self, words: str, flag: str | None = None) -> Any:
-        """What `words` set, given for `flag`. UserError for what they are not."""
+    def value(self, words: str) -> Any:
+        """What `words` set. UserError for those that are none."""
         assert self.read is not None
         try:
             return self.read(words)
         except ValueError as error:
-            raise UserError(f"{flag or self.flag} {words!r}: give {self.example}") from error
+            raise UserError(f"{self.flag} {words!r}: give {self.example}") from error
 
 
 _CELLS, _EARLYTOM = CellsConfig.method, EarlyTomConfig.method
