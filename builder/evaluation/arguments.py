@@ -18,7 +18,7 @@ from earlytom.numbers import whole
 from runtime import cli
 from runtime.choices import MIN_FRAMES
 from runtime.engine.manifest import Manifest
-from runtime.measure.arguments import require_matplotlib
+from runtime.show.figure import require_matplotlib
 
 if TYPE_CHECKING:
     from builder.evaluation.bench import EvaluationJob
