@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from earlytom.budget import dynamic_tokens
-from earlytom.config import Schedule
+from earlytom.config import Schedule, known
 from earlytom.errors import UserError
 from earlytom.numbers import real
 
@@ -65,10 +65,7 @@ class UntouchedConfig(ABC):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`. Raises UserError on a key that is not a setting."""
-        unknown = sorted(set(values) - {"retention_ratio"})
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r} of method {cls.method!r}: the setting is retention_ratio")
-        return cls(**values)
+        return cls(**known(cls, cls.method, values))
 
 
 class VisionZipConfig(UntouchedConfig):

@@ -267,9 +267,6 @@ def export_onnx(
         path: the .onnx file to write.
         batch: B, videos at once.
         shared: where weights go that other graphs have, too.
-
-    Raises:
-        UserError: the adaptive schedule, whose shapes depend on the video.
     """
     if graph.config.schedule != "budget":
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from earlytom.config import known
 from earlytom.errors import UserError
 from earlytom.method import Counts, Method, State
 from earlytom.numbers import real
@@ -41,13 +42,7 @@ class Compressing(Method):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise UserError(
-                f"unknown setting {unknown[0]!r} of method {cls.name!r}: the settings are {', '.join(known)}"
-            )
-        return cls(**settings)
+        return cls(**known(cls, cls.name, settings))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
