@@ -31,11 +31,7 @@ from runtime.trace import Trace
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Everything that `asked` ask for; the record of the JSON line.
-
-    Raises:
-        UserError: the model, the video or an engine cannot be used, or the prompt is too long for the model.
-    """
+    """Everything that `asked` ask for; the record of the JSON line."""
     checkpoint = describe(asked.model)
     if checkpoint.family.any_size and asked.engine:  # all variants see what the engine does
         checkpoint = checkpoint.sized(Manifest.read(asked.engine[0]).model.preprocessing.size)

@@ -13,10 +13,12 @@ from earlytom.families.qwen3_vl.grid import SIDE, STEP
 
 def frame_patches(pixels: Tensor, patch: int) -> Tensor:
     """[F * 2, 3, H, W] to patches [F, S, 3, 2, p, p], those of one token after one another, as the tower takes them."""
-    _, _, height, width = pixels.shape
-    blocks = pixels.unflatten(0, (-1, STEP)).unflatten(4, (width // patch // SIDE, SIDE, patch))
-    blocks = blocks.unflatten(3, (height // patch // SIDE, SIDE, patch))  # [F, 2, 3, rows, m, p, columns, m, p]
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(1, 4)
+    _, colours, height, width = pixels.shape
+    blocks = pixels.flatten(0, 1).unflatten(2, (width // patch // SIDE, SIDE, patch))  # TensorRT has eight dimensions
+    blocks = blocks.unflatten(1, (height // patch // SIDE, SIDE, patch))  # [F * 2 * 3, rows, m, p, columns, m, p]
+    blocks = blocks.permute(0, 1, 4, 2, 5, 3, 6).flatten(1, 4).flatten(2)  # [F * 2 * 3, S, p * p]
+    patches = blocks.unflatten(0, (-1, STEP, colours)).permute(0, 3, 2, 1, 4)  # [F, S, 3, 2, p * p]
+    return patches.unflatten(4, (patch, patch))
 
 
 def packed(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
