@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,23 +16,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builder import build, stages
 from builder.export.vision import ExportedGraph, VisionGraph, vision_graph
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
-from earlytom import encode_video, micro
+from earlytom import encode_video
 from earlytom.encoder import VisualTokens
 from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
+from tests.conftest import SMALL as SMALL
 from tests.shared import Shared, name_of
 
-# Of the small checkpoint below: vision layers, decoder layers.
-SMALL = (4, 1)
 # Of the exported graphs and the engine. With this many frames of a drawn clip and this threshold frames are dropped,
 # folded and static, so that every rule takes part.
 FRAMES = 12
@@ -105,31 +102,6 @@ def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
         return copies[0] if record["one"] else copies
 
     return copied
-
-
-@pytest.fixture(scope="session")
-def small_checkpoint(shared: Shared) -> Path:
-    """The bundled model cut to `SMALL` layers, as a checkpoint folder of the user would be."""
-    return shared("small", lambda place: write_small(place / "small")) / "small"
-
-
-def write_small(folder: Path) -> None:
-    source = Path(micro.PATH)
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix in (".json", ".jinja"):
-            shutil.copy(path, folder)
-    config = json.loads((source / "config.json").read_text())
-    config["vision_config"]["num_hidden_layers"], config["text_config"]["num_hidden_layers"] = SMALL
-    config["text_config"] |= {"layer_types": ["full_attention"] * SMALL[1], "max_window_layers": SMALL[1]}
-    (folder / "config.json").write_text(json.dumps(config))
-
-    def kept(name: str) -> bool:
-        layer = re.search(r"layers\.(\d+)\.", name)
-        return layer is None or int(layer[1]) < SMALL["vision" not in name]
-
-    weights = load_file(source / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if kept(name)}, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="session")
