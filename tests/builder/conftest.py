@@ -97,7 +97,8 @@ def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
         parts = {name: part for name, part in config.key_parts().items() if name not in ("answers", "calibration")}
         folder = shared(name_of("export", [json.dumps(parts, sort_keys=True)]), make)
         record = json.loads(folder.with_suffix(".export").read_text())
-        shutil.copytree(folder, place, dirs_exist_ok=True)
+        for file in folder.iterdir():
+            shutil.copy(file, place / file.name)
         copies = tuple(ExportedGraph(place / files[0], tuple(files)) for files in record["files"])
         return copies[0] if record["one"] else copies
 
