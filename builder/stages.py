@@ -38,7 +38,8 @@ from builder.show import progress_line, show_kept
 from runtime.checkpoint import MICRO
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
-from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.engine.manifest import AND, Manifest, ModelRecord, describe_files
+from runtime.engine.records import PreprocessingRecord
 from runtime.trace import Trace
 
 

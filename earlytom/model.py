@@ -203,7 +203,7 @@ class AppliedEarlyTom(Restorable):
             return BaseModelOutputWithPooling(pooler_output=pooled)
 
         if self.method.inner is not None:
-            self._merging = apply_inner(inner.language_model, *self.method.inner)
+            self._merging = apply_inner(model.get_decoder(), *self.method.inner)
         self.replace(model, "generate", generate)
         self.replace(inner, "forward", forward)
         self.replace(inner, features_name, features)

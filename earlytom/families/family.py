@@ -74,6 +74,18 @@ class Geometry:
         return math.prod(self.cells)
 
 
+class FrameTimes(NamedTuple):
+    """When the frames of a video that are shown were.
+
+    Attributes:
+        seconds: of each, from its first frame.
+        duration: of the video, in seconds.
+    """
+
+    seconds: tuple[float, ...]
+    duration: float
+
+
 class VisionModules(NamedTuple):
     """The vision part of a transformers model.
 
@@ -142,7 +154,9 @@ class Family(ABC):
         video_token: the text that stands for a video in a rendered prompt.
         visual_token: the text that stands for one visual token.
         span_a_frame: whether every frame's visual tokens stand by themselves in a prompt, with a text that names the
-            frame (`before_frame`, `after_frame`, `between_frames`); else those of a video are one span.
+            frame (`before_frame`, `after_frame`, `between_frames`, in all `before_video`, `after_video`); else those
+            of a video are one span.
+        names_times: whether such texts say when a frame was.
         sampling: which frames of a video are shown: "ends", from the first to the last, or "middles", those in the
             middle of equal parts.
         mean, std: of the pixels, where a checkpoint's files do not say.
@@ -151,7 +165,7 @@ class Family(ABC):
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
-            tokens, and the encoder layer whose states are taken.
+            tokens, and the one that says which states are taken, such as the encoder layer.
     """
 
     model_type: ClassVar[str]
@@ -169,6 +183,7 @@ class Family(ABC):
     video_token: ClassVar[str]
     visual_token: ClassVar[str]
     span_a_frame: ClassVar[bool] = False
+    names_times: ClassVar[bool] = False
     after_frame: ClassVar[str] = ""
     between_frames: ClassVar[str] = ""
     sampling: ClassVar[FrameSampling] = "ends"
@@ -197,6 +212,10 @@ class Family(ABC):
     @abstractmethod
     def config(self, raw: dict[str, Any]) -> Any:
         """transformers' configuration of the content of a config.json; it raises what that raises."""
+
+    def preparation(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The content of a preprocessing file in the words that most families use (`runtime.checkpoint`)."""
+        return raw
 
     @abstractmethod
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -314,9 +333,21 @@ class Family(ABC):
         """How many tokens of a prompt that takes."""
         return int(self.closing_name is not None)
 
-    def before_frame(self, number: int) -> str:
-        """Where frames have spans of their own: the text before the visual tokens of a frame of the video, from 0."""
+    def chat_template(self) -> str | None:
+        """What renders a conversation with a video in the place of the checkpoint's own template; None: nothing."""
+        return None
+
+    def before_video(self, times: FrameTimes | None) -> str:
+        """Where frames have spans of their own: the text before those of a video. Without times, the longest."""
+        return ""
+
+    def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
+        """The text before the visual tokens of a frame of the video, from 0; without times as in `before_video`."""
         raise NotImplementedError(f"{self.title} has one span a video")
+
+    def after_video(self) -> str:
+        """The text after those of a video."""
+        return ""
 
     def spans(self, config: Any, frames: int) -> tuple[int, ...]:
         """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` frames."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import family_named
+from earlytom.families import FrameTimes, family_named
 from earlytom.numbers import shown, whole
 from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
@@ -37,6 +37,7 @@ from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.manifest import Manifest
 from runtime.errors import Closed
 from runtime.gpu.staging import Upload
+from runtime.gpu.stopwatch import Stopwatch
 from runtime.service.prefixes import PrefixCache
 from runtime.service.requests import (
     Answer,
@@ -258,7 +259,7 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            values = self._spliced(ready.question.words, found).embeds
+            values = self._spliced(ready.question.words, found, self._times_of(ready.shown)).embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -298,9 +299,9 @@ class Answering:
             cached = isinstance(shown, Seen)
             if not isinstance(shown, Seen):
                 found, vision = self._tokens(ready) if encoded is None else encoded
-                shown = (
-                    self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
-                )
+                shown = Arrived(found, self._times_of(shown))
+                if ready.remembered:
+                    shown = self._read(shown, ready.question.words, ready.remembered)
                 del found
             if ready.read_only:
                 return
@@ -375,7 +376,7 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            spliced = self._spliced(words, shown.encoded)
+            spliced = self._spliced(words, shown.encoded, shown.times)
             stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
@@ -384,9 +385,14 @@ class Answering:
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
-    def _spliced(self, words: Prompt, encoded: Encoded) -> Spliced:
-        """A prompt with its video."""
-        decoder = self._open_decoder()
+    def _times_of(self, shown: Clip | Seen | Arrived) -> FrameTimes:
+        """When the frames of a video that is to be read were."""
+        assert not isinstance(shown, Seen)
+        return shown.times if isinstance(shown, Arrived) else shown.times(self.manifest.model.preprocessing.sampling)
+
+    def _spliced(self, words: Prompt, encoded: Encoded, times: FrameTimes) -> Spliced:
+        """A prompt with its video, whose frames were at such times."""
+        decoder, words = self._open_decoder(), words.at(times)
         device, per_frame = decoder.device, self.manifest.tokens_per_frame
         spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
         embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
@@ -398,9 +404,10 @@ class Answering:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
-    def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
+    def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
-        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
+        encoded = arrived.encoded
+        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded, arrived.times)
         prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
         seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
         held = self.watched.keys()
@@ -446,29 +453,6 @@ def _frames(ready: Ready) -> Tensor:
     """The frames of its clip, where the engine wants them."""
     assert isinstance(ready.shown, Clip)
     return ready.shown.frames if ready.arriving is None else ready.arriving.take()
-
-
-class Stopwatch:
-    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing. Without a
-    device, and without `stop`, they are none."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.events: list[Any] = []
-        self.started = self.stopped = time.perf_counter()
-        if device is not None and device.type == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-
-    def stop(self) -> None:
-        self.stopped = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-
-    def seconds(self) -> float:
-        """Valid once the host has waited for the device, as it does for every token."""
-        if self.events:
-            return self.events[0].elapsed_time(self.events[1]) / 1000
-        return self.stopped - self.started
 
 
 Measured = tuple[Encoded, Stopwatch]  # visual tokens, and what measured the engine

@@ -12,7 +12,7 @@ from typing import IO, Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from earlytom.families import FrameSampling
+from earlytom.families import FrameSampling, FrameTimes
 from runtime.decoder.eager import Finish
 from runtime.decoder.protocol import ReadPrompt
 from runtime.decoder.sampling import Sampling
@@ -154,9 +154,10 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Arrived:
-    """A video that was encoded while it came: its visual tokens, which nobody writes over."""
+    """A video that was encoded while it came: its visual tokens, which nobody writes over, and when its frames were."""
 
     encoded: Encoded
+    times: FrameTimes
 
 
 # What callers may give, and what becomes of it when it is taken (`runtime.video.take_video`).

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import FrameSampling
+from earlytom.families import FrameSampling, FrameTimes
 from runtime.video.frames import resize_frames
+
+UNKNOWN_RATE = 24.0  # frames a second
 
 
 def frames_for(source: int, frames: int | Sequence[int]) -> int:
@@ -41,6 +43,13 @@ def sample_indices(count: int, frames: int, sampling: FrameSampling = "ends") ->
         step = count / frames
         return np.minimum((step / 2 + step * np.arange(frames)).astype(np.float32).astype(np.int64), count - 1)
     return np.linspace(0, count - 1, frames, dtype=np.int64)
+
+
+def times_of_sample(count: int, frames: int, sampling: FrameSampling = "ends") -> FrameTimes:
+    """When the frames of `sample_indices` are taken to be where nothing says it: 24 frames a second, as transformers'
+    processors have it."""
+    seconds = tuple((sample_indices(count, frames, sampling) / UNKNOWN_RATE).tolist())
+    return FrameTimes(seconds, seconds[-1])
 
 
 def apply_display_matrix(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:

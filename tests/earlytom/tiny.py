@@ -25,6 +25,8 @@ from transformers import (
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 FAMILIES = ("siglip", "siglip2", "clip", "dinov2")
@@ -122,6 +124,7 @@ BUNDLED_WORDS = {"vocab_size": 1300, "bos_token_id": 1290, "eos_token_id": 1292,
 BUNDLED_IDS = {
     "llava_onevision": {"image_token_id": 1293, "video_token_id": 1294},
     "internvl": {"image_token_id": 1295},
+    "smolvlm": {"image_token_id": 1296},
 }
 
 
@@ -211,10 +214,34 @@ def tiny_llava_next_video(
     return randomise(LlavaNextVideoForConditionalGeneration(config), seed)
 
 
+def tiny_smolvlm(
+    *, layers: int = 4, grid: int = 8, side: int = 4, seed: int = 0, bundled: bool = False
+) -> SmolVLMForConditionalGeneration:
+    """A random SmolVLM2 that joins `side` x `side` patches, with a Llama decoder; otherwise as `tiny_llava`."""
+    ids: Any = BUNDLED_IDS["smolvlm"] if bundled else {"image_token_id": VIDEO_TOKEN}
+    words = {"bos_token_id": 1291, "eos_token_id": 1297, "pad_token_id": 1291, "vocab_size": 1300}
+    text = tiny_llava().config.text_config.to_dict() | {"model_type": "llama"}
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "image_size": grid * PATCH,
+            "patch_size": PATCH,
+        },
+        text_config=text | (words if bundled else {}),
+        scale_factor=side,
+        **ids,
+    )
+    return randomise(SmolVLMForConditionalGeneration(config), seed)
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     "llava_onevision": tiny_llava,
     "internvl": tiny_internvl,
     "llava_next_video": tiny_llava_next_video,
+    "smolvlm": tiny_smolvlm,
 }
 """A tiny model of every family."""
 

@@ -136,7 +136,7 @@ def copy(folder: Path, place: Path, **changes: Any) -> Path:
     """A copy of an engine folder whose manifest says `changes`, in good order."""
     shutil.copytree(folder, place, dirs_exist_ok=True)
     manifest = Manifest.read(folder)
-    dataclasses.replace(manifest, **{"files": describe_files(place), **changes}).write(place)
+    manifest.replace(**{"files": describe_files(place), **changes}).write(place)
     return place
 
 

@@ -49,6 +49,7 @@ def frames_of(model: Any) -> Tensor:
     [
         ("llava_onevision", {}),
         ("llava_next_video", {}),
+        ("smolvlm", {"grid": 6, "side": 3}),
         ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False}),
     ],
 )

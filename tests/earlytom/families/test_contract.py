@@ -34,14 +34,15 @@ def video(model: Any, kind: str, frames: int = F) -> Tensor:
 
 def as_given(found: Family, pixels: Tensor) -> Tensor:
     """One video as the family's processor gives it to the model."""
-    return pixels[None] if found.pixels_name == "pixel_values_videos" else pixels
+    return pixels if found.model_type == "internvl" else pixels[None]
 
 
 def own(found: Family, model: Any, pixels: Tensor) -> Tensor:
     """transformers' visual tokens of one video, [N, E]."""
     config, given = model.config, as_given(found, pixels)
-    how = {name: getattr(config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-    return getattr(model.model, found.features_name)(given, **how).pooler_output.flatten(0, 1)
+    settings = ("vision_feature_layer", "vision_feature_select_strategy")
+    how = {name: getattr(config, name) for name in settings if hasattr(config, name)}
+    return torch.cat(list(getattr(model.model, found.features_name)(given, **how).pooler_output))
 
 
 def prompt(found: Family, model: Any, frames: int = F) -> Tensor:
@@ -166,7 +167,7 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     vision = found.vision_of(model.model)
     parts: list[Any] = [vision.tower.embeddings, *vision.tower.layers[: frame.depth]]
     parts += [module for name, module in vision.tower.model.named_children() if name.startswith("pre")]
-    parts.append(vision.projector)  # type: ignore[attr-defined]
+    parts += [module for name, module in vars(vision).items() if name in ("projector", "norm")]
     assert found.vision_weights(model.config) == sum(p.numel() for part in parts for p in part.parameters())
     whole, less = (found.vision_flops(model.config, *stages) for stages in (((F,), ()), ((F, 3), (0,))))
     assert found.projector_flops(model.config, F) == 2 * found.projector_flops(model.config, F // 2) < less < whole
