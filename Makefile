@@ -24,7 +24,7 @@ test: lint
 
 vllm-check: $(VENV)/.ready $(VLLM)/.ready
 	$(BIN)/python -m builder.build --ratio 0.3 --fp16
-	$(BIN)/python -m tests.vllm_check engines --vllm $(VLLM)/bin/python
+	$(BIN)/python -m tests.vllm_check engines --vllm $(VLLM)/bin/python --at-least 3
 
 ray-check: $(VENV)/.ready $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -p no:xdist tests/runtime/serve/test_ray.py tests/runtime/serve/test_replicas.py
