@@ -26,7 +26,7 @@ from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import TITLES
 from earlytom.settings import NOT_BUILT, SETTINGS, MethodSettings
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UntouchedConfig
 from runtime import cli, trt
 from runtime.choices import METHOD_OPTIONS, add_method_options, given_settings, in_options, number
 
@@ -196,7 +196,7 @@ def _method_options(group: Any) -> None:
         choices=tuple(SETTINGS),
         default=EarlyTomConfig.method,
         help="earlytom: the published method (default); cells: frames merged cell by cell and diverse tokens, more "
-        "accurate with few tokens on the bundled model; visionzip: no frame is merged, for comparison",
+        "accurate with few tokens on the bundled model; the others, for comparison, merge no frames inside the encoder",
     )
     add_method_options(group, "retention_ratio")
     group.add_argument(
@@ -347,7 +347,7 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
             "--threshold is for --schedule adaptive and --frame-budget auto: with fixed counts the frames that change "
             "most start groups; leave it out"
         )
-    if kind is VisionZipConfig:
+    if issubclass(kind, UntouchedConfig):
         _refuse_merging(options)
     if options.frame_budget is not None and options.schedule == "adaptive":
         raise UserError("--frame-budget is for --schedule budget: in the adaptive one the video decides")
@@ -363,8 +363,8 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     try:
         if options.preset is not None:
             return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
-        if kind is VisionZipConfig:
-            return VisionZipConfig(options.ratio)
+        if issubclass(kind, UntouchedConfig):
+            return kind(options.ratio)
         return kind(**(defaults | changes))
     except UserError as error:  # it names the settings; on a command line they are options
         raise in_options(error) from error
