@@ -163,7 +163,8 @@ class Replicas:
             raise _lost("its replica failed; ask again") from error
         finally:
             self._running -= running
-            responses.cancel()  # of no effect on one that has ended
+            with contextlib.suppress(Exception):  # what was refused before it reached a replica is raised again
+                responses.cancel()  # of no effect on one that has ended
 
     def close(self) -> None:
         """Let go of frames."""
