@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, tuple[str, ...]] = {
     "earlytom": (
         "errors",
-        "numbers attention transfers restorable density bipartite scenes",
+        "numbers attention transfers restorable density ranking scenes",
+        "bipartite",
         "config budget",
         "cells/config untouched",
         "settings",

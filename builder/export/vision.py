@@ -38,7 +38,8 @@ from earlytom.method import Method
 from earlytom.methods import method_of, several
 from earlytom.methods.cells import Cells
 from earlytom.methods.earlytom import EarlyTom
-from earlytom.methods.published import VisionZip
+from earlytom.methods.published import PUBLISHED
+from earlytom.methods.published.compressing import Exported
 from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from earlytom.towers import Tower
@@ -266,9 +267,6 @@ def export_onnx(
         path: the .onnx file to write.
         batch: B, videos at once.
         shared: where weights go that other graphs have, too.
-
-    Raises:
-        UserError: the adaptive schedule, whose shapes depend on the video.
     """
     if graph.config.schedule != "budget":
         raise UserError(
@@ -387,7 +385,8 @@ def no_body(node: ir.Node, config: MethodSettings, frames: int) -> ir.Function:
 
 FORMS: dict[str, Form] = {
     EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body),  # type: ignore[arg-type]
-    VisionZip.name: Form(lambda graph: graph.decisions, no_body),
     Cells.name: Form(lambda graph: SymbolicCells(graph.config), lambda node, _, frames: cells_body(node, OPSET)),  # type: ignore[arg-type]
+} | {
+    name: Form(lambda graph: graph.decisions, no_body) for name, kind in PUBLISHED.items() if issubclass(kind, Exported)
 }
 """The methods that can be exported, by name."""

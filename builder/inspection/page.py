@@ -35,12 +35,7 @@ def leave(folder: Path) -> Path:
 
 
 def write(folder: Path, path: Path, frames: int | None = None) -> Path:
-    """Write the page of an engine's folder to a file.
-
-    Raises:
-        EngineError: as `builder.inspection.record.describe`.
-        OSError: the file cannot be written.
-    """
+    """Write the page of an engine's folder to a file."""
     record = describe(folder, frames)
     clip = saved_clip(Path(record["folder"]), Manifest.read(Path(record["folder"]), verify_files=False))
     with partial(path) as unfinished:

@@ -78,11 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def checked_stages(options: argparse.Namespace) -> tuple[int, ...]:
-    """Frames before the first merge and after each one.
-
-    Raises:
-        UserError: numbers that make no sense.
-    """
+    """Frames before the first merge and after each one."""
     if options.merges < 0 or options.width < 1:
         raise UserError(f"--merges must be 0 or more and --width 1 or more, got {options.merges} and {options.width}")
     if options.tokens < 1:
@@ -95,11 +91,7 @@ def checked_stages(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def calls(options: argparse.Namespace) -> Iterator[Call]:
-    """The plugin calls of an engine: a plan for each merge layer and one for the final segments, and the selection.
-
-    Raises:
-        UserError: numbers that make no sense.
-    """
+    """The plugin calls of an engine: a plan for each merge layer and one for the final segments, and the selection."""
     from builder.plugins.registry import FRAME_PLAN, SELECT_GREEDY, SELECT_TOKENS
 
     stages = checked_stages(options)

@@ -51,10 +51,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from earlytom.budget import dynamic_tokens, frames_per_stage, most_tokens, token_count
+from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.settings import MethodSettings
 from earlytom.spans import OF_MERGES, layer_spans, trace_names
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UntouchedConfig
 
 FRAMES = "frames"
 TOKENS = "tokens"
@@ -255,8 +255,8 @@ class Layout:
 
     def tokens_of(self, frames_left: int) -> int:
         """Tokens of so many frames, none of them static: the rows that a chain's last stage writes for them."""
-        if isinstance(self.earlytom, VisionZipConfig):  # a share of each frame, not of what merging leaves
-            return frames_left * dynamic_tokens(self.tokens_per_frame, self.earlytom.retention_ratio)
+        if isinstance(self.earlytom, UntouchedConfig):  # all frames are left
+            return self.earlytom.tokens(self.frames, self.tokens_per_frame)
         return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
 
     @property

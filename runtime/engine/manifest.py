@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +22,9 @@ import msgspec
 from msgspec import Meta
 
 from earlytom.config import EarlyTomConfig
-from earlytom.errors import UserError
 from earlytom.numbers import shown
 from earlytom.settings import SETTINGS, MethodSettings, settings_of
+from runtime.engine.agreement import check_agreement
 from runtime.engine.layout import DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, Layout, Sizes, count_file
 from runtime.engine.records import (
     MOST_COUNTS,
@@ -41,8 +39,6 @@ from runtime.engine.records import (
     ProgramRecord,
     Record,
     Text,
-    cut,
-    is_file_name,
     one_of,
     plain,
     refusal,
@@ -137,12 +133,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         for name in ("earlytom", "figures", "verification"):
             msgspec.structs.force_setattr(self, name, plain(name, getattr(self, name)))
         super().__post_init__()
-        self._check_values()
-        self._check_counts()
-        if self.compression == "plugin" and self.backend != "tensorrt":
-            raise _contradiction(f"compression is plugin, {self.backend} has none")
-        if self.plugins and self.compression != "plugin":
-            raise _contradiction("compression is native and plugins are listed")
+        check_agreement(self)
         for name in self.stage_files(BACKENDS[self.backend]):
             if name not in self.files:
                 raise EngineError(f"manifest lists no {name}, which {self.backend} needs: {REBUILD}")
@@ -221,66 +212,6 @@ class Manifest(Record, frozen=True, kw_only=True):
         The files of another count are those of `at`.
         """
         return tuple(graph.file(name) for graph in self.layout.graphs)
-
-    def _check_values(self) -> None:
-        """What a type does not say of one field."""
-        counts, kept, verified = self.frame_counts, self.frames_kept or (), self.verification
-        passed = verified is None or isinstance(verified.get("passed"), bool)
-        rules = [
-            ("created", _is_time(self.created), "an ISO 8601 time"),
-            ("figures", all(map(_is_finite, self.figures.values())), "finite numbers"),
-            ("verification", passed, 'null or an object with "passed": true or false'),
-            ("frames_kept", all(list(row) == sorted(row) for row in kept), "least, median and most of every stage"),
-            ("frame_counts", counts is None or list(counts) == sorted(set(counts)), "null or ascending frame counts"),
-        ]
-        for name, good, expected in rules:
-            if not good:
-                raise EngineError(f"manifest.{name}: expected {expected}, got {shown(getattr(self, name))}: {REBUILD}")
-        for name in (*self.files, *self.programs):
-            if not is_file_name(name):
-                raise EngineError(f"manifest lists a file named {shown(name)}, which is no plain file name: {REBUILD}")
-
-    def _check_counts(self) -> None:
-        """The counts must be those that the layout gives for the recorded settings."""
-        try:
-            config, layout = self.settings, self.layout
-            expected: dict[str, Any] = {"tokens_full": layout.tokens_full}
-            expected |= {"frames_per_stage": layout.stages, "tokens": layout.tokens}
-        except UserError as error:
-            raise EngineError(
-                f"manifest has {self.method} settings that make no sense ({cut(error)}): {REBUILD}"
-            ) from error
-        if not layout.adaptive:
-            expected["frames_kept"] = None
-        for name, value in expected.items():
-            if (got := getattr(self, name)) != value:
-                raise _contradiction(f"{name} is {shown(got)}, its settings give {shown(value)}")
-        if self.frames != self.counts[-1]:
-            raise _contradiction(f"frames is {self.frames}, of frame_counts {shown(self.counts)} it must be the last")
-        if self.frame_counts is not None and isinstance(config.frame_budget, tuple):
-            raise _contradiction(
-                f"frame_budget {shown(config.frame_budget)} fits one frame count, frame_counts is "
-                f"{shown(self.frame_counts)}"
-            )
-        whole = self.batch == 1 and self.frame_counts is None and config.schedule == "budget"
-        if self.chunk is not None and not (whole and self.frames % self.chunk == 0):
-            raise _contradiction(
-                f"chunk is {self.chunk}, which is for one video of one frame count in the budget schedule and divides "
-                f"its {self.frames} frames"
-            )
-        if config.schedule == "adaptive":
-            if self.batch > 1 or self.frame_counts is not None:
-                raise _contradiction(
-                    f"an adaptive engine takes one video of one frame count, batch is {self.batch} and frame_counts "
-                    f"{shown(self.frame_counts)}"
-                )
-            kept = self.frames_kept or ()
-            fits = len(kept) == len(layout.stages) and kept[0] == (self.frames,) * 3
-            if not fits or any(most > self.frames for _, _, most in kept):
-                raise _contradiction(
-                    f"frames_kept is {shown(self.frames_kept)}, its settings give {len(layout.stages)} stages of at "
-                    f"most {self.frames} frames"
-                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the schema version first; `from_dict` is its inverse."""
@@ -419,22 +350,3 @@ def _seal(values: Mapping[str, Any]) -> str:
 def _builtin(value: object) -> str | int | float:
     """A text or number of a library's own kind, as torch's version is, in Python's."""
     return next(kind(value) for kind in (str, int, float) if isinstance(value, kind))
-
-
-def _contradiction(text: str) -> EngineError:
-    return EngineError(f"manifest contradicts itself: {text}: {REBUILD}")
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        return False
-
-
-def _is_time(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True

@@ -30,11 +30,7 @@ from runtime.trace import Trace
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Everything that `asked` ask for; the record of the JSON line.
-
-    Raises:
-        UserError: the model, the video or an engine cannot be used, or the prompt is too long for the model.
-    """
+    """Everything that `asked` ask for; the record of the JSON line."""
     checkpoint = describe(asked.model)
     frames = asked.frames or checkpoint.frames
     config = settings(checkpoint, asked.ratio, asked.merge_layers, asked.tau)

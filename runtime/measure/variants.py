@@ -126,9 +126,6 @@ class Bench:
         checkpoint: from `runtime.checkpoint.describe`.
         question: asked of every video.
         device, dtype: of the model.
-
-    Raises:
-        UserError: the checkpoint or the question cannot be used.
     """
 
     def __init__(self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -252,11 +249,7 @@ class Bench:
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
-    """The manifest of an engine folder, of several frame counts that of `frames`.
-
-    Raises:
-        EngineError: no such folder, a broken one, an engine of another model or for another number of frames.
-    """
+    """The manifest of an engine folder, of several frame counts that of `frames`."""
     manifest = Manifest.read(folder)
     if manifest.model.digest != checkpoint.digest():
         raise EngineError(
@@ -278,11 +271,7 @@ def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
 
 
 def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
-    """The method's settings for a checkpoint; its own merge layers by default.
-
-    Raises:
-        UserError: a value out of range, or a layer that the tower does not have.
-    """
+    """The method's settings for a checkpoint; its own merge layers by default."""
     depth = geometry(checkpoint.config).depth
     config = method(ratio, EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers, tau)
     config.check_layers(depth)

@@ -37,6 +37,7 @@ from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.manifest import Manifest
 from runtime.errors import Closed
 from runtime.gpu.staging import Upload
+from runtime.gpu.stopwatch import Stopwatch
 from runtime.service.prefixes import PrefixCache
 from runtime.service.requests import (
     Answer,
@@ -452,29 +453,6 @@ def _frames(ready: Ready) -> Tensor:
     """The frames of its clip, where the engine wants them."""
     assert isinstance(ready.shown, Clip)
     return ready.shown.frames if ready.arriving is None else ready.arriving.take()
-
-
-class Stopwatch:
-    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing. Without a
-    device, and without `stop`, they are none."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.events: list[Any] = []
-        self.started = self.stopped = time.perf_counter()
-        if device is not None and device.type == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-
-    def stop(self) -> None:
-        self.stopped = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-
-    def seconds(self) -> float:
-        """Valid once the host has waited for the device, as it does for every token."""
-        if self.events:
-            return self.events[0].elapsed_time(self.events[1]) / 1000
-        return self.stopped - self.started
 
 
 Measured = tuple[Encoded, Stopwatch]  # visual tokens, and what measured the engine

@@ -18,7 +18,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from runtime.drawing.clips import draw_clip
-from runtime.serve.gate import Door, connections
+from runtime.serve.gate import Door
+from runtime.serve.http.connection import connections
 from runtime.serve.page import content, page, policy
 from tests.processes import HANG_SECONDS
 from tests.runtime.serve.servers import serving
