@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import os
 
+# There are as many workers as cores: further threads, also of commands that tests start, would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import torch
 
 # Kernels run in Triton's interpreter where there is no GPU. That is decided when Triton is imported, which transformers
@@ -16,7 +21,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import contextlib
+import gc
 import io
+import json
+import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +33,10 @@ from typing import Any
 
 import hypothesis
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
+from earlytom import micro
 from earlytom.families.bundled import architecture
 from earlytom.families.tokens import SPECIAL_TOKENS
 from earlytom.micro.checkpoint import write_checkpoint
@@ -34,6 +45,8 @@ from runtime.drawing.clips import draw_clip
 from tests import golden_vectors
 from tests.shared import Shared, name_of
 
+# Of the small checkpoint below: vision layers, decoder layers.
+SMALL = (4, 1)
 # What is slow is so because the machine is busy: no example fails for that.
 _ANY_SPEED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("any speed", **_ANY_SPEED)
@@ -42,6 +55,13 @@ hypothesis.settings.load_profile("any speed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     golden_vectors.add_option(parser)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: looking through it for garbage, which an export brings about often, is a sixth of the
+    time of one."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,6 +101,31 @@ def engine_in(out: Path) -> Path:
     """The only engine of the folder `out`."""
     (folder,) = (path for path in out.iterdir() if path.is_dir())
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(shared: Shared) -> Path:
+    """The bundled model cut to `SMALL` layers, as a checkpoint folder of the user would be."""
+    return shared("small", lambda place: write_small(place / "small")) / "small"
+
+
+def write_small(folder: Path) -> None:
+    source = Path(micro.PATH)
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"], config["text_config"]["num_hidden_layers"] = SMALL
+    config["text_config"] |= {"layer_types": ["full_attention"] * SMALL[1], "max_window_layers": SMALL[1]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def kept(name: str) -> bool:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        return layer is None or int(layer[1]) < SMALL["vision" not in name]
+
+    weights = load_file(source / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if kept(name)}, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="session")

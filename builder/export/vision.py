@@ -262,7 +262,7 @@ def export_onnx(
     Args:
         graph: from `VisionGraph`, in the precision of the engine; calls stand in for its decisions while it is
             exported.
-        frames: F.
+        frames: F, pictures of a clip.
         size: (H, W) of a frame.
         path: the .onnx file to write.
         batch: B, videos at once.
@@ -282,7 +282,8 @@ def export_onnx(
         model = trace(graph, {layout.FRAMES: torch.zeros(shape, dtype=torch.uint8)}, graph.trace_names)
     finally:
         graph.decisions, graph.every_layer = kept
-    return save(model, path, layout.OUTPUTS, lambda node: form.body(node, graph.config, frames), shared)
+    steps = frames // graph.tower.step
+    return save(model, path, layout.OUTPUTS, lambda node: form.body(node, graph.config, steps), shared)
 
 
 def trace(

@@ -205,6 +205,8 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
         source: where the checkpoint is, if not where it was.
     """
     checkpoint = describe(source_of(manifest, source))
+    if checkpoint.family.any_size:
+        checkpoint = checkpoint.sized(manifest.model.preprocessing.size)
     if checkpoint.digest() != manifest.model.digest:
         raise UserError(
             f"{checkpoint.source} is not the checkpoint that {manifest.name} was built from (its digest differs): "

@@ -93,7 +93,7 @@ def _tensors(manifest: Manifest) -> list[Record]:
         (layout.FRAMES, "in", "uint8", frames),
         (layout.TOKENS, "out", manifest.dtype, [tokens, manifest.dim]),
         (layout.POSITIONS, "out", "int64", [tokens]),
-        (layout.SOURCES, "out", "fp32", [left, manifest.frames]),
+        (layout.SOURCES, "out", "fp32", [left, manifest.layout.steps]),
         (layout.PLACE, "out", "int64", [tokens]),
         (layout.BIAS, "out", "fp32", [tokens]),
     ]

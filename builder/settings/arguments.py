@@ -19,6 +19,7 @@ from builder.settings.options import (
     check_one_video,
     check_rounds,
     check_shapes,
+    parse_size,
     parse_target,
 )
 from earlytom.cells.config import CellsConfig
@@ -81,6 +82,8 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
     if not 0 < options.workspace < math.inf:
         raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
     target = parse_target(options.target)
+    if options.size is not None:
+        parse_size(options.size)
     _check_shapes(options)
     check_one_video(options.method, batch=options.batch, chunk=options.chunk)
     if options.islands not in (None, islands.LIST):
@@ -135,6 +138,8 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
 
     target = parse_target(options.target)
     checkpoint = describe(options.model)
+    if options.size is not None:
+        checkpoint = checkpoint.sized(parse_size(options.size))
     kernel = kernel_target(target, options.hardware_compatible)
     depth = geometry(checkpoint.config).depth
     method = _method(options, depth)
@@ -204,6 +209,11 @@ def _method_options(group: Any) -> None:
         metavar="F[,F,...]",
         help="frames sampled from a clip (default: the model's own number); several numbers make one folder with an "
         "engine for each, of which the runtime takes the one that fits the clip",
+    )
+    group.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width of frames in pixels, of a model that takes any (default: the checkpoint's)",
     )
     group.add_argument(
         "--preset",

@@ -9,10 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, Features, FrameSampling, FrameTimes, Geometry, Vision, VisionModules
+from earlytom.families.family import (
+    SIZES,
+    Family,
+    Features,
+    FrameSampling,
+    FrameTimes,
+    Geometry,
+    ShortPrompt,
+    Vision,
+    VisionModules,
+)
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
+from earlytom.families.qwen3_vl import QWEN3_VL
 from earlytom.families.smolvlm import SMOLVLM
 
 __all__ = [
@@ -26,6 +37,7 @@ __all__ = [
     "FrameSampling",
     "FrameTimes",
     "Geometry",
+    "ShortPrompt",
     "Vision",
     "VisionModules",
     "family_named",
@@ -34,7 +46,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, SMOLVLM)
+    family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, SMOLVLM, QWEN3_VL)
 }
 """The supported families by model type."""
 

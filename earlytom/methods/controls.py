@@ -80,6 +80,7 @@ class EvenFrames(_Control):
     """
 
     name = "frames"
+    streams = True  # decides by neither
     keep: int
 
     def __post_init__(self) -> None:

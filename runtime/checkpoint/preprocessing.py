@@ -60,7 +60,8 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
     try:
         frames = 0 if not isinstance(video, dict) else settings.get("num_frames") or 0
         frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family.frames
-        found = Preprocessing(_size(settings), *_normalisation(settings), family.sampling)
+        size = geometry(config).size if family.any_size else _size(settings)  # theirs are limits
+        found = Preprocessing(size, *_normalisation(settings), family.sampling)
     except UserError as error:
         raise files.error(f"its preprocessing settings cannot be used: {error}") from error
     if found.size != (wanted := geometry(config).size):

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from earlytom.config import EarlyTomConfig
+from earlytom.families import FAMILIES
 from earlytom.numbers import shown
 from earlytom.settings import SETTINGS, MethodSettings, settings_of
 from runtime.engine.agreement import check_agreement
@@ -68,7 +69,8 @@ class Manifest(Record, frozen=True, kw_only=True):
         key: cache key (hex) of everything that changes the artefact.
         project_version, created: version of this project; ISO 8601 time of the build.
         method: its name. earlytom: the settings of the method (`earlytom.settings`), whichever it is.
-        frames: `F`, frames the engine takes; where it takes one of several counts, the most, which the rest is about.
+        frames: `F`, pictures the engine takes, which are as many frames but where the model's tower takes several for
+            one (`Layout.steps`); where it takes one of several counts, the most, which the rest is about.
         frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
         tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
         tokens_per_frame: `P`, tokens of one whole frame.
@@ -148,7 +150,9 @@ class Manifest(Record, frozen=True, kw_only=True):
     @property
     def layout(self) -> Layout:
         """What the engine is: its graphs, tensors and counts."""
-        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
+        family = FAMILIES.get(self.model.family)
+        step = 1 if family is None else family.step
+        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim, step=step)
         return Layout(self.settings, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property

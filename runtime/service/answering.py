@@ -56,9 +56,10 @@ from runtime.service.requests import (
 )
 from runtime.service.scheduler import Turn
 from runtime.show.kept import grid_of
+from runtime.text.axes import following, told_of, weights_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
+from runtime.text.prompt import Prompt, Spans, build_prompt, bytes_per_token, check_length, splice
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
@@ -74,12 +75,13 @@ READ_AFTER_ANOTHER_TEXT = (
 
 
 class Spliced(NamedTuple):
-    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, and what else the decoder is
-    told of it."""
+    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
+    of it, and where tokens are placed on axes the position behind it."""
 
     embeds: Tensor
     visual: Sequence[int]
     placed: dict[str, Tensor]
+    after: int | None = None
 
 
 class Answering:
@@ -162,13 +164,13 @@ class Answering:
         # A longer text has more tokens than there are positions.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
-        left, all_frames = least.frames_per_stage[-1], least.frames
+        left, all_frames = least.frames_per_stage[-1], least.layout.steps
         visual = least.tokens + words.closing
         check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
         span = self.placing.span(least.tokens_full)
         whole_frames = span // least.tokens_per_frame
         end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
-        if self.placing.original and end > context:
+        if self.placing.original and not self._family.on_axes and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
                 f"model's context ends at {context}: use --positions consecutive, or fewer frames"
@@ -259,7 +261,13 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            values = self._spliced(ready.question.words, found, self._times_of(ready.shown)).embeds
+            spliced = self._spliced(ready.question.words, found, self._times_of(ready.shown))
+        if "states" in spliced.placed:
+            raise UserError(
+                f"a prompt of {self._family.title} is more than embeddings, its decoder takes states of layers: ask "
+                "here, with ask or submit"
+            )
+        values = spliced.embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -355,6 +363,7 @@ class Answering:
             kept=kept,
             grid=self._grid,
             sampling=self.manifest.model.preprocessing.sampling,
+            step=self._family.step,
         )
         _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
         yield Delta(parts[-1], None, finish, answer)
@@ -382,6 +391,8 @@ class Answering:
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
+        if shown.after is not None:
+            how["positions"] = following(shown.after, len(words.suffix_ids), suffix.device)
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
@@ -398,18 +409,30 @@ class Answering:
         embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
         place, bias = encoded.place.to(device), encoded.bias.to(device)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
+        if self._family.on_axes:
+            return self._on_axes(words, encoded, embeds, spans)
         if spans is None:
             placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
+    def _on_axes(self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None) -> Spliced:
+        """`_spliced` where tokens are placed by time, row and column, and bring states of layers along."""
+        assert spans is not None  # so it is with all such families
+        tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
+        frames, width, original = encoded.sources.shape[-1], embeds.shape[2], self.placing.original
+        placed, after = told_of(words, spans, tokens, place, self._grid, frames, width, original=original)
+        if self.placing.bias:
+            placed["bias"] = weights_of(words, spans, bias)
+        return Spliced(embeds, words.visual_span(len(tokens), spans), placed, after)
+
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
         encoded = arrived.encoded
         spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded, arrived.times)
         prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
-        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
+        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), spliced.after)
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word

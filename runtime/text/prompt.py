@@ -241,7 +241,7 @@ def splice(
 
     Args:
         prompt: from `build_prompt`.
-        visual: [N, D] visual tokens.
+        visual: [N, D] visual tokens; what stands behind them is left out (`runtime.text.axes.states_of`).
         newline: [D] what closes them, appended; None if `visual` ends with it already.
         embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
         spans: of the visual tokens, see `Prompt`.
@@ -250,12 +250,12 @@ def splice(
         [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(n)` for n = N + 1, or
         n = N without newline.
     """
-    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D]
+    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D], or wider
     pieces = prompt.pieces(len(closed), spans)
     words = torch.tensor([[*chain(*(ids for ids, _ in pieces)), *prompt.suffix_ids]], dtype=torch.int64)
     text = embed(to_device(words, visual.device))[0]
     between = text.split([*(len(ids) for ids, _ in pieces), len(prompt.suffix_ids)])
-    video = closed.to(text).split([count for _, count in pieces])
+    video = closed[:, : text.shape[1]].to(text).split([count for _, count in pieces])
     parts = chain(*zip(between[:-1], video, strict=True), between[-1:])
     return torch.cat(list(parts))[None]
 

@@ -6,32 +6,31 @@ model is.
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builder import build, stages
 from builder.export.vision import ExportedGraph, VisionGraph, vision_graph
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
-from earlytom import encode_video, micro
+from earlytom import encode_video
 from earlytom.encoder import VisualTokens
 from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
+from tests.conftest import SMALL as SMALL
 from tests.shared import Shared, name_of
 
-# Of the small checkpoint below: vision layers, decoder layers.
-SMALL = (4, 1)
 # Of the exported graphs and the engine. With this many frames of a drawn clip and this threshold frames are dropped,
 # folded and static, so that every rule takes part.
 FRAMES = 12
@@ -72,33 +71,42 @@ def reference_of(graph: VisionGraph, frames: Tensor) -> VisualTokens:
     return encode_video(graph.vision_tower, graph.projector, pixels, graph.config, depth=graph.layers)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _each_export_once(shared: Shared) -> Iterator[None]:
+    """Equal settings give equal graphs, byte for byte (`test_two_exports_are_byte_identical`): the first build of a run
+    exports them, and later ones copy its files."""
+    patch = pytest.MonkeyPatch()
+    for name in ("export", "export_counts", "export_stages"):
+        patch.setattr(stages, name, once(shared, getattr(stages, name)))
+    yield
+    patch.undo()
+
+
+def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(export)
+    def copied(config: BuildConfig, place: Path, int8: Any = None) -> Any:
+        if int8 is not None:
+            return export(config, place, int8)
+
+        def make(folder: Path) -> None:
+            made = export(config, folder)
+            graphs = (made,) if isinstance(made, ExportedGraph) else made
+            record = {"one": made is graphs[0], "files": [graph.files for graph in graphs]}
+            folder.with_suffix(".export").write_text(json.dumps(record))
+
+        parts = {name: part for name, part in config.key_parts().items() if name not in ("answers", "calibration")}
+        folder = shared(name_of("export", [json.dumps(parts, sort_keys=True)]), make)
+        record = json.loads(folder.with_suffix(".export").read_text())
+        for file in folder.iterdir():
+            shutil.copy(file, place / file.name)
+        copies = tuple(ExportedGraph(place / files[0], tuple(files)) for files in record["files"])
+        return copies[0] if record["one"] else copies
+
+    return copied
+
+
 @pytest.fixture(scope="session")
-def small_checkpoint(shared: Shared) -> Path:
-    """The bundled model cut to `SMALL` layers, as a checkpoint folder of the user would be."""
-    return shared("small", lambda place: write_small(place / "small")) / "small"
-
-
-def write_small(folder: Path) -> None:
-    source = Path(micro.PATH)
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix in (".json", ".jinja"):
-            shutil.copy(path, folder)
-    config = json.loads((source / "config.json").read_text())
-    config["vision_config"]["num_hidden_layers"], config["text_config"]["num_hidden_layers"] = SMALL
-    config["text_config"] |= {"layer_types": ["full_attention"] * SMALL[1], "max_window_layers": SMALL[1]}
-    (folder / "config.json").write_text(json.dumps(config))
-
-    def kept(name: str) -> bool:
-        layer = re.search(r"layers\.(\d+)\.", name)
-        return layer is None or int(layer[1]) < SMALL["vision" not in name]
-
-    weights = load_file(source / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if kept(name)}, folder / "model.safetensors", {"format": "pt"})
-
-
-@pytest.fixture(scope="session")
-def exported(shared: Shared, small_checkpoint: Path) -> Callable[..., Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Callable[..., Exported]:
     """`exported("--ratio", "0.3", "--fp16")`: that graph of the small checkpoint; equal arguments share one export."""
     made: dict[tuple[str, ...], Exported] = {}
 
@@ -107,23 +115,15 @@ def exported(shared: Shared, small_checkpoint: Path) -> Callable[..., Exported]:
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--backend", "onnx"]
             own = [] if "--method" in arguments else ["--tau", TAU]  # of EarlyTom alone
             _, config, _ = parse([*words, *own, *arguments])
-            place = shared.copy(name_of("graph", arguments), lambda place: export_graph(config, place))
-            files = json.loads((place / "files.json").read_text())
-            graph = ExportedGraph(place / "graph" / layout.ONNX_FILE, tuple(files))
+            graph = stages.export(config, tmp_path_factory.mktemp("export"))
             made[arguments] = Exported(config, graph, vision_graph(config, torch.float32))
         return made[arguments]
 
     return export
 
 
-def export_graph(config: BuildConfig, place: Path) -> None:
-    folder = place / "graph"
-    folder.mkdir()
-    (place / "files.json").write_text(json.dumps(stages.export(config, folder).files))
-
-
 @pytest.fixture(scope="session")
-def chain_of(shared: Shared, small_checkpoint: Path) -> Callable[..., Chain]:
+def chain_of(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Callable[..., Chain]:
     """`chain_of("--fp16")`: that chain of the small checkpoint; equal arguments share one export."""
     made: dict[tuple[str, ...], Chain] = {}
 
@@ -132,7 +132,8 @@ def chain_of(shared: Shared, small_checkpoint: Path) -> Callable[..., Chain]:
             words = ["--model", str(small_checkpoint), "--frames", str(FRAMES), "--backend", "onnx"]
             own = [] if "--method" in arguments else ["--tau", TAU]  # of EarlyTom alone
             _, config, _ = parse([*words, *own, "--ratio", "0.3", "--schedule", "adaptive", *arguments])
-            folder = shared.copy(name_of("chain", arguments), lambda place: stages.export_stages(config, place))
+            folder = tmp_path_factory.mktemp("chain")
+            stages.export_stages(config, folder)
             made[arguments] = Chain(config, folder, vision_graph(config, torch.float32))
         return made[arguments]
 

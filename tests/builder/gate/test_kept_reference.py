@@ -169,7 +169,6 @@ def test_a_difference_that_half_precision_allows_passes(compare: Callable[..., t
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        pytest.param(scale("layers.0.layer_norm1.weight", 1.2), "Mismatched outputs: ['tokens'", id="weight"),
         pytest.param(scale(0, 1.1), "Mismatched outputs: ['tokens'", id="first matrix"),
         pytest.param(scale(-1, 1.1), "Mismatched outputs: ['tokens']", id="last matrix"),
         pytest.param(scale("projector.linear_2.bias", np.nan), "NaN Detected", id="nan"),

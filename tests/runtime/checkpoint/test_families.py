@@ -71,6 +71,11 @@ def test_its_language_model_stands_alone(tmp_path: Path, name: str) -> None:
     assert torch.equal(found.values, model.get_input_embeddings().weight)
     assert (found.closing is None) == (FAMILIES[name].closing_name is None)
     alone.mkdir()
+    if FAMILIES[name].on_axes:
+        with pytest.raises(UserError, match="which no server takes beside embeddings: ask with") as error:
+            write_language_model(describe(folder), alone, torch.float32)
+        assert "\n" not in str(error.value)
+        return
     kind = type(model.get_decoder()).__name__.removesuffix("Model")
     assert write_language_model(describe(folder), alone, torch.float32).architecture == f"{kind}ForCausalLM"
     ids = torch.arange(5, 40)[None]

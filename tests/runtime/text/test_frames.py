@@ -23,7 +23,7 @@ from runtime.checkpoint import load_tokenizer
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, build_prompt, check_length, splice
-from tests.earlytom.tiny import tiny_internvl, tiny_smolvlm
+from tests.earlytom.tiny import MODELS, tiny_internvl, tiny_smolvlm
 
 QUESTION = "What colour is the big circle?"
 FRAMES, CELLS = 12, 4
@@ -205,8 +205,7 @@ def test_a_template_without_one_video_is_refused(template: str) -> None:
 def test_a_conversation_shows_its_video_once(family: Any) -> None:
     own = load_tokenizer()
     if family.span_a_frame:
-        made = tiny_internvl if family is INTERNVL else tiny_smolvlm
-        own = published_tokenizer(own, made(bundled=True).config)
+        own = published_tokenizer(own, MODELS[family.model_type](bundled=True).config)
     said = [
         ChatMessage("user", QUESTION, video=True),
         ChatMessage("assistant", "Red."),

@@ -34,11 +34,11 @@ from tests.processes import HANG_SECONDS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = {
-    "whole": "--frames 8 --ratio 0.3 --fp32 --merge-layers 2,5",
-    "adaptive": "--frames 16 --ratio 0.3 --fp32 --schedule adaptive --merge-layers 2,5",
-    "chunked": "--frames 8 --ratio 0.3 --fp32 --merge-layers 2,5 --chunk 2",
+    "whole": "--frames 8 --ratio 0.3 --fp32 --merge-layers 1,2",
+    "adaptive": "--frames 16 --ratio 0.3 --fp32 --schedule adaptive --merge-layers 1,2",
+    "chunked": "--frames 8 --ratio 0.3 --fp32 --merge-layers 1,2 --chunk 2",
     # The first merge is the last, so that received attention goes from one graph to the other; in half precision.
-    "one merge": "--frames 8 --ratio 0.3 --fp16 --merge-layers 4 --chunk 4",
+    "one merge": "--frames 8 --ratio 0.3 --fp16 --merge-layers 2 --chunk 4",
 }
 MODES = ("whole", "adaptive", "chunked")
 KINDS = {"whole": Whole, "adaptive": Adaptive, "chunked": Chunked, "one merge": Chunked}
@@ -46,9 +46,9 @@ FolderOf = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder_of(build_engine: Callable[..., Path]) -> FolderOf:
+def folder_of(build_engine: Callable[..., Path], small_checkpoint: Path) -> FolderOf:
     """`folder_of("chunked")`: the engine folder of a mode; built once."""
-    return lambda mode: build_engine(*WORDS[mode].split())
+    return lambda mode: build_engine("--model", str(small_checkpoint), *WORDS[mode].split())
 
 
 @pytest.fixture(scope="module", params=MODES)
