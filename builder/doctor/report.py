@@ -76,7 +76,7 @@ def markdown(record: dict[str, Any]) -> str:
         for status in (NOT_HERE, NOT_TRIED):
             reasons = by_reason(record["parts"], status)
             lines += ["", f"## {status.capitalize()}", ""] if reasons else []
-            lines += [f"* {why}: {', '.join(names)}" for why, names in reasons.items()]
+            lines += [f"* {why}: {'; '.join(names)}" for why, names in reasons.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from runtime.show.html import Html, element
 from runtime.show.kept import KeptCells
 
 _STEP, _HIGH, _EDGE = 40, 150, 26  # of the graph of frames, in its own units
-_NARROWEST = 36  # pixels of a frame in it
+_NARROWEST, _WIDEST = 36, 66  # pixels of a frame in it
 _CURVE = (560, 190, 46, 26)  # of a curve: width, height, room on the left and below
 
 
@@ -35,7 +35,7 @@ def frames_graph(kept: KeptCells) -> Html:
         *lines,
         *nodes,
         viewBox=f"0 0 {width} {_HIGH}",
-        style=f"min-width:{_NARROWEST * frames}px",
+        style=f"min-width:{_NARROWEST * frames}px;max-width:{_WIDEST * frames}px",
         role="img",
         aria_label=f"{frames} frames became {left}",
     )

@@ -99,7 +99,7 @@ def test_the_report_has_every_part() -> None:
     page = markdown(result)
     assert "| part 0 | ok | 1.0 | encode_ms 3.25 |" in page
     assert "| part 1 | failed | 2.0 | a \\| b |" in page
-    assert "## Not possible here\n\n* no GPU: part 2, part 4\n" in page
+    assert "## Not possible here\n\n* no GPU: part 2; part 4\n" in page
     assert "## Not tried\n\n* the time was up: part 3\n" in page
     assert "mend it: install NVIDIA's driver" in page
 
