@@ -1,8 +1,9 @@
 """The bundled model has not become worse: the first clips of the test split, held against what was right of them.
 
 `tests/golden/accuracy.json` has how many questions about each clip were right, measured together with the record of the
-whole split, `earlytom/micro/accuracy.json` (`python -m builder.evaluate --record`): other weights need both anew.
-Clips, questions and weights are the same, so chance plays no part, and a few near-ties are all that may fall otherwise.
+whole split, `earlytom/micro/accuracy.json` (`python -m builder.evaluate --record`): other weights need both anew, this
+one by `python -m tests.builder.evaluation.test_accuracy`. Clips, questions and weights are the same, so chance plays no
+part, and a few near-ties are all that may fall otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from builder.evaluation import record
-from builder.evaluation.bench import EvaluationBench, EvaluationJob, run
+from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run
 from builder.evaluation.statistics import accuracy
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
@@ -48,17 +49,21 @@ def job(recorded: dict[str, Any]) -> EvaluationJob:
     return EvaluationJob("micro", config, ("budget", "cells-rounds"), (0.1,), cells=cells)
 
 
+def answered(recorded: dict[str, Any], clips: int) -> tuple[EvaluationBench, Answers]:
+    """In this process, on one core: other tests have the others."""
+    bench = EvaluationBench(job(recorded))
+    with threadpool_limits(1, "blas"):
+        return bench, run(bench.job, clips, 1, lambda done: None, bench)
+
+
 def holds(right: Any, wanted: list[int]) -> bool:
     return int(np.sum(right)) >= sum(wanted) - FLIPS
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_accuracy_has_not_dropped(recorded: dict[str, Any], golden: dict[str, Any]) -> None:
-    """In this process, on one core: other tests have the others."""
     assert golden["weights"] == recorded["weights"]
-    bench = EvaluationBench(job(recorded))
-    with threadpool_limits(1, "blas"):
-        answers = run(bench.job, len(golden["asked"]), 1, lambda done: None, bench)
+    bench, answers = answered(recorded, len(golden["asked"]))
     assert answers.asked().tolist() == golden["asked"]
     assert [f"{one.method.name} {one.ratio}" for one in bench.settings] == list(golden["right"])
     whole = {f"{one['method']} {one['ratio']}": one["accuracy"][0] for one in recorded["results"]}
@@ -78,3 +83,16 @@ def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any], go
     right = [sum(outcome.right for outcome in row) for row in outcomes]
     for name, wanted in golden["right"].items():
         assert not holds(right + golden["asked"][some:], wanted), (name, right)
+
+
+if __name__ == "__main__":  # what the tests above go by, anew
+    found = record.read()
+    made, counted = answered(found, 24)
+    rows = {
+        f"{one.method.name} {one.ratio}": counted.correct(row).astype(int).tolist()
+        for row, one in enumerate(made.settings)
+    }
+    lines = ",\n  ".join(f"{json.dumps(name)}: {row}" for name, row in rows.items())
+    weights, asked = json.dumps(found["weights"]), counted.asked().astype(int).tolist()
+    text = f'{{\n "weights": {weights},\n "asked": {asked},\n "right": {{\n  {lines}\n }}\n}}\n'
+    GOLDEN.write_text(text, "utf-8")
