@@ -59,19 +59,21 @@ class Int8Plan:
         sites: of every product that could be, in the order in which they run.
         kept: which of them stay wider.
         error: root mean square of what int8 changes in the features, over theirs.
+        clips: the names of those that it was measured on.
     """
 
     sites: dict[Product, Site]
     kept: frozenset[Product] = frozenset()
     error: float = 0.0
+    clips: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: what stays wider, and every product with its figures."""
+        """Plain JSON types: what stays wider, every product with its figures, and the clips."""
         rows = {
             str(product): {"limit": site.limit, "smoothed": site.smooth is not None, "noise": site.noise}
             for product, site in self.sites.items()
         }
-        return {"kept": list(words(self.kept)), "error": self.error, "products": rows}
+        return {"kept": list(words(self.kept)), "error": self.error, "products": rows, "clips": list(self.clips)}
 
     @property
     def chosen(self) -> tuple[Product, ...]:
