@@ -102,6 +102,9 @@ def test_the_plan_is_what_was_measured(small_checkpoint: Path, clips: dict[str, 
     graph = vision_graph(config, torch.float32, plan)
     linears = [p for p in graph.modules() if isinstance(p, Int8Linear)]
     assert len(linears) == 6 * config.depth + 2 - 1
+    assert {one.zero.dtype for one in linears} == {torch.uint8}  # for ONNX Runtime alone
+    compiled = vision_graph(replace(config, backend="tensorrt-rtx"), torch.float32, plan)
+    assert {one.zero.dtype for one in compiled.modules() if isinstance(one, Int8Linear)} == {torch.int8}
     hidden = found.few
     with torch.no_grad():
         for layer in graph.tower.layers[: config.depth]:
