@@ -264,11 +264,7 @@ class EvaluationBench:
 
 
 def task_checkpoint(source: str | None) -> Checkpoint:
-    """A model that the task's clips can be shown to.
-
-    Raises:
-        UserError: its frames have another size, or as `runtime.checkpoint.describe`.
-    """
+    """A model that the task's clips can be shown to."""
     checkpoint = describe(source)
     height, width = checkpoint.preprocessing.size
     if (height, width) != (SIDE, SIDE):
@@ -288,9 +284,6 @@ def run(
         workers: processes; with 1 everything happens in this one.
         progress: called with the number of clips measured so far.
         bench: the job's, if it is loaded here already.
-
-    Raises:
-        UserError: a process was killed.
     """
     chunks = [range(start, min(start + CLIPS_AT_ONCE, clips)) for start in range(0, clips, CLIPS_AT_ONCE)]
     parts: list[Answers] = []

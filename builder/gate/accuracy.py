@@ -173,7 +173,7 @@ def verify(
     checks += _compare_decisions(rule, outputs, own, gate)
     if config.schedule == "adaptive":
         checks += _compare_counts(rule, outputs, own, gate, exact=precision in (None, dtype) and not half)
-    checks += _repeat_decisions(rule, outputs, shape[0], reference.vision)
+    checks += _repeat_decisions(rule, outputs, shape[0] // reference.tower.step, reference.vision)
     if batch > 1:
         checks += _compare_videos(rule, outputs, [_arrays(iteration) for iteration in wanted[0][1]], batch)
     checks.sort(key=lambda check: STEPS.index(check.step))

@@ -162,6 +162,7 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--frame-budget", "20,8,8"], "frame budget 20 at merge 1 is more than the 16 frames"),
         (["--power", "-1"], "power must be in [0, 64]"),
         (["--rounds", "0"], "rounds must be "),
+        (["--rounds", "greedy"], "--rounds greedy is a way of its own: leave it out, and measure cells-greedy"),
         (["--threshold", "4"], "threshold must be in [0, 3]"),
         (["--positions", "anywhere"], "--positions"),
         (["--budgets", "2,4,6"], "--budgets '2,4,6': give merge layers and frames such as"),
