@@ -266,11 +266,17 @@ class EvaluationBench:
 def task_checkpoint(source: str | None) -> Checkpoint:
     """A model that the task's clips can be shown to."""
     checkpoint = describe(source)
+    if (family := checkpoint.family).span_a_frame:
+        raise UserError(
+            f"--model {checkpoint.source}: the task's questions are packed for one span of visual tokens a video, and "
+            f"{family.title} has one a frame; use the bundled model, or see what methods keep with --coverage VIDEO"
+        )
     height, width = checkpoint.preprocessing.size
     if (height, width) != (SIDE, SIDE):
         raise UserError(
             f"--model {checkpoint.source}: it takes frames of {height} x {width}, and the task's clips are {SIDE} x "
-            f"{SIDE}; use the bundled model, or one trained with python -m builder.micro.train"
+            f"{SIDE}; use the bundled model or one trained with python -m builder.micro.train, or see what methods "
+            "keep with --coverage VIDEO"
         )
     return checkpoint
 

@@ -3,7 +3,10 @@ watched, served, refused where it is not known; Qwen3-VL."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +24,16 @@ from earlytom.families.qwen3_vl import QWEN3_VL
 from runtime import ask, bench, cli
 from runtime.checkpoint import describe, load_model, load_tokenizer
 from runtime.decoder.eager import InnerMerge
+from runtime.decoder.sampling import GREEDY
 from runtime.engine.manifest import Manifest
 from runtime.pipeline import Pipeline
+from runtime.serve.backend import Asked, Local
+from runtime.serve.decoding import Decoders
+from runtime.serve.fetch import FetchRules
+from runtime.serve.media import Media, TakenVideo, VideoPart
+from runtime.text.messages import ChatMessage
 from runtime.video import Clip, clip_from_frames, sample_indices
+from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
 F, STEPS, QUESTION, SIZE = 8, 4, "What happens?", (24, 16)
@@ -224,3 +234,33 @@ def test_the_commands_ask_and_bench_take_it(
     tokens = {one["name"].split()[0]: one["visual_tokens"] for one in found["variants"]}
     assert list(tokens) == ["full", "adaptive", "budget", "onnxruntime"]
     assert tokens["onnxruntime"] == tokens["budget"] < tokens["full"] == STEPS * CELLS
+
+
+def test_a_server_answers_as_the_pipeline_does(engine: Path, drawn_clip: Path) -> None:
+    """Twice about one video, which is read once."""
+
+    async def decoded(taken: TakenVideo, counts: Any, size: tuple[int, int]) -> Clip:
+        return await decoders.clip(taken, counts, size, pipeline.manifest.model.preprocessing.sampling)
+
+    async def answer(text: str) -> Any:
+        message, deadline = ChatMessage("user", text), time.monotonic() + HANG_SECONDS
+        asked = Asked((message,), GREEDY, (), None, 12, 12, True, "k", deadline)
+        url = "data:video/mp4;base64," + base64.b64encode(drawn_clip.read_bytes()).decode()
+        taken = await Media(FetchRules()).take(VideoPart(url=url))
+        return [delta async for delta in backend.deltas(asked, taken)][-1].answer
+
+    async def both() -> Any:
+        await decoders.start()
+        try:
+            return [await answer(QUESTION), await answer("Who is it?")]
+        finally:
+            await decoders.close()
+
+    decoders = Decoders()
+    with Pipeline.load(engine, device="cpu") as pipeline:
+        backend = Local(pipeline, decoded, videos=2)
+        first, second = asyncio.run(both())
+        backend.close()
+        assert first.tokens == pipeline.ask(drawn_clip, QUESTION, max_new_tokens=12).tokens
+        assert second.tokens == pipeline.ask(drawn_clip, "Who is it?", max_new_tokens=12).tokens
+        assert second.cached_tokens > 0
