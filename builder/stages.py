@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.clips import FramesKept, calibration_clips, frames_kept, scale_clips
+from builder.clips import FramesKept, calibration_clips, frames_kept, gate_clips, scale_clips
 from builder.compile.engine import CompileReport, compile_engine
 from builder.export.chain import export_chain
 from builder.export.chunks import export_chunks
@@ -90,6 +90,7 @@ def build(
         for one in config.each
         if verify or config.adaptive or config.int8 is not None
     }
+    checked = {one.frames: gate_clips(one, clips[one.frames], place) for one in config.each if verify}
     if config.adaptive:
         what = "how many frames each merge keeps"
         kept = stages.run("calibrate", what, lambda: calibrate(config, clips[config.frames]))
@@ -121,7 +122,9 @@ def build(
         reports = stages.run(
             "verify",
             "against the PyTorch reference",
-            lambda: check_each(config, vision_graph(config, torch.float32), paths, clips, trace, with_text=verify_text),
+            lambda: check_each(
+                config, vision_graph(config, torch.float32), paths, checked, trace, with_text=verify_text
+            ),
         )
         for report in reports.values():
             report.require()
@@ -177,9 +180,9 @@ def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
 def plan_int8(config: BuildConfig, clips: dict[str, Tensor]) -> Int8Plan:
     """How int8 is done: scales from the clips, and which products stay wider (as asked for, or as the clips say)."""
     found = calibration(config, clips)
-    if config.int8 == (products.AUTO,):
-        return found.search()
-    return found.plan(set(config.may_be_int8) - set(config.narrow()))
+    auto = config.int8 == (products.AUTO,)
+    plan = found.search() if auto else found.plan(set(config.may_be_int8) - set(config.narrow()))
+    return dataclasses.replace(plan, clips=tuple(clips))
 
 
 def measure_int8(config: BuildConfig) -> Int8Plan:

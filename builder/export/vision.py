@@ -205,7 +205,10 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype, int8: Int8Plan | None 
     preprocessing = config.checkpoint.preprocessing
     family = family_of(config.model)
     if int8 is not None:
-        put_in(list(family.vision(part.vision_tower, part.projector).tower.layers), part.projector, int8, dtype)
+        layers = list(family.vision(part.vision_tower, part.projector).tower.layers)
+        # TensorRT takes int8 alone; ONNX Runtime multiplies whole numbers beside fp32 only.
+        unsigned = config.backend == "onnx" and dtype == torch.float32
+        put_in(layers, part.projector, int8, dtype, unsigned=unsigned)
     set_vision_precision(part.vision_tower, part.projector, dtype, config.islands, family)
     return VisionGraph(
         part.vision_tower,

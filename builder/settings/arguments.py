@@ -15,6 +15,7 @@ from builder.settings.options import (
     AUTO_SHARE,
     WORKSPACE_GIB,
     check_batch,
+    check_clips,
     check_counts,
     check_one_video,
     check_rounds,
@@ -123,6 +124,7 @@ def _check_shapes(options: argparse.Namespace) -> None:
 
 
 def _check_int8(options: argparse.Namespace) -> None:
+    check_clips(options.int8, len(options.calibration))
     if options.int8_keep is None:
         return
     if not options.int8:
@@ -320,7 +322,8 @@ def _work_options(group: Any) -> None:
         nargs="+",
         default=[],
         metavar="VIDEO",
-        help="videos like yours, whose frames the accuracy gate runs on (default: a drawn clip)",
+        help="videos like yours, whose frames the accuracy gate runs on (default: a drawn clip); with --int8 the last "
+        "quarter of them, while its scales come from the others",
     )
     group.add_argument("--no-verify", dest="verify", action="store_false", help="publish without the accuracy gate")
     group.add_argument(

@@ -24,6 +24,7 @@ from builder.settings.key import code_digest
 from builder.settings.options import (
     WORKSPACE_GIB,
     check_batch,
+    check_clips,
     check_counts,
     check_one_video,
     check_rounds,
@@ -64,7 +65,8 @@ class BuildConfig:
         backend_version: version of the library that compiles.
         hardware_compatible, workspace_gib: see `builder.compile.engine.compile_engine`.
         compression: "plugin" or "native", already resolved.
-        calibration: video files whose frames the gate runs on; none means the drawn clip.
+        calibration: video files whose frames the gate runs on; none means the drawn clip. With int8 the scales come
+            from some and the gate runs on the others.
         islands: what stays fp32 in half precision.
         int8: what stays wider than int8, in words of `--int8-keep`: ("auto",) where the clips say, none for nothing;
             None without int8.
@@ -111,6 +113,7 @@ class BuildConfig:
         if self.int8 is not None and family_of(self.model) is not DEFAULT_FAMILY:
             title = family_of(self.model).title
             raise UserError(f"--int8 knows the products of {DEFAULT_FAMILY.title}, not of {title}: leave it out")
+        check_clips(self.int8 is not None, len(self.calibration))
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:

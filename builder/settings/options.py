@@ -53,6 +53,15 @@ def check_batch(batch: int) -> None:
         raise UserError(f"the number of videos must be between 1 and {MAX_BATCH}, got {batch}: set --batch")
 
 
+def check_clips(int8: bool, clips: int) -> None:
+    """Raise UserError for one calibration clip with int8."""
+    if int8 and clips == 1:
+        raise UserError(
+            "--int8 is checked on other clips than its scales come from, and --calibration names 1: name at least 2, "
+            "or none"
+        )
+
+
 def check_shapes(
     schedule: str,
     frame_budget: float | tuple[int, ...],
