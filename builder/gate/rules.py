@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from builder.gate.limits import PLAN_TOLERANCE
 from builder.gate.runs import Arrays
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.merge import CellPlan, merge_marks
@@ -38,12 +39,14 @@ class Rule(ABC):
         decisions: names of the values that are its decisions at merges, without the layer; of the first, [F', F].
         videos, videos_called: of those that tell videos apart, likewise; what the report calls them.
         same_tokens: share of token choices that must come out again; below 1 where one choice hangs on another.
+        same_plans: how far the weights at merges may be from those that come out again.
     """
 
     decisions: tuple[str, ...]
     videos: str
     videos_called: str
     same_tokens: float = 1.0
+    same_plans: float = PLAN_TOLERANCE
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         self.layers = layers
@@ -153,6 +156,9 @@ class CellsRule(Rule):
     decisions = ("member", "taken")
     videos, videos_called = "weights", "weights"
     same_tokens = 0.9  # each choice hangs on those before it, and one near-tie changes what follows
+    # A weight moves by about 1e-7, what fp32 leaves of 1 - cosine, over that difference, and still cells differ by
+    # 1e-4: two that are as much alike as that may be weighed as the sum happens to be rounded.
+    same_plans = 1e-3
 
     def __init__(self, config: CellsConfig) -> None:
         super().__init__(config.merge_layers)
