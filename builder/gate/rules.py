@@ -248,7 +248,8 @@ class UntouchedRule(Rule):
         return 0.0
 
     def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
-        return self._method().by(*_seen(out))[1]
+        features, attention = _seen(out)
+        return self._method().by(features, attention, vision.own(features))[1]
 
     def _method(self) -> Exported:
         method = method_of(self.config)
@@ -276,8 +277,11 @@ class ForcedUntouched(Exported):
     def watched(self, depth: int) -> int | None:
         return self.method.watched(depth)
 
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        return self.by(features, self.attention, state.vision.own(self.metric))
+
     def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.method.by(features, self.attention, self.metric)
+        return self.method.by(features, relevance, metric)
 
 
 def _seen(out: Arrays) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def test_decisions_of_a_run_are_taken_on_other_tokens(kind: type[UntouchedConfig
     forced = UntouchedRule(config).forced(taken)
     assert isinstance(forced, ForcedUntouched)
     assert forced.watched(3) == method.watched(3)
-    tokens, places = forced.by(other, 1 - relevance)
+    state = Mock(vision=Mock(own=lambda seen: seen))
+    tokens, places = forced.choose(other, 1 - relevance, state)
     assert torch.equal(places, method.by(features, relevance)[1])
     assert torch.equal(tokens, method.by(other, relevance, features)[0])
     assert torch.equal(method.by(features, relevance, features)[0], method.by(features, relevance)[0])

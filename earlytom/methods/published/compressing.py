@@ -59,6 +59,8 @@ class Compressing(Method):
 class Exported(Compressing):
     """One that can be built into an engine: an exporter writes `by` as it is, of shapes that follow from numbers."""
 
+    streams = True
+
     @property
     def settings(self) -> UntouchedConfig:
         """What an engine's builder knows of it; it counts the tokens of the corrected form."""
@@ -70,7 +72,8 @@ class Exported(Compressing):
         return Counts((frames,), self.settings.tokens(frames, tokens_per_frame))
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        return self.by(features, relevance)
+        own = state.vision.own(features)
+        return self.by(features, relevance, None if own is features else own)
 
     @abstractmethod
     def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,7 @@ class TokenMerging(Exported):
         depth: layers of the tower that run; None leaves the tower alone.
     """
 
+    streams = False  # inside the tower it goes by all that there is
     each: int = 0
     depth: int | None = None
 
