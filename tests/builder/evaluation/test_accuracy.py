@@ -7,6 +7,7 @@ recorded, by more than a margin for other kernels.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from threadpoolctl import threadpool_limits
 from builder.evaluation import record
 from builder.evaluation.bench import EvaluationBench, EvaluationJob, run
 from builder.evaluation.statistics import Estimate, accuracy
+from builder.micro.scoring import Scorer
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
-from runtime.checkpoint import describe
+from runtime.checkpoint import describe, load_decoder
+from runtime.checkpoint.narrow import NarrowLinear
 
 CLIPS = 240
 MARGIN = 0.01
+NARROW_CLIPS = 24
 RECORDED = [("full", None), ("budget", 0.1), ("cells-rounds", 0.1)]
 
 pytestmark = pytest.mark.skipif(
@@ -59,6 +63,30 @@ def test_accuracy_has_not_dropped(recorded: dict[str, Any]) -> None:
     for row, (name, ratio) in enumerate(RECORDED):
         found = accuracy(answers.correct(row), answers.asked())
         assert holds(found, value(recorded, name, ratio)), (name, found)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_decoder_with_weights_in_int8_answers_alike(recorded: dict[str, Any]) -> None:
+    """On few clips; the negative control is one whose weights are those of the next row."""
+    bench = EvaluationBench(job(recorded))
+    narrow, broken = load_decoder(int8=True), load_decoder(int8=True)
+    for linear in broken.get_decoder().modules():
+        if isinstance(linear, NarrowLinear):
+            linear.weight.data = linear.weight.data.roll(1, 0)
+    (setting,) = (one for one in bench.settings if one.method.name == "cells-rounds")
+    clips, known = zip(*map(bench.clip, range(NARROW_CLIPS)), strict=True)
+    visual = [setting.visual(clip) for clip in clips]
+    told = [setting.standing(clip, one) for clip, one in zip(clips, visual, strict=True)]
+    packs = [bench.scorer.pack(clip.questions) for clip in known]
+    right = [
+        [one.right for row in scorer.score([one.tokens for one in visual], packs, told) for one in row]
+        for scorer in (bench.scorer, Scorer(narrow, bench.tokenizer), Scorer(broken, bench.tokenizer))
+    ]
+    asked = len(right[0])
+    assert asked > 100
+    assert abs(sum(right[0]) - sum(right[1])) <= 0.02 * asked
+    assert sum(map(operator.ne, right[0], right[1])) <= 0.03 * asked
+    assert sum(right[0]) - sum(right[2]) > 0.2 * asked
 
 
 def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any]) -> None:
