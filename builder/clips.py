@@ -34,7 +34,7 @@ from runtime.video import load_clip, sample_indices
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
 
-SCALE_CLIPS, GATE_CLIPS = 8, 3  # of the bundled model's own task
+SCALE_CLIPS, GATE_CLIPS = 8, 8  # of the bundled model's own task
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def gate_clips(config: BuildConfig, clips: dict[str, Tensor], place: Path) -> di
     if config.int8 is None:
         return clips
     if not config.calibration:
-        others = _of_task(config, range(SCALE_CLIPS, SCALE_CLIPS + GATE_CLIPS), config.frames)
-        return {"another drawn clip": _drawn(config, place, seed=1)} | others
+        more = _of_task(config, range(SCALE_CLIPS, SCALE_CLIPS + GATE_CLIPS), config.frames)
+        return {"another drawn clip": _drawn(config, place, seed=1)} | more
     held = dict(list(clips.items())[len(clips) - _held_out(clips) :])
     for name, frames in held.items():
         for seen, others in scale_clips(config, clips).items():

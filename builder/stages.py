@@ -38,7 +38,8 @@ from builder.show import progress_line, show_kept
 from runtime.checkpoint import MICRO
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
-from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.engine.manifest import AND, Manifest, ModelRecord, describe_files
+from runtime.engine.records import PreprocessingRecord
 from runtime.trace import Trace
 
 
@@ -293,8 +294,8 @@ def describe(
         frames_per_stage=config.stages,
         tokens=config.tokens,
         tokens_per_frame=config.tokens_per_frame,
-        tokens_full=config.frames * config.tokens_per_frame,
-        dim=config.model.text_config.hidden_size,
+        tokens_full=config.layout.tokens_full,
+        dim=config.geometry.token_width,
         dtype=config.dtype,
         target=".".join(map(str, config.target)),
         backend=config.backend,

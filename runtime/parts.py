@@ -143,6 +143,12 @@ def load_parts(wanted: WantedParts) -> PipelineParts:
     placing = placing_of(manifest, checkpoint, wanted.bias, wanted.positions)
     if by_vllm(decoder) and (placing.original or placing.bias):
         raise UserError(f"{decoder}: {PLACES}")
+    if (family := checkpoint.family).on_axes and (decoder != "torch" or wanted.inner is not None):
+        what = f"--decoder {decoder}" if decoder != "torch" else "--inner-layer"
+        raise UserError(
+            f"{family.title}'s language model takes positions by time, row and column and states of layers, which "
+            f"{what} does not know: use --decoder torch, without --inner-layer"
+        )
     if wanted.inner is not None and placing.bias:
         raise UserError(
             "tokens that are merged inside the decoder have no bias: leave out --inner-layer, or use --no-bias"
@@ -207,7 +213,7 @@ def _decoder(
 
     words = build_prompt(tokenizer, "?", family=family_named(manifest.model.family))
     visual = manifest.tokens + words.closing
-    video = words.room(visual, manifest.frames_per_stage[-1], manifest.frames) - words.room(0, 1, 1)
+    video = words.room(visual, manifest.frames_per_stage[-1], manifest.layout.steps) - words.room(0, 1, 1)
     size = default_size(video, model.get_decoder().config.max_position_embeddings)
     store, placed = ProgramStore(folder / DECODER_FOLDER), placing.original or placing.bias
     return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)

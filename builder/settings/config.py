@@ -35,6 +35,7 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import DEFAULT_FAMILY, Geometry, family_of
+from earlytom.methods import METHODS
 from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint
 from runtime.engine.dtypes import DTYPES
@@ -121,9 +122,24 @@ class BuildConfig:
                 f"--inner-layer {self.earlytom.inner_layer} to python -m runtime.ask"
             )
         self.earlytom.check_layers(self.depth)
+        self._check_family()
         _ = self.stages  # a frame budget that does not fit is refused
         for frames in self.counts[:-1]:
             self.at(frames)  # checks it as this did the most
+
+    def _check_family(self) -> None:
+        """Raise UserError for what engines of this model's family cannot be."""
+        frame, title = self.geometry, family_of(self.model).title
+        if any(count % frame.step for count in self.counts):
+            raise UserError(
+                f"{title} takes {frame.step} pictures for a frame: --frames must be a multiple, got "
+                f"{','.join(map(str, self.counts))}"
+            )
+        if (frame.step > 1 or frame.streams) and (self.adaptive or self.chunk is not None):
+            what = "--schedule adaptive" if self.adaptive else "--chunk"
+            raise UserError(f"{what} does not know {title}'s frames: build with --schedule budget and without --chunk")
+        if frame.streams and not METHODS[self.earlytom.method].streams:
+            raise UserError(f"method {self.earlytom.method!r} does not know {title}'s tokens: use earlytom or cells")
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -147,7 +163,7 @@ class BuildConfig:
     def layout(self) -> Layout:
         """What the engine is: its graphs, tensors and counts."""
         frame = self.geometry
-        sizes = Sizes(frame.tokens_per_frame, frame.size, frame.llm_width, frame.depth)
+        sizes = Sizes(frame.tokens_per_frame, frame.size, frame.token_width, frame.depth, frame.step)
         return Layout(self.earlytom, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
@@ -209,9 +225,9 @@ class BuildConfig:
         config, family = self.model, family_of(self.model)
         text = config.text_config
         return {
-            "vision_full": family.vision_flops(config, (self.frames,), ()),
+            "vision_full": family.vision_flops(config, (self.layout.steps,), ()),
             "vision": family.vision_flops(config, stages, self.earlytom.merge_layers),
-            "prefill_full": flops.prefill(text, self.frames * self.tokens_per_frame),
+            "prefill_full": flops.prefill(text, self.layout.tokens_full),
             "prefill": flops.prefill(text, tokens),
         }
 
@@ -225,7 +241,7 @@ class BuildConfig:
         return {
             "weights": size * family_of(self.model).vision_weights(self.model) + wider,
             "input": self.batch * self.frames * 3 * height * width,
-            "output": self.batch * self.tokens * (self.geometry.llm_width * size + 8),
+            "output": self.batch * self.tokens * (self.geometry.token_width * size + 8),
         }
 
     @property
@@ -238,7 +254,7 @@ class BuildConfig:
         """`half_share` of every stage, as its layer list has it: of one frame where they are dynamic."""
         if self.chunk is not None:
             return Costs(self).chunk_shares(self.islands)
-        stages = (self.frames, *([1] * len(self.earlytom.merge_layers)))
+        stages = (self.layout.steps, *([1] * len(self.earlytom.merge_layers)))
         return Costs(self, stages).stage_shares(self.islands)
 
     @property

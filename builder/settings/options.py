@@ -32,6 +32,14 @@ def parse_target(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of frames: "448x832" to (448, 832)."""
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if match is None:
+        raise UserError(f"--size {text!r} is not HEIGHTxWIDTH: give both in pixels, such as 448x832")
+    return int(match[1]), int(match[2])
+
+
 def check_counts(counts: Sequence[int]) -> None:
     """Raise UserError for a frame count that no engine has."""
     for frames in counts:

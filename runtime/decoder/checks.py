@@ -43,6 +43,8 @@ def refuse_places(placed: Placed, config: Any, *, merging: bool) -> None:
             f"positions and an attention bias need attention by sdpa, this model's is {kind}: load it with "
             "attn_implementation='sdpa', or use --no-bias --positions consecutive"
         )
+    if placed.states is not None and merging:
+        raise UserError("inner merging does not know states of layers: leave out --inner-layer (inner=...)")
     if placed.bias is None:
         return
     if merging:
@@ -63,6 +65,8 @@ def broken_prompt(embeds: Tensor, placed: Placed | None) -> str | None:
         return _BROKEN.format("embeddings hold")
     if placed is not None and placed.bias is not None and not bool(torch.isfinite(placed.bias).all()):
         return _BROKEN.format("attention bias holds")
+    if placed is not None and placed.states is not None and not bool(torch.isfinite(placed.states).all()):
+        return _BROKEN.format("states of layers hold")
     return None
 
 

@@ -28,9 +28,6 @@ def clients(count: int, requests: int, ask: Callable[[int], None]) -> Iterator[N
     `ask` is called with the number of a request, from 1, and returns when it was answered. The clients begin with the
     block, and its end waits for them. None begins another request after one has failed, or after an error in the
     block, which waits for nobody.
-
-    Raises:
-        the first error of a client.
     """
     numbers, lock, stop = iter(range(1, requests + 1)), threading.Lock(), threading.Event()
     errors: list[BaseException] = []

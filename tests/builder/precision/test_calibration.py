@@ -185,7 +185,7 @@ def test_the_gate_sees_no_clip_that_the_scales_come_from(
     config = parse(words if bundled else [*words, "--model", str(small_checkpoint)])[1]
     clips = calibration_clips(config, tmp_path)
     scales, gate = scale_clips(config, clips), gate_clips(config, clips, tmp_path)
-    assert len(gate) == (4 if bundled else 1)
+    assert len(gate) == (9 if bundled else 1)
     assert {tuple(clip.shape) for clip in gate.values()} == {(frames, 3, 72, 72)}
     assert not shared(gate, scales)
     assert not set(gate) & set(scales)
