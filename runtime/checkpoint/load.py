@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +97,8 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype, int8: bool) -> Any:
             state[name] = tensor.to(dtype, copy=files is not None)  # or it would be the file, which may change
 
     if files is None:
-        for name, shape in wanted.items():
+        widest_first = sorted(wanted.items(), key=lambda one: -math.prod(one[1]))  # while the rest is small
+        for name, shape in widest_first:
             keep(names[name], random_tensor(name, shape, dtype, seed=RANDOM_SEED, family=family))
     else:
         checkpoint.check_weights()

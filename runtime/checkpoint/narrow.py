@@ -33,6 +33,8 @@ class NarrowLinear(nn.Module):
         weight: int8 [N, K].
     """
 
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight, scale = narrowed(linear.weight.data)
