@@ -21,6 +21,7 @@ from earlytom.errors import UserError
 ENGINE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 BACKENDS = ("auto", *ENGINE_BACKENDS, "torch")
 DECODERS = ("torch", "torch-tensorrt")
+NARROW_DTYPES = ("int8",)  # of the decoder's weights
 POSITIONS = ("original", "consecutive")  # of visual tokens
 MAX_NEW_TOKENS = 128
 MIN_FRAMES = 2  # the method compares neighbouring frames, so one frame is not a video

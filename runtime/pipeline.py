@@ -153,6 +153,7 @@ class Pipeline:
         bias: bool | None = None,
         positions: str | None = None,
         decoder_key: str | None = None,
+        decoder_dtype: str | None = None,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -176,6 +177,8 @@ class Pipeline:
             positions: "original", where visual tokens were in the video, or "consecutive"; by default as the engine's
                 method has it.
             decoder_key: what a vLLM server asks clients for.
+            decoder_dtype: "int8" for weights in int8 on a CPU, see `runtime.checkpoint.narrow`; the decoder computes
+                in bf16 then.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
@@ -191,7 +194,7 @@ class Pipeline:
         if warm_up is not None:
             instance("warm_up", warm_up, bool, "True or False")
         wanted = WantedParts.checked(
-            engine, model, backend, device, dtype, decoder, inner, bias, positions, decoder_key
+            engine, model, backend, device, dtype, decoder, inner, bias, positions, decoder_key, decoder_dtype
         )
         parts = load_parts(wanted)
         text = parts.text

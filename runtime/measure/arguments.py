@@ -12,7 +12,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.settings import FIELD
 from runtime import cli
-from runtime.choices import MIN_FRAMES, add_method_options, given_settings
+from runtime.choices import MIN_FRAMES, NARROW_DTYPES, add_method_options, given_settings
 from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
@@ -60,7 +60,8 @@ class BenchSettings:
         model: a source, None for the bundled one. video: None for one that is drawn. frames: None for as many as the
             model is meant to be shown. merge_layers: None for those of the tower.
         engine: folders, of which --service and --soak measure one: the newest, if there is none.
-        device: "cpu" or "cuda". dtype: None for what the model fits in.
+        device: "cpu" or "cuda". dtype: None for what the model fits in. decoder_dtype: "int8" for the decoder's
+            weights, None for dtype's.
         soak: requests whose memory is watched; None to measure something else.
     """
 
@@ -75,6 +76,7 @@ class BenchSettings:
     engine: tuple[Path, ...]
     device: str
     dtype: str | None
+    decoder_dtype: str | None
     threads: int | None
     warmup: int
     repeats: int
@@ -136,6 +138,11 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPE_NAMES,
         help="of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in "
         "where fp32 does not fit into memory)",
+    )
+    how.add_argument(
+        "--decoder-dtype",
+        choices=NARROW_DTYPES,
+        help="the decoder's weights in int8, of all variants, on a CPU; the model is in bf16 then",
     )
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: PyTorch's)")
     how.add_argument("--warmup", type=int, default=2, metavar="N", help="requests not counted (default: 2)")
@@ -244,10 +251,14 @@ def place(options: argparse.Namespace) -> None:
     """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU."""
     import torch
 
+    from runtime.checkpoint.narrow import check_narrow
+    from runtime.engine.dtypes import DTYPES
+
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"no GPU that torch {torch.__version__} can use for --device cuda: use --device cpu")
-    if options.dtype is None and options.device == "cuda":
+    check_narrow(options.decoder_dtype, "torch", torch.device(options.device), DTYPES.get(options.dtype))
+    if options.dtype is None and (options.device == "cuda" or options.decoder_dtype is not None):
         options.dtype = "bf16"  # on a CPU that depends on the model
 
 

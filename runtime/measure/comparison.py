@@ -42,7 +42,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         dtype, note = fitting_dtype(checkpoint, whole=True)
     precision = next(name for name, one in DTYPES.items() if one == dtype)
     manifests = [read_engine(folder, checkpoint, frames) for folder in asked.engine]  # before a model is loaded
-    bench = Bench(checkpoint, asked.question, device, dtype)
+    bench = Bench(checkpoint, asked.question, device, dtype, int8=asked.decoder_dtype is not None)
     for count in (frames, *asked.scale_frames):
         bench.check(count, asked.max_new_tokens)
     missing: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.folder import ENGINES, newest_engine
@@ -16,7 +17,8 @@ def opened(asked: BenchSettings, *, waiting: int) -> Pipeline:
     """The engine that is asked for, the newest if none is, in a pipeline in whose line so many requests may wait."""
     folder = asked.engine[0] if asked.engine else newest_engine(ENGINES)
     dtype = None if asked.dtype is None else DTYPES[asked.dtype]
-    return Pipeline.load(folder, asked.model, device=asked.device, dtype=dtype, waiting=waiting)
+    how: dict[str, Any] = {"device": asked.device, "dtype": dtype, "decoder_dtype": asked.decoder_dtype}
+    return Pipeline.load(folder, asked.model, waiting=waiting, **how)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from earlytom.methods.earlytom import EarlyTom
 from earlytom.settings import FIELD, MethodSettings
 from earlytom.standing import FrameSpan, frame_spans, frame_times, places
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
+from runtime.checkpoint.narrow import narrow
 from runtime.decoder.eager import Decoder
 from runtime.decoder.states import adding
 from runtime.engine.manifest import Manifest
@@ -134,13 +135,18 @@ class Bench:
         checkpoint: from `runtime.checkpoint.describe`.
         question: asked of every video.
         device, dtype: of the model.
+        int8: its decoder has weights in int8 (`runtime.checkpoint.narrow`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype, *, int8: bool = False
+    ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.tokenizer = load_tokenizer(checkpoint)
         self.prompt: Prompt = build_prompt(self.tokenizer, question, family=checkpoint.family)
         self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
+        if int8:
+            narrow(self.model)
         self.inner: Any = self.model.model
         self.family = checkpoint.family
         self.depth = geometry(checkpoint.config).depth

@@ -9,6 +9,7 @@ part, and a few near-ties are all that may fall otherwise.
 from __future__ import annotations
 
 import json
+import operator
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from threadpoolctl import threadpool_limits
 from builder.evaluation import record
 from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run
 from builder.evaluation.statistics import accuracy
+from builder.micro.scoring import Scorer
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
-from runtime.checkpoint import describe
+from runtime.checkpoint import describe, load_decoder
+from runtime.checkpoint.narrow import NarrowLinear
 from tests import golden_vectors
 
 GOLDEN = golden_vectors.HOME / "accuracy.json"
@@ -71,6 +74,30 @@ def test_accuracy_has_not_dropped(recorded: dict[str, Any], golden: dict[str, An
         right = answers.correct(row)
         assert holds(right, wanted), (name, right.tolist())
         assert accuracy(right, answers.asked()).high >= whole[name] - MARGIN, name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_decoder_with_weights_in_int8_answers_alike(recorded: dict[str, Any], golden: dict[str, Any]) -> None:
+    """On few clips; the negative control is one whose weights are those of the next row."""
+    bench = EvaluationBench(job(recorded))
+    narrow, broken = load_decoder(int8=True), load_decoder(int8=True)
+    for linear in broken.get_decoder().modules():
+        if isinstance(linear, NarrowLinear):
+            linear.weight.data = linear.weight.data.roll(1, 0)
+    (setting,) = (one for one in bench.settings if one.method.name == "cells-rounds")
+    clips, known = zip(*map(bench.clip, range(len(golden["asked"]))), strict=True)
+    visual = [setting.visual(clip) for clip in clips]
+    told = [setting.standing(clip, one) for clip, one in zip(clips, visual, strict=True)]
+    packs = [bench.scorer.pack(clip.questions) for clip in known]
+    right = [
+        [one.right for row in scorer.score([one.tokens for one in visual], packs, told) for one in row]
+        for scorer in (bench.scorer, Scorer(narrow, bench.tokenizer), Scorer(broken, bench.tokenizer))
+    ]
+    asked = len(right[0])
+    assert asked > 100
+    assert abs(sum(right[0]) - sum(right[1])) <= 0.02 * asked
+    assert sum(map(operator.ne, right[0], right[1])) <= 0.03 * asked
+    assert sum(right[0]) - sum(right[2]) > 0.2 * asked
 
 
 def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any], golden: dict[str, Any]) -> None:
