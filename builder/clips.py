@@ -3,11 +3,13 @@
 The gate runs on the clips; a chain's profiles and `--frame-budget auto` go by the frames kept. Those are measured in
 PyTorch, in fp32, on the model itself: the method's decisions need its hidden states. Layers after the last merge do not
 run.
+
+The scales of int8 are fitted to clips, so that the gate would find them too good on those: `scale_clips` and
+`gate_clips` share none.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 from collections.abc import Mapping
@@ -21,16 +23,18 @@ from torch import Tensor
 from builder.export.vision import VisionGraph
 from builder.settings.options import AUTO_SHARE
 from earlytom.encoder import encode
+from earlytom.errors import UserError
 from earlytom.methods import method_of
 from earlytom.micro.data import labelled_clip
+from earlytom.micro.data.scene import FRAMES
 from runtime.checkpoint import MICRO
 from runtime.drawing.clips import draw_clip
-from runtime.video import load_clip
+from runtime.video import load_clip, sample_indices
 
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
 
-SCALE_CLIPS = 8  # of the bundled model's own task
+SCALE_CLIPS, GATE_CLIPS = 8, 8  # of the bundled model's own task
 
 
 @dataclass(frozen=True)
@@ -89,24 +93,76 @@ def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
 
 
 def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
-    """Real frames for the gate: of the clips given, else of a clip drawn, encoded and decoded for it."""
-    preprocessing = config.checkpoint.preprocessing
-    load = functools.partial(load_clip, frames=config.frames, size=preprocessing.size, sampling=preprocessing.sampling)
-    if config.calibration:
-        names = [path.name for path in config.calibration]
-        labels = names if len(set(names)) == len(names) else [str(path) for path in config.calibration]
-        loaded = (load(path).frames for path in config.calibration)
-        return dict(zip(labels, loaded, strict=True))
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        path = draw_clip(Path(folder) / "drawn.mp4")
-        return {"drawn clip": load(path).frames}
+    """Real frames by name: of the clips given, else of a clip drawn, encoded and decoded in `place`."""
+    if not config.calibration:
+        return {"drawn clip": _drawn(config, place, seed=0)}
+    names = [path.name for path in config.calibration]
+    labels = names if len(set(names)) == len(names) else [str(path) for path in config.calibration]
+    loaded = (_frames(config, path) for path in config.calibration)
+    return dict(zip(labels, loaded, strict=True))
 
 
 def scale_clips(config: BuildConfig, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Frames that the scales of int8 go by: of the clips, and where none were given for the bundled model, of its
-    task's validation split. The drawn clip has not what others have: scales from it alone lost points, which the gate
-    on it cannot see."""
-    if config.calibration or config.checkpoint.source != MICRO:
+    """Frames that the scales of int8 go by: of the clips given all but those held out for the gate; where none were
+    given, of the drawn clip, and for the bundled model of its task's validation split. The drawn clip has not what
+    others have: scales from it alone lost points, which a gate on it could not see.
+
+    Args:
+        clips: the calibration clips.
+    """
+    if config.calibration:
+        return dict(list(clips.items())[: len(clips) - _held_out(clips)])
+    return clips | _of_task(config, range(SCALE_CLIPS), FRAMES)
+
+
+def gate_clips(config: BuildConfig, clips: dict[str, Tensor], place: Path) -> dict[str, Tensor]:
+    """Frames that the gate looks at: the clips, and with int8 only such as its scales do not go by. Of the clips given
+    that is the last quarter, one at least; where none were given, another drawn clip, and for the bundled model others
+    of the validation split.
+
+    Args:
+        clips: the calibration clips.
+        place: a folder to draw in.
+
+    Raises:
+        UserError: what is held out is no other clip than one that the scales go by.
+    """
+    if config.int8 is None:
         return clips
-    found = {f"validation {index}": labelled_clip("validation", index).frames for index in range(SCALE_CLIPS)}
-    return clips | {name: torch.from_numpy(frames) for name, frames in found.items()}
+    if not config.calibration:
+        more = _of_task(config, range(SCALE_CLIPS, SCALE_CLIPS + GATE_CLIPS), config.frames)
+        return {"another drawn clip": _drawn(config, place, seed=1)} | more
+    held = dict(list(clips.items())[len(clips) - _held_out(clips) :])
+    for name, frames in held.items():
+        for seen, others in scale_clips(config, clips).items():
+            if torch.equal(frames, others):
+                raise UserError(
+                    f"--calibration: {name} shows the same frames as {seen}, and int8 is checked on clips that its "
+                    "scales do not come from: name another video"
+                )
+    return held
+
+
+def _held_out(clips: dict[str, Tensor]) -> int:
+    return max(1, len(clips) // 4)
+
+
+def _of_task(config: BuildConfig, indices: range, frames: int) -> dict[str, Tensor]:
+    """Clips of the bundled model's task by name, `frames` of each; of another model none."""
+    if config.checkpoint.source != MICRO:
+        return {}
+    length = max(FRAMES, frames)
+    times = sample_indices(length, frames)
+    clips = {index: labelled_clip("validation", index, times=times, length=length) for index in indices}
+    return {f"validation {index}": torch.from_numpy(clip.frames) for index, clip in clips.items()}
+
+
+def _drawn(config: BuildConfig, place: Path, seed: int) -> Tensor:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        return _frames(config, draw_clip(Path(folder) / "drawn.mp4", seed=seed))
+
+
+def _frames(config: BuildConfig, path: Path) -> Tensor:
+    """uint8 [F, 3, H, W] of a video, as the runtime samples it."""
+    given = config.checkpoint.preprocessing
+    return load_clip(path, frames=config.frames, size=given.size, sampling=given.sampling).frames

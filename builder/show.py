@@ -45,7 +45,7 @@ def show_plan(trace: Trace, config: BuildConfig) -> None:
 
 def _costs(config: BuildConfig) -> list[tuple[object, ...]]:
     """Tokens, arithmetic of the vision part and of prefill: full, compressed, share."""
-    full = config.frames * config.tokens_per_frame
+    full = config.layout.tokens_full
     costs = [("tokens to the LLM", full, config.tokens)]
     costs += [(f"{what} GFLOP", config.flops[f"{what}_full"], config.flops[what]) for what in ("vision", "prefill")]
     return [
@@ -109,7 +109,7 @@ def _sizes(config: BuildConfig) -> dict[str, Any]:
     return {
         "frames_per_stage": list(config.stages),
         "tokens": config.tokens,
-        "tokens_full": config.frames * config.tokens_per_frame,
+        "tokens_full": config.layout.tokens_full,
         "flops": config.flops,
         "expected_bytes": config.expected_bytes,
     }

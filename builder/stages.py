@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.clips import FramesKept, calibration_clips, frames_kept, scale_clips
+from builder.clips import FramesKept, calibration_clips, frames_kept, gate_clips, scale_clips
 from builder.compile.engine import CompileReport, compile_engine
 from builder.export.chain import export_chain
 from builder.export.chunks import export_chunks
@@ -38,7 +38,8 @@ from builder.show import progress_line, show_kept
 from runtime.checkpoint import MICRO
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
-from runtime.engine.manifest import AND, Manifest, ModelRecord, PreprocessingRecord, describe_files
+from runtime.engine.manifest import AND, Manifest, ModelRecord, describe_files
+from runtime.engine.records import PreprocessingRecord
 from runtime.trace import Trace
 
 
@@ -89,6 +90,7 @@ def build(
         for one in config.each
         if verify or config.adaptive or config.int8 is not None
     }
+    checked = {one.frames: gate_clips(one, clips[one.frames], place) for one in config.each if verify}
     if config.adaptive:
         what = "how many frames each merge keeps"
         kept = stages.run("calibrate", what, lambda: calibrate(config, clips[config.frames]))
@@ -120,7 +122,9 @@ def build(
         reports = stages.run(
             "verify",
             "against the PyTorch reference",
-            lambda: check_each(config, vision_graph(config, torch.float32), paths, clips, trace, with_text=verify_text),
+            lambda: check_each(
+                config, vision_graph(config, torch.float32), paths, checked, trace, with_text=verify_text
+            ),
         )
         for report in reports.values():
             report.require()
@@ -176,9 +180,9 @@ def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
 def plan_int8(config: BuildConfig, clips: dict[str, Tensor]) -> Int8Plan:
     """How int8 is done: scales from the clips, and which products stay wider (as asked for, or as the clips say)."""
     found = calibration(config, clips)
-    if config.int8 == (products.AUTO,):
-        return found.search()
-    return found.plan(set(config.may_be_int8) - set(config.narrow()))
+    auto = config.int8 == (products.AUTO,)
+    plan = found.search() if auto else found.plan(set(config.may_be_int8) - set(config.narrow()))
+    return dataclasses.replace(plan, clips=tuple(clips))
 
 
 def measure_int8(config: BuildConfig) -> Int8Plan:
@@ -290,8 +294,8 @@ def describe(
         frames_per_stage=config.stages,
         tokens=config.tokens,
         tokens_per_frame=config.tokens_per_frame,
-        tokens_full=config.frames * config.tokens_per_frame,
-        dim=config.model.text_config.hidden_size,
+        tokens_full=config.layout.tokens_full,
+        dim=config.geometry.token_width,
         dtype=config.dtype,
         target=".".join(map(str, config.target)),
         backend=config.backend,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
+from earlytom.ranking import best, largest, slots
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,15 @@ def match(metric: Tensor, merged: int, *, protected: int = 0, listed_by_similari
         none = torch.empty(len(metric), 0, dtype=torch.int64, device=metric.device)
         stays = torch.arange(first, device=metric.device).expand(len(metric), -1)
         return Matching(tokens, protected, none, none, stays)
-    best, into = (one @ other.transpose(1, 2)).max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    source = order[:, :merged].sort(-1).values
-    stays = order[:, merged:] if listed_by_similarity else order[:, merged:].sort(-1).values
-    return Matching(tokens, protected, source, into.gather(1, source), stays)
+    alike = one @ other.transpose(1, 2)
+    found = alike.amax(-1)
+    goes = best(found, merged)
+    source = slots(goes, merged)
+    if listed_by_similarity:
+        stays = found.argsort(dim=-1, descending=True, stable=True)[:, merged:]
+    else:
+        stays = slots(~goes, first - merged)
+    return Matching(tokens, protected, source, largest(alike).gather(1, source), stays)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ def reduce(
     target: int,
     *,
     size: Tensor | None = None,
+    metric: Tensor | None = None,
     protected: int = 0,
     forgetful: bool = False,
     listed_by_similarity: bool = False,
@@ -148,6 +154,7 @@ def reduce(
 
     Args:
         size: [B, n] fp32; default ones.
+        metric: [B, n, d] by which tokens are like each other, merged as they are; the tokens themselves by default.
         forgetful: each step takes plain means, in which what was merged before counts as one.
         protected, listed_by_similarity: as in `match`.
 
@@ -160,14 +167,18 @@ def reduce(
     size = torch.ones(lists, tokens, device=values.device) if size is None else size
     place = torch.arange(tokens, device=values.device).expand(lists, -1)
     dtype, values = values.dtype, values.float()
+    metric = None if metric is None else metric.float()
     while (tokens := values.shape[1]) > target:
         half, left = (tokens - protected) // 2, tokens - target
         step = half if half > target - protected else left
         step = min(step, set_sizes(tokens, protected)[0])
-        found = match(values, step, protected=protected, listed_by_similarity=listed_by_similarity)
+        found = match(
+            values if metric is None else metric, step, protected=protected, listed_by_similarity=listed_by_similarity
+        )
         counted = torch.ones_like(size) if forgetful else size
         place, size = found.places(place), found.total(size[..., None])[..., 0]
         values = found.merge(values, counted)[0]
+        metric = None if metric is None else found.merge(metric, counted)[0]
     return Reduced(values.to(dtype), size, place)
 
 

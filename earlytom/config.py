@@ -167,12 +167,15 @@ class EarlyTomConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EarlyTomConfig:
         """Inverse of `to_dict`. Raises UserError on a key that is not a setting."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(sorted(known))}")
-        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**given)
+        return cls(**known(cls, cls.method, values))
+
+
+def known(kind: Any, method: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from plain values, lists as tuples. Raises UserError on a key that is no field of `kind`."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(set(values) - set(names)):
+        raise UserError(f"unknown setting {unknown[0]!r} of method {method!r}: the settings are {', '.join(names)}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def layers_for(depth: int) -> tuple[int, ...]:

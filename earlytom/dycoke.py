@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-GROUP = 4
-EARLIER = (None, 0, 0, 2)  # of each frame of a group, the one that it is compared with
+from earlytom.ranking import best, slots
+from earlytom.untouched import DyCokeConfig
+
+GROUP = DyCokeConfig.GROUP
+EARLIER = (0, 0, 0, 2)  # of each frame of a group, the one that it is compared with
 
 
 def whole_frames(frames: int, faithful: bool = False) -> list[int]:
@@ -23,24 +26,24 @@ def whole_frames(frames: int, faithful: bool = False) -> list[int]:
     return [n for n in range(frames) if n % GROUP == 0 or (faithful and n == last + 2)]
 
 
-def dycoke(features: Tensor, count: int, *, faithful: bool = False) -> tuple[Tensor, Tensor]:
+def dycoke(
+    features: Tensor, count: int, *, faithful: bool = False, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Tokens [N, E] and positions `frame * P + place` [N]; `count` tokens stay of each frame that is not whole.
 
     Args:
-        features: [F, P, E].
+        features: [F, P, E]; metric: [F, P, d] that are compared instead.
     """
     frames, per_frame, _ = features.shape
     whole = whole_frames(frames, faithful)
+    others = [n for n in range(frames) if n not in whole]
+    earlier = [n - n % GROUP + EARLIER[n % GROUP] for n in others]
+    seen = (features if metric is None else metric).float()
+    mine, before = (seen[:0] if not which else torch.stack([seen[n] for n in which]) for which in (others, earlier))
+    alike = cosine_similarity(mine, before, dim=-1)  # [F - whole, P]
+    count = min(count, per_frame)
+    place = alike.argsort(dim=-1, stable=True)[:, :count] if faithful else slots(best(-alike, count), count)
     every = torch.arange(per_frame, device=features.device)
-    kept = []
-    for frame in range(frames):
-        before = EARLIER[frame % GROUP]
-        place = every
-        if frame not in whole and before is not None:
-            other = features[frame - frame % GROUP + before]
-            alike = cosine_similarity(features[frame].float(), other.float(), dim=-1)
-            place = alike.argsort(stable=True)[:count]
-            place = place if faithful else place.sort().values
-        kept.append(frame * per_frame + place)
-    positions = torch.cat(kept)
+    found = iter(place.unbind(0))
+    positions = torch.cat([n * per_frame + (every if n in whole else next(found)) for n in range(frames)])
     return features.flatten(0, 1).index_select(0, positions), positions

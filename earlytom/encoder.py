@@ -7,8 +7,13 @@ It has two parts. Up to the first layer at which the method acts no frame knows 
 a clip's frames as they come; `rest` needs them all. Both also take the frames of several videos, one video after the
 other: the layers run on all of them at once, and the method decides about each.
 
+Some towers give the LLM states of earlier layers, too (`Tower.streams`). Between spans they stand behind the hidden
+states, so that D is a multiple of the tower's width there, and whatever becomes of frames becomes of them; after the
+projector they stand behind the token that they belong to, in E.
+
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens
-after pooling, D tower width, E LLM width, N tokens kept.
+after pooling, D tower width, E width of a token, which is that of the LLM unless there are such states, N tokens kept.
+A frame is what the tower takes for one: `Tower.step` pictures.
 """
 
 from __future__ import annotations
@@ -73,27 +78,32 @@ def encode(
 
     Args:
         vision: from `earlytom.families.Family.vision`.
-        pixels: [F, 3, H, W] normalised pixels in the tower's dtype. Of B videos that the method decides about at once
-            [B * F, 3, H, W], one after the other; tokens, positions, sources, place and bias then have a leading B.
+        pixels: [F * step, 3, H, W] normalised pixels in the tower's dtype. Of B videos that the method decides about at
+            once [B * F * step, 3, H, W], one after the other; tokens, positions, sources, place and bias then have a
+            leading B.
         method: who decides.
         depth: how many layers to run; default all (the post layer norm is never applied).
         trace: filled with the intermediate tensors by name, hidden states of every layer if `every_layer` is set.
 
     Raises:
-        UserError: no frames, not four dimensions, or a depth or a layer of the method's that the tower does not have.
+        UserError: no frames, not four dimensions, pictures that do not fill a frame, a depth or a layer of the method's
+            that the tower does not have, or a method that knows nothing of states of earlier layers.
     """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
+    step = vision.tower.step
+    if pixels.shape[0] % (step * method.videos):
+        raise UserError(f"a frame is {step} pictures here, so their number must be a multiple, got {pixels.shape[0]}")
     depth = checked_depth(vision.tower, method, depth)
 
     def note(**values: Tensor) -> None:
         if trace is not None:
             trace.update(values)
 
-    frames = pixels.shape[0] // method.videos
+    frames = pixels.shape[0] // (step * method.videos)
     entering = list(method.frames(frames))
     if len(entering) < frames:
-        pixels = pixels.unflatten(0, (method.videos, frames))[:, entering].flatten(0, 1)
+        pixels = pixels.unflatten(0, (method.videos, frames, step))[:, entering].flatten(0, 2)
     hidden, received = head(vision.tower, pixels, method, depth, note, every_layer)
     chosen = torch.eye(frames, device=pixels.device)[entering] if len(entering) < frames else None
     return rest(vision, hidden, received, method, depth, note, every_layer, entering=chosen)
@@ -103,8 +113,14 @@ def checked_depth(tower: Tower, method: Method, depth: int | None) -> int:
     """How many layers run, default all.
 
     Raises:
-        UserError: a depth or a layer of the method's that the tower does not have.
+        UserError: a depth or a layer of the method's that the tower does not have, or states of earlier layers that the
+            method knows nothing of.
     """
+    if tower.streams and not method.streams:
+        raise UserError(
+            f"method {method.name!r} knows nothing of the states of earlier layers that this model's LLM is given: use "
+            "earlytom or cells"
+        )
     available = len(list(tower.layers))
     if depth is not None and not 1 <= depth <= available:
         raise UserError(f"depth must be between 1 and {available} (the tower's layers), got {depth}")
@@ -120,7 +136,8 @@ def head(
     note: Note = lambda **_: None,
     every_layer: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The layers up to the method's first, on any frames: pixels [n, 3, H, W] to what `run_span` returns of them."""
+    """The layers up to the method's first, on any frames: pixels [n * step, 3, H, W] to what `run_span` returns of
+    them."""
     hidden = embed(tower, pixels)
     if method.layers:
         # A convolution leaves them channels first, and sums keep the layout of their first term: every layer up to the
@@ -169,7 +186,7 @@ def rest(
     return VisualTokens(
         tokens,
         positions,
-        hidden,
+        tower.own(hidden),
         hidden.new_empty(len(hidden), 0) if kept is None else kept,
         torch.arange(len(hidden), device=hidden.device) if state.start is None else state.start,
         tuple(state.stages),
@@ -180,7 +197,7 @@ def rest(
 
 
 def embed(tower: Tower, pixels: Tensor) -> Tensor:
-    """Normalised pixels [F, 3, H, W] to the hidden states [F, T, D] that enter the first layer."""
+    """Normalised pixels [F * step, 3, H, W] to the hidden states [F, T, D] that enter the first layer."""
     hidden = tower.embed(pixels)
     return hidden.to(tower.residual_dtype or hidden.dtype)
 
@@ -196,9 +213,12 @@ def run_span(
 ) -> tuple[Tensor, Tensor | None]:
     """One of `layer_spans` on `hidden [F, T, D]`, without what the method does at its end.
 
-    Returns the new hidden states and, if the method watches a layer of this span, its received attention [F, S].
+    Returns the new hidden states, those of `Tower.streams` behind them, and, if the method watches a layer of this
+    span, its received attention [F, S].
     """
     received, watched = None, method.watched(depth)
+    along = [hidden[..., tower.width :]] if tower.streams else []
+    hidden = tower.own(hidden)
     for index in span:
         layer = tower.layers[index]
         inside = index == watched and index in method.layers
@@ -209,7 +229,8 @@ def run_span(
         received = received if column is None else column
         if every_layer or index in method.layers:
             note(**{f"hidden_{index}": hidden})
-    return hidden, received
+        along += [hidden] * (index in tower.streams)
+    return torch.cat([hidden, *along], dim=-1) if along else hidden, received
 
 
 def project(

@@ -85,10 +85,12 @@ class Method(ABC):
         name: in `earlytom.methods.METHODS`.
         layers: the encoder layers, ascending, after which `after_layer` is called.
         videos: B, about how many videos at once it decides.
+        streams: whether it decides by hidden states and tokens alone where others are taken along (`Tower.streams`).
         inner: what is done to visual tokens inside the language model (see `earlytom.inner`); None leaves it alone.
     """
 
     name: ClassVar[str]
+    streams: ClassVar[bool] = False
     layers: tuple[int, ...] = ()
     videos: int = 1
     inner: InnerSettings | None = None
@@ -152,5 +154,5 @@ class Method(ABC):
         """What the tokens at `positions [N]` of `features [F', P, E]` stand for: place [N] int64, bias [N] fp32."""
         time, size = frame_times(state.sources)
         time, size = (time if state.time is None else state.time), (size if state.size is None else state.size)
-        sizes = token_sizes(features, positions, time, size, state.sources.shape[-1])
+        sizes = token_sizes(state.vision.own(features), positions, time, size, state.sources.shape[-1])
         return places(time, positions, features.shape[1]), size_bias(sizes)

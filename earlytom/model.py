@@ -9,9 +9,9 @@ prompt that was passed in. Only instance attributes are set; `restore()` (or lea
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,21 @@ from torch import Tensor, nn
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import VisualTokens, encode
 from earlytom.errors import UserError
-from earlytom.families import DEFAULT_FAMILY, FAMILIES, Family, family_of
+from earlytom.families import DEFAULT_FAMILY, FAMILIES, Family, Geometry, ShortPrompt, family_of
 from earlytom.inner_decoder import AppliedInner, apply_inner
 from earlytom.method import Method
 from earlytom.methods import method_of
 from earlytom.restorable import Restorable
 from earlytom.standing import frame_spans
+
+
+class _Shown(NamedTuple):
+    """A video of a prompt: its configuration and geometry, its pictures, and what became of them."""
+
+    config: Any
+    frame: Geometry
+    pictures: int
+    encoded: VisualTokens
 
 
 class AppliedEarlyTom(Restorable):
@@ -53,15 +62,16 @@ class AppliedEarlyTom(Restorable):
         return self.model.model
 
     def encode(self, pixels: Tensor) -> VisualTokens:
-        """One video, [F, 3, H, W] normalised pixels."""
+        """One video, [F * step, 3, H, W] normalised pixels."""
         return encode(self.family.vision_of(self.inner), pixels, self.method, depth=self.depth)
 
     def features(self, videos: Iterable[Tensor]) -> list[Tensor]:
-        """Visual tokens of each video [F, 3, H, W], with what closes them: [N, E], or [N + 1, E] with a closing."""
+        """Visual tokens of each video [F * step, 3, H, W], with what closes them: [N, E], or [N + 1, E] with a
+        closing."""
         return [self._closed(self.encode(pixels).tokens) for pixels in videos]
 
     def shorten(
-        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor, **beside: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The prompt with as many placeholders as there are visual tokens left; where every frame has a span of its
         own, without the spans of frames of which nothing is left and the text that names them.
@@ -70,6 +80,7 @@ class AppliedEarlyTom(Restorable):
             input_ids: [B, L] with the placeholders of each video.
             attention_mask: [B, L] or None.
             pixel_values_videos: of the videos in the order of their placeholders, as the model's processor makes them.
+            beside: what it returns beside them, of `Family.beside_pixels`.
 
         Returns:
             input_ids [B, L'], attention_mask [B, L'] and inputs_embeds [B, L', E]; shorter rows are padded on the left.
@@ -77,15 +88,23 @@ class AppliedEarlyTom(Restorable):
         Raises:
             UserError: the placeholders do not fit the videos.
         """
+        prompt, embeds = self._shortened(input_ids, attention_mask, pixel_values_videos, beside)
+        return prompt.ids, prompt.mask, embeds
+
+    def _shortened(
+        self, input_ids: Tensor, attention_mask: Tensor | None, pixels: Tensor, beside: dict[str, Any]
+    ) -> tuple[ShortPrompt, Tensor]:
+        """The prompt as `shorten` has it, and its embeddings."""
         placeholder = (input_ids == self._video_token_id).tolist()
-        given = self.family.videos(self.model.config, pixel_values_videos, [sum(row) for row in placeholder])
+        found = self.family.given(self.model.config, pixels, **beside)
+        given = self.family.videos(self.model.config, found, [sum(row) for row in placeholder])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stays: list[list[int]] = []
-        tokens: list[Tensor] = []
+        every: list[_Shown] = []
         for row, videos in zip(placeholder, given, strict=True):
-            encoded = [self.encode(video) for video in videos]
-            tokens += [self._closed(one.tokens) for one in encoded]
-            stays.append(self._stays(row, [len(video) for video in videos], encoded))
+            shown = [self._shown(video) for video in videos]
+            stays.append(self._stays(row, shown))
+            every += shown
         length = max(map(len, stays))
         padding = self._video_token_id  # any id: masked out, its embedding is overwritten by zeros
         ids = input_ids.new_full((len(input_ids), length), padding)
@@ -98,20 +117,28 @@ class AppliedEarlyTom(Restorable):
         embeds = self.model.get_input_embeddings()(ids)
         embeds[~target] = 0
         visual = target & (ids == self._video_token_id)
-        embeds = embeds.masked_scatter(visual[..., None], torch.cat(tokens).to(embeds))
-        return ids, short_mask, embeds
+        tokens = torch.cat([self._closed(one.encoded.tokens[:, : embeds.shape[-1]]) for one in every])
+        embeds = embeds.masked_scatter(visual[..., None], tokens.to(embeds))
+        cells = torch.cat([one.encoded.positions % one.frame.tokens_per_frame for one in every])
+        grid = torch.cat([cells.new_tensor([one.frame.cells] * len(one.encoded.tokens)) for one in every])
+        tokens = torch.cat([one.encoded.tokens for one in every])
+        return ShortPrompt(ids, short_mask, visual, tokens, cells, grid), embeds
+
+    def _shown(self, video: Tensor) -> _Shown:
+        config = self.family.sized(self.model.config, (video.shape[2], video.shape[3]))
+        return _Shown(config, self.family.geometry(config), len(video), self.encode(video))
 
     def _closed(self, tokens: Tensor) -> Tensor:
         closing = self.family.closing(self.inner)
         return tokens if closing is None else torch.cat([tokens, closing[None].to(tokens)])
 
-    def _stays(self, placeholder: Sequence[bool], frames: Sequence[int], encoded: Sequence[VisualTokens]) -> list[int]:
-        """Which places of a prompt stay, in their new order: `frames` of its videos, and what became of them."""
+    def _stays(self, placeholder: Sequence[bool], videos: Sequence[_Shown]) -> list[int]:
+        """Which places of a prompt with these videos stay, in their new order."""
         spots = [at for at, is_one in enumerate(placeholder) if is_one]
         stays: list[int] = []
         text = done = 0  # the first place that is not looked at yet, and how many placeholders are
-        for count, one in zip(frames, encoded, strict=True):
-            spans = self.family.spans(self.model.config, count)
+        for one in videos:
+            spans = self.family.spans(one.config, one.pictures)
             ends = [done + sum(spans[: number + 1]) for number in range(len(spans))]
             begins = [end - size for end, size in zip(ends, spans, strict=True)]
             stays += range(text, spots[done])
@@ -123,12 +150,12 @@ class AppliedEarlyTom(Restorable):
             text = spots[done - 1] + 1
         return [*stays, *range(text, len(placeholder))]
 
-    def _spans(self, found: VisualTokens) -> Sequence[tuple[int, int]]:
+    def _spans(self, video: _Shown) -> Sequence[tuple[int, int]]:
         """Of each span of a video that is left: its number among all, and how many placeholders it keeps."""
+        found = video.encoded
         if not self.family.span_a_frame:
             return [(0, len(found.tokens) + self.family.closing_tokens)]
-        per_frame = self.family.geometry(self.model.config).tokens_per_frame
-        return frame_spans(found.positions, found.sources, per_frame)
+        return frame_spans(found.positions, found.sources, video.frame.tokens_per_frame)
 
     @property
     def _video_token_id(self) -> int:
@@ -151,11 +178,16 @@ class AppliedEarlyTom(Restorable):
         lengths = {name: asked(name) for name in ("max_length", "min_length")}
         return kwargs | {name: max(length - removed, 0) for name, length in lengths.items() if length and removed}
 
-    def _announced(self, ids: Tensor, mask: Tensor) -> AbstractContextManager[None]:
-        """Tell the language model which tokens of a shortened prompt are visual, if it is to merge them."""
-        if self._merging is None:
-            return nullcontext()
-        return self._merging.prompt((ids == self._video_token_id) & mask.bool())
+    @contextmanager
+    def _announced(self, prompt: ShortPrompt) -> Iterator[dict[str, Any]]:
+        """Tell the language model of a shortened prompt: which tokens are visual, if it is to merge them, and what its
+        family wants to know, of which some is given to the forward pass."""
+        visual = (prompt.ids == self._video_token_id) & prompt.mask.bool()
+        merging: AbstractContextManager[None] = nullcontext()
+        if self._merging is not None:
+            merging = self._merging.prompt(visual)
+        with merging, self.family.reading(self.model, prompt) as more:
+            yield more
 
     def _install(self) -> None:
         model, inner = self.model, self.inner
@@ -169,14 +201,16 @@ class AppliedEarlyTom(Restorable):
             pixels = kwargs.pop(pixels_name, None)
             if pixels is None:
                 return own_generate(inputs, *args, **kwargs)
+            beside = {name: kwargs.pop(name, None) for name in self.family.beside_pixels}
             prompt = kwargs.pop("input_ids", inputs)
             if prompt is None:
                 raise UserError(f"generate needs input_ids beside {pixels_name}")
             with torch.no_grad():
-                ids, mask, embeds = self.shorten(prompt, kwargs.pop("attention_mask", None), pixels)
+                short, embeds = self._shortened(prompt, kwargs.pop("attention_mask", None), pixels, beside)
+            ids, mask = short.ids, short.mask
             given = args[0] if args else kwargs.get("generation_config")
             kwargs = self._for_shorter_prompt(prompt.shape[1] - ids.shape[1], given, kwargs)
-            with self._announced(ids, mask):
+            with self._announced(short):
                 out = own_generate(None, *args, input_ids=ids, attention_mask=mask, inputs_embeds=embeds, **kwargs)
             return _with_prompt(out, prompt, ids.shape[1])
 
@@ -187,23 +221,22 @@ class AppliedEarlyTom(Restorable):
             if kwargs.get("position_ids") is not None:
                 raise UserError("position_ids count the full prompt, which gets shorter: leave them out")
             pixels, ids = kwargs.pop(pixels_name), kwargs.pop("input_ids")
-            ids, mask, embeds = self.shorten(ids, kwargs.get("attention_mask"), pixels)
-            with self._announced(ids, mask):
-                return own_forward(*args, **(kwargs | {"attention_mask": mask, "inputs_embeds": embeds}))
+            beside = {name: kwargs.pop(name, None) for name in self.family.beside_pixels}
+            short, embeds = self._shortened(ids, kwargs.get("attention_mask"), pixels, beside)
+            with self._announced(short) as more:
+                return own_forward(*args, **(kwargs | {"attention_mask": short.mask, "inputs_embeds": embeds} | more))
 
         @functools.wraps(own_features)
         def features(*args: Any, **kwargs: Any) -> Any:
-            from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-            # As the model does it: [B, N + 1, E], where every video has as many tokens; else one row of all of them.
-            pixels = args[0] if args else kwargs[pixels_name]
-            videos = self.features(pixels if pixels.dim() == 5 else pixels[None])
-            even = len({len(video) for video in videos}) == 1
-            pooled = torch.stack(videos) if even else torch.cat(videos)[None]
-            return BaseModelOutputWithPooling(pooler_output=pooled)
+            given = args[0] if args else kwargs[pixels_name]
+            beside = {name: kwargs[name] for name in self.family.beside_pixels if name in kwargs}
+            beside |= dict(zip(self.family.beside_pixels, args[1:], strict=False))
+            found = self.family.given(model.config, given, **beside)
+            videos = found if not isinstance(found, Tensor) or found.dim() == 5 else found[None]
+            return self.family.given_features(model.config, self.features(videos))
 
         if self.method.inner is not None:
-            self._merging = apply_inner(inner.language_model, *self.method.inner)
+            self._merging = apply_inner(model.get_decoder(), *self.method.inner)
         self.replace(model, "generate", generate)
         self.replace(inner, "forward", forward)
         self.replace(inner, features_name, features)

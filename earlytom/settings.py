@@ -14,14 +14,13 @@ from typing import Any
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UNTOUCHED, UntouchedConfig
 
-MethodSettings = EarlyTomConfig | CellsConfig | VisionZipConfig
-SETTINGS: dict[str, type[EarlyTomConfig] | type[CellsConfig] | type[VisionZipConfig]] = {
-    kind.method: kind for kind in (EarlyTomConfig, CellsConfig, VisionZipConfig)
-}
+MethodSettings = EarlyTomConfig | CellsConfig | UntouchedConfig
+Kind = type[EarlyTomConfig] | type[CellsConfig] | type[UntouchedConfig]
+_KINDS: tuple[Kind, ...] = (EarlyTomConfig, CellsConfig, *UNTOUCHED)
+SETTINGS: dict[str, Kind] = {kind.method: kind for kind in _KINDS}
 _OF_THE_VIDEO = "how many tokens it keeps is for the video to say, and an engine has static shapes"
-_NOT_YET = "its shapes are static, but its steps have no form in ONNX here yet"
 NOT_BUILT: dict[str, str] = {
     "holitom": _OF_THE_VIDEO,
     "fastvid": _OF_THE_VIDEO,
@@ -29,16 +28,11 @@ NOT_BUILT: dict[str, str] = {
     "unicomp": _OF_THE_VIDEO,
     "bvllm-style": _OF_THE_VIDEO,
     "unified": "it accepts tokens one after the other, thousands of steps that wait for each other",
-    "vqtoken": _NOT_YET,
-    "tome": _NOT_YET,
-    "tempme": _NOT_YET,
-    "dycoke": _NOT_YET,
-    "evs": _NOT_YET,
-    "vidcom2": _NOT_YET,
+    "vqtoken": "its seeds are drawn by sums in double precision, which TensorRT does not have",
     "fastv": "it acts inside the language model, and an engine holds the vision part",
 }
 """Methods of the field that run in PyTorch and are no engine, and why."""
-FIELD = (VisionZipConfig.method, *NOT_BUILT)
+FIELD = (*(kind.method for kind in UNTOUCHED), *NOT_BUILT)
 """The names of all methods of the field."""
 
 

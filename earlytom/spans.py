@@ -18,9 +18,10 @@ OF_MERGES = ("similarity", "weights", "member", "taken")
 _NOTED = {
     "earlytom": (("similarity", "weights"), ("static",), ("relevance",)),
     "cells": (("weights", "member", "taken"), (), ()),
-    "visionzip": ((), (), ("relevance",)),
 }
 """Of each method: what it notes at a merge, behind the layers, and of features."""
+_UNTOUCHED = {False: ((), (), ()), True: ((), (), ("relevance",))}
+"""Of one that leaves the tower as it is, by whether it goes by received attention."""
 
 
 def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
@@ -30,7 +31,7 @@ def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
         config: settings of the method.
         layers: how many run, for the trace of every layer; None for that of the merge layers.
     """
-    at_merges, behind, of_features = _NOTED[config.method]
+    at_merges, behind, of_features = _NOTED.get(config.method, _UNTOUCHED[config.watches])
     names: list[str] = []
     for layer in config.merge_layers if layers is None else range(layers):
         names.append(f"hidden_{layer}")

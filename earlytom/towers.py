@@ -35,6 +35,9 @@ class Tower:
         layers: the encoder layers, in order.
         embeddings: what makes patches of pixels.
         prefix: number of leading tokens that are not patches (class token).
+        step: pictures that are one frame of the tower; F counts frames.
+        streams: layers whose states go to the LLM beside those of the last, ascending. `earlytom.encoder` takes them
+            along behind the hidden states, [F, T, D * (1 + those taken)], so that what merges frames merges them too.
         key_bias_cancels: a key's bias adds the same to all logits of a query, so that attention is the same without.
         residual_dtype: of the hidden states between the branches, from the embeddings on.
         logits_dtype: of query and key of the explicit attention matrix.
@@ -44,6 +47,8 @@ class Tower:
     """
 
     prefix = 0
+    step = 1
+    streams: tuple[int, ...] = ()
     key_bias_cancels = True
     residual_dtype: torch.dtype | None = None
     logits_dtype: torch.dtype | None = None
@@ -70,8 +75,17 @@ class Tower:
         return module.k_proj(entering)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """[F, 3, H, W] normalised pixels to the hidden states [F, T, D] that enter layer 0."""
+        """[F * step, 3, H, W] normalised pixels to the hidden states [F, T, D] that enter layer 0."""
         return self.model.embeddings(pixels)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.hidden_size
+
+    def own(self, hidden: Tensor) -> Tensor:
+        """The hidden states [F, T, D] without those that are taken along: what frames are compared by."""
+        return hidden[..., : self.width] if self.streams else hidden
 
     def attention_input(self, layer: Any, hidden: Tensor) -> tuple[Any, Tensor]:
         """The attention module of a layer and what enters it, [F, T, D]."""
@@ -81,8 +95,7 @@ class Tower:
     def received(self, layer: Any, hidden: Tensor) -> Tensor:
         """Received attention of the patch tokens in a layer that `hidden [F, T, D]` enters, [F, S] fp32, on its own."""
         module, entering = self.attention_input(layer, hidden)
-        query, key = (_heads(module, projected(module, entering)) for projected in (self.query, self.key))
-        return self._received(query, key, module.head_dim**-0.5)
+        return self._received(*self.compared(module, entering), module.head_dim**-0.5)
 
     def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
         """One encoder layer on `hidden [F, T, D]`.
@@ -102,8 +115,7 @@ class Tower:
         attention has a kernel of its own, so that the matrix never goes through memory.
         """
         scale = module.head_dim**-0.5
-        each = (self.query(module, hidden), self.key(module, hidden), module.v_proj(hidden))
-        query, key, value = (_heads(module, projected) for projected in each)
+        query, key, value = self.heads(module, hidden)
         received = None
         if receive and not query.is_cuda:
             attention = self._matrix(query, key, scale)
@@ -115,6 +127,14 @@ class Tower:
                 received = self._received(query, key, scale)
         return out.transpose(1, 2).flatten(2), received
 
+    def heads(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of an attention module, [F, H, T, D/H] each."""
+        return *self.compared(module, entering), by_head(module, module.v_proj(entering))
+
+    def compared(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key of it, likewise."""
+        return by_head(module, self.query(module, entering)), by_head(module, self.key(module, entering))
+
     def _received(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Received attention of the patch tokens: on a GPU by the operator, else in what every exporter knows."""
         means = ops.received_attention if query.is_cuda else lambda *given: column_means(self._matrix(*given))
@@ -125,7 +145,7 @@ class Tower:
         return attention_matrix(query, key, scale, self.matrix_dtype or query.dtype)
 
 
-def _heads(module: Any, projected: Tensor) -> Tensor:
+def by_head(module: Any, projected: Tensor) -> Tensor:
     """[F, T, D] to [F, H, T, D/H]."""
     return projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 

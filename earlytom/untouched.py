@@ -1,36 +1,43 @@
 """Settings of methods that leave the vision tower as it is and can be built into an engine. Needs no PyTorch.
 
-They merge no frames, so that what an engine asks of settings (`earlytom.settings`) is mostly fixed.
+They merge no frames, so that what an engine asks of settings (`earlytom.settings`) is mostly fixed, and the number of
+tokens follows from that of the frames. Each is the corrected form of a method in `earlytom.methods.published`, which
+counts as its settings do.
+
+Notation: F frames, P tokens a frame after projector and pooling.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from earlytom.config import Schedule
+from earlytom.budget import dynamic_tokens
+from earlytom.config import Schedule, known
 from earlytom.errors import UserError
 from earlytom.numbers import real
 
 
 @dataclass(frozen=True)
-class VisionZipConfig:
-    """Settings of VisionZip, corrected form.
+class UntouchedConfig(ABC):
+    """What such settings share.
 
     Attributes:
-        retention_ratio: share of the tokens of every frame that should reach the LLM, in (0, 1].
+        retention_ratio: share of the F * P tokens that should reach the LLM, in (0, 1]; each method rounds in its way.
 
     The others are no settings: see `earlytom.settings`.
     """
 
-    method: ClassVar[str] = "visionzip"
+    method: ClassVar[str]
+    watches: ClassVar[bool] = False
     bias: ClassVar[bool] = False
     original_positions: ClassVar[bool] = False
     inner_layer: ClassVar[None] = None
     merges_inside: ClassVar[bool] = False
-    watches: ClassVar[bool] = True
     merge_layers: ClassVar[tuple[int, ...]] = ()
     frame_budget: ClassVar[float] = 1.0
     schedule: ClassVar[Schedule] = "budget"
@@ -40,10 +47,14 @@ class VisionZipConfig:
     def __post_init__(self) -> None:
         real("retention_ratio", self.retention_ratio, 0, 1, low_open=True)
 
-    def check_layers(self, depth: int) -> None:
+    @abstractmethod
+    def tokens(self, frames: int, tokens_per_frame: int) -> int:
+        """How many tokens of a video reach the LLM."""
+
+    def check_layers(self, depth: int) -> None:  # noqa: B027  (what other settings check)
         """It acts in every tower."""
 
-    def replace(self, **changes: Any) -> VisionZipConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some values changed, validated again."""
         return dataclasses.replace(self, **changes)
 
@@ -52,9 +63,92 @@ class VisionZipConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VisionZipConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`. Raises UserError on a key that is not a setting."""
-        unknown = sorted(set(values) - {"retention_ratio"})
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r} of method 'visionzip': the setting is retention_ratio")
-        return cls(**values)
+        return cls(**known(cls, cls.method, values))
+
+
+class VisionZipConfig(UntouchedConfig):
+    """As many tokens of every frame."""
+
+    method = "visionzip"
+    watches = True
+
+    def tokens(self, frames: int, tokens_per_frame: int) -> int:
+        return frames * dynamic_tokens(tokens_per_frame, self.retention_ratio)
+
+
+class EVSConfig(UntouchedConfig):
+    """The first frame stays whole."""
+
+    method = "evs"
+    original_positions = True
+
+    def tokens(self, frames: int, tokens_per_frame: int) -> int:
+        return max(tokens_per_frame, int(self.retention_ratio * frames * tokens_per_frame))
+
+
+class VidCom2Config(UntouchedConfig):
+    """Every frame has one token at least."""
+
+    method = "vidcom2"
+
+    def tokens(self, frames: int, tokens_per_frame: int) -> int:
+        return max(frames, round(self.retention_ratio * frames * tokens_per_frame))
+
+
+class DyCokeConfig(UntouchedConfig):
+    """One frame of every `GROUP` stays whole, and of the others equal numbers of tokens."""
+
+    method = "dycoke"
+    GROUP: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retention_ratio < 1 / self.GROUP:
+            raise UserError(
+                f"dycoke keeps one frame of {self.GROUP} whole, so retention_ratio must be at least "
+                f"{1 / self.GROUP:g}, got {self.retention_ratio}"
+            )
+
+    def tokens(self, frames: int, tokens_per_frame: int) -> int:
+        whole = -(-frames // self.GROUP)
+        return whole * tokens_per_frame + (frames - whole) * self.of_others(tokens_per_frame)
+
+    def of_others(self, tokens_per_frame: int) -> int:
+        """How many tokens of a frame that is not whole: rounded down, but for what is lost in computing the share."""
+        share = (self.GROUP * self.retention_ratio - 1) / (self.GROUP - 1)
+        return min(tokens_per_frame, math.floor(round(share * tokens_per_frame, 9)))
+
+
+class ToMeConfig(UntouchedConfig):
+    """Tokens are merged behind the projector, within each clip of `CLIP` frames (or as many as divide the video)."""
+
+    method = "tome"
+    CLIP: ClassVar[int] = 1
+
+    def tokens(self, frames: int, tokens_per_frame: int) -> int:
+        clip = math.gcd(frames, self.CLIP)
+        return frames // clip * tokens_of_clip(clip * tokens_per_frame, self.retention_ratio)
+
+
+class TempMeConfig(ToMeConfig):
+    """As ToMe, across the frames that its released schedule joins."""
+
+    method = "tempme"
+    CLIP = 8
+
+
+def tokens_of_clip(tokens: int, ratio: float, protected: int = 0) -> int:
+    """How many of a clip's `tokens` are left of merging; more than the `protected` that take no part."""
+    return max(protected + 1, round(ratio * tokens))
+
+
+UNTOUCHED: tuple[type[UntouchedConfig], ...] = (
+    VisionZipConfig,
+    EVSConfig,
+    VidCom2Config,
+    DyCokeConfig,
+    ToMeConfig,
+    TempMeConfig,
+)

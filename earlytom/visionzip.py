@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from earlytom.errors import UserError
+from earlytom.ranking import at, best, largest, slots
 
 DOMINANT = Fraction(54, 64)  # of the tokens of a frame
 
@@ -39,34 +40,22 @@ def visionzip(
         raise UserError(f"of {per_frame} tokens a frame at least one and at most all can stay, got {count}")
     attended = int(count * DOMINANT)
     contextual, left = count - attended, per_frame - attended
-    index = torch.arange(per_frame, device=features.device)
-    dominant = _ranks(attention.float(), index) < attended
+    dominant = best(attention.float(), attended)
     spots, number = _evenly(dominant, contextual, max(1, left // contextual))
     likes = normalize(metric.float(), dim=-1)
-    at_spots = _slots(spots, contextual)
-    alike = likes @ _at(likes, at_spots).transpose(1, 2)  # [F, P, contextual]
-    of = torch.arange(contextual, dtype=torch.float32, device=index.device)
-    into = torch.where(alike >= alike.amax(-1, keepdim=True), of, float(contextual)).amin(
-        -1
-    )  # of equally near ones the first
+    at_spots = slots(spots, contextual)
+    into = largest(likes @ at(likes, at_spots).transpose(1, 2))  # [F, P]
+    of = torch.arange(contextual, device=features.device)
     joins = ((into[:, None] == of[:, None]) & ~(dominant | spots)[:, None]).float()  # [F, contextual, P]
-    others, members, own = joins @ features.float(), joins.sum(-1, keepdim=True), _at(features, at_spots).float()
+    others, members, own = joins @ features.float(), joins.sum(-1, keepdim=True), at(features, at_spots).float()
     means = own + others / members.clamp_min(1) if faithful else (own + others) / (1 + members)
-    at_attended = _slots(dominant, attended)
-    tokens = torch.cat([_at(features, at_attended), means.to(features.dtype)], 1)
+    at_attended = slots(dominant, attended)
+    tokens = torch.cat([at(features, at_attended), means.to(features.dtype)], 1)
     if faithful:
         return tokens, torch.cat([at_attended, at_spots], 1)
-    places = _slots(dominant | spots, count)
+    places = slots(dominant | spots, count)
     which = torch.where(dominant, dominant.float().cumsum(-1) - 1, attended + number).long()
-    return _at(tokens, which.gather(1, places)), places
-
-
-def _ranks(scores: Tensor, index: Tensor) -> Tensor:
-    """How many of `scores [F, P]` come before each by falling score, of equal ones the first. No sort: backends order
-    equal values as they like."""
-    other, mine = scores[:, :, None], scores[:, None]
-    before = (other > mine) | ((other == mine) & (index[:, None] < index))
-    return before.float().sum(1)
+    return at(tokens, which.gather(1, places)), places
 
 
 def _evenly(taken: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -74,16 +63,3 @@ def _evenly(taken: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
     place = (~taken).float().cumsum(-1) - 1
     number = torch.floor(place / stride)
     return ~taken & (number * stride == place) & (number < count), number
-
-
-def _slots(mask: Tensor, count: int) -> Tensor:
-    """The indices of the `count` true values of each row of `mask [F, P]`, ascending, [F, count] int64."""
-    index = torch.arange(mask.shape[1], dtype=torch.float32, device=mask.device)
-    place = mask.float().cumsum(-1) - 1
-    here = mask[:, None] & (place[:, None] == torch.arange(count, device=mask.device)[:, None])
-    return torch.where(here, index, 0.0).sum(-1).long()
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """`values [F, P, D]` at `index [F, k]`, [F, k, D]."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

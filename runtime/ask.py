@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
 from runtime import cli
-from runtime.choices import BACKENDS, MAX_NEW_TOKENS, POSITIONS
+from runtime.choices import BACKENDS, MAX_NEW_TOKENS, NARROW_DTYPES, POSITIONS
 from runtime.decoder.naming import decoder_named
 from runtime.decoder.sampling import Sampling
 from runtime.engine import layout
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             inner=inner_merge(options),
             bias=options.bias,
             positions=options.positions,
+            decoder_dtype=options.decoder_dtype,
             limits=limits,
             warm_up=False,  # there is one request, and it would only come later
         )
@@ -145,6 +146,12 @@ def parser() -> argparse.ArgumentParser:
         choices=layout.DTYPE_NAMES,
         help="of the decoder (default: the engine's on a GPU; on a CPU fp32, or what the checkpoint is stored in where "
         "fp32 does not fit into memory)",
+    )
+    p.add_argument(
+        "--decoder-dtype",
+        choices=NARROW_DTYPES,
+        help="weights of the decoder in int8, half of bf16's memory, on a CPU; it computes in bf16 then (default: as "
+        "--dtype says)",
     )
     p.add_argument(
         "--decoder",

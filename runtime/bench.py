@@ -114,7 +114,11 @@ def _added(options: argparse.Namespace, asked: LoadPlan, folder: Path) -> dict[s
 
     engine = options.engine[0] if options.engine else newest_engine(ENGINES)
     pair = plan.questions(asked, folder)[0]
-    how: dict[str, Any] = {"device": options.device, "dtype": DTYPES.get(options.dtype)}
+    how: dict[str, Any] = {
+        "device": options.device,
+        "dtype": DTYPES.get(options.dtype),
+        "decoder_dtype": options.decoder_dtype,
+    }
     with Pipeline.load(engine, options.model, **how) as pipeline:
         record = plan.machine("before") | added(
             pipeline,

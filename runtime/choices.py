@@ -1,14 +1,158 @@
 """What a caller may choose by name, and the defaults: what command lines offer and the library takes.
 
 Nothing but words and numbers, so that a command line knows them without importing what they are about.
+`METHOD_OPTIONS` is the one table of the options that set a method, by the names of the settings: what they are called,
+what help says of them, and how their words are read.
 """
 
 from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from earlytom.cells.config import CellsConfig
+from earlytom.config import EarlyTomConfig
+from earlytom.errors import UserError
 
 # Backends that run a file of an engine folder. The torch backend runs a checkpoint instead, and is made from one.
 ENGINE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 BACKENDS = ("auto", *ENGINE_BACKENDS, "torch")
 DECODERS = ("torch", "torch-tensorrt")
+NARROW_DTYPES = ("int8",)  # of the decoder's weights
 POSITIONS = ("original", "consecutive")  # of visual tokens
 MAX_NEW_TOKENS = 128
 MIN_FRAMES = 2  # the method compares neighbouring frames, so one frame is not a video
+GREEDY = "greedy"
+
+
+def number(text: str) -> float:
+    """What argparse reads a number with."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """ "6,14,20", or "none". ValueError for anything else, as of `budget` and `rounds`."""
+    return () if text.lower() == "none" else tuple(int(word) for word in text.split(","))
+
+
+def budget(text: str) -> float | tuple[int, ...]:
+    """A share, or frame counts."""
+    counts = "," in text or (text.isdecimal() and int(text) > 1)  # 13 is no share
+    return tuple(int(word) for word in text.split(",")) if counts else float(text)
+
+
+def rounds(text: str) -> int | None:
+    """A number, or None for one token after the other."""
+    return None if text == GREEDY else int(text)
+
+
+@dataclass(frozen=True)
+class MethodOption:
+    """An option that sets a method.
+
+    Attributes:
+        method: the one that has it, None where several do.
+        read: makes a value of words, which are like `example`; None for a number, which argparse reads.
+    """
+
+    flag: str
+    metavar: str
+    help: str
+    method: str | None = None
+    read: Callable[[str], Any] | None = None
+    example: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of what argparse makes of it."""
+        return self.flag[2:].replace("-", "_")
+
+    def value(self, words: str) -> Any:
+        """What `words` set. UserError for those that are none."""
+        assert self.read is not None
+        try:
+            return self.read(words)
+        except ValueError as error:
+            raise UserError(f"{self.flag} {words!r}: give {self.example}") from error
+
+
+_CELLS, _EARLYTOM = CellsConfig.method, EarlyTomConfig.method
+METHOD_OPTIONS = {
+    "retention_ratio": MethodOption(
+        "--ratio", "R", f"share of the visual tokens KEPT, in (0, 1] (default: {EarlyTomConfig.retention_ratio:g})"
+    ),
+    "merge_layers": MethodOption(
+        "--merge-layers",
+        "L,L,L",
+        "encoder layers after which frames are merged, or 'none' (default: 6,14,20, scaled to the tower's depth)",
+        read=layers,
+        example="layer numbers such as 6,14,20, or none",
+    ),
+    "tau": MethodOption(
+        "--tau",
+        "T",
+        f"earlytom: similarity below which a new segment starts (default: {EarlyTomConfig.tau:g})",
+        method=_EARLYTOM,
+    ),
+    "frame_budget": MethodOption(
+        "--frame-budget",
+        "SHARE|N,N,N",
+        "budget schedule: frames kept at each merge layer, as a share or as one count per layer "
+        f"(default: {EarlyTomConfig.frame_budget})",
+        read=budget,
+        example="a share such as 0.75, or one count per merge layer",
+    ),
+    "power": MethodOption(
+        "--power",
+        "P",
+        "cells: how far a cell of a merged frame prefers the member that differs; 0 averages "
+        f"(default: {CellsConfig.power:g})",
+        method=_CELLS,
+    ),
+    "rounds": MethodOption(
+        "--rounds",
+        "R|greedy",
+        f"cells: in how many rounds tokens are taken; greedy: one after the other (default: {CellsConfig.rounds})",
+        method=_CELLS,
+        read=rounds,
+        example="a whole number, or greedy",
+    ),
+    "threshold": MethodOption(
+        "--threshold",
+        "T",
+        "cells, where the video decides: a frame that changes by so much starts a group; 0 keeps all frames "
+        f"(default: {CellsConfig.threshold:g})",
+        method=_CELLS,
+    ),
+}
+_SETTING = re.compile(rf"(?<!-)\b({'|'.join(METHOD_OPTIONS)})\b")
+
+
+def add_method_options(group: Any, *settings: str) -> None:
+    """The options of these settings. What is not given is None, but for --ratio, which has its default."""
+    for name in settings:
+        option = METHOD_OPTIONS[name]
+        default = EarlyTomConfig.retention_ratio if name == "retention_ratio" else None
+        kind = number if option.read is None else str
+        group.add_argument(option.flag, type=kind, default=default, metavar=option.metavar, help=option.help)
+
+
+def given_settings(options: Any, *settings: str) -> dict[str, Any]:
+    """Of these settings those that were given, as values. UserError for words that are none."""
+    given = {name: getattr(options, METHOD_OPTIONS[name].name) for name in settings}
+    return {
+        name: METHOD_OPTIONS[name].value(value) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def in_options(error: UserError) -> UserError:
+    """The error with options in the place of the settings that it names."""
+    return UserError(_SETTING.sub(lambda match: METHOD_OPTIONS[match[0]].flag, str(error)))

@@ -81,15 +81,16 @@ def run(main: Callable[[A], int | None], args: A) -> int:
     try:
         status = main(args)
         sys.stdout.flush()  # here, so that a full disk or a closed pipe behind stdout is reported like any other
-    except UserError as error:
-        return _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _end_interrupted()
+    except UserError as error:
+        return _end_interrupted() if _comes_of_interrupt(error) else _fail(str(error))
     except BrokenPipeError:
         _silence(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
+        if _comes_of_interrupt(error):
+            return _end_interrupted()
         line = limit_reached(error) or (_explain(error) if isinstance(error, OSError) else None)
         if line is None:
             raise
@@ -118,6 +119,22 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _end_interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _comes_of_interrupt(error: BaseException) -> bool:
+    """Whether something was interrupted, and a library that cleaned up after that failed in it (torch.export does)."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__ or error
+    return False
 
 
 def _fail(message: str) -> int:

@@ -20,6 +20,8 @@ from earlytom.errors import UserError
 from earlytom.families import family_named
 from earlytom.numbers import real, shown, whole
 from runtime.checkpoint import Checkpoint, Source, load_decoder, load_tokenizer
+from runtime.checkpoint.narrow import DTYPE as NARROW
+from runtime.checkpoint.narrow import check_narrow
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.choices import BACKENDS, POSITIONS
 from runtime.decoder.eager import Decoder, InnerMerge
@@ -53,6 +55,7 @@ class WantedParts:
     bias: bool | None
     positions: str | None
     key: str | None
+    narrow: bool  # the decoder's weights are int8
 
     @classmethod
     def checked(
@@ -67,6 +70,7 @@ class WantedParts:
         bias: bool | None = None,
         positions: str | None = None,
         decoder_key: str | None = None,
+        decoder_dtype: str | None = None,
     ) -> WantedParts:
         """Raises UserError or EngineError for an argument that makes no sense."""
         found = cls(
@@ -80,8 +84,10 @@ class WantedParts:
             bias,
             positions,
             decoder_key,
+            decoder_dtype is not None,
         )
         decoder_named(decoder)
+        check_narrow(decoder_dtype, decoder, found.device, found.dtype)
         if inner is not None:
             instance("inner", inner, InnerMerge, "InnerMerge(layer, ratio)")
             whole("inner layer (--inner-layer)", inner.layer, 1)
@@ -130,11 +136,19 @@ def load_parts(wanted: WantedParts) -> PipelineParts:
     choice = choose_backend(wanted.backend, manifest)
     checkpoint = checkpoint_of(manifest, wanted.model)
     dtype, note = wanted.dtype or DTYPES[manifest.dtype], None
-    if wanted.dtype is None and device.type == "cpu":
+    if wanted.narrow:
+        dtype = NARROW
+    elif wanted.dtype is None and device.type == "cpu":
         dtype, note = fitting_dtype(checkpoint)
     placing = placing_of(manifest, checkpoint, wanted.bias, wanted.positions)
     if by_vllm(decoder) and (placing.original or placing.bias):
         raise UserError(f"{decoder}: {PLACES}")
+    if (family := checkpoint.family).on_axes and (decoder != "torch" or wanted.inner is not None):
+        what = f"--decoder {decoder}" if decoder != "torch" else "--inner-layer"
+        raise UserError(
+            f"{family.title}'s language model takes positions by time, row and column and states of layers, which "
+            f"{what} does not know: use --decoder torch, without --inner-layer"
+        )
     if wanted.inner is not None and placing.bias:
         raise UserError(
             "tokens that are merged inside the decoder have no bias: leave out --inner-layer, or use --no-bias"
@@ -145,7 +159,7 @@ def load_parts(wanted: WantedParts) -> PipelineParts:
             text = _by_vllm(decoder, checkpoint, device, dtype, wanted.key)
         else:
             make = functools.partial(_decoder, compiler, folder, manifest, device, wanted.inner, placing)
-            text = _loaded(checkpoint, device, dtype, make)
+            text = _loaded(checkpoint, device, dtype, wanted.narrow, make)
     except BaseException:
         vision.close()
         raise
@@ -199,7 +213,7 @@ def _decoder(
 
     words = build_prompt(tokenizer, "?", family=family_named(manifest.model.family))
     visual = manifest.tokens + words.closing
-    video = words.room(visual, manifest.frames_per_stage[-1], manifest.frames) - words.room(0, 1, 1)
+    video = words.room(visual, manifest.frames_per_stage[-1], manifest.layout.steps) - words.room(0, 1, 1)
     size = default_size(video, model.get_decoder().config.max_position_embeddings)
     store, placed = ProgramStore(folder / DECODER_FOLDER), placing.original or placing.bias
     return CompiledDecoder.compile(model, compiler, store, [size], placed=placed)
@@ -215,11 +229,15 @@ def _by_vllm(name: str, checkpoint: Checkpoint, device: torch.device, dtype: tor
 
 
 def _loaded(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: Callable[[Any, Any], Decoder]
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    narrow: bool,
+    make: Callable[[Any, Any], Decoder],
 ) -> TextParts:
     """A decoder whose weights are here. The checkpoint's own vision tower is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
-    model: Any = load_decoder(checkpoint, dtype)
+    model: Any = load_decoder(checkpoint, dtype, int8=narrow)
     stops = stop_token_ids(model.generation_config, tokenizer)
     closing = checkpoint.family.closing(model.model)
     made = make(model, tokenizer)

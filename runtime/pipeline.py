@@ -30,11 +30,10 @@ from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder.eager import InnerMerge
 from runtime.decoder.protocol import TextDecoder
 from runtime.decoder.sampling import GREEDY, Sampling
-from runtime.engine.manifest import Manifest
 from runtime.gpu.staging import Arriving, as_of_now
 from runtime.options import Options, instance
 from runtime.parts import WantedParts, load_parts
-from runtime.service.answering import CONSECUTIVE, READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
+from runtime.service.answering import READ_AFTER_ANOTHER_TEXT, WATCH_BYTES, Answering
 from runtime.service.asking import Request
 from runtime.service.job import Job
 from runtime.service.prefixes import PrefixCache
@@ -54,11 +53,9 @@ from runtime.service.requests import (
 from runtime.service.scheduler import Scheduler
 from runtime.service.watched import Watched
 from runtime.text.messages import ChatMessage
-from runtime.text.places import Placing
 from runtime.text.prompt import Prompt
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
-from runtime.vision import VisionBackend
 
 if TYPE_CHECKING:
     from runtime.service.live_video import LiveVideo
@@ -89,34 +86,9 @@ class Pipeline:
     Closing it frees engine and decoder. One that is let go without that ends its requests and its threads by itself.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        vision: VisionBackend,
-        decoder: TextDecoder,
-        closing: Tensor | None,
-        tokenizer: Any,
-        stops: Any,
-        *,
-        waiting: int = WAITING,
-        watch_bytes: int = WATCH_BYTES,
-        limits: Limits = DEFAULT_LIMITS,
-        placing: Placing = CONSECUTIVE,
-    ) -> None:
-        self.manifest = manifest
-        self.vision = vision
-        self._core = core = Answering(
-            manifest,
-            vision,
-            decoder,
-            closing,
-            tokenizer,
-            stops,
-            watch_bytes=watch_bytes,
-            limits=limits,
-            placing=placing,
-        )
-        self.notes: tuple[str, ...] = ()
+    def __init__(self, core: Answering, *, waiting: int = WAITING, notes: Sequence[str] = ()) -> None:
+        self.manifest, self.vision, self.notes = core.manifest, core.vision, tuple(notes)
+        self._core = core
         # The workers know the core and not this object, so that it can be let go while they wait.
         self._scheduler: Scheduler[Work, Ready, Delta | Embeds] = Scheduler(
             core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch, lanes=core.lanes
@@ -181,6 +153,7 @@ class Pipeline:
         bias: bool | None = None,
         positions: str | None = None,
         decoder_key: str | None = None,
+        decoder_dtype: str | None = None,
     ) -> Pipeline:
         """Load an engine folder and the decoder of its model.
 
@@ -204,6 +177,8 @@ class Pipeline:
             positions: "original", where visual tokens were in the video, or "consecutive"; by default as the engine's
                 method has it.
             decoder_key: what a vLLM server asks clients for.
+            decoder_dtype: "int8" for weights in int8 on a CPU, see `runtime.checkpoint.narrow`; the decoder computes
+                in bf16 then.
 
         Raises:
             EngineError: no engine there, changed files, another library version, or an engine of another model; the
@@ -219,23 +194,22 @@ class Pipeline:
         if warm_up is not None:
             instance("warm_up", warm_up, bool, "True or False")
         wanted = WantedParts.checked(
-            engine, model, backend, device, dtype, decoder, inner, bias, positions, decoder_key
+            engine, model, backend, device, dtype, decoder, inner, bias, positions, decoder_key, decoder_dtype
         )
         parts = load_parts(wanted)
         text = parts.text
-        made = cls(
+        core = Answering(
             parts.manifest,
             parts.vision,
             text.decoder,
             text.closing,
             text.tokenizer,
             text.stops,
-            waiting=waiting,
             watch_bytes=watch_bytes,
             limits=limits,
             placing=parts.placing,
         )
-        made.notes = parts.notes
+        made = cls(core, waiting=waiting, notes=parts.notes)
         _log.info("engine %s in %s, decoder %s on %s", parts.manifest.name, made.vision.name, decoder, wanted.device)
         for line in made.notes:
             _log.info("%s", line)
@@ -372,11 +346,7 @@ class Pipeline:
         self._scheduler.check_room(deadline)
         taken = self._core.take(video)
         work = Work(taken, question, frames, given=_given(taken), embed=True)
-        job = self._scheduler.submit(work, deadline=deadline)
-        try:
-            made = job.last()
-        finally:
-            job.cancel()  # if the wait was interrupted
+        made = self._done(work, deadline)
         assert isinstance(made, Embeds)
         return made.values
 
@@ -403,11 +373,7 @@ class Pipeline:
         self._scheduler.check_room(deadline)
         remembered = Remembered(self._core.take(video), system, frames, question.words.prefix_ids)
         work = Work(remembered, question, read_only=True, given=_given(remembered))
-        job = self._scheduler.submit(work, deadline=deadline)
-        try:
-            job.last()
-        finally:
-            job.cancel()
+        self._done(work, deadline)
         return Watched(self, remembered)
 
     def remember(
@@ -451,6 +417,14 @@ class Pipeline:
         sampling = self.manifest.model.preprocessing.sampling
         clip = LiveClip(self.vision, total=total, limit=limit, device=self.vision.device, sampling=sampling)  # type: ignore[arg-type]
         return LiveVideo(self, clip)
+
+    def _done(self, work: Work, deadline: float | None) -> Delta | Embeds | None:
+        """The last that comes of some work, waited for."""
+        job = self._scheduler.submit(work, deadline=deadline)
+        try:
+            return job.last()
+        finally:
+            job.cancel()  # if the wait was interrupted
 
     def close(self, *, drain: bool = False) -> None:
         """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and

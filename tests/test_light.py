@@ -112,7 +112,7 @@ REFUSALS = (
     refusal(INSPECT, "nowhere --compare", "--compare: expected one argument (--help lists the options)"),
     refusal(EVALUATE, "--clips 0", "--clips must be at least 1, got 0"),
     refusal(EVALUATE, "--ratios 2", "--ratios must be in (0, 1], got 2.0"),
-    refusal(EVALUATE, "--merge-layers x", "--merge-layers 'x': give layer numbers such as 2,4,6"),
+    refusal(EVALUATE, "--merge-layers x", "--merge-layers 'x': give layer numbers such as ..."),
     refusal(EVALUATE, "--tau 4", "tau must be in [-1, 1], got 4.0"),
     refusal(EVALUATE, "--json nowhere/x.json", "cannot write nowhere/x.json: its folder does not exist; ..."),
     refusal(EVALUATE, "--plot x.png", "matplotlib is not installed, which --plot draws with: ..."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import os
 import re
@@ -46,7 +47,13 @@ README = "\n".join(READMES.values())  # what people are told, wherever it stands
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-FOREIGN = {"--enable-prompt-embeds": "vLLM's", "--build-arg": "docker build's"}  # flags of others' commands
+FOREIGN = {  # flags of others' commands
+    "--enable-prompt-embeds": "vLLM's",
+    "--build-arg": "docker build's",
+    "--shell": "shtab's",
+    "--prog": "shtab's",
+    "--prefix": "shtab's",
+}
 
 Words = list[str]
 
@@ -105,6 +112,9 @@ def check(words: Words) -> None:
     elif words[0] == "pip":
         for extra in re.findall(r"\.\[([^]]+)\]", " ".join(words)):
             assert set(extra.split(",")) <= extras(), words
+    elif words[:3] == ["python", "-m", "shtab"]:
+        module, _, name = words[words.index(">") - 1].rpartition(".")
+        assert getattr(importlib.import_module(module), name) in PARSERS.values(), words
     else:
         assert words[:2] == ["python", "-m"], words
         parse(words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ from tests.soak_pipeline import Caller, Held, soak
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def engine(build_engine: Callable[..., Path], talkative: Path) -> Path:
-    return build_engine(*f"--model {talkative} --frames 8 --chunk 2 --ratio 0.3 --fp32".split())
-
-
-def test_callers_of_all_kinds(engine: Path) -> None:
-    record = soak(engine, 2.0, 0, threads=6)
+def test_callers_of_all_kinds(chunked_engine: Path) -> None:
+    record = soak(chunked_engine, 2.0, 0, threads=6)
     assert record["failures"] == []
     assert record["total"] > 6
 
 
-def test_it_sees_a_wrong_answer_and_an_odd_error(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_sees_a_wrong_answer_and_an_odd_error(chunked_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(caller: Caller) -> str:
         raise KeyError("not documented")
 
@@ -37,7 +31,7 @@ def test_it_sees_a_wrong_answer_and_an_odd_error(engine: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Caller, "compare", wrong)
     monkeypatch.setattr(soak_pipeline, "ACTIONS", [("ask", soak_pipeline.ask), ("odd", fail)])
-    failures = " ".join(soak(engine, 0.5, 1, threads=2)["failures"])
+    failures = " ".join(soak(chunked_engine, 0.5, 1, threads=2)["failures"])
     assert "ask: WrongError: " in failures
     assert "odd: KeyError: 'not documented'" in failures
 

@@ -6,8 +6,10 @@ Writes the engine's language model, starts vLLM's server on it with the other Py
 about four clips of the bundled model's test set: our decoder, vLLM behind its address (streamed, as all of it is, and
 with the video watched), `python -m runtime.serve` in front of it (whole and streamed), and vLLM in the other Python's
 process. Every greedy answer has to be our decoder's, token for token where tokens are seen. Then clients ask about
-watched videos in closed loops, our decoder and vLLM in turns. The last line is one JSON object; the exit status is 1
-when an answer differs, or when vLLM at 8 clients is not `--at-least` times as fast.
+watched videos in closed loops, our decoder and vLLM in turns, each on as many threads: for the answers that the model
+gives, which are a word, and for answers that nothing but their length ends. The last line is one JSON object; the exit
+status is 1 when an answer differs, alone or under load, or when vLLM at 8 clients is not `--at-least` times as fast for
+the long answers.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,11 @@ CLIENTS = (1, 4, 8, 16)
 AIM_AT = 8  # clients
 START_SECONDS, STOP_SECONDS = 600.0, 60.0
 TOKENS = 32
+SHORT, LONG = "a word", f"{TOKENS} tokens"  # answers
 ROOT = Path(__file__).parents[1]
 Asked = list[tuple[str, str]]  # (path of a clip, question)
 Found = list[dict[str, Any]]  # text, and tokens where they are known
+Rates = dict[int, dict[str, float]]  # by clients: "ours", "vllm" (answers a second), "ratio", "wrong" (answers)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +53,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("engine", type=Path, metavar="ENGINE", help="engine of the bundled model, or a folder of them")
     p.add_argument("--vllm", type=Path, metavar="PYTHON", help="the Python that has vLLM")
     p.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each load (default: 8)")
-    p.add_argument("--at-least", type=float, default=0.0, metavar="X", help="times as fast at 8 clients (default: any)")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="that each decoder computes with (default: 1)")
+    p.add_argument(
+        "--at-least",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help=f"times as fast at {AIM_AT} clients with answers of {LONG} (default: any)",
+    )
     p.add_argument("--inside", type=Path, metavar="FILE", help="of this check's own: answer what FILE asks")
     return p
 
@@ -68,25 +80,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(engine: Path, options: argparse.Namespace, folder: Path) -> int:
     """All of it, in a folder for what is written."""
+    import torch
+
     from runtime import extract_decoder
 
+    torch.set_num_threads(options.threads)
     asked = questions(folder)
     extract_decoder.main([str(engine), str(folder / "lm"), "--dtype", "fp32"])
-    wanted = answers(engine, "torch", asked)
+    wanted, long = answers(engine, "torch", asked), answers(engine, "torch", asked, endless=True)
     found: dict[str, Found] = {}
-    with vllm_server(options.vllm, folder / "lm", folder / "vllm.log") as url:
+    with vllm_server(options.vllm, folder / "lm", folder / "vllm.log", options.threads) as url:
         found["over the wire"] = answers(engine, url, asked)
         found["over the wire, watched"] = answers(engine, url, asked, watch=True)
         with server(engine, url) as base:
             found["through the server, whole"] = served(base, asked, stream=False)
             found["through the server, streamed"] = served(base, asked, stream=True)
-        rates = throughput(engine, url, asked, options.seconds)
-    found["in process"] = inside(options.vllm, engine, asked, folder)
+        endless = answers(engine, url, asked, endless=True)
+        rates = {
+            kind: throughput(kind, engine, url, list(zip(asked, right, strict=True)), options)
+            for kind, right in ((SHORT, wanted), (LONG, long))
+        }
+    found["in process"] = inside(options.vllm, engine, asked, folder, options.threads)
     equal = {name: sum(map(agrees, got, wanted)) for name, got in found.items()}
+    equal[f"over the wire, {LONG}"] = sum(map(agrees, endless, long))
     for name, count in equal.items():
-        print(f"{name}: {count} of {len(wanted)} answers are our decoder's")
-    print(json.dumps({"questions": len(wanted), "equal": equal, "rates": rates}))
-    return int(any(count < len(wanted) for count in equal.values()) or rates[AIM_AT]["ratio"] < options.at_least)
+        print(f"{name}: {count} of {len(asked)} answers are our decoder's")
+    missed = failures(len(asked), equal, rates, options.at_least)
+    for line in missed:
+        print(f"missed: {line}")
+    told = {"questions": len(asked), "threads": options.threads, "equal": equal, "rates": rates}
+    print(json.dumps(told | {"at_least": options.at_least, "missed": missed}))
+    return int(bool(missed))
+
+
+def failures(count: int, equal: dict[str, int], rates: dict[str, Rates], at_least: float) -> list[str]:
+    """What does not hold, a line each: of `count` answers each way, and of the loads by their kind."""
+    lines = [f"{name}: {count - same} of {count} answers differ" for name, same in equal.items() if same < count]
+    for kind, found in rates.items():
+        wrong = {clients: one["wrong"] for clients, one in found.items() if one["wrong"]}
+        lines += [f"answers of {kind}, {clients} clients: {n:.0f} answers differ" for clients, n in wrong.items()]
+    times = rates[LONG][AIM_AT]["ratio"]
+    if times < at_least:
+        lines.append(f"answers of {LONG}, {AIM_AT} clients: {times:.2f} times as fast, and not {at_least:g}")
+    return lines
 
 
 def questions(folder: Path) -> Asked:
@@ -105,19 +141,28 @@ def agrees(one: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return one["text"] == wanted["text"] and one.get("tokens", wanted["tokens"]) == wanted["tokens"]
 
 
-def answers(engine: Path, decoder: str, asked: Asked, *, watch: bool = False) -> Found:
-    """The pipeline's own, streamed."""
+def opened(engine: Path, decoder: str, *, endless: bool = False) -> Any:
+    """A pipeline; nothing but their length ends the answers of an endless one."""
+    from runtime.parts import WantedParts, load_parts
     from runtime.pipeline import Pipeline
 
+    parts = load_parts(WantedParts.checked(engine, device="cpu", decoder=decoder))
+    text, most = parts.text, max(CLIENTS)
+    stops = () if endless else text.stops
+    return Pipeline(parts.manifest, parts.vision, text.decoder, text.closing, text.tokenizer, stops, waiting=most)
+
+
+def answers(engine: Path, decoder: str, asked: Asked, *, watch: bool = False, endless: bool = False) -> Found:
+    """The pipeline's own, streamed."""
     found = []
-    with Pipeline.load(engine, device="cpu", decoder=decoder) as pipeline:
+    with opened(engine, decoder, endless=endless) as pipeline:
         watched = {clip: pipeline.watch(clip) for clip, _ in asked} if watch else {}
         for clip, question in asked:
             how = {"max_new_tokens": TOKENS}
             stream = watched[clip].stream(question, **how) if watch else pipeline.stream(clip, question, **how)
             *deltas, last = stream
             text = "".join(delta.text for delta in (*deltas, last))
-            found.append({"text": text, "tokens": [delta.token for delta in deltas]})
+            found.append({"text": text, "tokens": list(last.answer.tokens)})
     return found
 
 
@@ -125,7 +170,7 @@ def answers(engine: Path, decoder: str, asked: Asked, *, watch: bool = False) ->
 
 
 @contextlib.contextmanager
-def vllm_server(python: Path, model: Path, log: Path) -> Iterator[str]:
+def vllm_server(python: Path, model: Path, log: Path, threads: int) -> Iterator[str]:
     """The address of vLLM's server, while it runs."""
     port = free_port()
     words = [
@@ -134,7 +179,7 @@ def vllm_server(python: Path, model: Path, log: Path) -> Iterator[str]:
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            list(map(str, [python, *words])), stdout=out, stderr=out, env=environment(), start_new_session=True
+            list(map(str, [python, *words])), stdout=out, stderr=out, env=environment(threads), start_new_session=True
         )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
@@ -143,20 +188,21 @@ def vllm_server(python: Path, model: Path, log: Path) -> Iterator[str]:
         stop(process)
 
 
-def environment() -> dict[str, str]:
-    """Of vLLM's processes: little memory for keys and values, both cores, and our sources."""
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONPATH": str(ROOT)}
+def environment(threads: int) -> dict[str, str]:
+    """Of vLLM's processes: little memory for keys and values, as many threads as ours, and our sources."""
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # bound, it takes a thread for each core
     return os.environ | own | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def inside(python: Path, engine: Path, asked: Asked, folder: Path) -> Found:
+def inside(python: Path, engine: Path, asked: Asked, folder: Path, threads: int) -> Found:
     """Answers with vLLM in the other Python's process."""
     (folder / "asked.json").write_text(json.dumps(asked))
     words = [python, "-m", "tests.vllm_check", engine, "--inside", folder / "asked.json"]
     done = subprocess.run(
         list(map(str, words)),
         cwd=ROOT,
-        env=environment(),
+        env=environment(threads),
         capture_output=True,
         text=True,
         timeout=START_SECONDS,
@@ -216,57 +262,53 @@ def served(base: str, asked: Asked, *, stream: bool) -> Found:
 
 # Throughput
 
+Right = list[tuple[tuple[str, str], dict[str, Any]]]  # what is asked, and what the answer is
 
-def throughput(engine: Path, url: str, asked: Asked, seconds: float) -> dict[int, dict[str, float]]:
-    """Answers a second about watched videos, by clients: ours, vLLM's, and how many times ours that is."""
-    from runtime.pipeline import Pipeline
 
-    most = max(CLIENTS)
-    with (
-        Pipeline.load(engine, device="cpu", waiting=most) as ours,
-        Pipeline.load(engine, device="cpu", waiting=most, decoder=url) as theirs,
-    ):
+def throughput(kind: str, engine: Path, url: str, right: Right, options: argparse.Namespace) -> Rates:
+    """Answers a second about watched videos, ours and vLLM's, printed as a table."""
+    print(f"\nanswers of {kind} a second, each decoder on {options.threads} of the threads of {os.cpu_count()} cores")
+    print(f"{'clients':>8}{'ours':>10}{'vLLM':>10}{'times':>10}{'wrong':>10}", flush=True)
+    endless, rates = kind == LONG, {}
+    with opened(engine, "torch", endless=endless) as ours, opened(engine, url, endless=endless) as theirs:
         for pipeline in (ours, theirs):
-            load(pipeline, asked, 1, seconds / 4)  # a first time is slower
-        rates = {}
+            load(pipeline, right, 1, options.seconds / 4)  # a first time is slower
         for clients in CLIENTS:
-            rates[clients] = found = compared(ours, theirs, asked, clients, seconds)
-            print(
-                f"{clients} clients: ours {found['ours']:.1f}/s, vLLM {found['vllm']:.1f}/s, {found['ratio']:.2f} times"
-            )
-        return rates
+            rates[clients] = found = compared(ours, theirs, right, clients, options.seconds)
+            own, other, ratio = found["ours"], found["vllm"], found["ratio"]
+            print(f"{clients:>8}{own:>10.1f}{other:>10.1f}{ratio:>10.2f}{found['wrong']:>10.0f}", flush=True)
+    return rates
 
 
-def compared(ours: Any, theirs: Any, asked: Asked, clients: int, seconds: float) -> dict[str, float]:
+def compared(ours: Any, theirs: Any, right: Right, clients: int, seconds: float) -> dict[str, float]:
     """Both in turns, twice."""
-    rates = [[load(one, asked, clients, seconds / 2) for one in (ours, theirs)] for _ in range(2)]
-    own, other = (sum(each) / len(each) for each in zip(*rates, strict=True))
-    return {"ours": own, "vllm": other, "ratio": other / own}
+    found = [[load(one, right, clients, seconds / 2) for one in (ours, theirs)] for _ in range(2)]
+    own, other = (sum(rate for rate, _ in each) / len(each) for each in zip(*found, strict=True))
+    wrong = sum(wrong for each in found for _, wrong in each)
+    return {"ours": own, "vllm": other, "ratio": other / own, "wrong": wrong}
 
 
-def load(pipeline: Any, asked: Asked, clients: int, seconds: float) -> float:
-    """Answers a second of clients that ask one question after the other."""
-    watched = {clip: pipeline.watch(clip) for clip, _ in asked}
-    turns, counts = itertools.cycle(asked), [0] * clients
+def load(pipeline: Any, right: Right, clients: int, seconds: float) -> tuple[float, int]:
+    """Of clients that ask one question after the other: answers a second, and how many are not what they should be."""
+    watched = {clip: pipeline.watch(clip) for (clip, _), _ in right}
+    turns, counts, wrong = itertools.cycle(right), [0] * clients, [0] * clients
     lock, end = threading.Lock(), time.monotonic() + seconds
 
     def ask(number: int) -> None:
         while time.monotonic() < end:
             with lock:
-                clip, question = next(turns)
-            watched[clip].ask(question, max_new_tokens=TOKENS)
+                (clip, question), wanted = next(turns)
+            answer = watched[clip].ask(question, max_new_tokens=TOKENS)
+            wrong[number] += list(answer.tokens) != wanted["tokens"]
             counts[number] += 1
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     began = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(ask, range(clients)))  # an answer that fails ends the check
     took = time.monotonic() - began
     for one in watched.values():
         one.close()
-    return sum(counts) / took
+    return sum(counts) / took, sum(wrong)
 
 
 # Processes

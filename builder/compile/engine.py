@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from builder.compile.layers import LayerSummary
 from builder.compile.process import CompileRequest
 from builder.plugins import choose, kernel_target
@@ -82,7 +84,7 @@ class CompileReport:
     plugins: tuple[PluginRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "layers": self.layers.to_dict()}
+        return {**asdict(self), "layers": self.layers.to_dict(), "plugins": msgspec.to_builtins(self.plugins)}
 
 
 def compile_engine(

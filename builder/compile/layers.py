@@ -325,9 +325,6 @@ def check_precision(
         int8: share that should be in int8. It is held within `INT8_SLACK`: nothing but a product that fell back to
             another precision moves it.
         slack: how far off the engine may be, either way: an island that is not fp32 is not what was asked for.
-
-    Raises:
-        UserError: another share, or no matrix product was recognised, so that nothing is proved.
     """
     flags = f"--int8 --{asked}" if int8 else f"--{asked}"
     if not summary.flop_shares:

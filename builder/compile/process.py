@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from builder.compile.child import end_with_parent
 from builder.compile.layers import LayerSummary, check_precision, of_one_frame, parse_layers, summarise
 from builder.plugins import NATIVE, kernel_target
@@ -130,7 +132,7 @@ def _build(request: CompileRequest, say: Say) -> dict[str, Any]:
         "seconds": {"parse": parsed - started, "build": done - parsed},
         "warnings": sorted({" ".join(m.text.split()) for m in logger.messages if _is_warning(m)}),
         "layers": asdict(summary),
-        "plugins": [] if plugins is None else [asdict(record) for record in plugins.records],
+        "plugins": [] if plugins is None else msgspec.to_builtins(plugins.records),
     }
 
 
@@ -178,11 +180,7 @@ def _parse(trt: Any, network: Any, logger: Any, path: str, plugins: Plugins | No
 
 
 def _dynamic_inputs(network: Any, request: CompileRequest) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every input of which the first size is -1.
-
-    Raises:
-        UserError: another size is, or there is no profile for it.
-    """
+    """Name and shape of every input of which the first size is -1."""
     found = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -221,11 +219,7 @@ def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]],
 
 
 def _with_plugin_calls(trt: Any, path: Path) -> tuple[bytes, int]:
-    """The file's graph with plugin nodes for the compression stage, as bytes, and their number.
-
-    Raises:
-        UserError: a call that TensorRT's own registry has no plugin for.
-    """
+    """The file's graph with plugin nodes for the compression stage, as bytes, and their number."""
     import onnx
 
     from builder.plugins.graph import as_plugin_calls
@@ -239,11 +233,7 @@ def _with_plugin_calls(trt: Any, path: Path) -> tuple[bytes, int]:
 
 
 def _check_network(trt: Any, network: Any, calls: int) -> None:
-    """Refuse a parsed network that does not hold one plugin layer for every call.
-
-    Raises:
-        EngineError: the parser imported some of them as something else.
-    """
+    """Refuse a parsed network that does not hold one plugin layer for every call."""
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
     layers = kinds.count(trt.LayerType.PLUGIN_V3)
     if layers != calls:
@@ -337,9 +327,6 @@ def check_nodes(path: Path) -> OnnxNodes:
 
     Done before TensorRT sees the file: its parser looks at the operator name alone, takes any other node for a plugin,
     and aborts the process for some kinds of them.
-
-    Raises:
-        UserError: no such file, not an ONNX model, or such a node, by name.
     """
     import onnx
 

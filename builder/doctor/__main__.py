@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.doctor.findings import BROKEN, Finding, can_ask, can_build, findings
-from builder.doctor.isolated import FAILED
+from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK
 from builder.doctor.machine import look
-from builder.doctor.report import record, words, write
+from builder.doctor.report import by_reason, record, words, write
 from builder.doctor.treatment import Tried, treat
 from earlytom.numbers import real
 from runtime import cli
@@ -72,13 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             def told(one: Tried) -> None:
                 ended.append(one)
-                show_part(screen, one)
+                if one.outcome.status in (OK, FAILED):
+                    show_part(screen, one)
                 screen.step(one.part.name, len(ended), len(parts))
 
             with screen.working("trying"):
                 tried = treat(parts, Path(folder), seconds=60 * options.minutes, told=told)
     result = record(machine, found, tried, build=build, ask=ask)
     if options.run:
+        for status in (NOT_HERE, NOT_TRIED):
+            for why, names in by_reason(result["parts"], status).items():
+                screen.line(f"{status}: {why}: {len(names)} part{'' if len(names) == 1 else 's'}")
         for path in write(result, options.report):
             screen.line(f"report: {path}")
     screen.result(result)
@@ -99,7 +103,7 @@ def show(screen: cli.Screen, found: Sequence[Finding], *, build: bool, ask: bool
 
 
 def show_part(screen: cli.Screen, one: Tried) -> None:
-    """A part that has ended."""
+    """A part that was tried."""
     outcome = one.outcome
     screen.line(f"{outcome.status}: {one.part.name} ({outcome.seconds:.1f} s) {outcome.why or words(outcome.figures)}")
 

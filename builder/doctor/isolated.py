@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OK, FAILED, NOT_HERE = "ok", "failed", "not possible here"
+OK, FAILED, NOT_HERE, NOT_TRIED = "ok", "failed", "not possible here", "not tried"
 _GRACE = 5.0  # seconds that a process that hangs has to say where
 _running: set[subprocess.Popen[bytes]] = set()
 _LONGEST = 400  # characters of a line that tells why
@@ -40,7 +40,7 @@ class PartOutcome:
     """What became of a part.
 
     Attributes:
-        status: `OK`, `FAILED` or `NOT_HERE`.
+        status: `OK`, `FAILED`, `NOT_HERE`, or `NOT_TRIED` for want of time.
         why: one line, empty after `OK`.
         seconds: how long it took, the start of its process included.
         figures: what it measured, in plain JSON types.

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from builder.doctor.findings import Finding
-from builder.doctor.isolated import FAILED, NOT_HERE, OK
+from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK
 from builder.doctor.machine import Machine
 from builder.doctor.treatment import Tried
 
 JSON_FILE, MARKDOWN_FILE = "doctor.json", "doctor.md"
+_STATUSES = (OK, FAILED, NOT_HERE, NOT_TRIED)
 
 
 def record(
@@ -31,7 +32,7 @@ def record(
                 "ask": ask,
                 "findings": [dataclasses.asdict(one) for one in findings],
                 "machine": dataclasses.asdict(machine),
-                "counts": {status: sum(p["status"] == status for p in parts) for status in (OK, FAILED, NOT_HERE)},
+                "counts": {status: sum(p["status"] == status for p in parts) for status in _STATUSES},
                 "parts": parts,
             }
         )
@@ -61,16 +62,36 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [f"# This machine, {record['created'][:10]}", ""]
     lines += _table(
         ("", "what", "here", "so"),
-        [(f["state"], f["name"], f["value"], f["allows"]) for f in record["findings"]],
+        [(f["state"], f["name"], f["value"], f"{f['allows']}{_mended(f['mend'])}") for f in record["findings"]],
     )
     if record["parts"]:
         counts = ", ".join(f"{number} {status}" for status, number in record["counts"].items())
         lines += ["", f"## What was tried: {counts}", ""]
         rows = [
-            (p["name"], p["status"], f"{p['seconds']:.1f}", p["why"] or words(p["figures"])) for p in record["parts"]
+            (p["name"], p["status"], f"{p['seconds']:.1f}", p["why"] or words(p["figures"]))
+            for p in record["parts"]
+            if p["status"] in (OK, FAILED)
         ]
         lines += _table(("part", "", "s", "why, or figures"), rows)
+        for status in (NOT_HERE, NOT_TRIED):
+            reasons = by_reason(record["parts"], status)
+            lines += ["", f"## {status.capitalize()}", ""] if reasons else []
+            lines += [f"* {why}: {'; '.join(names)}" for why, names in reasons.items()]
     return "\n".join(lines) + "\n"
+
+
+def by_reason(parts: Sequence[dict[str, Any]], status: str) -> dict[str, list[str]]:
+    """Names of the parts that have a status, by why they have it."""
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        if part["status"] == status:
+            found.setdefault(part["why"], []).append(part["name"])
+    return found
+
+
+def _mended(command: str) -> str:
+    """What mends it, where anything does."""
+    return f"; mend it: {command}" if command else ""
 
 
 def words(figures: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from builder.doctor import isolated
 from builder.doctor.course import Part
-from builder.doctor.isolated import FAILED, NOT_HERE, OK, PartOutcome
+from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK, PartOutcome
 
 _CORES = 4  # for each build that runs beside others
 _LEAST = 5.0  # seconds: with less left nothing is begun
@@ -84,10 +84,10 @@ def _lacking(part: Part, outcomes: dict[str, PartOutcome], end: float) -> PartOu
     """Why a part is not begun; None if it can be."""
     if part.lacking:
         return PartOutcome(NOT_HERE, part.lacking)
+    if end - time.monotonic() < _LEAST:
+        return PartOutcome(NOT_TRIED, "the time was up before it began (--minutes)")
     if part.engine and outcomes[part.engine].status != OK:
         return PartOutcome(NOT_HERE, f"it needs the engine of {part.engine!r}, which there is not")
-    if end - time.monotonic() < _LEAST:
-        return PartOutcome(NOT_HERE, "the time was up before it began (--minutes)")
     return None
 
 
@@ -100,5 +100,5 @@ def _run(part: Part, outcomes: dict[str, PartOutcome], log: Path, end: float) ->
         part.target, arguments, seconds=min(part.seconds, left), log=log, environment=part.environment
     )
     if outcome.status == FAILED and left < part.seconds and outcome.seconds >= left:
-        return PartOutcome(NOT_HERE, "the time was up before it was done (--minutes)", outcome.seconds)
+        return PartOutcome(NOT_TRIED, "the time was up before it was done (--minutes)", outcome.seconds)
     return outcome

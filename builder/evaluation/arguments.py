@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS
 from builder.evaluation.ways.settings import cells_of, merging_of, settings_of
-from earlytom.cells.config import CellsConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from earlytom.numbers import whole
 from runtime import cli
-from runtime.choices import MIN_FRAMES
+from runtime.choices import GREEDY, MIN_FRAMES, add_method_options
 from runtime.engine.manifest import Manifest
-from runtime.measure.arguments import require_matplotlib
+from runtime.show.figure import require_matplotlib
 
 if TYPE_CHECKING:
     from builder.evaluation.bench import EvaluationJob
@@ -89,7 +88,7 @@ class EvaluationSettings:
     merge_layers: str | None
     frame_budget: str | None
     power: float | None
-    rounds: int | None
+    rounds: str | None
     threshold: float | None
     budgets: tuple[str, ...]
     bias: bool | None
@@ -117,11 +116,7 @@ class EvaluationSettings:
 
 
 def read(argv: Sequence[str] | None) -> EvaluationSettings:
-    """Parse, and refuse what can be refused without the model: loading one takes seconds.
-
-    Raises:
-        UserError: as `check` does.
-    """
+    """Parse, and refuse what can be refused without the model: loading one takes seconds."""
     given = vars(parser().parse_args(argv))
     json = given.pop("json")
     given["ratios"] = given["ratios"] or ((MAIN_RATIO,) if given["coverage"] else RATIOS)
@@ -190,29 +185,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _method_options(p: argparse.ArgumentParser) -> None:
     method = p.add_argument_group("the methods' settings")
-    method.add_argument(
-        "--tau", type=float, metavar="T", help="EarlyTom: similarity below which a new segment starts (default: 0.8)"
-    )
-    method.add_argument(
-        "--merge-layers", metavar="L,L,L", help="layers after which frames are merged (default: scaled to the tower)"
-    )
-    method.add_argument(
-        "--frame-budget", metavar="SHARE|N,N,N", help="frames kept at each merge layer, budget schedule (default: 0.75)"
-    )
-    method.add_argument(
-        "--power",
-        type=float,
-        metavar="X",
-        help="cells: how far a cell prefers the frame in which it differs; 0 averages (default: 4)",
-    )
-    method.add_argument("--rounds", type=int, metavar="N", help="cells: rounds in which tokens are taken (default: 7)")
-    method.add_argument(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="cells-adaptive: the change from which on a frame starts a group (default: "
-        f"{CellsConfig.threshold:g}; more: fewer frames stay)",
-    )
+    add_method_options(method, "tau", "merge_layers", "frame_budget", "power", "rounds", "threshold")
     method.add_argument(
         "--budgets",
         nargs="+",
@@ -289,11 +262,7 @@ def _output_options(p: argparse.ArgumentParser) -> None:
 
 
 def check(asked: EvaluationSettings) -> None:
-    """Refuse what makes no sense whatever the model.
-
-    Raises:
-        UserError: a value that makes no sense, no such engine, or a file that could not be written at the end.
-    """
+    """Refuse what makes no sense whatever the model."""
     for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
         if (value := getattr(asked, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -306,6 +275,8 @@ def check(asked: EvaluationSettings) -> None:
         whole("--frames", asked.frames, FRAMES)
         if asked.frames > FRAMES and (asked.engine is not None or asked.record):
             raise UserError(f"--frames {asked.frames} goes without --engine and --record: both are of {FRAMES} frames")
+    if asked.rounds == GREEDY:
+        raise UserError("--rounds greedy is a way of its own: leave it out, and measure cells-greedy (--methods)")
     cells_of(asked, settings_of(asked, None, asked.frames))
     for words in asked.budgets:
         merging_of(words, asked.frames)
@@ -339,11 +310,7 @@ def check_coverage(asked: EvaluationSettings) -> None:
 
 
 def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJob:
-    """The coverage that is asked for, of a model.
-
-    Raises:
-        UserError: a value that makes no sense with this model.
-    """
+    """The coverage that is asked for, of a model."""
     from builder.evaluation.coverage.command import CoverageJob
     from earlytom.families import geometry
 
@@ -355,11 +322,7 @@ def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJ
 
 
 def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
-    """The measurement that is asked for, of a model.
-
-    Raises:
-        UserError: a value that makes no sense with this model.
-    """
+    """The measurement that is asked for, of a model."""
     from builder.evaluation import record
     from builder.evaluation.bench import EvaluationJob
     from earlytom.families import geometry

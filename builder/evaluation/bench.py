@@ -264,17 +264,19 @@ class EvaluationBench:
 
 
 def task_checkpoint(source: str | None) -> Checkpoint:
-    """A model that the task's clips can be shown to.
-
-    Raises:
-        UserError: its frames have another size, or as `runtime.checkpoint.describe`.
-    """
+    """A model that the task's clips can be shown to."""
     checkpoint = describe(source)
+    if (family := checkpoint.family).span_a_frame:
+        raise UserError(
+            f"--model {checkpoint.source}: the task's questions are packed for one span of visual tokens a video, and "
+            f"{family.title} has one a frame; use the bundled model, or see what methods keep with --coverage VIDEO"
+        )
     height, width = checkpoint.preprocessing.size
     if (height, width) != (SIDE, SIDE):
         raise UserError(
             f"--model {checkpoint.source}: it takes frames of {height} x {width}, and the task's clips are {SIDE} x "
-            f"{SIDE}; use the bundled model, or one trained with python -m builder.micro.train"
+            f"{SIDE}; use the bundled model or one trained with python -m builder.micro.train, or see what methods "
+            "keep with --coverage VIDEO"
         )
     return checkpoint
 
@@ -288,9 +290,6 @@ def run(
         workers: processes; with 1 everything happens in this one.
         progress: called with the number of clips measured so far.
         bench: the job's, if it is loaded here already.
-
-    Raises:
-        UserError: a process was killed.
     """
     chunks = [range(start, min(start + CLIPS_AT_ONCE, clips)) for start in range(0, clips, CLIPS_AT_ONCE)]
     parts: list[Answers] = []

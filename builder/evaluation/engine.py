@@ -30,11 +30,7 @@ _BACKEND = "onnxruntime"
 
 
 def built_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -> Path:
-    """The engine folder of one setting, in fp16, as `python -m builder.build` makes it or finds it made already.
-
-    Raises:
-        UserError: as there, for example because the graph does not pass the accuracy gate.
-    """
+    """The engine folder of one setting, in fp16, as `python -m builder.build` makes it or finds it made already."""
     method = EarlyTomConfig(
         retention_ratio=ratio,
         merge_layers=config.merge_layers,
@@ -58,11 +54,7 @@ def built_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -
 
 
 def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
-    """The manifest of an engine that can be measured with this model.
-
-    Raises:
-        EngineError: no engine there, none for ONNX Runtime, or one of another model or another number of frames.
-    """
+    """The manifest of an engine that can be measured with this model."""
     manifest = Manifest.read(folder)
     choose_backend(_BACKEND, manifest)
     if manifest.model.digest != checkpoint.digest():

@@ -89,9 +89,6 @@ def methods(
         frames: of a clip.
         text_layers: of the language model; default those of the 7B model.
         faithful: the field's methods in their released form.
-
-    Raises:
-        UserError: a merge layer that the tower does not have.
     """
     base.check_layers(depth)
     if cells is None:
@@ -125,9 +122,6 @@ def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
     leaves out the field's methods: they take as long again.
 
     The full tokens are always among them, of all frames and of fewer: everything is compared with them.
-
-    Raises:
-        UserError: no such method, or one that needs training.
     """
     groups = {method.group for method in known.values()}
     for word in words:

@@ -15,10 +15,12 @@ from builder.evaluation.methods import BUDGET, CELLS
 from builder.evaluation.options import FULL
 from builder.evaluation.report import main_ratio
 from builder.evaluation.results import Result
+from runtime.show.colours import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILION
+from runtime.show.figure import new_figure, save, tidy
 
-_SIZE, _WIDE, _DPI = (9.0, 5.0), (14.0, 5.0), 160  # inches; a README shows about 900 pixels
-_OURS, _OURS_TOO = "#D55E00", "#0072B2"
-# Method -> colour and marker. The colours can be told apart with any colour vision (Okabe and Ito).
+_SIZE, _WIDE = (9.0, 5.0), (14.0, 5.0)  # inches
+_OURS, _OURS_TOO = VERMILION, BLUE
+# Method -> colour and marker.
 _STYLES = {
     "cells-rounds": ("#882255", "H"),
     "cells-greedy": ("#AA4499", "h"),
@@ -30,12 +32,12 @@ _STYLES = {
     "selection-diverse": ("#117733", "P"),
     "merging": (_OURS, "*"),
     "merging-adaptive": (_OURS_TOO, "*"),
-    "selection": ("#000000", "P"),
-    "top-k": ("#56B4E9", "^"),
-    "pooling": ("#E69F00", "v"),
-    "pooling-space": ("#CC79A7", "<"),
-    "frames": ("#009E73", "D"),
-    "random": ("#999999", "X"),
+    "selection": (BLACK, "P"),
+    "top-k": (SKY, "^"),
+    "pooling": (ORANGE, "v"),
+    "pooling-space": (PINK, "<"),
+    "frames": (GREEN, "D"),
+    "random": (GREY, "X"),
 }
 
 
@@ -48,22 +50,17 @@ def draw(found: Sequence[Result], path: Path, *, caption: str, chance: float | N
         caption: of the picture.
         chance: accuracy without the video, a thin line; None draws none.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     priced = [result for result in found if result.group == "budgets"]
-    figure = Figure(figsize=_WIDE if priced else _SIZE, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)  # no display is needed, and pyplot's global state stays untouched
-    panels = figure.subplots(1, 2 if priced else 1, squeeze=False, sharey=True)[0]
+    figure, panels = new_figure(2 if priced else 1, size=_WIDE if priced else _SIZE, sharey=True)
     axes = panels[0]
     full = next(result for result in found if result.name == FULL)
     for panel in panels:
         _reference(panel, full.accuracy.value, "full tokens", "black", "--")
         if chance is not None:
             _reference(panel, chance, "no video", "grey", ":")
-        panel.grid(color="#dddddd", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     drawn = {name: [result for result in found if result.name == name] for name in _STYLES}
     for name, results in drawn.items():
         if results:
@@ -77,7 +74,7 @@ def draw(found: Sequence[Result], path: Path, *, caption: str, chance: float | N
         _costs(panels[1], found, full.vision)
     if any(drawn.values()):
         figure.legend(*axes.get_legend_handles_labels(), fontsize="small", frameon=False, loc="outside right center")
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save(figure, path)
 
 
 def _reference(axes: Any, accuracy: float, label: str, colour: str, style: str) -> None:

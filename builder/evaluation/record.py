@@ -30,9 +30,6 @@ def check_recordable(
     Args:
         whole: all default methods and ratios are measured; if not, there must be a record on as many clips.
         overruled: the decoder is told otherwise than the methods say, or methods are in another form.
-
-    Raises:
-        UserError: another model, weights that are not trained, other clips, or rows that are not what they are called.
     """
     if checkpoint.source != MICRO or not checkpoint.trained:
         what = "are not trained" if checkpoint.source == MICRO else f"are those of {checkpoint.source}"
@@ -50,11 +47,7 @@ def check_recordable(
 
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A record with the rows of another measurement on the same clips put into it, where it has them in their place.
-
-    Raises:
-        UserError: they are of other weights, clips or settings, or the full tokens were answered otherwise.
-    """
+    """A record with the rows of another measurement on the same clips put into it, where it has them in their place."""
     for name in ("weights", "split", "seed", "clips", "questions", "settings"):
         if _rounded(old[name]) != _rounded(new[name]):
             raise UserError(f"--record: {name} is {new[name]}, and {old[name]} in the record: make the whole one again")
@@ -82,9 +75,6 @@ def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record, in one move: a reader sees the whole of it or the one before.
 
     Numbers have six decimals, and every result and comparison a line of its own, so that two records can be compared.
-
-    Raises:
-        ValueError: a value is NaN or infinite.
     """
     fields = ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in record.items())
     with partial(path) as staging:
@@ -107,11 +97,7 @@ def _rounded(value: Any) -> Any:
 
 
 def read(path: Path = PATH) -> dict[str, Any]:
-    """The bundled model's record.
-
-    Raises:
-        UserError: there is none, it cannot be read, or it is of other weights than those beside it.
-    """
+    """The bundled model's record."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         weights = record["weights"]

@@ -39,11 +39,7 @@ AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on i
 
 
 def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
-    """Everything that is asked for; the record of the JSON line.
-
-    Raises:
-        UserError: a value that makes no sense with this model, or an engine that cannot be measured or built.
-    """
+    """Everything that is asked for; the record of the JSON line."""
     started = time.monotonic()
     checkpoint = task_checkpoint(asked.model)
     job = checked(asked, checkpoint)

@@ -42,9 +42,6 @@ def accuracy(right: Counts, asked: Counts) -> Estimate:
 
     Args:
         right, asked: [C] numbers of questions; clips where nothing was asked are left out.
-
-    Raises:
-        ValueError: nothing was asked.
     """
     right, asked = _asked(right, asked)
     clips, questions, share = len(asked), asked.sum(), right.sum() / asked.sum()
@@ -65,9 +62,6 @@ def difference(right: Counts, other: Counts, asked: Counts) -> Estimate:
 
     Args:
         right, other, asked: [C] numbers of questions.
-
-    Raises:
-        ValueError: nothing was asked.
     """
     gained, asked = _asked(np.asarray(right, np.float64) - other, asked)
     value = gained.sum() / asked.sum()

@@ -159,9 +159,6 @@ def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder:
         frames: F.
         size: (H, W) of a frame.
         folder: where the files go, see `runtime.engine.layout.Graph.file`.
-
-    Raises:
-        UserError: the budget schedule, which is one graph.
     """
     if graph.config.schedule != "adaptive":
         raise UserError(f"a chain of stages is for --schedule adaptive, not {graph.config.schedule}")

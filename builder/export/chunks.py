@@ -90,9 +90,6 @@ def export_chunks(
         chunk: C.
         size: (H, W) of a frame.
         folder: where the files go, see `runtime.engine.layout.Graph.file`.
-
-    Raises:
-        UserError: the adaptive schedule, or chunks that do not fill a clip.
     """
     check_chunk(chunk, frames, graph.config.schedule)
     parts = layout.Layout(graph.config, frames, chunk=chunk, sizes=layout.Sizes(layers=graph.layers)).graphs

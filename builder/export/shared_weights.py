@@ -32,11 +32,7 @@ class SharedWeights:
         self._filled = False
 
     def move(self, model: ir.Model) -> None:
-        """Let the weights of `model` point into the file, which the first model fills.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Let the weights of `model` point into the file, which the first model fills."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < LEAST_BYTES:

@@ -38,7 +38,8 @@ from earlytom.method import Method
 from earlytom.methods import method_of, several
 from earlytom.methods.cells import Cells
 from earlytom.methods.earlytom import EarlyTom
-from earlytom.methods.published import VisionZip
+from earlytom.methods.published import PUBLISHED
+from earlytom.methods.published.compressing import Exported
 from earlytom.settings import MethodSettings
 from earlytom.spans import trace_names
 from earlytom.towers import Tower
@@ -204,7 +205,10 @@ def vision_graph(config: BuildConfig, dtype: torch.dtype, int8: Int8Plan | None 
     preprocessing = config.checkpoint.preprocessing
     family = family_of(config.model)
     if int8 is not None:
-        put_in(list(family.vision(part.vision_tower, part.projector).tower.layers), part.projector, int8, dtype)
+        layers = list(family.vision(part.vision_tower, part.projector).tower.layers)
+        # TensorRT takes int8 alone; ONNX Runtime multiplies whole numbers beside fp32 only.
+        unsigned = config.backend == "onnx" and dtype == torch.float32
+        put_in(layers, part.projector, int8, dtype, unsigned=unsigned)
     set_vision_precision(part.vision_tower, part.projector, dtype, config.islands, family)
     return VisionGraph(
         part.vision_tower,
@@ -261,14 +265,11 @@ def export_onnx(
     Args:
         graph: from `VisionGraph`, in the precision of the engine; calls stand in for its decisions while it is
             exported.
-        frames: F.
+        frames: F, pictures of a clip.
         size: (H, W) of a frame.
         path: the .onnx file to write.
         batch: B, videos at once.
         shared: where weights go that other graphs have, too.
-
-    Raises:
-        UserError: the adaptive schedule, whose shapes depend on the video.
     """
     if graph.config.schedule != "budget":
         raise UserError(
@@ -284,7 +285,8 @@ def export_onnx(
         model = trace(graph, {layout.FRAMES: torch.zeros(shape, dtype=torch.uint8)}, graph.trace_names)
     finally:
         graph.decisions, graph.every_layer = kept
-    return save(model, path, layout.OUTPUTS, lambda node: form.body(node, graph.config, frames), shared)
+    steps = frames // graph.tower.step
+    return save(model, path, layout.OUTPUTS, lambda node: form.body(node, graph.config, steps), shared)
 
 
 def trace(
@@ -387,7 +389,8 @@ def no_body(node: ir.Node, config: MethodSettings, frames: int) -> ir.Function:
 
 FORMS: dict[str, Form] = {
     EarlyTom.name: Form(lambda graph: SymbolicDecisions(graph.config, graph.similarity_dtype), budget_body),  # type: ignore[arg-type]
-    VisionZip.name: Form(lambda graph: graph.decisions, no_body),
     Cells.name: Form(lambda graph: SymbolicCells(graph.config), lambda node, _, frames: cells_body(node, OPSET)),  # type: ignore[arg-type]
+} | {
+    name: Form(lambda graph: graph.decisions, no_body) for name, kind in PUBLISHED.items() if issubclass(kind, Exported)
 }
 """The methods that can be exported, by name."""

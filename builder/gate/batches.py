@@ -28,9 +28,6 @@ def fill(clips: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
 
     Returns:
         the same clips, then those reversed in time, mirrored, both, and so on; no two are equal.
-
-    Raises:
-        UserError: so many different ones cannot be made of them, as when they show one colour.
     """
     filled = dict(clips)
     missing = -len(clips) % batch

@@ -102,9 +102,6 @@ def measure(
         dtype: of the graph.
         rounded: round every result of a half graph; else it runs as ONNX Runtime would, see
             `builder.precision.rounding`.
-
-    Raises:
-        UserError: the graph does not name its values (an older export), or the reference is not finite.
     """
     rule, kept = rule_of(reference.config), (reference.decisions, reference.every_layer)
     reference.every_layer = True
@@ -179,9 +176,6 @@ def report(
         frames: which of its frame counts; default the most.
         video: the clip; default the one that the engine was verified on, else a drawn one.
         model: where its checkpoint is, if not where it was.
-
-    Raises:
-        UserError: no engine, another checkpoint than it was built from, or a clip that cannot be read.
     """
     manifest = Manifest.read(engine)
     manifest = manifest.at(manifest.frames if frames is None else frames)
@@ -209,11 +203,10 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
     Args:
         manifest: of the engine.
         source: where the checkpoint is, if not where it was.
-
-    Raises:
-        UserError: there is no such checkpoint, or its weights are others.
     """
     checkpoint = describe(source_of(manifest, source))
+    if checkpoint.family.any_size:
+        checkpoint = checkpoint.sized(manifest.model.preprocessing.size)
     if checkpoint.digest() != manifest.model.digest:
         raise UserError(
             f"{checkpoint.source} is not the checkpoint that {manifest.name} was built from (its digest differs): "
@@ -253,11 +246,7 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
 
 
 def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The frames in a file of `kept_reference.save_reference`.
-
-    Raises:
-        EngineError: it holds something else.
-    """
+    """The frames in a file of `kept_reference.save_reference`."""
     most = 2 * math.prod(shape) + MIB  # base64 has four characters for three bytes
     with open_plain(path, REBUILD) as file:
         size = os.fstat(file.fileno()).st_size

@@ -94,11 +94,6 @@ def keep_reference(engine: Path, place: Path, frames: int | None = None) -> Path
     """Copy an engine's reference to `place`, with a script that compares any graph with it; returns the script.
 
     `frames`: of which frame count, where the engine has several; default the most.
-
-    Raises:
-        EngineError: the engine does not take so many frames.
-        UserError: the engine was not verified, Polygraphy cannot run it (bf16, a chain), or `place` is its own folder.
-        OSError: `place` cannot be written.
     """
     manifest = Manifest.read(engine)
     manifest = manifest.at(manifest.frames if frames is None else frames)

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from earlytom.standing import frame_spans
+from earlytom.standing import frame_spans, frame_times, places
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.decoder.eager import Decoder
+from runtime.decoder.states import adding
+from runtime.text.axes import Told, following, told_of
 from runtime.text.prompt import build_prompt, splice
 
 QUESTION = "What happens in the video?"
@@ -39,13 +41,20 @@ class SeenTokens(NamedTuple):
     sources: Tensor
 
 
+class ToldPrompt(NamedTuple):
+    """A prompt: embeddings [1, L, E], and where they are not all, what else the decoder is told."""
+
+    embeds: Tensor
+    told: Told | None = None
+
+
 class NextTokens:
     """Compares two sets of visual tokens through the decoder of a checkpoint (fp32, on the CPU)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         model = load_model(checkpoint, torch.float32)
         self.family = checkpoint.family
-        self.per_frame = self.family.geometry(checkpoint.config).tokens_per_frame
+        self.frame = self.family.geometry(checkpoint.config)
         self.closing = self.family.closing(model.model)
         self.embed = model.get_input_embeddings()
         self.language_model = model.get_decoder()
@@ -56,21 +65,34 @@ class NextTokens:
     def __call__(self, engine: SeenTokens, reference: SeenTokens) -> float:
         """Share of places at which the most likely next token agrees."""
         mine, theirs = self._prompt(engine), self._prompt(reference)
-        answer = torch.tensor(
-            list(self.decoder.stream(theirs, max_new_tokens=ANSWER_TOKENS, stop_ids=())), dtype=torch.long
-        )
+        told: dict[str, Any] = {} if theirs.told is None else dict(theirs.told.how)
+        stream = self.decoder.stream(theirs.embeds, max_new_tokens=ANSWER_TOKENS, stop_ids=(), **told)
+        answer = torch.tensor(list(stream), dtype=torch.long)
         return float((self._following(mine, answer) == self._following(theirs, answer)).float().mean())
 
-    def _prompt(self, seen: SeenTokens) -> Tensor:
-        """[1, L, E] embeddings of the prompt around the visual tokens."""
-        named = self.prompt.names is not None
-        spans = frame_spans(seen.positions, seen.sources, self.per_frame) if named else None
+    def _prompt(self, seen: SeenTokens) -> ToldPrompt:
+        """The prompt around the visual tokens."""
+        per_frame = self.frame.tokens_per_frame
+        spans = None if self.prompt.names is None else frame_spans(seen.positions, seen.sources, per_frame)
         with torch.no_grad():
-            return splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
+            embeds = splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
+        if not self.family.on_axes:
+            return ToldPrompt(embeds)
+        assert spans is not None  # so it is with all of them
+        place = places(frame_times(seen.sources)[0], seen.positions, per_frame)
+        frames, width = seen.sources.shape[1], embeds.shape[2]
+        return ToldPrompt(embeds, told_of(self.prompt, spans, seen.tokens, place, self.frame.cells, frames, width))
 
-    def _following(self, prompt: Tensor, answer: Tensor) -> Tensor:
+    def _following(self, prompt: ToldPrompt, answer: Tensor) -> Tensor:
         """[len(answer)]: the most likely token at each place of the answer."""
-        with torch.no_grad():
-            embeds = torch.cat([prompt, self.embed(answer[:-1])[None]], dim=1)
-            hidden = self.language_model(inputs_embeds=embeds).last_hidden_state[0, -len(answer) :]
+        more, states = len(answer) - 1, None
+        how: dict[str, Tensor] = {}
+        if prompt.told is not None:
+            behind = following(prompt.told.next, more, answer.device)
+            how["position_ids"] = torch.cat([prompt.told.how["positions"], behind], dim=1)[:, None]
+            if (states := prompt.told.how.get("states")) is not None:
+                states = torch.nn.functional.pad(states, (0, 0, 0, more))
+        with torch.no_grad(), adding(self.language_model, states, slice(None)):
+            embeds = torch.cat([prompt.embeds, self.embed(answer[:-1])[None]], dim=1)
+            hidden = self.language_model(inputs_embeds=embeds, **how).last_hidden_state[0, -len(answer) :]
             return self.head(hidden).argmax(-1)

@@ -8,6 +8,7 @@ the limits are in `builder.gate.limits`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from builder.gate.limits import PLAN_TOLERANCE
 from builder.gate.runs import Arrays
 from earlytom.cells.config import CellsConfig
 from earlytom.cells.merge import CellPlan, merge_marks
 from earlytom.config import EarlyTomConfig
 from earlytom.families import Vision
 from earlytom.method import Method, State
+from earlytom.methods import method_of
 from earlytom.methods.cells import Cells, CellsState, each_its_own, marks
 from earlytom.methods.earlytom import EarlyTom
-from earlytom.methods.published import VisionZip
+from earlytom.methods.published.compressing import Exported
 from earlytom.settings import MethodSettings
-from earlytom.untouched import VisionZipConfig
-from earlytom.visionzip import visionzip
+from earlytom.untouched import ToMeConfig, UntouchedConfig
 from runtime.engine import layout
 
 
@@ -37,12 +39,14 @@ class Rule(ABC):
         decisions: names of the values that are its decisions at merges, without the layer; of the first, [F', F].
         videos, videos_called: of those that tell videos apart, likewise; what the report calls them.
         same_tokens: share of token choices that must come out again; below 1 where one choice hangs on another.
+        same_plans: how far the weights at merges may be from those that come out again.
     """
 
     decisions: tuple[str, ...]
     videos: str
     videos_called: str
     same_tokens: float = 1.0
+    same_plans: float = PLAN_TOLERANCE
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         self.layers = layers
@@ -152,6 +156,9 @@ class CellsRule(Rule):
     decisions = ("member", "taken")
     videos, videos_called = "weights", "weights"
     same_tokens = 0.9  # each choice hangs on those before it, and one near-tie changes what follows
+    # A weight moves by about 1e-7, what fp32 leaves of 1 - cosine, over that difference, and still cells differ by
+    # 1e-4: two that are as much alike as that may be weighed as the sum happens to be rounded.
+    same_plans = 1e-3
 
     def __init__(self, config: CellsConfig) -> None:
         super().__init__(config.merge_layers)
@@ -214,23 +221,25 @@ class ForcedCells(Cells):
         return self.positions.clamp(0, len(salient) - 1)  # a position out of range fails as a token
 
 
-class VisionZipRule(Rule):
-    """See `Rule`: nothing is merged inside the tower, and the tokens follow from attention and features."""
+class UntouchedRule(Rule):
+    """See `Rule`: nothing is merged inside the tower, and the tokens follow from features, and attention if any."""
 
     decisions = ()
-    videos, videos_called = "relevance", "attention"
+    videos, videos_called = "features", "features"
 
-    def __init__(self, config: VisionZipConfig) -> None:
+    def __init__(self, config: UntouchedConfig) -> None:
         super().__init__(())
         self.config = config
+        if isinstance(config, ToMeConfig):
+            self.same_tokens = 0.9  # what is merged hangs on what was merged before it, as with `CellsRule`
 
     def own(self) -> Method:
-        return VisionZip(self.config.retention_ratio)
+        return method_of(self.config)
 
     def forced(self, taken: Arrays) -> Method:
-        found = ForcedVisionZip(self.config.retention_ratio)
-        found.by(*(torch.from_numpy(taken[name]) for name in ("features", "relevance")))
-        return found
+        method = self._method()
+        metric, attention = _seen(taken)
+        return ForcedUntouched(method=method, metric=metric, attention=attention)
 
     def kept_frames(self, out: Arrays) -> list[int]:
         return list(range(len(out["features"])))
@@ -239,27 +248,51 @@ class VisionZipRule(Rule):
         return 0.0
 
     def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
-        features, relevance = (torch.from_numpy(out[name]) for name in ("features", "relevance"))
-        state = State(vision, [frames], torch.eye(frames))
-        return VisionZip(self.config.retention_ratio).choose(features, relevance, state)[1]
+        features, attention = _seen(out)
+        return self._method().by(features, attention, vision.own(features))[1]
+
+    def _method(self) -> Exported:
+        method = method_of(self.config)
+        assert isinstance(method, Exported)  # whatever has such settings
+        return method
 
 
-class ForcedVisionZip(VisionZip):
-    """Chooses, and joins, by the attention and the features that a run of the graph had: its decisions, own tokens."""
+@dataclass(frozen=True, kw_only=True)
+class ForcedUntouched(Exported):
+    """Chooses, and joins, by the features and the attention that a run of the graph had: its decisions, own tokens.
 
-    def by(self, metric: Tensor, relevance: Tensor) -> None:
-        """[F, P, E] and [F, P] of that run."""
-        object.__setattr__(self, "taken", (metric, relevance))  # the class is frozen
+    Attributes:
+        method: whose decisions they are.
+        metric, attention: [F, P, E] and [F, P] of that run; no attention for a method that does not go by it.
+    """
 
-    def keep(self, features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        metric, own = self.taken  # type: ignore[attr-defined]
-        return visionzip(features, own, metric, count)
+    method: Exported
+    metric: Tensor
+    attention: Tensor | None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.method.name
+
+    def watched(self, depth: int) -> int | None:
+        return self.method.watched(depth)
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        return self.by(features, self.attention, state.vision.own(self.metric))
+
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.method.by(features, relevance, metric)
+
+
+def _seen(out: Arrays) -> tuple[Tensor, Tensor | None]:
+    """The features and the attention that a run had."""
+    return torch.from_numpy(out["features"]), torch.from_numpy(out["relevance"]) if "relevance" in out else None
 
 
 def rule_of(settings: MethodSettings) -> Rule:
     """The rule of a method, from its settings."""
-    if isinstance(settings, VisionZipConfig):
-        return VisionZipRule(settings)
+    if isinstance(settings, UntouchedConfig):
+        return UntouchedRule(settings)
     return EarlyTomRule(settings) if isinstance(settings, EarlyTomConfig) else CellsRule(settings)
 
 

@@ -37,9 +37,6 @@ def run_tapped(
     """Outputs and the values `names` of the graph, or of several in order, for every feed; see `write_tapped`.
 
     Feeds are of one clip each, and so are the results: a graph of `batch` videos gets as many at once, in their order.
-
-    Raises:
-        UserError: no graph has a value of that name, or a stage kept a number of frames that cannot be.
     """
     if not isinstance(onnx_path, Path):
         results = run_stages(onnx_path, names, feeds, rounded=rounded)
@@ -60,9 +57,6 @@ def run_stages(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arra
         names: values of any of them.
         feeds: frames by the name in `runtime.engine.layout`.
         rounded: as `builder.precision.rounding` has it.
-
-    Raises:
-        UserError: no graph has a value of that name, or a stage kept a number of frames that cannot be.
     """
     graphs = [onnx.load(str(path), load_external_data=False).graph for path in paths]
     results: list[Arrays] = [{} for _ in feeds]
@@ -126,11 +120,7 @@ def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, 
 
 
 def values_of(paths: Sequence[Path], graphs: Sequence[Any], names: Sequence[str]) -> list[list[str]]:
-    """Of graphs that run one after the other, and their files: which of the values `names` each of them has.
-
-    Raises:
-        UserError: none of them has one of the values.
-    """
+    """Of graphs that run one after the other, and their files: which of the values `names` each of them has."""
     had = [{value.name for value in (*graph.output, *graph.value_info)} for graph in graphs]
     missing = [name for name in names if not any(name in one for one in had)]
     if missing:
@@ -147,9 +137,6 @@ def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool, path: 
     The folder is the graph's in any case, as its external data is there.
 
     `rounded`: as `builder.precision.rounding` has it.
-
-    Raises:
-        UserError: the graph has no such value.
     """
     model = onnx.load(str(onnx_path), load_external_data=False)
     have = {value.name for value in model.graph.output}

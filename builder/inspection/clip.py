@@ -21,7 +21,7 @@ from runtime.show.kept import KeptCells, grid_of
 
 
 class SavedClip(NamedTuple):
-    """Frames uint8 [F, 3, H, W], and what was kept of them."""
+    """Frames uint8 [F, 3, H, W], of those that are several pictures the first one, and what was kept of them."""
 
     frames: NDArray[np.uint8]
     kept: KeptCells
@@ -42,12 +42,12 @@ def saved_clip(folder: Path, manifest: Manifest) -> SavedClip | None:
         found = iterations[0]
         place = _first(np.asarray(found[layout.PLACE]), 1)
         sources = _first(np.asarray(found[layout.SOURCES]), 2)
-        if (frames.dtype, frames.shape) != (np.uint8, shape) or sources.shape[1] != manifest.frames:
+        if (frames.dtype, frames.shape) != (np.uint8, shape) or sources.shape[1] != manifest.layout.steps:
             return None
         kept = KeptCells.of(place.astype(int).tolist(), sources.astype(float).tolist(), grid_of(each, size))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, UserError):
         return None
-    return SavedClip(frames, kept)
+    return SavedClip(frames[:: manifest.layout.sizes.step], kept)
 
 
 def _first(values: NDArray[Any], rank: int) -> NDArray[Any]:

@@ -18,7 +18,6 @@ SET_BY = {
     "model": "--model (the weights of its vision part)",
     "answers": "--model (its decoder, tokenizer and chat template)",
     "earlytom": "settings without an option",
-    "earlytom.retention_ratio": "--ratio",
     "earlytom.merge_layers": "--merge-layers, --preset",
     "earlytom.tau": "--tau, --preset",
     "frame_counts": "--frames",

@@ -17,7 +17,8 @@ from builder.inspection.record import describe
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
 from runtime.files.partial import partial
-from runtime.show import charts, html
+from runtime.show import charts, colours, html
+from runtime.show.frames import kept_frame
 from runtime.show.html import Html, element
 from runtime.show.png import data_url, thumbnail
 
@@ -34,12 +35,7 @@ def leave(folder: Path) -> Path:
 
 
 def write(folder: Path, path: Path, frames: int | None = None) -> Path:
-    """Write the page of an engine's folder to a file.
-
-    Raises:
-        EngineError: as `builder.inspection.record.describe`.
-        OSError: the file cannot be written.
-    """
+    """Write the page of an engine's folder to a file."""
     record = describe(folder, frames)
     clip = saved_clip(Path(record["folder"]), Manifest.read(Path(record["folder"]), verify_files=False))
     with partial(path) as unfinished:
@@ -51,7 +47,7 @@ def page_of(record: Record, clip: SavedClip | None) -> str:
     """The page of a record of `describe`."""
     name = str(record["manifest"]["name"])
     sections = [_head(record), _costs(record), _pictures(clip, record), _gate(record), _layers(record), _rest(record)]
-    css = files("builder.inspection").joinpath("report.css").read_text("utf-8")
+    css = colours.css() + files("builder.inspection").joinpath("report.css").read_text("utf-8")
     return html.page(f"Engine {name}", css, element("main", sections))
 
 
@@ -63,23 +59,44 @@ def _head(record: Record) -> Html:
     counts, figures = record["counts"][-1], manifest["figures"]
     size = sum(file["bytes"] for file in manifest["files"].values())
     seconds = sum(value for name, value in figures.items() if name.endswith("_seconds"))
-    stages = " \u2192 ".join(map(str, counts["frames_per_stage"]))
-    most = "at most " if manifest.get("frames_kept") else ""
+    stages, kept = " \u2192 ".join(map(str, counts["frames_per_stage"])), manifest.get("frames_kept")
+    if kept:
+        stages = " \u2192 ".join(str(usual) for _, usual, _ in kept)
+    most = "at most " if kept else ""
     tiles = [
         (f"{most}{counts['tokens']:,}", f"of {counts['tokens_full']:,} visual tokens"),
-        (stages, f"frames{' at most' if most else ''}"),
-        (manifest["dtype"], f"{manifest['backend']}, for {manifest['target']}"),
+        (stages, "frames of a usual clip; the video decides" if kept else "frames"),
+        (_precision(manifest), f"{manifest['backend']}, for {manifest['target']}"),
         (_bytes(size), f"in {len(manifest['files'])} files"),
         (f"{seconds:.0f} s", "to build"),
     ]
     return element(
         "header",
         element("h1", manifest["name"]),
-        element("p", f"{manifest['model']['source']}, method {manifest.get('method', 'earlytom')}", class_="soft"),
+        element(
+            "p",
+            f"{manifest['model']['source']}, method {manifest.get('method', 'earlytom')}{_mode(record)}",
+            class_="soft",
+        ),
         element("p", f"Built {manifest['created']} by version {manifest['project_version']}", class_="soft"),
         element("span", verdict, class_=f"verdict {kind}"),
         element("div", [element("div", element("b", a), element("span", b)) for a, b in tiles], class_="tiles"),
     )
+
+
+def _precision(manifest: Record) -> str:
+    return f"int8, {manifest['dtype']}" if manifest.get("int8") is not None else str(manifest["dtype"])
+
+
+def _mode(record: Record) -> str:
+    """What it takes at a time, where that is not one whole clip of one length."""
+    manifest, counts = record["manifest"], [counts["frames"] for counts in record["counts"]]
+    modes = [f"{' or '.join(map(str, counts))} frames"] if len(counts) > 1 else []
+    if manifest.get("batch", 1) > 1:
+        modes.append(f"{manifest['batch']} videos at once")
+    if manifest.get("chunk"):
+        modes.append(f"frames as they come, {manifest['chunk']} at a time")
+    return "".join(f", {mode}" for mode in modes)
 
 
 def _costs(record: Record) -> Html:
@@ -95,8 +112,11 @@ def _costs(record: Record) -> Html:
     full, kept = (counts[name] for name in ("tokens_full", "tokens"))
     pairs.append(charts.pair("Visual tokens", full, kept, (f"{full:,}", f"{kept:,}")))
     pairs.append(charts.pair("Their memory", full, kept, (_bytes(full * each), _bytes(kept * each, full * each))))
-    several = "" if len(record["counts"]) == 1 else f" At {counts['frames']} frames, the most that this engine takes."
-    note = f"Counted from shapes; the decoder's cache shrinks as the tokens do.{several}"
+    note = "Counted from shapes; the decoder's cache shrinks as the tokens do."
+    if len(record["counts"]) > 1:
+        note += f" At {counts['frames']} frames, the most that this engine takes."
+    if manifest.get("frames_kept"):
+        note += " With as many frames left as usual, and the most tokens."
     return _section("What a clip costs", element("div", pairs, class_="pairs"), element("p", note, class_="note"))
 
 
@@ -106,7 +126,7 @@ def _pictures(clip: SavedClip | None, record: Record) -> list[Html]:
         return [_section("What was kept", element("p", note, class_="note"))]
     kept, frames = clip.kept, clip.frames
     figures = [
-        charts.kept_frame(data_url(thumbnail(frame, _SIDE)), kept, number, _caption(clip, number))
+        kept_frame(data_url(thumbnail(frame, _SIDE)), kept, number, _caption(clip, number))
         for number, frame in enumerate(frames)
     ]
     clips = record["verification"]["clips"] if record["verification"] else []
@@ -124,9 +144,9 @@ def _pictures(clip: SavedClip | None, record: Record) -> list[Html]:
 
 
 def _caption(clip: SavedClip, number: int) -> str:
-    cells, slots = len(clip.kept.cells[number]), clip.kept.became(number)
+    slots = clip.kept.became(number)
     into = f" \u2192 {', '.join(str(slot + 1) for slot in slots)}" if slots else ""
-    return f"{number + 1}{into} \u00b7 " + (f"{cells} kept" if cells else "merged" if slots else "dropped")
+    return f"{number + 1}{into} \u00b7 {clip.kept.fate(number)}"
 
 
 def _gate(record: Record) -> list[Html]:
@@ -201,9 +221,10 @@ def _layers(record: Record) -> Html:
     ]
     left = len(layers["kinds"]) - len(rows)
     fused, unfused = layers["attention_fused"], len(layers["attention_unfused"])
+    narrow = f", {layers['int8_share']:.2%} in int8" if layers["int8_share"] else ""
     note = (
         f"{layers['source']}: {layers['count']} layers, {_flops(layers['matrix_flops'])} of matrix products, "
-        f"{layers['half_share']:.2%} of it in half precision; attention: {fused} of {fused + unfused} fused."
+        f"{layers['half_share']:.2%} of it in half precision{narrow}; attention: {fused} of {fused + unfused} fused."
         + (f" {left} more kinds multiply less." if left > 0 else "")
     )
     columns = ["kind", "work", "precision", "layers", "GFLOP", "", "weights, MB"]

@@ -32,10 +32,6 @@ def describe(path: Path, frames: int | None = None) -> Record:
         notes and checks, None where the gate did not run; "compile": the compiler's report, of a chain or of several
         frame counts a list of them, None for ONNX alone; "key_parts": `BuildConfig.key_parts`, None where they were not
         recorded.
-
-    Raises:
-        EngineError: no engine folder, one that changed since it was built, files that another version wrote, or a frame
-            count that the engine does not take.
     """
     folder = path.parent if path.is_file() else path
     if path.is_file() and not (folder / layout.MANIFEST_FILE).is_file():
@@ -97,7 +93,7 @@ def _tensors(manifest: Manifest) -> list[Record]:
         (layout.FRAMES, "in", "uint8", frames),
         (layout.TOKENS, "out", manifest.dtype, [tokens, manifest.dim]),
         (layout.POSITIONS, "out", "int64", [tokens]),
-        (layout.SOURCES, "out", "fp32", [left, manifest.frames]),
+        (layout.SOURCES, "out", "fp32", [left, manifest.layout.steps]),
         (layout.PLACE, "out", "int64", [tokens]),
         (layout.BIAS, "out", "fp32", [tokens]),
     ]

@@ -62,9 +62,6 @@ def choose(
         target: compute capability, see `kernel_target`.
         schedule: "budget" or "adaptive".
         has_kernels: whether the method has a step that is a kernel.
-
-    Raises:
-        UserError: unknown name, plugins with a backend, schedule or for a GPU that has none, or Triton is missing.
     """
     if asked not in COMPRESSIONS:
         raise UserError(f"unknown --compression {asked!r}: expected one of {', '.join(COMPRESSIONS)}")
@@ -92,11 +89,7 @@ def choose(
 
 
 def triton_version() -> str:
-    """Version of the installed Triton, under whatever name it was distributed.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Version of the installed Triton, under whatever name it was distributed."""
     distributions = metadata.packages_distributions().get("triton")
     if not distributions:
         raise UserError(f"the compression plugin needs Triton: {INSTALL}, or {NATIVE}")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from builder.settings.options import MAX_FRAMES, parse_target
 from earlytom.budget import frames_per_stage, token_count
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plugins.kernel(*call)
         for record in plugins.records:
             name = ".".join(map(str, target))
-            records.append({"target": name, **asdict(record)})
+            records.append({"target": name, **msgspec.structs.asdict(record)})
             sizes = (record.registers, record.shared_bytes, record.spill_bytes)
             grid = " x ".join(map(str, record.grid))
             rows.append((record.name, record.tensors, name, grid, record.threads, *sizes, record.ptx_sha256[:12]))
@@ -77,11 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def checked_stages(options: argparse.Namespace) -> tuple[int, ...]:
-    """Frames before the first merge and after each one.
-
-    Raises:
-        UserError: numbers that make no sense.
-    """
+    """Frames before the first merge and after each one."""
     if options.merges < 0 or options.width < 1:
         raise UserError(f"--merges must be 0 or more and --width 1 or more, got {options.merges} and {options.width}")
     if options.tokens < 1:
@@ -94,11 +91,7 @@ def checked_stages(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def calls(options: argparse.Namespace) -> Iterator[Call]:
-    """The plugin calls of an engine: a plan for each merge layer and one for the final segments, and the selection.
-
-    Raises:
-        UserError: numbers that make no sense.
-    """
+    """The plugin calls of an engine: a plan for each merge layer and one for the final segments, and the selection."""
     from builder.plugins.registry import FRAME_PLAN, SELECT_GREEDY, SELECT_TOKENS
 
     stages = checked_stages(options)

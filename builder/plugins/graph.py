@@ -31,9 +31,6 @@ def as_plugin_calls(model: Any, name: str, plugins: Collection[str], version: st
 
     Returns:
         how many plugin nodes there are.
-
-    Raises:
-        UserError: a call of something that there is no plugin for.
     """
     calls = [node for node in model.graph.node if node.domain == functions.DOMAIN and node.op_type not in BODIES]
     missing = [f"{node.name!r} ({node.domain}::{node.op_type})" for node in calls if node.op_type not in plugins]

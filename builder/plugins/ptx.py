@@ -88,10 +88,6 @@ def compile_launch(launch: Launch, pointers: Sequence[str], target: Capability) 
         launch: from a module of `earlytom.kernels`.
         pointers: types of its tensors in the kernel's order, such as "*fp16", "*i1" or "*i64".
         target: compute capability.
-
-    Raises:
-        UserError: Triton is missing, or runs in its interpreter.
-        EngineError: a GPU that the plugin is not for, or PTX that must not be embedded (see above).
     """
     triton = load_triton()
     if target not in PTX_VERSIONS:
@@ -147,11 +143,7 @@ def _source(triton: Any, launch: Launch, pointers: Sequence[str]) -> Any:
 
 
 def load_triton() -> Any:
-    """Triton, able to compile.
-
-    Raises:
-        UserError: not installed, not loadable, or its interpreter was chosen, which runs kernels but compiles none.
-    """
+    """Triton, able to compile."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set, so Triton compiles nothing: unset it")
     try:
@@ -179,12 +171,7 @@ def _check_launchable(metadata: Any) -> None:
 
 
 def embeddable(ptx: str, name: str, parameters: int) -> str:
-    """Triton's PTX with the kernel's own `parameters` alone, and without traces of the machine it was compiled on.
-
-    Raises:
-        EngineError: not one entry `name` with at least `parameters` parameters, a hidden parameter that the kernel
-            uses, or arithmetic that need not round as PyTorch's does.
-    """
+    """Triton's PTX with the kernel's own `parameters` alone, and without traces of the machine it was compiled on."""
     ptx = _LINES.sub("", _DEBUG.sub("", _COMMENT.sub("", ptx)))
     entry = _ENTRY.search(ptx)
     if entry is None or ptx.count(".entry") != 1 or entry["name"] != name:
@@ -211,9 +198,6 @@ def assemble(ptx: str, arch: int) -> tuple[int, int, int]:
 
     Returns:
         registers of a thread, bytes of static shared memory of a block, bytes of spill stores and loads.
-
-    Raises:
-        EngineError: the assembler refused it.
     """
     backend = importlib.import_module("triton.backends.nvidia.compiler")
     name = backend.sm_arch_from_capability(arch)

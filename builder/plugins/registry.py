@@ -155,9 +155,6 @@ class Plugins:
         Args:
             types: TensorRT's words for the types of the inputs and outputs.
             shapes: of the inputs.
-
-        Raises:
-            EngineError: a dynamic shape; and what `compile_launch` raises.
         """
         for name, shape in zip(plugin.inputs, shapes, strict=True):
             if min(shape, default=0) < 0:
@@ -203,9 +200,6 @@ def register(trt: Any, module: Any, target: Capability) -> Plugins:
         trt: the module from `runtime.trt.load`.
         module: the one from `runtime.trt.load_plugins`.
         target: compute capability that kernels are compiled for.
-
-    Raises:
-        EngineError: TensorRT's registry does not have them afterwards.
     """
     plugins = Plugins(target)
     for plugin in PLUGINS.values():

@@ -59,19 +59,21 @@ class Int8Plan:
         sites: of every product that could be, in the order in which they run.
         kept: which of them stay wider.
         error: root mean square of what int8 changes in the features, over theirs.
+        clips: the names of those that it was measured on.
     """
 
     sites: dict[Product, Site]
     kept: frozenset[Product] = frozenset()
     error: float = 0.0
+    clips: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: what stays wider, and every product with its figures."""
+        """Plain JSON types: what stays wider, every product with its figures, and the clips."""
         rows = {
             str(product): {"limit": site.limit, "smoothed": site.smooth is not None, "noise": site.noise}
             for product, site in self.sites.items()
         }
-        return {"kept": list(words(self.kept)), "error": self.error, "products": rows}
+        return {"kept": list(words(self.kept)), "error": self.error, "products": rows, "clips": list(self.clips)}
 
     @property
     def chosen(self) -> tuple[Product, ...]:
@@ -79,10 +81,12 @@ class Int8Plan:
         return tuple(product for product in self.sites if product not in self.kept)
 
 
-def put_in(layers: Sequence[Any], projector: nn.Module, plan: Int8Plan, dtype: torch.dtype) -> None:
+def put_in(
+    layers: Sequence[Any], projector: nn.Module, plan: Int8Plan, dtype: torch.dtype, *, unsigned: bool = False
+) -> None:
     """Put int8 into a vision part in fp32, in place; `dtype` is that of the graph around the products.
 
-    `layers`: of its tower.
+    `layers`: of its tower. `unsigned`: as `Int8Linear` has it.
     """
     for product in plan.chosen:
         smooth = plan.sites[product].smooth
@@ -91,20 +95,28 @@ def put_in(layers: Sequence[Any], projector: nn.Module, plan: Int8Plan, dtype: t
     for product in plan.chosen:  # now: folding one product's changes another's weights
         for place, module in zip(
             places(layers, projector, product),
-            narrow(layers, projector, product, plan.sites[product], dtype),
+            narrow(layers, projector, product, plan.sites[product], dtype, unsigned=unsigned),
             strict=True,
         ):
             setattr(place.parent, place.name, module)
 
 
 def narrow(
-    layers: Sequence[Any], projector: nn.Module, product: Product, site: Site, dtype: torch.dtype
+    layers: Sequence[Any],
+    projector: nn.Module,
+    product: Product,
+    site: Site,
+    dtype: torch.dtype,
+    *,
+    unsigned: bool = False,
 ) -> list[Int8Linear]:
     """The product's linear layers in int8, after what can be folded is."""
     smooth = None if folds(product) else site.smooth
     linears = [place.linear for place in places(layers, projector, product)]
     return [
-        Int8Linear(one.weight.data, None if one.bias is None else one.bias.data, site.limit, dtype, smooth)
+        Int8Linear(
+            one.weight.data, None if one.bias is None else one.bias.data, site.limit, dtype, smooth, unsigned=unsigned
+        )
         for one in linears
     ]
 

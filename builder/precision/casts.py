@@ -103,9 +103,8 @@ def set_vision_precision(
         islands = DEFAULT  # there is nothing else to choose from
     adapter = family.tower(tower)
     layers = [adapter.parts(layer) for layer in adapter.layers]
-    for parts in layers:
-        bias = parts.attention.k_proj.bias
-        if dtype != torch.float32 and adapter.key_bias_cancels and bias is not None:
+    for parts in layers if dtype != torch.float32 and adapter.key_bias_cancels else ():
+        if (bias := parts.attention.k_proj.bias) is not None:
             bias.data = torch.zeros_like(bias)
     if "gelu" in islands:
         for module in (*(parts.mlp for parts in layers), projector):

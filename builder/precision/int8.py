@@ -9,8 +9,10 @@ Two things about that pattern were found out the hard way. Where the graph is ha
 the one number c and the columns' r are multiplied afterwards: with a scale a column tensorrt-rtx 1.7.1 lets the product
 write its sums, whole numbers of up to K 127^2, as half, which ends at 65504, and scales them afterwards; with one
 number it scales before. Where the graph is fp32, DequantizeLinear has a number a column, as sums fit and ONNX Runtime
-saves a pass. And the bias is no vector but [1, 1, N]: ONNX Runtime 1.31 makes a Gemm of a MatMul and the Add of a
-vector, which it cannot run in int8.
+saves a pass. What enters is uint8 around 128 in graphs that ONNX Runtime alone runs (`unsigned`): its integer products
+on x86 take no int8 there, and where several products have one QuantizeLinear, as queries, keys and values do, it does
+not convert that, but widens their weights at every run. And the bias is no vector but [1, 1, N]: ONNX Runtime 1.31
+makes a Gemm of a MatMul and the Add of a vector, which it cannot run in int8.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Int8Linear(nn.Module):
         dtype: of the graph around it.
         smooth: fp32 [K], what every channel that enters is divided by here, and its weights multiplied; None for
             nothing.
+        unsigned: what enters is uint8 around 128 in the graph; the numbers are the same.
     """
 
     factor: Tensor | None
@@ -45,12 +48,14 @@ class Int8Linear(nn.Module):
         limit: float,
         dtype: torch.dtype,
         smooth: Tensor | None = None,
+        *,
+        unsigned: bool = False,
     ) -> None:
         super().__init__()
         self.dtype = dtype
         least = _LEAST[dtype]
         self.input_scale = nn.Buffer(torch.tensor(max(limit / LIMIT, least)).to(dtype))
-        self.zero = nn.Buffer(torch.zeros((), dtype=torch.int8))
+        self.zero = nn.Buffer(torch.tensor(128, dtype=torch.uint8) if unsigned else torch.zeros((), dtype=torch.int8))
         if smooth is not None:
             weight = weight * smooth
         columns = weight.abs().amax(1) / LIMIT  # [N]
@@ -80,7 +85,7 @@ class Int8Linear(nn.Module):
 
     def _symbols(self, values: Tensor) -> Tensor:
         """The product before factor and bias, for the exporter."""
-        whole = _symbol("QuantizeLinear", (values, self.input_scale, self.zero), torch.int8, values)
+        whole = _symbol("QuantizeLinear", (values, self.input_scale, self.zero), self.zero.dtype, values)
         entering = _symbol("DequantizeLinear", (whole, self.input_scale, self.zero), self.dtype, values)
         axis = {} if self.weight_scale.dim() == 0 else {"axis": 1}
         weight = _symbol("DequantizeLinear", (self.weight, self.weight_scale), self.dtype, self.weight, **axis)

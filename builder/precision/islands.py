@@ -157,7 +157,7 @@ class Costs:
         family, layers = family_of(config.model), config.earlytom.merge_layers
         frame = config.geometry
         self.width, self.inner, self.llm = frame.width, frame.inner, frame.llm_width
-        self.heads, self.patch = frame.heads, frame.patch
+        self.heads, self.patch, self.step = frame.heads, frame.patch, frame.step
         self.size, self.patches, self.tokens = frame.size, frame.patches, frame.patches + frame.prefix
         self.pooled, self.stages, self.depth = config.tokens_per_frame, stages or config.stages, config.depth
         self.spans = layer_spans(layers, self.depth)
@@ -254,7 +254,7 @@ class Costs:
         return self.frames[layer] * self.tokens * self.width  # elements that enter the layer
 
     def _pixels(self) -> Cost:
-        elements = self.stages[0] * 3 * math.prod(self.size)
+        elements = self.stages[0] * self.step * 3 * math.prod(self.size)
         return Cost(0, _PIXEL * elements, 0, _EXTRA * elements)
 
     def _norms(self) -> Cost:
@@ -294,7 +294,7 @@ class Costs:
         return Cost(merges, adds, 0, _EXTRA * kept)
 
     def _embeddings(self) -> Cost:
-        area = 3 * self.patch**2
+        area = 3 * self.step * self.patch**2
         elements = self.stages[0] * self.patches * self.width
         weights = self.width * (area + 1 + self.tokens)
         return Cost(2 * area * elements, elements, _EXTRA * weights, _EXTRA * elements)

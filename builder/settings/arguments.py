@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,12 @@ from builder.settings.options import (
     AUTO_SHARE,
     WORKSPACE_GIB,
     check_batch,
+    check_clips,
     check_counts,
     check_one_video,
     check_rounds,
     check_shapes,
+    parse_size,
     parse_target,
 )
 from earlytom.cells.config import CellsConfig
@@ -27,8 +28,9 @@ from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import TITLES
 from earlytom.settings import NOT_BUILT, SETTINGS, MethodSettings
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UntouchedConfig
 from runtime import cli, trt
+from runtime.choices import METHOD_OPTIONS, add_method_options, given_settings, in_options, number
 
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
@@ -64,10 +66,6 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
 
     Returns:
         The options as given, and what they build with.
-
-    Raises:
-        UserError: an option that there is not, or a value that makes no sense, alone or together with others.
-        SystemExit: --help, with status 0.
     """
     options = parser().parse_args(argv)
     for clip in options.calibration:
@@ -85,6 +83,8 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
     if not 0 < options.workspace < math.inf:
         raise UserError(f"--workspace must be more than 0 GiB, got {options.workspace}")
     target = parse_target(options.target)
+    if options.size is not None:
+        parse_size(options.size)
     _check_shapes(options)
     check_one_video(options.method, batch=options.batch, chunk=options.chunk)
     if options.islands not in (None, islands.LIST):
@@ -124,6 +124,7 @@ def _check_shapes(options: argparse.Namespace) -> None:
 
 
 def _check_int8(options: argparse.Namespace) -> None:
+    check_clips(options.int8, len(options.calibration))
     if options.int8_keep is None:
         return
     if not options.int8:
@@ -132,17 +133,15 @@ def _check_int8(options: argparse.Namespace) -> None:
 
 
 def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
-    """The build that options which `read` accepted ask for.
-
-    Raises:
-        UserError: the model cannot be used, or a value makes no sense together with it.
-    """
+    """The build that options which `read` accepted ask for."""
     from builder.settings.config import BuildConfig
     from earlytom.families import geometry
     from runtime.checkpoint import describe
 
     target = parse_target(options.target)
     checkpoint = describe(options.model)
+    if options.size is not None:
+        checkpoint = checkpoint.sized(parse_size(options.size))
     kernel = kernel_target(target, options.hardware_compatible)
     depth = geometry(checkpoint.config).depth
     method = _method(options, depth)
@@ -193,7 +192,8 @@ def flags() -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for action in parser()._actions:
         found.setdefault(action.dest, []).extend(action.option_strings[:1])
-    return {name: ", ".join(words) for name, words in found.items()}
+    settings = {name: option.flag for name, option in METHOD_OPTIONS.items()}
+    return {name: ", ".join(words) for name, words in found.items()} | settings
 
 
 def _method_options(group: Any) -> None:
@@ -203,15 +203,9 @@ def _method_options(group: Any) -> None:
         choices=tuple(SETTINGS),
         default=EarlyTomConfig.method,
         help="earlytom: the published method (default); cells: frames merged cell by cell and diverse tokens, more "
-        "accurate with few tokens on the bundled model; visionzip: no frame is merged, for comparison",
+        "accurate with few tokens on the bundled model; the others, for comparison, merge no frames inside the encoder",
     )
-    group.add_argument(
-        "--ratio",
-        type=_number,
-        default=0.1,
-        metavar="R",
-        help="share of the visual tokens KEPT, in (0, 1] (default: 0.1)",
-    )
+    add_method_options(group, "retention_ratio")
     group.add_argument(
         "--frames",
         metavar="F[,F,...]",
@@ -219,18 +213,16 @@ def _method_options(group: Any) -> None:
         "engine for each, of which the runtime takes the one that fits the clip",
     )
     group.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width of frames in pixels, of a model that takes any (default: the checkpoint's)",
+    )
+    group.add_argument(
         "--preset",
         choices=PRESETS,
         help="released settings for a benchmark at this --ratio; --tau and --merge-layers given beside it win",
     )
-    group.add_argument(
-        "--merge-layers",
-        metavar="L,L,L",
-        help="encoder layers after which frames are merged, or 'none' (default: 6,14,20, scaled to the tower's depth)",
-    )
-    group.add_argument(
-        "--tau", type=_number, metavar="T", help="similarity below which a new segment starts (default: 0.8)"
-    )
+    add_method_options(group, "merge_layers", "tau")
     group.add_argument(
         "--schedule",
         choices=SCHEDULES,
@@ -238,26 +230,9 @@ def _method_options(group: Any) -> None:
         help="budget: fixed frame counts, one engine with static shapes (default); adaptive: the video decides how "
         "many frames stay, a chain of engines cut after each merge layer",
     )
+    add_method_options(group, "power", "rounds", "threshold")
     group.add_argument(
-        "--power",
-        type=_number,
-        metavar="P",
-        help="cells: how far a cell of a merged frame prefers the member that differs; 0 averages (default: 4)",
-    )
-    group.add_argument(
-        "--rounds",
-        metavar="R|greedy",
-        help="cells: in how many rounds tokens are taken; greedy: one after the other (default: 7)",
-    )
-    group.add_argument(
-        "--threshold",
-        type=_number,
-        metavar="T",
-        help="cells, where the video decides: a frame that changes by so much starts a group; 0 keeps all frames "
-        f"(default: {CellsConfig.threshold:g})",
-    )
-    group.add_argument(
-        "--frame-budget",
+        METHOD_OPTIONS["frame_budget"].flag,
         metavar="SHARE|N,N,N|auto",
         help="frames kept at each merge layer, as a share or as one count per layer; auto: as many as the adaptive "
         f"schedule keeps at most in {AUTO_SHARE:.0%} of the --calibration clips (default: 0.75)".replace("%", "%%"),
@@ -330,7 +305,7 @@ def _engine_options(group: Any) -> None:
     )
     group.add_argument(
         "--workspace",
-        type=_number,
+        type=number,
         default=WORKSPACE_GIB,
         metavar="GIB",
         help=f"scratch memory limit in GiB (default: {WORKSPACE_GIB:g})",
@@ -347,7 +322,8 @@ def _work_options(group: Any) -> None:
         nargs="+",
         default=[],
         metavar="VIDEO",
-        help="videos like yours, whose frames the accuracy gate runs on (default: a drawn clip)",
+        help="videos like yours, whose frames the accuracy gate runs on (default: a drawn clip); with --int8 the last "
+        "quarter of them, while its scales come from the others",
     )
     group.add_argument("--no-verify", dest="verify", action="store_false", help="publish without the accuracy gate")
     group.add_argument(
@@ -372,14 +348,11 @@ def _has_kernels(method: MethodSettings) -> bool:
     return isinstance(method, EarlyTomConfig) or (isinstance(method, CellsConfig) and method.rounds is None)
 
 
-# Options of one method alone.
-_OWN = {"tau": "earlytom", "preset": "earlytom", "power": "cells", "rounds": "cells", "threshold": "cells"}
-
-
 def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     """The method's settings: a preset's, changed by what was given explicitly; `depth` is None while not known."""
     kind = SETTINGS[options.method]
-    for name, method in _OWN.items():
+    own = {option.name: option.method for option in METHOD_OPTIONS.values() if option.method is not None}
+    for name, method in (own | {"preset": EarlyTomConfig.method}).items():
         if getattr(options, name) is not None and method != options.method:
             raise UserError(f"--{name} is for --method {method}, not {options.method}: leave it out")
     if options.threshold is not None and options.schedule == "budget" and options.frame_budget != AUTO:
@@ -387,23 +360,14 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
             "--threshold is for --schedule adaptive and --frame-budget auto: with fixed counts the frames that change "
             "most start groups; leave it out"
         )
-    if kind is VisionZipConfig:
+    if issubclass(kind, UntouchedConfig):
         _refuse_merging(options)
-    changes: dict[str, Any] = {"schedule": options.schedule}
-    if options.tau is not None:
-        changes["tau"] = options.tau
-    if options.power is not None:
-        changes["power"] = options.power
-    if options.threshold is not None:
-        changes["threshold"] = options.threshold
-    if options.rounds is not None:
-        changes["rounds"] = _rounds(options.rounds)
-    if options.merge_layers is not None:
-        changes["merge_layers"] = _layers(options.merge_layers)
     if options.frame_budget is not None and options.schedule == "adaptive":
         raise UserError("--frame-budget is for --schedule budget: in the adaptive one the video decides")
-    if options.frame_budget not in (None, AUTO):
-        changes["frame_budget"] = _budget(options.frame_budget)
+    changes: dict[str, Any] = {"schedule": options.schedule}
+    changes |= given_settings(options, "merge_layers", "tau", "power", "rounds", "threshold")
+    if options.frame_budget != AUTO:
+        changes |= given_settings(options, "frame_budget")
     budget = changes.get("frame_budget")
     layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
     if depth is None and isinstance(budget, tuple):  # one count for each layer, of which a small tower has fewer
@@ -412,11 +376,11 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     try:
         if options.preset is not None:
             return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
-        if kind is VisionZipConfig:
-            return VisionZipConfig(options.ratio)
+        if issubclass(kind, UntouchedConfig):
+            return kind(options.ratio)
         return kind(**(defaults | changes))
     except UserError as error:  # it names the settings; on a command line they are options
-        raise UserError(_SETTING.sub(lambda match: _OPTIONS[match[0]], str(error))) from error
+        raise in_options(error) from error
 
 
 def _refuse_merging(options: argparse.Namespace) -> None:
@@ -428,18 +392,6 @@ def _refuse_merging(options: argparse.Namespace) -> None:
             raise UserError(f"--method {options.method} merges no frames: leave out {flag}")
 
 
-_OPTIONS = {
-    "retention_ratio": "--ratio",
-    "merge_layers": "--merge-layers",
-    "frame_budget": "--frame-budget",
-    "tau": "--tau",
-    "power": "--power",
-    "rounds": "--rounds",
-    "threshold": "--threshold",
-}
-_SETTING = re.compile(rf"(?<!-)\b({'|'.join(_OPTIONS)})\b")
-
-
 def _counts(text: str | None, usual: int) -> tuple[int, ...]:
     """The frame counts, ascending."""
     try:
@@ -449,38 +401,6 @@ def _counts(text: str | None, usual: int) -> tuple[int, ...]:
     if len(set(counts)) < len(counts):
         raise UserError(f"--frames {text!r} names a number twice: give each frame count once")
     return tuple(sorted(counts))
-
-
-def _rounds(text: str) -> int | None:
-    try:
-        return None if text == "greedy" else int(text)
-    except ValueError as error:
-        raise UserError(f"--rounds {text!r}: give a whole number, or greedy") from error
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    if text.lower() == "none":
-        return ()
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--merge-layers {text!r}: give layer numbers such as 6,14,20, or none") from error
-
-
-def _budget(text: str) -> float | tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(",")) if "," in text else float(text)
-    except ValueError as error:
-        raise UserError(
-            f"--frame-budget {text!r}: give a share such as 0.75, one count per merge layer, or {AUTO}"
-        ) from error
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
 def _whole(text: str) -> int:

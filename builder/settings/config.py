@@ -24,6 +24,7 @@ from builder.settings.key import code_digest
 from builder.settings.options import (
     WORKSPACE_GIB,
     check_batch,
+    check_clips,
     check_counts,
     check_one_video,
     check_rounds,
@@ -34,6 +35,7 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import DEFAULT_FAMILY, Geometry, family_of
+from earlytom.methods import METHODS
 from earlytom.settings import MethodSettings
 from runtime.checkpoint import Checkpoint
 from runtime.engine.dtypes import DTYPES
@@ -63,7 +65,8 @@ class BuildConfig:
         backend_version: version of the library that compiles.
         hardware_compatible, workspace_gib: see `builder.compile.engine.compile_engine`.
         compression: "plugin" or "native", already resolved.
-        calibration: video files whose frames the gate runs on; none means the drawn clip.
+        calibration: video files whose frames the gate runs on; none means the drawn clip. With int8 the scales come
+            from some and the gate runs on the others.
         islands: what stays fp32 in half precision.
         int8: what stays wider than int8, in words of `--int8-keep`: ("auto",) where the clips say, none for nothing;
             None without int8.
@@ -110,6 +113,7 @@ class BuildConfig:
         if self.int8 is not None and family_of(self.model) is not DEFAULT_FAMILY:
             title = family_of(self.model).title
             raise UserError(f"--int8 knows the products of {DEFAULT_FAMILY.title}, not of {title}: leave it out")
+        check_clips(self.int8 is not None, len(self.calibration))
         if self.adaptive and self.compression == "plugin":
             raise UserError("the plugins have static shapes: build --schedule adaptive with --compression native")
         if self.earlytom.merges_inside:
@@ -118,9 +122,24 @@ class BuildConfig:
                 f"--inner-layer {self.earlytom.inner_layer} to python -m runtime.ask"
             )
         self.earlytom.check_layers(self.depth)
+        self._check_family()
         _ = self.stages  # a frame budget that does not fit is refused
         for frames in self.counts[:-1]:
             self.at(frames)  # checks it as this did the most
+
+    def _check_family(self) -> None:
+        """Raise UserError for what engines of this model's family cannot be."""
+        frame, title = self.geometry, family_of(self.model).title
+        if any(count % frame.step for count in self.counts):
+            raise UserError(
+                f"{title} takes {frame.step} pictures for a frame: --frames must be a multiple, got "
+                f"{','.join(map(str, self.counts))}"
+            )
+        if (frame.step > 1 or frame.streams) and (self.adaptive or self.chunk is not None):
+            what = "--schedule adaptive" if self.adaptive else "--chunk"
+            raise UserError(f"{what} does not know {title}'s frames: build with --schedule budget and without --chunk")
+        if frame.streams and not METHODS[self.earlytom.method].streams:
+            raise UserError(f"method {self.earlytom.method!r} does not know {title}'s tokens: use earlytom or cells")
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -144,7 +163,7 @@ class BuildConfig:
     def layout(self) -> Layout:
         """What the engine is: its graphs, tensors and counts."""
         frame = self.geometry
-        sizes = Sizes(frame.tokens_per_frame, frame.size, frame.llm_width, frame.depth)
+        sizes = Sizes(frame.tokens_per_frame, frame.size, frame.token_width, frame.depth, frame.step)
         return Layout(self.earlytom, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
@@ -206,9 +225,9 @@ class BuildConfig:
         config, family = self.model, family_of(self.model)
         text = config.text_config
         return {
-            "vision_full": family.vision_flops(config, (self.frames,), ()),
+            "vision_full": family.vision_flops(config, (self.layout.steps,), ()),
             "vision": family.vision_flops(config, stages, self.earlytom.merge_layers),
-            "prefill_full": flops.prefill(text, self.frames * self.tokens_per_frame),
+            "prefill_full": flops.prefill(text, self.layout.tokens_full),
             "prefill": flops.prefill(text, tokens),
         }
 
@@ -222,7 +241,7 @@ class BuildConfig:
         return {
             "weights": size * family_of(self.model).vision_weights(self.model) + wider,
             "input": self.batch * self.frames * 3 * height * width,
-            "output": self.batch * self.tokens * (self.geometry.llm_width * size + 8),
+            "output": self.batch * self.tokens * (self.geometry.token_width * size + 8),
         }
 
     @property
@@ -235,7 +254,7 @@ class BuildConfig:
         """`half_share` of every stage, as its layer list has it: of one frame where they are dynamic."""
         if self.chunk is not None:
             return Costs(self).chunk_shares(self.islands)
-        stages = (self.frames, *([1] * len(self.earlytom.merge_layers)))
+        stages = (self.layout.steps, *([1] * len(self.earlytom.merge_layers)))
         return Costs(self, stages).stage_shares(self.islands)
 
     @property

@@ -32,6 +32,14 @@ def parse_target(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of frames: "448x832" to (448, 832)."""
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if match is None:
+        raise UserError(f"--size {text!r} is not HEIGHTxWIDTH: give both in pixels, such as 448x832")
+    return int(match[1]), int(match[2])
+
+
 def check_counts(counts: Sequence[int]) -> None:
     """Raise UserError for a frame count that no engine has."""
     for frames in counts:
@@ -43,6 +51,15 @@ def check_batch(batch: int) -> None:
     """Raise UserError for a number of videos that no engine takes at once."""
     if not 1 <= batch <= MAX_BATCH:
         raise UserError(f"the number of videos must be between 1 and {MAX_BATCH}, got {batch}: set --batch")
+
+
+def check_clips(int8: bool, clips: int) -> None:
+    """Raise UserError for one calibration clip with int8."""
+    if int8 and clips == 1:
+        raise UserError(
+            "--int8 is checked on other clips than its scales come from, and --calibration names 1: name at least 2, "
+            "or none"
+        )
 
 
 def check_shapes(

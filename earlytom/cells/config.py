@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from earlytom.config import SCHEDULES, Schedule, budget_counts, check_layers, layer_numbers, one_of
-from earlytom.errors import UserError
+from earlytom.config import SCHEDULES, Schedule, budget_counts, check_layers, known, layer_numbers, one_of
 from earlytom.numbers import real, whole
 
 MOST_CHANGE = 3.0  # of thresholds: a change is at most 2, so this one merges all frames into one
@@ -84,9 +83,4 @@ class CellsConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CellsConfig:
         """Inverse of `to_dict`. Raises UserError on a key that is not a setting."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"unknown setting {unknown[0]!r} of method 'cells': the settings are {', '.join(known)}")
-        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**given)
+        return cls(**known(cls, cls.method, values))

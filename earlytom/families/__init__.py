@@ -9,10 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, Features, FrameSampling, Geometry, Vision, VisionModules
+from earlytom.families.family import (
+    SIZES,
+    Family,
+    Features,
+    FrameSampling,
+    FrameTimes,
+    Geometry,
+    ShortPrompt,
+    Vision,
+    VisionModules,
+)
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
+from earlytom.families.qwen3_vl import QWEN3_VL
+from earlytom.families.smolvlm import SMOLVLM
 
 __all__ = [
     "DEFAULT_FAMILY",
@@ -23,7 +35,9 @@ __all__ = [
     "Family",
     "Features",
     "FrameSampling",
+    "FrameTimes",
     "Geometry",
+    "ShortPrompt",
     "Vision",
     "VisionModules",
     "family_named",
@@ -31,7 +45,9 @@ __all__ = [
     "geometry",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, SMOLVLM, QWEN3_VL)
+}
 """The supported families by model type."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION

@@ -6,7 +6,8 @@ how a model is made without them, what the vision part costs, and where visual t
 
 Nothing here imports PyTorch or transformers before it needs them: what a family is called, help texts say, too.
 
-Notation: F' frames, S patch tokens a frame, P tokens a frame after projector and pooling, D tower width, E LLM width.
+Notation: F' frames, S patch tokens a frame, P tokens a frame after projector and pooling, D tower width, E width of a
+token: that of the LLM, times 1 + K where K states of earlier layers go to the LLM, too, and stand behind it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from earlytom.towers import Tower
 
 
-FrameSampling = Literal["ends", "middles"]
+FrameSampling = Literal["ends", "middles", "nearest"]
 
 SIZES = {
     "hidden_size": 1 << 15,
@@ -44,11 +46,12 @@ class Geometry:
         patch: side of a patch, in pixels.
         grid: (rows, columns) of patches, which enter the tower.
         cells: (rows, columns) of tokens, which reach the LLM.
-        step: frames of the video that the tower takes for one.
+        step: pictures of the video that the tower takes for one frame.
         depth: encoder layers that run.
         width: D; llm_width: E.
         heads, inner: attention heads of a layer, and the width inside its MLP.
         prefix: tokens a frame inside the tower that are not patches.
+        streams: K.
     """
 
     size: tuple[int, int]
@@ -62,6 +65,12 @@ class Geometry:
     heads: int
     inner: int
     prefix: int = 0
+    streams: int = 0
+
+    @property
+    def token_width(self) -> int:
+        """E."""
+        return self.llm_width * (1 + self.streams)
 
     @property
     def patches(self) -> int:
@@ -72,6 +81,18 @@ class Geometry:
     def tokens_per_frame(self) -> int:
         """P."""
         return math.prod(self.cells)
+
+
+class FrameTimes(NamedTuple):
+    """When the frames of a video that are shown were.
+
+    Attributes:
+        seconds: of each, from its first frame.
+        duration: of the video, in seconds.
+    """
+
+    seconds: tuple[float, ...]
+    duration: float
 
 
 class VisionModules(NamedTuple):
@@ -92,7 +113,7 @@ class Features(NamedTuple):
     """Frames as the LLM would see them before any token is left out.
 
     Attributes:
-        features: [F', P, E].
+        features: [F', P, E], tokens, and behind each what else the LLM is given of it.
         relevance: [F', P] fp32, received attention brought to the same cells; None if none was given.
         projected: [F', S, E], what the projector gave, for those who look inside.
         cells: (rows, columns) of the P tokens of a frame.
@@ -102,6 +123,25 @@ class Features(NamedTuple):
     relevance: Tensor | None
     projected: Tensor
     cells: tuple[int, int]
+
+
+class ShortPrompt(NamedTuple):
+    """Prompts of a batch as the language model reads them.
+
+    Attributes:
+        ids, mask: [B, L].
+        visual: [B, L] bool, where visual tokens are.
+        tokens: [N, E], those, prompt by prompt, without what closes a video.
+        cells: [N] int64, the cell of its frame that each is, row by row.
+        grid: [N, 2] int64, rows and columns of cells that this frame has.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    visual: Tensor
+    tokens: Tensor
+    cells: Tensor
+    grid: Tensor
 
 
 class Vision(ABC):
@@ -123,6 +163,10 @@ class Vision(ABC):
     def pool(self, values: Tensor) -> Tensor:
         """As `Family.pool`."""
 
+    def own(self, features: Tensor) -> Tensor:
+        """Tokens [..., E] without what stands behind them: what they are compared by."""
+        return features
+
 
 class Family(ABC):
     """One model family; `config` is always the Hugging Face configuration of one of its models.
@@ -142,16 +186,23 @@ class Family(ABC):
         video_token: the text that stands for a video in a rendered prompt.
         visual_token: the text that stands for one visual token.
         span_a_frame: whether every frame's visual tokens stand by themselves in a prompt, with a text that names the
-            frame (`before_frame`, `after_frame`, `between_frames`); else those of a video are one span.
-        sampling: which frames of a video are shown: "ends", from the first to the last, or "middles", those in the
-            middle of equal parts.
+            frame (`before_frame`, `after_frame`, `between_frames`, in all `before_video`, `after_video`); else those
+            of a video are one span.
+        names_times: whether such texts say when a frame was.
+        sampling: which frames of a video are shown: "ends", from the first to the last, "nearest", the nearest to
+            those (`runtime.video.sample`), or "middles", those in the middle of equal parts.
         mean, std: of the pixels, where a checkpoint's files do not say.
         pixels_name, features_name: what `generate` and the model call the pixels of a video, and the model's method
             that makes visual tokens of them.
+        beside_pixels: what they are given about a video beside them, by name.
+        step: pictures of a video that the tower takes for one frame.
+        on_axes: whether its language model places tokens by time, row and column, a frame taking as many positions as
+            it has rows or columns, whichever are more (`runtime.text.axes`); else by their order.
+        any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint says which.
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
-            tokens, and the encoder layer whose states are taken.
+            tokens, and the one that says which states are taken, such as the encoder layer.
     """
 
     model_type: ClassVar[str]
@@ -169,6 +220,7 @@ class Family(ABC):
     video_token: ClassVar[str]
     visual_token: ClassVar[str]
     span_a_frame: ClassVar[bool] = False
+    names_times: ClassVar[bool] = False
     after_frame: ClassVar[str] = ""
     between_frames: ClassVar[str] = ""
     sampling: ClassVar[FrameSampling] = "ends"
@@ -176,6 +228,10 @@ class Family(ABC):
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     pixels_name: ClassVar[str] = "pixel_values_videos"
     features_name: ClassVar[str] = "get_video_features"
+    beside_pixels: ClassVar[tuple[str, ...]] = ()
+    step: ClassVar[int] = 1
+    on_axes: ClassVar[bool] = False
+    any_size: ClassVar[bool] = False
     released: ClassVar[bool] = False
     vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
         "image_size": 1 << 12,
@@ -198,6 +254,10 @@ class Family(ABC):
     def config(self, raw: dict[str, Any]) -> Any:
         """transformers' configuration of the content of a config.json; it raises what that raises."""
 
+    def preparation(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The content of a preprocessing file in the words that most families use (`runtime.checkpoint`)."""
+        return raw
+
     @abstractmethod
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of tokens that a grid of patches becomes."""
@@ -212,6 +272,14 @@ class Family(ABC):
     @abstractmethod
     def geometry(self, config: Any) -> Geometry:
         """Raises UserError for a configuration whose features EarlyTom cannot run on."""
+
+    def sized(self, config: Any, size: tuple[int, int]) -> Any:
+        """The configuration for frames of `size` (height, width): of most families that is fixed, and this the same.
+
+        Raises:
+            UserError: patches do not fill it.
+        """
+        return config
 
     @abstractmethod
     def tower(self, tower: nn.Module) -> Tower:
@@ -314,13 +382,26 @@ class Family(ABC):
         """How many tokens of a prompt that takes."""
         return int(self.closing_name is not None)
 
-    def before_frame(self, number: int) -> str:
-        """Where frames have spans of their own: the text before the visual tokens of a frame of the video, from 0."""
+    def chat_template(self) -> str | None:
+        """What renders a conversation with a video in the place of the checkpoint's own template; None: nothing."""
+        return None
+
+    def before_video(self, times: FrameTimes | None) -> str:
+        """Where frames have spans of their own: the text before those of a video. Without times, the longest."""
+        return ""
+
+    def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
+        """The text before the visual tokens of a frame of the video, from 0; without times as in `before_video`."""
         raise NotImplementedError(f"{self.title} has one span a video")
 
+    def after_video(self) -> str:
+        """The text after those of a video."""
+        return ""
+
     def spans(self, config: Any, frames: int) -> tuple[int, ...]:
-        """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` frames."""
-        each = self.geometry(config).tokens_per_frame
+        """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` pictures."""
+        frame = self.geometry(config)
+        each, frames = frame.tokens_per_frame, frames // frame.step
         return (each,) * frames if self.span_a_frame else (frames * each + self.closing_tokens,)
 
     def placeholders(self, config: Any, frames: int) -> int:
@@ -329,10 +410,30 @@ class Family(ABC):
 
     @abstractmethod
     def videos(self, config: Any, pixels: Tensor, placeholders: Sequence[int]) -> list[list[Tensor]]:
-        """The videos [F, 3, H, W] of each prompt of a batch, of what the model's processor makes of them.
+        """The videos [F * step, 3, H, W] of each prompt of a batch, of what `given` returned.
 
         `placeholders`: how many each prompt has. Raises UserError where they do not fit the pixels.
         """
+
+    def given(self, config: Any, pixels: Tensor, **beside: Any) -> Any:
+        """What the model's processor makes of videos and `beside_pixels`, in one value for `videos`."""
+        return pixels
+
+    def given_features(self, config: Any, videos: list[Tensor]) -> Any:
+        """What the model's own method `features_name` returns of the visual tokens [N, E] of each video."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        # [B, N + 1, E] where every video has as many tokens; else one row of all of them.
+        even = len({len(video) for video in videos}) == 1
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(videos) if even else torch.cat(videos)[None])
+
+    def reading(self, model: Any, prompt: ShortPrompt) -> AbstractContextManager[dict[str, Any]]:
+        """Within the block the whole model reads such a prompt, given as embeddings, as it would read its own.
+
+        Yields what its forward pass is to be given beside them.
+        """
+        return nullcontext({})
 
     @abstractmethod
     def special_tokens(self, config: Any) -> dict[str, int]:

@@ -3,7 +3,7 @@ the visual tokens of a video."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,52 @@ class LlavaNextVideo(LlavaOnevision):
     def weight_role(self, name: str) -> str:
         return "position_embedding.weight" if name.endswith("class_embedding") else name
 
+    @property
+    def published(self) -> Mapping[str, Callable[[], Any]]:
+        return {"llava-next-video-7b": _published}
+
 
 LLAVA_NEXT_VIDEO = LlavaNextVideo()
+
+
+def _published() -> Any:
+    """The published configuration of 7B: CLIP-L at 336 pixels without its last layer, and Vicuna.
+
+    Its special tokens lie where the tokenizer that stands in for its own has room.
+    """
+    first = 31997
+    return LLAVA_NEXT_VIDEO.config(
+        {
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 4096,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "vocab_size": 32064,
+                "bos_token_id": first,
+                "eos_token_id": first + 2,
+                "pad_token_id": first,
+                "tie_word_embeddings": False,
+            },
+            "image_token_index": first + 3,
+            "video_token_index": first + 4,
+            "tie_word_embeddings": False,
+        }
+    )
 
 
 def average_pool(values: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from earlytom.method import Method
 from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.controls import EvenFrames, Pooling, RandomTokens, TopK
 from earlytom.methods.earlytom import EachVideo, EarlyTom
-from earlytom.methods.published import NEED_TRAINING, PUBLISHED, VisionZip
+from earlytom.methods.published import NEED_TRAINING, PUBLISHED
 from earlytom.settings import MethodSettings
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UntouchedConfig
 
 _OWN: tuple[type[Method], ...] = (EarlyTom, Cells, RandomTokens, EvenFrames, TopK, Pooling)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _OWN} | dict(PUBLISHED)
@@ -42,8 +42,8 @@ def method_of(config: MethodSettings | Method) -> Method:
     """A method as it is, or the one whose settings these are."""
     if isinstance(config, Method):
         return config
-    if isinstance(config, VisionZipConfig):
-        return VisionZip(config.retention_ratio)
+    if isinstance(config, UntouchedConfig):
+        return PUBLISHED[config.method].from_dict(config.to_dict())
     return EarlyTom(config) if isinstance(config, EarlyTomConfig) else Cells(config)
 
 

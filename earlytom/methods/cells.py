@@ -50,6 +50,7 @@ class Cells(Method):
     """See `Method`; its settings are a `CellsConfig`."""
 
     name = "cells"
+    streams = True
 
     def __init__(self, config: CellsConfig) -> None:
         self.config = config
@@ -101,8 +102,8 @@ class Cells(Method):
         """Stage I."""
         assert isinstance(state, CellsState)  # `begin` made it
         frames_out = self._planned(state.frames)[len(state.stages)]
-        prefix = state.vision.tower.prefix
-        plan = each_its_own(hidden) if frames_out == len(hidden) else self.plan(hidden, frames_out, prefix)
+        tower, prefix = state.vision.tower, state.vision.tower.prefix
+        plan = each_its_own(hidden) if frames_out == len(hidden) else self.plan(tower.own(hidden), frames_out, prefix)
         frames_out = len(plan.member)
         if frames_out < len(hidden):  # else each frame is a group
             state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
@@ -116,7 +117,8 @@ class Cells(Method):
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         """Stage II."""
         assert isinstance(state, CellsState)
-        tokens = features.flatten(0, 1)
+        every = features.flatten(0, 1)
+        tokens = state.vision.own(every)
         count = self._tokens(state.frames, *features.shape[:2])
         state.size, time = pooled_marks(state, features)
         state.time = time.long()
@@ -125,7 +127,7 @@ class Cells(Method):
             taken = torch.arange(count, device=tokens.device)
         else:
             taken = self.take(saliency(tokens), likeness(state.affine), count)
-        return tokens.index_select(0, taken), taken
+        return every.index_select(0, taken), taken
 
     def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """As in `Method`, from what `choose` found: how much tokens resemble each other is not computed again."""

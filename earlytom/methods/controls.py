@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earlytom.config import known
 from earlytom.errors import UserError
 from earlytom.method import Counts, Method, State
 from earlytom.numbers import whole
@@ -33,13 +34,7 @@ class _Control(Method):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise UserError(
-                f"unknown setting {unknown[0]!r} of method {cls.name!r}: the settings are {', '.join(known)}"
-            )
-        return cls(**settings)
+        return cls(**known(cls, cls.name, settings))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
@@ -85,6 +80,7 @@ class EvenFrames(_Control):
     """
 
     name = "frames"
+    streams = True  # decides by neither
     keep: int
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class EarlyTom(Method):
     """See `Method`; its settings are an `EarlyTomConfig`."""
 
     name = "earlytom"
+    streams = True
 
     def __init__(self, config: EarlyTomConfig) -> None:
         self.config = config
@@ -94,7 +95,8 @@ class EarlyTom(Method):
         self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
     ) -> tuple[Tensor, Tensor | None]:
         """Stage I: merge frames that say the same."""
-        similarity = self.similarity(hidden[:, state.vision.tower.prefix :])
+        tower = state.vision.tower
+        similarity = self.similarity(tower.own(hidden)[:, tower.prefix :])
         weights, _, _ = self.plan(similarity, self._planned(state.frames)[len(state.stages)])
         note(**{f"similarity_{layer}": similarity, f"weights_{layer}": weights})
         hidden = apply_weights(weights, hidden)
@@ -104,7 +106,8 @@ class EarlyTom(Method):
 
     def look(self, hidden: Tensor, state: State) -> None:
         """The final segments are those of the merged frames."""
-        final = self.similarity(hidden[:, state.vision.tower.prefix :])
+        tower = state.vision.tower
+        final = self.similarity(tower.own(hidden)[:, tower.prefix :])
         _, state.start, state.static = self.plan(final, state.stages[-1])
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from earlytom.families import family_of
-from earlytom.families.tokens import END, SPECIAL_TOKENS, STOP
+from earlytom.families.tokens import END, SPECIAL_TOKENS, STOP, VIDEO
 from earlytom.micro.progress import without_progress_bars
 from earlytom.micro.weights import random_state
 
@@ -83,8 +83,9 @@ def published_tokenizer(bundled: PreTrainedTokenizerBase, config: Any) -> Qwen2T
     """
     text: Any = config.text_config
     model = json.loads(bundled.backend_tokenizer.to_str())["model"]
-    moved = family_of(config).special_tokens(config)
+    family = family_of(config)
+    moved = family.special_tokens(config)
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = make_tokenizer(model["vocab"] | moved, merges, text.max_position_embeddings, list(moved))
-    tokenizer.chat_template = bundled.chat_template
+    tokenizer.chat_template = str(bundled.chat_template).replace(VIDEO, family.video_token)
     return tokenizer

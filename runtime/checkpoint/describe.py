@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,20 @@ class Checkpoint:
     def family(self) -> Family:
         """Of the model."""
         return family_of(self.config)
+
+    def sized(self, size: tuple[int, int]) -> Checkpoint:
+        """The same for frames of `size` (height, width).
+
+        Raises:
+            UserError: its tower takes another size, or patches do not fill this one.
+        """
+        if size == self.preprocessing.size:
+            return self
+        if not self.family.any_size:
+            got, takes = ("x".join(map(str, one)) for one in (size, self.preprocessing.size))
+            raise UserError(f"--size {got}: {self.family.title} of {self.source} takes frames of {takes}: leave it out")
+        config, preprocessing = self.family.sized(self.config, size), dataclasses.replace(self.preprocessing, size=size)
+        return dataclasses.replace(self, config=config, preprocessing=preprocessing)
 
     @property
     def commit(self) -> str | None:

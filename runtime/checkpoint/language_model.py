@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from earlytom.errors import UserError
 from earlytom.micro.weights import random_tensor
 from runtime.checkpoint.describe import RANDOM_SEED, Checkpoint
 from runtime.checkpoint.generation import generation_config
@@ -82,11 +83,16 @@ def write_language_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtyp
     written too, as the decoder embeds what it generates; vision tower, projector and what closes visual tokens are not.
 
     Raises:
-        UserError: as `runtime.checkpoint.load_decoder`.
+        UserError: as `runtime.checkpoint.load_decoder`; a language model that needs more than embeddings.
         OSError: the folder cannot be written.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    if (family := checkpoint.family).on_axes:
+        raise UserError(
+            f"the language model of {family.title} takes positions by time, row and column and states of layers, which "
+            "no server takes beside embeddings: ask with python -m runtime.ask or serve with --decoder torch"
+        )
     from earlytom.micro.progress import without_progress_bars
 
     loaded = load_decoder(checkpoint, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from earlytom.micro.weights import random_state, random_tensor
 from runtime.checkpoint.describe import MICRO, RANDOM_SEED, Checkpoint, Source, describe
 from runtime.checkpoint.files import Files, first_line, out_of_memory, some
 from runtime.checkpoint.generation import generation_config
+from runtime.checkpoint.narrow import DTYPE, narrow, narrowed, scale_of
 from runtime.checkpoint.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -61,35 +63,48 @@ def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> Vi
     return part.eval().requires_grad_(False)
 
 
-def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32) -> Any:
+def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32, *, int8: bool = False) -> Any:
     """The model of `source` without vision tower and projector, in `dtype`, on the CPU, in eval mode, no gradients.
 
     What answers need beside an engine: the language model, its head, what closes the visual tokens and the stop tokens
     in `generation_config`. Of a checkpoint's files only those tensors are read, and each exists once. Equal to the
-    same parts of `load_model`; raises `UserError` as that does.
+    same parts of `load_model`; raises `UserError` as that does. With `int8` it is in bf16 and has weights in int8
+    (`runtime.checkpoint.narrow`), each of which is read and made narrow alone.
     """
     checkpoint = describe(source)
     if checkpoint.files is None:
-        return _decoder_of(checkpoint, dtype)
+        return _decoder_of(checkpoint, dtype, int8)
     with checkpoint.files.in_memory():
-        return _decoder_of(checkpoint, dtype)
+        return _decoder_of(checkpoint, dtype, int8)
 
 
-def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype, int8: bool) -> Any:
     files, family = checkpoint.files, checkpoint.family
     closing = () if family.closing_name is None else (family.closing_name,)
     wanted = checkpoint.decoder_shapes | {name: checkpoint.shapes[name] for name in closing}
     model = _empty_decoder(checkpoint)
+    if int8:
+        narrow(model)
+        dtype = DTYPE
+    scales = scale_of(model)
     names = {family.canonical_name(name): name for name, _ in model.named_parameters()}
     state: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        if name in scales:
+            state[name], state[scales[name]] = narrowed(tensor)
+        else:
+            state[name] = tensor.to(dtype, copy=files is not None)  # or it would be the file, which may change
+
     if files is None:
-        for name, shape in wanted.items():
-            state[names[name]] = random_tensor(name, shape, dtype, seed=RANDOM_SEED, family=family)
+        widest_first = sorted(wanted.items(), key=lambda one: -math.prod(one[1]))  # while the rest is small
+        for name, shape in widest_first:
+            keep(names[name], random_tensor(name, shape, dtype, seed=RANDOM_SEED, family=family))
     else:
         checkpoint.check_weights()
         for name, tensor in checkpoint.weights.by_file(wanted, (*family.decoder_names, *closing)):
-            state[names[name]] = tensor.to(dtype, copy=True)
-            check_finite(name, state[names[name]], files)
+            keep(names[name], tensor)
+            check_finite(name, tensor if names[name] in scales else state[names[name]], files)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     inner: Any = model.get_decoder()

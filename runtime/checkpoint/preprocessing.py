@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,13 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
         raise files.error("it has no preprocessor_config.json, so frames cannot be prepared for it; download it again")
     if not isinstance(raw, dict):
         raise files.error(f"its preprocessing settings are {shown(raw)}, expected an object; download them again")
+    family = family_of(config)
+    settings = family.preparation(raw)
     try:
-        frames = 0 if not isinstance(video, dict) else video.get("num_frames") or 0
-        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family_of(config).frames
-        found = Preprocessing(_size(raw), *_normalisation(raw), family_of(config).sampling)
+        frames = 0 if not isinstance(video, dict) else settings.get("num_frames") or 0
+        frames = whole("num_frames", frames, 0, _MOST_FRAMES) or family.frames
+        size = geometry(config).size if family.any_size else _size(settings)  # theirs are limits
+        found = Preprocessing(size, *_normalisation(settings), family.sampling)
     except UserError as error:
         raise files.error(f"its preprocessing settings cannot be used: {error}") from error
     if found.size != (wanted := geometry(config).size):
@@ -66,7 +70,7 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
     return found, frames
 
 
-def _size(raw: dict[str, Any]) -> tuple[int, int]:
+def _size(raw: Mapping[str, Any]) -> tuple[int, int]:
     size = raw.get("size")
     if isinstance(size, dict):
         edge = size.get("shortest_edge")
@@ -78,7 +82,7 @@ def _size(raw: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
-def _normalisation(raw: dict[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _normalisation(raw: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of each channel, after division by 255."""
     factor = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
     if abs(real("rescale_factor", factor) * 255 - 1) > 1e-4:

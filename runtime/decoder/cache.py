@@ -34,7 +34,7 @@ class DecoderCache(StaticCache):
         self._offset: int | None = None
         self._columns: int | None = None
         self.steps: StepPlaces | None = None
-        self._steps: dict[bool, StepPlaces] = {}  # by whether there is a bias
+        self._steps: dict[tuple[bool, tuple[int, ...]], StepPlaces] = {}  # by whether there is a bias, and the axes
 
     @property
     def on_device(self) -> bool:
@@ -58,10 +58,13 @@ class DecoderCache(StaticCache):
 
     def prepare_steps(self, placed: Placed | None, dtype: torch.dtype, device: torch.device) -> None:
         """Choose `steps` for a prompt, which is yet to be read; its buffers stay where they are."""
-        biased = placed is not None and placed.bias is not None
-        if placed is not None and biased not in self._steps:
-            self._steps[biased] = StepPlaces(self.bucket, dtype, device, biased=biased)
-        self.steps = None if placed is None else self._steps[biased]
+        if placed is None:
+            self.steps = None
+            return
+        kind = biased, axes = placed.bias is not None, tuple(placed.positions.shape[:-1])
+        if kind not in self._steps:
+            self._steps[kind] = StepPlaces(self.bucket, dtype, device, biased=biased, axes=axes)
+        self.steps = self._steps[kind]
 
     @contextlib.contextmanager
     def reading(self, offset: int | None, columns: int | None = None) -> Iterator[None]:

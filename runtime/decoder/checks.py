@@ -32,17 +32,28 @@ def refuse_prefix(*, merging: bool) -> None:
 
 
 def refuse_places(placed: Placed, config: Any, *, merging: bool) -> None:
-    """Raise UserError if a prompt cannot be placed like that.
+    """Refuse a prompt that cannot be placed like that.
 
     Args:
         config: of the language model.
         merging: inner merging has something to merge in the prompt.
+
+    Raises:
+        UserError: the model, or inner merging, knows nothing of what is given.
+        ValueError: positions on other axes than the model's rotary embedding has.
     """
+    *axes, length = placed.positions.shape
+    section = (getattr(config, "rope_parameters", None) or {}).get("mrope_section", ())
+    if axes and axes != [len(section)]:
+        wanted = f"[{length}] or [{len(section)}, {length}]" if section else f"[{length}]"
+        raise ValueError(f"positions must be int64 {wanted}, got {list(placed.positions.shape)}")
     if (kind := config._attn_implementation) not in ("sdpa", "eager"):
         raise UserError(
             f"positions and an attention bias need attention by sdpa, this model's is {kind}: load it with "
             "attn_implementation='sdpa', or use --no-bias --positions consecutive"
         )
+    if placed.states is not None and merging:
+        raise UserError("inner merging does not know states of layers: leave out --inner-layer (inner=...)")
     if placed.bias is None:
         return
     if merging:
@@ -63,6 +74,8 @@ def broken_prompt(embeds: Tensor, placed: Placed | None) -> str | None:
         return _BROKEN.format("embeddings hold")
     if placed is not None and placed.bias is not None and not bool(torch.isfinite(placed.bias).all()):
         return _BROKEN.format("attention bias holds")
+    if placed is not None and placed.states is not None and not bool(torch.isfinite(placed.states).all()):
+        return _BROKEN.format("states of layers hold")
     return None
 
 

@@ -63,6 +63,7 @@ _NO_PREFIX = (
     "the compiled decoder cannot keep the beginning of a prompt for several questions: use --decoder torch, or ask "
     "without a prefix"
 )
+_NO_STATES = "compiled programs take no states of layers and one position a token: use --decoder torch"
 _NO_PLACES = (
     "this compiled decoder was made without positions and attention bias: use --decoder torch, or --no-bias "
     "--positions consecutive"
@@ -197,6 +198,7 @@ class CompiledDecoder(Decoder):
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Prefix:
         """Always raises UserError: the compiled prefill begins with an empty cache, so there is no use for a prefix."""
         raise UserError(_NO_PREFIX)
@@ -212,13 +214,16 @@ class CompiledDecoder(Decoder):
         prefix: Prefix | None = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
         """As `Decoder.stream`; a prompt that no size holds, and any prefix, is refused too, with UserError.
 
-        So are positions and a bias, if `placed` is false.
+        So are positions and a bias, if `placed` is false, states of layers, and positions on several axes.
         """
         if prefix is not None:
             raise UserError(_NO_PREFIX)
+        if states is not None or (positions is not None and positions.dim() > 1):
+            raise UserError(_NO_STATES)
         if not self.placed and (positions is not None or bias is not None):
             raise UserError(_NO_PLACES)
         tokens = super().stream(

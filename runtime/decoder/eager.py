@@ -44,6 +44,7 @@ from runtime.decoder.picking import Picker, pick_best
 from runtime.decoder.placing import Placed, PromptPass
 from runtime.decoder.prefix import Prefix
 from runtime.decoder.sampling import GREEDY, Sampling
+from runtime.decoder.states import adding, checked_states
 from runtime.gpu.graphs import Replay, ToHost
 
 SMALLEST_BUCKET = 512
@@ -168,6 +169,7 @@ class Decoder:
         *,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Prefix:
         """Read the beginning of a prompt, for `stream` to go on from: any number of times, at the cost of a copy.
 
@@ -175,10 +177,10 @@ class Decoder:
 
         Args:
             inputs_embeds: [1, L, D]; converted as in `stream`.
-            visual, positions, bias: as in `stream`.
+            visual, positions, bias, states: as in `stream`.
 
         Raises:
-            ValueError: embeddings, positions or a bias of another shape.
+            ValueError: embeddings, positions, a bias or states of another shape.
             UserError: it leaves no room in `limit` for a question and an answer; embeddings that are not finite;
                 visual tokens for inner merging, which needs the question; a model whose layers cannot be kept, or
                 take no positions or bias.
@@ -186,7 +188,7 @@ class Decoder:
         """
         length = checked_length(inputs_embeds, self._width)
         refuse_prefix(merging=self._merges(visual))
-        placed = self._placed(length, positions, bias)
+        placed = self._placed(length, positions, bias, states=states)
         if length > self.limit - 2:
             raise UserError(
                 f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
@@ -212,6 +214,7 @@ class Decoder:
         prefix: Prefix | None = None,
         positions: Tensor | None = None,
         bias: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
         """Generate token ids; the first `next` runs the prefill, each further one a decode step.
 
@@ -225,10 +228,12 @@ class Decoder:
             sampling: greedy by default.
             visual: positions of the prompt that inner merging may merge; of no effect without it.
             prefix: the beginning of the prompt, from `prefill`; `inputs_embeds` are what comes after it.
-            positions: int64 [L] position ids of `inputs_embeds`, any; the answer's go on from the last. Default: one
-                after the other, from 0 or behind the prefix.
+            positions: int64 [L] position ids of `inputs_embeds`, any; the answer's go on from the last. [A, L] for a
+                model whose rotary embedding goes by A axes: they go on from the largest of the last. Default: one after
+                the other, from 0 or behind the prefix.
             bias: fp32 [L], added to the attention logits of the key of each of `inputs_embeds`, in all layers. The
                 keys of a prefix have theirs, those of the answer none.
+            states: [K, L, D], added to what the first K layers make of `inputs_embeds`.
 
         Yields:
             token ids.
@@ -237,7 +242,7 @@ class Decoder:
             (as the generator's value) "stop" or "length".
 
         Raises:
-            ValueError: a prompt, positions or a bias of another shape.
+            ValueError: a prompt, positions, a bias or states of another shape.
             UserError: prompt and answer do not fit in `limit`; a prefix of another decoder, or one together with
                 visual tokens for inner merging; a bias together with these; a model whose attention takes no positions
                 or bias; while iterating, logits that are not finite.
@@ -257,7 +262,7 @@ class Decoder:
                 f"positions, the decoder has {self.limit}: lower --max-new-tokens, or use an engine with fewer frames "
                 "or tokens"
             )
-        placed = self._placed(rest, positions, bias, prefix, visual)
+        placed = self._placed(rest, positions, bias, prefix, visual, states)
         # The body is a generator of its own so that the checks above fail here and not at the first `next`.
         merged: InnerPrompt | None = None
         if visual and self._merges(visual):
@@ -370,9 +375,11 @@ class Decoder:
         # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.
         told = contextlib.nullcontext() if merged is None or self._inner is None else self._inner.prompt(merged)
         hidden = embeds
+        states = None if placed is None else placed.states
         with told:
             for tokens, columns, how in self._passes(cache, start, placed):
-                with cache.reading(None if start is None else start + tokens.start, columns):
+                reading = cache.reading(None if start is None else start + tokens.start, columns)
+                with reading, adding(self._language_model, states, tokens):
                     hidden = self._language_model(
                         inputs_embeds=embeds[:, tokens], past_key_values=cache, use_cache=True, **how
                     ).last_hidden_state
@@ -416,9 +423,12 @@ class Decoder:
         bias: Tensor | None,
         prefix: Prefix | None = None,
         visual: Sequence[int] | None = None,
+        states: Tensor | None = None,
     ) -> Placed | None:
         """Where the `length` tokens of a prompt after a prefix stand. Raises UserError where they cannot."""
-        placed = Placed.of(length, positions, bias, prefix, self.device)
+        if states is not None:
+            states = checked_states(states, self._language_model, length, self._width).to(self.device, self.dtype)
+        placed = Placed.of(length, positions, bias, prefix, self.device, states)
         if placed is not None:
             refuse_places(placed, self._config, merging=self._merges(visual))
         return placed

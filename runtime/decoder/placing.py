@@ -1,6 +1,7 @@
 """Where a prompt's tokens stand and what their keys weigh, if that is not one after the other and all alike.
 
-A prompt may have *positions*, ids for the rotary embedding with gaps and in any order, and a *bias*: bias j is added to
+A prompt may have *positions*, ids for the rotary embedding with gaps and in any order (on A axes, where the model's
+embedding goes by several), and a *bias*: bias j is added to
 the attention logit of key j in every layer, for every query that may see it. Who may see whom goes by the order of the
 tokens, not by their positions. The answer's tokens stand one after the other behind the prompt's last one and have bias
 0. m identical keys weigh as much as one of them with bias log m.
@@ -52,28 +53,38 @@ class Placed:
     """The part of a prompt that is read now.
 
     Attributes:
-        positions: int64 [L], of its tokens.
+        positions: int64 [L] or [A, L], of its tokens.
         bias: fp32 [S + L], of all tokens so far, a copy of what was given; None if all are 0.
+        states: [K, L, D], see `runtime.decoder.states`; None if there are none.
     """
 
     positions: Tensor
     bias: Tensor | None
+    states: Tensor | None = None
 
     @classmethod
     def of(
-        cls, length: int, positions: Tensor | None, bias: Tensor | None, prefix: Prefix | None, device: torch.device
+        cls,
+        length: int,
+        positions: Tensor | None,
+        bias: Tensor | None,
+        prefix: Prefix | None,
+        device: torch.device,
+        states: Tensor | None = None,
     ) -> Self | None:
         """From what a caller gives of L = `length` tokens, and the prefix before them; None if nothing is special.
 
         Raises:
-            ValueError: positions that are not int64 [L], a bias that is not floating-point [L].
+            ValueError: positions that are not int64 [L] or [A, L], a bias that is not floating-point [L].
         """
-        if positions is not None and (positions.dtype != torch.int64 or tuple(positions.shape) != (length,)):
+        if positions is not None and (
+            positions.dtype != torch.int64 or positions.dim() > 2 or positions.shape[-1:] != (length,)
+        ):
             raise ValueError(f"positions must be int64 [{length}], got {positions.dtype} {list(positions.shape)}")
         if bias is not None and (not bias.is_floating_point() or tuple(bias.shape) != (length,)):
             raise ValueError(f"the bias must be float32 [{length}], got {bias.dtype} {list(bias.shape)}")
         start, behind, before = (0, None, None) if prefix is None else (prefix.length, prefix.position, prefix.bias)
-        if positions is None and bias is None and behind is None:
+        if positions is None and bias is None and behind is None and states is None:
             return None
         if positions is None:
             positions = torch.arange(length, device=device) + (start if behind is None else behind)
@@ -82,18 +93,22 @@ class Placed:
             before = torch.zeros(start, device=device) if before is None else before
             after = torch.zeros(length, device=device) if bias is None else to_device(bias.detach(), device).float()
             weights = torch.cat((before, after))
-        return cls(to_device(positions, device), weights)
+        return cls(to_device(positions, device), weights, states)
 
     @property
     def next(self) -> Tensor:
-        """int64 [], the position of the token after the last."""
-        return self.positions[-1] + 1
+        """int64 [], the position of the token after the last: on all axes behind the last one's largest."""
+        return self.positions[..., -1].max() + 1
+
+    def ids(self, tokens: slice = slice(None)) -> Tensor:
+        """int64 [1, L], or [A, 1, L]: what the language model is given of some tokens."""
+        return self.positions[..., None, tokens]
 
     def passes(self, slots: int, dtype: torch.dtype) -> Iterator[PromptPass]:
         """How to read the tokens into a cache of that many slots, which holds the prefix."""
-        length = len(self.positions)
+        length = self.positions.shape[-1]
         if self.bias is None:
-            yield PromptPass(slice(0, length), None, {"position_ids": self.positions[None]})
+            yield PromptPass(slice(0, length), None, {"position_ids": self.ids()})
             return
         start = len(self.bias) - length
         rows = max(1, MASK_ELEMENTS // len(self.bias))
@@ -101,7 +116,7 @@ class Placed:
             tokens = slice(first, min(first + rows, length))
             columns = min(slots, -(-(start + tokens.stop) // _ALIGNED) * _ALIGNED)
             mask = causal_bias(self.bias, range(start + first, start + tokens.stop), columns, dtype)
-            yield PromptPass(tokens, columns, {"position_ids": self.positions[None, tokens], "attention_mask": mask})
+            yield PromptPass(tokens, columns, {"position_ids": self.ids(tokens), "attention_mask": mask})
 
 
 def causal_bias(bias: Tensor, queries: range, columns: int, dtype: torch.dtype) -> Tensor:
@@ -125,12 +140,14 @@ class StepPlaces:
     """What decode steps in a cache of C slots read beside their token, in fixed buffers.
 
     Attributes:
-        kind: "bias" or "positions", for the latter without a bias.
+        kind: "bias" or "positions", for the latter without a bias; with the number of axes where there are several.
     """
 
-    def __init__(self, slots: int, dtype: torch.dtype, device: torch.device, *, biased: bool) -> None:
-        self.kind = "bias" if biased else "positions"
-        self._position = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    def __init__(
+        self, slots: int, dtype: torch.dtype, device: torch.device, *, biased: bool, axes: tuple[int, ...] = ()
+    ) -> None:
+        self.kind = "-".join(["bias" if biased else "positions", *map(str, axes)])
+        self._position = torch.zeros(*axes, 1, 1, dtype=torch.int64, device=device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._row = torch.empty(1, 1, 1, slots, dtype=dtype, device=device) if biased else None
         self.begin(None)

@@ -13,7 +13,6 @@ It knows nothing of programs: `add` is given a function that writes the file.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -22,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
 
 from runtime.engine.layout import MANIFEST_FILE
 from runtime.engine.manifest import FileRecord, Manifest, ProgramRecord, describe_file
@@ -67,7 +68,7 @@ class ProgramStore:
             return None
         if sealed is not None and sealed.sha256 != record.sha256:
             return None
-        expected = {"schema": SCHEMA, "identity": dict(identity), "file": dataclasses.asdict(record)}
+        expected = {"schema": SCHEMA, "identity": dict(identity), "file": msgspec.structs.asdict(record)}
         good = isinstance(manifest, dict) and expected.items() <= manifest.items()
         return place / PROGRAM_FILE if good else None
 
@@ -107,7 +108,7 @@ class ProgramStore:
                 "schema": SCHEMA,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "identity": dict(identity),
-                "file": dataclasses.asdict(record),
+                "file": msgspec.structs.asdict(record),
                 "figures": figures,
             }
             text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
@@ -145,7 +146,7 @@ class ProgramStore:
             manifest = Manifest.read(self._engine, verify_files=False)
             programs = {known: record for known, record in manifest.programs.items() if (self.folder / known).is_dir()}
             programs[name] = ProgramRecord(file.bytes, file.sha256, dict(identity))
-            dataclasses.replace(manifest, programs=programs).write(self._engine)
+            manifest.replace(programs=programs).write(self._engine)
 
 
 def _digest(identity: Identity) -> str:

@@ -9,6 +9,10 @@ An engine maps one clip to the visual tokens that reach the LLM, with static sha
     place      int64 [N]            where a token is in the video: frame of the video * P + cell
     bias       fp32 [N]             the logarithm of how many of the video's tokens it stands for
 
+A model whose tower takes several pictures for one frame (`Sizes.step`) has F pictures in `frames` and F / step frames
+in all that follows. One whose language model is given states of earlier layers, too, has each behind its token, so
+that D is a multiple of the LLM's width there.
+
 An engine for B > 1 videos at once has a leading B in all of them: frames [B, F, 3, H, W], tokens [B, N, D], positions
 [B, N], ...; every video is treated as if it were alone.
 
@@ -51,10 +55,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from earlytom.budget import dynamic_tokens, frames_per_stage, most_tokens, token_count
+from earlytom.budget import frames_per_stage, most_tokens, token_count
 from earlytom.settings import MethodSettings
 from earlytom.spans import OF_MERGES, layer_spans, trace_names
-from earlytom.untouched import VisionZipConfig
+from earlytom.untouched import UntouchedConfig
 
 FRAMES = "frames"
 TOKENS = "tokens"
@@ -159,12 +163,14 @@ class Sizes:
         image: (H, W) of a frame.
         width: D, width of a token.
         layers: encoder layers that run.
+        step: pictures that the tower takes for one frame.
     """
 
     tokens_per_frame: int | None = None
     image: tuple[int, int] | None = None
     width: int | None = None
     layers: int | None = None
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ class Layout:
 
     Attributes:
         earlytom: the method's settings.
-        frames: F, frames of a clip; where the engine takes one of several counts, the most, which the rest is about.
+        frames: F, pictures of a clip, of which the tower takes `sizes.step` for a frame; where the engine takes one of
+            several counts, the most, which the rest is about.
         batch: B, videos at once; counts and tokens are those of one.
         chunk: C, frames of a chunk where clips come in chunks.
         dtype: "fp16", "bf16" or "fp32".
@@ -215,6 +222,11 @@ class Layout:
         return self if self.counts == (frames,) else replace(self, frames=frames, frame_counts=(frames,))
 
     @property
+    def steps(self) -> int:
+        """Frames of a clip as the tower takes them."""
+        return self.frames // self.sizes.step
+
+    @property
     def merges(self) -> int:
         return len(self.earlytom.merge_layers)
 
@@ -231,8 +243,8 @@ class Layout:
             UserError: a frame budget that does not fit.
         """
         if self.adaptive:
-            return (self.frames,) * (self.merges + 1)
-        return frames_per_stage(self.frames, merges=self.merges, frame_budget=self.earlytom.frame_budget)
+            return (self.steps,) * (self.merges + 1)
+        return frames_per_stage(self.steps, merges=self.merges, frame_budget=self.earlytom.frame_budget)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -245,19 +257,19 @@ class Layout:
         """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
         if self.adaptive:
             ratio = self.earlytom.retention_ratio
-            return most_tokens(self.frames, self.tokens_per_frame, ratio, merges=self.merges)
+            return most_tokens(self.steps, self.tokens_per_frame, ratio, merges=self.merges)
         return self.tokens_of(self.stages[-1])
 
     @property
     def tokens_full(self) -> int:
-        """`F * P`, what the uncompressed model would send to the LLM."""
-        return self.frames * self.tokens_per_frame
+        """`steps * P`, what the uncompressed model would send to the LLM."""
+        return self.steps * self.tokens_per_frame
 
     def tokens_of(self, frames_left: int) -> int:
         """Tokens of so many frames, none of them static: the rows that a chain's last stage writes for them."""
-        if isinstance(self.earlytom, VisionZipConfig):  # a share of each frame, not of what merging leaves
-            return frames_left * dynamic_tokens(self.tokens_per_frame, self.earlytom.retention_ratio)
-        return token_count(self.frames, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
+        if isinstance(self.earlytom, UntouchedConfig):  # all frames are left
+            return self.earlytom.tokens(self.steps, self.tokens_per_frame)
+        return token_count(self.steps, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -310,10 +322,10 @@ class Layout:
             RECEIVED: (rows, None),
             TOKENS: (*videos, tokens, self.sizes.width),
             POSITIONS: (*videos, tokens),
-            SOURCES: (*videos, left, self.frames),
+            SOURCES: (*videos, left, self.steps),
             CELL_SIZE: (rows, None),
             CELL_TIME: (rows, None),
-            CELL_MADE_OF: (rows, None, self.frames),
+            CELL_MADE_OF: (rows, None, self.steps),
             PLACE: (*videos, tokens),
             BIAS: (*videos, tokens),
             COUNT: (1,),

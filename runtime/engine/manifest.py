@@ -11,45 +11,38 @@ Everything wrong is an `EngineError` of one line that names the file and says ho
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from earlytom.config import EarlyTomConfig
-from earlytom.errors import UserError
+from earlytom.families import FAMILIES
 from earlytom.numbers import shown
 from earlytom.settings import SETTINGS, MethodSettings, settings_of
+from runtime.engine.agreement import check_agreement
 from runtime.engine.layout import DTYPE_NAMES, ENGINE_FILE, MANIFEST_FILE, ONNX_FILE, Layout, Sizes, count_file
 from runtime.engine.records import (
+    MOST_COUNTS,
     MOST_FRAMES,
     REBUILD,
+    Count,
     FileRecord,
+    Hex,
     ModelRecord,
+    Name,
     PluginRecord,
-    PreprocessingRecord,
     ProgramRecord,
-    check,
-    cut,
-    is_ascending,
-    is_count,
-    is_file_name,
-    is_hex,
-    is_kept,
-    is_number,
-    is_plugins,
-    is_programs,
-    is_text,
-    is_time,
-    is_verification,
-    is_words,
-    matches,
+    Record,
+    Text,
+    one_of,
     plain,
-    record_of,
+    refusal,
 )
 from runtime.errors import EngineError
 from runtime.files.partial import partial
@@ -65,24 +58,10 @@ BUILD = "build one with python -m builder.build"
 _MOST_BYTES = MIB  # of a manifest, which has a few kilobytes
 _BLOCK = 4 << 20  # bytes read at a time: large enough that hashing, not the calls, takes the time
 _SEAL = "manifest_sha256"
-# Fields that are not written where they have this value.
-_OPTIONAL_OF_MODEL = ("answers", "commit")  # None
-_SAMPLING = "ends"
-_OPTIONAL: dict[str, Any] = {
-    "islands": None,
-    "int8": None,
-    "frames_kept": None,
-    "frame_counts": None,
-    "batch": 1,
-    "chunk": None,
-    "method": EarlyTomConfig.method,
-    "programs": {},
-}
 AND = " && "  # between the Polygraphy lines of several frame counts
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Record, frozen=True, kw_only=True):
     """One engine folder.
 
     Attributes:
@@ -90,7 +69,8 @@ class Manifest:
         key: cache key (hex) of everything that changes the artefact.
         project_version, created: version of this project; ISO 8601 time of the build.
         method: its name. earlytom: the settings of the method (`earlytom.settings`), whichever it is.
-        frames: `F`, frames the engine takes; where it takes one of several counts, the most, which the rest is about.
+        frames: `F`, pictures the engine takes, which are as many frames but where the model's tower takes several for
+            one (`Layout.steps`); where it takes one of several counts, the most, which the rest is about.
         frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
         tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
         tokens_per_frame: `P`, tokens of one whole frame.
@@ -119,60 +99,43 @@ class Manifest:
             (and not written) when the engine is built.
     """
 
-    name: str
-    key: str
-    project_version: str
+    name: Name
+    key: Hex
+    project_version: Text
     created: str
     model: ModelRecord
     earlytom: dict[str, Any]
-    frames: int
-    frames_per_stage: tuple[int, ...]
-    tokens: int
-    tokens_per_frame: int
-    tokens_full: int
-    dim: int
-    dtype: str
-    target: str
-    backend: str
-    backend_version: str
+    frames: Annotated[int, Meta(ge=1, le=MOST_FRAMES)]
+    frames_per_stage: tuple[Count, ...]
+    tokens: Count
+    tokens_per_frame: Count
+    tokens_full: Count
+    dim: Count
+    dtype: Annotated[str, one_of(*DTYPE_NAMES)]
+    target: Annotated[str, Meta(pattern=r"\A\d+\.\d+\Z")]
+    backend: Annotated[str, one_of(*BACKENDS)]
+    backend_version: Text
     files: dict[str, FileRecord]
-    compression: str = "native"
-    plugins: tuple[PluginRecord, ...] = ()
-    figures: dict[str, float] = field(default_factory=dict)
-    verification: dict[str, Any] | None = None
-    polygraphy: str = ""
-    islands: tuple[str, ...] | None = None
-    int8: tuple[str, ...] | None = None
-    frames_kept: tuple[tuple[int, int, int], ...] | None = None
-    batch: int = 1
-    frame_counts: tuple[int, ...] | None = None
-    chunk: int | None = None
-    programs: dict[str, ProgramRecord] = field(default_factory=dict)
-    method: str = EarlyTomConfig.method
+    compression: Annotated[str, one_of(*COMPRESSIONS)]
+    plugins: tuple[PluginRecord, ...]
+    figures: dict[str, int | float]
+    verification: dict[str, Any] | None
+    polygraphy: str
+    islands: tuple[Text, ...] | None = None
+    int8: tuple[Text, ...] | None = None
+    frames_kept: tuple[tuple[Count, Count, Count], ...] | None = None
+    batch: Count = 1
+    frame_counts: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MOST_COUNTS)] | None = None
+    chunk: Count | None = None
+    programs: dict[str, ProgramRecord] = msgspec.field(default_factory=dict)
+    method: Annotated[str, one_of(*SETTINGS)] = EarlyTomConfig.method
 
     def __post_init__(self) -> None:
         """Raise EngineError unless every field is of its type and the fields agree with each other."""
-        self._check_types()
         for name in ("earlytom", "figures", "verification"):
-            object.__setattr__(self, name, plain(name, getattr(self, name)))
-        for name in ("frames_per_stage", "plugins"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "programs", dict(self.programs))
-        for name in ("islands", "int8"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.frames_kept is not None:
-            object.__setattr__(self, "frames_kept", tuple(map(tuple, self.frames_kept)))
-        if self.frame_counts is not None:
-            object.__setattr__(self, "frame_counts", tuple(self.frame_counts))
-        self._check_counts()
-        for name in self.files:
-            if not is_file_name(name):
-                raise EngineError(f"manifest lists a file named {shown(name)}, which is no plain file name: {REBUILD}")
-        if self.compression == "plugin" and self.backend != "tensorrt":
-            raise EngineError(f"manifest contradicts itself: compression is plugin, {self.backend} has none: {REBUILD}")
-        if self.plugins and self.compression != "plugin":
-            raise EngineError(f"manifest contradicts itself: compression is native and plugins are listed: {REBUILD}")
+            msgspec.structs.force_setattr(self, name, plain(name, getattr(self, name)))
+        super().__post_init__()
+        check_agreement(self)
         for name in self.stage_files(BACKENDS[self.backend]):
             if name not in self.files:
                 raise EngineError(f"manifest lists no {name}, which {self.backend} needs: {REBUILD}")
@@ -187,7 +150,9 @@ class Manifest:
     @property
     def layout(self) -> Layout:
         """What the engine is: its graphs, tensors and counts."""
-        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim)
+        family = FAMILIES.get(self.model.family)
+        step = 1 if family is None else family.step
+        sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim, step=step)
         return Layout(self.settings, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
@@ -225,8 +190,7 @@ class Manifest:
             return self
         one = self.layout.at(frames)
         graph = one.graphs[0].file(ONNX_FILE)
-        return dataclasses.replace(
-            self,
+        return self.replace(
             frames=frames,
             frames_per_stage=one.stages,
             tokens=one.tokens,
@@ -238,9 +202,9 @@ class Manifest:
     def _offer(self, frames: object) -> str:
         """What whoever wanted `frames` may do."""
         given = "leave the number out" if len(self.counts) == 1 else "give one of them"
-        if not is_count(frames):
+        if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
             return given
-        return f"{given}, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, cast(int, frames)})))}"
+        return f"{given}, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, frames})))}"
 
     def file(self, name: str) -> str:
         """The name that a file has in this folder: `name`, with the frame count in it where there are several."""
@@ -253,98 +217,11 @@ class Manifest:
         """
         return tuple(graph.file(name) for graph in self.layout.graphs)
 
-    def _check_types(self) -> None:
-        texts = ("project_version", "backend_version")
-        counts = ("tokens", "tokens_per_frame", "tokens_full", "dim", "batch")
-        mappings = ("earlytom", "files", "figures")
-        rules: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-            (texts, is_text, "a text"),
-            (("method",), lambda v: isinstance(v, str) and v in SETTINGS, f"one of {', '.join(SETTINGS)}"),
-            (("name",), lambda v: is_text(v) and len(v) <= 255, "a text of at most 255 characters"),
-            (counts, is_count, "a positive whole number"),
-            (("frames",), lambda v: is_count(v, 1, MOST_FRAMES), f"a positive whole number up to {MOST_FRAMES}"),
-            (mappings, lambda v: isinstance(v, Mapping), "an object"),
-            (("key",), is_hex, "hex digits"),
-            (("created",), is_time, "an ISO 8601 time"),
-            (("frames_per_stage",), lambda v: isinstance(v, (list, tuple)) and all(map(is_count, v)), "frame counts"),
-            (("dtype",), lambda v: isinstance(v, str) and v in DTYPE_NAMES, f"one of {', '.join(DTYPE_NAMES)}"),
-            (("target",), lambda v: matches(r"\d+\.\d+", v), 'a compute capability such as "8.0"'),
-            (("backend",), lambda v: isinstance(v, str) and v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-            (("compression",), lambda v: v in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
-            (("plugins",), is_plugins, "plugin records"),
-            (("polygraphy",), lambda v: isinstance(v, str), "a text"),
-            (("islands", "int8"), is_words, "null or a list of words"),
-            (("frames_kept",), is_kept, "null or least, median and most of every stage"),
-            (("frame_counts",), is_ascending, "null or ascending frame counts"),
-            (("chunk",), lambda v: v is None or is_count(v), "null or a positive whole number"),
-            (("verification",), is_verification, 'null or an object with "passed": true or false'),
-            (("programs",), is_programs, "program records by the names of their folders"),
-        ]
-        for names, good, expected in rules:
-            for name in names:
-                check(good(getattr(self, name)), name, expected, getattr(self, name))
-        check(isinstance(self.model, ModelRecord), "model", "an object", self.model)
-        check(all(isinstance(v, FileRecord) for v in self.files.values()), "files", "file records", self.files)
-        check(all(map(is_number, self.figures.values())), "figures", "finite numbers", self.figures)
-
-    def _check_counts(self) -> None:
-        """The counts must be those that the layout gives for the recorded settings."""
-        try:
-            config, layout = self.settings, self.layout
-            expected: dict[str, Any] = {"tokens_full": layout.tokens_full}
-            expected |= {"frames_per_stage": layout.stages, "tokens": layout.tokens}
-        except UserError as error:
-            raise EngineError(
-                f"manifest has {self.method} settings that make no sense ({cut(error)}): {REBUILD}"
-            ) from error
-        if not layout.adaptive:
-            expected["frames_kept"] = None
-        for name, value in expected.items():
-            if (got := getattr(self, name)) != value:
-                raise EngineError(
-                    f"manifest contradicts itself: {name} is {shown(got)}, its settings give {shown(value)}: {REBUILD}"
-                )
-        if self.frames != self.counts[-1]:
-            raise EngineError(
-                f"manifest contradicts itself: frames is {self.frames}, of frame_counts {shown(self.counts)} it must "
-                f"be the last: {REBUILD}"
-            )
-        if self.frame_counts is not None and isinstance(config.frame_budget, tuple):
-            raise EngineError(
-                f"manifest contradicts itself: frame_budget {shown(config.frame_budget)} fits one frame count, "
-                f"frame_counts is {shown(self.frame_counts)}: {REBUILD}"
-            )
-        whole = self.batch == 1 and self.frame_counts is None and config.schedule == "budget"
-        if self.chunk is not None and not (whole and self.frames % self.chunk == 0):
-            raise EngineError(
-                f"manifest contradicts itself: chunk is {self.chunk}, which is for one video of one frame count in the "
-                f"budget schedule and divides its {self.frames} frames: {REBUILD}"
-            )
-        if config.schedule == "adaptive":
-            if self.batch > 1 or self.frame_counts is not None:
-                raise EngineError(
-                    f"manifest contradicts itself: an adaptive engine takes one video of one frame count, batch is "
-                    f"{self.batch} and frame_counts {shown(self.frame_counts)}: {REBUILD}"
-                )
-            kept = self.frames_kept or ()
-            fits = len(kept) == len(layout.stages) and kept[0] == (self.frames,) * 3
-            if not fits or any(most > self.frames for _, _, most in kept):
-                raise EngineError(
-                    f"manifest contradicts itself: frames_kept is {shown(self.frames_kept)}, its settings give "
-                    f"{len(layout.stages)} stages of at most {self.frames} frames: {REBUILD}"
-                )
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the schema version first; `from_dict` is its inverse."""
-        values = {"schema": SCHEMA, **json.loads(json.dumps(dataclasses.asdict(self)))}
-        for name, usual in _OPTIONAL.items():
-            if values[name] == usual:
-                del values[name]
-        for name in _OPTIONAL_OF_MODEL:
-            if values["model"][name] is None:
-                del values["model"][name]
-        if values["model"]["preprocessing"]["sampling"] == _SAMPLING:
-            del values["model"]["preprocessing"]["sampling"]
+        values = {"schema": SCHEMA, **json.loads(json.dumps(msgspec.to_builtins(self, enc_hook=_builtin)))}
+        if self.method == EarlyTomConfig.method:
+            values.pop("method", None)
         return values
 
     @classmethod
@@ -360,26 +237,14 @@ class Manifest:
         if schema != SCHEMA:
             remedy = f"update this project or {REBUILD}" if schema > SCHEMA else REBUILD
             raise EngineError(f"manifest has schema {shown(schema)}, this version reads {SCHEMA}: {remedy}")
-        rest: dict[str, Any] = _OPTIONAL | {name: value for name, value in values.items() if name != "schema"}
-        if isinstance(counts := rest["frame_counts"], list) and len(counts) < 2:
-            check(False, "frame_counts", "null or several frame counts", counts)  # one alone is for `at`
-        if isinstance(rest.get("model"), Mapping):
-            model = dict.fromkeys(_OPTIONAL_OF_MODEL) | dict(rest["model"])
-            prepared = model.get("preprocessing")
-            if isinstance(prepared, Mapping):
-                prepared = {"sampling": _SAMPLING} | dict(prepared)
-            model["preprocessing"] = record_of(PreprocessingRecord, prepared, "manifest: model: preprocessing")
-            rest["model"] = record_of(ModelRecord, model, "manifest: model")
-        if isinstance(rest.get("files"), Mapping):
-            rest["files"] = {
-                n: record_of(FileRecord, v, f"manifest: files: {shown(n)}") for n, v in rest["files"].items()
-            }
-        if isinstance(rest.get("plugins"), list):
-            rest["plugins"] = tuple(record_of(PluginRecord, v, "manifest: plugins") for v in rest["plugins"])
-        if isinstance(rest["programs"], Mapping):
-            found = rest["programs"].items()
-            rest["programs"] = {n: record_of(ProgramRecord, v, f"manifest: programs: {shown(n)}") for n, v in found}
-        return record_of(cls, rest, "manifest")
+        rest = {name: value for name, value in values.items() if name != "schema"}
+        try:
+            manifest = msgspec.convert(rest, cls)
+        except msgspec.ValidationError as error:
+            raise refusal("manifest", error, rest) from error
+        if len(manifest.frame_counts or ()) == 1:  # one alone is for `at`
+            raise EngineError(f"manifest.frame_counts: expected null or several frame counts: {REBUILD}")
+        return manifest
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write `manifest.json` into `folder`, all of it or nothing, and return its path.
@@ -484,3 +349,8 @@ def _sha256(path: Path) -> str:
 def _seal(values: Mapping[str, Any]) -> str:
     """Digest of the content, whatever the order and layout of the file."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _builtin(value: object) -> str | int | float:
+    """A text or number of a library's own kind, as torch's version is, in Python's."""
+    return next(kind(value) for kind in (str, int, float) if isinstance(value, kind))

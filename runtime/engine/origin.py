@@ -26,6 +26,8 @@ def checkpoint_of(manifest: Manifest, model: Source = None) -> Checkpoint:
         UserError: it cannot be read.
     """
     record, checkpoint = manifest.model, describe(source_of(manifest, model))
+    if checkpoint.family.any_size:
+        checkpoint = checkpoint.sized(record.preprocessing.size)
     remedy = (
         f"give the model it was built from with --model, or build an engine for this one with python -m builder.build "
         f"--model {checkpoint.source}"

@@ -12,7 +12,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.settings import FIELD
 from runtime import cli
-from runtime.choices import MIN_FRAMES
+from runtime.choices import MIN_FRAMES, NARROW_DTYPES, add_method_options, given_settings
 from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
@@ -60,7 +60,8 @@ class BenchSettings:
         model: a source, None for the bundled one. video: None for one that is drawn. frames: None for as many as the
             model is meant to be shown. merge_layers: None for those of the tower.
         engine: folders, of which --service and --soak measure one: the newest, if there is none.
-        device: "cpu" or "cuda". dtype: None for what the model fits in.
+        device: "cpu" or "cuda". dtype: None for what the model fits in. decoder_dtype: "int8" for the decoder's
+            weights, None for dtype's.
         soak: requests whose memory is watched; None to measure something else.
     """
 
@@ -75,6 +76,7 @@ class BenchSettings:
     engine: tuple[Path, ...]
     device: str
     dtype: str | None
+    decoder_dtype: str | None
     threads: int | None
     warmup: int
     repeats: int
@@ -124,9 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--question", metavar="TEXT", help=f"default: {QUESTION} (with --serve: those of the test clips)")
     what.add_argument("--frames", type=int, metavar="F", help="default: as many as the model is meant to be shown")
-    what.add_argument("--ratio", type=float, default=0.1, metavar="R", help="retention ratio (default: 0.1)")
-    what.add_argument("--merge-layers", type=layers, metavar="A,B,C", help="or none (default: those of the tower)")
-    what.add_argument("--tau", type=float, default=0.8, help="similarity threshold of a segment (default: 0.8)")
+    add_method_options(what, "retention_ratio", "merge_layers", "tau")
     what.add_argument("--variants", type=names, metavar="LIST", help=f"default: {','.join(VARIANTS)}; or of the field")
     what.add_argument(
         "--engine", type=Path, action="append", default=[], metavar="DIR", help="an engine folder; may be repeated"
@@ -138,6 +138,11 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPE_NAMES,
         help="of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in "
         "where fp32 does not fit into memory)",
+    )
+    how.add_argument(
+        "--decoder-dtype",
+        choices=NARROW_DTYPES,
+        help="the decoder's weights in int8, of all variants, on a CPU; the model is in bf16 then",
     )
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: PyTorch's)")
     how.add_argument("--warmup", type=int, default=2, metavar="N", help="requests not counted (default: 2)")
@@ -174,12 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s.
-
-    Raises:
-        UserError: a value that makes no sense, no such video or engine, matplotlib is missing.
-        OSError: the folder for the plots cannot be made.
-    """
+    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s."""
     for name, least in (
         ("repeats", 1), ("warmup", 0), ("requests", 1), ("scale_repeats", 1), ("max_new_tokens", 2), ("threads", 1),
         ("frames", MIN_FRAMES), ("soak", 1), ("soak_clients", 1),
@@ -187,6 +187,8 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    given = given_settings(options, "merge_layers", "tau")
+    options.merge_layers, options.tau = given.get("merge_layers"), given.get("tau", EarlyTomConfig.tau)
     serving.check(options)
     if options.serve is not None:
         _check_video(options, folders=True)
@@ -246,17 +248,17 @@ def _check_plot(options: argparse.Namespace) -> None:
 
 
 def place(options: argparse.Namespace) -> None:
-    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU.
-
-    Raises:
-        UserError: a GPU was asked for, and there is none.
-    """
+    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU."""
     import torch
+
+    from runtime.checkpoint.narrow import check_narrow
+    from runtime.engine.dtypes import DTYPES
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"no GPU that torch {torch.__version__} can use for --device cuda: use --device cpu")
-    if options.dtype is None and options.device == "cuda":
+    check_narrow(options.decoder_dtype, "torch", torch.device(options.device), DTYPES.get(options.dtype))
+    if options.dtype is None and (options.device == "cuda" or options.decoder_dtype is not None):
         options.dtype = "bf16"  # on a CPU that depends on the model
 
 
@@ -285,11 +287,6 @@ def names(text: str) -> tuple[str, ...]:
 def counts(text: str) -> tuple[int, ...]:
     """Numbers from 1 on."""
     return _numbers(text, int, lambda n: n >= 1, "whole numbers of at least 1")
-
-
-def layers(text: str) -> tuple[int, ...]:
-    """Numbers from 0 on."""
-    return _numbers(text, int, lambda n: n >= 0, "layer numbers from 0 on")
 
 
 def ratios(text: str) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from earlytom.config import EarlyTomConfig
 from runtime.checkpoint import describe
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.engine.dtypes import DTYPES
+from runtime.engine.manifest import Manifest
 from runtime.measure import report
 from runtime.measure.arguments import BenchSettings
 from runtime.measure.clock import matmul_rate
@@ -30,12 +31,10 @@ from runtime.trace import Trace
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Everything that `asked` ask for; the record of the JSON line.
-
-    Raises:
-        UserError: the model, the video or an engine cannot be used, or the prompt is too long for the model.
-    """
+    """Everything that `asked` ask for; the record of the JSON line."""
     checkpoint = describe(asked.model)
+    if checkpoint.family.any_size and asked.engine:  # all variants see what the engine does
+        checkpoint = checkpoint.sized(Manifest.read(asked.engine[0]).model.preprocessing.size)
     frames = asked.frames or checkpoint.frames
     config = settings(checkpoint, asked.ratio, asked.merge_layers, asked.tau)
     device, dtype, note = torch.device(asked.device), DTYPES.get(asked.dtype or ""), None
@@ -43,7 +42,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         dtype, note = fitting_dtype(checkpoint, whole=True)
     precision = next(name for name, one in DTYPES.items() if one == dtype)
     manifests = [read_engine(folder, checkpoint, frames) for folder in asked.engine]  # before a model is loaded
-    bench = Bench(checkpoint, asked.question, device, dtype)
+    bench = Bench(checkpoint, asked.question, device, dtype, int8=asked.decoder_dtype is not None)
     for count in (frames, *asked.scale_frames):
         bench.check(count, asked.max_new_tokens)
     missing: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.folder import ENGINES, newest_engine
@@ -16,7 +17,8 @@ def opened(asked: BenchSettings, *, waiting: int) -> Pipeline:
     """The engine that is asked for, the newest if none is, in a pipeline in whose line so many requests may wait."""
     folder = asked.engine[0] if asked.engine else newest_engine(ENGINES)
     dtype = None if asked.dtype is None else DTYPES[asked.dtype]
-    return Pipeline.load(folder, asked.model, device=asked.device, dtype=dtype, waiting=waiting)
+    how: dict[str, Any] = {"device": asked.device, "dtype": dtype, "decoder_dtype": asked.decoder_dtype}
+    return Pipeline.load(folder, asked.model, waiting=waiting, **how)
 
 
 @contextmanager
@@ -26,9 +28,6 @@ def clients(count: int, requests: int, ask: Callable[[int], None]) -> Iterator[N
     `ask` is called with the number of a request, from 1, and returns when it was answered. The clients begin with the
     block, and its end waits for them. None begins another request after one has failed, or after an error in the
     block, which waits for nobody.
-
-    Raises:
-        the first error of a client.
     """
     numbers, lock, stop = iter(range(1, requests + 1)), threading.Lock(), threading.Event()
     errors: list[BaseException] = []

@@ -81,9 +81,11 @@ class VariantRunner:
         seen = variant.see(ready)
         laps("vision")
         ending = None if seen.closed else bench.closing
-        embeds = splice(bench.prompt, seen.tokens, ending, variant.decoding.embed, bench.spans(seen))
+        words = bench.prompt.at(clip.times(bench.checkpoint.preprocessing.sampling))
+        embeds = splice(words, seen.tokens, ending, variant.decoding.embed, bench.spans(seen))
+        told = bench.told(words, seen, embeds.shape[2])
         laps("splice")
-        with closing(variant.decoding.stream(embeds, self.new_tokens)) as source:
+        with closing(variant.decoding.stream(embeds, self.new_tokens, told)) as source:
             ids = [next(source)]
             laps("prefill")
             text = TextStream(bench.tokenizer)

@@ -55,9 +55,6 @@ def encode_naive(
         config: the method's settings; its schedule must be "adaptive".
         depth: how many layers run.
         family: of the model.
-
-    Raises:
-        UserError: another schedule, another tower, or a merge layer that it does not have.
     """
     tower: Any = vision_model
     if config.schedule != "adaptive" or not family.released or tower.config.model_type not in family.towers:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.measure.measure import STAGES
-from runtime.show.figure import new_figure
+from runtime.show.colours import BLACK, BLUE, GREY, ORANGE, PINK, SKY, VERMILION, YELLOW
+from runtime.show.figure import new_figure, save
 
-# The colours can be told apart with any colour vision (Okabe and Ito).
-_COLOURS = ("#999999", "#CC79A7", "#F0E442", "#D55E00", "#56B4E9", "#0072B2", "#000000")
-_LINES = {"full": ("#999999", "D"), "naive": ("#E69F00", "^"), "adaptive": ("#0072B2", "s"), "budget": ("#D55E00", "o")}
+_COLOURS = (GREY, PINK, YELLOW, VERMILION, SKY, BLUE, BLACK)
+_LINES = {"full": (GREY, "D"), "naive": (ORANGE, "^"), "adaptive": (BLUE, "s"), "budget": (VERMILION, "o")}
 
 
 def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -35,8 +35,7 @@ def _draw_bars(record: Mapping[str, Any], path: Path) -> Path:
     axes.set_xlabel("time to the first token, ms (medians of the stages)")
     axes.set_title(f"{record['model']}, {record['frames']} frames, {record['dtype']}, {record['device']}")
     figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False)
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def _draw_curves(scaling: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
@@ -52,5 +51,4 @@ def _draw_curves(scaling: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         axes.set_ylabel("time to the first token, ms")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-    figure.savefig(path)
-    return path
+    return save(figure, path)

@@ -109,11 +109,7 @@ class Service:
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Load an engine, measure it as `asked` say and show the result; the record of the JSON line.
-
-    Raises:
-        UserError: no engine, or one that cannot be used, or an unusable video or question.
-    """
+    """Load an engine, measure it as `asked` say and show the result; the record of the JSON line."""
     with opened(asked, waiting=max(asked.concurrency, default=1)) as pipeline:
         manifest = pipeline.manifest
         trace.line(f"{manifest.name} ({pipeline.vision.name}), {manifest.frames} frames, {manifest.tokens} tokens ...")

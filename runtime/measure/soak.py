@@ -65,9 +65,6 @@ def soak(pipeline: Pipeline, clip: Clip, question: str, *, requests: int, client
 
     Args:
         pipeline: one in whose line `clients` requests may wait.
-
-    Raises:
-        the first error that a client gets.
     """
     warmup = min(MOST_WARMUP, max(1, requests // 10))
     _ask(pipeline, clip, question, warmup, clients, new_tokens, every=warmup)
@@ -108,11 +105,7 @@ def _sample(requests: int, pipeline: Pipeline) -> MemorySample:
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Load an engine, soak it as `asked` say and show the result; the record of the JSON line.
-
-    Raises:
-        UserError: no engine, or one that cannot be used, or an unusable video or question.
-    """
+    """Load an engine, soak it as `asked` say and show the result; the record of the JSON line."""
     requests = asked.soak or 0
     with opened(asked, waiting=asked.soak_clients) as pipeline:
         manifest = pipeline.manifest

@@ -25,18 +25,22 @@ from earlytom import flops
 from earlytom.budget import token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.encoder import encode
+from earlytom.errors import UserError
 from earlytom.families import geometry
 from earlytom.method import Method
 from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.settings import FIELD, MethodSettings
-from earlytom.standing import FrameSpan, frame_spans
+from earlytom.standing import FrameSpan, frame_spans, frame_times, places
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
+from runtime.checkpoint.narrow import narrow
 from runtime.decoder.eager import Decoder
+from runtime.decoder.states import adding
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
 from runtime.measure.arguments import method
 from runtime.measure.naive import encode_naive
+from runtime.text.axes import Told, following, told_of
 from runtime.text.prompt import Prompt, build_prompt, check_length
 from runtime.vision import VisionBackend, choose_backend, encode_one, open_backend
 
@@ -56,11 +60,12 @@ class SeenPrompt:
 
 
 class Decoding(Protocol):
-    """Embeddings to ids: `embed` as in `runtime.text.prompt.splice`, `stream` gives exactly `count` ids."""
+    """Embeddings to ids: `embed` as in `runtime.text.prompt.splice`, `stream` gives exactly `count` ids; `told` is what
+    else the decoder is told of the prompt."""
 
     def embed(self, ids: Tensor) -> Tensor: ...
 
-    def stream(self, embeds: Tensor, count: int) -> Generator[int, None, Any]: ...
+    def stream(self, embeds: Tensor, count: int, told: Told | None = None) -> Generator[int, None, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,17 @@ class TransformersDecoding:
     def embed(self, ids: Tensor) -> Tensor:
         return self._model.get_input_embeddings()(ids)
 
-    def stream(self, embeds: Tensor, count: int) -> Generator[int, None, None]:
-        given: dict[str, Any] = {"inputs_embeds": embeds}
+    def stream(self, embeds: Tensor, count: int, told: Told | None = None) -> Generator[int, None, None]:
+        given: dict[str, Any] = {"inputs_embeds": embeds} | ({} if told is None else told.forward())
+        states = None if told is None else told.how.get("states")
         cache = None
-        for _ in range(count):
-            with torch.no_grad():  # not held across a yield
+        for done in range(count):
+            with torch.no_grad(), adding(self._model.get_decoder(), states, slice(None)):  # not held across a yield
                 out = self._model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 chosen = out.logits[0, -1].argmax()
-            cache, given = out.past_key_values, {"input_ids": chosen.view(1, 1)}
+            cache, given, states = out.past_key_values, {"input_ids": chosen.view(1, 1)}, None
+            if told is not None:
+                given["position_ids"] = following(told.next + done, 1, embeds.device)[:, None]
             yield int(chosen)
 
 
@@ -115,8 +123,9 @@ class RuntimeDecoding:
         self._decoder = decoder
         self.embed = decoder.embed
 
-    def stream(self, embeds: Tensor, count: int) -> Generator[int, None, Any]:
-        return self._decoder.stream(embeds, max_new_tokens=count)
+    def stream(self, embeds: Tensor, count: int, told: Told | None = None) -> Generator[int, None, Any]:
+        how: dict[str, Any] = {} if told is None else dict(told.how)
+        return self._decoder.stream(embeds, max_new_tokens=count, **how)
 
 
 class Bench:
@@ -126,16 +135,18 @@ class Bench:
         checkpoint: from `runtime.checkpoint.describe`.
         question: asked of every video.
         device, dtype: of the model.
-
-    Raises:
-        UserError: the checkpoint or the question cannot be used.
+        int8: its decoder has weights in int8 (`runtime.checkpoint.narrow`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, question: str, device: torch.device, dtype: torch.dtype, *, int8: bool = False
+    ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.tokenizer = load_tokenizer(checkpoint)
         self.prompt: Prompt = build_prompt(self.tokenizer, question, family=checkpoint.family)
         self.model: Any = torch.nn.Module.to(load_model(checkpoint, dtype), device)
+        if int8:
+            narrow(self.model)
         self.inner: Any = self.model.model
         self.family = checkpoint.family
         self.depth = geometry(checkpoint.config).depth
@@ -150,7 +161,8 @@ class Bench:
         full = full_tokens(self.checkpoint, frames)
         text: Any = self.checkpoint.config.text_config
         context = text.max_position_embeddings
-        visual, how = full + self.prompt.closing, {"left": frames, "frames": frames}
+        steps = frames // self.family.step
+        visual, how = full + self.prompt.closing, {"left": steps, "frames": steps}
         check_length(self.prompt, visual_tokens=visual, new_tokens=new_tokens, context=context, **how)
 
     def spans(self, seen: SeenPrompt) -> tuple[FrameSpan, ...] | None:
@@ -161,6 +173,18 @@ class Bench:
         if seen.positions is None or seen.sources is None:
             return tuple(FrameSpan(number, per_frame) for number in range(seen.frames_per_stage[0]))
         return frame_spans(seen.positions, seen.sources, per_frame)
+
+    def told(self, words: Prompt, seen: SeenPrompt, width: int) -> Told | None:
+        """What else the decoder is told of a prompt, whose embeddings are `width` wide; None where they are all."""
+        spans = self.spans(seen)
+        if not self.family.on_axes or spans is None:
+            return None
+        frame, frames = geometry(self.checkpoint.config), seen.frames_per_stage[0]
+        place = torch.arange(len(seen.tokens), device=seen.tokens.device)
+        if seen.positions is not None and seen.sources is not None:
+            time = frame_times(seen.sources.to(place.device))[0]
+            place = places(time, seen.positions.to(place.device), frame.tokens_per_frame)
+        return told_of(words, spans, seen.tokens, place, frame.cells, frames, width)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
         """One of `arguments.VARIANTS`, or a method of the field, for videos of `frames` frames; `config` gives ratio,
@@ -224,7 +248,7 @@ class Bench:
     @torch.no_grad()
     def _full(self, pixels: Tensor) -> SeenPrompt:
         closed = self.closing is not None
-        return SeenPrompt(self.family.own_tokens(self.model, pixels), closed, (len(pixels),))
+        return SeenPrompt(self.family.own_tokens(self.model, pixels), closed, (len(pixels) // self.family.step,))
 
     def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
@@ -252,11 +276,7 @@ class Bench:
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
-    """The manifest of an engine folder, of several frame counts that of `frames`.
-
-    Raises:
-        EngineError: no such folder, a broken one, an engine of another model or for another number of frames.
-    """
+    """The manifest of an engine folder, of several frame counts that of `frames`."""
     manifest = Manifest.read(folder)
     if manifest.model.digest != checkpoint.digest():
         raise EngineError(
@@ -274,15 +294,17 @@ def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
 
 def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
     """F * P, the visual tokens of the uncompressed model."""
-    return token_count(frames, geometry(checkpoint.config).tokens_per_frame, 1.0, merges=0)
+    frame = geometry(checkpoint.config)
+    if frames % frame.step:
+        raise UserError(
+            f"{checkpoint.family.title} takes {frame.step} pictures for a frame: --frames must be a multiple, got "
+            f"{frames}"
+        )
+    return token_count(frames // frame.step, frame.tokens_per_frame, 1.0, merges=0)
 
 
 def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
-    """The method's settings for a checkpoint; its own merge layers by default.
-
-    Raises:
-        UserError: a value out of range, or a layer that the tower does not have.
-    """
+    """The method's settings for a checkpoint; its own merge layers by default."""
     depth = geometry(checkpoint.config).depth
     config = method(ratio, EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers, tau)
     config.check_layers(depth)

@@ -33,6 +33,7 @@ def load_pipeline(settings: Settings) -> Pipeline:
         bias=settings.bias,
         positions=settings.positions,
         decoder_key=_decoder_key(settings),
+        decoder_dtype=settings.decoder_dtype,
     )
     try:
         check_room_for_a_video(pipeline)

@@ -1,7 +1,7 @@
 """The page at /: upload a video, ask, watch the answer come, see which cells of the frames were kept.
 
-One static file without anything from elsewhere. What it may do is written in its Content-Security-Policy: its own
-script and style, known by their digests, and requests to this server.
+One static file without anything from elsewhere, to which the colours of `runtime.show` are added. What it may do is
+written in its Content-Security-Policy: its own script and style, known by their digests, and requests to this server.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from importlib.resources import files
 from starlette.requests import Request
 from starlette.responses import Response
 
+from runtime.show.colours import css
+
+_COLOURS = "/* colours */\n"  # in the page's style
+
 
 def page(request: Request) -> Response:
     """The page, as an endpoint of Starlette."""
-    content, headers = _page()
-    return Response(content, media_type="text/html", headers=headers)
+    body, headers = _page()
+    return Response(body, media_type="text/html", headers=headers)
 
 
 def policy(html: str) -> str:
@@ -41,8 +45,14 @@ def policy(html: str) -> str:
 
 
 @functools.cache
+def content() -> str:
+    """The page's HTML."""
+    return files("runtime.serve").joinpath("page.html").read_text("utf-8").replace(_COLOURS, css())
+
+
+@functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    html = files("runtime.serve").joinpath("page.html").read_text("utf-8")
+    html = content()
     headers = {
         "content-security-policy": policy(html),
         "x-content-type-options": "nosniff",

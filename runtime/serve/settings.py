@@ -15,7 +15,7 @@ from typing import Any
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime.choices import BACKENDS, POSITIONS
+from runtime.choices import BACKENDS, NARROW_DTYPES, POSITIONS
 from runtime.decoder.naming import address_of, by_vllm, decoder_named
 from runtime.engine import layout
 
@@ -74,6 +74,9 @@ class Settings:
     )
     device: str | None = _flag(None, "where the decoder runs (default: the GPU if any)", choices=("cpu", "cuda"))
     dtype: str | None = _flag(None, "of the decoder (default: see runtime.ask)", choices=layout.DTYPE_NAMES)
+    decoder_dtype: str | None = _flag(
+        None, "the decoder's weights in int8, on a CPU (default: as --dtype says)", choices=NARROW_DTYPES
+    )
     decoder: str = _flag(
         "torch",
         "torch-tensorrt compiles the language model; http://HOST:PORT/v1 is a vLLM server that decodes, vllm the same "

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import family_named
+from earlytom.families import FrameTimes, family_named
 from earlytom.numbers import shown, whole
 from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
@@ -37,6 +37,7 @@ from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.engine.manifest import Manifest
 from runtime.errors import Closed
 from runtime.gpu.staging import Upload
+from runtime.gpu.stopwatch import Stopwatch
 from runtime.service.prefixes import PrefixCache
 from runtime.service.requests import (
     Answer,
@@ -55,9 +56,10 @@ from runtime.service.requests import (
 )
 from runtime.service.scheduler import Turn
 from runtime.show.kept import grid_of
+from runtime.text.axes import following, told_of, weights_of
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length, splice
+from runtime.text.prompt import Prompt, Spans, build_prompt, bytes_per_token, check_length, splice
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
@@ -73,12 +75,13 @@ READ_AFTER_ANOTHER_TEXT = (
 
 
 class Spliced(NamedTuple):
-    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, and what else the decoder is
-    told of it."""
+    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
+    of it, and where tokens are placed on axes the position behind it."""
 
     embeds: Tensor
     visual: Sequence[int]
     placed: dict[str, Tensor]
+    after: int | None = None
 
 
 class Answering:
@@ -161,13 +164,13 @@ class Answering:
         # A longer text has more tokens than there are positions.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
-        left, all_frames = least.frames_per_stage[-1], least.frames
+        left, all_frames = least.frames_per_stage[-1], least.layout.steps
         visual = least.tokens + words.closing
         check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
         span = self.placing.span(least.tokens_full)
         whole_frames = span // least.tokens_per_frame
         end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
-        if self.placing.original and end > context:
+        if self.placing.original and not self._family.on_axes and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
                 f"model's context ends at {context}: use --positions consecutive, or fewer frames"
@@ -258,7 +261,13 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            values = self._spliced(ready.question.words, found).embeds
+            spliced = self._spliced(ready.question.words, found, self._times_of(ready.shown))
+        if "states" in spliced.placed:
+            raise UserError(
+                f"a prompt of {self._family.title} is more than embeddings, its decoder takes states of layers: ask "
+                "here, with ask or submit"
+            )
+        values = spliced.embeds
         if values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # its reader has another stream
         yield Embeds(values)
@@ -298,9 +307,9 @@ class Answering:
             cached = isinstance(shown, Seen)
             if not isinstance(shown, Seen):
                 found, vision = self._tokens(ready) if encoded is None else encoded
-                shown = (
-                    self._read(found, ready.question.words, ready.remembered) if ready.remembered else Arrived(found)
-                )
+                shown = Arrived(found, self._times_of(shown))
+                if ready.remembered:
+                    shown = self._read(shown, ready.question.words, ready.remembered)
                 del found
             if ready.read_only:
                 return
@@ -354,6 +363,7 @@ class Answering:
             kept=kept,
             grid=self._grid,
             sampling=self.manifest.model.preprocessing.sampling,
+            step=self._family.step,
         )
         _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
         yield Delta(parts[-1], None, finish, answer)
@@ -375,34 +385,54 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            spliced = self._spliced(words, shown.encoded)
+            spliced = self._spliced(words, shown.encoded, shown.times)
             stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
+        if shown.after is not None:
+            how["positions"] = following(shown.after, len(words.suffix_ids), suffix.device)
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
-    def _spliced(self, words: Prompt, encoded: Encoded) -> Spliced:
-        """A prompt with its video."""
-        decoder = self._open_decoder()
+    def _times_of(self, shown: Clip | Seen | Arrived) -> FrameTimes:
+        """When the frames of a video that is to be read were."""
+        assert not isinstance(shown, Seen)
+        return shown.times if isinstance(shown, Arrived) else shown.times(self.manifest.model.preprocessing.sampling)
+
+    def _spliced(self, words: Prompt, encoded: Encoded, times: FrameTimes) -> Spliced:
+        """A prompt with its video, whose frames were at such times."""
+        decoder, words = self._open_decoder(), words.at(times)
         device, per_frame = decoder.device, self.manifest.tokens_per_frame
         spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
         embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
         place, bias = encoded.place.to(device), encoded.bias.to(device)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
+        if self._family.on_axes:
+            return self._on_axes(words, encoded, embeds, spans)
         if spans is None:
             placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
-    def _read(self, encoded: Encoded, words: Prompt, remembered: Remembered) -> Seen:
+    def _on_axes(self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None) -> Spliced:
+        """`_spliced` where tokens are placed by time, row and column, and bring states of layers along."""
+        assert spans is not None  # so it is with all such families
+        tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
+        frames, width, original = encoded.sources.shape[-1], embeds.shape[2], self.placing.original
+        placed, after = told_of(words, spans, tokens, place, self._grid, frames, width, original=original)
+        if self.placing.bias:
+            placed["bias"] = weights_of(words, spans, bias)
+        return Spliced(embeds, words.visual_span(len(tokens), spans), placed, after)
+
+    def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
-        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded)
+        encoded = arrived.encoded
+        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded, arrived.times)
         prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
-        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded))
+        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), spliced.after)
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word
@@ -446,29 +476,6 @@ def _frames(ready: Ready) -> Tensor:
     """The frames of its clip, where the engine wants them."""
     assert isinstance(ready.shown, Clip)
     return ready.shown.frames if ready.arriving is None else ready.arriving.take()
-
-
-class Stopwatch:
-    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing. Without a
-    device, and without `stop`, they are none."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.events: list[Any] = []
-        self.started = self.stopped = time.perf_counter()
-        if device is not None and device.type == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-
-    def stop(self) -> None:
-        self.stopped = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-
-    def seconds(self) -> float:
-        """Valid once the host has waited for the device, as it does for every token."""
-        if self.events:
-            return self.events[0].elapsed_time(self.events[1]) / 1000
-        return self.stopped - self.started
 
 
 Measured = tuple[Encoded, Stopwatch]  # visual tokens, and what measured the engine

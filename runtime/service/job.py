@@ -18,7 +18,7 @@ from earlytom.numbers import real
 from runtime.errors import Cancelled
 
 if TYPE_CHECKING:
-    from runtime.service.scheduler import Scheduler
+    from runtime.service.line import Line
 
 # How long a wait in the main thread may be at a time: Ctrl-C in the instant before one would not be seen until its end.
 SIGNAL_SECONDS = 1.0
@@ -34,7 +34,7 @@ class Job(Generic[Item]):
     In a fork of the process every call but `abandon` raises `Closed`.
     """
 
-    def __init__(self, scheduler: Scheduler[Any, Any, Item], given: Any, deadline: float) -> None:
+    def __init__(self, scheduler: Line[Any, Item], given: Any, deadline: float) -> None:
         self._scheduler = scheduler
         self._given, self._ready = given, cast(Any, None)
         self._arrived = threading.Condition(scheduler._lock)  # an item, or the end

@@ -66,7 +66,7 @@ class LiveVideo(Askable):
         with self._lock:
             if self._arrived is None or self.timings is None:
                 found, self.timings = self._clip.finish()
-                self._arrived = Arrived(found)
+                self._arrived = Arrived(found, self._clip.times)
             return self.timings
 
     def submit(self, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Request:

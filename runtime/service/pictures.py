@@ -42,10 +42,10 @@ def picture(answers: Sequence[Answer], questions: Sequence[str], path: str | os.
     size = (rows * each, columns * each)
     is_file = isinstance(video, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(video, "read")
     if isinstance(video, Clip):
-        clip = clip_from_frames(video.frames, count, size)
+        clip = clip_from_frames(video.frames, count * first.step, size)
     else:
         load = load_clip if is_file else clip_from_frames
-        clip = load(video, count, size, sampling=first.sampling)
+        clip = load(video, count * first.step, size, sampling=first.sampling)
     times, decoded = first.timings, first.timings.decode + first.timings.preprocess
     stages = (
         ("decode", decoded),
@@ -55,7 +55,7 @@ def picture(answers: Sequence[Answer], questions: Sequence[str], path: str | os.
     )
     whole = count * rows * columns
     story = Story(
-        frames=clip.frames.cpu().numpy(),
+        frames=clip.frames[:: first.step].cpu().numpy(),
         kept=KeptCells.of(first.kept.place.tolist(), first.kept.sources.tolist(), (rows, columns)),
         said=tuple((question, one.text) for question, one in zip(questions, answers, strict=True)),
         seconds=stages,

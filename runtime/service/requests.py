@@ -12,7 +12,7 @@ from typing import IO, Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from earlytom.families import FrameSampling
+from earlytom.families import FrameSampling, FrameTimes
 from runtime.decoder.eager import Finish
 from runtime.decoder.protocol import ReadPrompt
 from runtime.decoder.sampling import Sampling
@@ -88,6 +88,7 @@ class Answer:
         kept: which visual tokens these are, on a CPU; None unless it was asked for.
         grid: (rows, columns) of the cells of a frame.
         sampling: which frames of its video were shown, see `runtime.video.sample_indices`.
+        step: pictures of the video that are one frame of `kept`.
     """
 
     text: str
@@ -100,6 +101,7 @@ class Answer:
     kept: Provenance | None = None
     grid: tuple[int, int] = (0, 0)
     sampling: FrameSampling = "ends"
+    step: int = 1
 
     def picture(self, path: str | os.PathLike[str], video: Video, *, question: str = "") -> Path:
         """Draw the answer over its video: the frames, what was kept of them, and where the time went.
@@ -145,6 +147,7 @@ class Seen:
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance
+    after: int | None = None  # the position behind the video, where tokens are placed on axes
 
     @property
     def bytes(self) -> int:
@@ -154,9 +157,10 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Arrived:
-    """A video that was encoded while it came: its visual tokens, which nobody writes over."""
+    """A video that was encoded while it came: its visual tokens, which nobody writes over, and when its frames were."""
 
     encoded: Encoded
+    times: FrameTimes
 
 
 # What callers may give, and what becomes of it when it is taken (`runtime.video.take_video`).

@@ -15,33 +15,30 @@ A job ends in one of five ways, and its reader gets what came before: served to 
 at each check, before it serves it and between items, and never in the midst of a call. If a worker itself fails,
 outside those calls, every job ends with `Closed`, and so does every `submit` from then on.
 
-Knows nothing of what it runs: no tensors, no models. One lock guards everything; it is held for a few instructions at a
-time and never while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`) takes
-no lock: it may interrupt a thread that holds it.
+Knows nothing of what it runs: no tensors, no models. Where jobs are and how they end is `runtime.service.line`, whose
+lock is never held while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`)
+takes no lock: it may interrupt a thread that holds it.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import math
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from earlytom.numbers import real, shown, whole
-from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
-from runtime.forks import Home
+from earlytom.numbers import shown
+from runtime.errors import Closed
 from runtime.service.job import Item, Job
+from runtime.service.line import Given, Line
 
 EXIT_SECONDS = 10.0  # that the interpreter, at its exit, waits for a worker to come to the end of a call
 
-Given = TypeVar("Given")
 Ready = TypeVar("Ready")
 
 
@@ -64,7 +61,7 @@ class UnwantedError(Exception):
     """Raised by a check: the job has ended, or is about to. Its reader is told why, and never sees this."""
 
 
-class Scheduler(Generic[Given, Ready, Item]):
+class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
     """The line and its workers, which are daemons and start at once.
 
     Args:
@@ -92,26 +89,8 @@ class Scheduler(Generic[Given, Ready, Item]):
         lanes: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        waiting = whole("waiting", waiting, 0)
-        for name, number in (("batch", batch), ("lanes", lanes)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        super().__init__(waiting, batch, lanes, clock)
         self._prepare, self._serve = prepare, serve
-        self.waiting, self.batch, self.lanes = waiting, batch, lanes
-        self._clock = clock
-        self.home = Home("this pipeline")
-        self._lock = threading.Lock()
-        self._open: set[Job[Item]] = set()  # that have not ended, wherever they are
-        self._line: deque[Job[Item]] = deque()
-        self._preparing: Job[Item] | None = None
-        self._prepared: deque[Job[Item]] = deque()
-        self._group: list[Job[Item]] = []  # given to `serve` and not through yet
-        self._serving: set[Job[Item]] = set()  # those of them that have a worker
-        self._closing = self._aborting = self._abandoned = False
-        self._broken: str | None = None  # why no worker goes on
-        self._unheard = False  # a worker may sleep on: it could not be told that
-        # Rung when something has changed for a worker. A queue and no condition: a finalizer may ring it.
-        self._bells: tuple[SimpleQueue[None], ...] = tuple(SimpleQueue() for _ in range(1 + lanes))
         loops = [("prepare", self._prepare_all), *[("serve", self._serve_all)] * lanes]
         self._workers = [
             threading.Thread(target=self._work, args=(loop, bell), name=f"earlytom-{name}", daemon=True)
@@ -124,45 +103,6 @@ class Scheduler(Generic[Given, Ready, Item]):
             self.abandon()
             raise
         _running.add(self)
-
-    def submit(self, given: Given, *, deadline: float | None = None) -> Job[Item]:
-        """Put a job at the end of the line.
-
-        Args:
-            given: for `prepare`; let go as soon as it is prepared, or has ended.
-            deadline: seconds from now after which it ends with `DeadlineExceeded`.
-
-        Raises:
-            Overloaded: the line is full.
-            Closed: it takes no more, or this is a fork of the process that has its workers.
-            UserError: a deadline that is not a positive number.
-        """
-        seconds = _seconds(deadline)
-        self.home.check()
-        with self._lock:
-            self._admit()
-            job: Job[Item] = Job(self, given, seconds)
-            self._ring()  # first: whoever hears it waits for the lock, and if it fails nothing has changed
-            self._line.append(job)
-            self._open.add(job)
-        return job
-
-    def check_room(self, deadline: float | None = None) -> None:
-        """Raise what `submit` would raise now: for a caller who has much to do before."""
-        _seconds(deadline)
-        self.home.check()
-        with self._lock:
-            self._admit()
-
-    @property
-    def running(self) -> int:
-        """Jobs that the serving worker has been given and that have not ended."""
-        return len(self._places()[0])
-
-    @property
-    def queued(self) -> int:
-        """Jobs behind those: in line, being prepared, prepared."""
-        return len(self._places()[1])
 
     def close(self, *, drain: bool = False) -> None:
         """Take no more jobs, and return when the workers have ended.
@@ -201,82 +141,6 @@ class Scheduler(Generic[Given, Ready, Item]):
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join(EXIT_SECONDS if timeout is None and self._unheard else timeout)
-
-    def _places(self) -> tuple[list[Job[Item]], list[Job[Item]]]:
-        """Jobs with the serving worker, and those behind them."""
-        self.home.check()
-        with self._lock:
-            self._sweep()
-            taken = [job for job in self._jobs() if job in self._serving or not job._ended]
-            running = [job for job in taken if job in self._group]
-            return running, [job for job in taken if job not in running]
-
-    def _ring(self) -> None:
-        for bell in self._bells:
-            bell.put(None)
-
-    # With the lock held
-
-    def _admit(self) -> None:
-        """Raise unless one more job may come."""
-        self._sweep()
-        if self._closing:
-            raise Closed(self._broken or "this pipeline is closed: load another one")
-        if (occupied := self._occupied()) >= self.waiting + self.lanes:
-            answered = "one that is answered" if self.lanes == 1 else f"{self.lanes} that are answered"
-            raise Overloaded(
-                f"{occupied} requests are unanswered, and the limit is {answered} and {self.waiting} "
-                f"that wait: try again when one has ended, or raise the limit with Pipeline.load(waiting=...)"
-            )
-
-    def _occupied(self) -> int:
-        """Places taken: a job that has ended has given its place back, unless it still has the worker that serves."""
-        return sum(job in self._serving or not job._ended for job in self._jobs())
-
-    def _sweep(self) -> None:
-        """End what nobody wants or waits for any more."""
-        if self._abandoned:
-            self._closing = self._aborting = True
-            self._end_line()
-        for job in self._jobs():
-            self._is_over(job)
-
-    def _jobs(self) -> list[Job[Item]]:
-        preparing = [] if self._preparing is None else [self._preparing]
-        return [*self._group, *self._prepared, *preparing, *self._line]
-
-    def _end_line(self) -> None:
-        """End every job but those that are being served."""
-        for job in self._jobs():
-            if job not in self._serving:
-                self._end(job, Closed("this pipeline was closed before the request was answered"))
-
-    def _is_over(self, job: Job[Item]) -> bool:
-        """Whether a job has ended; it ends here if it was abandoned or its time is up."""
-        if job._ended:
-            return True
-        if job._abandoned:
-            self._end(job, Cancelled("this request was cancelled: nobody reads it any more"))
-        elif self._clock() >= job._submitted + job._deadline:
-            self._end(
-                job,
-                DeadlineExceeded(
-                    f"the request was {job._phase} when its deadline of {job._deadline:g} s passed: give it more time, "
-                    "or send fewer at once"
-                ),
-            )
-        return job._ended
-
-    def _end(self, job: Job[Item], error: BaseException | None) -> None:
-        """Only the first end counts."""
-        if job._ended:
-            return
-        job._end(error)
-        self._open.discard(job)
-        for line in (self._line, self._prepared):
-            if job in line:
-                line.remove(job)
-        self._ring()
 
     # All workers
 
@@ -449,10 +313,6 @@ class Scheduler(Generic[Given, Ready, Item]):
             if item is not None:
                 job._put(item)
             return True
-
-
-def _seconds(deadline: float | None) -> float:
-    return math.inf if deadline is None else real("deadline (seconds)", deadline, 0, low_open=True)
 
 
 def _hush(bell: SimpleQueue[None]) -> None:

@@ -1,5 +1,5 @@
-"""What a page shows beside text: kept cells over a frame, which frames became which, bars, and a curve. Colours are
-those of the page's style, so that they follow a light or a dark one."""
+"""What a page shows beside text and frames: which frames became which, bars, and a curve. Colours are those of the
+page's style (`runtime.show.colours`), so that they follow a light or a dark one."""
 
 from __future__ import annotations
 
@@ -10,32 +10,8 @@ from runtime.show.html import Html, element
 from runtime.show.kept import KeptCells
 
 _STEP, _HIGH, _EDGE = 40, 150, 26  # of the graph of frames, in its own units
+_NARROWEST, _WIDEST = 36, 66  # pixels of a frame in it
 _CURVE = (560, 190, 46, 26)  # of a curve: width, height, room on the left and below
-
-
-def kept_frame(picture: str, kept: KeptCells, frame: int, caption: str) -> Html:
-    """A frame with the cells that were not kept dimmed and the others framed.
-
-    `picture`: address of the frame's pixels.
-    """
-    rows, columns = kept.grid
-    there = kept.cells[frame]
-    cells = [
-        element(
-            "rect",
-            x=f"{cell % columns + 0.02}",
-            y=f"{cell // columns + 0.02}",
-            width="0.96",
-            height="0.96",
-            class_="kept" if cell in there else "gone",
-        )
-        for cell in range(rows * columns)
-    ]
-    over = element("svg", *cells, viewBox=f"0 0 {columns} {rows}", preserveAspectRatio="none", aria_hidden="true")
-    image = element("img", src=picture, alt=f"Frame {frame + 1}, {len(there)} of {rows * columns} cells kept")
-    return element(
-        "figure", element("div", image, over, class_="frame"), element("figcaption", caption), data_kept=len(there)
-    )
 
 
 def frames_graph(kept: KeptCells) -> Html:
@@ -59,7 +35,7 @@ def frames_graph(kept: KeptCells) -> Html:
         *lines,
         *nodes,
         viewBox=f"0 0 {width} {_HIGH}",
-        style=f"min-width:{26 * frames}px",
+        style=f"min-width:{_NARROWEST * frames}px;max-width:{_WIDEST * frames}px",
         role="img",
         aria_label=f"{frames} frames became {left}",
     )

@@ -1,4 +1,4 @@
-"""Empty figures: of the size that a README shows, or of any. matplotlib is loaded here only."""
+"""Empty figures, of the size that a README shows or of any, and how one is written. matplotlib is loaded here only."""
 
 from __future__ import annotations
 
@@ -15,16 +15,35 @@ ENDINGS = (".png", ".mp4")  # of pictures
 _SIZE, _DPI = (9.0, 4.5), 160  # inches; a README shows about 900 pixels
 
 
-def new_figure(columns: int) -> tuple[Any, Sequence[Any]]:
-    """A figure and its panels, from left to right."""
+def new_figure(
+    columns: int, rows: int = 1, *, size: tuple[float, float] = _SIZE, dpi: int = _DPI, **shared: bool
+) -> tuple[Any, Sequence[Any]]:
+    """A figure and its panels, row by row from left to right.
+
+    Args:
+        size: in inches.
+        shared: sharex, sharey: whether panels have one scale.
+    """
     from matplotlib.figure import Figure
 
-    figure = _on_canvas(Figure(figsize=_SIZE, dpi=_DPI, layout="constrained"))
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    figure = _on_canvas(Figure(figsize=size, dpi=dpi, layout="constrained"))
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared).ravel()
 
 
-def blank(size: tuple[float, float], dpi: int, colour: tuple[float, float, float]) -> Any:
-    """A figure without panels: its size in inches, its background as shares of red, green and blue."""
+def tidy(axes: Any) -> None:
+    """A light grid, and lines on the left and below only."""
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a PNG whose bytes do not tell by which version it was drawn; returns its path."""
+    figure.savefig(path, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return path
+
+
+def blank(size: tuple[float, float], dpi: int, colour: str) -> Any:
+    """A figure without panels: its size in inches, its background."""
     from matplotlib.figure import Figure
 
     return _on_canvas(Figure(figsize=size, dpi=dpi, facecolor=colour))

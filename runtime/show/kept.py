@@ -47,6 +47,11 @@ class KeptCells:
         shares = [(row[frame], -slot) for slot, row in enumerate(self.sources) if row[frame] > _NOTHING]
         return tuple(-slot for _, slot in sorted(shares, reverse=True))
 
+    def fate(self, frame: int) -> str:
+        """What became of a frame, in words: its cells, or that it is in others, or in none."""
+        cells = len(self.cells[frame])
+        return f"{cells} cell{'' if cells == 1 else 's'}" if cells else "merged" if self.became(frame) else "dropped"
+
     def links(self) -> tuple[tuple[int, int, float], ...]:
         """(frame, frame that was left, share) for every share that is worth a line."""
         return tuple(

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.show.figure import blank
+from runtime.show.colours import LIGHT
+from runtime.show.figure import blank, save
+from runtime.show.frames import shade
 from runtime.show.kept import KeptCells
-from runtime.show.painting import INK, PAPER, SOFT, shade
 
 _COLUMNS = 8
 _WIDE, _DPI = 9.6, 100  # inches of an image
@@ -24,7 +25,7 @@ _CLIP = (9.6, 5.4)  # inches of a clip's frame
 _EDGE, _LINE = 0.2, 0.2  # inches: room at the sides, a line of text
 _LETTERS = 88  # of a line
 _MOST_LINES = 6  # of an answer
-_STAGES = ("#6d6a64", "#b4491f", "#d9a441", "#5b7c99")
+_STAGES = (LIGHT["soft"], LIGHT["accent"], "#d9a441", "#5b7c99")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,7 @@ class Story:
 
     def caption(self, number: int) -> str:
         """What became of a frame."""
-        cells, into = len(self.kept.cells[number]), self.kept.became(number)
-        return f"{number + 1}: " + (f"{cells} cells" if cells else "merged" if into else "dropped")
+        return f"{number + 1}: {self.kept.fate(number)}"
 
 
 def draw_image(story: Story, path: Path) -> None:
@@ -66,26 +66,26 @@ def draw_image(story: Story, path: Path) -> None:
     head, foot = 2 * _EDGE + _LINE * len(lines), 0.75
     size = (_WIDE, head + rows * high + foot)
     with _quiet():
-        figure = blank(size, _DPI, _of(PAPER))
+        figure = blank(size, _DPI, LIGHT["paper"])
         _write(figure, _EDGE, size, lines)
         for number in range(count):
             left, top = number % columns * cell, head + number // columns * high
             place = (_EDGE + left, size[1] - top - high + 0.2, cell - 0.08, high - 0.24)
             axes = _axes(figure, place, size)
             axes.imshow(story.shown(number), aspect="auto", interpolation="bilinear")
-            axes.set_title(story.caption(number), fontsize=6.5, color=_of(SOFT), y=-0.14, pad=0, loc="left")
+            axes.set_title(story.caption(number), fontsize=6.5, color=LIGHT["soft"], y=-0.14, pad=0, loc="left")
         _bars(figure, story, size)
-        figure.savefig(path, format="png", facecolor=_of(PAPER), metadata={"Software": None})
+        save(figure, path)
 
 
 def clip_frames(story: Story) -> Iterator[NDArray[np.uint8]]:
     """A frame of a clip for each of the story's, uint8 RGB [540, 960, 3]."""
     with _quiet():
-        figure = blank(_CLIP, _DPI, _of(PAPER))
+        figure = blank(_CLIP, _DPI, LIGHT["paper"])
         side = 3.9
         axes = _axes(figure, (0.3, _CLIP[1] - side - 0.3, side, side), _CLIP)
         image = axes.imshow(story.shown(0), aspect="auto", interpolation="bilinear")
-        label = figure.text(0.3 / _CLIP[0], 1 - (side + 0.52) / _CLIP[1], "", fontsize=9, color=_of(SOFT))
+        label = figure.text(0.3 / _CLIP[0], 1 - (side + 0.52) / _CLIP[1], "", fontsize=9, color=LIGHT["soft"])
         _write(figure, side + 0.65, _CLIP, _lines(story, 46))
         _bars(figure, story, _CLIP)
         for number in range(len(story.frames)):
@@ -110,8 +110,8 @@ def _write(figure: Any, left: float, size: tuple[float, float], lines: Sequence[
     """Lines from the top of a figure on, `left` and `size` in inches."""
     for number, (line, answered) in enumerate(lines):
         y = 1 - (_EDGE + _LINE * number) / size[1]
-        colour, weight = (INK, "bold") if answered else (SOFT, "normal")
-        how = {"fontsize": 10, "color": _of(colour), "fontweight": weight, "va": "top", "parse_math": False}
+        colour, weight = ("ink", "bold") if answered else ("soft", "normal")
+        how = {"fontsize": 10, "color": LIGHT[colour], "fontweight": weight, "va": "top", "parse_math": False}
         figure.text(left / size[0], y, line, **how)
 
 
@@ -127,7 +127,7 @@ def _bars(figure: Any, story: Story, size: tuple[float, float]) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.5, 0.5)
     text = " \u00b7 ".join([*words, story.facts])
-    figure.text(_EDGE / size[0], 0.16 / size[1], text, fontsize=8, color=_of(SOFT), parse_math=False)
+    figure.text(_EDGE / size[0], 0.16 / size[1], text, fontsize=8, color=LIGHT["soft"], parse_math=False)
 
 
 def _axes(figure: Any, place: tuple[float, float, float, float], size: tuple[float, float]) -> Any:
@@ -136,11 +136,6 @@ def _axes(figure: Any, place: tuple[float, float, float, float], size: tuple[flo
     axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
     axes.axis("off")
     return axes
-
-
-def _of(colour: tuple[int, int, int]) -> tuple[float, float, float]:
-    red, green, blue = colour
-    return red / 255, green / 255, blue / 255
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - a block

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import DEFAULT_FAMILY, Family
+from earlytom.families import DEFAULT_FAMILY, Family, FrameTimes
 from earlytom.numbers import whole
 from earlytom.standing import FrameSpan
 from earlytom.transfers import to_device
@@ -47,17 +47,36 @@ class FrameNames:
     """The text between the visual tokens of one frame and those of another, as ids: it names the other.
 
     Special tokens are around each such text, so that it is tokenized by itself.
+
+    Args:
+        lead: the text before the video.
+        times: when its frames were. Without, texts that say it are as long as they can be.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
-        self._tokenizer, self._family = tokenizer, family
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, family: Family, lead: str = "", times: FrameTimes | None = None
+    ) -> None:
+        self._tokenizer, self._family, self._lead, self._times = tokenizer, family, lead, times
         self._known: dict[int, tuple[int, ...]] = {}
+
+    def at(self, times: FrameTimes) -> FrameNames:
+        """Those of a video whose frames were at such times."""
+        return FrameNames(self._tokenizer, self._family, self._lead, times) if self._family.names_times else self
+
+    @property
+    def first(self) -> str:
+        """The text before the visual tokens of the first frame, from the beginning of the video's."""
+        return self._family.before_video(self._times) + self._family.before_frame(0, self._times)
+
+    def prefix(self) -> tuple[int, ...]:
+        """Ids before them, from the beginning of the prompt."""
+        return tuple(self._tokenizer(self._lead + self.first, verbose=False)["input_ids"])
 
     def before(self, number: int) -> tuple[int, ...]:
         """Ids before frame `number` of the video, from 1."""
         if number not in self._known:
             family = self._family
-            text = family.after_frame + family.between_frames + family.before_frame(number)
+            text = family.after_frame + family.between_frames + family.before_frame(number, self._times)
             self._known[number] = tuple(self._tokenizer(text, verbose=False)["input_ids"])
         return self._known[number]
 
@@ -77,6 +96,12 @@ class Prompt:
     video_token_id: int
     closing: int = 1
     names: FrameNames | None = field(default=None, repr=False, compare=False)
+
+    def at(self, times: FrameTimes) -> Prompt:
+        """The prompt of a video whose frames were at such times, where its texts say that; else the same one."""
+        if self.names is None or (names := self.names.at(times)) is self.names:
+            return self
+        return replace(self, prefix_ids=names.prefix(), names=names)
 
     def pieces(self, visual_tokens: int, spans: Spans | None = None) -> list[Piece]:
         """The prompt up to the last visual token."""
@@ -134,7 +159,12 @@ def build_prompt(
         _refuse_unusable(tokenizer, one.text, what, family)
     try:
         text = str(
-            tokenizer.apply_chat_template(rendered(list(messages.values())), tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                rendered(list(messages.values())),
+                chat_template=family.chat_template(),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
     except Exception as error:  # a template is a program of the checkpoint's; it can fail in any way
         raise UserError(
@@ -142,18 +172,19 @@ def build_prompt(
         ) from error
     if most_bytes is not None:
         _refuse_long(tokenizer, text, most_bytes, {what: one.text for what, one in messages.items()})
+    names = None
     if family.span_a_frame and text.count(family.video_token) == 1:
-        first = family.before_frame(0) + family.visual_token + family.after_frame
-        text = text.replace(family.video_token, first)
+        lead, _, rest = text.partition(family.video_token)
+        names = FrameNames(tokenizer, family, lead)
+        text = lead + names.first + family.visual_token + family.after_frame + family.after_video() + rest
     visual = tokenizer.get_added_vocab().get(family.visual_token)  # the whole vocabulary is copied when asked for
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
-    if visual is None or ids.count(visual) != 1:
+    if visual is None or ids.count(visual) != 1 or (family.span_a_frame and names is None):
         count = 0 if visual is None else text.count(family.video_token) or ids.count(visual)
         raise UserError(
             f"the chat template places {family.video_token} {count} times; expected once: use a template for video"
         )
     at = ids.index(visual)
-    names = FrameNames(tokenizer, family) if family.span_a_frame else None
     return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, family.closing_tokens, names)
 
 
@@ -210,7 +241,7 @@ def splice(
 
     Args:
         prompt: from `build_prompt`.
-        visual: [N, D] visual tokens.
+        visual: [N, D] visual tokens; what stands behind them is left out (`runtime.text.axes.states_of`).
         newline: [D] what closes them, appended; None if `visual` ends with it already.
         embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
         spans: of the visual tokens, see `Prompt`.
@@ -219,12 +250,12 @@ def splice(
         [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(n)` for n = N + 1, or
         n = N without newline.
     """
-    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D]
+    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D], or wider
     pieces = prompt.pieces(len(closed), spans)
     words = torch.tensor([[*chain(*(ids for ids, _ in pieces)), *prompt.suffix_ids]], dtype=torch.int64)
     text = embed(to_device(words, visual.device))[0]
     between = text.split([*(len(ids) for ids, _ in pieces), len(prompt.suffix_ids)])
-    video = closed.to(text).split([count for _, count in pieces])
+    video = closed[:, : text.shape[1]].to(text).split([count for _, count in pieces])
     parts = chain(*zip(between[:-1], video, strict=True), between[-1:])
     return torch.cat(list(parts))[None]
 

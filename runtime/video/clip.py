@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import FrameSampling
+from earlytom.families import FrameSampling, FrameTimes
 from runtime.video.frames import channels_first, resize_frames, stack_frames
-from runtime.video.sample import check_request, frames_for, sample_indices
+from runtime.video.sample import check_request, frames_for, sample_indices, times_of_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,12 @@ class Clip:
     duration: float  # seconds; 0.0 if unknown
     decode_seconds: float  # opening, reading, decoding, conversion to RGB
     preprocess_seconds: float  # resizing
+
+    def times(self, sampling: FrameSampling = "ends") -> FrameTimes:
+        """When its frames were; where that is not known, as `times_of_sample` has it of such a sample."""
+        if self.timestamps:
+            return FrameTimes(self.timestamps, self.duration)
+        return times_of_sample(max(self.source_frames, len(self.frames)), len(self.frames), sampling)
 
 
 def clip_from_frames(

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import FrameSampling
+from earlytom.families import FrameSampling, FrameTimes
 from runtime.video.frames import resize_frames
+
+UNKNOWN_RATE = 24.0  # frames a second
 
 
 def frames_for(source: int, frames: int | Sequence[int]) -> int:
@@ -33,14 +35,24 @@ def sample_indices(count: int, frames: int, sampling: FrameSampling = "ends") ->
     """Which of `count` frames are shown: int64 [frames], ascending.
 
     "ends": from the first to the last one, `np.linspace(0, n - 1, F, dtype=int)`, as the released code of EarlyTom has
-    it; fractions are rounded down, by numpy itself, so that every index is the one that takes. "middles": the frame in
+    it; fractions are rounded down, by numpy itself, so that every index is the one that takes. "nearest": the same, but
+    rounded to the nearest, half to even, as the processors of transformers have it that round. "middles": the frame in
     the middle of each of F equal parts, from numbers in fp32, as the processors of transformers have them that shift
     the first.
     """
     if sampling == "middles":
         step = count / frames
         return np.minimum((step / 2 + step * np.arange(frames)).astype(np.float32).astype(np.int64), count - 1)
+    if sampling == "nearest":
+        return np.linspace(0, count - 1, frames).round().astype(np.int64)
     return np.linspace(0, count - 1, frames, dtype=np.int64)
+
+
+def times_of_sample(count: int, frames: int, sampling: FrameSampling = "ends") -> FrameTimes:
+    """When the frames of `sample_indices` are taken to be where nothing says it: 24 frames a second, as transformers'
+    processors have it."""
+    seconds = tuple((sample_indices(count, frames, sampling) / UNKNOWN_RATE).tolist())
+    return FrameTimes(seconds, seconds[-1])
 
 
 def apply_display_matrix(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:

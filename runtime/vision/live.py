@@ -40,13 +40,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom.errors import UserError
-from earlytom.families import FrameSampling
+from earlytom.families import FrameSampling, FrameTimes
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
 from runtime.errors import EngineError
 from runtime.forks import Home
 from runtime.video import sample_indices
 from runtime.video.frames import MIN_FRAMES, channels_first, resize_frames, stack_frames
+from runtime.video.sample import times_of_sample
 from runtime.vision.chunked import CHUNK, ChunkedVision
 from runtime.vision.protocol import Encoded
 
@@ -272,6 +273,11 @@ class LiveClip:
                 value.record_stream(torch.cuda.default_stream(value.device))
         encoded, seconds, came = self._before
         return found, LiveTimings(time.perf_counter() - came, seconds, plan.ahead(encoded) / self.frames)
+
+    @property
+    def times(self) -> FrameTimes:
+        """When the frames of the sample were, as nothing says when they came."""
+        return times_of_sample(self._arrived, self.frames, self._sampling)
 
     def _plan(self) -> Completion:
         """How the sample comes of what is encoded."""

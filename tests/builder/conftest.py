@@ -6,31 +6,31 @@ model is.
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builder import build, stages
 from builder.export.vision import ExportedGraph, VisionGraph, vision_graph
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
-from earlytom import encode_video, micro
+from earlytom import encode_video
 from earlytom.encoder import VisualTokens
 from runtime.drawing.clips import draw_clip
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
+from tests.conftest import SMALL as SMALL
+from tests.shared import Shared, name_of
 
-# Of the small checkpoint below: vision layers, decoder layers.
-SMALL = (4, 1)
 # Of the exported graphs and the engine. With this many frames of a drawn clip and this threshold frames are dropped,
 # folded and static, so that every rule takes part.
 FRAMES = 12
@@ -71,26 +71,38 @@ def reference_of(graph: VisionGraph, frames: Tensor) -> VisualTokens:
     return encode_video(graph.vision_tower, graph.projector, pixels, graph.config, depth=graph.layers)
 
 
-@pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model cut to `SMALL` layers, as a checkpoint folder of the user would be."""
-    source, folder = Path(micro.PATH), tmp_path_factory.mktemp("checkpoint") / "small"
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix in (".json", ".jinja"):
-            shutil.copy(path, folder)
-    config = json.loads((source / "config.json").read_text())
-    config["vision_config"]["num_hidden_layers"], config["text_config"]["num_hidden_layers"] = SMALL
-    config["text_config"] |= {"layer_types": ["full_attention"] * SMALL[1], "max_window_layers": SMALL[1]}
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.fixture(scope="session", autouse=True)
+def _each_export_once(shared: Shared) -> Iterator[None]:
+    """Equal settings give equal graphs, byte for byte (`test_two_exports_are_byte_identical`): the first build of a run
+    exports them, and later ones copy its files."""
+    patch = pytest.MonkeyPatch()
+    for name in ("export", "export_counts", "export_stages"):
+        patch.setattr(stages, name, once(shared, getattr(stages, name)))
+    yield
+    patch.undo()
 
-    def kept(name: str) -> bool:
-        layer = re.search(r"layers\.(\d+)\.", name)
-        return layer is None or int(layer[1]) < SMALL["vision" not in name]
 
-    weights = load_file(source / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if kept(name)}, folder / "model.safetensors", {"format": "pt"})
-    return folder
+def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(export)
+    def copied(config: BuildConfig, place: Path, int8: Any = None) -> Any:
+        if int8 is not None:
+            return export(config, place, int8)
+
+        def make(folder: Path) -> None:
+            made = export(config, folder)
+            graphs = (made,) if isinstance(made, ExportedGraph) else made
+            record = {"one": made is graphs[0], "files": [graph.files for graph in graphs]}
+            folder.with_suffix(".export").write_text(json.dumps(record))
+
+        parts = {name: part for name, part in config.key_parts().items() if name not in ("answers", "calibration")}
+        folder = shared(name_of("export", [json.dumps(parts, sort_keys=True)]), make)
+        record = json.loads(folder.with_suffix(".export").read_text())
+        for file in folder.iterdir():
+            shutil.copy(file, place / file.name)
+        copies = tuple(ExportedGraph(place / files[0], tuple(files)) for files in record["files"])
+        return copies[0] if record["one"] else copies
+
+    return copied
 
 
 @pytest.fixture(scope="session")
@@ -134,10 +146,11 @@ def chain(chain_of: Callable[..., Chain]) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+def videos(shared: Shared) -> tuple[Path, ...]:
     """Two drawn clips as files."""
-    folder = tmp_path_factory.mktemp("videos")
-    return tuple(draw_clip(folder / f"drawn{seed}.mp4", seed=seed) for seed in range(2))
+    names = {seed: f"drawn{seed}.mp4" for seed in range(2)}
+    folder = shared("videos", lambda place: [draw_clip(place / name, seed=seed) for seed, name in names.items()])
+    return tuple(folder / name for name in names.values())
 
 
 @pytest.fixture(scope="session")
@@ -154,11 +167,13 @@ def build_arguments(small_checkpoint: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory, build_arguments: list[str]) -> Path:
+def engine(shared: Shared, build_arguments: list[str]) -> Path:
     """The folder of an engine built by the command, for reading only."""
-    out = tmp_path_factory.mktemp("engines")
-    assert build.main([*build_arguments, "--out", str(out), "--verify-text"]) == 0
-    (folder,) = out.iterdir()
+
+    def build_it(out: Path) -> None:
+        assert build.main([*build_arguments, "--out", str(out), "--verify-text"]) == 0
+
+    (folder,) = shared.copy("small-engine", build_it).iterdir()
     Manifest.read(folder)
     return folder
 

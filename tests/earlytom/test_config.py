@@ -233,7 +233,7 @@ def test_from_dict_fills_in_defaults_and_validates() -> None:
     assert EarlyTomConfig.from_dict({"tau": 0.5}) == EarlyTomConfig(tau=0.5)
     with pytest.raises(UserError, match="tau must be in"):
         EarlyTomConfig.from_dict({"tau": 5})
-    with pytest.raises(UserError, match="unknown setting 'ratio': the settings are ema, frame_budget"):
+    with pytest.raises(UserError, match="unknown setting 'ratio' of method 'earlytom': the settings are retention_"):
         EarlyTomConfig.from_dict({"ratio": 0.1})
 
 

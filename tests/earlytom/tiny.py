@@ -21,11 +21,16 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
+
+from earlytom.families.qwen3_vl import QWEN3_VL
 
 FAMILIES = ("siglip", "siglip2", "clip", "dinov2")
 PATCH = 4
@@ -122,6 +127,8 @@ BUNDLED_WORDS = {"vocab_size": 1300, "bos_token_id": 1290, "eos_token_id": 1292,
 BUNDLED_IDS = {
     "llava_onevision": {"image_token_id": 1293, "video_token_id": 1294},
     "internvl": {"image_token_id": 1295},
+    "qwen3_vl": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
+    "smolvlm": {"image_token_id": 1296},
 }
 
 
@@ -211,10 +218,71 @@ def tiny_llava_next_video(
     return randomise(LlavaNextVideoForConditionalGeneration(config), seed)
 
 
+def tiny_qwen3_vl(
+    *, layers: int = 4, grid: tuple[int, int] = (4, 4), seed: int = 0, bundled: bool = False, **vision: Any
+) -> Qwen3VLForConditionalGeneration:
+    """A random Qwen3-VL that takes the states of layers 0 and 2, too; otherwise as `tiny_llava`."""
+    like = tiny_llava().config.text_config
+    text = {
+        name: getattr(like, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    ids: Any = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": 124, "vision_end_token_id": 125}
+    config = QWEN3_VL.config(
+        {
+            "vision_config": {
+                "model_type": "qwen3_vl_vision",
+                "depth": layers,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "patch_size": PATCH,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 36,
+                "deepstack_visual_indexes": [0, 2],
+                "image_size": [side * PATCH for side in grid],
+                **vision,
+            },
+            "text_config": text
+            | {"model_type": "qwen3_vl_text", "rope_parameters": rope}
+            | (BUNDLED_WORDS if bundled else {}),
+            "image_token_id": IMAGE_TOKEN,
+            **(BUNDLED_IDS["qwen3_vl"] if bundled else ids),
+        }
+    )
+    return randomise(Qwen3VLForConditionalGeneration(config), seed)
+
+
+def tiny_smolvlm(
+    *, layers: int = 4, grid: int = 8, side: int = 4, seed: int = 0, bundled: bool = False
+) -> SmolVLMForConditionalGeneration:
+    """A random SmolVLM2 that joins `side` x `side` patches, with a Llama decoder; otherwise as `tiny_llava`."""
+    ids: Any = BUNDLED_IDS["smolvlm"] if bundled else {"image_token_id": VIDEO_TOKEN}
+    words = {"bos_token_id": 1291, "eos_token_id": 1297, "pad_token_id": 1291, "vocab_size": 1300}
+    text = tiny_llava().config.text_config.to_dict() | {"model_type": "llama"}
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "image_size": grid * PATCH,
+            "patch_size": PATCH,
+        },
+        text_config=text | (words if bundled else {}),
+        scale_factor=side,
+        **ids,
+    )
+    return randomise(SmolVLMForConditionalGeneration(config), seed)
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     "llava_onevision": tiny_llava,
     "internvl": tiny_internvl,
     "llava_next_video": tiny_llava_next_video,
+    "qwen3_vl": tiny_qwen3_vl,
+    "smolvlm": tiny_smolvlm,
 }
 """A tiny model of every family."""
 

@@ -140,9 +140,8 @@ def pipeline(engine: Path, one_thread: None) -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def chunked(build_engine: Callable[..., Path], talkative: Path, one_thread: None) -> Iterator[Pipeline]:
-    words = f"--model {talkative} --frames 8 --chunk 2 --ratio 0.3 --fp32".split()
-    with Pipeline.load(build_engine(*words), device="cpu") as made:
+def chunked(chunked_engine: Path, one_thread: None) -> Iterator[Pipeline]:
+    with Pipeline.load(chunked_engine, device="cpu") as made:
         yield made
 
 

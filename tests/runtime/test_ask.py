@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -182,7 +181,7 @@ def test_the_newest_engine_is_the_default(
     manifest = Manifest.read(engine)
     for name, created in (("b", "2026-01-02"), ("c", "2026-01-03"), ("a", "2026-01-01"), (".building-d", "2026-01-04")):
         shutil.copytree(engine, tmp_path / "engines" / name)
-        dataclasses.replace(manifest, name=name, created=created).write(tmp_path / "engines" / name)
+        manifest.replace(name=name, created=created).write(tmp_path / "engines" / name)
     (tmp_path / "engines" / "README.md").write_text("engines")
     status, out, _ = run("--json", engine=None)
     assert (status, json.loads(out)["engine"]) == (0, "c")
@@ -321,7 +320,7 @@ def compiled(engine: Path, tmp_path: Path) -> Callable[[str, str], Path]:
         shutil.copytree(engine, place)
         (place / "vision.engine").write_bytes(b"not a plan")
         changes: dict[str, Any] = {"backend": flavour, "backend_version": version, "files": describe_files(place)}
-        dataclasses.replace(Manifest.read(engine), **changes).write(place)
+        Manifest.read(engine).replace(**changes).write(place)
         return place
 
     return make

@@ -77,6 +77,23 @@ def test_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
+@pytest.mark.parametrize("kind", [UserError, AssertionError, OSError])
+def test_what_fails_because_of_an_interrupt_is_one(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    """torch.export, interrupted, fails as it cleans up."""
+
+    def main(args: object) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise AssertionError("empty mode stack")
+        except AssertionError as error:
+            raise kind("could not be exported") from error
+
+    assert cli.run(main, None) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
 def test_argparse_keeps_its_own_status(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         cli.run(lambda argv: argparse.ArgumentParser().parse_args(argv) and 0, ["--nonsense"])

@@ -31,6 +31,7 @@ from runtime.serve.media import Media, TakenVideo, VideoPart
 from runtime.text.messages import ChatMessage
 from runtime.text.prompt import build_prompt
 from runtime.video import Clip, load_clip, resize_frames, sample_indices
+from runtime.video.sample import times_of_sample
 from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
@@ -87,11 +88,12 @@ def greedy(folder: Path, frames: Tensor, *, on: bool) -> list[int]:
     model: Any = load_model(folder)
     family, each = family_of(model.config), geometry(model.config).tokens_per_frame
     words = build_prompt(load_tokenizer(folder), QUESTION, family=family)
+    words = words.at(times_of_sample(len(frames), F, family.sampling))
     spans = [FrameSpan(number, each) for number in range(F)]
     ids = words.input_ids(F * each + words.closing, spans)
     pixels = pixels_of(describe(folder), frames)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12}
-    given[family.pixels_name] = pixels if family.span_a_frame else pixels[None]
+    given[family.pixels_name] = pixels if family is INTERNVL else pixels[None]
     if not on:
         return model.generate(**given)[0, ids.shape[1] :].tolist()
     with apply_earlytom(model, _settings(folder)):
@@ -142,7 +144,7 @@ def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine:
         assert merged.prompt_tokens == answer.prompt_tokens
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video", "smolvlm"])
 def test_with_all_tokens_an_engine_answers_as_transformers_do(name: str, tmp_path: Path, frames: Tensor) -> None:
     folder, _ = family_folder(tmp_path / "model", name)
     engine = built(folder, tmp_path / "off", "--ratio", "1", "--merge-layers", "none", "--no-verify")
@@ -150,7 +152,7 @@ def test_with_all_tokens_an_engine_answers_as_transformers_do(name: str, tmp_pat
         assert said(folder, pipeline.ask(frames, QUESTION, max_new_tokens=12)) == greedy(folder, frames, on=False)
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava_next_video"])
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video", "smolvlm"])
 def test_cells_are_built_and_asked_with_positions_and_bias(name: str, tmp_path: Path, frames: Tensor) -> None:
     folder, model = family_folder(tmp_path / "model", name)
     engine = built(folder, tmp_path / "cells", "--method", "cells", *ON)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,9 +73,8 @@ pipeline.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
-def test_everything_that_a_child_can_call(build_engine: Callable[..., Path], talkative: Path) -> None:
-    engine = build_engine(*f"--model {talkative} --frames 8 --chunk 2 --ratio 0.3 --fp32".split())
-    words = [sys.executable, "-W", "ignore", "-c", CHILD, str(engine)]
+def test_everything_that_a_child_can_call(chunked_engine: Path) -> None:
+    words = [sys.executable, "-W", "ignore", "-c", CHILD, str(chunked_engine)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False, env=environment)
     assert done.returncode == 0, done.stderr

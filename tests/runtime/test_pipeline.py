@@ -136,7 +136,7 @@ def copy(folder: Path, place: Path, **changes: Any) -> Path:
     """A copy of an engine folder whose manifest says `changes`, in good order."""
     shutil.copytree(folder, place, dirs_exist_ok=True)
     manifest = Manifest.read(folder)
-    dataclasses.replace(manifest, **{"files": describe_files(place), **changes}).write(place)
+    manifest.replace(**{"files": describe_files(place), **changes}).write(place)
     return place
 
 
@@ -426,7 +426,7 @@ def test_vision_weights_are_in_memory_once(engine: Path, backend: str, towers: i
 
 
 def test_an_engine_of_another_model_is_refused(engine: Path) -> None:
-    with pytest.raises(EngineError, match=r"was built from .*talkative .*--model"):
+    with pytest.raises(EngineError, match=r"was built from .*talkative\S* .*--model"):
         load(engine, model="random:llava-onevision-qwen2-0.5b-ov")
 
 

@@ -54,11 +54,7 @@ class CoverageJob:
 
 
 def cover(job: CoverageJob, checkpoint: Checkpoint, trace: Trace) -> dict[str, Any]:
-    """Everything that is asked for; the record of the JSON line.
-
-    Raises:
-        UserError: as `runtime.checkpoint.load_vision` and `runtime.video.load_clip` do.
-    """
+    """Everything that is asked for; the record of the JSON line."""
     if not checkpoint.trained:
         trace.line("note: its weights are not trained, so its features tell little of what is seen")
     # The videos first: one that cannot be read is noticed before a large tower is loaded.

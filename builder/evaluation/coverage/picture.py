@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from builder.evaluation.coverage.measure import Coverage
+from runtime.show.figure import new_figure, save
+from runtime.show.png import thumbnail
 
 MOST_VIDEOS = 6
 _WIDTH, _LABELS, _DPI = 13.0, 2.5, 110  # inches, of which labels and colour bar take some
@@ -29,33 +31,23 @@ def draw_coverage(
         cells: (rows, columns) of the P tokens of a frame.
         path: the PNG file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     drawn = videos[:MOST_VIDEOS]
     rows = sum(1 + len(found) for _, _, found in drawn)
     high = min(max((_WIDTH - _LABELS) / len(drawn[0][1]), 0.5), 1.5)  # inches of a row, for frames that are square
-    figure = Figure(figsize=(_WIDTH, high * rows + 0.6), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    every = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    figure, every = new_figure(1, rows, size=(_WIDTH, high * rows + 0.6), dpi=_DPI)
     lines = iter(every)
     low = min(float(one.cells.min()) for _, _, found in drawn for one in found)
     image: Any = None
     for name, frames, found in drawn:
-        _show(next(lines), _side_by_side(thumbnails(frames), 255), name)
+        small = np.stack([thumbnail(frame, _THUMBNAIL) for frame in frames.numpy()])
+        _show(next(lines), _side_by_side(small, 255), name)
         for one in found:
             grid = one.cells.unflatten(1, cells).numpy()
             label = f"{one.title}\n{one.tokens} tokens\nchanged {one.changed_mean:.2f}"
             image = _show(next(lines), _side_by_side(grid, np.nan), label, cmap="magma", vmin=low, vmax=1.0)
     figure.colorbar(image, ax=list(every), shrink=0.6, aspect=40, label="cosine with the best kept token")
     figure.suptitle(caption, fontsize="medium")
-    figure.savefig(path, format="png", metadata={"Software": None})
-
-
-def thumbnails(frames: Tensor) -> NDArray[np.uint8]:
-    """[F, 3, H, W] to small pictures [F, h, w, 3]: every n-th pixel."""
-    step = max(1, max(frames.shape[2:]) // _THUMBNAIL)
-    return frames[:, :, ::step, ::step].permute(0, 2, 3, 1).contiguous().numpy()
+    save(figure, path)
 
 
 def _side_by_side(images: NDArray[Any], gap: float) -> NDArray[Any]:

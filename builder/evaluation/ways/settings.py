@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder.evaluation.options import Merging
 from earlytom.budget import frames_per_stage
@@ -10,6 +10,7 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
+from runtime import choices
 
 if TYPE_CHECKING:
     from builder.evaluation.arguments import EvaluationSettings
@@ -22,17 +23,11 @@ def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None
     clips.
     """
     layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
-    changes: dict[str, Any] = {"merge_layers": layers, "schedule": "budget"}
-    if asked.merge_layers is not None:
-        changes["merge_layers"] = tuple(_numbers(asked.merge_layers, "--merge-layers", "layer numbers such as 2,4,6"))
-    if asked.frame_budget is not None:
-        budget = _frames(asked.frame_budget, "--frame-budget")
-        changes["frame_budget"] = budget
-        if depth is None and isinstance(budget, tuple) and asked.merge_layers is None:
-            changes["merge_layers"] = tuple(range(len(budget)))  # a small tower has fewer layers to merge after
-    if asked.tau is not None:
-        changes["tau"] = asked.tau
-    config = EarlyTomConfig(**changes)
+    given = choices.given_settings(asked, "tau", "merge_layers", "frame_budget")
+    budget = given.get("frame_budget")
+    if depth is None and isinstance(budget, tuple):
+        layers = tuple(range(len(budget)))  # a small tower has fewer layers to merge after
+    config = EarlyTomConfig(**{"merge_layers": layers, "schedule": "budget", **given})
     if depth is not None:
         config.check_layers(depth)
     if depth is not None or not asked.coverage:  # what a model is meant for is known with its depth
@@ -42,30 +37,18 @@ def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None
 
 def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
     """The settings of "cells": the same merge layers and frames as EarlyTom, changed by what was given."""
-    changes = {name: value for name in ("power", "rounds", "threshold") if (value := getattr(asked, name)) is not None}
-    return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **changes)
+    given = choices.given_settings(asked, "power", "rounds", "threshold")
+    return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **given)
 
 
 def merging_of(words: str, frames: int | None = None) -> Merging:
     """One of `--budgets`. Raises UserError for what is none, or has more frames than a clip (None: the task's)."""
-    example = "merge layers and frames such as 2,4,6:8,6,4 or 2,4:0.5"
-    layers, colon, kept = words.partition(":")
-    if not colon:
-        raise UserError(f"--budgets {words!r}: give {example}")
-    found = Merging(tuple(_numbers(layers, "--budgets", example)), _frames(kept, "--budgets"))
+    layers, _, kept = words.partition(":")
+    try:
+        found = Merging(choices.layers(layers), choices.budget(kept))
+    except ValueError as error:
+        example = "merge layers and frames such as 2,4,6:8,6,4 or 2,4:0.5"
+        raise UserError(f"--budgets {words!r}: give {example}") from error
     CellsConfig(merge_layers=found.layers, frame_budget=found.frames)
     frames_per_stage(frames or FRAMES, merges=len(found.layers), frame_budget=found.frames)
     return found
-
-
-def _frames(text: str, option: str) -> float | tuple[int, ...]:
-    counts = "," in text or (text.isdecimal() and int(text) > 1)  # 13 is no share
-    budget = _numbers(text, option, "a share such as 0.75, or one count a merge", whole=counts)
-    return tuple(budget) if counts else budget[0]
-
-
-def _numbers(text: str, option: str, example: str, *, whole: bool = True) -> list[Any]:
-    try:
-        return [(int if whole else float)(word) for word in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{option} {text!r}: give {example}") from error

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import Family, Geometry, VisionModules
+from earlytom.families.family import Family, FrameSampling, FrameTimes, Geometry, VisionModules
 from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.tokens import END, START, STOP, VIDEO
 from earlytom.numbers import shown
@@ -71,10 +71,10 @@ class InternVL(Family):
     video_token, visual_token = VIDEO, _VISUAL
     span_a_frame = True
     after_frame, between_frames = _CLOSE, "\n"
-    sampling = "middles"
+    sampling: ClassVar[FrameSampling] = "middles"
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     pixels_name, features_name = "pixel_values", "get_image_features"
-    activations = ("projector_hidden_act",)
+    activations: ClassVar[tuple[str, ...]] = ("projector_hidden_act",)
     token_ids = ("image_token_id",)
     layer_setting = "vision_feature_layer"
 
@@ -213,7 +213,7 @@ class InternVL(Family):
     def closing(self, model: Any) -> None:
         return None
 
-    def before_frame(self, number: int) -> str:
+    def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
         return f"Frame{number + 1}: {_OPEN}"
 
     def videos(self, config: Any, pixels: Tensor, placeholders: Sequence[int]) -> list[list[Tensor]]:

@@ -8,13 +8,19 @@ its quirks instead of the corrected one. The two forms never belong in one table
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from torch import Tensor
+
+from earlytom.config import known
 from earlytom.errors import UserError
-from earlytom.method import Counts, Method
+from earlytom.method import Counts, Method, State
 from earlytom.numbers import real
+from earlytom.settings import SETTINGS
+from earlytom.untouched import UntouchedConfig
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,7 @@ class Compressing(Method):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise UserError(
-                f"unknown setting {unknown[0]!r} of method {cls.name!r}: the settings are {', '.join(known)}"
-            )
-        return cls(**settings)
+        return cls(**known(cls, cls.name, settings))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -54,3 +54,27 @@ class Compressing(Method):
     def tower_key(self) -> Hashable:
         """One that needs received attention takes it from the last layer that runs."""
         return "untouched", type(self).watched is not Method.watched
+
+
+class Exported(Compressing):
+    """One that can be built into an engine: an exporter writes `by` as it is, of shapes that follow from numbers."""
+
+    streams = True
+
+    @property
+    def settings(self) -> UntouchedConfig:
+        """What an engine's builder knows of it; it counts the tokens of the corrected form."""
+        kind = SETTINGS[self.name]
+        assert issubclass(kind, UntouchedConfig)
+        return kind(self.retention_ratio)
+
+    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
+        return Counts((frames,), self.settings.tokens(frames, tokens_per_frame))
+
+    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+        own = state.vision.own(features)
+        return self.by(features, relevance, None if own is features else own)
+
+    @abstractmethod
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`choose`, which needs no more than this; `metric [F, P, d]` decides in place of the features, if given."""

@@ -4,19 +4,18 @@ out of the cache while decoding is not part of it. Notation: F frames, P tokens 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from earlytom.dycoke import GROUP, dycoke, whole_frames
-from earlytom.errors import UserError
-from earlytom.method import Counts, State
-from earlytom.methods.published.compressing import Compressing
+from earlytom.dycoke import dycoke, whole_frames
+from earlytom.method import Counts
+from earlytom.methods.published.compressing import Exported
+from earlytom.untouched import DyCokeConfig
 
 
 @dataclass(frozen=True)
-class DyCoke(Compressing):
+class DyCoke(Exported):
     """See `Compressing`. The ratio, 1/4 at least, is that of a whole group of frames; the released one is 0.475: 30 %
     of three frames of four."""
 
@@ -25,21 +24,14 @@ class DyCoke(Compressing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.retention_ratio < 1 / GROUP:
-            raise UserError(
-                f"dycoke keeps one frame of {GROUP} whole, so retention_ratio must be at least {1 / GROUP:g}, "
-                f"got {self.retention_ratio}"
-            )
+        DyCokeConfig(self.retention_ratio)  # refuses what cannot be
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts:
         whole = len(whole_frames(frames, self.faithful))
-        tokens = whole * tokens_per_frame + (frames - whole) * self._of_others(tokens_per_frame)
-        return Counts((frames,), tokens)
+        return Counts((frames,), whole * tokens_per_frame + (frames - whole) * self._of_others(tokens_per_frame))
 
-    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        return dycoke(features, self._of_others(features.shape[1]), faithful=self.faithful)
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return dycoke(features, self._of_others(features.shape[1]), faithful=self.faithful, metric=metric)
 
     def _of_others(self, per_frame: int) -> int:
-        """How many tokens of a frame that is not whole: rounded down, but for what is lost in computing the share."""
-        share = (GROUP * self.retention_ratio - 1) / (GROUP - 1)
-        return min(per_frame, math.floor(round(share * per_frame, 9)))
+        return DyCokeConfig(self.retention_ratio).of_others(per_frame)

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from earlytom.errors import UserError
-from earlytom.method import Counts, State
-from earlytom.methods.published.compressing import Compressing
+from earlytom.methods.published.compressing import Exported
+from earlytom.ranking import best, slots
+
+NEW = 4.0  # more than any cosine differs from 1: the first frame goes before all
 
 
 @dataclass(frozen=True)
-class EVS(Compressing):
+class EVS(Exported):
     """See `Compressing`; `int(ratio * F * P)` tokens, and P at least: those of the first frame. It has one form."""
 
     name = "evs"
@@ -31,14 +33,11 @@ class EVS(Compressing):
         if self.faithful:
             raise UserError("evs is one rule and has no other released form: leave faithful false")
 
-    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
-        return Counts((frames,), max(tokens_per_frame, int(self.retention_ratio * frames * tokens_per_frame)))
-
-    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frames, per_frame, _ = features.shape
-        unit = normalize(features.float(), dim=-1)
+        unit = normalize((features if metric is None else metric).float(), dim=-1)
         changed = 1 - (unit[1:] * unit[:-1]).sum(-1)  # [F - 1, P]
-        first = changed.new_full((1, per_frame), torch.inf)
-        order = torch.cat([first, changed]).flatten().argsort(descending=True, stable=True)
-        positions = order[: self.counts(frames, per_frame).tokens].sort().values
+        score = torch.cat([changed.new_full((1, per_frame), NEW), changed]).flatten()
+        count = self.counts(frames, per_frame).tokens
+        positions = slots(best(score, count), count)
         return features.flatten(0, 1).index_select(0, positions), positions

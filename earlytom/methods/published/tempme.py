@@ -29,10 +29,12 @@ from earlytom.bipartite import Matching, match, reduce
 from earlytom.errors import UserError
 from earlytom.families import Vision
 from earlytom.method import Counts, Note, State
-from earlytom.methods.published.compressing import Compressing
+from earlytom.methods.published.compressing import Exported
 from earlytom.numbers import whole
+from earlytom.ranking import ascending, at
 from earlytom.tempme.block import join
 from earlytom.tempme.schedule import LayerMerge, TempMeSchedule
+from earlytom.untouched import tokens_of_clip
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,7 @@ class MergedState(State):
 
 
 @dataclass(frozen=True)
-class TokenMerging(Compressing):
+class TokenMerging(Exported):
     """What ToMe and TempMe share.
 
     Attributes:
@@ -63,6 +65,7 @@ class TokenMerging(Compressing):
         depth: layers of the tower that run; None leaves the tower alone.
     """
 
+    streams = False  # inside the tower it goes by all that there is
     each: int = 0
     depth: int | None = None
 
@@ -118,13 +121,17 @@ class TokenMerging(Compressing):
 
     # Behind the projector
 
-    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frames, per_frame, _ = features.shape
         clip = self._clip(frames)
-        joined = features.unflatten(0, (-1, clip)).flatten(1, 2)  # [C, m * P, E]
-        found = reduce(joined, self._tokens(clip, per_frame), protected=self._protected())
-        order = found.place.argsort(dim=-1, stable=True)
-        tokens = found.values.gather(1, order[:, :, None].expand(-1, -1, features.shape[-1]))
+        joined, likes = (
+            None if values is None else values.unflatten(0, (-1, clip)).flatten(1, 2)  # [C, m * P, E]
+            for values in (features, metric)
+        )
+        assert joined is not None
+        found = reduce(joined, self._tokens(clip, per_frame), metric=likes, protected=self._protected())
+        order = ascending(found.place)
+        tokens = at(found.values, order)
         start = torch.arange(frames // clip, device=features.device)[:, None] * (clip * per_frame)
         return tokens.flatten(0, 1), (found.place.gather(1, order) + start).flatten()
 
@@ -134,7 +141,7 @@ class TokenMerging(Compressing):
 
     def _tokens(self, clip: int, per_frame: int) -> int:
         """Of a clip."""
-        return max(self._protected() + 1, round(self.retention_ratio * clip * per_frame))
+        return tokens_of_clip(clip * per_frame, self.retention_ratio, self._protected())
 
     def _protected(self) -> int:
         return 0

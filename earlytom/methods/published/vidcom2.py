@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from earlytom.errors import UserError
-from earlytom.method import Counts, State
-from earlytom.methods.published.compressing import Compressing
+from earlytom.methods.published.compressing import Exported
 from earlytom.numbers import real
+from earlytom.ranking import best, ranks, slots
 
 
 @dataclass(frozen=True)
-class VidCom2(Compressing):
+class VidCom2(Exported):
     """See `Compressing`; `round(ratio * F * P)` tokens, and F at least. It has one form.
 
     Attributes:
@@ -38,18 +38,16 @@ class VidCom2(Compressing):
             raise UserError("vidcom2 follows a description and has no released form here: leave faithful false")
         real("temperature", self.temperature, 0, low_open=True)
 
-    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
-        return Counts((frames,), max(frames, round(self.retention_ratio * frames * tokens_per_frame)))
-
-    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frames, per_frame, _ = features.shape
-        values = features.float()
+        values = (features if metric is None else metric).float()
         unit, mean = normalize(values, dim=-1), values.mean(1)  # [F, P, E] and [F, E]
         of_video = -(unit @ normalize(mean.mean(0), dim=-1))  # [F, P], how unlike the video a token is
         of_frame = -(unit * normalize(mean, dim=-1)[:, None]).sum(-1)
-        share = 1 - 1 / frames + (of_video.mean(1) / self.temperature).softmax(0)  # [F], 1 on average
-        order = (of_video + of_frame).argsort(dim=-1, descending=True, stable=True)
-        seat = order.argsort(dim=-1)  # [F, P], whether a token is its frame's first, second, ...
+        unlike = of_video.mean(1)[None] / self.temperature  # [1, F]: an engine has no softmax of one dimension
+        share = 1 - 1 / frames + unlike.softmax(1)[0]  # [F], 1 on average
+        seat = ranks(of_video + of_frame)  # [F, P], whether a token is its frame's first, second, ...
         turn = ((seat + 0.5) / share[:, None]).masked_fill(seat == 0, -1)
-        positions = turn.flatten().argsort(stable=True)[: self.counts(frames, per_frame).tokens].sort().values
+        count = self.counts(frames, per_frame).tokens
+        positions = slots(best(-turn.flatten(), count), count)
         return features.flatten(0, 1).index_select(0, positions), positions

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from earlytom.budget import dynamic_tokens
-from earlytom.method import Counts, State
-from earlytom.methods.published.compressing import Compressing
+from earlytom.methods.published.compressing import Exported
 from earlytom.visionzip import visionzip
 
 
 @dataclass(frozen=True)
-class VisionZip(Compressing):
+class VisionZip(Exported):
     """See `Compressing`; `ceil(ratio * P)` tokens of every frame."""
 
     name = "visionzip"
@@ -26,16 +25,11 @@ class VisionZip(Compressing):
     def watched(self, depth: int) -> int:
         return depth - 1
 
-    def counts(self, frames: int, tokens_per_frame: int) -> Counts:
-        return Counts((frames,), frames * dynamic_tokens(tokens_per_frame, self.retention_ratio))
-
-    def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
+    def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert relevance is not None  # a layer is watched
         frames, per_frame = features.shape[:2]
-        tokens, places = self.keep(features, relevance, dynamic_tokens(per_frame, self.retention_ratio))
+        count = dynamic_tokens(per_frame, self.retention_ratio)
+        likes = features if metric is None else metric
+        tokens, places = visionzip(features, relevance, likes, count, faithful=self.faithful)
         start = torch.arange(frames, device=features.device)[:, None] * per_frame
         return tokens.flatten(0, 1), (places + start).flatten()
-
-    def keep(self, features: Tensor, relevance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The step that depends on the video: tokens [F, n, E] and their places [F, n]."""
-        return visionzip(features, relevance, features, count, faithful=self.faithful)

@@ -106,6 +106,7 @@ class InsideDecoder(VllmDecoder):
             seed=sampling.seed,
             max_tokens=max_new_tokens,
             stop_token_ids=sorted(stop_ids),
+            ignore_eos=True,  # the ids above are what ends an answer
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )

@@ -59,12 +59,13 @@ class RemoteDecoder(VllmDecoder):
     def steps(
         self, embeds: Tensor, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Generator[Step, None, None]:
-        """As of `VllmDecoder`. What the checkpoint's own settings would make of sampling is switched off by name."""
+        """As of `VllmDecoder`. What the checkpoint's own settings would make of an answer is switched off by name."""
         body: dict[str, Any] = {
             "model": self._model,
             "prompt_embeds": packed(embeds),
             "max_tokens": max_new_tokens,
             "stop_token_ids": sorted(stop_ids),
+            "ignore_eos": True,  # the ids above are what ends an answer
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,

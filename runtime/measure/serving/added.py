@@ -42,9 +42,6 @@ def added(
     Args:
         pair: an mp4 file and a question.
         folder: where copies of the video are kept meanwhile.
-
-    Raises:
-        UserError: the server does not answer, or the video is no mp4 and cannot be copied.
     """
     video, question = pair
     if not video.copies:

@@ -58,11 +58,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what makes no sense, and fill in what was not given.
-
-    Raises:
-        UserError: by the flag.
-    """
+    """Refuse what makes no sense, and fill in what was not given."""
     if options.serve is None:
         given = [flag(name) for name in _OURS if getattr(options, name) is not None]
         if given:

@@ -20,11 +20,7 @@ _DRAWN = 256  # gaps at a time
 
 
 def of_number(requests: int, rate: float, burstiness: float, seed: int) -> NDArray[np.float64]:
-    """Seconds after the start at which each of so many requests arrives, ascending: float64 [requests].
-
-    Raises:
-        UserError: no request, or a rate or burstiness that is not above 0.
-    """
+    """Seconds after the start at which each of so many requests arrives, ascending: float64 [requests]."""
     whole("requests", requests, 1)
     _check(rate, burstiness)
     if math.isinf(rate):
@@ -36,11 +32,7 @@ def of_number(requests: int, rate: float, burstiness: float, seed: int) -> NDArr
 
 
 def in_seconds(seconds: float, rate: float, burstiness: float, seed: int) -> NDArray[np.float64]:
-    """Those of the requests that arrive within so many seconds: float64 [N], N by chance.
-
-    Raises:
-        UserError: no time, a rate that is infinite, or a rate or burstiness that is not above 0.
-    """
+    """Those of the requests that arrive within so many seconds: float64 [N], N by chance."""
     real("seconds", seconds, 0, low_open=True)
     _check(rate, burstiness)
     if math.isinf(rate):

@@ -92,11 +92,7 @@ class ServerClient:
         await self._http.aclose()
 
     async def model(self) -> str:
-        """The name of the model that is served.
-
-        Raises:
-            UserError: nobody answers at the address, or it is no such server, or the key is not taken.
-        """
+        """The name of the model that is served."""
         try:
             response = await self._http.get("/v1/models")
         except httpx.HTTPError as error:

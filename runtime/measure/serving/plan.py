@@ -72,9 +72,6 @@ def measure(plan: LoadPlan, folder: Path, say: Say) -> dict[str, Any]:
 
     Args:
         folder: where clips may be drawn.
-
-    Raises:
-        UserError: no such server, a video that cannot be read or copied, a question that the server refuses.
     """
     if plan.pid is not None:
         processes.check(plan.pid)
@@ -137,11 +134,7 @@ def machine(when: str) -> dict[str, Any]:
 
 
 async def learn(client: ServerClient, workload: Workload) -> None:
-    """Ask each question alone, whole, and expect its answer from then on; the server knows the videos after that.
-
-    Raises:
-        UserError: one that is not answered.
-    """
+    """Ask each question alone, whole, and expect its answer from then on; the server knows the videos after that."""
     for pair in range(len(workload.pairs)):
         answer = await client.ask(workload.known(pair, stream=False).body, stream=False)
         if not answer.good:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.show.figure import new_figure
+from runtime.show.colours import BLUE, GREY, VERMILION
+from runtime.show.figure import new_figure, save
 
-_LATENCIES = (("ttft", "first token", "#0072B2"), ("e2e", "answer", "#D55E00"))
+_LATENCIES = (("ttft", "first token", BLUE), ("e2e", "answer", VERMILION))
 _QUANTILES = (("p50", "-"), ("p90", "--"), ("p99", ":"))
 
 
@@ -26,15 +27,13 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     left.set_ylabel("ms")
     left.set_yscale("log")
     rates = [run["rate"] for run in runs]
-    right.plot(rates, rates, color="#999999", linestyle=":", label="arrived")
-    right.plot(rates, [run["requests_per_second"] or 0 for run in runs], "o-", color="#0072B2", label="answered")
+    right.plot(rates, rates, color=GREY, linestyle=":", label="arrived")
+    right.plot(rates, [run["requests_per_second"] or 0 for run in runs], "o-", color=BLUE, label="answered")
     if record["objectives"]:
-        right.plot(rates, [run["goodput_per_second"] or 0 for run in runs], "s-", color="#D55E00", label="goodput")
+        right.plot(rates, [run["goodput_per_second"] or 0 for run in runs], "s-", color=VERMILION, label="goodput")
     right.set_ylabel("requests/s")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xlabel("requests that arrive a second")
         axes.legend(frameon=False)
-    path = folder / "load.png"
-    figure.savefig(path)
-    return [path]
+    return [save(figure, folder / "load.png")]

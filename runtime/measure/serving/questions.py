@@ -107,9 +107,6 @@ class Workload:
         """`count` requests: pairs by chance, and a share of them about videos that were sent before.
 
         alternate: every second answer comes whole; else all come as events.
-
-        Raises:
-            UserError: a share that is none, or a video that cannot be copied where the share is below 1.
         """
         real("the share of repeated videos", repeated, 0, 1)
         for video, _ in self.pairs:

@@ -62,9 +62,6 @@ async def soak(
     """Ask `requests` times, after a tenth as many that do not count; the record.
 
     pid: of the server; None: memory is not looked at.
-
-    Raises:
-        UserError: the server's process ended.
     """
     warmup = min(MOST_WARMUP, max(1, requests // 10))
     await _ask(client, workload.draw(warmup, repeated, seed + 1, alternate=True), clients, workload, Tally())

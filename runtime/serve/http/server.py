@@ -21,7 +21,8 @@ from earlytom.errors import UserError
 from runtime.serve.app import ServerApp, create_app
 from runtime.serve.backend import Backend, Local
 from runtime.serve.decoding import Decoders
-from runtime.serve.gate import connections, load_keys
+from runtime.serve.gate import load_keys
+from runtime.serve.http.connection import connections
 from runtime.serve.loading import limits_of, load_pipeline
 from runtime.serve.settings import Settings
 from runtime.trace import Trace

@@ -13,7 +13,7 @@ from builder.doctor import __main__ as doctor
 from builder.doctor import machine as machines
 from builder.doctor.course import MODES, PLUGINS, Part, course, only
 from builder.doctor.findings import findings
-from builder.doctor.isolated import FAILED, NOT_HERE, OK, PartOutcome
+from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK, PartOutcome
 from builder.doctor.machine import Machine
 from builder.doctor.report import markdown, record
 from builder.doctor.treatment import Tried
@@ -90,14 +90,18 @@ def test_the_report_has_every_part() -> None:
         PartOutcome(OK, "", 1.0, {"encode_ms": 3.25}),
         PartOutcome(FAILED, "a | b", 2.0),
         PartOutcome(NOT_HERE, "no GPU"),
+        PartOutcome(NOT_TRIED, "the time was up"),
+        PartOutcome(NOT_HERE, "no GPU"),
     )
     result = record(without_gpu(), findings(without_gpu()), tried(*ends), build=True, ask=True)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert result["counts"] == {OK: 1, FAILED: 1, NOT_HERE: 1}
+    assert result["counts"] == {OK: 1, FAILED: 1, NOT_HERE: 2, NOT_TRIED: 1}
     page = markdown(result)
     assert "| part 0 | ok | 1.0 | encode_ms 3.25 |" in page
     assert "| part 1 | failed | 2.0 | a \\| b |" in page
-    assert "| part 2 | not possible here | 0.0 | no GPU |" in page
+    assert "## Not possible here\n\n* no GPU: part 2; part 4\n" in page
+    assert "## Not tried\n\n* the time was up: part 3\n" in page
+    assert "mend it: install NVIDIA's driver" in page
 
 
 def run(monkeypatch: pytest.MonkeyPatch, machine: Machine, outcome: PartOutcome | None, *words: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from builder.doctor.course import Part
-from builder.doctor.isolated import FAILED, NOT_HERE, OK
+from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK
 from builder.doctor.treatment import Tried, treat
 from tests.processes import HANG_SECONDS
 
@@ -97,9 +97,11 @@ def test_what_measures_runs_alone(tmp_path: Path) -> None:
 
 
 def test_when_the_time_is_up_nothing_is_begun(tmp_path: Path) -> None:
-    tried = treat([part("a", "hang"), part("b", "well")], tmp_path, seconds=6.0, told=lambda one: None)
-    assert statuses(tried) == {"a": NOT_HERE, "b": NOT_HERE}
+    parts = [part("a", "hang"), part("b", "well"), part("c", "well", engine="b"), part("d", "well", lacking="no GPU")]
+    tried = treat(parts, tmp_path, seconds=6.0, told=lambda one: None)
+    assert statuses(tried) == {"a": NOT_TRIED, "b": NOT_TRIED, "c": NOT_TRIED, "d": NOT_HERE}
     assert [one.outcome.why for one in tried] == [
         "the time was up before it was done (--minutes)",
-        "the time was up before it began (--minutes)",
+        *["the time was up before it began (--minutes)"] * 2,
+        "no GPU",
     ]

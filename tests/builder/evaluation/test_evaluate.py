@@ -162,6 +162,7 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--frame-budget", "20,8,8"], "frame budget 20 at merge 1 is more than the 16 frames"),
         (["--power", "-1"], "power must be in [0, 64]"),
         (["--rounds", "0"], "rounds must be "),
+        (["--rounds", "greedy"], "--rounds greedy is a way of its own: leave it out, and measure cells-greedy"),
         (["--threshold", "4"], "threshold must be in [0, 3]"),
         (["--positions", "anywhere"], "--positions"),
         (["--budgets", "2,4,6"], "--budgets '2,4,6': give merge layers and frames such as"),
@@ -175,6 +176,17 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--frame-budget", "much"], "--frame-budget 'much': give a share"),
         (["--split", "train"], "--split"),
         (["--model", "random:llava-onevision-qwen2-0.5b-ov"], "frames of 384 x 384, and the task's clips are 72 x 72"),
+        (
+            ["--model", "random:llava-next-video-7b"],
+            "clips are 72 x 72; use the bundled model or one trained with python -m builder.micro.train, or see what "
+            "methods keep with --coverage VIDEO",
+        ),
+        (
+            ["--model", "random:internvl3-1b"],
+            "--model random:internvl3-1b: the task's questions are packed for one span of visual tokens a video, and "
+            "InternVL has one a frame; use the bundled model, or see what methods keep with --coverage VIDEO",
+        ),
+        (["--model", "random:smolvlm2-500m"], "SmolVLM2 has one a frame; use the bundled model, or see"),
         (["--model", "nowhere/at/all"], "--model nowhere/at/all: no such folder"),
         (["--json", "no/such/folder/a.json"], "its folder does not exist"),
         (["--plot", "."], "it is a folder"),

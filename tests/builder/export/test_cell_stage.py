@@ -115,8 +115,10 @@ def test_a_stage_runs_on_any_number_of_frames(cells: Chain, arriving: int) -> No
     np.testing.assert_allclose(sources, shares.mean(1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("rounds", [None, 3])
-@pytest.mark.parametrize(("family", "frames", "layers"), [("clip", 6, (0, 2)), ("siglip", 1, (3,)), ("dinov2", 5, ())])
+@pytest.mark.parametrize(
+    ("family", "frames", "layers", "rounds"),
+    [("clip", 6, (0, 2), None), ("siglip", 1, (3,), 3), ("dinov2", 5, (), None), ("dinov2", 5, (), 3)],
+)
 def test_other_towers_one_frame_and_other_cuts(
     family: str, frames: int, layers: tuple[int, ...], rounds: int | None, tmp_path: Path
 ) -> None:

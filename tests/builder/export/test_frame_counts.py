@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 import torch
@@ -43,6 +44,7 @@ from runtime.vision.whole import Whole
 from tests.builder.conftest import TAU
 from tests.builder.needed import needs_rtx
 from tests.processes import HANG_SECONDS
+from tests.runtime.engine.test_manifest import PLUGIN
 from tests.runtime.vision.opened import open_whole
 
 COUNTS = (4, 8)
@@ -130,16 +132,16 @@ def test_the_manifest_has_a_view_for_every_count(folder: Path, manifest: Manifes
         ({"frame_counts": (4, 16)}, "frames is 8, of frame_counts"),
         ({"frame_counts": (8, 4)}, "ascending frame counts"),
         ({"frame_counts": (4, 4, 8)}, "ascending frame counts"),
-        ({"frame_counts": ()}, "ascending frame counts"),
+        ({"frame_counts": ()}, "frame_counts: expected `array` of length >= 1"),
         ({"frame_counts": (2, 4, 8)}, r"lists no vision.f2.onnx"),
         ({"frame_counts": None}, r"lists no vision.onnx"),
-        ({"batch": 0}, "batch must be a positive whole number"),
+        ({"batch": 0}, r"batch: expected `int` >= 1, got 0"),
         ({"tokens": 1}, "tokens is 1"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(manifest: Manifest, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(EngineError, match=what):
-        replace(manifest, **changes)
+        manifest.replace(**changes)
 
 
 def test_a_view_is_no_folder(manifest: Manifest, tmp_path: Path) -> None:
@@ -422,6 +424,7 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
             seconds={},
             warnings=(),
             layers=summarise(()),
+            plugins=(PLUGIN,),
         )
 
     monkeypatch.setattr(stages, "compile_engine", compiler)
@@ -435,6 +438,9 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
     stages.write_report(tmp_path / layout.REPORT_FILE, config, None, reports, {}, {})
     record = json.loads((tmp_path / layout.REPORT_FILE).read_text())
     assert [one["frames"] for one in record["compile"]] == list(COUNTS)
+    assert [one["plugins"] for one in record["compile"]] == [
+        [{**msgspec.structs.asdict(PLUGIN), "grid": [1, 1, 1]}]
+    ] * 2
 
 
 @needs_rtx

@@ -84,7 +84,7 @@ KINDS = ("drift", "scenes", "noise", "ties", "still")
 share = st.floats(0, 1)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     frames=st.integers(1, 64),
     out=share,
@@ -182,7 +182,7 @@ def selection_case(frames: int, per_frame: int, seed: int, levels: int) -> tuple
     return features, received, rng.random(frames) < 0.5
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     frames=st.integers(1, 9),
     per_frame=st.integers(1, 64),

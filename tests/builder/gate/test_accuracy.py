@@ -360,3 +360,8 @@ def test_saved_reference_is_what_the_reference_says(engine: Path, exported: Make
     wanted = exported(*RATIO, "--fp32").reference(frames)
     np.testing.assert_allclose(saved[layout.TOKENS], wanted["tokens"].numpy(), atol=1e-5)
     assert np.array_equal(saved[layout.POSITIONS], wanted["positions"].numpy())
+
+
+def test_the_shares_of_int8_are_the_mean_of_the_clips_and_others_the_least() -> None:
+    assert GATES["int8"].of_clips([1.0, 0.5, 0.75]) == 0.75
+    assert [GATES[name].of_clips([1.0, 0.5, 0.75]) for name in ("fp32", "fp16", "bf16")] == [0.5] * 3

@@ -3,7 +3,6 @@ damage."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -170,7 +169,6 @@ def test_a_difference_that_half_precision_allows_passes(compare: Callable[..., t
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        pytest.param(scale("layers.0.layer_norm1.weight", 1.2), "Mismatched outputs: ['tokens'", id="weight"),
         pytest.param(scale(0, 1.1), "Mismatched outputs: ['tokens'", id="first matrix"),
         pytest.param(scale(-1, 1.1), "Mismatched outputs: ['tokens']", id="last matrix"),
         pytest.param(scale("projector.linear_2.bias", np.nan), "NaN Detected", id="nan"),
@@ -212,8 +210,7 @@ def as_chain(engine: Path, folder: Path) -> Path:
     stages, frames = len(old.frames_per_stage), old.frames
     for stage in range(stages):
         shutil.copy(folder / layout.ONNX_FILE, folder / layout.stage_file(layout.ONNX_FILE, stage))
-    dataclasses.replace(
-        old,
+    old.replace(
         earlytom=old.earlytom | {"schedule": "adaptive"},
         frames_per_stage=(frames,) * stages,
         frames_kept=((frames,) * 3,) * stages,
@@ -229,7 +226,7 @@ def test_what_has_no_reference_is_refused(
 ) -> None:
     accepted = place / "engines" / "NAME"
     half = Path(shutil.copytree(accepted, tmp_path / "bf16"))
-    dataclasses.replace(Manifest.read(half), dtype="bf16", polygraphy="").write(half)
+    Manifest.read(half).replace(dtype="bf16", polygraphy="").write(half)
     (tmp_path / "file").touch()
     chain = as_chain(accepted, tmp_path / "chain")
     for engine, out, says in (

@@ -40,7 +40,7 @@ def copy_of(engine: Path, place: Path) -> Path:
 def seal(folder: Path, **changes: Any) -> None:
     """A manifest that fits what is in the folder now."""
     old = Manifest.read(folder, verify_files=False)
-    dataclasses.replace(old, **{"files": describe_files(folder), **changes}).write(folder)
+    old.replace(**{"files": describe_files(folder), **changes}).write(folder)
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:

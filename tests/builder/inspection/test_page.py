@@ -53,6 +53,25 @@ def test_nothing_comes_from_elsewhere(engine: Path) -> None:
     assert not re.findall(r"""(?:src|href)="(?!data:)|@import|url\(|https?://|<script|<link|\bon\w+=["']""", text)
 
 
+def test_the_way_in_which_it_takes_clips_is_said(engine: Path) -> None:
+    """Of records that say so: what they are of other engines is built elsewhere."""
+    record = describe(engine)
+    plain = page.page_of(record, None)
+    assert not re.search("videos at once|frames as they come|<b>int8|% in int8|as usual", plain)
+    counts, manifest = record["counts"][-1], record["manifest"]
+    kept = [[16, 16, 16], [10, 12, 14], [7, 9, 11], [5, 6, 8]]
+    other = record | {"counts": [counts | {"frames": 8}, counts]}
+    other["manifest"] = manifest | {"batch": 2, "chunk": 4, "int8": [], "frames_kept": kept}
+    other["layers"] = record["layers"] | {"int8_share": 0.863}
+    text = page.page_of(other, None)
+    for words in (f"8 or {manifest['frames']} frames", "2 videos at once", "frames as they come, 4 at a time"):
+        assert f", {words}" in text
+    assert f"<b>int8, {manifest['dtype']}</b>" in text
+    assert ", 86.30% in int8;" in text
+    assert "<b>16 \u2192 12 \u2192 9 \u2192 6</b>" in text
+    assert "as many frames left as usual" in text
+
+
 def test_inspect_makes_it_again(command: Command, engine: Path, tmp_path: Path) -> None:
     target = tmp_path / "again.html"
     status, out, err = command(engine, "--html", target)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder.clips import scale_clips
+from builder.clips import calibration_clips, gate_clips, scale_clips
 from builder.export.vision import export_onnx, vision_graph
 from builder.gate.drift import measure
 from builder.gate.limits import GATES
@@ -22,6 +22,7 @@ from builder.precision.smoothing import fold, folds, places
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
 from builder.stages import plan_int8
+from earlytom.errors import UserError
 from earlytom.micro.data import labelled_clip
 from runtime.engine import layout
 from tests.builder.conftest import FRAMES, TAU
@@ -101,6 +102,9 @@ def test_the_plan_is_what_was_measured(small_checkpoint: Path, clips: dict[str, 
     graph = vision_graph(config, torch.float32, plan)
     linears = [p for p in graph.modules() if isinstance(p, Int8Linear)]
     assert len(linears) == 6 * config.depth + 2 - 1
+    assert {one.zero.dtype for one in linears} == {torch.uint8}  # for ONNX Runtime alone
+    compiled = vision_graph(replace(config, backend="tensorrt-rtx"), torch.float32, plan)
+    assert {one.zero.dtype for one in compiled.modules() if isinstance(one, Int8Linear)} == {torch.int8}
     hidden = found.few
     with torch.no_grad():
         for layer in graph.tower.layers[: config.depth]:
@@ -149,18 +153,63 @@ def test_the_stress_checkpoint_breaks_naive_int8_and_not_ours(
     assert cosines[0] > GATES["int8"].cosine > cosines[1]
 
 
+BUNDLED = ("--ratio", "0.3", "--backend", "onnx")
+
+
 def test_without_clips_the_bundled_model_s_scales_come_of_its_own_task(
-    small_checkpoint: Path, clips: dict[str, Tensor], drawn_clip: Path
+    small_checkpoint: Path, clips: dict[str, Tensor]
 ) -> None:
-    """Too: of many clips, none of them in a table. Other models have no such, and clips that are named are enough."""
-    words = ["--ratio", "0.3", "--backend", "onnx", "--int8"]
-    bundled = parse(words)[1]
-    found = scale_clips(bundled, clips)
+    """Too: of many clips, none of them in a table. Other models have no such."""
+    found = scale_clips(parse([*BUNDLED, "--int8"])[1], clips)
     assert list(found)[: len(clips)] == list(clips)
     found = dict(list(found.items())[len(clips) :])
     assert len(found) == 8
     assert len({frames.numpy().tobytes() for frames in found.values()}) == 8
     assert {(frames.dtype, tuple(frames.shape)) for frames in found.values()} == {(torch.uint8, (16, 3, 72, 72))}
     assert torch.equal(found["validation 3"], torch.from_numpy(labelled_clip("validation", 3).frames))
-    assert scale_clips(config_of(small_checkpoint), clips) is clips
-    assert scale_clips(parse([*words, "--calibration", str(drawn_clip)])[1], clips) is clips
+    assert scale_clips(config_of(small_checkpoint), clips) == clips
+
+
+def shared(some: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
+    """The clips that both have, by their frames."""
+    seen = {frames.numpy().tobytes() for frames in others.values()}
+    return [name for name, frames in some.items() if frames.numpy().tobytes() in seen]
+
+
+@pytest.mark.parametrize("frames", [8, 16, 20])
+@pytest.mark.parametrize("bundled", [True, False])
+def test_the_gate_sees_no_clip_that_the_scales_come_from(
+    small_checkpoint: Path, bundled: bool, frames: int, tmp_path: Path
+) -> None:
+    words = [*BUNDLED, "--int8", "--frames", str(frames)]
+    config = parse(words if bundled else [*words, "--model", str(small_checkpoint)])[1]
+    clips = calibration_clips(config, tmp_path)
+    scales, gate = scale_clips(config, clips), gate_clips(config, clips, tmp_path)
+    assert len(gate) == (9 if bundled else 1)
+    assert {tuple(clip.shape) for clip in gate.values()} == {(frames, 3, 72, 72)}
+    assert not shared(gate, scales)
+    assert not set(gate) & set(scales)
+    plain = parse([word for word in words if word != "--int8"])[1]
+    assert shared(gate_clips(plain, clips, tmp_path), scales) == ["drawn clip"]  # as it would be, were none held out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "held"), [(2, 1), (3, 1), (8, 2), (9, 2)])
+def test_of_the_clips_given_the_last_quarter_is_held_out(
+    small_checkpoint: Path, drawn_clip: Path, given: int, held: int, tmp_path: Path
+) -> None:
+    config = config_of(small_checkpoint, "--calibration", *[str(drawn_clip)] * given)
+    random = torch.Generator().manual_seed(0)
+    clips = {str(n): torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=random) for n in range(given)}
+    scales, gate = scale_clips(config, clips), gate_clips(config, clips, tmp_path)
+    assert scales | gate == clips
+    assert (len(scales), list(gate)) == (given - held, [str(n) for n in range(given - held, given)])
+
+
+def test_one_clip_is_not_enough_for_both(small_checkpoint: Path, drawn_clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--calibration names 1: name at least 2, or none"):
+        config_of(small_checkpoint, "--calibration", str(drawn_clip))
+    config = config_of(small_checkpoint, "--calibration", str(drawn_clip), str(drawn_clip))
+    same = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"b\.mp4 shows the same frames as a\.mp4, and int8 is checked on clips that"):
+        gate_clips(config, {"a.mp4": same, "b.mp4": same.clone()}, tmp_path)

@@ -118,6 +118,32 @@ def test_onnx_runtime_multiplies_whole_numbers(tmp_path: Path) -> None:
     assert "MatMul" in found[1]
 
 
+class Three(nn.Module):
+    """Products of one input, as queries, keys and values are."""
+
+    def __init__(self, unsigned: bool) -> None:
+        super().__init__()
+        weights = torch.randn(3, 48, 32, generator=torch.Generator().manual_seed(0))
+        made = (Int8Linear(one, one[:, 0], 4.0, torch.float32, unsigned=unsigned) for one in weights)
+        self.linears = nn.ModuleList(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([linear(x) for linear in self.linears])
+
+
+def test_products_of_one_input_are_whole_numbers_where_it_is_unsigned(tmp_path: Path) -> None:
+    """With the same result. The negative control: ONNX Runtime widens the weights where it is signed."""
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)) * 3  # some are cut off
+    found, results = [], []
+    for unsigned in (True, False):
+        path = exported(Three(unsigned), x, tmp_path / "three.onnx")
+        results.append(session(path, tmp_path / "optimised.onnx").run(None, {"x": x.numpy()})[0])
+        found.append(Counter(node.op_type for node in onnx.load(str(tmp_path / "optimised.onnx")).graph.node))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+    assert (found[0]["MatMulIntegerToFloat"], found[0]["MatMul"]) == (3, 0)
+    assert found[1]["MatMul"] == 3
+
+
 @needs_rtx
 def test_tensorrt_scales_before_it_writes_half(tmp_path: Path) -> None:
     """The product's factor in the engine is that of both scales. With a scale a column it is 1, and sums overflow."""

@@ -306,12 +306,12 @@ def test_the_manifest_says_so_only_where_it_is_not_the_usual(
     assert usual.islands is None
     assert "islands" not in json.loads((engine / layout.MANIFEST_FILE).read_text())
     for words in ((), ("norms", "mlp:1")):
-        other = replace(usual, islands=words)
+        other = usual.replace(islands=words)
         assert other.to_dict()["islands"] == list(words)
         assert Manifest.from_dict(other.to_dict()) == other
     for wrong in ("norms", [1], {"norms": 1}):
         with pytest.raises(EngineError, match="islands"):
-            replace(usual, islands=wrong)  # type: ignore[arg-type]
+            usual.replace(islands=wrong)
 
     command = ["--model", str(small_checkpoint), "--frames", "4", "--backend", "onnx", "--no-verify", "--json"]
     build.main([*command, "--out", str(tmp_path), "--islands", "default,residual,mlp:1"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from earlytom import EarlyTomConfig, UserError, apply_earlytom, token_count
 from earlytom.encoder import encode
 from earlytom.families import FAMILIES, Family, family_of, geometry
+from earlytom.families.qwen3_vl.pixels import packed
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.standing import frame_spans
 from tests.earlytom.tiny import MODELS, made_video
@@ -32,16 +33,30 @@ def video(model: Any, kind: str, frames: int = F) -> Tensor:
     return made_video(kind, frames, grid=geometry(model.config).grid)
 
 
-def as_given(found: Family, pixels: Tensor) -> Tensor:
+def as_given(found: Family, model: Any, pixels: Tensor) -> dict[str, Tensor]:
     """One video as the family's processor gives it to the model."""
-    return pixels[None] if found.pixels_name == "pixel_values_videos" else pixels
+    if "video_grid_thw" in found.beside_pixels:
+        patches, grid = packed(pixels, geometry(model.config).patch)
+        return {found.pixels_name: patches, "video_grid_thw": grid}
+    return {found.pixels_name: pixels if found.model_type == "internvl" else pixels[None]}
+
+
+def with_prompt(found: Family, model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Any]:
+    """All that `generate` is given of a video and a prompt about it."""
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **as_given(found, model, pixels)}
+    if "mm_token_type_ids" in found.beside_pixels:
+        given["mm_token_type_ids"] = (ids == found.video_token_id(model.config)).int() * 2
+    return given
 
 
 def own(found: Family, model: Any, pixels: Tensor) -> Tensor:
-    """transformers' visual tokens of one video, [N, E]."""
-    config, given = model.config, as_given(found, pixels)
-    how = {name: getattr(config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-    return getattr(model.model, found.features_name)(given, **how).pooler_output.flatten(0, 1)
+    """transformers' visual tokens of one video, and behind each what else its language model is given of it, [N, E]."""
+    config, given = model.config, as_given(found, model, pixels)
+    settings = ("vision_feature_layer", "vision_feature_select_strategy")
+    how = {name: getattr(config, name) for name in settings if hasattr(config, name)}
+    out = getattr(model.model, found.features_name)(*given.values(), **how)
+    tokens = torch.cat(list(out.pooler_output))
+    return torch.cat([tokens, *(torch.cat(list(one)) for one in getattr(out, "deepstack_features", ()))], dim=-1)
 
 
 def prompt(found: Family, model: Any, frames: int = F) -> Tensor:
@@ -81,15 +96,16 @@ def test_off_is_transformers_own_features_bit_for_bit(name: str) -> None:
     assert torch.equal(tokens, wanted)
     with apply_earlytom(model, OFF):
         assert torch.equal(own(found, model, pixels), wanted)
-    merged = encode(found.vision_of(model.model), pixels, EarlyTom(OFF.replace(merge_layers=(0,), tau=-1.0)))
-    assert len(merged.tokens) < len(seen.tokens)  # negative control
+    more = video(model, "scenes", F * frame.step)
+    merged = encode(found.vision_of(model.model), more, EarlyTom(OFF.replace(merge_layers=(0,), tau=-1.0)))
+    assert len(merged.tokens) < F * frame.tokens_per_frame  # negative control
 
 
 @every
 def test_off_answers_as_transformers_do(name: str) -> None:
     found, model = family(name)
     ids, pixels = prompt(found, model), video(model, "scenes")
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), found.pixels_name: as_given(found, pixels)}
+    given = with_prompt(found, model, ids, pixels)
     wanted = model.generate(**given, max_new_tokens=12, do_sample=False)
     with apply_earlytom(model, OFF):
         assert torch.equal(model.generate(**given, max_new_tokens=12, do_sample=False), wanted)
@@ -105,11 +121,14 @@ def test_off_answers_as_transformers_do(name: str) -> None:
 def test_on_it_keeps_as_many_tokens_as_are_promised(name: str, ratio: float) -> None:
     found, model = family(name)
     on, frame = ON.replace(retention_ratio=ratio), geometry(model.config)
-    promised = token_count(F, frame.tokens_per_frame, ratio, merges=3)
+    promised = token_count(F // frame.step, frame.tokens_per_frame, ratio, merges=3)
+    given = as_given(found, model, video(model, "scenes"))
+    pixels = given.pop(found.pixels_name)
     with apply_earlytom(model, on) as applied:
         seen = applied.encode(video(model, "scenes"))
-        short, _, embeds = applied.shorten(prompt(found, model), None, as_given(found, video(model, "scenes")))
-    assert len(seen.tokens) == promised < F * frame.tokens_per_frame
+        short, _, embeds = applied.shorten(prompt(found, model), None, pixels, **given)
+    assert len(seen.tokens) == promised < F // frame.step * frame.tokens_per_frame
+    assert seen.tokens.shape[1] == frame.token_width
     assert int((short == found.video_token_id(model.config)).sum()) == promised + found.closing_tokens
     assert embeds.shape == (1, short.shape[1], frame.llm_width)
     kept = [span.number for span in frame_spans(seen.positions, seen.sources, frame.tokens_per_frame)]
@@ -126,7 +145,7 @@ def test_a_still_video_keeps_its_own_tokens(name: str) -> None:
     with apply_earlytom(model, ON) as applied:
         seen = applied.encode(pixels)
     one = own(found, model, pixels)[: frame.tokens_per_frame]
-    assert seen.frames_per_stage[-1] < F
+    assert seen.frames_per_stage[-1] < seen.frames_per_stage[0] == F // frame.step
     torch.testing.assert_close(seen.tokens, one[seen.positions % frame.tokens_per_frame], rtol=0, atol=2e-5)
     moving = encode(found.vision_of(model.model), video(model, "noise"), EarlyTom(ON), depth=frame.depth)
     assert not torch.allclose(moving.tokens, one[moving.positions % frame.tokens_per_frame], atol=0.1)
@@ -147,7 +166,8 @@ def test_shapes_are_those_of_the_geometry(name: str) -> None:
     patches = hidden[:, vision.tower.prefix :]
     received = torch.rand(patches.shape[:2])
     seen = vision.features(patches, received)
-    assert seen.features.shape == (F // frame.step, frame.tokens_per_frame, frame.llm_width)
+    assert seen.features.shape == (F // frame.step, frame.tokens_per_frame, frame.token_width)
+    assert vision.own(seen.features).shape[2] == frame.llm_width
     assert seen.cells == frame.cells
     assert seen.relevance is not None
     assert torch.equal(seen.relevance, vision.pool(received[:, :, None])[:, :, 0])
@@ -160,13 +180,13 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     found, model = family(name)
     frame = geometry(model.config)
     closing = found.closing(model.model)
-    assert found.placeholders(model.config, F) == F * frame.tokens_per_frame + (closing is not None)
+    assert found.placeholders(model.config, F) == F // frame.step * frame.tokens_per_frame + (closing is not None)
     assert found.placeholders(model.config, F) == sum(found.spans(model.config, F))
     assert 0 <= found.video_token_id(model.config) < model.config.text_config.vocab_size
     vision = found.vision_of(model.model)
     parts: list[Any] = [vision.tower.embeddings, *vision.tower.layers[: frame.depth]]
     parts += [module for name, module in vision.tower.model.named_children() if name.startswith("pre")]
-    parts.append(vision.projector)  # type: ignore[attr-defined]
+    parts += [module for name, module in vars(vision).items() if name in ("projector", "norm")]
     assert found.vision_weights(model.config) == sum(p.numel() for part in parts for p in part.parameters())
     whole, less = (found.vision_flops(model.config, *stages) for stages in (((F,), ()), ((F, 3), (0,))))
     assert found.projector_flops(model.config, F) == 2 * found.projector_flops(model.config, F // 2) < less < whole
@@ -205,7 +225,7 @@ def test_its_modules_are_made_alone_and_take_the_tensors_of_a_whole_model(name: 
 @torch.no_grad()
 def test_buffers_that_are_stored_nowhere_come_back(name: str) -> None:
     found, model = family(name)
-    tower, pixels = found.modules(model.model).vision_tower, video(model, "noise", 1)
+    tower, pixels = found.modules(model.model).vision_tower, video(model, "noise", geometry(model.config).step)
     wanted = found.vision_of(model.model).tower.embed(pixels)
     for module in tower.modules():
         for buffer in module._non_persistent_buffers_set:

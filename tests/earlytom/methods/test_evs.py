@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def videos(draw: st.DrawFn) -> Tensor:
 
 def chosen(name: str, x: Tensor, ratio: float) -> list[int]:
     method = by_name(name, {"retention_ratio": ratio})
-    tokens, positions = method.choose(x, None, None)  # type: ignore[arg-type]
+    tokens, positions = method.choose(x, None, Mock(vision=Mock(own=lambda seen: seen)))
     counts = method.counts(*x.shape[:2])
     assert counts is not None
     assert len(positions) == counts.tokens
@@ -102,6 +103,24 @@ def test_both_run_on_every_family(family: str, name: str) -> None:
     assert counts is not None
     assert len(out.tokens) == counts.tokens
     assert set((out.positions // (counts.tokens // 3)).tolist()) >= {0}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "dycoke", "visionzip"])
+def test_states_of_earlier_layers_stay_with_their_token_and_decide_nothing(name: str) -> None:
+    method = by_name(name, {"retention_ratio": 0.5})
+    own = torch.randn(4, 40, 6, generator=torch.Generator().manual_seed(0))
+    behind = 100 * torch.randn(4, 40, 12, generator=torch.Generator().manual_seed(1))
+    relevance = torch.rand(4, 40, generator=torch.Generator().manual_seed(2))
+    state: Any = Mock(vision=Mock(own=lambda seen: seen[..., :6]))
+    tokens, positions = method.choose(torch.cat([own, behind], -1), relevance, state)
+    state.vision.own = lambda seen: seen
+    alone, places = method.choose(own, relevance, state)
+    assert torch.equal(positions, places)
+    assert torch.equal(tokens[:, :6], alone)
+    at = behind.flatten(0, 1)[positions]
+    assert name == "visionzip" or torch.equal(tokens[:, 6:], at)
+    spoilt, where = method.choose(torch.cat([own, behind], -1), relevance, state)  # negative control
+    assert not torch.equal(where, places) or not torch.equal(spoilt[:, :6], alone)
 
 
 @pytest.mark.parametrize(

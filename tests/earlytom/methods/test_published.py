@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -32,8 +33,11 @@ def clip() -> Tensor:
     return (torch.from_numpy(labelled_clip("validation", 0).frames).float() / 255 - mean) / std
 
 
+vision = functools.cache(lambda: load_vision(None))
+
+
 def seen(clip: Tensor, name: str, **settings: Any) -> VisualTokens:
-    part = load_vision(None)
+    part = vision()
     method = by_name(name, SETTINGS.get(name, {}) | settings)
     return encode_video(part.vision_tower, part.projector, clip, method, depth=DEPTH)
 

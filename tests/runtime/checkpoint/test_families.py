@@ -28,9 +28,15 @@ from tests.runtime.checkpoint.tiny_checkpoint import Rename, edit_json, middle_n
 every = pytest.mark.parametrize("name", FAMILIES)
 
 
+def head_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
 @every
 @pytest.mark.parametrize("rename", [same_name, middle_name, old_name])
 def test_names_old_and_new_are_one_checkpoint(tmp_path: Path, name: str, rename: Rename) -> None:
+    if name == "smolvlm" and rename is old_name:  # its head was never inside of its language model
+        rename = head_name
     folder, model = family_folder(tmp_path / "given", name, rename=rename)
     plain, _ = family_folder(tmp_path / "plain", name)
     found = describe(folder)
@@ -41,7 +47,7 @@ def test_names_old_and_new_are_one_checkpoint(tmp_path: Path, name: str, rename:
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in part.state_dict().items())
     decoder, wanted = load_decoder(found), model.get_decoder().state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in decoder.get_decoder().state_dict().items())
-    assert not hasattr(decoder.model, "vision_tower")
+    assert not any(hasattr(decoder.model, tower) for tower in ("vision_tower", "vision_model"))
 
 
 @every
@@ -65,7 +71,13 @@ def test_its_language_model_stands_alone(tmp_path: Path, name: str) -> None:
     assert torch.equal(found.values, model.get_input_embeddings().weight)
     assert (found.closing is None) == (FAMILIES[name].closing_name is None)
     alone.mkdir()
-    assert write_language_model(describe(folder), alone, torch.float32).architecture == "Qwen2ForCausalLM"
+    if FAMILIES[name].on_axes:
+        with pytest.raises(UserError, match="which no server takes beside embeddings: ask with") as error:
+            write_language_model(describe(folder), alone, torch.float32)
+        assert "\n" not in str(error.value)
+        return
+    kind = type(model.get_decoder()).__name__.removesuffix("Model")
+    assert write_language_model(describe(folder), alone, torch.float32).architecture == f"{kind}ForCausalLM"
     ids = torch.arange(5, 40)[None]
     loaded = AutoModelForCausalLM.from_pretrained(alone)
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -118,7 +130,9 @@ def test_published_models_are_random_without_a_download(source: str) -> None:
     frame = geometry(found.config)
     assert found.preprocessing.size == frame.size
     assert found.preprocessing.mean == found.family.mean
-    assert sum(shape.numel() for shape in found.vision_shapes.values()) == found.family.vision_weights(found.config)
+    idle = (f"vision_tower.encoder.layers.{frame.depth}.", "vision_tower.post_layernorm")  # of LLaVA-NeXT-Video
+    run = [shape.numel() for name, shape in found.vision_shapes.items() if not name.startswith(idle)]
+    assert sum(run) == found.family.vision_weights(found.config)
     ids = found.family.special_tokens(found.config)
     tokenizer = load_tokenizer(found)
     assert {text: tokenizer.convert_tokens_to_ids(text) for text in ids} == ids

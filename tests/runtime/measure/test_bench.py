@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import threading
@@ -251,7 +250,7 @@ def test_an_engine_of_something_else_is_refused(loaded: Bench, engine: Path, bun
 
 
 def test_an_engine_that_runs_nowhere_here_says_why(loaded: Bench, bundled_engine: Path) -> None:
-    manifest = dataclasses.replace(Manifest.read(bundled_engine), dtype="bf16")
+    manifest = Manifest.read(bundled_engine).replace(dtype="bf16")
     with pytest.raises(EngineError, match=r"does not run here.*bf16"):
         loaded.engines(bundled_engine, manifest)
 

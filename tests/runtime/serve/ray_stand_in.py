@@ -1,4 +1,4 @@
-"""As much of Ray as `runtime.serve.ray` needs to be imported where Ray is not, for what it does without it."""
+"""As much of Ray as `runtime.serve.replicas.front` needs to be imported where Ray is not, for what it does without."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 NAMES = ("ray", "ray.exceptions", "ray.serve", "ray.serve.config", "ray.serve.exceptions")
+OURS = ("runtime.serve.replicas.front", "runtime.serve.replicas.shipped")
 
 
 class RayError(Exception):
@@ -31,7 +32,7 @@ class DeploymentUnavailableError(Exception):
 
 
 def imported(patch: pytest.MonkeyPatch) -> Any:
-    """`runtime.serve.ray`, with Ray's own classes where Ray is."""
+    """`runtime.serve.replicas.front`, with Ray's own classes where Ray is."""
     if importlib.util.find_spec("ray") is None:
         modules = {name: ModuleType(name) for name in NAMES}
         modules["ray.exceptions"].__dict__.update(RayError=RayError, RayActorError=RayActorError)
@@ -43,8 +44,10 @@ def imported(patch: pytest.MonkeyPatch) -> Any:
         modules["ray"].__dict__.update(ObjectRef=object, serve=modules["ray.serve"])
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        patch.delitem(sys.modules, "runtime.serve.ray", raising=False)
-    found = importlib.import_module("runtime.serve.ray")
-    patch.setitem(sys.modules, "runtime.serve.ray", found)
+        for name in OURS:
+            patch.delitem(sys.modules, name, raising=False)
+    found = importlib.import_module(OURS[0])
+    for name in OURS:
+        patch.setitem(sys.modules, name, sys.modules[name])
     patch.setattr(found.ray, "put", lambda clip: clip, raising=False)
     return found

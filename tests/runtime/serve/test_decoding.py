@@ -218,13 +218,13 @@ def test_a_picture_that_unfolds_is_refused_by_its_header(loop: Loop, decoding: D
 
 
 def test_a_bound_on_memory(loop: Loop, make: Make) -> None:
-    """No limit on pixels, but one on memory: 12,000 x 12,000 pixels in RGB are 432 MB."""
+    """No limit on pixels, but one on memory: 9,000 x 9,000 pixels in RGB are 243 MB."""
     decoders = make(limits=Limits(max_pixels=None), memory=200 << 20)
-    refused(loop, decoders, [bomb(12_000)] * 2)
+    refused(loop, decoders, [bomb(9_000)] * 2)
     good = [picture(), picture(seed=1)]
     assert len(clip_of(loop, decoders, good, 2).frames) == 2
     enough = make(limits=Limits(max_pixels=None), memory=4 << 30)  # negative control
-    assert len(clip_of(loop, enough, [bomb(12_000)] * 2, 2).frames) == 2
+    assert len(clip_of(loop, enough, [bomb(9_000)] * 2, 2).frames) == 2
 
 
 # What ends a decoder

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from earlytom.errors import UserError
 from runtime.serve import gate
 from runtime.serve.errors import ServeError
-from runtime.serve.gate import Door, connections, key_id, load_keys
+from runtime.serve.gate import Door, key_id, load_keys
+from runtime.serve.http.connection import connections
 from tests.processes import HANG_SECONDS
 from tests.runtime.serve.servers import answered, connected, error_of, received, request, serving
 

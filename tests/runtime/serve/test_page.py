@@ -7,7 +7,6 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from runtime.drawing.clips import draw_clip
-from runtime.serve.gate import Door, connections
-from runtime.serve.page import page, policy
+from runtime.serve.gate import Door
+from runtime.serve.http.connection import connections
+from runtime.serve.page import content, page, policy
 from tests.processes import HANG_SECONDS
 from tests.runtime.serve.servers import serving
 
@@ -32,7 +32,7 @@ PLACE = [0, 3, 7, 8, 12, 20, 29, *(4 * CELLS + cell for cell in (1, 2, 3, 28))]
 
 
 def html() -> str:
-    return files("runtime.serve").joinpath("page.html").read_text("utf-8")
+    return content()
 
 
 def test_the_policy_allows_the_pages_own_script_and_nothing_else() -> None:

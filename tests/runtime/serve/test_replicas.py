@@ -50,24 +50,31 @@ def last(*tokens: int) -> Delta:
 
 
 class Replies:
-    """What one replica says, item by item; an error is raised, `HANGS` never ends."""
+    """What one replica says, item by item; an error is raised, `HANGS` never ends.
+
+    As Ray's, what was refused before it reached a replica is raised by `cancel` again.
+    """
 
     def __init__(self, script: Sequence[Any]) -> None:
         self.script, self.cancelled = script, False
+        self.refused: BaseException | None = None
 
     def __aiter__(self) -> AsyncGenerator[Any, None]:
         return self._items()
 
     async def _items(self) -> AsyncGenerator[Any, None]:
-        for one in self.script:
+        for at, one in enumerate(self.script):
             if one == HANGS:
                 await asyncio.sleep(LONG)
             if isinstance(one, BaseException):
+                self.refused = None if at else one
                 raise one
             yield one
 
     def cancel(self) -> None:
         self.cancelled = True
+        if self.refused is not None:
+            raise self.refused
 
 
 class Handle:

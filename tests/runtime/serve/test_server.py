@@ -21,7 +21,9 @@ import openai
 import pytest
 
 from earlytom.errors import UserError
+from runtime.serve.__main__ import parser, settings_of
 from runtime.serve.http.server import bind
+from runtime.serve.loading import load_pipeline
 from tests.processes import HANG_SECONDS as LONG
 
 ROOT = Path(__file__).parents[3]
@@ -207,6 +209,8 @@ def test_a_port_that_is_taken_is_refused_at_once() -> None:
         assert free.getsockname()[1] > 0
 
 
-def test_memory_that_holds_no_video_is_refused_at_the_start(bundled_engine: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="error: --watch-bytes 1024 has no room for a video"):
-        Process(bundled_engine, tmp_path, "--watch-bytes", "1024")
+@pytest.mark.usefixtures("one_thread")
+def test_memory_that_holds_no_video_is_refused_at_the_start(bundled_engine: Path) -> None:
+    words = [str(bundled_engine), "--device", "cpu", "--watch-bytes", "1024"]
+    with pytest.raises(UserError, match="--watch-bytes 1024 has no room for a video"):
+        load_pipeline(settings_of(parser().parse_args(words)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,8 @@ TOKENS = 16
 
 
 @pytest.fixture(scope="module")
-def pipeline(build_engine: Callable[..., Path], talkative: Path, one_thread: None) -> Iterator[Pipeline]:
-    words = f"--model {talkative} --frames 8 --chunk 2 --ratio 0.3 --fp32".split()
-    with Pipeline.load(build_engine(*words), device="cpu") as made:
+def pipeline(chunked_engine: Path, one_thread: None) -> Iterator[Pipeline]:
+    with Pipeline.load(chunked_engine, device="cpu") as made:
         yield made
 
 

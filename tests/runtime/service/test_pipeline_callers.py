@@ -221,7 +221,8 @@ def test_an_engine_for_several_videos_gets_those_that_are_ready(
     vision = Several(opened.vision)
     expected = [opened.ask(clip, QUESTION, max_new_tokens=TOKENS).tokens for clip in clips[:4]]
     parts = (vision, opened.decoder, opened._core.closing, opened._core.tokenizer, opened._core.stops)
-    with Pipeline(opened.manifest, *parts, waiting=4) as pipeline:  # type: ignore[arg-type]
+    core = Answering(opened.manifest, *parts)  # type: ignore[arg-type]
+    with Pipeline(core, waiting=4) as pipeline:
         begun, go = threading.Event(), threading.Event()
         plain = pipeline._core.answer
 

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from runtime.errors import Closed
+from runtime.service import job as job_module
+from runtime.service import line as line_module
 from runtime.service import scheduler as scheduler_module
 from runtime.service.job import Job
 from runtime.service.scheduler import Scheduler, Turn
 
 LONG = 20.0  # seconds until a test that hangs fails
 WORKERS = ("earlytom-prepare", "earlytom-serve")
-_OWN = (scheduler_module.__file__, scheduler_module.__file__.replace("scheduler.py", "job.py"))
+_OWN = tuple(str(module.__file__) for module in (job_module, line_module, scheduler_module))
 
 
 class BrokenError(Exception):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from earlytom.errors import UserError
+from runtime.show.colours import rgb
 from runtime.show.figure import check_picture
+from runtime.show.frames import shade
 from runtime.show.kept import KeptCells
-from runtime.show.painting import ACCENT, PAPER, shade
 from runtime.show.pictures import Story, clip_frames, draw_image
 
 
@@ -23,9 +24,9 @@ def story(frames: int = 3, said: tuple[tuple[str, str], ...] = (("What?", "A $5 
 def test_kept_cells_are_framed_and_the_others_dimmed() -> None:
     frame = np.zeros((20, 30, 3), np.uint8)
     found = shade(frame, {0, 5}, (2, 3))
-    assert found[0, 0].tolist() == found[10, 29].tolist() == list(ACCENT)
+    assert found[0, 0].tolist() == found[10, 29].tolist() == list(rgb("accent"))
     assert found[5, 5].tolist() == [0, 0, 0]
-    assert found[5, 15].tolist() == [round(0.74 * part) for part in PAPER]
+    assert found[5, 15].tolist() == [round(0.74 * part) for part in rgb("paper")]
     assert not frame.any()  # a copy
 
 

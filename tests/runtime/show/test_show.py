@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.show import charts, html, png
+from runtime.show import charts, colours, html, png
+from runtime.show.frames import kept_frame
 from runtime.show.html import Html, element
 from runtime.show.kept import KeptCells, grid_of
 
@@ -27,6 +29,7 @@ def test_places_are_cells_of_frames() -> None:
     assert KEPT.tokens == 5
     assert [KEPT.became(frame) for frame in range(4)] == [(0,), (0,), (), (1,)]
     assert set(KEPT.links()) == {(0, 0, 0.75), (1, 0, 0.25), (3, 1, 1.0)}
+    assert [KEPT.fate(frame) for frame in range(4)] == ["2 cells", "merged", "dropped", "3 cells"]
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.data())
@@ -121,6 +124,29 @@ def test_a_thumbnail_is_the_mean_of_squares() -> None:
     assert np.array_equal(png.thumbnail(frame, 8), frame.transpose(1, 2, 0))
 
 
+# Colours
+
+
+@pytest.mark.parametrize("sheet", ["builder/inspection/report.css", "runtime/serve/page.html"])
+def test_pages_have_no_colours_of_their_own(sheet: str) -> None:
+    """But for the black behind a film, whose sides are that everywhere."""
+    text = (Path(__file__).parents[3] / sheet).read_text("utf-8")
+    style = text.partition("<style>")[2].partition("</style>")[0] or text
+    assert set(re.findall(r"#[0-9a-fA-F]{3,8}\b(?=[^{}]*[;}])", style)) <= {"#000"}
+    named = set(re.findall(r"var\(--(\w+)\)", style)) | set(re.findall(r'"--(\w+)"', text))
+    assert {"paper", "accent", "dimmed"} <= named
+    assert named <= {*colours.LIGHT, "dimmed"}
+    assert colours.LIGHT.keys() == colours.DARK.keys()
+
+
+def test_a_page_takes_its_colours_light_or_dark() -> None:
+    light, dark = colours.css().split("@media(prefers-color-scheme:dark)")
+    for name in colours.LIGHT:
+        assert f"--{name}:{colours.LIGHT[name]};" in light
+        assert f"--{name}:{colours.DARK[name]};" in dark
+    assert colours.rgb("accent") == (0xB4, 0x49, 0x1F)
+
+
 # Charts
 
 
@@ -129,7 +155,7 @@ def parsed(drawn: Html) -> ElementTree.Element:
 
 
 def test_a_frame_shows_what_was_kept_of_it() -> None:
-    figure = parsed(charts.kept_frame("data:,", KEPT, 3, "caption"))
+    figure = parsed(kept_frame("data:,", KEPT, 3, "caption"))
     kinds = [one.get("class") for one in figure.iter("rect")]
     assert (kinds.count("kept"), kinds.count("gone")) == (3, 3)
     assert figure.get("data-kept") == "3"

@@ -11,16 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.video_utils import VideoMetadata
 
 from earlytom.errors import UserError
-from earlytom.families import FAMILIES, INTERNVL, LLAVA_ONEVISION
+from earlytom.families import FAMILIES, INTERNVL, LLAVA_ONEVISION, FrameTimes
+from earlytom.families.smolvlm import SMOLVLM
 from earlytom.micro.random_model import published_tokenizer
 from earlytom.standing import FrameSpan, frame_spans
 from runtime.checkpoint import load_tokenizer
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, build_prompt, check_length, splice
-from tests.earlytom.tiny import tiny_internvl
+from tests.earlytom.tiny import MODELS, tiny_internvl, tiny_smolvlm
 
 QUESTION = "What colour is the big circle?"
 FRAMES, CELLS = 12, 4
@@ -63,6 +66,61 @@ def test_ids_are_the_processors(system: str | None) -> None:
     assert list(words.visual_span(FRAMES * CELLS, ALL)) == spots
     assert words.input_ids(CELLS, ALL[:1]).tolist() == [processor_ids(1, system)]
     assert words.closing == 0
+
+
+SMOL_MESSAGES = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
+
+
+def smol_ids(own: Any, times: FrameTimes, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What SmolVLM2's processor makes of a video whose frames were at such times, a whole number of which is a second.
+
+    Its own code makes the texts of the video; the library that it asks for numbers is not there.
+    """
+    monkeypatch.setattr(processing_smolvlm, "num2words", {8: "eight", 12: "twelve"}.__getitem__)
+    processor: Any = SimpleNamespace(
+        fake_image_token="<fake_token_around_image>",
+        image_token="<image>",
+        global_image_token="<global-img>",
+        image_seq_len=CELLS,
+    )
+    indices = [round(second * 4) for second in times.seconds]
+    metadata = VideoMetadata(total_num_frames=0, fps=4.0, duration=times.duration, frames_indices=indices)
+    video = {"pixel_values": torch.zeros(1, len(indices), 3, 2, 2), "video_metadata": [metadata]}
+    text = own.apply_chat_template(
+        SMOL_MESSAGES,
+        chat_template=processing_smolvlm.DEFAULT_CHAT_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    texts = processing_smolvlm.SmolVLMProcessor.replace_video_token(processor, video, 0)
+    return own(text.replace("<video>", texts))["input_ids"]
+
+
+@pytest.mark.parametrize("frames", [8, 12])
+def test_ids_that_say_when_frames_were_are_the_processors(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = published_tokenizer(load_tokenizer(), tiny_smolvlm(bundled=True).config)
+    words = build_prompt(own, QUESTION, family=SMOLVLM)
+    times = FrameTimes(tuple(7.25 * number for number in range(frames)), 91.5)
+    spans = [FrameSpan(number, CELLS) for number in range(frames)]
+    told = words.at(times)
+    wanted = smol_ids(own, times, monkeypatch)
+    assert told.input_ids(frames * CELLS, spans).tolist() == [wanted]
+    assert told.suffix_ids == words.suffix_ids
+    assert told.length(frames * CELLS, spans) <= words.room(frames * CELLS, frames, frames)
+    later = FrameTimes(tuple(second + 1 for second in times.seconds), 91.5)
+    assert told.input_ids(frames * CELLS, spans).tolist() != [smol_ids(own, later, monkeypatch)]  # negative control
+    # What is left of a video says when it was: the text of the first frame, that of the last.
+    some = told.input_ids(3, [FrameSpan(0, 2), FrameSpan(frames - 1, 1)])[0].tolist()
+    rest = wanted[: len(told.prefix_ids)]
+    name = told.names.before(frames - 1) if told.names is not None else ()
+    visual = told.video_token_id
+    assert some == [*rest, visual, visual, *name, visual, *told.suffix_ids]
+    assert f"{int(7.25 * (frames - 1)) // 60:02d}:{int(7.25 * (frames - 1)) % 60:02d}:" in own.decode(name)
+
+
+def test_a_prompt_that_names_no_times_is_the_same_at_any() -> None:
+    words = prompt()
+    assert words.at(FrameTimes((0.0,) * FRAMES, 1.0)) is words
 
 
 def kept(draw: st.DataObject) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +203,9 @@ def test_a_template_without_one_video_is_refused(template: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values())
 def test_a_conversation_shows_its_video_once(family: Any) -> None:
-    own = tokenizer() if family is INTERNVL else load_tokenizer()
+    own = load_tokenizer()
+    if family.span_a_frame:
+        own = published_tokenizer(own, MODELS[family.model_type](bundled=True).config)
     said = [
         ChatMessage("user", QUESTION, video=True),
         ChatMessage("assistant", "Red."),

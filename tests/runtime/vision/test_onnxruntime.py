@@ -1,6 +1,5 @@
 """The ONNX Runtime backend on small hand-made graphs, and the choice of a backend for an engine folder."""
 
-import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from earlytom.config import EarlyTomConfig
 from runtime import choices, trt
-from runtime.engine.manifest import FileRecord, Manifest, ModelRecord, PreprocessingRecord
+from runtime.engine.manifest import FileRecord, Manifest, ModelRecord
+from runtime.engine.records import PreprocessingRecord
 from runtime.errors import EngineError
 from runtime.vision import VisionBackend, choose_backend
 from runtime.vision.onnxruntime import OnnxRunner
@@ -228,8 +228,13 @@ def manifest(backend: str = "tensorrt-rtx", dtype: str = "fp16", **changes: Any)
         backend=backend,
         backend_version="1.7.1.116",
         files={"vision.onnx": record, "vision.engine": record},
+        compression="native",
+        plugins=(),
+        figures={},
+        verification=None,
+        polygraphy="",
     )
-    return dataclasses.replace(made, **changes)
+    return made.replace(**changes)
 
 
 @pytest.mark.parametrize(

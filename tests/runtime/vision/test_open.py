@@ -56,7 +56,7 @@ def compiled(engine: Path, tmp_path: Path) -> Callable[..., tuple[Path, Manifest
         place = tmp_path / "compiled"
         shutil.copytree(engine, place)
         (place / "vision.engine").write_bytes(b"not a plan")
-        manifest = dataclasses.replace(Manifest.read(engine), **{"files": describe_files(place), **changes})
+        manifest = Manifest.read(engine).replace(**{"files": describe_files(place), **changes})
         manifest.write(place)
         return place, Manifest.read(place)
 
@@ -97,7 +97,7 @@ def test_opening_torch_takes_nothing_from_the_choice(engine: Path) -> None:
         "import dataclasses\n"
         "manifest = Manifest.read(sys.argv[1])\n"
         "files = {**manifest.files, 'vision.engine': manifest.files['vision.onnx']}\n"
-        "print(choose_backend('auto', dataclasses.replace(manifest, backend='tensorrt-rtx', files=files)))"
+        "print(choose_backend('auto', manifest.replace(backend='tensorrt-rtx', files=files)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(engine)], capture_output=True, text=True, timeout=HANG_SECONDS
@@ -109,7 +109,7 @@ def test_opening_torch_takes_nothing_from_the_choice(engine: Path) -> None:
 def test_torch_is_not_opened_from_a_folder(engine: Path) -> None:
     """It needs a checkpoint; asked for by name, or chosen for a bf16 graph."""
     manifest = Manifest.read(engine)
-    for asked, made in (("torch", manifest), ("auto", dataclasses.replace(manifest, dtype="bf16"))):
+    for asked, made in (("torch", manifest), ("auto", manifest.replace(dtype="bf16"))):
         with pytest.raises(EngineError, match=r"in PyTorch.*Pipeline\.load"):
             open_backend(asked, engine, made)
 
@@ -154,4 +154,4 @@ def test_every_engine_backend_is_one_a_manifest_can_name(engine: Path) -> None:
     files = {**manifest.files, "vision.engine": manifest.files["vision.onnx"]}
     for name in ENGINE_BACKENDS:
         backend = "onnx" if name == "onnxruntime" else name
-        assert choose_backend(name, dataclasses.replace(manifest, backend=backend, files=files)) == name
+        assert choose_backend(name, manifest.replace(backend=backend, files=files)) == name

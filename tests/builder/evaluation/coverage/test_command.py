@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from builder.evaluation.coverage.measure import measure_coverage
-from builder.evaluation.coverage.picture import thumbnails
 from builder.evaluation.passes import ClipPasses
 from earlytom.config import EarlyTomConfig
 from earlytom.methods.earlytom import EarlyTom
@@ -61,13 +59,6 @@ def test_two_clips(command: Command, videos: list[Path], tmp_path: Path) -> None
     assert said["cell_changed"] == pytest.approx(found.changed_mean, abs=1e-5)
     (other, _) = measure_coverage(clip, [("", EarlyTom(config.replace(frame_budget=(8, 8, 8))))])
     assert abs(said["frame_mean"] - float(other.frames.mean())) > 1e-3
-
-
-def test_thumbnails_are_small() -> None:
-    pixels = torch.arange(2 * 3 * 384 * 384).view(2, 3, 384, 384).to(torch.uint8)
-    small = thumbnails(pixels)
-    assert small.shape == (2, 96, 96, 3)
-    assert small[1, 5, 7].tolist() == pixels[1, :, 20, 28].tolist()
 
 
 @pytest.mark.parametrize(

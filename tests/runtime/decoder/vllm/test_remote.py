@@ -132,6 +132,7 @@ def test_how_tokens_are_drawn_is_told(remote: Pipeline, stand_in: StandIn, clip:
     assert [body[name] for name in ("temperature", "top_p", "top_k", "seed", "max_tokens")] == [0.5, 0.9, 7, 11, 3]
     neutral = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     assert [body[name] for name in neutral] == [0.0, 1.0, 0.0, 0.0]  # whatever the server's own are
+    assert body["ignore_eos"] is True
 
 
 def test_many_are_answered_at_a_time(

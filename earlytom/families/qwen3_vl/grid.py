@@ -1,0 +1,25 @@
+"""Frames of Qwen3-VL: what they are made of, and the grid of patches in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from earlytom.errors import UserError
+from earlytom.numbers import shown
+
+SIZE = (448, 448)
+"""Height and width of frames where nothing says it."""
+SIDE, STEP = 2, 2  # patches on a side of a token, and pictures of a frame, in every published model
+
+
+def grid_of(vision: Any) -> tuple[int, int]:
+    """(rows, columns) of patches in a frame of a vision configuration. Raises UserError for a size they do not fill."""
+    if not isinstance(patch := vision.patch_size, int) or vision.temporal_patch_size != STEP:
+        raise UserError(f"patches must be square and {STEP} pictures deep, got patch_size {shown(patch)}")
+    height, width = getattr(vision, "image_size", SIZE)
+    if height % (SIDE * patch) or width % (SIDE * patch) or not (height and width):
+        raise UserError(
+            f"frames are {height}x{width}, expected multiples of {SIDE * patch} pixels: patches of {patch} are joined "
+            f"{SIDE} by {SIDE}"
+        )
+    return height // patch, width // patch

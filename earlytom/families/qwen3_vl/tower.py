@@ -1,0 +1,160 @@
+"""Qwen3-VL's tower and what comes behind it.
+
+Patches of one token follow one another, so joining them is a reshape; a frame attends to itself alone. Positions and
+angles depend on the grid only, and are computed once for each by transformers' own functions.
+
+Notation as in `earlytom.families.qwen3_vl`.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding, apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from earlytom.families.family import Features, Vision
+from earlytom.families.qwen3_vl.grid import SIDE, STEP, grid_of
+from earlytom.families.qwen3_vl.pixels import frame_patches
+from earlytom.towers import LayerParts, Tower, add
+
+
+class Places(NamedTuple):
+    """What a grid of patches has instead of positions.
+
+    Attributes:
+        around, shares: [S, 4] rows of the learned positions around each patch, and their shares in its own.
+        cos, sin: fp32 [S, d] of a patch's angles, d channels a head.
+    """
+
+    around: Tensor
+    shares: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class PatchEmbeddings(nn.Module):
+    """What patches are embedded by, and learned positions."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.patch_embed, self.pos_embed = visual.patch_embed, visual.pos_embed
+
+
+class Trunk(nn.Module):
+    """The tower without what comes behind it; nothing is copied."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.config = visual.config
+        self.embeddings, self.blocks = PatchEmbeddings(visual), visual.blocks
+
+
+class Mergers(nn.Module):
+    """What makes tokens of patches: of the last layer's states, and of those of earlier ones."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.merger, self.deepstack = visual.merger, visual.deepstack_merger_list
+
+
+def parted(visual: Any) -> tuple[Trunk, Mergers]:
+    """transformers' vision model in its two parts; they share its modules."""
+    return Trunk(visual), Mergers(visual)
+
+
+class Qwen3VlTower(Tower):
+    """Two pictures a frame, positions interpolated to the grid, a rotary embedding over rows and columns.
+
+    Attributes:
+        grid: (rows, columns) of patches: those of the pixels that were embedded last, before that of the configuration.
+    """
+
+    step = STEP
+    key_bias_cancels = False  # the rotary embedding turns it
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = trunk = cast(Any, model)
+        self.layers = trunk.blocks
+        self.streams = tuple(trunk.config.deepstack_visual_indexes)
+        self.grid = grid_of(trunk.config)
+        self.places(next(model.parameters()).device)  # now, and not while somebody traces
+
+    def places(self, device: torch.device) -> Places:
+        """Those of `grid`."""
+        config = self.model.config
+        side, head = int(config.num_position_embeddings**0.5), config.hidden_size // config.num_heads
+        return _places(side, head, tuple(config.rope_parameters.items()), self.grid, str(device))
+
+    def parts(self, layer: Any) -> LayerParts:
+        return LayerParts(layer.norm1, layer.attn, layer.norm2, layer.mlp)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        patch: int = self.model.config.patch_size
+        self.grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        patches = frame_patches(pixels, patch)
+        frames, count = patches.shape[:2]
+        parts: Any = self.embeddings
+        embedded = parts.patch_embed(patches.flatten(2).flatten(0, 1)).unflatten(0, (frames, count))
+        places = self.places(pixels.device)
+        learned = (parts.pos_embed(places.around) * places.shares[:, :, None]).sum(1)
+        return embedded + learned.to(embedded.dtype)
+
+    def heads(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        places = self.places(entering.device)
+        query, key, value = module.qkv(entering).unflatten(-1, (3, -1, module.head_dim)).unbind(-3)  # [F, S, H, d]
+        query, key = apply_rotary_pos_emb_vision(query, key, places.cos, places.sin)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def compared(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, _ = self.heads(module, entering)
+        return query, key
+
+    def run_layer(self, layer: Any, hidden: Tensor, *, receive: bool = False) -> tuple[Tensor, Tensor | None]:
+        attended, received = self.attention(*self.attention_input(layer, hidden), receive)
+        hidden = add(hidden, layer.attn.proj(attended))
+        return add(hidden, layer.mlp(layer.norm2(hidden))), received
+
+
+class Qwen3VlVision(Vision):
+    """Patches joined two by two and projected; states of earlier layers likewise, each by a projector of its own."""
+
+    def __init__(self, tower: Qwen3VlTower, projector: Any) -> None:
+        super().__init__(tower)
+        self.projector, self._grid_of = projector, tower
+
+    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
+        last, *earlier = hidden.split(self.tower.width, dim=-1)
+        mergers = (self.projector.merger, *self.projector.deepstack)
+        # Given patches alone, as those have it who look at what a projector does, all of them are of the last layer.
+        states = (last, *(earlier or [last] * len(self.projector.deepstack)))
+        made = [merger(state.contiguous()) for merger, state in zip(mergers, states, strict=True)]
+        features = torch.cat(made, dim=-1).unflatten(0, (len(hidden), -1))
+        relevance = None if received is None else self.pool(received[:, :, None])[:, :, 0]
+        rows, columns = self._grid_of.grid
+        return Features(features, relevance, features, (rows // SIDE, columns // SIDE))
+
+    def pool(self, values: Tensor) -> Tensor:
+        return values.unflatten(1, (-1, SIDE**2)).mean(2)
+
+    def own(self, features: Tensor) -> Tensor:
+        return features[..., : features.shape[-1] // (1 + len(self.projector.deepstack))]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+@torch.no_grad()
+def _places(side: int, head: int, rope: tuple[tuple[str, Any], ...], grid: tuple[int, int], device: str) -> Places:
+    """Those of a grid, of `side` x `side` learned positions and heads of `head` channels."""
+    rows, columns = grid
+    one = torch.tensor([[1, rows, columns]])
+    around, shares = get_vision_interpolation_indices_and_weights(
+        one, num_grid_per_side=side, mode="bilinear", align_corners=True, spatial_merge_size=SIDE
+    )
+    settings: Any = SimpleNamespace(rope_parameters=dict(rope), head_dim=head)
+    cos, sin = Qwen3VLVisionRotaryEmbedding(settings)(shares, get_vision_position_ids(one, SIDE))
+    return Places(*(value.to(device) for value in (around, shares, cos, sin)))

@@ -1,0 +1,143 @@
+"""uvicorn's connections, ended when a client neither sends what it began nor reads what it asked for.
+
+    uvicorn.run(app, http=connections(header_seconds=10))
+
+Below ASGI uvicorn waits without end for headers that do not come, and for clients that do not read. Every refusal is in
+OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from earlytom.numbers import real, whole
+from runtime.serve.errors import ServeError, encoded
+
+# Some clients offer HTTP/2 with every request (Upgrade: h2c). An offer may be ignored, but httptools 0.9 takes it for
+# the end of HTTP and drops the body. Delete this where `test_an_offer_of_http_2_is_ignored` passes without it.
+_UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, ended when its client neither sends a request nor reads the answer."""
+
+    header_seconds = 10.0  # from the connection, or the first byte after an answer, to the end of the headers
+    write_seconds = 30.0  # in which a client must take some of what waits for it
+    max_header = 64 << 10  # bytes
+    most = 512  # connections at once: each takes a descriptor, of which a process often has 1,024
+
+    _timer: asyncio.TimerHandle | None = None  # runs while headers, or what is left of a body, are awaited
+    _writing: asyncio.TimerHandle | None = None
+    _awaiting = True  # the headers of a request are next
+    _head = 0  # bytes of them
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_headers()
+        if len(self.connections) > self.most:
+            self._end(ServeError(503, "overloaded", "too many connections; try again later", retry_after=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaiting:
+            self._head += len(data)
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+        if self._between() and self._timer is None:
+            self._await_headers()
+        super().data_received(data)
+        if self._awaiting and self._head > self.max_header:
+            self._end(ServeError(431, "request_too_large", f"the headers have more than {self.max_header} bytes"))
+
+    def on_headers_complete(self) -> None:
+        self._stop()
+        self._awaiting, self._head = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._awaiting = True
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._end(ServeError(400, "invalid_request", "this is not a valid HTTP request"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._await_reader()
+
+    def _between(self) -> bool:
+        """No request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._timer = self.loop.call_later(self.header_seconds, self._no_headers)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _no_headers(self) -> None:
+        self._timer = None
+        if not self._between():  # the beginning of a next request has come meanwhile
+            self._await_headers()
+        elif self._head:
+            what = f"the headers did not come within {self.header_seconds:g} s"
+            self._end(ServeError(408, "request_timeout", what))
+        else:
+            self.transport.close()
+
+    def _await_reader(self) -> None:
+        if self._writing is None:
+            self._writing = self.loop.call_later(self.write_seconds, self._nobody_reads)
+
+    def _nobody_reads(self) -> None:
+        self._writing = None
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def _end(self, error: ServeError) -> None:
+        if self.transport.is_closing():
+            return
+        content, headers = encoded(error)
+        lines = [b"HTTP/1.1 %d Refused" % error.status, *(name + b": " + value for name, value in headers)]
+        self.transport.write(b"\r\n".join([*lines, b"connection: close", b"", content]))
+        self.transport.close()
+        self._await_reader()
+
+
+def connections(
+    *, header_seconds: float = 10.0, write_seconds: float = 30.0, max_header: int = 64 << 10, most: int = 512
+) -> type[Connection]:
+    """The class of connections for uvicorn's `http`.
+
+    header_seconds: until a request's headers are there. write_seconds: until a client takes more of its answer.
+    max_header: bytes of the headers. most: connections at once.
+    """
+    settings = {
+        "header_seconds": real("--header-seconds", header_seconds, 0, low_open=True),
+        "write_seconds": real("write_seconds", write_seconds, 0, low_open=True),
+        "max_header": whole("max_header", max_header, 1),
+        "most": whole("most", most, 1),
+    }
+    return type("Connection", (Connection,), settings)

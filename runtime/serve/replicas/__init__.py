@@ -1,0 +1,1 @@
+"""Questions that replicas answer: what goes to them, and the backend that asks them."""

@@ -1,0 +1,132 @@
+"""What a decoder is told of a prompt whose language model places tokens by time, row and column, and takes states of
+earlier layers of the tower.
+
+A text token has one position on all three axes. A visual token stands at the time of its frame, and as many rows and
+columns behind that as its cell; a frame takes as many positions as it has rows or columns, whichever are more, however
+few of its tokens are left. So where all are left the positions are the model's own. Tensors only, and no wait for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from earlytom.transfers import to_device
+from runtime.text.prompt import Prompt, Spans
+
+AXES = 3
+
+
+class OnAxes(NamedTuple):
+    """Positions int64 [3, L] of a prompt, and that of the token after it, on all axes."""
+
+    positions: Tensor
+    next: int
+
+
+class Told(NamedTuple):
+    """What a decoder is told of a prompt, and the position of the token after it, on all axes."""
+
+    how: dict[str, Tensor]
+    next: int
+
+    def forward(self) -> dict[str, Tensor]:
+        """The positions as the language model's own forward pass takes them."""
+        return {"position_ids": self.how["positions"][:, None]}
+
+
+def told_of(
+    prompt: Prompt,
+    spans: Spans,
+    tokens: Tensor,
+    place: Tensor,
+    cells: tuple[int, int],
+    frames: int,
+    width: int,
+    *,
+    original: bool = False,
+) -> Told:
+    """`positions` [3, L], and where the tokens [N, (1 + K) * D] bring some `states` [K, L, D], by the names that
+    `runtime.decoder.eager` has for them; `width` is D, the others as in `on_axes`."""
+    positions, behind = on_axes(prompt, spans, place, cells, frames, original=original)
+    states = states_of(tokens, prompt.visual_span(len(place), spans), positions.shape[1], width)
+    return Told({"positions": positions} | ({} if states is None else {"states": states}), behind)
+
+
+def on_axes(
+    prompt: Prompt, spans: Spans, place: Tensor, cells: tuple[int, int], frames: int, *, original: bool
+) -> OnAxes:
+    """Where the tokens of a prompt with a span a frame stand.
+
+    Args:
+        spans: of the visual tokens, see `Prompt`.
+        place: int64 [N], of each visual token in the video, frame * P + cell.
+        cells: (rows, columns) of the P cells of a frame.
+        frames: of the video.
+        original: every frame stands where it would if none had been left out; else the next one follows at once.
+    """
+    (rows, columns), extent = cells, max(cells)
+    texts = [len(ids) for ids, _ in prompt.pieces(len(place), spans)]
+    frame = torch.div(place, rows * columns, rounding_mode="trunc")
+    if original:
+        assert prompt.names is not None
+        names = [texts[0], *(len(prompt.names.before(number)) for number in range(1, frames))]
+        begins = [begin + extent * number for number, begin in enumerate(accumulate(names))]
+        starts = [begins[span.number] for span in spans]
+        start = _numbers(begins, place.device).index_select(0, frame)
+        end = begins[-1] + extent
+    else:
+        starts = [begin + extent * number for number, begin in enumerate(accumulate(texts))]
+        sizes = [span.tokens for span in spans]
+        each = [start for start, size in zip(starts, sizes, strict=True) for _ in range(size)]
+        start = _numbers(each, place.device)
+        end = starts[-1] + extent
+    cell = place - frame * (rows * columns)
+    row = torch.div(cell, columns, rounding_mode="trunc")
+    visual = torch.stack([start, start + row, start + cell - row * columns]).split([s.tokens for s in spans], dim=1)
+    found = []
+    for begin, length, seen in zip(starts, texts, visual, strict=True):
+        found += [_text(begin - length, length, place.device), seen]
+    after = len(prompt.suffix_ids)
+    return OnAxes(torch.cat([*found, _text(end, after, place.device)], dim=1), end + after)
+
+
+def following(begin: int, length: int, device: torch.device) -> Tensor:
+    """Positions int64 [3, length] of text that stands behind a prompt (`OnAxes.next`)."""
+    return _text(begin, length, device)
+
+
+def states_of(tokens: Tensor, visual: Sequence[int], length: int, width: int) -> Tensor | None:
+    """What stands behind tokens [N, (1 + K) * D], in their places of a prompt: [K, L, D], 0 for text; None if K is 0.
+
+    Args:
+        visual: where the N tokens are.
+        length: L. width: D.
+    """
+    count = tokens.shape[1] // width - 1
+    if not count:
+        return None
+    states = tokens.new_zeros(count, length, width)
+    where = _numbers(visual, tokens.device)
+    return states.index_copy(1, where, tokens[:, width:].unflatten(1, (count, width)).transpose(0, 1))
+
+
+def weights_of(prompt: Prompt, spans: Spans, bias: Tensor) -> Tensor:
+    """fp32 [L]: `bias [N]` of visual tokens in their places of a prompt, 0 for text."""
+    texts = [len(ids) for ids, _ in prompt.pieces(len(bias), spans)]
+    pieces = zip(texts, bias.split([span.tokens for span in spans]), strict=True)
+    parts = [part for length, own in pieces for part in (bias.new_zeros(length), own)]
+    return torch.cat([*parts, bias.new_zeros(len(prompt.suffix_ids))])
+
+
+def _text(begin: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(begin, begin + length, device=device).expand(AXES, -1)
+
+
+def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(list(values), dtype=torch.int64), device)

@@ -1,0 +1,66 @@
+"""What `tests.vllm_check` makes of what it finds: what fails it, and how a load is counted."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import vllm_check
+from tests.vllm_check import AIM_AT, CLIENTS, LONG, SHORT, Rates, failures, load
+
+
+def rates(ratio: float, wrong: int = 0) -> Rates:
+    return {clients: {"ours": 1.0, "vllm": ratio, "ratio": ratio, "wrong": wrong} for clients in CLIENTS}
+
+
+def test_short_answers_may_be_slower() -> None:
+    assert failures(8, {"over the wire": 8}, {SHORT: rates(0.5), LONG: rates(3.0)}, 3.0) == []
+
+
+@pytest.mark.parametrize(
+    ("equal", "short", "long", "said"),
+    [
+        (7, rates(9.0), rates(9.0), ["over the wire: 1 of 8 answers differ"]),
+        (8, rates(9.0), rates(2.99), [f"answers of {LONG}, {AIM_AT} clients: 2.99 times as fast, and not 3"]),
+        (8, rates(9.0, 2), rates(9.0), [f"answers of {SHORT}, {n} clients: 2 answers differ" for n in CLIENTS]),
+        (8, rates(9.0), rates(9.0, 1), [f"answers of {LONG}, {n} clients: 1 answers differ" for n in CLIENTS]),
+    ],
+)
+def test_what_does_not_hold_fails_it(equal: int, short: Rates, long: Rates, said: list[str]) -> None:
+    assert failures(8, {"over the wire": equal}, {SHORT: short, LONG: long}, 3.0) == said
+
+
+class Answering:
+    """Answers about every video at once; every third answer is another one than it should be."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lock = threading.Lock()
+        self.closed: list[str] = []
+
+    def watch(self, clip: str) -> Any:
+        return SimpleNamespace(ask=self.ask, close=lambda: self.closed.append(clip))
+
+    def ask(self, question: str, *, max_new_tokens: int) -> Any:
+        assert max_new_tokens == vllm_check.TOKENS
+        with self.lock:
+            self.count += 1
+            return SimpleNamespace(tokens=(7, 8) if self.count % 3 else (7, 9))
+
+
+def test_answers_under_load_are_compared() -> None:
+    pipeline = Answering()
+    right = [(("a.mp4", "What?"), {"tokens": [7, 8]}), (("b.mp4", "Where?"), {"tokens": [7, 8]})]
+    rate, wrong = load(pipeline, right, 2, 0.05)
+    assert rate > 0
+    assert wrong == pipeline.count // 3
+    assert sorted(pipeline.closed) == ["a.mp4", "b.mp4"]
+
+
+def test_an_answer_that_fails_ends_the_load() -> None:
+    pipeline = SimpleNamespace(watch=lambda clip: SimpleNamespace(ask=lambda *_, **__: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        load(pipeline, [(("a.mp4", "What?"), {"tokens": []})], 2, 60.0)
