@@ -198,7 +198,7 @@ def test_cells_are_built_and_asked_with_positions_and_bias(folder: Path, tmp_pat
         (["--frames", "7"], "Qwen3-VL takes 2 pictures for a frame: --frames must be a multiple, got 7"),
         (["--schedule", "adaptive"], "--schedule adaptive does not know Qwen3-VL's frames"),
         (["--chunk", "4"], "--chunk does not know Qwen3-VL's frames"),
-        (["--method", "visionzip"], "method 'visionzip' does not know Qwen3-VL's tokens"),
+        (["--method", "tome"], "method 'tome' does not know Qwen3-VL's tokens"),
         (["--size", "20x16"], "frames are 20x16, expected multiples of 8 pixels"),
         (["--size", "big"], "--size 'big' is not HEIGHTxWIDTH"),
     ],
