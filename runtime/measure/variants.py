@@ -234,7 +234,8 @@ class Bench:
             return SeenPrompt(found.tokens.to(self.device), False, tuple(stages), found.positions, found.sources)
 
         about = f"{manifest.name} in {backend}"
-        name = f"{backend} {manifest.dtype} r{config.retention_ratio:g}"
+        precision = manifest.dtype if manifest.int8 is None else f"int8 and {manifest.dtype}"
+        name = f"{backend} {precision} r{config.retention_ratio:g}"
         copy = self._to_device if on_device else torch.Tensor.contiguous
         return Variant(name, about, config, manifest.frames, copy, see, self.ours, manifest.name)
 
