@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,3 +65,12 @@ def test_an_answer_that_fails_ends_the_load() -> None:
     pipeline = SimpleNamespace(watch=lambda clip: SimpleNamespace(ask=lambda *_, **__: 1 / 0))
     with pytest.raises(ZeroDivisionError):
         load(pipeline, [(("a.mp4", "What?"), {"tokens": []})], 2, 60.0)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_but_their_length_ends_long_answers(engine: Path, drawn_clip: Path) -> None:
+    with vllm_check.opened(engine, "torch", endless=True) as pipeline:
+        answer = pipeline.ask(drawn_clip, "What happens?", max_new_tokens=vllm_check.TOKENS)
+    assert len(answer.tokens) == vllm_check.TOKENS
+    with vllm_check.opened(engine, "torch") as pipeline:
+        assert pipeline.ask(drawn_clip, "What happens?", max_new_tokens=2).tokens == answer.tokens[:2]

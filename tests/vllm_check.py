@@ -145,11 +145,13 @@ def opened(engine: Path, decoder: str, *, endless: bool = False) -> Any:
     """A pipeline; nothing but their length ends the answers of an endless one."""
     from runtime.parts import WantedParts, load_parts
     from runtime.pipeline import Pipeline
+    from runtime.service.answering import Answering
 
     parts = load_parts(WantedParts.checked(engine, device="cpu", decoder=decoder))
     text, most = parts.text, max(CLIENTS)
     stops = () if endless else text.stops
-    return Pipeline(parts.manifest, parts.vision, text.decoder, text.closing, text.tokenizer, stops, waiting=most)
+    core = Answering(parts.manifest, parts.vision, text.decoder, text.closing, text.tokenizer, stops)
+    return Pipeline(core, waiting=most)
 
 
 def answers(engine: Path, decoder: str, asked: Asked, *, watch: bool = False, endless: bool = False) -> Found:
