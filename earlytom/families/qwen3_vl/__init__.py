@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from earlytom.families.qwen3_vl.tower import Qwen3VlTower, Qwen3VlVision
 
 _LONGEST = 99999.9  # seconds into a video
+_SECTION = (24, 20, 20)  # frequencies by time, row and column, where a configuration does not say
 _OPEN, _VISUAL, _CLOSE = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
 _PARTS = {
     "visual.merger.": "projector.merger.",
@@ -113,6 +114,7 @@ class Qwen3Vl(Family):
         vision.image_size = list(getattr(vision, "image_size", SIZE))
         vision.num_channels, vision.layer_norm_eps = vision.in_channels, 1e-6
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
+        config.text_config.rope_parameters.setdefault("mrope_section", list(_SECTION))
         return config
 
     def sized(self, config: Any, size: tuple[int, int]) -> Any:
@@ -148,6 +150,9 @@ class Qwen3Vl(Family):
             raise UserError(
                 f"out_hidden_size must be that of the language model, {text.hidden_size}, got {vision.out_hidden_size}"
             )
+        section = text.rope_parameters["mrope_section"]
+        if not isinstance(section, list) or [type(one) for one in section] != [int] * 3 or min(section) < 1:
+            raise UserError(f"mrope_section must be three numbers from 1 on, got {shown(section)}")
         return Geometry(
             size=(grid[0] * vision.patch_size, grid[1] * vision.patch_size),
             patch=vision.patch_size,
@@ -325,7 +330,7 @@ QWEN3_VL = Qwen3Vl()
 
 def _published(vision: dict[str, Any], text: dict[str, Any], *, tied: bool) -> Any:
     """A published configuration: the tower and the language model (Qwen3) as given, and what all of them have."""
-    rope = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": list(_SECTION), "mrope_interleaved": True}
     return QWEN3_VL.config(
         {
             "vision_config": {

@@ -189,6 +189,18 @@ def test_configurations_that_cannot_run_are_refused(vision: dict[str, Any], line
         geometry(QWEN3_VL.config(raw))
 
 
+@pytest.mark.parametrize(
+    "section", [None, 0, True, "x", {}, [], [2, 1], [2, 1, 0], [2, 1, 1.0], [True, 1, 1], ["a"] * 3]
+)
+def test_frequencies_of_axes_are_three_numbers(section: Any) -> None:
+    raw = model_of().config.to_dict()
+    raw["text_config"]["rope_parameters"]["mrope_section"] = section
+    with pytest.raises(UserError, match="mrope_section must be three numbers from 1 on, got"):
+        geometry(QWEN3_VL.config(raw))
+    del raw["text_config"]["rope_parameters"]["mrope_section"]
+    assert geometry(QWEN3_VL.config(raw)).step == 2  # transformers has a default
+
+
 @pytest.mark.parametrize("change", [{"temporal_patch_size": 1}, {"spatial_merge_size": 3}])
 def test_other_towers_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be 2, got"):
