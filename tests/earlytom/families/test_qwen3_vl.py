@@ -190,7 +190,7 @@ def test_configurations_that_cannot_run_are_refused(vision: dict[str, Any], line
 
 
 @pytest.mark.parametrize(
-    "section", [None, 0, True, "x", {}, [], [2, 1], [2, 1, 0], [2, 1, 1.0], [True, 1, 1], ["a"] * 3]
+    "section", [None, 0, True, "x", {}, [], [2, 1], [2, 1, 0], [2, 1, 1.0], [True, 1, 1], ["a"] * 3], ids=str
 )
 def test_frequencies_of_axes_are_three_numbers(section: Any) -> None:
     raw = model_of().config.to_dict()
