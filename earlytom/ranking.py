@@ -2,7 +2,8 @@
 
 Backends order equal values as they like, so nothing here asks them to: of equal ones the first comes first, on each of
 them. All shapes follow from numbers, nothing waits for the device, and an exporter writes it as it is. Places are
-counted in fp32: exact below 2**24, and every backend has all operators for it.
+counted in fp32: exact below 2**24, and every backend has all operators for it. Of values that are not finite the answer
+means nothing, but stays in range: an index out of range would end everybody's work on a GPU.
 
 Notation: n values a list, k of them taken.
 """
@@ -42,7 +43,7 @@ def slots(mask: Tensor, count: int) -> Tensor:
     n = mask.shape[-1]
     if 0 < count <= MOST_TOP:
         falling = n - torch.arange(n, dtype=torch.float32, device=mask.device)  # no two are equal
-        return (n - torch.where(mask, falling, 0.0).topk(count).values).long()
+        return (n - torch.where(mask, falling, 0.0).topk(count).values).long().clamp_max(n - 1)
     index = torch.arange(n, dtype=torch.float32, device=mask.device)
     place = mask.float().cumsum(-1) - 1
     here = mask[..., None, :] & (place[..., None, :] == index[:count, None])
@@ -53,7 +54,7 @@ def largest(values: Tensor) -> Tensor:
     """Where the largest of each list of `values [..., n]` is, the first of equal ones, [...] int64."""
     n = values.shape[-1]
     index = torch.arange(n, dtype=torch.float32, device=values.device)
-    return torch.where(values >= values.amax(-1, keepdim=True), index, float(n)).amin(-1).long()
+    return torch.where(values >= values.amax(-1, keepdim=True), index, float(n)).amin(-1).long().clamp_max(n - 1)
 
 
 def ascending(places: Tensor) -> Tensor:

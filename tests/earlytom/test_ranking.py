@@ -55,3 +55,10 @@ def test_places_are_put_in_order(places: list[int]) -> None:
     order = ascending(found)
     assert torch.equal(order, found.argsort(dim=-1))
     assert torch.equal(at(found[..., None], order)[..., 0], found.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_values_that_are_not_numbers_give_places_in_range(count: int) -> None:
+    for values in (torch.full((2, 5), torch.nan), torch.tensor([[1.0, torch.nan, 2.0, torch.nan, 0.0]])):
+        for found in (slots(best(values, count), count), largest(values)):
+            assert bool(((found >= 0) & (found < 5)).all())
