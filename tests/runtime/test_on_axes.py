@@ -36,6 +36,8 @@ from runtime.video import Clip, clip_from_frames, sample_indices
 from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
 F, STEPS, QUESTION, SIZE = 8, 4, "What happens?", (24, 16)
 CELLS = (SIZE[0] // 8) * (SIZE[1] // 8)
 ON = ["--ratio", "0.5", "--merge-layers", "0,1"]

@@ -38,6 +38,8 @@ from tests.runtime.checkpoint.tiny_checkpoint import (
     write_weights,
 )
 
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
 NAME = "org/some-model"
 BUILD = ("--backend", "onnx", "--no-verify", "--fp32", "--frames", "4", "--merge-layers", "0", "--ratio", "0.5")
 
