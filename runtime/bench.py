@@ -5,7 +5,7 @@ request by request, after a warm-up that is not counted. Then, each apart: peak 
 scaling over frames and over the retention ratio, the cost of the compression itself. Answers have a fixed length, so
 that all variants decode equally many tokens. Ends with one JSON line.
 
-`--vision-only` times the vision parts of engines, without a decoder (`runtime.measure.vision_alone`).
+`--vision-only` times the vision parts of engines, without a decoder (`runtime.measure.vision.alone`).
 Two more measure an engine through the `Pipeline`: `--service` what a service sees of it, watched and live videos and
 many callers included (`runtime.measure.service`), `--soak N` its memory over N requests (`runtime.measure.soak`). With
 `--serve URL` a server that runs is measured from outside (`runtime.measure.serving`).
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = arguments.settings_of(options)
     import torch
 
-    from runtime.measure import comparison, plot, report, service, soak, vision_alone
+    from runtime.measure import comparison, plot, report, service, soak
+    from runtime.measure.vision import alone as vision_alone
 
     screen = cli.Screen(json_only=asked.json)
     with _threads(asked.threads), tempfile.TemporaryDirectory() as folder:

@@ -23,11 +23,11 @@ from runtime.engine.manifest import Manifest
 from runtime.measure import report
 from runtime.measure.arguments import BenchSettings
 from runtime.measure.clock import matmul_rate
-from runtime.measure.integers import integer_peak
 from runtime.measure.measure import VariantRunner, interleaved, under_load
 from runtime.measure.memory import peak_memory
 from runtime.measure.overhead import compression_share
 from runtime.measure.variants import Bench, Variant, read_engine, settings
+from runtime.measure.vision.integers import integer_peak
 from runtime.trace import Trace
 
 

@@ -20,8 +20,8 @@ from runtime.engine.manifest import Manifest
 from runtime.measure import report
 from runtime.measure.arguments import BenchSettings
 from runtime.measure.clock import matmul_rate, percentiles, timed
-from runtime.measure.integers import integer_peak
 from runtime.measure.variants import name_of, open_engine, read_engine
+from runtime.measure.vision.integers import integer_peak
 from runtime.trace import Trace
 from runtime.video import load_clip
 from runtime.vision import VisionBackend, encode_one

@@ -13,7 +13,8 @@ import torch
 from runtime import bench, cli
 from runtime.checkpoint import describe
 from runtime.engine.manifest import Manifest
-from runtime.measure import variants, vision_alone
+from runtime.measure import variants
+from runtime.measure.vision import alone as vision_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

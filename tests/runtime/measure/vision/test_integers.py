@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from runtime.checkpoint import describe
-from runtime.measure import integers
-from runtime.measure.integers import integer_peak, integer_product, integer_rate
+from runtime.measure.vision import integers
+from runtime.measure.vision.integers import integer_peak, integer_product, integer_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
