@@ -27,7 +27,7 @@ from runtime.measure.measure import VariantRunner, interleaved, under_load
 from runtime.measure.memory import peak_memory
 from runtime.measure.overhead import compression_share
 from runtime.measure.variants import Bench, Variant, read_engine, settings
-from runtime.measure.vision.integers import integer_peak
+from runtime.measure.vision.products import float_peak, integer_peak
 from runtime.trace import Trace
 
 
@@ -70,6 +70,8 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     runner = VariantRunner(bench, video, asked.max_new_tokens)
     trace.line("measuring requests in turn ...")
     rates = [matmul_rate(device, dtype)]
+    if device.type == "cpu" and dtype == torch.float32:
+        rates.append(float_peak(checkpoint, frames))  # for engines, which run in ONNX Runtime
     integer = integer_peak(checkpoint, frames) if any(variant.int8 for variant in variants) else None
     first, requests = interleaved(runner, variants, warmup=asked.warmup, repeats=asked.repeats)
     rates.append(matmul_rate(device, dtype))

@@ -134,7 +134,7 @@ def show(trace: Trace, record: Mapping[str, Any]) -> None:
         for one in variants
     ]
     peak = record["matmul"] / 1e12
-    title = f"arithmetic (peak: {peak:.3g} TFLOP/s, a {record['dtype']} matrix product in PyTorch) and peak memory"
+    title = f"arithmetic (peak: {peak:.3g} TFLOP/s, the best {record['dtype']} matrix product) and peak memory"
     trace.table(work, rows, title=title)
     if record["integer_matmul"] is not None:
         trace.line(integer_line(record["integer_matmul"], record["matmul"]))
