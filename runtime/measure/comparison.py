@@ -70,9 +70,10 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     runner = VariantRunner(bench, video, asked.max_new_tokens)
     trace.line("measuring requests in turn ...")
     rates = [matmul_rate(device, dtype)]
-    if device.type == "cpu" and dtype == torch.float32:
-        rates.append(float_peak(checkpoint, frames))  # for engines, which run in ONNX Runtime
-    integer = integer_peak(checkpoint, frames) if any(variant.int8 for variant in variants) else None
+    on_cpu = device.type == "cpu"  # ONNX Runtime's peaks are a CPU's
+    if on_cpu and dtype == torch.float32:
+        rates.append(float_peak(checkpoint, frames))
+    integer = integer_peak(checkpoint, frames) if on_cpu and any(variant.int8 for variant in variants) else None
     first, requests = interleaved(runner, variants, warmup=asked.warmup, repeats=asked.repeats)
     rates.append(matmul_rate(device, dtype))
     trace.line("measuring memory, throughput, scaling, compression ...")

@@ -46,8 +46,9 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     trace.line(f"{checkpoint.source}, {count} frames, the vision parts alone, {torch.get_num_threads()} threads")
     for reason in missing:
         trace.line(f"  left out: {reason}")
-    floats = [matmul_rate(device, torch.float32), float_peak(checkpoint, count)]
-    whole = any(manifest.int8 is not None for manifest, _, _ in engines)
+    on_cpu = device.type == "cpu"  # ONNX Runtime's peaks are a CPU's
+    floats = [matmul_rate(device, torch.float32), *([float_peak(checkpoint, count)] if on_cpu else [])]
+    whole = on_cpu and any(manifest.int8 is not None for manifest, _, _ in engines)
     integers = [integer_peak(checkpoint, count)] if whole else []
     seconds = in_turns([vision for _, _, vision in engines], frames, asked.warmup, asked.repeats)
     floats.append(matmul_rate(device, torch.float32))  # what others on the machine do only lowers it
