@@ -97,9 +97,8 @@ def linear_layer(config: Any, tokens: int) -> int:
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     heads = config.linear_num_value_heads
     values = heads * config.linear_value_head_dim
-    projections = (
-        2 * width * (2 * keys + 3 * values + 2 * heads)
-    )  # queries, keys, values, gate, out; two numbers a head
+    # Queries and keys; values, their gate and what goes out; two numbers a head.
+    projections = 2 * width * (2 * keys + 3 * values + 2 * heads)
     convolution = 2 * config.linear_conv_kernel_dim * (2 * keys + values)
     state = 6 * values * config.linear_key_head_dim
     return tokens * (projections + convolution + state + 6 * width * inner)
