@@ -310,7 +310,7 @@ def compared(ours: Any, theirs: Any, right: Right, clients: int, seconds: float,
 
 def load(pipeline: Any, right: Right, clients: int, seconds: float, tokens: int) -> tuple[float, int]:
     """Of clients that ask one question after the other: answers a second, and how many are not what they should be."""
-    watched = {clip: pipeline.watch(clip) for (clip, _), _ in right}
+    watched = {clip: pipeline.watch(clip) for clip in {clip for (clip, _), _ in right}}
     turns, counts, wrong = itertools.cycle(right), [0] * clients, [0] * clients
     lock, end = threading.Lock(), time.monotonic() + seconds
 
