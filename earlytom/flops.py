@@ -52,7 +52,8 @@ def vision_encoder(
     area = size**2 if isinstance(size, int) else math.prod(size)
     patches = 2 * tokens * 3 * area * config.hidden_size * frames_per_stage[0]
     size = (prefix + tokens, config.hidden_size, config.intermediate_size)
-    layers = [encoder_layer(*size, pairs=one, gated=gated) for one in pairs or [None] * depth]
+    every = [size[0] ** 2] * depth if pairs is None else pairs
+    layers = [encoder_layer(*size, pairs=one, gated=gated) for one in every]
     stages = (sum(merged < index for merged in merge_layers) for index in range(depth))
     return patches + sum(layer * frames_per_stage[stage] for layer, stage in zip(layers, stages, strict=True))
 
