@@ -52,6 +52,8 @@ class Geometry:
         heads, inner: attention heads of a layer, and the width inside its MLP.
         prefix: tokens a frame inside the tower that are not patches.
         streams: K.
+        tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
+            span in a prompt (`Family.on_axes`); None where it takes none.
     """
 
     size: tuple[int, int]
@@ -66,6 +68,7 @@ class Geometry:
     inner: int
     prefix: int = 0
     streams: int = 0
+    tokens_per_second: float | None = None
 
     @property
     def token_width(self) -> int:
@@ -196,9 +199,12 @@ class Family(ABC):
             that makes visual tokens of them.
         beside_pixels: what they are given about a video beside them, by name.
         step: pictures of a video that the tower takes for one frame.
-        on_axes: whether its language model places tokens by time, row and column, a frame taking as many positions as
-            it has rows or columns, whichever are more (`runtime.text.axes`); else by their order.
+        on_axes: whether its language model places tokens by time, row and column, a span taking as many positions as
+            its frames have rows or columns, whichever are more (`runtime.text.axes`); else by their order.
+        own_visual_token: whether checkpoints' tokenizers may lack `visual_token`: it is given the id that the
+            configuration says.
         any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint says which.
+        known_names: whether transformers knows the names of tensors in its checkpoints.
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
@@ -231,7 +237,9 @@ class Family(ABC):
     beside_pixels: ClassVar[tuple[str, ...]] = ()
     step: ClassVar[int] = 1
     on_axes: ClassVar[bool] = False
+    own_visual_token: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
+    known_names: ClassVar[bool] = True
     released: ClassVar[bool] = False
     vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
         "image_size": 1 << 12,
@@ -241,6 +249,32 @@ class Family(ABC):
     activations: ClassVar[tuple[str, ...]]
     token_ids: ClassVar[tuple[str, ...]]
     layer_setting: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """What an engine's manifest calls it; `model_type` unless its models take several forms."""
+        return self.model_type
+
+    @property
+    def forms(self) -> tuple[Family, ...]:
+        """What settings of its configurations make of it, each with a name of its own."""
+        return (self,)
+
+    def of(self, config: Any) -> Family:
+        """That of `forms` which such a configuration has."""
+        return self
+
+    def describes(self, raw: Mapping[str, Any]) -> bool:
+        """Whether the content of a config.json is of this family."""
+        return raw.get("model_type") == self.model_type
+
+    def translated(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of a config.json in transformers' form.
+
+        Raises:
+            UserError: it has another one, and a setting in it for which there is no code.
+        """
+        return dict(raw)
 
     @abstractmethod
     def check(self, raw: Mapping[str, Any]) -> None:
@@ -253,6 +287,10 @@ class Family(ABC):
     @abstractmethod
     def config(self, raw: dict[str, Any]) -> Any:
         """transformers' configuration of the content of a config.json; it raises what that raises."""
+
+    def prepares(self, config: Any) -> Mapping[str, Any] | None:
+        """A preprocessing file for checkpoints that have none; None where they must have one."""
+        return None
 
     def preparation(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """The content of a preprocessing file in the words that most families use (`runtime.checkpoint`)."""
@@ -343,6 +381,10 @@ class Family(ABC):
     def canonical_name(self, name: str) -> str:
         """The name of a tensor without the prefixes in which the releases of transformers differ."""
 
+    def spare_names(self, config: Any) -> tuple[str, ...]:
+        """What the canonical names of tensors begin with that may be stored and that the model does without."""
+        return ()
+
     @abstractmethod
     def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
         """Floating-point operations of tower and projector on one video, see `earlytom.flops`.
@@ -397,6 +439,21 @@ class Family(ABC):
     def after_video(self) -> str:
         """The text after those of a video."""
         return ""
+
+    def time_steps(self, frames: int, per_second: float | None, times: FrameTimes | None = None) -> tuple[int, ...]:
+        """Of `frames` frames that the tower takes: where each stands on the axis of time, behind its span's first.
+
+        Args:
+            per_second: `Geometry.tokens_per_second`; None: each frame has a span, and so all stand where that begins.
+            times: when the pictures that they are made of were; None: a frame is a second.
+        """
+        if per_second is None:
+            return (0,) * frames
+        import torch
+
+        seconds = 1.0 if times is None else self.step * times.duration / len(times.seconds)
+        # In single precision, as transformers has it: rounded down, other digits would be another position.
+        return tuple((torch.arange(frames) * (per_second * torch.tensor(seconds).float())).long().tolist())
 
     def spans(self, config: Any, frames: int) -> tuple[int, ...]:
         """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` pictures."""
