@@ -52,6 +52,9 @@ class Geometry:
         heads, inner: attention heads of a layer, and the width inside its MLP.
         prefix: tokens a frame inside the tower that are not patches.
         streams: K.
+        pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
+        gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
+        rms: whether the norms of a layer are RMS norms, which shift nothing.
         tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
             span in a prompt (`Family.on_axes`); None where it takes none.
     """
@@ -68,6 +71,9 @@ class Geometry:
     inner: int
     prefix: int = 0
     streams: int = 0
+    pairs: tuple[int, ...] | None = None
+    gated: bool = False
+    rms: bool = False
     tokens_per_second: float | None = None
 
     @property
