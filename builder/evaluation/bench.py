@@ -271,6 +271,12 @@ def task_checkpoint(source: str | None) -> Checkpoint:
             f"--model {checkpoint.source}: the task's questions are packed for one span of visual tokens a video, and "
             f"{family.title} has one a frame; use the bundled model, or see what methods keep with --coverage VIDEO"
         )
+    if family.on_axes:
+        raise UserError(
+            f"--model {checkpoint.source}: the task's questions are packed in the order of their tokens, and "
+            f"{family.title} places them by time, row and column; use the bundled model, or see what methods keep with "
+            "--coverage VIDEO"
+        )
     height, width = checkpoint.preprocessing.size
     if (height, width) != (SIDE, SIDE):
         raise UserError(
