@@ -109,9 +109,9 @@ def test_a_watched_answer_differs_by_rounding_alone(make: Any, cut: int) -> None
     assert float((asked - wanted).abs().max()) < near
     assert float((watched - wanted).abs().max()) < near
     lost = replace(prefix, keys=tuple(map(torch.zeros_like, prefix.keys)))  # negative controls
-    assert float((logits(exact, lost) - wanted).abs().max()) > near
+    assert float((logits(exact, lost) - wanted).abs().max()) > 0.1
     lost = replace(prefix, ends=tuple((conv, torch.zeros_like(state)) for conv, state in prefix.ends))
-    assert not prefix.ends or float((logits(exact, lost) - wanted).abs().max()) > near
+    assert not prefix.ends or float((logits(exact, lost) - wanted).abs().max()) > 0.1
 
 
 def test_logits_stay_near(tmp_path: Path) -> None:
