@@ -25,7 +25,9 @@ test: lint
 
 vllm-check: $(VENV)/.ready $(VLLM)/.ready
 	$(BIN)/python -m builder.build --ratio 0.3 --fp16
-	$(BIN)/python -m tests.vllm_check engines --vllm $(VLLM)/bin/python --at-least 3
+	$(BIN)/python -m builder.build --model random:siglip-base-qwen2-0.5b --frames 8 --ratio 0.1 --fp32 --backend onnx \
+		--no-verify --out build/larger
+	$(BIN)/python -m tests.vllm_check engines --larger build/larger --vllm $(VLLM)/bin/python --at-least 3
 
 ray-check: $(VENV)/.ready $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -p no:xdist tests/runtime/serve/test_ray.py tests/runtime/serve/test_replicas.py

@@ -34,7 +34,7 @@ from runtime.video import load_clip, sample_indices
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
 
-SCALE_CLIPS, GATE_CLIPS = 8, 8  # of the bundled model's own task
+SCALE_CLIPS, GATE_CLIPS = 24, 8  # of the bundled model's own task
 
 
 @dataclass(frozen=True)

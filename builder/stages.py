@@ -30,8 +30,7 @@ from builder.gate.kept_reference import polygraphy_command
 from builder.gate.limits import GATES
 from builder.gate.stage import check_each
 from builder.precision import int8_table, islands, products
-from builder.precision.calibration import MOST_FRAMES as MOST_CALIBRATION_FRAMES
-from builder.precision.calibration import Calibration, Int8Plan
+from builder.precision.calibration import MOST_ROWS, Calibration, Int8Plan
 from builder.settings.config import BuildConfig, project_version
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
@@ -196,7 +195,8 @@ def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:
     """The products that int8 may have, measured on the clips, evenly of all their frames."""
     graph = vision_graph(config, torch.float32)
     frames = torch.cat(list(clips.values()))
-    pixels = graph.pixels(frames[:: -(-len(frames) // MOST_CALIBRATION_FRAMES)])
+    most = max(1, MOST_ROWS // config.geometry.patches)
+    pixels = graph.pixels(frames[:: -(-len(frames) // most)])
     return Calibration(graph.vision, graph.projector, pixels, config.depth, config.may_be_int8)
 
 

@@ -67,7 +67,13 @@ def prefill(
         inner_layer, inner_ratio: see `EarlyTomConfig`: from that layer on, fewer visual tokens are left.
     """
     if inner_layer is None:
-        return config.num_hidden_layers * decoder_layer(config, tokens) + 2 * config.hidden_size * config.vocab_size
+        linear = list(getattr(config, "layer_types", None) or ()).count("linear_attention")
+        layers = (config.num_hidden_layers - linear) * decoder_layer(config, tokens)
+        if linear:  # where there are such layers, the others have a gate as wide as their queries
+            layers += linear * linear_layer(config, tokens)
+            gate = 2 * tokens * config.hidden_size * config.num_attention_heads * config.head_dim
+            layers += (config.num_hidden_layers - linear) * gate
+        return layers + 2 * config.hidden_size * config.vocab_size
     visual = tokens if visual is None else visual
     later = tokens - visual + kept_tokens(visual, inner_ratio)
     layers = inner_layer * decoder_layer(config, tokens)
@@ -78,7 +84,21 @@ def prefill(
 def decoder_layer(config: Any, tokens: int) -> int:
     """One layer of a Qwen2-like text config on the `tokens` of a prompt."""
     width, heads = config.hidden_size, config.num_attention_heads
-    keys = width // heads * config.num_key_value_heads
-    projections = tokens * (4 * width * width + 4 * width * keys)
-    attention = 2 * tokens * tokens * width  # causal: half of the full product
+    head = getattr(config, "head_dim", None) or width // heads
+    queries, keys = head * heads, head * config.num_key_value_heads
+    projections = tokens * (4 * width * queries + 4 * width * keys)
+    attention = 2 * tokens * tokens * queries  # causal: half of the full product
     return projections + attention + 6 * tokens * width * config.intermediate_size
+
+
+def linear_layer(config: Any, tokens: int) -> int:
+    """One layer with a gated delta rule, token by token: per head two products with the state, and what is added."""
+    width, inner = config.hidden_size, config.intermediate_size
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    heads = config.linear_num_value_heads
+    values = heads * config.linear_value_head_dim
+    # Queries and keys; values, their gate and what goes out; two numbers a head.
+    projections = 2 * width * (2 * keys + 3 * values + 2 * heads)
+    convolution = 2 * config.linear_conv_kernel_dim * (2 * keys + values)
+    state = 6 * values * config.linear_key_head_dim
+    return tokens * (projections + convolution + state + 6 * width * inner)

@@ -5,6 +5,7 @@ request by request, after a warm-up that is not counted. Then, each apart: peak 
 scaling over frames and over the retention ratio, the cost of the compression itself. Answers have a fixed length, so
 that all variants decode equally many tokens. Ends with one JSON line.
 
+`--vision-only` times the vision parts of engines, without a decoder (`runtime.measure.vision.alone`).
 Two more measure an engine through the `Pipeline`: `--service` what a service sees of it, watched and live videos and
 many callers included (`runtime.measure.service`), `--soak N` its memory over N requests (`runtime.measure.soak`). With
 `--serve URL` a server that runs is measured from outside (`runtime.measure.serving`).
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from runtime.measure import comparison, plot, report, service, soak
+    from runtime.measure.vision import alone as vision_alone
 
     screen = cli.Screen(json_only=asked.json)
     with _threads(asked.threads), tempfile.TemporaryDirectory() as folder:
@@ -48,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if asked.soak is not None:
                 screen.result(soak.measure(asked, video, screen))
+                return 0
+            if asked.vision_only:
+                found = vision_alone.measure(asked, video, screen)
+                vision_alone.show(screen, found)
+                screen.result(found)
                 return 0
             if asked.service:
                 screen.result(service.measure(asked, video, screen))

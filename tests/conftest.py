@@ -81,7 +81,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 @pytest.fixture(scope="session")
-def build_engine(shared: Shared) -> Callable[..., Path]:
+def each_export_once(shared: Shared) -> Iterator[None]:
+    """The builds of this process export equal graphs once a run. For whoever asks, as it imports the builder."""
+    from builder import stages
+    from tests.exports import once
+
+    patch = pytest.MonkeyPatch()
+    for name in ("export", "export_counts", "export_stages"):
+        patch.setattr(stages, name, once(shared, getattr(stages, name)))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def build_engine(shared: Shared, each_export_once: None) -> Callable[..., Path]:
     """`build_engine("--fp32")`: the folder that the builder's own command makes for ONNX Runtime, unverified, as the
     gate has its own tests."""
 

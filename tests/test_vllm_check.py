@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import vllm_check
-from tests.vllm_check import AIM_AT, CLIENTS, LONG, SHORT, Rates, failures, load
+from tests.vllm_check import AIM_AT, CLIENTS, LARGER, LONG, SHORT, TOKENS, Rates, failures, load
 
 
 def rates(ratio: float, wrong: int = 0) -> Rates:
@@ -19,6 +19,14 @@ def rates(ratio: float, wrong: int = 0) -> Rates:
 
 def test_short_answers_may_be_slower() -> None:
     assert failures(8, {"over the wire": 8}, {SHORT: rates(0.5), LONG: rates(3.0)}, 3.0) == []
+
+
+def test_the_larger_model_is_held_to_the_aim_where_there_is_one() -> None:
+    found = {SHORT: rates(0.5), LONG: rates(2.4), LARGER: rates(9.0)}
+    assert failures(8, {}, found, 3.0) == []
+    said = failures(8, {}, found | {LARGER: rates(2.9, 1)}, 3.0)
+    assert said[0] == f"answers of {LARGER}, 1 clients: 1 answers differ"
+    assert said[-1] == f"answers of {LARGER}, {AIM_AT} clients: 2.90 times as fast, and not 3"
 
 
 @pytest.mark.parametrize(
@@ -40,13 +48,15 @@ class Answering:
     def __init__(self) -> None:
         self.count = 0
         self.lock = threading.Lock()
+        self.watched: list[str] = []
         self.closed: list[str] = []
 
     def watch(self, clip: str) -> Any:
+        self.watched.append(clip)
         return SimpleNamespace(ask=self.ask, close=lambda: self.closed.append(clip))
 
     def ask(self, question: str, *, max_new_tokens: int) -> Any:
-        assert max_new_tokens == vllm_check.TOKENS
+        assert max_new_tokens == TOKENS
         with self.lock:
             self.count += 1
             return SimpleNamespace(tokens=(7, 8) if self.count % 3 else (7, 9))
@@ -55,22 +65,23 @@ class Answering:
 def test_answers_under_load_are_compared() -> None:
     pipeline = Answering()
     right = [(("a.mp4", "What?"), {"tokens": [7, 8]}), (("b.mp4", "Where?"), {"tokens": [7, 8]})]
-    rate, wrong = load(pipeline, right, 2, 0.05)
+    right.append((("a.mp4", "Why?"), {"tokens": [7, 8]}))  # a video is watched once, however many questions it has
+    rate, wrong = load(pipeline, right, 2, 0.05, TOKENS)
     assert rate > 0
     assert wrong == pipeline.count // 3
-    assert sorted(pipeline.closed) == ["a.mp4", "b.mp4"]
+    assert sorted(pipeline.watched) == sorted(pipeline.closed) == ["a.mp4", "b.mp4"]
 
 
 def test_an_answer_that_fails_ends_the_load() -> None:
     pipeline = SimpleNamespace(watch=lambda clip: SimpleNamespace(ask=lambda *_, **__: 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        load(pipeline, [(("a.mp4", "What?"), {"tokens": []})], 2, 60.0)
+        load(pipeline, [(("a.mp4", "What?"), {"tokens": []})], 2, 60.0, TOKENS)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_nothing_but_their_length_ends_long_answers(engine: Path, drawn_clip: Path) -> None:
     with vllm_check.opened(engine, "torch", endless=True) as pipeline:
-        answer = pipeline.ask(drawn_clip, "What happens?", max_new_tokens=vllm_check.TOKENS)
-    assert len(answer.tokens) == vllm_check.TOKENS
+        answer = pipeline.ask(drawn_clip, "What happens?", max_new_tokens=TOKENS)
+    assert len(answer.tokens) == TOKENS
     with vllm_check.opened(engine, "torch") as pipeline:
         assert pipeline.ask(drawn_clip, "What happens?", max_new_tokens=2).tokens == answer.tokens[:2]

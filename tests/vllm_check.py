@@ -1,15 +1,16 @@
 """vLLM decodes what our decoder decodes, and more of it at a time: `make vllm-check`.
 
-    python -m tests.vllm_check ENGINE --vllm VENV/bin/python --at-least 3
+    python -m tests.vllm_check ENGINE --larger ENGINE --vllm VENV/bin/python --at-least 3
 
 Writes the engine's language model, starts vLLM's server on it with the other Python (its pins and ours clash), and asks
 about four clips of the bundled model's test set: our decoder, vLLM behind its address (streamed, as all of it is, and
 with the video watched), `python -m runtime.serve` in front of it (whole and streamed), and vLLM in the other Python's
 process. Every greedy answer has to be our decoder's, token for token where tokens are seen. Then clients ask about
 watched videos in closed loops, our decoder and vLLM in turns, each on as many threads: for the answers that the model
-gives, which are a word, and for answers that nothing but their length ends. The last line is one JSON object; the exit
-status is 1 when an answer differs, alone or under load, or when vLLM at 8 clients is not `--at-least` times as fast for
-the long answers.
+gives, which are a word, for answers that nothing but their length ends, and for such answers of a larger model, whose
+weights take a step's time as those of a real one do: of the bundled one most of a step is what vLLM does beside them.
+The last line is one JSON object; the exit status is 1 when an answer differs, alone or under load, or when vLLM at 8
+clients is not `--at-least` times as fast for the larger model's answers (for the long ones where there is none).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ CLIPS = (3, 7, 11, 19)
 CLIENTS = (1, 4, 8, 16)
 AIM_AT = 8  # clients
 START_SECONDS, STOP_SECONDS = 600.0, 60.0
-TOKENS = 32
-SHORT, LONG = "a word", f"{TOKENS} tokens"  # answers
+TOKENS, LARGER_TOKENS = 32, 16
+SHORT, LONG, LARGER = "a word", f"{TOKENS} tokens", f"{LARGER_TOKENS} tokens of the larger model"  # answers
 ROOT = Path(__file__).parents[1]
 Asked = list[tuple[str, str]]  # (path of a clip, question)
 Found = list[dict[str, Any]]  # text, and tokens where they are known
@@ -51,6 +52,7 @@ Rates = dict[int, dict[str, float]]  # by clients: "ours", "vllm" (answers a sec
 def parser() -> argparse.ArgumentParser:
     p = cli.Parser(prog="python -m tests.vllm_check", description="Compare vLLM with our decoder.")
     p.add_argument("engine", type=Path, metavar="ENGINE", help="engine of the bundled model, or a folder of them")
+    p.add_argument("--larger", type=Path, metavar="ENGINE", help="of a larger model (default: none)")
     p.add_argument("--vllm", type=Path, metavar="PYTHON", help="the Python that has vLLM")
     p.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each load (default: 8)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="that each decoder computes with (default: 1)")
@@ -59,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="X",
-        help=f"times as fast at {AIM_AT} clients with answers of {LONG} (default: any)",
+        help=f"times as fast at {AIM_AT} clients, for the larger model if there is one (default: any)",
     )
     p.add_argument("--inside", type=Path, metavar="FILE", help="of this check's own: answer what FILE asks")
     return p
@@ -73,23 +75,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what was started here ends, too
     if options.inside is not None:
         return answer_inside(options.engine, options.inside)
-    engine = options.engine if (options.engine / "manifest.json").exists() else newest_engine(options.engine)
+    named = [one for one in (options.engine, options.larger) if one is not None]
+    engines = [(one if (one / "manifest.json").exists() else newest_engine(one)).absolute() for one in named]
     with tempfile.TemporaryDirectory(prefix="vllm-check-") as made:
-        return check(engine.absolute(), options, Path(made))
+        return check(engines, options, Path(made))
 
 
-def check(engine: Path, options: argparse.Namespace, folder: Path) -> int:
-    """All of it, in a folder for what is written."""
+def check(engines: Sequence[Path], options: argparse.Namespace, folder: Path) -> int:
+    """All of it, of an engine and perhaps one of a larger model, in a folder for what is written."""
     import torch
 
-    from runtime import extract_decoder
-
     torch.set_num_threads(options.threads)
+    engine, *larger = engines
     asked = questions(folder)
-    extract_decoder.main([str(engine), str(folder / "lm"), "--dtype", "fp32"])
     wanted, long = answers(engine, "torch", asked), answers(engine, "torch", asked, endless=True)
     found: dict[str, Found] = {}
-    with vllm_server(options.vllm, folder / "lm", folder / "vllm.log", options.threads) as url:
+    with vllm_server(options.vllm, engine, folder / "bundled", options.threads) as url:
         found["over the wire"] = answers(engine, url, asked)
         found["over the wire, watched"] = answers(engine, url, asked, watch=True)
         with server(engine, url) as base:
@@ -100,6 +101,8 @@ def check(engine: Path, options: argparse.Namespace, folder: Path) -> int:
             kind: throughput(kind, engine, url, list(zip(asked, right, strict=True)), options)
             for kind, right in ((SHORT, wanted), (LONG, long))
         }
+    if larger:
+        rates[LARGER] = larger_throughput(larger[0], asked, options, folder / "larger")
     found["in process"] = inside(options.vllm, engine, asked, folder, options.threads)
     equal = {name: sum(map(agrees, got, wanted)) for name, got in found.items()}
     equal[f"over the wire, {LONG}"] = sum(map(agrees, endless, long))
@@ -119,9 +122,10 @@ def failures(count: int, equal: dict[str, int], rates: dict[str, Rates], at_leas
     for kind, found in rates.items():
         wrong = {clients: one["wrong"] for clients, one in found.items() if one["wrong"]}
         lines += [f"answers of {kind}, {clients} clients: {n:.0f} answers differ" for clients, n in wrong.items()]
-    times = rates[LONG][AIM_AT]["ratio"]
+    kind = LARGER if LARGER in rates else LONG
+    times = rates[kind][AIM_AT]["ratio"]
     if times < at_least:
-        lines.append(f"answers of {LONG}, {AIM_AT} clients: {times:.2f} times as fast, and not {at_least:g}")
+        lines.append(f"answers of {kind}, {AIM_AT} clients: {times:.2f} times as fast, and not {at_least:g}")
     return lines
 
 
@@ -154,13 +158,15 @@ def opened(engine: Path, decoder: str, *, endless: bool = False) -> Any:
     return Pipeline(core, waiting=most)
 
 
-def answers(engine: Path, decoder: str, asked: Asked, *, watch: bool = False, endless: bool = False) -> Found:
+def answers(
+    engine: Path, decoder: str, asked: Asked, *, watch: bool = False, endless: bool = False, tokens: int = TOKENS
+) -> Found:
     """The pipeline's own, streamed."""
     found = []
     with opened(engine, decoder, endless=endless) as pipeline:
         watched = {clip: pipeline.watch(clip) for clip, _ in asked} if watch else {}
         for clip, question in asked:
-            how = {"max_new_tokens": TOKENS}
+            how = {"max_new_tokens": tokens}
             stream = watched[clip].stream(question, **how) if watch else pipeline.stream(clip, question, **how)
             *deltas, last = stream
             text = "".join(delta.text for delta in (*deltas, last))
@@ -172,9 +178,13 @@ def answers(engine: Path, decoder: str, asked: Asked, *, watch: bool = False, en
 
 
 @contextlib.contextmanager
-def vllm_server(python: Path, model: Path, log: Path, threads: int) -> Iterator[str]:
-    """The address of vLLM's server, while it runs."""
-    port = free_port()
+def vllm_server(python: Path, engine: Path, folder: Path, threads: int) -> Iterator[str]:
+    """The address of vLLM's server on the engine's language model, while it runs; `folder` is made for that model."""
+    from runtime import extract_decoder
+
+    model, log, port = folder / "lm", folder / "vllm.log", free_port()
+    folder.mkdir()
+    extract_decoder.main([str(engine), str(model), "--dtype", "fp32"])
     words = [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "language-model"),
         *("--port", port, "--dtype", "float32", "--max-model-len", 1024, "--enable-prompt-embeds"),
@@ -271,28 +281,36 @@ def throughput(kind: str, engine: Path, url: str, right: Right, options: argpars
     """Answers a second about watched videos, ours and vLLM's, printed as a table."""
     print(f"\nanswers of {kind} a second, each decoder on {options.threads} of the threads of {os.cpu_count()} cores")
     print(f"{'clients':>8}{'ours':>10}{'vLLM':>10}{'times':>10}{'wrong':>10}", flush=True)
-    endless, rates = kind == LONG, {}
+    endless, tokens, rates = kind != SHORT, LARGER_TOKENS if kind == LARGER else TOKENS, {}
     with opened(engine, "torch", endless=endless) as ours, opened(engine, url, endless=endless) as theirs:
         for pipeline in (ours, theirs):
-            load(pipeline, right, 1, options.seconds / 4)  # a first time is slower
+            load(pipeline, right, 1, options.seconds / 4, tokens)  # a first time is slower
         for clients in CLIENTS:
-            rates[clients] = found = compared(ours, theirs, right, clients, options.seconds)
+            rates[clients] = found = compared(ours, theirs, right, clients, options.seconds, tokens)
             own, other, ratio = found["ours"], found["vllm"], found["ratio"]
             print(f"{clients:>8}{own:>10.1f}{other:>10.1f}{ratio:>10.2f}{found['wrong']:>10.0f}", flush=True)
     return rates
 
 
-def compared(ours: Any, theirs: Any, right: Right, clients: int, seconds: float) -> dict[str, float]:
+def larger_throughput(engine: Path, asked: Asked, options: argparse.Namespace, folder: Path) -> Rates:
+    """The same of the larger model, whose answers nothing but their length ends."""
+    asked = asked[::2]  # its answers take seconds
+    right = answers(engine, "torch", asked, endless=True, tokens=LARGER_TOKENS)
+    with vllm_server(options.vllm, engine, folder, options.threads) as url:
+        return throughput(LARGER, engine, url, list(zip(asked, right, strict=True)), options)
+
+
+def compared(ours: Any, theirs: Any, right: Right, clients: int, seconds: float, tokens: int) -> dict[str, float]:
     """Both in turns, twice."""
-    found = [[load(one, right, clients, seconds / 2) for one in (ours, theirs)] for _ in range(2)]
+    found = [[load(one, right, clients, seconds / 2, tokens) for one in (ours, theirs)] for _ in range(2)]
     own, other = (sum(rate for rate, _ in each) / len(each) for each in zip(*found, strict=True))
     wrong = sum(wrong for each in found for _, wrong in each)
     return {"ours": own, "vllm": other, "ratio": other / own, "wrong": wrong}
 
 
-def load(pipeline: Any, right: Right, clients: int, seconds: float) -> tuple[float, int]:
+def load(pipeline: Any, right: Right, clients: int, seconds: float, tokens: int) -> tuple[float, int]:
     """Of clients that ask one question after the other: answers a second, and how many are not what they should be."""
-    watched = {clip: pipeline.watch(clip) for (clip, _), _ in right}
+    watched = {clip: pipeline.watch(clip) for clip in {clip for (clip, _), _ in right}}
     turns, counts, wrong = itertools.cycle(right), [0] * clients, [0] * clients
     lock, end = threading.Lock(), time.monotonic() + seconds
 
@@ -300,7 +318,7 @@ def load(pipeline: Any, right: Right, clients: int, seconds: float) -> tuple[flo
         while time.monotonic() < end:
             with lock:
                 (clip, question), wanted = next(turns)
-            answer = watched[clip].ask(question, max_new_tokens=TOKENS)
+            answer = watched[clip].ask(question, max_new_tokens=tokens)
             wrong[number] += list(answer.tokens) != wanted["tokens"]
             counts[number] += 1
 

@@ -2,8 +2,9 @@
 
 The tower runs once, in fp32, layer by layer on all frames; no frames are merged, so that every product sees whole
 frames. For each product the strength of its smoothing and the magnitude at which what enters is cut off are those that
-change its result least, among a few (`STRENGTHS`, `PERCENTILES`), on a sample of rows. Then each product alone is run
-in int8, and what that changes behind its layer is its noise.
+change its result least, among a few (`STRENGTHS`, `PERCENTILES`), on a sample of rows. What is large is rare, and a
+sample has less of it than other clips have: so something is cut off only where that is better by `DOUBT`. Then each
+product alone is run in int8, on frames of all clips, and what that changes behind its layer is its noise.
 
 `auto` keeps products wider until the features of the whole, everything else in int8, are within `MOST_ERROR` of what
 they were: those with the most noise for the arithmetic that they cost, as few as do (by halving).
@@ -29,9 +30,10 @@ from earlytom.families import Vision
 STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
 PERCENTILES = (99.9, 99.99, 100.0)  # of magnitudes
 MOST_ERROR = 0.05  # of features, root mean square against theirs
-MOST_FRAMES = 64  # that are calibrated on, at most
+DOUBT = 2.0  # times less error: from there on cutting off is better on other clips, too
+MOST_ROWS = 2**16  # patches that are calibrated on, at most: 89 frames of 729
 _AT_ONCE = 8  # frames, which bounds the memory
-_FEW = 4  # frames that noise and error are measured on
+_FEW = 8  # frames that noise and error are measured on
 _ROWS = 256  # of a product's sample
 _LEAST = 1e-6  # of a channel's largest magnitude, as a share of the largest
 
@@ -138,7 +140,7 @@ class Calibration:
         self.vision, self.projector, self.depth = vision, projector, depth
         self.layers = list(vision.tower.layers)
         self.products = products
-        self.few = embed(vision.tower, pixels[:_FEW])
+        self.few = embed(vision.tower, few_of(pixels))
         self.sites: dict[Product, Site] = {}
         self.modules: dict[Product, list[Int8Linear]] = {}
         hidden = embed(vision.tower, pixels)
@@ -202,7 +204,7 @@ class Calibration:
         with self._watched(ours) as seen:
             after = torch.cat([tower.run_layer(layer, part)[0] for part in hidden.split(_AT_ONCE)])
         self._settle(ours, seen)
-        few = hidden[:_FEW]
+        few = few_of(hidden)
         self._measure(ours, lambda: tower.run_layer(layer, few)[0])
         return after
 
@@ -213,7 +215,7 @@ class Calibration:
             for part in hidden.split(_AT_ONCE):
                 self.vision.features(part, None)
         self._settle(ours, seen)
-        few = hidden[:_FEW]
+        few = few_of(hidden)
         self._measure(ours, lambda: self.vision.features(few, None).features)
 
     @contextmanager
@@ -248,6 +250,11 @@ class Calibration:
             with self._replaced([product]):
                 noise = float((run() - exact).square().mean() / variance)
             self.sites[product] = replace(self.sites[product], noise=noise)
+
+
+def few_of(frames: Tensor) -> Tensor:
+    """`_FEW` frames at most, evenly of all: those of one clip do not have what others have."""
+    return frames[:: -(-len(frames) // _FEW)]
 
 
 class Entered:
@@ -287,12 +294,14 @@ def settle(seen: Entered, weights: Sequence[Tensor]) -> Site:
         columns = [
             _rounded(weight * smooth, (weight * smooth).abs().amax(1, keepdim=True) / LIMIT) for weight in weights
         ]
-        for limit in dict.fromkeys(limits(entering, float((largest / smooth).max()))):
+        whole_range = float((largest / smooth).max())
+        for limit in dict.fromkeys(limits(entering, whole_range)):
             whole = _rounded(entering, torch.tensor(limit / LIMIT))
             error = sum(
                 float((whole @ column.T - right).square().sum() / right.square().sum())
                 for column, right in zip(columns, wanted, strict=True)
             )
+            error *= 1 if limit >= whole_range else DOUBT
             if error < least:
                 best, least = Site(limit, None if strength == 0 else smooth), error
     return best

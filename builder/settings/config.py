@@ -138,7 +138,7 @@ class BuildConfig:
         if (frame.step > 1 or frame.streams) and (self.adaptive or self.chunk is not None):
             what = "--schedule adaptive" if self.adaptive else "--chunk"
             raise UserError(f"{what} does not know {title}'s frames: build with --schedule budget and without --chunk")
-        if frame.streams and not METHODS[self.earlytom.method].streams:
+        if (frame.step > 1 or frame.streams) and not METHODS[self.earlytom.method].streams:
             raise UserError(f"method {self.earlytom.method!r} does not know {title}'s tokens: use earlytom or cells")
 
     @property

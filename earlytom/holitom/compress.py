@@ -230,21 +230,3 @@ def keep_dynamic(attention: Tensor, found: Segmentation, kept: np.ndarray) -> Te
     static = found.static.repeat_interleave(lengths, 0, output_size=len(attention))
     order = attention.float().masked_fill(static, -math.inf).argsort(dim=-1, descending=True, stable=True)
     return first_of(order, torch.from_numpy(kept).to(attention.device))
-
-
-def with_newlines(positions: Tensor, per_frame: int, columns: int) -> Tensor:
-    """The order of the layout with grid rows: static tokens stand in the first frame of their segment, every frame is
-    sorted by position, and a newline ends each row of the grid that still has a token. [R] int64: an index into the
-    tokens, or -1 for a newline. Waits for the device.
-
-    Args:
-        positions: [N] int64, `frame * per_frame + position`.
-        columns: of the grid.
-    """
-    order = positions.argsort(stable=True)
-    row = torch.div(positions[order], columns, rounding_mode="floor")  # rows of all frames; whole, as frames are
-    ends = torch.cat([row[1:] != row[:-1], row.new_ones(1, dtype=torch.bool)])
-    out = positions.new_full((len(positions) + int(ends.sum()),), -1)
-    before = torch.cat([ends.new_zeros(1, dtype=torch.int64), ends.cumsum(0)[:-1]])
-    out[torch.arange(len(order), device=order.device) + before] = order
-    return out

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer, StaticSlidingWindowLayer
 
 from earlytom.errors import UserError
 from runtime.decoder.placing import Placed, StepPlaces
@@ -40,9 +40,18 @@ class DecoderCache(StaticCache):
     def on_device(self) -> bool:
         """Whether a decode step is the same work on the device whatever the cache holds.
 
-        Not so with sliding windows: their layers count on the host, and do other things once a window is full.
+        Not so with sliding windows: their layers count on the host, and do other things once a window is full. Nor
+        with linear attention, whose layers know on the host whether they have a state.
         """
         return all(type(layer) is StaticLayer for layer in self.layers)
+
+    @property
+    def _attending(self) -> list[Any]:
+        return [layer for layer in cast(list[Any], self.layers) if not isinstance(layer, LinearAttentionLayer)]
+
+    @property
+    def _linear(self) -> list[Any]:
+        return [layer for layer in cast(list[Any], self.layers) if isinstance(layer, LinearAttentionLayer)]
 
     @property
     def key(self) -> Hashable:
@@ -98,22 +107,27 @@ class DecoderCache(StaticCache):
             UserError: the model has layers that keep something else than keys and values.
         """
         for layer in self.layers:
-            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer, LinearAttentionLayer):
                 raise UserError(
                     f"this language model has layers ({type(layer).__name__}) of which no prefix can be kept: ask "
                     "without one"
                 )
         keys, values = (
-            tuple(_copied(getattr(layer, name), length) for layer in self.layers) for name in ("keys", "values")
+            tuple(_copied(getattr(layer, name), length) for layer in self._attending) for name in ("keys", "values")
         )
-        if placed is None:
-            return Prefix(keys, values, length, maker)
-        return Prefix(keys, values, length, maker, placed.next, placed.bias)
+        ends = tuple((layer.conv_states[0].clone(), layer.recurrent_states[0].clone()) for layer in self._linear)
+        position, bias = (None, None) if placed is None else (placed.next, placed.bias)
+        return Prefix(keys, values, length, maker, position, bias, ends)
 
     def restore(self, prefix: Prefix) -> None:
         """Put a prefix into the empty cache, which must have room for it: as if its tokens had just been read."""
-        layers = cast(list[Any], self.layers)
-        for layer, keys, values in zip(layers, prefix.keys, prefix.values, strict=True):
+        for layer, (conv, state) in zip(self._linear, prefix.ends, strict=True):
+            if not layer.is_conv_states_initialized[0]:
+                layer.lazy_initialization(conv_states=conv, recurrent_states=state)
+            layer.conv_states[0].copy_(conv)
+            layer.recurrent_states[0].copy_(state)
+            layer.has_previous_state[0] = True
+        for layer, keys, values in zip(self._attending, prefix.keys, prefix.values, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
             held = keys.shape[2]

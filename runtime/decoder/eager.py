@@ -405,7 +405,9 @@ class Decoder:
             self._caches[bucket] = DecoderCache(self._config, bucket)
         cache = self._caches[bucket]
         if not cache.on_device:
-            self.replay.refuse("this language model has layers (sliding windows, say) that keep count on the host")
+            self.replay.refuse(
+                "this language model has layers (sliding windows, linear attention) that keep count on the host"
+            )
         cache.prepare_steps(placed, self.dtype, self.device)
 
         def rewind() -> None:

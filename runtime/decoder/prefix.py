@@ -20,12 +20,15 @@ class Prefix:
     """What a decoder holds of a prompt's first tokens; made by `Decoder.prefill`, and not to be written to.
 
     Attributes:
-        keys, values: of each layer in turn, [1, H, L, d] (H key/value heads), contiguous, on the decoder's device and
-            in its dtype. Layers with a sliding window hold the last tokens only, at most a window of them.
+        keys, values: of each layer that has them, in turn, [1, H, L, d] (H key/value heads), contiguous, on the
+            decoder's device and in its dtype. Layers with a sliding window hold the last tokens only, at most a window
+            of them.
         length: L, positions that it takes in a prompt.
         maker: identifies the decoder that made it, and does not keep it alive.
         position: int64 [], of the token that comes after it; None if that is L.
         bias: fp32 [L], added to the attention logits of its keys; None if all are 0.
+        ends: of each layer that has no keys and values, what it keeps at the prefix's end: its convolution's last
+            inputs, and its state.
     """
 
     keys: tuple[Tensor, ...]
@@ -34,11 +37,13 @@ class Prefix:
     maker: object = field(repr=False)
     position: Tensor | None = None
     bias: Tensor | None = None
+    ends: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def bytes(self) -> int:
         """Memory that its tensors take."""
-        tensors = (*self.keys, *self.values, self.position, self.bias)
+        ends = (tensor for end in self.ends for tensor in end)
+        tensors = (*self.keys, *self.values, self.position, self.bias, *ends)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def __repr__(self) -> str:

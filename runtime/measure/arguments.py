@@ -39,6 +39,8 @@ examples:
       a mid-size model with random weights, minutes on two cores
   python -m runtime.bench --model random:llava-onevision-qwen2-7b-ov --device cuda --scale-frames 8,32,128 --plot plots
       full size; needs a GPU
+  python -m runtime.bench --vision-only --engine engines/FP32 --engine engines/INT8
+      the vision parts alone, in turns, without a decoder in memory
   python -m runtime.bench --engine engines/NAME --service
       what a service sees: watched and live videos, many callers
   python -m runtime.bench --engine engines/NAME --soak 10000
@@ -62,6 +64,7 @@ class BenchSettings:
         engine: folders, of which --service and --soak measure one: the newest, if there is none.
         device: "cpu" or "cuda". dtype: None for what the model fits in. decoder_dtype: "int8" for the decoder's
             weights, None for dtype's.
+        vision_only: the engines' vision parts and nothing else.
         soak: requests whose memory is watched; None to measure something else.
     """
 
@@ -86,6 +89,7 @@ class BenchSettings:
     scale_frames: tuple[int, ...]
     scale_ratios: tuple[float, ...]
     scale_repeats: int
+    vision_only: bool
     service: bool
     soak: int | None
     soak_clients: int
@@ -161,6 +165,11 @@ def parser() -> argparse.ArgumentParser:
         "--scale-ratios", type=ratios, metavar="LIST", help="or none (default: 0.05,0.1,0.3,1 with the bundled model)"
     )
     how.add_argument("--scale-repeats", type=int, default=3, metavar="N", help="requests of each point (default: 3)")
+    what.add_argument(
+        "--vision-only",
+        action="store_true",
+        help="the vision parts of the --engine folders alone, in turns: no model is loaded",
+    )
     soak = p.add_argument_group("instead of all that: one engine, as a service uses it")
     soak.add_argument(
         "--service",
@@ -217,6 +226,8 @@ def check(options: argparse.Namespace) -> None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
             what = "--service" if options.service else "--soak"
             raise UserError(f"{what} measures one engine, as it was built, and draws nothing: leave out {flags}")
+    if options.vision_only:
+        _check_vision_only(options)
     bundled = options.model in (None, "micro")
     if options.scale_frames is None:
         options.scale_frames = (8, 16, 32) if bundled else ()
@@ -233,6 +244,16 @@ def check(options: argparse.Namespace) -> None:
     for folder in options.engine or ([newest_engine(ENGINES)] if alone else []):
         Manifest.read(folder, verify_files=False)
     _check_plot(options)
+
+
+def _check_vision_only(options: argparse.Namespace) -> None:
+    if not options.engine:
+        raise UserError("--vision-only measures engines and none is named: give --engine, once for each")
+    given = [name for name in ("plot", "merge_layers", "scale_frames", "scale_ratios") if getattr(options, name)]
+    given += [name for name in ("service", "soak") if getattr(options, name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--vision-only measures engines as they were built, and nothing else: leave out {flags}")
 
 
 def _check_video(options: argparse.Namespace, *, folders: bool = False) -> None:

@@ -27,6 +27,7 @@ from runtime.measure.measure import VariantRunner, interleaved, under_load
 from runtime.measure.memory import peak_memory
 from runtime.measure.overhead import compression_share
 from runtime.measure.variants import Bench, Variant, read_engine, settings
+from runtime.measure.vision.products import float_peak, integer_peak
 from runtime.trace import Trace
 
 
@@ -69,6 +70,10 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     runner = VariantRunner(bench, video, asked.max_new_tokens)
     trace.line("measuring requests in turn ...")
     rates = [matmul_rate(device, dtype)]
+    on_cpu = device.type == "cpu"  # ONNX Runtime's peaks are a CPU's
+    if on_cpu and dtype == torch.float32:
+        rates.append(float_peak(checkpoint, frames))
+    integer = integer_peak(checkpoint, frames) if on_cpu and any(variant.int8 for variant in variants) else None
     first, requests = interleaved(runner, variants, warmup=asked.warmup, repeats=asked.repeats)
     rates.append(matmul_rate(device, dtype))
     trace.line("measuring memory, throughput, scaling, compression ...")
@@ -82,7 +87,8 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     compression = measure_compression(runner, variants, asked.scale_repeats)
     peak = max(*rates, matmul_rate(device, dtype))  # what others on the machine do only lowers it
     records = [
-        report.variant_record(bench, *each, peak) for each in zip(variants, requests, first, memories, strict=True)
+        report.variant_record(bench, *each, peak, integer)
+        for each in zip(variants, requests, first, memories, strict=True)
     ]
     return {
         "model": checkpoint.source,
@@ -98,6 +104,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         "repeats": asked.repeats,
         "scale_repeats": asked.scale_repeats,
         "matmul": peak,
+        "integer_matmul": integer,
         "variants": records,
         "left_out": missing,
         "throughput": throughput,

@@ -16,9 +16,16 @@ Record = dict[str, Any]
 
 
 def variant_record(
-    bench: Bench, variant: Variant, requests: Sequence[MeasuredRequest], first: float, memory: Memory, peak: float
+    bench: Bench,
+    variant: Variant,
+    requests: Sequence[MeasuredRequest],
+    first: float,
+    memory: Memory,
+    peak: float,
+    integer_peak: float | None = None,
 ) -> Record:
-    """The figures of one variant; `peak` is the rate of a matrix product, `first` the time of the very first request.
+    """The figures of one variant; `peak` is the rate of a matrix product, `integer_peak` of one in int8 where that was
+    measured, `first` the time of the very first request.
 
     A share is of the arithmetic that the variant should do (`earlytom.flops`), in the time of its stage, at that rate.
     """
@@ -38,6 +45,7 @@ def variant_record(
             "vision": vision / stages["vision"]["p50"] / peak,
             "prefill": prefill / stages["prefill"]["p50"] / peak,
         },
+        "of_integer_peak": vision / stages["vision"]["p50"] / integer_peak if variant.int8 and integer_peak else None,
     }
 
 
@@ -126,8 +134,13 @@ def show(trace: Trace, record: Mapping[str, Any]) -> None:
         for one in variants
     ]
     peak = record["matmul"] / 1e12
-    title = f"arithmetic (peak: {peak:.3g} TFLOP/s, a {record['dtype']} matrix product in PyTorch) and peak memory"
+    title = f"arithmetic (peak: {peak:.3g} TFLOP/s, the best {record['dtype']} matrix product) and peak memory"
     trace.table(work, rows, title=title)
+    if record["integer_matmul"] is not None:
+        trace.line(integer_line(record["integer_matmul"], record["matmul"]))
+        for one in variants:
+            if one["of_integer_peak"] is not None:
+                trace.line(f"  {one['name']}: its vision part at {one['of_integer_peak']:.0%} of the integer peak")
     if record["throughput"]:
         rows = [
             (
@@ -156,6 +169,14 @@ def show(trace: Trace, record: Mapping[str, Any]) -> None:
             title = f"scaling over {axis}, ms (medians of {record['scale_repeats']})"
             trace.table(("variant", "frames", "ratio", "tokens", "vision", "prefill", "TTFT"), rows, title=title)
     _show_gains(trace, record["gains"])
+
+
+def integer_line(integer: float, floating: float) -> str:
+    """The integer peak beside that of floats: what int8 can gain at most."""
+    return (
+        f"integer peak: {integer / 1e12:.3g} TOP/s, one product of the tower in int8 in ONNX Runtime; "
+        f"{integer / floating:.2f}x the peak of floats, which is the most that int8 can gain"
+    )
 
 
 def _show_gains(trace: Trace, found: Mapping[str, Any]) -> None:

@@ -80,6 +80,7 @@ class Variant:
         see: that to the visual tokens.
         decoding: the decoder.
         folder: of an engine, else None.
+        int8: whether it is an engine with products in int8.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Variant:
     see: Callable[[Tensor], SeenPrompt]
     decoding: Decoding
     folder: str | None = None
+    int8: bool = False
 
 
 class TransformersDecoding:
@@ -211,17 +213,8 @@ class Bench:
 
         `manifest`: from `read_engine`. Raises EngineError if none of its backends runs here.
         """
-        found, missing = [], []
-        compiled = () if manifest.backend == "onnx" else (manifest.backend,)
-        for backend in ("onnxruntime", *compiled):
-            try:
-                choose_backend(backend, manifest)
-                found.append(self._engine(manifest, backend, open_backend(backend, folder, manifest)))
-            except EngineError as error:
-                missing.append(f"{backend}: {error}")
-        if not found:
-            raise EngineError(f"engine {manifest.name} does not run here: {'; '.join(missing)}")
-        return found, missing
+        opened, missing = open_engine(folder, manifest)
+        return [self._engine(manifest, backend, vision) for backend, vision in opened.items()], missing
 
     def _engine(self, manifest: Manifest, backend: str, vision: VisionBackend) -> Variant:
         config = manifest.settings
@@ -234,10 +227,10 @@ class Bench:
             return SeenPrompt(found.tokens.to(self.device), False, tuple(stages), found.positions, found.sources)
 
         about = f"{manifest.name} in {backend}"
-        precision = manifest.dtype if manifest.int8 is None else f"int8 and {manifest.dtype}"
-        name = f"{backend} {precision} r{config.retention_ratio:g}"
+        name = name_of(manifest, backend)
         copy = self._to_device if on_device else torch.Tensor.contiguous
-        return Variant(name, about, config, manifest.frames, copy, see, self.ours, manifest.name)
+        narrow = manifest.int8 is not None
+        return Variant(name, about, config, manifest.frames, copy, see, self.ours, manifest.name, narrow)
 
     def _to_device(self, frames: Tensor) -> Tensor:
         return frames.to(self.device)
@@ -291,6 +284,31 @@ def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
             f"one with python -m builder.build --frames {frames}"
         )
     return manifest.at(frames)
+
+
+def open_engine(folder: Path, manifest: Manifest) -> tuple[dict[str, VisionBackend], list[str]]:
+    """The backends that run an engine folder here, by name, and why others are left out.
+
+    `manifest`: from `read_engine`. Raises EngineError if none of its backends runs here.
+    """
+    found: dict[str, VisionBackend] = {}
+    missing = []
+    compiled = () if manifest.backend == "onnx" else (manifest.backend,)
+    for backend in ("onnxruntime", *compiled):
+        try:
+            choose_backend(backend, manifest)
+            found[backend] = open_backend(backend, folder, manifest)
+        except EngineError as error:
+            missing.append(f"{backend}: {error}")
+    if not found:
+        raise EngineError(f"engine {manifest.name} does not run here: {'; '.join(missing)}")
+    return found, missing
+
+
+def name_of(manifest: Manifest, backend: str) -> str:
+    """Of an engine in a backend, in tables."""
+    precision = manifest.dtype if manifest.int8 is None else f"int8 and {manifest.dtype}"
+    return f"{backend} {precision} r{manifest.settings.retention_ratio:g}"
 
 
 def full_tokens(checkpoint: Checkpoint, frames: int) -> int:

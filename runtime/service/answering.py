@@ -262,9 +262,9 @@ class Answering:
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
             spliced = self._spliced(ready.question.words, found, self._times_of(ready.shown))
-        if "states" in spliced.placed:
+        if self._family.on_axes:
             raise UserError(
-                f"a prompt of {self._family.title} is more than embeddings, its decoder takes states of layers: ask "
+                f"a prompt of {self._family.title} is more than embeddings, its decoder takes positions on axes: ask "
                 "here, with ask or submit"
             )
         values = spliced.embeds

@@ -6,13 +6,9 @@ model is.
 
 from __future__ import annotations
 
-import functools
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +25,7 @@ from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.video import load_clip
 from tests.conftest import SMALL as SMALL
-from tests.shared import Shared, name_of
+from tests.shared import Shared
 
 # Of the exported graphs and the engine. With this many frames of a drawn clip and this threshold frames are dropped,
 # folded and static, so that every rule takes part.
@@ -72,37 +68,8 @@ def reference_of(graph: VisionGraph, frames: Tensor) -> VisualTokens:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _each_export_once(shared: Shared) -> Iterator[None]:
-    """Equal settings give equal graphs, byte for byte (`test_two_exports_are_byte_identical`): the first build of a run
-    exports them, and later ones copy its files."""
-    patch = pytest.MonkeyPatch()
-    for name in ("export", "export_counts", "export_stages"):
-        patch.setattr(stages, name, once(shared, getattr(stages, name)))
-    yield
-    patch.undo()
-
-
-def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(export)
-    def copied(config: BuildConfig, place: Path, int8: Any = None) -> Any:
-        if int8 is not None:
-            return export(config, place, int8)
-
-        def make(folder: Path) -> None:
-            made = export(config, folder)
-            graphs = (made,) if isinstance(made, ExportedGraph) else made
-            record = {"one": made is graphs[0], "files": [graph.files for graph in graphs]}
-            folder.with_suffix(".export").write_text(json.dumps(record))
-
-        parts = {name: part for name, part in config.key_parts().items() if name not in ("answers", "calibration")}
-        folder = shared(name_of("export", [json.dumps(parts, sort_keys=True)]), make)
-        record = json.loads(folder.with_suffix(".export").read_text())
-        for file in folder.iterdir():
-            shutil.copy(file, place / file.name)
-        copies = tuple(ExportedGraph(place / files[0], tuple(files)) for files in record["files"])
-        return copies[0] if record["one"] else copies
-
-    return copied
+def _each_export_once(each_export_once: None) -> None:
+    """Every build of this folder's tests."""
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,9 @@ def test_spatial_tells_another_rule_apart(vectors: dict[str, Any]) -> None:
     assert got.shape != wanted.shape or not torch.equal(got, wanted)
 
 
-def encoder_case(vectors: dict[str, Any], case: dict[str, Any]) -> tuple[nn.Module, nn.Module, Tensor]:
-    n, file = case["case"], vectors["encoder"]
+def encoder_case(file: Any, case: dict[str, Any]) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Tower, projector and pixels of a recorded case; `file` are the arrays of encoder.npz."""
+    n = case["case"]
     tower = SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=case["hidden"],
@@ -151,7 +152,7 @@ def test_encoder(vectors: dict[str, Any], case: dict[str, Any]) -> None:
         max_window=case["max_window"],
         ema=case["ema"],
     )
-    out = encode_video(*encoder_case(vectors, case), config)
+    out = encode_video(*encoder_case(vectors["encoder"], case), config)
     assert (len(out.hidden), len(out.tokens)) == (case["frames_out"], case["tokens_out"])
     for name, got in (("hidden", out.hidden), ("received", out.received), ("tokens", out.tokens)):
         assert largest(got, load(vectors, "encoder", f"e{n}_{name}")) < 1e-4

@@ -21,6 +21,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Siglip2VisionConfig,
     Siglip2VisionModel,
@@ -30,6 +31,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
 
 FAMILIES = ("siglip", "siglip2", "clip", "dinov2")
@@ -128,6 +130,7 @@ BUNDLED_IDS = {
     "llava_onevision": {"image_token_id": 1293, "video_token_id": 1294},
     "internvl": {"image_token_id": 1295},
     "qwen3_vl": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
+    "qwen3_5": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
     "smolvlm": {"image_token_id": 1296},
 }
 
@@ -254,6 +257,27 @@ def tiny_qwen3_vl(
     return randomise(Qwen3VLForConditionalGeneration(config), seed)
 
 
+def tiny_qwen3_5(
+    *, layers: int = 4, grid: tuple[int, int] = (4, 6), seed: int = 0, bundled: bool = False, **vision: Any
+) -> Qwen3_5ForConditionalGeneration:
+    """A random Qwen3.5, its frames not square, with two layers of linear attention around one that attends."""
+    like = tiny_qwen3_vl(layers=layers, grid=grid, bundled=bundled, deepstack_visual_indexes=[]).config.to_dict()
+    rope = like["text_config"]["rope_parameters"] | {"partial_rotary_factor": 0.25}
+    own = {"model_type": "qwen3_5_text", "head_dim": 32, "num_hidden_layers": 3, "rope_parameters": rope}
+    own |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_conv_kernel_dim": 4}
+    own |= {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    towers = like["vision_config"] | {"model_type": "qwen3_5_vision"} | vision
+    del towers["deepstack_visual_indexes"]
+    more = {name: value for name, value in like.items() if name.endswith("token_id")}
+    config = QWEN3_5.config({"vision_config": towers, "text_config": like["text_config"] | own, **more})
+    return randomise(Qwen3_5ForConditionalGeneration(config), seed)
+
+
 def tiny_smolvlm(
     *, layers: int = 4, grid: int = 8, side: int = 4, seed: int = 0, bundled: bool = False
 ) -> SmolVLMForConditionalGeneration:
@@ -282,6 +306,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "internvl": tiny_internvl,
     "llava_next_video": tiny_llava_next_video,
     "qwen3_vl": tiny_qwen3_vl,
+    "qwen3_5": tiny_qwen3_5,
     "smolvlm": tiny_smolvlm,
 }
 """A tiny model of every family."""

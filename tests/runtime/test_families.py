@@ -35,6 +35,8 @@ from runtime.video.sample import times_of_sample
 from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
 F, CELLS, QUESTION = 6, 4, "What happens?"
 ON = ["--ratio", "0.5", "--merge-layers", "0,1,2"]
 

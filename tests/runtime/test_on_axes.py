@@ -36,6 +36,8 @@ from runtime.video import Clip, clip_from_frames, sample_indices
 from tests.processes import HANG_SECONDS
 from tests.runtime.checkpoint.family_folders import family_folder
 
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
 F, STEPS, QUESTION, SIZE = 8, 4, "What happens?", (24, 16)
 CELLS = (SIZE[0] // 8) * (SIZE[1] // 8)
 ON = ["--ratio", "0.5", "--merge-layers", "0,1"]
@@ -192,9 +194,37 @@ def test_cells_are_built_and_asked_with_positions_and_bias(folder: Path, tmp_pat
         assert said(folder, plain.ask(clip_of(video), QUESTION, max_new_tokens=12)) == wanted
 
 
+def test_several_videos_at_once_are_answered_as_each_alone(
+    folder: Path, engine: Path, tmp_path: Path, video: Tensor
+) -> None:
+    several = built(folder, tmp_path / "two", *ON, "--batch", "2")  # through the gate
+    with Pipeline.load(several) as pipeline, Pipeline.load(engine) as alone:
+        assert pipeline.manifest.batch == 2
+        answers = []
+        for clip in (clip_of(video), clip_of(video.flip(0))):
+            answer = pipeline.ask(clip, QUESTION, max_new_tokens=12)
+            assert answer.tokens == alone.ask(clip, QUESTION, max_new_tokens=12).tokens
+            answers.append(answer.tokens)
+    assert answers[0] != answers[1]  # negative control
+
+
+def test_an_engine_of_several_counts_answers_as_that_of_one(
+    folder: Path, engine: Path, tmp_path: Path, video: Tensor
+) -> None:
+    several = built(folder, tmp_path / "counts", *ON, "--frames", f"4,{F}")  # through the gate
+    fewer = clip_from_frames(video, 4, SIZE, fps=5.0, sampling="nearest")
+    with Pipeline.load(several) as pipeline, Pipeline.load(engine) as alone:
+        answer = pipeline.ask(clip_of(video), QUESTION, max_new_tokens=12)
+        assert answer.tokens == alone.ask(clip_of(video), QUESTION, max_new_tokens=12).tokens
+        less = pipeline.ask(fewer, QUESTION, max_new_tokens=12)
+        assert less.visual_tokens == 4 // 2 * CELLS // 2 < answer.visual_tokens  # half of two frames
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["--int8"], "--int8 knows the products of LLaVA-OneVision, not of Qwen3-VL: leave it out"),
+        (["--frames", "8,7"], "Qwen3-VL takes 2 pictures for a frame: --frames must be a multiple, got 7,8"),
         (["--frames", "7"], "Qwen3-VL takes 2 pictures for a frame: --frames must be a multiple, got 7"),
         (["--schedule", "adaptive"], "--schedule adaptive does not know Qwen3-VL's frames"),
         (["--chunk", "4"], "--chunk does not know Qwen3-VL's frames"),

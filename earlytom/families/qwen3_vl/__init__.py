@@ -16,13 +16,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.family import SIZES, Family, FrameTimes, Geometry, ShortPrompt, VisionModules
 from earlytom.families.llava_onevision import canonical_name
-from earlytom.families.qwen3_vl.grid import SIDE, SIZE, STEP, grid_of
+from earlytom.families.qwen3_vl.grid import SIDE, SIZE, STEP, grid_of, streams_of
 from earlytom.families.tokens import END, START, STOP
 from earlytom.numbers import shown
 
@@ -70,7 +70,8 @@ class Qwen3Vl(Family):
 
     model_type = "qwen3_vl"
     title, tower_title = "Qwen3-VL", "Qwen3-VL's ViT"
-    model_class = "Qwen3VLForConditionalGeneration"
+    model_class, config_class = "Qwen3VLForConditionalGeneration", "Qwen3VLConfig"
+    section: ClassVar[tuple[int, int, int]] = _SECTION
     towers = ("qwen3_vl_vision",)
     frames = 32
     vision_names = ("visual.",)
@@ -106,15 +107,15 @@ class Qwen3Vl(Family):
                 raise UserError(f"{name} must be {wanted}, got {shown(got)}")
 
     def config(self, raw: dict[str, Any]) -> Any:
-        from transformers import Qwen3VLConfig
+        import transformers
 
-        config: Any = Qwen3VLConfig.from_dict(raw)
+        config: Any = getattr(transformers, self.config_class).from_dict(raw)
         vision = config.vision_config
         # What other vision configurations say, by the names that most of them have.
         vision.image_size = list(getattr(vision, "image_size", SIZE))
         vision.num_channels, vision.layer_norm_eps = vision.in_channels, 1e-6
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
-        config.text_config.rope_parameters.setdefault("mrope_section", list(_SECTION))
+        config.text_config.rope_parameters.setdefault("mrope_section", list(self.section))
         return config
 
     def sized(self, config: Any, size: tuple[int, int]) -> Any:
@@ -135,7 +136,7 @@ class Qwen3Vl(Family):
 
     def geometry(self, config: Any) -> Geometry:
         vision, text = config.vision_config, config.text_config
-        grid, streams = grid_of(vision), list(vision.deepstack_visual_indexes)
+        grid, streams = grid_of(vision), list(streams_of(vision))
         if streams != sorted(set(streams)) or not all(0 <= one < vision.depth for one in streams):
             raise UserError(
                 f"deepstack_visual_indexes must be different layers from 0 to {vision.depth - 1}, ascending, got "
@@ -205,7 +206,7 @@ class Qwen3Vl(Family):
         return {
             "family": self.model_type,
             "tower": tower | {"image_size": list(getattr(vision, "image_size", SIZE))},
-            "deepstack": list(vision.deepstack_visual_indexes),
+            "deepstack": list(streams_of(vision)),
         }
 
     def own_tokens(self, model: Any, pixels: Tensor) -> Tensor:
@@ -215,7 +216,9 @@ class Qwen3Vl(Family):
 
         patches, grid = packed(pixels, model.config.vision_config.patch_size)
         found = model.model.get_video_features(patches, video_grid_thw=grid)
-        return torch.cat([found.pooler_output[0], *(layer[0] for layer in found.deepstack_features)], dim=-1)
+        return torch.cat(
+            [found.pooler_output[0], *(layer[0] for layer in getattr(found, "deepstack_features", ()))], dim=-1
+        )
 
     def canonical_name(self, name: str) -> str:
         return canonical_name(name)

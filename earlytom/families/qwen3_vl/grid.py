@@ -23,3 +23,8 @@ def grid_of(vision: Any) -> tuple[int, int]:
             f"{SIDE} by {SIDE}"
         )
     return height // patch, width // patch
+
+
+def streams_of(vision: Any) -> tuple[int, ...]:
+    """The layers of a vision configuration whose states go to the language model, too; of later models none do."""
+    return tuple(getattr(vision, "deepstack_visual_indexes", ()))

@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEm
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from earlytom.families.family import Features, Vision
-from earlytom.families.qwen3_vl.grid import SIDE, STEP, grid_of
+from earlytom.families.qwen3_vl.grid import SIDE, STEP, grid_of, streams_of
 from earlytom.families.qwen3_vl.pixels import frame_patches
 from earlytom.towers import LayerParts, Tower, add
 
@@ -59,7 +59,7 @@ class Mergers(nn.Module):
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
-        self.merger, self.deepstack = visual.merger, visual.deepstack_merger_list
+        self.merger, self.deepstack = visual.merger, getattr(visual, "deepstack_merger_list", ())
 
 
 def parted(visual: Any) -> tuple[Trunk, Mergers]:
@@ -80,7 +80,7 @@ class Qwen3VlTower(Tower):
     def __init__(self, model: nn.Module) -> None:
         self.model = trunk = cast(Any, model)
         self.layers = trunk.blocks
-        self.streams = tuple(trunk.config.deepstack_visual_indexes)
+        self.streams = streams_of(trunk.config)
         self.grid = grid_of(trunk.config)
         self.places(next(model.parameters()).device)  # now, and not while somebody traces
 

@@ -32,6 +32,8 @@ from tests.earlytom.tiny import PATCH, tiny_projector, tiny_tower
 
 MERGES = (1, 2)  # of the small checkpoint's four layers
 STAGES = [layout.stage_file(layout.ONNX_FILE, stage) for stage in range(len(MERGES) + 1)]
+THRESHOLD = 0.05
+CELLS = ("--method", "cells", "--threshold", str(THRESHOLD))  # the other method that has stages
 
 
 def videos_of(clips: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,26 +190,30 @@ def scale_weight(model: onnx.ModelProto) -> None:
     tensor.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(tensor), tensor.name))
 
 
-def other_tau(model: onnx.ModelProto) -> None:
+def other_decision(model: onnx.ModelProto) -> None:
+    values = {"tau": 0.99, "threshold": 0.5}
     for node in model.graph.node:
         for attribute in node.attribute:
-            if attribute.name == "tau":
-                attribute.f = 0.99
+            if attribute.name in values:
+                attribute.f = values[attribute.name]
 
 
+@pytest.mark.parametrize("words", [(), CELLS], ids=["frames", "cells"])
 @pytest.mark.parametrize(
     ("stage", "change", "line"),
-    [(1, scale_weight, "hidden_2|tokens"), (0, other_tau, "frame"), (2, scale_weight, "tokens")],
+    [(1, scale_weight, "hidden_2|tokens"), (0, other_decision, "frame"), (2, scale_weight, "tokens")],
 )
 def test_the_gate_fails_on_a_broken_stage(
-    chain: Chain,
+    chain_of: Callable[..., Chain],
     clips: dict[str, Tensor],
     tmp_path: Path,
+    words: tuple[str, ...],
     stage: int,
     change: Callable[[onnx.ModelProto], None],
     line: str,
 ) -> None:
     """Negative controls: a weight of a stage with dynamic frames, a decision, the last stage."""
+    chain = chain_of(*words, "--fp32")
     report, _ = accuracy.verify(broken(chain, tmp_path, stage, change), chain.reference, clips, "fp32")
     with pytest.raises(UserError, match=line):
         report.require()

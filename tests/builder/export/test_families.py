@@ -52,6 +52,7 @@ def frames_of(model: Any) -> Tensor:
         ("smolvlm", {"grid": 6, "side": 3}),
         ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False}),
         ("qwen3_vl", {"grid": (4, 6)}),
+        ("qwen3_5", {"grid": (4, 6)}),
     ],
 )
 def test_the_exported_graph_is_the_reference(name: str, how: Mapping[str, Any], tmp_path: Path) -> None:

@@ -20,30 +20,12 @@ from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from tests.builder.inspection.engine_folders import (
     Command,
-    copy_of,
     drop,
     edit_json,
-    inspect_command,
-    look_compiled,
     seal,
 )
 
 ROOT = Path(inspect.__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return inspect_command(capsys)
-
-
-@pytest.fixture
-def copy(engine: Path, tmp_path: Path) -> Path:
-    return copy_of(engine, tmp_path)
-
-
-@pytest.fixture
-def compiled(copy: Path) -> Path:
-    return look_compiled(copy)
 
 
 def rebuilt(folder: Path, change: Callable[[dict[str, Any]], object], **changes: Any) -> Path:

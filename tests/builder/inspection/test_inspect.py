@@ -22,10 +22,8 @@ from runtime.engine.manifest import Manifest, PluginRecord
 from tests.builder.conftest import FRAMES, Exported
 from tests.builder.inspection.engine_folders import (
     Command,
-    copy_of,
     drop,
     edit_json,
-    inspect_command,
     look_compiled,
     seal,
 )
@@ -34,21 +32,6 @@ from tests.processes import HANG_SECONDS
 
 ROOT = Path(inspect.__file__).resolve().parents[1]
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "polygraphy")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return inspect_command(capsys)
-
-
-@pytest.fixture
-def copy(engine: Path, tmp_path: Path) -> Path:
-    return copy_of(engine, tmp_path)
-
-
-@pytest.fixture
-def compiled(copy: Path) -> Path:
-    return look_compiled(copy)
 
 
 # What is shown

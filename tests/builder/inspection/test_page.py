@@ -17,20 +17,10 @@ from builder.inspection.page import REPORT_PAGE
 from builder.inspection.record import describe
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
-from tests.builder.inspection.engine_folders import Command, copy_of, inspect_command, look_compiled, seal
+from tests.builder.inspection.engine_folders import Command, look_compiled, seal
 from tests.processes import HANG_SECONDS
 
 CHROMIUM = shutil.which("chromium-headless-shell")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return inspect_command(capsys)
-
-
-@pytest.fixture
-def copy(engine: Path, tmp_path: Path) -> Path:
-    return copy_of(engine, tmp_path)
 
 
 def test_a_build_leaves_its_report(engine: Path) -> None:

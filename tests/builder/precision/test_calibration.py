@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder.clips import calibration_clips, gate_clips, scale_clips
+from builder.clips import SCALE_CLIPS, calibration_clips, gate_clips, scale_clips
 from builder.export.vision import export_onnx, vision_graph
 from builder.gate.drift import measure
 from builder.gate.limits import GATES
 from builder.precision import calibration
-from builder.precision.calibration import MOST_ERROR, Calibration, Entered, settle
+from builder.precision.calibration import MOST_ERROR, Calibration, Entered, few_of, settle
 from builder.precision.int8 import Int8Linear
 from builder.precision.products import Product
 from builder.precision.smoothing import fold, folds, places
@@ -82,6 +82,28 @@ def test_an_outlier_moves_into_the_weights() -> None:
     assert site.smooth.argmax() == 7
     assert site.limit < 500 < float(loud.rows.abs().max())
     assert quiet.limit == pytest.approx(float(rows.abs().max()), rel=0.5)
+
+
+def test_the_rare_and_large_is_cut_off_only_where_that_is_much_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other clips there would be more of it than of the sample."""
+    random = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(256, 32, generator=random), torch.randn(16, 32, generator=random)
+    rows[3, 7] = 9.0  # more than twice what the others have, and it counts for little: somewhat better without
+    weight[:, 7] *= 0.22
+    monkeypatch.setattr(calibration, "STRENGTHS", (0.0,))
+    largest = []
+    for doubt in (1.0, calibration.DOUBT):
+        monkeypatch.setattr(calibration, "DOUBT", doubt)
+        seen = Entered()
+        seen.add(rows)
+        largest.append(settle(seen, [weight]).limit)
+    assert largest[0] < 9.0  # the negative control: it is cut off where nothing is doubted
+    assert largest[1] == 9.0
+
+
+@pytest.mark.parametrize(("frames", "taken"), [(3, [0, 1, 2]), (8, list(range(8))), (20, [0, 3, 6, 9, 12, 15, 18])])
+def test_noise_is_measured_on_frames_of_all_clips(frames: int, taken: list[int]) -> None:
+    assert few_of(torch.arange(frames)).tolist() == taken
 
 
 def test_what_never_entered_but_zeros_is_no_reason_to_fail() -> None:
@@ -163,8 +185,8 @@ def test_without_clips_the_bundled_model_s_scales_come_of_its_own_task(
     found = scale_clips(parse([*BUNDLED, "--int8"])[1], clips)
     assert list(found)[: len(clips)] == list(clips)
     found = dict(list(found.items())[len(clips) :])
-    assert len(found) == 8
-    assert len({frames.numpy().tobytes() for frames in found.values()}) == 8
+    assert len(found) == SCALE_CLIPS
+    assert len({frames.numpy().tobytes() for frames in found.values()}) == SCALE_CLIPS
     assert {(frames.dtype, tuple(frames.shape)) for frames in found.values()} == {(torch.uint8, (16, 3, 72, 72))}
     assert torch.equal(found["validation 3"], torch.from_numpy(labelled_clip("validation", 3).frames))
     assert scale_clips(config_of(small_checkpoint), clips) == clips

@@ -24,7 +24,7 @@ from earlytom.budget import kept_tokens
 from earlytom.density import by_peak, first_of, spacing
 from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.holitom.compress import HoliTomSettings, HoliTomTokens, compress, fold, with_newlines
+from earlytom.holitom.compress import HoliTomSettings, HoliTomTokens, compress, fold
 from earlytom.holitom.segments import best_cuts, segment, similarity
 from earlytom.inner import InnerSettings, plan_inner
 from earlytom.methods import by_name
@@ -33,6 +33,18 @@ from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
 
 TOLERANCE: dict[str, float] = {"atol": 1e-5, "rtol": 0}
 NEWLINE = 9.0  # what the vectors have for its embedding
+
+
+def with_newlines(positions: Tensor, columns: int) -> Tensor:
+    """The released layout with grid rows, of which this project has none: every frame sorted by position, and a newline
+    after each row of the grid that still has a token. [R] int64: an index into the tokens, or -1 for a newline."""
+    order = positions.argsort(stable=True)
+    row = torch.div(positions[order], columns, rounding_mode="floor")  # rows of all frames; whole, as frames are
+    ends = torch.cat([row[1:] != row[:-1], row.new_ones(1, dtype=torch.bool)])
+    out = positions.new_full((len(positions) + int(ends.sum()),), -1)
+    before = torch.cat([ends.new_zeros(1, dtype=torch.int64), ends.cumsum(0)[:-1]])
+    out[torch.arange(len(order), device=order.device) + before] = order
+    return out
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -90,7 +102,7 @@ def test_golden(folder: Path, outer: dict[str, Any]) -> None:
     assert scored(out) == wanted["dpc_centers_score_order"].tolist()
     tokens = out.tokens
     if wanted["grid_newline"]:
-        rows = with_newlines(out.positions, 196, 14)
+        rows = with_newlines(out.positions, 14)
         table_rows = table[wanted["grid_row"]].clone()
         assert ((rows < 0) == (wanted["grid_row"] < 0)).all()
         real = rows >= 0

@@ -33,11 +33,6 @@ from tests.runtime.checkpoint.tiny_checkpoint import (
 )
 
 
-@pytest.fixture(scope="module")
-def original() -> Any:
-    return random_model(tiny_config(), torch.float32, seed=5)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, original: Any) -> Path:
     return write(tmp_path / "tiny", original)

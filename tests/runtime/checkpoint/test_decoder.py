@@ -32,11 +32,6 @@ from tests.runtime.checkpoint.tiny_checkpoint import (
 )
 
 
-@pytest.fixture(scope="module")
-def original() -> Any:
-    return random_model(tiny_config(), torch.float32, seed=5)
-
-
 def assert_same_decoder(decoder: Any, model: Any) -> None:
     theirs = dict(model.named_parameters())
     ours = dict(decoder.named_parameters())

@@ -21,7 +21,6 @@ from transformers import AutoConfig
 
 from builder import build
 from earlytom.errors import UserError
-from earlytom.micro.random_model import random_model
 from runtime import ask
 from runtime.checkpoint import describe, load_decoder, load_model, load_tokenizer, load_vision
 from runtime.engine.manifest import Manifest
@@ -33,18 +32,14 @@ from tests.runtime.checkpoint.tiny_checkpoint import (
     edit_json,
     old_name,
     one_line,
-    tiny_config,
     write,
     write_weights,
 )
 
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
 NAME = "org/some-model"
 BUILD = ("--backend", "onnx", "--no-verify", "--fp32", "--frames", "4", "--merge-layers", "0", "--ratio", "0.5")
-
-
-@pytest.fixture(scope="module")
-def original() -> Any:
-    return random_model(tiny_config(), torch.float32, seed=5)
 
 
 @pytest.fixture

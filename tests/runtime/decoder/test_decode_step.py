@@ -4,8 +4,7 @@ on any machine. With them a decoder answers as without."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,16 @@ from earlytom.errors import UserError
 from runtime.decoder.eager import Decoder, InnerMerge
 from runtime.decoder.prefix import Prefix
 from runtime.decoder.sampling import GREEDY, Sampling
-from tests.runtime.decoder.tiny_decoder import BUCKETS, CONTEXT, SLIDING, answer, make_llama, make_qwen, prompt
+from tests.runtime.decoder.tiny_decoder import (
+    BUCKETS,
+    CONTEXT,
+    SLIDING,
+    answer,
+    lengths_read,
+    make_llama,
+    make_qwen,
+    prompt,
+)
 from tests.runtime.gpu.recorded_graph import RecordedReplay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,19 +50,6 @@ def replay() -> RecordedReplay:
 @pytest.fixture
 def decoder(model: Any, replay: RecordedReplay) -> Decoder:
     return Decoder.from_model(model, buckets=BUCKETS, replay=replay)
-
-
-@contextmanager
-def passes(module: nn.Module) -> Iterator[list[int]]:
-    """How many tokens each pass of Python through a module reads."""
-    lengths: list[int] = []
-    hook = module.register_forward_pre_hook(
-        lambda _, __, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    try:
-        yield lengths
-    finally:
-        hook.remove()
 
 
 # The same answers
@@ -95,7 +90,7 @@ def test_prefixes_go_into_the_cache_that_was_captured(decoder: Decoder, eager: D
 
 def test_python_runs_in_prefills_only(decoder: Decoder, model: Any) -> None:
     answer(decoder, prompt(8))
-    with passes(model.get_decoder()) as lengths:
+    with lengths_read(model.get_decoder()) as lengths:
         answer(decoder, prompt(8))
         answer(decoder, prompt(6))
     assert lengths == [8, 6]

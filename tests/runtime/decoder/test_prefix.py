@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from earlytom.errors import UserError
 from runtime.decoder.eager import Decoder, InnerMerge
 from runtime.decoder.prefix import Prefix
 from runtime.decoder.sampling import Sampling
-from tests.runtime.decoder.tiny_decoder import BUCKETS, CONTEXT, SLIDING, WIDTH, answer, make_llama, make_qwen, prompt
+from tests.runtime.decoder.tiny_decoder import (
+    BUCKETS,
+    CONTEXT,
+    SLIDING,
+    WIDTH,
+    answer,
+    lengths_read,
+    make_llama,
+    make_qwen,
+    prompt,
+)
 from tests.runtime.gpu.recorded_graph import WaitsForDeviceError, no_waiting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,19 +59,6 @@ def logits(decoder: Decoder, embeds: Tensor, prefix: Prefix | None = None, new: 
 def distance(got: Tensor, expected: Tensor) -> float:
     """Of logits: the largest difference, in shares of the largest logit."""
     return float((got - expected).abs().max() / expected.abs().max())
-
-
-@contextmanager
-def lengths_read(module: nn.Module) -> Iterator[list[int]]:
-    """How many tokens each pass through the language model reads."""
-    lengths: list[int] = []
-    hook = module.register_forward_pre_hook(
-        lambda _, __, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    try:
-        yield lengths
-    finally:
-        hook.remove()
 
 
 # The same as in one piece

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from runtime.decoder.eager import Decoder
@@ -46,3 +48,16 @@ def prompt(length: int, seed: int = 0) -> Tensor:
 
 def answer(decoder: Decoder, embeds: Tensor, new: int = 8, sampling: Sampling = GREEDY, **how: Any) -> list[int]:
     return list(decoder.stream(embeds, max_new_tokens=new, sampling=sampling, **how))
+
+
+@contextmanager
+def lengths_read(module: nn.Module) -> Iterator[list[int]]:
+    """How many tokens each pass through the language model reads."""
+    lengths: list[int] = []
+    hook = module.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        yield lengths
+    finally:
+        hook.remove()

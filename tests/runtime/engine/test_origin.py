@@ -25,6 +25,8 @@ from runtime.errors import EngineError
 from runtime.pipeline import Pipeline
 from tests.runtime.checkpoint.tiny_checkpoint import answering, edit_json, old_name, tiny_config, write, write_weights
 
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
 BUILD = ("--backend", "onnx", "--no-verify", "--fp32", "--frames", "4", "--merge-layers", "0", "--ratio", "0.5")
 HEAD = "lm_head.weight"
 

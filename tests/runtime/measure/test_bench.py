@@ -35,6 +35,7 @@ from runtime.measure.overhead import compression_share
 from runtime.measure.variants import OFF, Bench, Variant, full_tokens, read_engine, settings
 from runtime.show import figure
 from runtime.video import load_clip
+from tests.earlytom.test_golden import encoder_case
 from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,35 +137,10 @@ def test_a_made_up_difference_would_be_found() -> None:
     assert find_segments(hidden, config.replace(tau=0.9)) != find_segments(hidden, config)
 
 
-def recorded(case: dict[str, Any], arrays: Any) -> tuple[Any, Any, Tensor]:
-    """Tower, projector and pixels of a recorded case."""
-    key = f"e{case['case']}_"
-    model: Any = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=case["hidden"],
-            intermediate_size=case["intermediate"],
-            num_hidden_layers=case["layers"],
-            num_attention_heads=case["heads"],
-            image_size=case["image"],
-            patch_size=14,
-            vision_use_head=False,
-        )
-    )
-    names = [name for name in arrays.files if name.startswith(key + "w.")]
-    weights = {name.removeprefix(key + "w."): torch.from_numpy(arrays[name]) for name in names}
-    assert not model.load_state_dict(weights, strict=False).unexpected_keys
-    linear = [nn.Linear(width, case["llm_dim"]) for width in (case["hidden"], case["llm_dim"])]
-    for number, one in enumerate(linear, start=1):
-        kinds = ("weight", "bias")
-        one.load_state_dict({kind: torch.from_numpy(arrays[f"{key}proj.linear_{number}.{kind}"]) for kind in kinds})
-    projector = nn.Sequential(linear[0], nn.GELU(), linear[1])
-    return model.eval(), projector, torch.from_numpy(arrays[key + "pixels"])
-
-
 @pytest.mark.parametrize("case", json.loads((GOLDEN / "encoder.json").read_text("utf-8")), ids=lambda c: str(c["case"]))
 def test_the_naive_form_gives_what_the_released_code_gave(case: dict[str, Any]) -> None:
     arrays = np.load(GOLDEN / "encoder.npz")
-    model, projector, pixels = recorded(case, arrays)
+    model, projector, pixels = encoder_case(arrays, case)
     layers, rule = tuple(case["prune_layers"]), {name: case[name] for name in ("tau", "max_window", "ema")}
     config = EarlyTomConfig(retention_ratio=case["ratio"], merge_layers=layers, **rule)
     got = encode_naive(model, projector, pixels, config, depth=case["layers"])

@@ -21,7 +21,7 @@ from runtime.video import Clip, load_clip
 from tests.runtime.checkpoint.family_folders import family_folder
 from tests.runtime.serve.test_app import body, events, post, user
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "each_export_once")
 
 F, Q, OTHER = 6, "What happens?", "Which digit is on the circle?"
 ON = ["--ratio", "0.5", "--merge-layers", "0,1", "--backend", "onnx", "--fp32", "--no-verify"]

@@ -1,0 +1,1 @@
+"""Vision parts of engines measured alone, and the integer peak that int8 ones are held against."""
