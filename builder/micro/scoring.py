@@ -54,9 +54,10 @@ class Scorer:
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
         self._model = model
-        if (family := family_of(model.config)).span_a_frame:
+        if (family := family_of(model.config)).span_a_frame or family.on_axes:
+            other = "has one a frame" if family.span_a_frame else "places tokens by time, row and column"
             raise UserError(
-                f"questions are packed for families with one span a video, and {family.title} has one a frame: compare "
+                f"questions are packed for families with one span a video, and {family.title} {other}: compare "
                 "methods with --coverage, or ask an engine (python -m runtime.ask)"
             )
         self._packer = Packer(tokenizer)

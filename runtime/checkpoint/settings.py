@@ -40,6 +40,7 @@ def read_config(files: Files) -> tuple[dict[str, Any], Any]:
         known = ", ".join(f"{name!r} ({one.title})" for name, one in FAMILIES.items())
         raise files.error(f"model family {shown(kind)} is not supported; supported is {known}")
     family = FAMILIES[kind]
+    raw = dict(family.sections(raw))
     sections = {name: _section(files, raw, name) for name in ("vision_config", "text_config")}
     for where in (raw, *sections.values()):
         if where.get("quantization_config"):

@@ -31,6 +31,7 @@ from earlytom.method import Method
 from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.settings import FIELD, MethodSettings
+from earlytom.spans import check_watched
 from earlytom.standing import FrameSpan, frame_spans, frame_times, places
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.checkpoint.narrow import narrow
@@ -324,7 +325,9 @@ def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
 
 def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
     """The method's settings for a checkpoint; its own merge layers by default."""
-    depth = geometry(checkpoint.config).depth
-    config = method(ratio, EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers, tau)
-    config.check_layers(depth)
+    frame = geometry(checkpoint.config)
+    layers = EarlyTomConfig.layers_for(frame.depth, frame.full) if merge_layers is None else merge_layers
+    config = method(ratio, layers, tau)
+    config.check_layers(frame.depth)
+    check_watched(EarlyTom(config).watched(frame.depth), frame.full)
     return config

@@ -10,12 +10,12 @@ Notation: S patch tokens a frame, n whole windows in a row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from earlytom.families.qwen3_vl.grid import SIDE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Band(NamedTuple):
@@ -49,7 +49,14 @@ def bands(grid: tuple[int, int], side: int) -> tuple[Band, ...]:
 
 def order(grid: tuple[int, int], side: int) -> Tensor:
     """int64 [S / m^2]: the cell, row by row, that stands at each place of the window order."""
+    import torch
+
     rows, columns = (count // SIDE for count in grid)
     row, column = torch.arange(rows)[:, None], torch.arange(columns)
     window = row // side * (-(-columns // side)) + column // side
     return window.flatten().argsort(stable=True)  # within a window cells stay row by row
+
+
+def pairs(grid: tuple[int, int], side: int) -> int:
+    """Queries times keys of a frame of `grid` patches in windows of `side` x `side` cells."""
+    return sum(band.pairs for band in bands(grid, side))
