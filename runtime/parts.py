@@ -172,7 +172,8 @@ def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, po
     settings = manifest.settings
     original = settings.original_positions if positions is None else positions == POSITIONS[0]
     most = checkpoint.frames * manifest.tokens_per_frame
-    return Placing(original, settings.bias if bias is None else bias, most)
+    per_second = checkpoint.family.geometry(checkpoint.config).tokens_per_second
+    return Placing(original, settings.bias if bias is None else bias, most, per_second)
 
 
 def _vision(

@@ -78,10 +78,10 @@ class NextTokens:
             embeds = splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
         if not self.family.on_axes:
             return ToldPrompt(embeds)
-        assert spans is not None  # so it is with all of them
         place = places(frame_times(seen.sources)[0], seen.positions, per_frame)
-        frames, width = seen.sources.shape[1], embeds.shape[2]
-        return ToldPrompt(embeds, told_of(self.prompt, spans, seen.tokens, place, self.frame.cells, frames, width))
+        steps = self.family.time_steps(seen.sources.shape[1], self.frame.tokens_per_second)
+        told = told_of(self.prompt, spans, seen.tokens, place, self.frame.cells, steps, embeds.shape[2])
+        return ToldPrompt(embeds, told)
 
     def _following(self, prompt: ToldPrompt, answer: Tensor) -> Tensor:
         """[len(answer)]: the most likely token at each place of the answer."""

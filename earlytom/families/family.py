@@ -54,6 +54,8 @@ class Geometry:
         streams: K.
         full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
             nothing (`earlytom.spans`).
+        tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
+            span in a prompt (`Family.on_axes`); None where it takes none.
     """
 
     size: tuple[int, int]
@@ -69,6 +71,7 @@ class Geometry:
     prefix: int = 0
     streams: int = 0
     full: tuple[int, ...] | None = None
+    tokens_per_second: float | None = None
 
     @property
     def token_width(self) -> int:
@@ -202,8 +205,8 @@ class Family(ABC):
             that makes visual tokens of them.
         beside_pixels: what they are given about a video beside them, by name.
         step: pictures of a video that the tower takes for one frame.
-        on_axes: whether its language model places tokens by time, row and column, a frame taking as many positions as
-            it has rows or columns, whichever are more (`runtime.text.axes`); else by their order.
+        on_axes: whether its language model places tokens by time, row and column, a span taking as many positions as
+            its frames have rows or columns, whichever are more (`runtime.text.axes`); else by their order.
         any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint says which.
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
@@ -407,6 +410,21 @@ class Family(ABC):
     def after_video(self) -> str:
         """The text after those of a video."""
         return ""
+
+    def time_steps(self, frames: int, per_second: float | None, times: FrameTimes | None = None) -> tuple[int, ...]:
+        """Of `frames` frames that the tower takes: where each stands on the axis of time, behind its span's first.
+
+        Args:
+            per_second: `Geometry.tokens_per_second`; None: each frame has a span, and so all stand where that begins.
+            times: when the pictures that they are made of were; None: a frame is a second.
+        """
+        if per_second is None:
+            return (0,) * frames
+        import torch
+
+        seconds = 1.0 if times is None else self.step * times.duration / len(times.seconds)
+        # In single precision, as transformers has it: rounded down, other digits would be another position.
+        return tuple((torch.arange(frames) * (per_second * torch.tensor(seconds).float())).long().tolist())
 
     def spans(self, config: Any, frames: int) -> tuple[int, ...]:
         """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` pictures."""

@@ -179,15 +179,15 @@ class Bench:
 
     def told(self, words: Prompt, seen: SeenPrompt, width: int) -> Told | None:
         """What else the decoder is told of a prompt, whose embeddings are `width` wide; None where they are all."""
-        spans = self.spans(seen)
-        if not self.family.on_axes or spans is None:
+        if not self.family.on_axes:
             return None
-        frame, frames = geometry(self.checkpoint.config), seen.frames_per_stage[0]
+        frame = geometry(self.checkpoint.config)
+        steps = self.family.time_steps(seen.frames_per_stage[0], frame.tokens_per_second)
         place = torch.arange(len(seen.tokens), device=seen.tokens.device)
         if seen.positions is not None and seen.sources is not None:
             time = frame_times(seen.sources.to(place.device))[0]
             place = places(time, seen.positions.to(place.device), frame.tokens_per_frame)
-        return told_of(words, spans, seen.tokens, place, frame.cells, frames, width)
+        return told_of(words, self.spans(seen), seen.tokens, place, frame.cells, steps, width)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
         """One of `arguments.VARIANTS`, or a method of the field, for videos of `frames` frames; `config` gives ratio,

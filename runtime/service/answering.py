@@ -76,7 +76,7 @@ READ_AFTER_ANOTHER_TEXT = (
 
 class Spliced(NamedTuple):
     """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
-    of it, and where tokens are placed on axes the position behind it."""
+    of it, and where tokens are placed on axes where text behind it stands."""
 
     embeds: Tensor
     visual: Sequence[int]
@@ -410,22 +410,24 @@ class Answering:
         place, bias = encoded.place.to(device), encoded.bias.to(device)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
         if self._family.on_axes:
-            return self._on_axes(words, encoded, embeds, spans)
+            return self._on_axes(words, encoded, embeds, spans, times)
         if spans is None:
             placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
         return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
 
-    def _on_axes(self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None) -> Spliced:
+    def _on_axes(
+        self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes
+    ) -> Spliced:
         """`_spliced` where tokens are placed by time, row and column, and bring states of layers along."""
-        assert spans is not None  # so it is with all such families
         tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
-        frames, width, original = encoded.sources.shape[-1], embeds.shape[2], self.placing.original
-        placed, after = told_of(words, spans, tokens, place, self._grid, frames, width, original=original)
+        steps = self._family.time_steps(encoded.sources.shape[-1], self.placing.per_second, times)
+        width, original = embeds.shape[2], self.placing.original
+        placed, end, _ = told_of(words, spans, tokens, place, self._grid, steps, width, original=original)
         if self.placing.bias:
             placed["bias"] = weights_of(words, spans, bias)
-        return Spliced(embeds, words.visual_span(len(tokens), spans), placed, after)
+        return Spliced(embeds, words.visual_span(len(tokens), spans), placed, end)
 
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""

@@ -147,7 +147,7 @@ class Seen:
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance
-    after: int | None = None  # the position behind the video, where tokens are placed on axes
+    after: int | None = None  # where text behind the video stands, where tokens are placed on axes
 
     @property
     def bytes(self) -> int:

@@ -2,9 +2,11 @@
 earlier layers of the tower.
 
 A text token has one position on all three axes. A visual token stands at the time of its frame, and as many rows and
-columns behind that as its cell; a frame takes as many positions as it has rows or columns, whichever are more, however
-few of its tokens are left. So where all are left the positions are the model's own. Tensors only, and no wait for the
-device.
+columns behind its span's beginning as its cell. Where every frame has a span, the time is that beginning, too. Where a
+video has one, its frames stand at `steps` behind it, and a frame keeps its own however many are left out. A span takes
+as many positions as a frame has rows or columns, whichever are more, however few of its tokens are left and however
+long the video lasts; the answer stands behind all of them. So where all tokens are left the positions are the model's
+own, as transformers has them. Tensors only, and no wait for the device.
 """
 
 from __future__ import annotations
@@ -23,17 +25,25 @@ AXES = 3
 
 
 class OnAxes(NamedTuple):
-    """Positions int64 [3, L] of a prompt, and that of the token after it, on all axes."""
+    """Positions of a prompt.
+
+    Attributes:
+        positions: int64 [3, L].
+        end: where text stands that follows the prompt.
+        next: int64 [], where its answer begins.
+    """
 
     positions: Tensor
-    next: int
+    end: int
+    next: Tensor
 
 
 class Told(NamedTuple):
-    """What a decoder is told of a prompt, and the position of the token after it, on all axes."""
+    """What a decoder is told of a prompt; `end` and `next` as in `OnAxes`."""
 
     how: dict[str, Tensor]
-    next: int
+    end: int
+    next: Tensor
 
     def forward(self) -> dict[str, Tensor]:
         """The positions as the language model's own forward pass takes them."""
@@ -42,63 +52,64 @@ class Told(NamedTuple):
 
 def told_of(
     prompt: Prompt,
-    spans: Spans,
+    spans: Spans | None,
     tokens: Tensor,
     place: Tensor,
     cells: tuple[int, int],
-    frames: int,
+    steps: Sequence[int],
     width: int,
     *,
     original: bool = False,
 ) -> Told:
     """`positions` [3, L], and where the tokens [N, (1 + K) * D] bring some `states` [K, L, D], by the names that
     `runtime.decoder.eager` has for them; `width` is D, the others as in `on_axes`."""
-    positions, behind = on_axes(prompt, spans, place, cells, frames, original=original)
+    positions, end, behind = on_axes(prompt, spans, place, cells, steps, original=original)
     states = states_of(tokens, prompt.visual_span(len(place), spans), positions.shape[1], width)
-    return Told({"positions": positions} | ({} if states is None else {"states": states}), behind)
+    return Told({"positions": positions} | ({} if states is None else {"states": states}), end, behind)
 
 
 def on_axes(
-    prompt: Prompt, spans: Spans, place: Tensor, cells: tuple[int, int], frames: int, *, original: bool
+    prompt: Prompt, spans: Spans | None, place: Tensor, cells: tuple[int, int], steps: Sequence[int], *, original: bool
 ) -> OnAxes:
-    """Where the tokens of a prompt with a span a frame stand.
+    """Where the tokens of a prompt stand.
 
     Args:
         spans: of the visual tokens, see `Prompt`.
         place: int64 [N], of each visual token in the video, frame * P + cell.
         cells: (rows, columns) of the P cells of a frame.
-        frames: of the video.
-        original: every frame stands where it would if none had been left out; else the next one follows at once.
+        steps: of every frame of the video, from 0 on, whole: where it stands on the axis of time, behind its span.
+        original: every span stands where it would if none had been left out; else the next one follows at once.
     """
     (rows, columns), extent = cells, max(cells)
-    texts = [len(ids) for ids, _ in prompt.pieces(len(place), spans)]
+    texts, sizes = zip(*((len(ids), count) for ids, count in prompt.pieces(len(place), spans)), strict=True)
     frame = torch.div(place, rows * columns, rounding_mode="trunc")
-    if original:
+    if original and spans is not None:
         assert prompt.names is not None
-        names = [texts[0], *(len(prompt.names.before(number)) for number in range(1, frames))]
+        names = [texts[0], *(len(prompt.names.before(number)) for number in range(1, len(steps)))]
         begins = [begin + extent * number for number, begin in enumerate(accumulate(names))]
         starts = [begins[span.number] for span in spans]
         start = _numbers(begins, place.device).index_select(0, frame)
         end = begins[-1] + extent
     else:
         starts = [begin + extent * number for number, begin in enumerate(accumulate(texts))]
-        sizes = [span.tokens for span in spans]
         each = [start for start, size in zip(starts, sizes, strict=True) for _ in range(size)]
         start = _numbers(each, place.device)
         end = starts[-1] + extent
     cell = place - frame * (rows * columns)
     row = torch.div(cell, columns, rounding_mode="trunc")
-    visual = torch.stack([start, start + row, start + cell - row * columns]).split([s.tokens for s in spans], dim=1)
+    time = start + _numbers(steps, place.device).index_select(0, frame)
+    visual = torch.stack([time, start + row, start + cell - row * columns]).split(sizes, dim=1)
     found = []
     for begin, length, seen in zip(starts, texts, visual, strict=True):
         found += [_text(begin - length, length, place.device), seen]
     after = len(prompt.suffix_ids)
-    return OnAxes(torch.cat([*found, _text(end, after, place.device)], dim=1), end + after)
+    positions = torch.cat([*found, _text(end, after, place.device)], dim=1)
+    return OnAxes(positions, end + after, positions.max() + 1)
 
 
-def following(begin: int, length: int, device: torch.device) -> Tensor:
-    """Positions int64 [3, length] of text that stands behind a prompt (`OnAxes.next`)."""
-    return _text(begin, length, device)
+def following(begin: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Positions int64 [3, length] of text or an answer behind a prompt (`OnAxes.end`, `OnAxes.next`)."""
+    return (torch.arange(length, device=device) + begin).expand(AXES, -1)
 
 
 def states_of(tokens: Tensor, visual: Sequence[int], length: int, width: int) -> Tensor | None:
@@ -116,10 +127,10 @@ def states_of(tokens: Tensor, visual: Sequence[int], length: int, width: int) ->
     return states.index_copy(1, where, tokens[:, width:].unflatten(1, (count, width)).transpose(0, 1))
 
 
-def weights_of(prompt: Prompt, spans: Spans, bias: Tensor) -> Tensor:
+def weights_of(prompt: Prompt, spans: Spans | None, bias: Tensor) -> Tensor:
     """fp32 [L]: `bias [N]` of visual tokens in their places of a prompt, 0 for text."""
-    texts = [len(ids) for ids, _ in prompt.pieces(len(bias), spans)]
-    pieces = zip(texts, bias.split([span.tokens for span in spans]), strict=True)
+    texts, sizes = zip(*((len(ids), count) for ids, count in prompt.pieces(len(bias), spans)), strict=True)
+    pieces = zip(texts, bias.split(sizes), strict=True)
     parts = [part for length, own in pieces for part in (bias.new_zeros(length), own)]
     return torch.cat([*parts, bias.new_zeros(len(prompt.suffix_ids))])
 

@@ -25,11 +25,13 @@ class Placing:
         original: where they were in the video; else they stand one after the other, as if nothing had been left out.
         bias: how many of the video's tokens each stands for.
         most: original positions that a video may take; None: as many as it has tokens.
+        per_second: as `earlytom.families.Geometry.tokens_per_second`.
     """
 
     original: bool = False
     bias: bool = False
     most: int | None = None
+    per_second: float | None = None
 
     def span(self, tokens_full: int) -> int:
         """The original positions that a video of so many tokens takes."""

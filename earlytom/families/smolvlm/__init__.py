@@ -218,6 +218,8 @@ class SmolVlm(InternVL):
                 num_hidden_layers=32,
                 num_attention_heads=15,
                 num_key_value_heads=5,
+                max_position_embeddings=8192,
+                rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
             ),
             "smolvlm2-2.2b": lambda: _published(
                 large | {"intermediate_size": 4304, "num_hidden_layers": 27},
@@ -227,6 +229,8 @@ class SmolVlm(InternVL):
                 num_hidden_layers=24,
                 num_attention_heads=32,
                 num_key_value_heads=32,
+                max_position_embeddings=16384,
+                rope_parameters={"rope_type": "default", "rope_theta": 273768.0},
             ),
         }
 
@@ -249,7 +253,6 @@ def _published(vision: dict[str, Any], side: int, **text: Any) -> Any:
             "vision_config": vision,
             "text_config": {
                 "model_type": "llama",
-                "max_position_embeddings": 8192,
                 "rms_norm_eps": 1e-5,
                 "vocab_size": 49280,
                 "bos_token_id": _IMAGE_ID - 5,

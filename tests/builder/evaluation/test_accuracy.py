@@ -1,34 +1,44 @@
 """The bundled model has not become worse: the first clips of the test split, held against what was right of them.
 
-`tests/golden/accuracy.json` has how many questions about each clip were right, measured together with the record of the
-whole split, `earlytom/micro/accuracy.json` (`python -m builder.evaluate --record`): other weights need both anew, this
-one by `python -m tests.builder.evaluation.test_accuracy`. Clips, questions and weights are the same, so chance plays no
-part, and a few near-ties are all that may fall otherwise.
+`tests/golden/accuracy.json` has how many questions about each clip were right (`int8`: cells at 0.10 in int8),
+measured together with the record of the whole split, `earlytom/micro/accuracy.json` (`python -m builder.evaluate
+--record`): other weights need both anew, this one by `python -m tests.builder.evaluation.test_accuracy`. Clips,
+questions and weights are the same, so chance plays no part, and a few near-ties are all that may fall otherwise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from threadpoolctl import threadpool_limits
 
+from builder.build import build_engine
 from builder.evaluation import record
 from builder.evaluation.bench import Answers, EvaluationBench, EvaluationJob, run
 from builder.evaluation.statistics import accuracy
 from builder.micro.scoring import Scorer
+from builder.settings.arguments import parse
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from runtime.checkpoint import describe, load_decoder
 from runtime.checkpoint.narrow import NarrowLinear
+from runtime.engine.manifest import Manifest, describe_files
 from tests import golden_vectors
 
 GOLDEN = golden_vectors.HOME / "accuracy.json"
 FLIPS = 2  # answers of a row that another machine's kernels may turn
+ENGINE_ROW = 1  # behind that of all tokens
 MARGIN = 0.01  # of the record, beyond the interval of these clips
 
 pytestmark = pytest.mark.skipif(
@@ -52,11 +62,33 @@ def job(recorded: dict[str, Any]) -> EvaluationJob:
     return EvaluationJob("micro", config, ("budget", "cells-rounds"), (0.1,), cells=cells)
 
 
-def answered(recorded: dict[str, Any], clips: int) -> tuple[EvaluationBench, Answers]:
-    """In this process, on one core: other tests have the others."""
-    bench = EvaluationBench(job(recorded))
+def answered(recorded: dict[str, Any], clips: int, engine: Path | None = None) -> tuple[EvaluationBench, Answers]:
+    """In this process, on one core: other tests have the others. An engine alone, with its twin."""
+    asked = job(recorded)
+    if engine is not None:
+        asked = dataclasses.replace(asked, methods=(), engine=str(engine))
+    bench = EvaluationBench(asked)
     with threadpool_limits(1, "blas"):
         return bench, run(bench.job, clips, 1, lambda done: None, bench)
+
+
+def int8_engine(place: Path) -> Path:
+    """Cells in int8, with scales of the clips that a build takes by itself."""
+    config = parse(["--int8", "--fp16", "--method", "cells", "--ratio", "0.1", "--backend", "onnx", "--no-verify"])[1]
+    return build_engine(config, place, say=lambda _: None)
+
+
+def cut_off(engine: Path, place: Path) -> Path:
+    """The same engine with a range of what enters a product that is a sixth of what it was."""
+    shutil.copytree(engine, place)
+    model = onnx.load(place / "vision.onnx")
+    scales = {node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    for tensor in model.graph.initializer:
+        if tensor.name in scales:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / np.float16(6), tensor.name))
+    onnx.save(model, place / "vision.onnx")
+    Manifest.read(engine).replace(files=describe_files(place)).write(place)
+    return place
 
 
 def holds(right: Any, wanted: list[int]) -> bool:
@@ -100,6 +132,19 @@ def test_a_decoder_with_weights_in_int8_answers_alike(recorded: dict[str, Any], 
     assert sum(right[0]) - sum(right[2]) > 0.2 * asked
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_an_int8_engine_answers_as_well(recorded: dict[str, Any], golden: dict[str, Any], tmp_path: Path) -> None:
+    """The negative control is a graph that cuts off most of what enters its products."""
+    engine, wanted = int8_engine(tmp_path), golden["int8"]
+    _, answers = answered(recorded, len(wanted), engine)
+    assert answers.asked().tolist() == golden["asked"][: len(wanted)]
+    assert holds(answers.correct(ENGINE_ROW), wanted), answers.correct(ENGINE_ROW).tolist()
+    assert holds(answers.correct(ENGINE_ROW), golden["right"]["cells-rounds 0.1"][: len(wanted)])
+    some = len(wanted) // 2
+    _, answers = answered(recorded, some, cut_off(engine, tmp_path / "cut"))
+    assert not holds(answers.correct(ENGINE_ROW), wanted[:some])
+
+
 def test_a_model_that_sees_nothing_would_be_noticed(recorded: dict[str, Any], golden: dict[str, Any]) -> None:
     """Negative control, on half of the clips, with all of the others right."""
     bench = EvaluationBench(job(recorded))
@@ -120,6 +165,8 @@ if __name__ == "__main__":  # what the tests above go by, anew
         for row, one in enumerate(made.settings)
     }
     lines = ",\n  ".join(f"{json.dumps(name)}: {row}" for name, row in rows.items())
+    with tempfile.TemporaryDirectory() as folder:
+        int8 = answered(found, 12, int8_engine(Path(folder)))[1].correct(ENGINE_ROW).astype(int).tolist()
     weights, asked = json.dumps(found["weights"]), counted.asked().astype(int).tolist()
-    text = f'{{\n "weights": {weights},\n "asked": {asked},\n "right": {{\n  {lines}\n }}\n}}\n'
+    text = f'{{\n "weights": {weights},\n "asked": {asked},\n "right": {{\n  {lines}\n }},\n "int8": {int8}\n}}\n'
     GOLDEN.write_text(text, "utf-8")

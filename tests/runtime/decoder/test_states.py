@@ -61,6 +61,32 @@ def test_a_prefix_with_states_goes_on(asked: tuple[Any, list[int], Tensor, Tenso
         assert list(decoder.stream(embeds[:, cut:], prefix=prefix, max_new_tokens=NEW, **rest)) == wanted
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [0, 4, 9])
+def test_an_answer_stands_behind_the_largest_position_of_the_prompt(cut: int) -> None:
+    """A video may last longer than the text behind it: all computed again for each token, without a cache."""
+    model = tiny_qwen3_vl()
+    embeds = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(0))
+    text = torch.arange(11)
+    positions = torch.stack([torch.where((text > 1) & (text < 7), 9 * text, text), text, text])  # [3, L], up to 54
+
+    def wanted(begin: int) -> Tensor:
+        places, read = positions, embeds
+        for at in range(begin, begin + 3):
+            hidden = model.get_decoder()(inputs_embeds=read, position_ids=places[:, None]).last_hidden_state
+            logits = model.lm_head(hidden)[0, -1]
+            read = torch.cat([read, model.get_input_embeddings()(logits.argmax()[None, None])], dim=1)
+            places = torch.cat([places, torch.full((3, 1), at)], dim=1)
+        return logits
+
+    decoder = Decoder.from_model(model)
+    prefix = decoder.prefill(embeds[:, :cut], positions=positions[:, :cut]) if cut else None
+    stream = decoder.stream(embeds[:, cut:], positions=positions[:, cut:], prefix=prefix, max_new_tokens=3)
+    assert len(list(stream)) == 3
+    torch.testing.assert_close(decoder._logits, wanted(55), rtol=0, atol=1e-4)
+    assert not torch.allclose(decoder._logits, wanted(11), rtol=0, atol=1e-4)  # negative control
+
+
 def test_a_bias_is_read_in_passes_with_the_states_of_each(
     asked: tuple[Any, list[int], Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
