@@ -115,7 +115,7 @@ class TransformersDecoding:
                 chosen = out.logits[0, -1].argmax()
             cache, given, states = out.past_key_values, {"input_ids": chosen.view(1, 1)}, None
             if told is not None:
-                given["position_ids"] = following(told.next + done, 1, embeds.device)[:, None]
+                given["position_ids"] = following(told.end + done, 1, embeds.device)[:, None]
             yield int(chosen)
 
 

@@ -74,7 +74,7 @@ class Qwen25Vl(Qwen3Vl):
             raise UserError(f"fullatt_block_indexes must be different layers, ascending, got {shown(full)}")
         if vision.window_size % (side := SIDE * vision.patch_size) or not vision.window_size:
             raise UserError(f"window_size must be a multiple of {side} pixels, got {shown(vision.window_size)}")
-        return replace(frame, full=tuple(full))
+        return replace(frame, full=tuple(full), tokens_per_second=vision.tokens_per_second)
 
     def tower(self, tower: nn.Module) -> Qwen25VlTower:
         from earlytom.families.qwen2_5_vl.tower import Qwen25VlTower

@@ -3,8 +3,8 @@ earlier layers of the tower.
 
 A text token has one position on all axes; a visual token stands at the time of its frame in its span, and at the row
 and the column of its cell. A span takes as many positions as its frame has rows or columns, whichever are more, however
-few of its tokens are left and however long its video lasts; the answer stands behind all of them. So positions are
-those of transformers where all are, and rows and columns are never lost.
+few of its tokens are left and however long its video lasts. So positions are those of transformers where all are, and
+rows and columns are never lost.
 
 Notation: B prompts, L tokens, N visual tokens, E width of the language model, K states of earlier layers.
 """
