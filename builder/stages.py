@@ -279,7 +279,7 @@ def describe(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=ModelRecord(
             source=checkpoint.source,
-            family=config.model.model_type,
+            family=checkpoint.family.name,
             digest=checkpoint.digest(),
             answers=checkpoint.answers_digest(),
             commit=checkpoint.commit,

@@ -23,6 +23,7 @@ from earlytom.families.family import (
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
+from earlytom.families.llava_video import LLAVA_VIDEO
 from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
@@ -32,6 +33,7 @@ __all__ = [
     "DEFAULT_FAMILY",
     "FAMILIES",
     "LLAVA_ONEVISION",
+    "NAMED",
     "SIZES",
     "TITLES",
     "Family",
@@ -49,9 +51,12 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, SMOLVLM, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
+    for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, LLAVA_VIDEO, SMOLVLM, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
 }
 """The supported families by model type."""
+
+NAMED: dict[str, Family] = {form.name: form for family in FAMILIES.values() for form in family.forms}
+"""Each form that their models take, by its name."""
 
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION
 """That of modules which come without a configuration to tell it by, and of the bundled checkpoint."""
@@ -66,14 +71,14 @@ def family_of(config: Any) -> Family:
     Raises:
         UserError: it is not supported.
     """
-    return family_named(getattr(config, "model_type", None))
+    return family_named(getattr(config, "model_type", None)).of(config)
 
 
-def family_named(model_type: object) -> Family:
-    """The family by its model type. Raises UserError where it is not supported."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+def family_named(name: object) -> Family:
+    """The family by its model type, or a form of it by its name. Raises UserError where it is not supported."""
+    if not isinstance(name, str) or name not in FAMILIES | NAMED:
+        raise UserError(f"model family {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name] if name in FAMILIES else NAMED[name]
 
 
 def geometry(config: Any) -> Geometry:

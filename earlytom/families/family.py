@@ -207,7 +207,10 @@ class Family(ABC):
         step: pictures of a video that the tower takes for one frame.
         on_axes: whether its language model places tokens by time, row and column, a span taking as many positions as
             its frames have rows or columns, whichever are more (`runtime.text.axes`); else by their order.
+        own_visual_token: whether checkpoints' tokenizers may lack `visual_token`: it is given the id that the
+            configuration says.
         any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint says which.
+        known_names: whether transformers knows the names of tensors in its checkpoints.
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
@@ -240,7 +243,9 @@ class Family(ABC):
     beside_pixels: ClassVar[tuple[str, ...]] = ()
     step: ClassVar[int] = 1
     on_axes: ClassVar[bool] = False
+    own_visual_token: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
+    known_names: ClassVar[bool] = True
     released: ClassVar[bool] = False
     vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
         "image_size": 1 << 12,
@@ -251,6 +256,32 @@ class Family(ABC):
     token_ids: ClassVar[tuple[str, ...]]
     layer_setting: ClassVar[str]
 
+    @property
+    def name(self) -> str:
+        """What an engine's manifest calls it; `model_type` unless its models take several forms."""
+        return self.model_type
+
+    @property
+    def forms(self) -> tuple[Family, ...]:
+        """What settings of its configurations make of it, each with a name of its own."""
+        return (self,)
+
+    def of(self, config: Any) -> Family:
+        """That of `forms` which such a configuration has."""
+        return self
+
+    def describes(self, raw: Mapping[str, Any]) -> bool:
+        """Whether the content of a config.json is of this family."""
+        return raw.get("model_type") == self.model_type
+
+    def translated(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of a config.json in transformers' form.
+
+        Raises:
+            UserError: it has another one, and a setting in it for which there is no code.
+        """
+        return dict(raw)
+
     @abstractmethod
     def check(self, raw: Mapping[str, Any]) -> None:
         """Refuse settings of a config.json that transformers takes and that fail only later, on arithmetic.
@@ -259,13 +290,13 @@ class Family(ABC):
             UserError: there is one.
         """
 
-    def sections(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The content of a config.json with the settings of either part in a section of their own."""
-        return raw
-
     @abstractmethod
     def config(self, raw: dict[str, Any]) -> Any:
         """transformers' configuration of the content of a config.json; it raises what that raises."""
+
+    def prepares(self, config: Any) -> Mapping[str, Any] | None:
+        """A preprocessing file for checkpoints that have none; None where they must have one."""
+        return None
 
     def preparation(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """The content of a preprocessing file in the words that most families use (`runtime.checkpoint`)."""
@@ -355,6 +386,10 @@ class Family(ABC):
     @abstractmethod
     def canonical_name(self, name: str) -> str:
         """The name of a tensor without the prefixes in which the releases of transformers differ."""
+
+    def spare_names(self, config: Any) -> tuple[str, ...]:
+        """What the canonical names of tensors begin with that may be stored and that the model does without."""
+        return ()
 
     @abstractmethod
     def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:

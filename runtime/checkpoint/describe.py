@@ -89,7 +89,8 @@ class Checkpoint:
     def weights(self) -> Weights:
         """The tensors in its files."""
         assert self.files is not None  # random ones are in none
-        return Weights(self.files, {self.family.head_name} - self.shapes.keys(), self.family)
+        unused = {self.family.head_name} - self.shapes.keys()
+        return Weights(self.files, unused, self.family, self.family.spare_names(self.config))
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:

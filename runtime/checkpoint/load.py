@@ -135,6 +135,8 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Any
     for shard in checkpoint.weights.shards:
         files.path(shard)  # of the hub, fetched
     checkpoint.check_weights()  # says more clearly what is wrong than the library does
+    if not checkpoint.family.known_names:
+        return _renamed(checkpoint, files, dtype)
     try:
         with without_progress_bars():
             loaded: Any = checkpoint.family.transformers_class().from_pretrained(
@@ -155,6 +157,26 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Any
             raise files.error(f"{kind} tensors in the weights: {some(names)}; the checkpoint is not complete")
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach(), files)
+    return model.eval()
+
+
+def _renamed(checkpoint: Checkpoint, files: Files, dtype: torch.dtype) -> Any:
+    """The whole model of a checkpoint whose tensors have names that transformers does not know."""
+    from earlytom.micro.progress import without_progress_bars
+
+    family = checkpoint.family
+    with torch.device("meta"):
+        names = {family.canonical_name(raw): raw for raw, _ in family.new_model(checkpoint.config).named_parameters()}
+    state: dict[str, Tensor] = {}
+    with files.in_memory():
+        for name, tensor in checkpoint.weights.by_file(checkpoint.shapes, ("",)):
+            state[names[name]] = tensor.to(dtype, copy=True)  # or it would be the file, which may change
+            check_finite(name, state[names[name]], files)
+    with without_progress_bars():
+        model = family.transformers_class().from_pretrained(
+            None, config=checkpoint.config, state_dict=state, dtype=dtype
+        )
+    model.generation_config = generation_config(files, checkpoint.config)
     return model.eval()
 
 

@@ -51,11 +51,12 @@ def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
     processor = files.json("processor_config.json") or {}
     video = processor.get("video_processor") or files.json("video_preprocessor_config.json")
     raw = video or files.json("preprocessor_config.json") or processor.get("image_processor")
+    family = family_of(config)
+    raw = raw or family.prepares(config)
     if not raw:
         raise files.error("it has no preprocessor_config.json, so frames cannot be prepared for it; download it again")
     if not isinstance(raw, dict):
         raise files.error(f"its preprocessing settings are {shown(raw)}, expected an object; download them again")
-    family = family_of(config)
     settings = family.preparation(raw)
     try:
         frames = 0 if not isinstance(video, dict) else settings.get("num_frames") or 0

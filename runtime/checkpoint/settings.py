@@ -27,7 +27,7 @@ _MAY_BE_NULL = ("head_dim", "num_key_value_heads")
 
 
 def read_config(files: Files) -> tuple[dict[str, Any], Any]:
-    """config.json as it is, and as a configuration whose vision path and decoder this project implements.
+    """config.json in transformers' form, and as a configuration whose vision path and decoder this project implements.
 
     Raises `UserError` for what is no such thing: an adapter, quantised weights, another family, sizes out of reason.
     """
@@ -35,12 +35,11 @@ def read_config(files: Files) -> tuple[dict[str, Any], Any]:
     _refuse_adapter(files, raw)
     if raw is None:
         raise files.error(f"it has no {CONFIG}; expected the folder of a {TITLES} checkpoint")
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    family = next((one for one in FAMILIES.values() if one.describes(raw)), None)
+    if family is None:
         known = ", ".join(f"{name!r} ({one.title})" for name, one in FAMILIES.items())
-        raise files.error(f"model family {shown(kind)} is not supported; supported is {known}")
-    family = FAMILIES[kind]
-    raw = dict(family.sections(raw))
+        raise files.error(f"model family {shown(raw.get('model_type'))} is not supported; supported is {known}")
+    raw = _translated(files, raw, family)
     sections = {name: _section(files, raw, name) for name in ("vision_config", "text_config")}
     for where in (raw, *sections.values()):
         if where.get("quantization_config"):
@@ -85,6 +84,13 @@ def _refuse_adapter(files: Files, raw: dict[str, Any] | None) -> None:
         f"an adapter ({found}) lies beside the weights and would be left out; {remedy}, or move the adapter away if it "
         "is merged already"
     )
+
+
+def _translated(files: Files, raw: dict[str, Any], family: Family) -> dict[str, Any]:
+    try:
+        return family.translated(raw)
+    except UserError as error:
+        raise files.error(f"{CONFIG}: {error}") from error
 
 
 def _section(files: Files, raw: dict[str, Any], name: str) -> dict[str, Any]:

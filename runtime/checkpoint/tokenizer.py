@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from earlytom.families import family_of
@@ -43,11 +45,15 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
     level = library.level
     library.setLevel(logging.ERROR)  # it says at length what it does with a tokenizer that nobody here can change
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            files.folder(["config.json", *TOKENIZER_FILES, *TEMPLATE_FILES]),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of config.json, which it looks at
+            tokenizer = AutoTokenizer.from_pretrained(
+                files.folder(["config.json", *TOKENIZER_FILES, *TEMPLATE_FILES]),
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        wanted = family.video_token_id(config)
+        if family.own_visual_token:
+            _add(tokenizer, visual, wanted)
         known = tokenizer.get_added_vocab().get(visual)
         # What stands for a video alone is replaced before the model sees it, and may have an id that it does not have.
         ids = (id for text, id in tokenizer.get_vocab().items() if text == visual or text != family.video_token)
@@ -67,11 +73,25 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
         )
     if template is not None:
         tokenizer.chat_template = template
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and family.chat_template() is None:
         raise files.error("it has no chat template; expected chat_template.jinja or chat_template.json")
-    if known != (wanted := family.video_token_id(config)):
+    if known != wanted:
         raise files.error(f"its tokenizer has the id {known} for {visual}, and config.json says {wanted}")
     return tokenizer
+
+
+def _add(tokenizer: Any, text: str, id: int) -> None:
+    """Make `text` a token that stands for itself, with that id; nothing where it is one, or the id is another's."""
+    from tokenizers import Tokenizer
+
+    vocabulary = tokenizer.get_vocab()
+    if text in vocabulary or id in vocabulary.values():
+        return
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"][text] = id  # the library gives an added token the id that it has there, else the next
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    backend["added_tokens"].append({"id": id, "content": text, **added})
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
 
 
 def _template(files: Files) -> Any:

@@ -43,14 +43,21 @@ class Place(NamedTuple):
 class Weights:
     """The tensors in the safetensors files of a checkpoint, found by canonical name.
 
-    `unused` are canonical names of tensors that may be stored and are not needed: an output layer that is tied.
-    `family` says what is canonical.
+    `unused` are canonical names of tensors that may be stored and are not needed: an output layer that is tied; `spare`
+    are the beginnings of such. `family` says what is canonical.
     """
 
-    def __init__(self, files: Files, unused: Set[str] = frozenset(), family: Family = DEFAULT_FAMILY) -> None:
+    def __init__(
+        self,
+        files: Files,
+        unused: Set[str] = frozenset(),
+        family: Family = DEFAULT_FAMILY,
+        spare: tuple[str, ...] = (),
+    ) -> None:
         self._files = files
         self._canonical_name = family.canonical_name
         self._unused = unused
+        self._spare = spare
 
     @property
     def shards(self) -> list[str]:
@@ -84,7 +91,8 @@ class Weights:
         places: dict[str, Place] = {}
         for raw, file in sorted(self._weight_map.items()):
             name = self._canonical_name(raw)
-            if not name.startswith(prefixes) or name.endswith(_BUFFERS) or name in self._unused:
+            spare = name in self._unused or name.startswith(self._spare)
+            if not name.startswith(prefixes) or name.endswith(_BUFFERS) or spare:
                 continue
             if _QUANTISED.search(raw):
                 raise self._quantised(f"{_cut(raw)} is a tensor of quantised weights")

@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from earlytom.config import EarlyTomConfig
-from earlytom.families import FAMILIES
+from earlytom.families import NAMED
 from earlytom.numbers import shown
 from earlytom.settings import SETTINGS, MethodSettings, settings_of
 from runtime.engine.agreement import check_agreement
@@ -150,7 +150,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     @property
     def layout(self) -> Layout:
         """What the engine is: its graphs, tensors and counts."""
-        family = FAMILIES.get(self.model.family)
+        family = NAMED.get(self.model.family)
         step = 1 if family is None else family.step
         sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim, step=step)
         return Layout(self.settings, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)

@@ -32,6 +32,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from earlytom.families.llava_video import LLAVA_VIDEO
 from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
@@ -131,6 +132,7 @@ BUNDLED_WORDS = {"vocab_size": 1300, "bos_token_id": 1290, "eos_token_id": 1292,
 BUNDLED_IDS = {
     "llava_onevision": {"image_token_id": 1293, "video_token_id": 1294},
     "internvl": {"image_token_id": 1295},
+    "llava_qwen": {"image_token_id": 1293, "video_token_id": 1293},
     "qwen2_5_vl": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
     "qwen3_vl": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
     "qwen3_5": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
@@ -222,6 +224,16 @@ def tiny_llava_next_video(
     }
     config = LlavaNextVideoConfig(vision_config=vision, text_config=like.text_config.to_dict(), **ids)
     return randomise(LlavaNextVideoForConditionalGeneration(config), seed)
+
+
+def tiny_llava_video(
+    *, layers: int = 4, grid: int = 5, seed: int = 0, bundled: bool = False, pooling: str = "bilinear"
+) -> Any:
+    """A random LLaVA-Video; otherwise as `tiny_llava`."""
+    like = tiny_llava(layers=layers, grid=grid, bundled=bundled).config.to_dict()
+    ids: Any = BUNDLED_IDS["llava_qwen"] if bundled else {"image_token_id": VIDEO_TOKEN, "video_token_id": VIDEO_TOKEN}
+    own = {"model_type": "llava_qwen", "mm_spatial_pool_mode": pooling}
+    return randomise(LLAVA_VIDEO.new_model(LLAVA_VIDEO.config(like | own | ids)), seed)
 
 
 def tiny_qwen3_vl(
@@ -325,6 +337,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "llava_onevision": tiny_llava,
     "internvl": tiny_internvl,
     "llava_next_video": tiny_llava_next_video,
+    "llava_qwen": tiny_llava_video,
     "qwen2_5_vl": tiny_qwen2_5_vl,
     "qwen3_vl": tiny_qwen3_vl,
     "qwen3_5": tiny_qwen3_5,

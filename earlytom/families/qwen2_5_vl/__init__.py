@@ -59,9 +59,9 @@ class Qwen25Vl(Qwen3Vl):
         "tokens_per_second": 1 << 10,
     }
 
-    def sections(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        if "text_config" in raw:
-            return raw
+    def translated(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        if "text_config" in raw or "hidden_size" not in raw:
+            return dict(raw)
         text = {name: value for name, value in raw.items() if name not in _OWN}
         return {name: value for name, value in raw.items() if name in _OWN} | {"text_config": text}
 

@@ -16,7 +16,7 @@ from builder.export.vision import VisionGraph, export_onnx
 from builder.precision.casts import TypedLayerNorm, set_vision_precision
 from builder.precision.islands import Islands
 from earlytom import EarlyTomConfig, encode_video
-from earlytom.families import FAMILIES, geometry
+from earlytom.families import FAMILIES, family_of, geometry
 from runtime.checkpoint import VisionPart
 from runtime.engine import layout
 from tests.earlytom.tiny import MODELS
@@ -27,7 +27,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
 def graph_of(model: Any, dtype: torch.dtype = torch.float32, islands: Islands | None = None) -> VisionGraph:
-    part, frame, family = VisionPart.from_model(model), geometry(model.config), FAMILIES[model.config.model_type]
+    part, frame, family = VisionPart.from_model(model), geometry(model.config), family_of(model.config)
     if islands is not None:
         set_vision_precision(part.vision_tower, part.projector, dtype, islands, family)
     more: dict[str, Any] = {"mean": MEAN, "std": STD, "depth": frame.depth, "dtype": dtype, "family": family}
@@ -49,6 +49,7 @@ def frames_of(model: Any) -> Tensor:
     [
         ("llava_onevision", {}),
         ("llava_next_video", {}),
+        ("llava_qwen", {"pooling": "max"}),
         ("smolvlm", {"grid": 6, "side": 3}),
         ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False}),
         ("qwen3_vl", {"grid": (4, 6)}),

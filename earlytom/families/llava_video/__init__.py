@@ -1,0 +1,181 @@
+"""LLaVA-Video and others in the original layout of LLaVA-NeXT, which transformers does not have: tower and projector as
+in LLaVA-OneVision, one of three poolings, and checkpoints with names and a configuration of their own
+(`earlytom.families.llava_video.config`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from earlytom.families.family import Family, Features, Vision
+from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
+from earlytom.families.llava_video.pooling import pooled, side_of
+from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from earlytom.towers import Tower
+
+_ORIGINAL = "LlavaQwenForCausalLM"
+_DECODER = ("layers.", "norm.", "embed_tokens.")
+_PROJECTOR = {
+    "mm_projector.0.": "multi_modal_projector.linear_1.",
+    "mm_projector.2.": "multi_modal_projector.linear_2.",
+}
+_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+  {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message['role'] + '\\n' -}}
+  {%- if message['content'] is string -%}
+    {{- message['content'] -}}
+  {%- else -%}
+    {%- for part in message['content'] if part['type'] == 'video' -%}{{- '<image>\\n' -}}{%- endfor -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+class LlavaVideoVision(Vision):
+    """Projector first, then pooling."""
+
+    def __init__(self, tower: Tower, projector: nn.Module, pooling: str) -> None:
+        super().__init__(tower)
+        self.projector = projector
+        self.pooling = pooling
+
+    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
+        projected = self.projector(hidden)  # [F', S, E]
+        relevance = None if received is None else self.pool(received[:, :, None])[:, :, 0]
+        cells = (side_of(grid_side(hidden.shape[1]), self.pooling),) * 2
+        return Features(self.pool(projected), relevance, projected, cells)
+
+    def pool(self, values: Tensor) -> Tensor:
+        return pooled(values, self.pooling)
+
+
+class LlavaVideo(LlavaOnevision):
+    """See `Family`. One for each way to pool."""
+
+    model_type = "llava_qwen"
+    title = "LLaVA-Video"
+    model_class = "LlavaVideoForConditionalGeneration"
+    frames = 64
+    known_names = False
+    own_visual_token = True
+    released = False
+    video_token = visual_token = IMAGE
+
+    def __init__(self, pooling: str) -> None:
+        self.pooling = pooling
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_type}-{self.pooling}"
+
+    @property
+    def forms(self) -> tuple[Family, ...]:
+        return _FORMS
+
+    def of(self, config: Any) -> Family:
+        return next(one for one in _FORMS if one.pooling == config.mm_spatial_pool_mode)
+
+    def describes(self, raw: Mapping[str, Any]) -> bool:
+        # transformers' own "llava" is another model.
+        return super().describes(raw) or (raw.get("model_type") == "llava" and raw.get("architectures") == [_ORIGINAL])
+
+    def translated(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        from earlytom.families.llava_video.config import translated
+
+        return translated(raw)
+
+    def config(self, raw: dict[str, Any]) -> Any:
+        from earlytom.families.llava_video.config import LlavaVideoConfig
+
+        return LlavaVideoConfig.from_dict(raw)
+
+    def transformers_class(self) -> Any:
+        from earlytom.families.llava_video.model import LlavaVideoForConditionalGeneration
+
+        return LlavaVideoForConditionalGeneration
+
+    def prepares(self, config: Any) -> Mapping[str, Any]:
+        side = config.vision_config.image_size
+        return {"size": (side, side), "image_mean": self.mean, "image_std": self.std}
+
+    def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = grid
+        return side_of(rows, self.pooling), side_of(columns, self.pooling)
+
+    def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return pooled(values, self.pooling)
+
+    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaVideoVision:  # type: ignore[override]
+        return LlavaVideoVision(self.tower(tower), projector, self.pooling)
+
+    def vision_settings(self, config: Any) -> dict[str, Any]:
+        return super().vision_settings(config) | {"pooling": self.pooling}
+
+    def canonical_name(self, name: str) -> str:
+        name = canonical_name(name.replace("vision_tower.vision_tower.", "vision_tower.", 1))
+        for old, new in _PROJECTOR.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return f"language_model.{name}" if name.startswith(_DECODER) else name
+
+    def spare_names(self, config: Any) -> tuple[str, ...]:
+        # The published tower's last layer and head, which training leaves out and some tools store.
+        return f"vision_tower.encoder.layers.{config.vision_config.num_hidden_layers}.", "vision_tower.head."
+
+    def chat_template(self) -> str:
+        return _TEMPLATE
+
+    def special_tokens(self, config: Any) -> dict[str, int]:
+        words = SPECIAL_TOKENS[: SPECIAL_TOKENS.index(IMAGE)]
+        return {token: config.text_config.bos_token_id + i for i, token in enumerate(words)} | {
+            IMAGE: self.video_token_id(config)
+        }
+
+    @property
+    def published(self) -> Mapping[str, Callable[[], Any]]:
+        return {"llava-video-7b": _published}
+
+
+_FORMS = tuple(map(LlavaVideo, ("bilinear", "average", "max")))
+LLAVA_VIDEO = _FORMS[0]
+
+
+def _published() -> Any:
+    """The published configuration of 7B, in its original layout."""
+    return LLAVA_VIDEO.config(
+        LLAVA_VIDEO.translated(
+            {
+                "architectures": [_ORIGINAL],
+                "mm_vision_tower": "google/siglip-so400m-patch14-384",
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_patch_merge_type": "spatial_unpad",
+                "mm_newline_position": "one_token",
+                "mm_spatial_pool_mode": "bilinear",
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+                "max_window_layers": 28,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 1000000.0,
+                "vocab_size": 152064,
+                "bos_token_id": 151643,
+                "eos_token_id": 151645,
+                "pad_token_id": 151643,
+                "image_token_index": 151646,
+            }
+        )
+    )

@@ -1,0 +1,44 @@
+"""A checkpoint in the original layout from its folder to an answer: built with the gate, asked, by the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from earlytom.families import family_named, geometry
+from runtime import ask, cli
+from runtime.engine.manifest import Manifest
+from runtime.pipeline import Pipeline
+from tests.runtime.checkpoint.original_layout import original_folder
+from tests.runtime.test_families import ON, QUESTION, F, built, frames, greedy, said
+
+__all__ = ["frames"]
+
+pytestmark = pytest.mark.usefixtures("each_export_once")
+
+
+def test_an_engine_answers_as_the_model_does(tmp_path: Path, frames: Tensor, drawn_clip: Path) -> None:
+    folder, model, _ = original_folder(tmp_path / "model", mm_spatial_pool_mode="average")
+    engine = built(folder, tmp_path / "engines", *ON, "--verify-text")
+    manifest = Manifest.read(engine)
+    assert manifest.verification is not None
+    assert manifest.verification["passed"]
+    assert family_named(manifest.model.family).cells((5, 5)) == geometry(model.config).cells == (2, 2)
+    with Pipeline.load(engine) as pipeline:
+        answer = pipeline.ask(frames, QUESTION, max_new_tokens=12)
+        assert said(folder, answer) == greedy(folder, frames, on=True) != greedy(folder, frames, on=False)
+        assert answer.visual_tokens == manifest.tokens < manifest.tokens_full == F * 4
+        with pipeline.watch(frames) as watched:
+            assert watched.ask(QUESTION, max_new_tokens=12).tokens == answer.tokens
+
+
+def test_the_command_asks_it(tmp_path: Path, drawn_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _, _ = original_folder(tmp_path / "model")
+    engine = built(folder, tmp_path / "engines", "--ratio", "1", "--merge-layers", "none", "--no-verify")
+    capsys.readouterr()
+    words = [str(drawn_clip), QUESTION, "--engine", str(engine), "--device", "cpu", "--max-new-tokens", "4", "--json"]
+    assert cli.run(ask.main, words) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["visual_tokens_full"] == F * 9
