@@ -54,6 +54,9 @@ class Geometry:
         streams: K.
         full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
             nothing (`earlytom.spans`).
+        pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
+        gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
+        rms: whether the norms of a layer are RMS norms, which shift nothing.
         tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
             span in a prompt (`Family.on_axes`); None where it takes none.
     """
@@ -71,6 +74,9 @@ class Geometry:
     prefix: int = 0
     streams: int = 0
     full: tuple[int, ...] | None = None
+    pairs: tuple[int, ...] | None = None
+    gated: bool = False
+    rms: bool = False
     tokens_per_second: float | None = None
 
     @property

@@ -10,7 +10,7 @@ Notation as in `earlytom.families.qwen3_vl`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,15 @@ class Qwen25Vl(Qwen3Vl):
             raise UserError(f"fullatt_block_indexes must be different layers, ascending, got {shown(full)}")
         if vision.window_size % (side := SIDE * vision.patch_size) or not vision.window_size:
             raise UserError(f"window_size must be a multiple of {side} pixels, got {shown(vision.window_size)}")
-        return replace(frame, full=tuple(full), tokens_per_second=vision.tokens_per_second)
+        some = pairs(frame.grid, vision.window_size // side)
+        return replace(
+            frame,
+            full=tuple(full),
+            pairs=tuple(frame.patches**2 if layer in full else some for layer in range(frame.depth)),
+            gated=True,
+            rms=True,
+            tokens_per_second=vision.tokens_per_second,
+        )
 
     def tower(self, tower: nn.Module) -> Qwen25VlTower:
         from earlytom.families.qwen2_5_vl.tower import Qwen25VlTower
@@ -93,17 +101,6 @@ class Qwen25Vl(Qwen3Vl):
     def canonical_name(self, name: str) -> str:
         found = super().canonical_name(name)  # the first releases had `model.layers` and `visual` side by side
         return f"language_model.{found}" if found.startswith(("layers.", "embed_tokens.", "norm.")) else found
-
-    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
-        frame = self.geometry(config)
-        patches, width = frame.patches, frame.width
-        side = config.vision_config.window_size // (SIDE * frame.patch)
-        seen = [patches**2 if at in (frame.full or ()) else pairs(frame.grid, side) for at in range(frame.depth)]
-        stages = [frames_per_stage[sum(merged < at for merged in merge_layers)] for at in range(frame.depth)]
-        rows = 8 * patches * width**2 + 6 * patches * width * frame.inner
-        tower = sum(frames * (rows + 4 * each * width) for frames, each in zip(stages, seen, strict=True))
-        embedded = 2 * frames_per_stage[0] * STEP * patches * 3 * frame.patch**2 * width
-        return tower + embedded + self.projector_flops(config, frames_per_stage[-1])
 
     def vision_weights(self, config: Any) -> int:
         frame = self.geometry(config)
