@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from earlytom.towers import Tower
 
 
-FrameSampling = Literal["ends", "middles", "nearest"]
+FrameSampling = Literal["ends", "middles", "nearest", "begins"]
 
 SIZES = {
     "hidden_size": 1 << 15,
@@ -52,6 +52,8 @@ class Geometry:
         heads, inner: attention heads of a layer, and the width inside its MLP.
         prefix: tokens a frame inside the tower that are not patches.
         streams: K.
+        full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
+            nothing (`earlytom.spans`).
         pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
         gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
         rms: whether the norms of a layer are RMS norms, which shift nothing.
@@ -71,6 +73,7 @@ class Geometry:
     inner: int
     prefix: int = 0
     streams: int = 0
+    full: tuple[int, ...] | None = None
     pairs: tuple[int, ...] | None = None
     gated: bool = False
     rms: bool = False
@@ -143,6 +146,7 @@ class ShortPrompt(NamedTuple):
         tokens: [N, E], those, prompt by prompt, without what closes a video.
         cells: [N] int64, the cell of its frame that each is, row by row.
         grid: [N, 2] int64, rows and columns of cells that this frame has.
+        time: [N] int64, of `Family.token_times`.
     """
 
     ids: Tensor
@@ -151,6 +155,7 @@ class ShortPrompt(NamedTuple):
     tokens: Tensor
     cells: Tensor
     grid: Tensor
+    time: Tensor
 
 
 class Vision(ABC):
@@ -199,7 +204,8 @@ class Family(ABC):
             of a video are one span.
         names_times: whether such texts say when a frame was.
         sampling: which frames of a video are shown: "ends", from the first to the last, "nearest", the nearest to
-            those (`runtime.video.sample`), or "middles", those in the middle of equal parts.
+            those (`runtime.video.sample`), "middles", those in the middle of equal parts, or "begins", those that such
+            parts begin with.
         mean, std: of the pixels, where a checkpoint's files do not say.
         pixels_name, features_name: what `generate` and the model call the pixels of a video, and the model's method
             that makes visual tokens of them.
@@ -490,6 +496,13 @@ class Family(ABC):
         # [B, N + 1, E] where every video has as many tokens; else one row of all of them.
         even = len({len(video) for video in videos}) == 1
         return BaseModelOutputWithPooling(pooler_output=torch.stack(videos) if even else torch.cat(videos)[None])
+
+    def token_times(self, config: Any, frames: Tensor, video: int, **beside: Any) -> Tensor:
+        """int64 [N]: how many positions behind the first of its span a visual token stands in time.
+
+        `frames` int64 [N]: which frame of video number `video` each is taken to be; `beside` as in `given`.
+        """
+        return frames * 0
 
     def reading(self, model: Any, prompt: ShortPrompt) -> AbstractContextManager[dict[str, Any]]:
         """Within the block the whole model reads such a prompt, given as embeddings, as it would read its own.

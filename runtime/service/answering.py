@@ -424,7 +424,7 @@ class Answering:
         tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
         steps = self._family.time_steps(encoded.sources.shape[-1], self.placing.per_second, times)
         width, original = embeds.shape[2], self.placing.original
-        placed, end, _ = told_of(words, spans, tokens, place, self._grid, steps, width, original=original)
+        placed, end = told_of(words, spans, tokens, place, self._grid, steps, width, original=original)
         if self.placing.bias:
             placed["bias"] = weights_of(words, spans, bias)
         return Spliced(embeds, words.visual_span(len(tokens), spans), placed, end)
