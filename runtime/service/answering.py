@@ -76,7 +76,7 @@ READ_AFTER_ANOTHER_TEXT = (
 
 class Spliced(NamedTuple):
     """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
-    of it, and where tokens are placed on axes where text behind it stands."""
+    of it, and where text behind it stands if that is not behind its last token."""
 
     embeds: Tensor
     visual: Sequence[int]
@@ -392,7 +392,8 @@ class Answering:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
         suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
         if shown.after is not None:
-            how["positions"] = following(shown.after, len(words.suffix_ids), suffix.device)
+            positions = following(shown.after, len(words.suffix_ids), suffix.device)
+            how["positions"] = positions if self._family.on_axes else positions[0]
         length = shown.prefix.length + len(words.suffix_ids)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
@@ -415,7 +416,8 @@ class Answering:
             placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
-        return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
+        visual = words.visual_span(len(encoded.tokens) + words.closing, spans)
+        return Spliced(embeds, visual, placed, self.placing.after(words, frames, per_frame))
 
     def _on_axes(
         self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,6 +149,16 @@ def test_what_is_left_keeps_the_name_and_the_place_that_it_had(data: st.DataObje
     assert torch.equal(whole[told["positions"]], ids)
     assert told["positions"].diff().gt(0).all()
     assert told["positions"][-1] == len(whole) - 1
+    # Read up to the end of the video, it goes on where it would have; in a video that is fitted, too.
+    after = torch.arange(len(words.suffix_ids))
+    for shown in (FRAMES, FRAMES - 5):
+        placing = Placing(original=True, most=shown * CELLS)
+        given = (place, place.float(), FRAMES, CELLS, spans)
+        begin = placing.after(words, FRAMES, CELLS)
+        assert begin is not None
+        both = [placing.of_frames(one, *given)["positions"] for one in (words, replace(words, suffix_ids=()))]
+        assert torch.equal(torch.cat([both[1], begin + after]), both[0])
+    assert Placing(bias=True).after(words, FRAMES, CELLS) is None
     visual = ids == words.video_token_id
     assert torch.equal(told["bias"], torch.zeros(len(ids)).masked_scatter(visual, place.float() + 1))
     assert len(ids) == words.length(len(place), spans) <= words.room(len(place), len(spans), FRAMES)
