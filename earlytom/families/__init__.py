@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
+from earlytom.families.closings import Closings
 from earlytom.families.family import (
     SIZES,
     Family,
@@ -35,6 +36,7 @@ __all__ = [
     "NAMED",
     "SIZES",
     "TITLES",
+    "Closings",
     "Family",
     "Features",
     "FrameSampling",

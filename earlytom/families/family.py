@@ -19,6 +19,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from earlytom.families.closings import Closings
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -417,12 +419,16 @@ class Family(ABC):
 
     @abstractmethod
     def closing(self, model: Any) -> nn.Parameter | None:
-        """What follows the visual tokens of a video, [E]; None where nothing does. `model` as in `vision_of`."""
+        """What closes visual tokens, [E]; None where nothing does. `model` as in `vision_of`."""
+
+    def closings(self, cells: tuple[int, int]) -> Closings:
+        """Where that stands among visual tokens, for frames of `cells` (rows, columns)."""
+        return Closings(None if self.closing_name is None else "video", cells)
 
     @property
-    def closing_tokens(self) -> int:
-        """How many tokens of a prompt that takes."""
-        return int(self.closing_name is not None)
+    def in_one_piece(self) -> bool:
+        """Whether a video's visual tokens follow one another in a prompt, with nothing among them."""
+        return not self.span_a_frame and self.closings((1, 1)).closes in (None, "video")
 
     def chat_template(self) -> str | None:
         """What renders a conversation with a video in the place of the checkpoint's own template; None: nothing."""
@@ -459,7 +465,9 @@ class Family(ABC):
         """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` pictures."""
         frame = self.geometry(config)
         each, frames = frame.tokens_per_frame, frames // frame.step
-        return (each,) * frames if self.span_a_frame else (frames * each + self.closing_tokens,)
+        if self.span_a_frame:
+            return (each,) * frames
+        return (frames * each + self.closings(frame.cells).most(frames * each, frames),)
 
     def placeholders(self, config: Any, frames: int) -> int:
         """How many placeholders those are together."""

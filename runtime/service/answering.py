@@ -165,11 +165,12 @@ class Answering:
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
         left, all_frames = least.frames_per_stage[-1], least.layout.steps
-        visual = least.tokens + words.closing
+        closings = self.manifest.closings
+        visual = least.tokens + closings.most(least.tokens, left)
         check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
-        span = self.placing.span(least.tokens_full)
+        span = self.placing.span(closings.span(all_frames))
         whole_frames = span // least.tokens_per_frame
-        end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
+        end = words.room(span + closings.behind, whole_frames, whole_frames) + new_tokens
         if self.placing.original and not self._family.on_axes and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
@@ -406,16 +407,18 @@ class Answering:
         decoder, words = self._open_decoder(), words.at(times)
         device, per_frame = decoder.device, self.manifest.tokens_per_frame
         spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
-        embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
-        place, bias = encoded.place.to(device), encoded.bias.to(device)
+        closings = self.manifest.closings
+        visual = closings.closed(encoded.tokens.to(device), encoded.positions, self.closing)
+        embeds = splice(words, visual, decoder.embed, spans)
+        place, bias = closings.placed(encoded.place.to(device), encoded.bias.to(device), encoded.positions)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
         if self._family.on_axes:
             return self._on_axes(words, encoded, embeds, spans, times)
         if spans is None:
-            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
+            placed = self.placing.of_prompt(before, place, bias, closings.span(frames), after, closings.behind)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
-        return Spliced(embeds, words.visual_span(len(encoded.tokens) + words.closing, spans), placed)
+        return Spliced(embeds, words.visual_span(len(visual), spans), placed)
 
     def _on_axes(
         self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes

@@ -5,8 +5,8 @@ checkpoint's chat template renders its messages, mostly one of a user with the v
 placeholder in it stands for n visual tokens. The processor repeats the placeholder n times before it tokenizes. The
 placeholder is a special token, which splits the text, so the tokens before and after it are the same for every n: they
 are computed once here, and n is chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n
-visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the token that closes a
-video, where the family has one, as the processor does.
+visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the tokens that close a video or
+parts of it, where the family has such (`earlytom.families.closings`), as the processor does.
 
 Some families have a span of visual tokens for every frame, with a text before it that names the frame (`FrameNames`).
 Which frames are left, and how many tokens of each, is then part of what makes the prompt: its `spans`, from
@@ -86,7 +86,6 @@ class Prompt:
     """The token ids before and after the visual tokens, and the id of the placeholder between them.
 
     Attributes:
-        closing: visual tokens that close a video, one or none.
         names: of frames, where each has a span of its own; `prefix_ids` then end with the name of the first. The
             methods need `spans` then, and ignore them otherwise.
     """
@@ -94,7 +93,6 @@ class Prompt:
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     video_token_id: int
-    closing: int = 1
     names: FrameNames | None = field(default=None, repr=False, compare=False)
 
     def at(self, times: FrameTimes) -> Prompt:
@@ -185,7 +183,7 @@ def build_prompt(
             f"the chat template places {family.video_token} {count} times; expected once: use a template for video"
         )
     at = ids.index(visual)
-    return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, family.closing_tokens, names)
+    return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, names)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -233,7 +231,6 @@ def check_length(
 def splice(
     prompt: Prompt,
     visual: Tensor,
-    newline: Tensor | None,
     embed: Callable[[Tensor], Tensor],
     spans: Spans | None = None,
 ) -> Tensor:
@@ -241,21 +238,19 @@ def splice(
 
     Args:
         prompt: from `build_prompt`.
-        visual: [N, D] visual tokens; what stands behind them is left out (`runtime.text.axes.states_of`).
-        newline: [D] what closes them, appended; None if `visual` ends with it already.
+        visual: [N, D] visual tokens with those that close them; what stands behind them in D is left out
+            (`runtime.text.axes.states_of`).
         embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
         spans: of the visual tokens, see `Prompt`.
 
     Returns:
-        [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(n)` for n = N + 1, or
-        n = N without newline.
+        [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(N)`.
     """
-    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D], or wider
-    pieces = prompt.pieces(len(closed), spans)
+    pieces = prompt.pieces(len(visual), spans)
     words = torch.tensor([[*chain(*(ids for ids, _ in pieces)), *prompt.suffix_ids]], dtype=torch.int64)
     text = embed(to_device(words, visual.device))[0]
     between = text.split([*(len(ids) for ids, _ in pieces), len(prompt.suffix_ids)])
-    video = closed[:, : text.shape[1]].to(text).split([count for _, count in pieces])
+    video = visual[:, : text.shape[1]].to(text).split([count for _, count in pieces])
     parts = chain(*zip(between[:-1], video, strict=True), between[-1:])
     return torch.cat(list(parts))[None]
 

@@ -6,11 +6,13 @@ in LLaVA-OneVision, one of three poolings, and checkpoints with names and a conf
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from earlytom.families.closings import Closings
 from earlytom.families.family import Family, Features, Vision
 from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
-from earlytom.families.llava_video.pooling import pooled, side_of
+from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class LlavaVideoVision(Vision):
 
 
 class LlavaVideo(LlavaOnevision):
-    """See `Family`. One for each way to pool."""
+    """See `Family`. One for each way to pool and each place for newlines."""
 
     model_type = "llava_qwen"
     title = "LLaVA-Video"
@@ -72,19 +74,20 @@ class LlavaVideo(LlavaOnevision):
     released = False
     video_token = visual_token = IMAGE
 
-    def __init__(self, pooling: str) -> None:
+    def __init__(self, pooling: str, newlines: str) -> None:
         self.pooling = pooling
+        self.newlines = newlines
 
     @property
     def name(self) -> str:
-        return f"{self.model_type}-{self.pooling}"
+        return f"{self.model_type}-{self.pooling}-{self.newlines}"
 
     @property
     def forms(self) -> tuple[Family, ...]:
-        return _FORMS
+        return tuple(_FORMS.values())
 
     def of(self, config: Any) -> Family:
-        return next(one for one in _FORMS if one.pooling == config.mm_spatial_pool_mode)
+        return _FORMS[config.mm_spatial_pool_mode, config.mm_newline_position]
 
     def describes(self, raw: Mapping[str, Any]) -> bool:
         # transformers' own "llava" is another model.
@@ -108,6 +111,9 @@ class LlavaVideo(LlavaOnevision):
     def prepares(self, config: Any) -> Mapping[str, Any]:
         side = config.vision_config.image_size
         return {"size": (side, side), "image_mean": self.mean, "image_std": self.std}
+
+    def closings(self, cells: tuple[int, int]) -> Closings:
+        return Closings(CLOSES[self.newlines], cells)
 
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
@@ -147,8 +153,8 @@ class LlavaVideo(LlavaOnevision):
         return {"llava-video-7b": _published}
 
 
-_FORMS = tuple(map(LlavaVideo, ("bilinear", "average", "max")))
-LLAVA_VIDEO = _FORMS[0]
+_FORMS = {form: LlavaVideo(*form) for form in product(POOLINGS, CLOSES)}
+LLAVA_VIDEO = _FORMS["bilinear", "grid"]
 
 
 def _published() -> Any:
@@ -160,7 +166,7 @@ def _published() -> Any:
                 "mm_vision_tower": "google/siglip-so400m-patch14-384",
                 "mm_projector_type": "mlp2x_gelu",
                 "mm_patch_merge_type": "spatial_unpad",
-                "mm_newline_position": "one_token",
+                "mm_newline_position": "grid",
                 "mm_spatial_pool_mode": "bilinear",
                 "hidden_size": 3584,
                 "intermediate_size": 18944,

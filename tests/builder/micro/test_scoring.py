@@ -43,9 +43,8 @@ def visual(model: Any) -> list[Tensor]:
 def greedy(model: Any, tokenizer: Any, tokens: Tensor, question: str, count: int, newline: bool = True) -> list[int]:
     """What the runtime's prompt and plain greedy decoding give, one forward pass a token."""
     embed = model.get_input_embeddings()
-    embeds = splice(
-        build_prompt(tokenizer, question), tokens, model.model.image_newline.detach() if newline else None, embed
-    )
+    visual = torch.cat([tokens, model.model.image_newline.detach()[None]]) if newline else tokens
+    embeds = splice(build_prompt(tokenizer, question), visual, embed)
     said: list[int] = []
     for _ in range(count):
         hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state

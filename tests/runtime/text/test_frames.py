@@ -65,7 +65,6 @@ def test_ids_are_the_processors(system: str | None) -> None:
     spots = (ids[0] == words.video_token_id).nonzero().flatten().tolist()
     assert list(words.visual_span(FRAMES * CELLS, ALL)) == spots
     assert words.input_ids(CELLS, ALL[:1]).tolist() == [processor_ids(1, system)]
-    assert words.closing == 0
 
 
 SMOL_MESSAGES = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
@@ -154,7 +153,7 @@ def test_what_is_left_keeps_the_name_and_the_place_that_it_had(data: st.DataObje
 
     table = torch.randn(1300, 8)
     values = torch.randn(len(place), 8)
-    spliced = splice(words, values, None, lambda given: table[given], spans)
+    spliced = splice(words, values, lambda given: table[given], spans)
     assert torch.equal(spliced[0], table[ids].masked_scatter(visual[:, None], values))
     assert Placing().of_frames(words, place, place.float(), FRAMES, CELLS, spans) == {}
 
@@ -214,4 +213,4 @@ def test_a_conversation_shows_its_video_once(family: Any) -> None:
     first, later = (build_prompt(own, messages, family=family) for messages in (said[:1], said))
     assert first.prefix_ids == later.prefix_ids
     assert len(first.suffix_ids) < len(later.suffix_ids)
-    assert LLAVA_ONEVISION.closing_tokens == 1
+    assert LLAVA_ONEVISION.closings((2, 2)).behind == 1
