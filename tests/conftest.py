@@ -82,13 +82,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @pytest.fixture(scope="session")
 def each_export_once(shared: Shared) -> Iterator[None]:
-    """The builds of this process export equal graphs once a run. For whoever asks, as it imports the builder."""
+    """The builds of this process export equal graphs once a run, and quickly. For whoever asks: it imports the
+    builder."""
     from builder import stages
-    from tests.exports import once
+    from tests.exports import once, quick
 
     patch = pytest.MonkeyPatch()
     for name in ("export", "export_counts", "export_stages"):
         patch.setattr(stages, name, once(shared, getattr(stages, name)))
+    patch.setattr(torch.onnx, "export", quick(torch.onnx.export))
     yield
     patch.undo()
 

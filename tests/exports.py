@@ -1,5 +1,9 @@
-"""Equal settings give equal graphs, byte for byte (`test_two_exports_are_byte_identical`): the first build of a test
-run exports them, whichever worker does it, and later ones copy its files."""
+"""Exports of a test run: each once, and each in three fifths of the time.
+
+Equal settings give equal graphs, byte for byte, and those of `quick` are the plain ones
+(`test_two_exports_are_byte_identical`): the first build of a run exports them, whichever worker does it, and later ones
+copy its files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+from torch.fx import _lazy_graph_module, config
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from builder.export.vision import ExportedGraph
 from builder.settings.config import BuildConfig
@@ -38,3 +46,19 @@ def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
         return copies[0] if record["one"] else copies
 
     return copied
+
+
+def quick(export: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.onnx.export` without what it does again every time and no file has: the parsed source of its translations,
+    Python code of every graph on the way, and where in the source each node came from."""
+    registry = classmethod(functools.cache(ONNXRegistry.from_torchlib.__func__))
+
+    @functools.wraps(export)
+    def exported(*args: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ONNXRegistry, "from_torchlib", registry)
+            patch.setattr(_lazy_graph_module, "_use_lazy_graph_module_flag", True)
+            patch.setattr(config, "do_not_emit_stack_traces", True)
+            return export(*args, **options)
+
+    return exported

@@ -266,11 +266,10 @@ class EvaluationBench:
 def task_checkpoint(source: str | None) -> Checkpoint:
     """A model that the task's clips can be shown to."""
     checkpoint = describe(source)
-    if not (family := checkpoint.family).in_one_piece:
-        has = "one a frame" if family.span_a_frame else "newlines within it"
+    if (apart := (family := checkpoint.family).in_pieces) is not None:
         raise UserError(
             f"--model {checkpoint.source}: the task's questions are packed for one span of visual tokens a video, and "
-            f"{family.title} has {has}; use the bundled model, or see what methods keep with --coverage VIDEO"
+            f"{family.title} {apart}; use the bundled model, or see what methods keep with --coverage VIDEO"
         )
     height, width = checkpoint.preprocessing.size
     if (height, width) != (SIDE, SIDE):

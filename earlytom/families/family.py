@@ -54,6 +54,9 @@ class Geometry:
         heads, inner: attention heads of a layer, and the width inside its MLP.
         prefix: tokens a frame inside the tower that are not patches.
         streams: K.
+        pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
+        gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
+        rms: whether the norms of a layer are RMS norms, which shift nothing.
         tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
             span in a prompt (`Family.on_axes`); None where it takes none.
     """
@@ -70,6 +73,9 @@ class Geometry:
     inner: int
     prefix: int = 0
     streams: int = 0
+    pairs: tuple[int, ...] | None = None
+    gated: bool = False
+    rms: bool = False
     tokens_per_second: float | None = None
 
     @property
@@ -426,9 +432,13 @@ class Family(ABC):
         return Closings(None if self.closing_name is None else "video", cells)
 
     @property
-    def in_one_piece(self) -> bool:
-        """Whether a video's visual tokens follow one another in a prompt, with nothing among them."""
-        return not self.span_a_frame and self.closings((1, 1)).closes in (None, "video")
+    def in_pieces(self) -> str | None:
+        """Why a video is not one span of visual tokens that stand one after the other; None where it is."""
+        if self.span_a_frame:
+            return "has one a frame"
+        if self.on_axes:
+            return "places its tokens by time, row and column"
+        return None if self.closings((1, 1)).closes in (None, "video") else "has newlines within it"
 
     def chat_template(self) -> str | None:
         """What renders a conversation with a video in the place of the checkpoint's own template; None: nothing."""

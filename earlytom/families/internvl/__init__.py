@@ -123,6 +123,7 @@ class InternVL(Family):
             heads=vision.num_attention_heads,
             inner=vision.intermediate_size,
             prefix=1,
+            rms=vision.norm_type == "rms_norm",
         )
 
     def tower(self, tower: nn.Module) -> InternVLTower:

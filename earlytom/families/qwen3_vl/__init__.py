@@ -225,7 +225,15 @@ class Qwen3Vl(Family):
 
     def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
         frame = self.geometry(config)
-        tower = flops.vision_encoder(config.vision_config, frame.patches, frames_per_stage, merge_layers, frame.depth)
+        tower = flops.vision_encoder(
+            config.vision_config,
+            frame.patches,
+            frames_per_stage,
+            merge_layers,
+            frame.depth,
+            pairs=frame.pairs,
+            gated=frame.gated,
+        )
         more = 2 * frames_per_stage[0] * (STEP - 1) * frame.patches * 3 * frame.patch**2 * frame.width  # pictures
         return tower + more + self.projector_flops(config, frames_per_stage[-1])
 
