@@ -200,6 +200,7 @@ class Family(ABC):
             frame (`before_frame`, `after_frame`, `between_frames`, in all `before_video`, `after_video`); else those
             of a video are one span.
         names_times: whether such texts say when a frame was.
+        says_times: whether the text behind a video in one span says when its frames were (`behind_video`).
         sampling: which frames of a video are shown: "ends", from the first to the last, "nearest", the nearest to
             those (`runtime.video.sample`), or "middles", those in the middle of equal parts.
         mean, std: of the pixels, where a checkpoint's files do not say.
@@ -235,6 +236,7 @@ class Family(ABC):
     visual_token: ClassVar[str]
     span_a_frame: ClassVar[bool] = False
     names_times: ClassVar[bool] = False
+    says_times: bool = False
     after_frame: ClassVar[str] = ""
     between_frames: ClassVar[str] = ""
     sampling: ClassVar[FrameSampling] = "ends"
@@ -430,6 +432,10 @@ class Family(ABC):
     def closings(self, cells: tuple[int, int]) -> Closings:
         """Where that stands among visual tokens, for frames of `cells` (rows, columns)."""
         return Closings(None if self.closing_name is None else "video", cells)
+
+    def behind_video(self, times: FrameTimes) -> str:
+        """Where they `says_times`: the text that does, behind the visual tokens of a video in one span."""
+        return ""
 
     @property
     def in_pieces(self) -> str | None:

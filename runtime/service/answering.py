@@ -170,7 +170,8 @@ class Answering:
         check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
         span = self.placing.span(closings.span(all_frames))
         whole_frames = span // least.tokens_per_frame
-        end = words.room(span + closings.behind, whole_frames, whole_frames) + new_tokens
+        named = whole_frames if words.times is None else all_frames
+        end = words.room(span + closings.behind, whole_frames, named) + new_tokens
         if self.placing.original and not self._family.on_axes and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
@@ -391,10 +392,11 @@ class Answering:
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
-        suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
+        behind = words.behind(shown.times)
+        suffix = decoder.embed(torch.tensor([behind], dtype=torch.int64))
         if shown.after is not None:
-            how["positions"] = following(shown.after, len(words.suffix_ids), suffix.device)
-        length = shown.prefix.length + len(words.suffix_ids)
+            how["positions"] = following(shown.after, len(behind), suffix.device)
+        length = shown.prefix.length + len(behind)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
     def _times_of(self, shown: Clip | Seen | Arrived) -> FrameTimes:
@@ -435,9 +437,10 @@ class Answering:
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
         encoded = arrived.encoded
-        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded, arrived.times)
+        before = dataclasses.replace(words, suffix_ids=(), times=None)
+        spliced = self._spliced(before, encoded, arrived.times)
         prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
-        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), spliced.after)
+        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), arrived.times, spliced.after)
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word

@@ -13,6 +13,7 @@ from runtime import ask, cli
 from runtime.engine.manifest import Manifest
 from runtime.pipeline import Pipeline
 from runtime.text.prompt import build_prompt
+from runtime.video import clip_from_frames
 from tests.runtime.checkpoint.original_layout import original_folder
 from tests.runtime.test_families import ON, QUESTION, F, built, frames, greedy, said
 
@@ -56,3 +57,33 @@ def test_all_tokens_stand_where_they_stood_among_newlines(tmp_path: Path, frames
         answer = plain.ask(frames, QUESTION, max_new_tokens=12)
         assert said(folder, answer) == greedy(folder, frames, on=False)
         assert placed.ask(frames, QUESTION, max_new_tokens=12).tokens == answer.tokens
+
+
+def test_a_sentence_says_when_the_frames_were(tmp_path: Path, frames: Tensor) -> None:
+    """Ids are those of the release's prompt: the video, a line that names every frame shown, the question."""
+    how = {"mm_newline_position": "grid", "add_time_instruction": True}
+    folder, _, _ = original_folder(tmp_path / "model", **how)
+    engine = built(folder, tmp_path / "engines", *ON, "--no-verify")
+    clip = clip_from_frames(frames, F, (20, 20), fps=3.0)
+    located = ",".join(f"{number / 3:.2f}s" for number in (0, 2, 5, 8, 11, 14))
+    sentence = (
+        f"The video lasts for 5.00 seconds, and 6 frames are uniformly sampled from it. These frames are located at "
+        f"{located}.Please answer the following questions related to this video."
+    )
+    with Pipeline.load(engine) as pipeline:
+        words = build_prompt(pipeline._core.tokenizer, QUESTION, family=family_named(pipeline.manifest.model.family))
+        before = pipeline._core.tokenizer.decode(words.prefix_ids)
+        told = pipeline._core.tokenizer(f"\n{sentence}\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        assert words.at(clip.times()).suffix_ids == tuple(told)
+        assert before.endswith("<|im_start|>user\n")
+        answer = pipeline.ask(clip, QUESTION, max_new_tokens=12, kept=True)
+        assert answer.kept is not None
+        visual = answer.visual_tokens + len(set((answer.kept.positions // 3).tolist()))
+        assert answer.prompt_tokens == len(words.prefix_ids) + visual + len(told)
+        assert answer.prompt_tokens < words.room(visual, 2, F)  # what is checked before the times are known
+        with pipeline.watch(clip) as watched:
+            seen = watched.ask(QUESTION, max_new_tokens=12)
+            assert (seen.tokens, seen.prompt_tokens) == (answer.tokens, answer.prompt_tokens)
+        later = clip_from_frames(frames, F, (20, 20), fps=0.5)
+        assert pipeline.ask(later, QUESTION, max_new_tokens=12).prompt_tokens > answer.prompt_tokens
+        assert pipeline.ask(later, QUESTION, max_new_tokens=12).tokens != answer.tokens  # negative control

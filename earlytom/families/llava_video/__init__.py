@@ -10,7 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from earlytom.families.closings import Closings
-from earlytom.families.family import Family, Features, Vision
+from earlytom.families.family import Family, Features, FrameTimes, Vision
 from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
 from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
@@ -63,7 +63,8 @@ class LlavaVideoVision(Vision):
 
 
 class LlavaVideo(LlavaOnevision):
-    """See `Family`. One for each way to pool and each place for newlines."""
+    """See `Family`. One for each way to pool, each place for newlines, and with or without a sentence that says when
+    the frames were."""
 
     model_type = "llava_qwen"
     title = "LLaVA-Video"
@@ -74,20 +75,21 @@ class LlavaVideo(LlavaOnevision):
     released = False
     video_token = visual_token = IMAGE
 
-    def __init__(self, pooling: str, newlines: str) -> None:
+    def __init__(self, pooling: str, newlines: str, says_times: bool) -> None:
         self.pooling = pooling
         self.newlines = newlines
+        self.says_times = says_times
 
     @property
     def name(self) -> str:
-        return f"{self.model_type}-{self.pooling}-{self.newlines}"
+        return f"{self.model_type}-{self.pooling}-{self.newlines}" + ("-times" if self.says_times else "")
 
     @property
     def forms(self) -> tuple[Family, ...]:
         return tuple(_FORMS.values())
 
     def of(self, config: Any) -> Family:
-        return _FORMS[config.mm_spatial_pool_mode, config.mm_newline_position]
+        return _FORMS[config.mm_spatial_pool_mode, config.mm_newline_position, config.add_time_instruction]
 
     def describes(self, raw: Mapping[str, Any]) -> bool:
         # transformers' own "llava" is another model.
@@ -142,6 +144,14 @@ class LlavaVideo(LlavaOnevision):
     def chat_template(self) -> str:
         return _TEMPLATE
 
+    def behind_video(self, times: FrameTimes) -> str:
+        seconds = ",".join(f"{one:.2f}s" for one in times.seconds)
+        return (
+            f"\nThe video lasts for {times.duration:.2f} seconds, and {len(times.seconds)} frames are uniformly "
+            f"sampled from it. These frames are located at {seconds}.Please answer the following questions related "
+            "to this video."
+        )
+
     def special_tokens(self, config: Any) -> dict[str, int]:
         words = SPECIAL_TOKENS[: SPECIAL_TOKENS.index(IMAGE)]
         return {token: config.text_config.bos_token_id + i for i, token in enumerate(words)} | {
@@ -153,8 +163,8 @@ class LlavaVideo(LlavaOnevision):
         return {"llava-video-7b": _published}
 
 
-_FORMS = {form: LlavaVideo(*form) for form in product(POOLINGS, CLOSES)}
-LLAVA_VIDEO = _FORMS["bilinear", "grid"]
+_FORMS = {form: LlavaVideo(*form) for form in product(POOLINGS, CLOSES, (False, True))}
+LLAVA_VIDEO = _FORMS["bilinear", "grid", False]
 
 
 def _published() -> Any:

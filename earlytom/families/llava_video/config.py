@@ -58,6 +58,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "mm_spatial_pool_stride": ((STRIDE, None), STRIDE),
     "mm_newline_position": (tuple(CLOSES), "one_token"),
     "add_faster_video": ((False, None), False),
+    "add_time_instruction": ((False, True, None), False),
 }
 
 
@@ -67,6 +68,7 @@ class LlavaVideoConfig(LlavaOnevisionConfig):
     model_type = "llava_qwen"
 
     mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
+    add_time_instruction: bool = False
     mm_newline_position: Literal["grid", "frame", "one_token", "no_token"] = "one_token"
 
 
@@ -102,6 +104,7 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         "video_token_index": visual,
         "mm_spatial_pool_mode": raw.get("mm_spatial_pool_mode", POOLINGS[0]),
         "mm_newline_position": raw.get("mm_newline_position", "one_token"),
+        "add_time_instruction": bool(raw.get("add_time_instruction")),
     }
 
 

@@ -137,6 +137,7 @@ def test_an_id_that_is_another_tokens_is_refused(tmp_path: Path) -> None:
         ({"mm_patch_merge_type": "absent"}, "mm_patch_merge_type must be spatial_unpad, it is missing, which means"),
         ({"mm_projector_type": "linear"}, "mm_projector_type must be mlp2x_gelu, got 'linear'"),
         ({"mm_resampler_type": "perceiver"}, "mm_resampler_type must be None, got 'perceiver'"),
+        ({"add_time_instruction": "yes"}, "add_time_instruction must be False or True or None, got 'yes'"),
         ({"add_faster_video": True}, "add_faster_video must be False or None, got True"),
         ({"mm_newline_position": "row"}, "mm_newline_position must be .*one_token.*, got 'row'"),
         ({"vision_config": None}, "mm_vision_tower must be siglip-so400m-patch14-384, got 'some/siglip': for another"),
