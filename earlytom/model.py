@@ -24,6 +24,7 @@ from earlytom.inner_decoder import AppliedInner, apply_inner
 from earlytom.method import Method
 from earlytom.methods import method_of
 from earlytom.restorable import Restorable
+from earlytom.spans import check_watched
 from earlytom.standing import frame_spans
 
 
@@ -44,8 +45,10 @@ class AppliedEarlyTom(Restorable):
         self.model: Any = model
         self.method = method
         self.family = family_of(self.model.config)
-        self.depth = self.family.geometry(self.model.config).depth
+        frame = self.family.geometry(self.model.config)
+        self.depth = frame.depth
         method.check(self.depth)
+        check_watched(method.watched(self.depth), frame.full)
         self.family.vision_of(self.inner)  # refuses a tower without an adapter now, not at the first video
         self._merging: AppliedInner | None = None
         self._install()
@@ -121,7 +124,10 @@ class AppliedEarlyTom(Restorable):
         cells = torch.cat([one.encoded.positions % one.frame.tokens_per_frame for one in every])
         grid = torch.cat([cells.new_tensor([one.frame.cells] * len(one.encoded.tokens)) for one in every])
         tokens = torch.cat([one.encoded.tokens for one in every])
-        return ShortPrompt(ids, short_mask, visual, tokens, cells, grid), embeds
+        frames = [torch.div(v.encoded.place, v.frame.tokens_per_frame, rounding_mode="trunc") for v in every]
+        config = self.model.config
+        time = torch.cat([self.family.token_times(config, one, at, **beside) for at, one in enumerate(frames)])
+        return ShortPrompt(ids, short_mask, visual, tokens, cells, grid, time), embeds
 
     def _shown(self, video: Tensor) -> _Shown:
         config = self.family.sized(self.model.config, (video.shape[2], video.shape[3]))

@@ -90,7 +90,7 @@ class NextTokens:
         more, states = len(answer) - 1, None
         how: dict[str, Tensor] = {}
         if prompt.told is not None:
-            behind = following(prompt.told.next, more, answer.device)
+            behind = following(prompt.told.end, more, answer.device)
             how["position_ids"] = torch.cat([prompt.told.how["positions"], behind], dim=1)[:, None]
             if (states := prompt.told.how.get("states")) is not None:
                 states = torch.nn.functional.pad(states, (0, 0, 0, more))

@@ -25,6 +25,7 @@ from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 from earlytom.families.llava_video import LLAVA_VIDEO
+from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
 from earlytom.families.smolvlm import SMOLVLM
@@ -52,7 +53,7 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, LLAVA_VIDEO, SMOLVLM, QWEN3_VL, QWEN3_5)
+    for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, LLAVA_VIDEO, SMOLVLM, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
 }
 """The supported families by model type."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from earlytom.towers import Tower
 
 
-FrameSampling = Literal["ends", "middles", "nearest"]
+FrameSampling = Literal["ends", "middles", "nearest", "begins"]
 
 SIZES = {
     "hidden_size": 1 << 15,
@@ -54,6 +54,8 @@ class Geometry:
         heads, inner: attention heads of a layer, and the width inside its MLP.
         prefix: tokens a frame inside the tower that are not patches.
         streams: K.
+        full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
+            nothing (`earlytom.spans`).
         pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
         gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
         rms: whether the norms of a layer are RMS norms, which shift nothing.
@@ -73,6 +75,7 @@ class Geometry:
     inner: int
     prefix: int = 0
     streams: int = 0
+    full: tuple[int, ...] | None = None
     pairs: tuple[int, ...] | None = None
     gated: bool = False
     rms: bool = False
@@ -145,6 +148,7 @@ class ShortPrompt(NamedTuple):
         tokens: [N, E], those, prompt by prompt, without what closes a video.
         cells: [N] int64, the cell of its frame that each is, row by row.
         grid: [N, 2] int64, rows and columns of cells that this frame has.
+        time: [N] int64, of `Family.token_times`.
     """
 
     ids: Tensor
@@ -153,6 +157,7 @@ class ShortPrompt(NamedTuple):
     tokens: Tensor
     cells: Tensor
     grid: Tensor
+    time: Tensor
 
 
 class Vision(ABC):
@@ -202,7 +207,8 @@ class Family(ABC):
         names_times: whether such texts say when a frame was.
         says_times: whether the text behind a video in one span says when its frames were (`behind_video`).
         sampling: which frames of a video are shown: "ends", from the first to the last, "nearest", the nearest to
-            those (`runtime.video.sample`), or "middles", those in the middle of equal parts.
+            those (`runtime.video.sample`), "middles", those in the middle of equal parts, or "begins", those that such
+            parts begin with.
         mean, std: of the pixels, where a checkpoint's files do not say.
         pixels_name, features_name: what `generate` and the model call the pixels of a video, and the model's method
             that makes visual tokens of them.
@@ -508,6 +514,13 @@ class Family(ABC):
         # [B, N + 1, E] where every video has as many tokens; else one row of all of them.
         even = len({len(video) for video in videos}) == 1
         return BaseModelOutputWithPooling(pooler_output=torch.stack(videos) if even else torch.cat(videos)[None])
+
+    def token_times(self, config: Any, frames: Tensor, video: int, **beside: Any) -> Tensor:
+        """int64 [N]: how many positions behind the first of its span a visual token stands in time.
+
+        `frames` int64 [N]: which frame of video number `video` each is taken to be; `beside` as in `given`.
+        """
+        return frames * 0
 
     def reading(self, model: Any, prompt: ShortPrompt) -> AbstractContextManager[dict[str, Any]]:
         """Within the block the whole model reads such a prompt, given as embeddings, as it would read its own.

@@ -31,6 +31,7 @@ from earlytom.method import Method
 from earlytom.methods import by_name
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.settings import FIELD, MethodSettings
+from earlytom.spans import check_watched
 from earlytom.standing import FrameSpan, frame_spans, frame_times, places
 from runtime.checkpoint import Checkpoint, load_model, load_tokenizer
 from runtime.checkpoint.narrow import narrow
@@ -114,7 +115,7 @@ class TransformersDecoding:
                 chosen = out.logits[0, -1].argmax()
             cache, given, states = out.past_key_values, {"input_ids": chosen.view(1, 1)}, None
             if told is not None:
-                given["position_ids"] = following(told.next + done, 1, embeds.device)[:, None]
+                given["position_ids"] = following(told.end + done, 1, embeds.device)[:, None]
             yield int(chosen)
 
 
@@ -326,7 +327,9 @@ def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
 
 def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
     """The method's settings for a checkpoint; its own merge layers by default."""
-    depth = geometry(checkpoint.config).depth
-    config = method(ratio, EarlyTomConfig.layers_for(depth) if merge_layers is None else merge_layers, tau)
-    config.check_layers(depth)
+    frame = geometry(checkpoint.config)
+    layers = EarlyTomConfig.layers_for(frame.depth, frame.full) if merge_layers is None else merge_layers
+    config = method(ratio, layers, tau)
+    config.check_layers(frame.depth)
+    check_watched(EarlyTom(config).watched(frame.depth), frame.full)
     return config

@@ -76,7 +76,7 @@ READ_AFTER_ANOTHER_TEXT = (
 
 class Spliced(NamedTuple):
     """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
-    of it, and where tokens are placed on axes where text behind it stands."""
+    of it, and where text behind it stands if that is not behind its last token."""
 
     embeds: Tensor
     visual: Sequence[int]
@@ -395,7 +395,8 @@ class Answering:
         behind = words.behind(shown.times)
         suffix = decoder.embed(torch.tensor([behind], dtype=torch.int64))
         if shown.after is not None:
-            how["positions"] = following(shown.after, len(behind), suffix.device)
+            positions = following(shown.after, len(behind), suffix.device)
+            how["positions"] = positions if self._family.on_axes else positions[0]
         length = shown.prefix.length + len(behind)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
@@ -420,7 +421,8 @@ class Answering:
             placed = self.placing.of_prompt(before, place, bias, closings.span(frames), after, closings.behind)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
-        return Spliced(embeds, words.visual_span(len(visual), spans), placed)
+        end = self.placing.after(words, frames, closings)
+        return Spliced(embeds, words.visual_span(len(visual), spans), placed, end)
 
     def _on_axes(
         self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes
@@ -429,7 +431,7 @@ class Answering:
         tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
         steps = self._family.time_steps(encoded.sources.shape[-1], self.placing.per_second, times)
         width, original = embeds.shape[2], self.placing.original
-        placed, end, _ = told_of(words, spans, tokens, place, self._grid, steps, width, original=original)
+        placed, end = told_of(words, spans, tokens, place, self._grid, steps, width, original=original)
         if self.placing.bias:
             placed["bias"] = weights_of(words, spans, bias)
         return Spliced(embeds, words.visual_span(len(tokens), spans), placed, end)

@@ -148,7 +148,7 @@ class Seen:
     visual_tokens: int
     kept: Provenance
     times: FrameTimes  # of its frames
-    after: int | None = None  # where text behind the video stands, where tokens are placed on axes
+    after: int | None = None  # where text behind the video stands, if that is not behind its last token
 
     @property
     def bytes(self) -> int:

@@ -115,6 +115,13 @@ def said(folder: Path, answer: Any) -> list[int]:
     return [*answer.tokens, *([stops[0]] if answer.finish == "stop" else [])]
 
 
+def test_a_watched_answer_is_that_of_one_prompt_where_tokens_keep_their_places(engine: Path, frames: Tensor) -> None:
+    with Pipeline.load(engine, positions="original") as pipeline, pipeline.watch(frames) as watched:
+        for question in (QUESTION, "Who is it?", "And then?", "When?"):
+            wanted = pipeline.ask(frames, question, max_new_tokens=12).tokens
+            assert watched.ask(question, max_new_tokens=12).tokens == wanted
+
+
 def test_an_engine_answers_as_the_model_does_with_earlytom(folder: Path, engine: Path, frames: Tensor) -> None:
     manifest = Manifest.read(engine)
     assert manifest.model.family == "internvl"

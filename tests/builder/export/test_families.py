@@ -55,6 +55,7 @@ def frames_of(model: Any) -> Tensor:
         ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False}),
         ("qwen3_vl", {"grid": (4, 6)}),
         ("qwen3_5", {"grid": (4, 6)}),
+        ("qwen2_5_vl", {"grid": (6, 10)}),
     ],
 )
 def test_the_exported_graph_is_the_reference(name: str, how: Mapping[str, Any], tmp_path: Path) -> None:

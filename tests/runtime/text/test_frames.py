@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_utils import VideoMetadata
 
 from earlytom.errors import UserError
-from earlytom.families import FAMILIES, INTERNVL, LLAVA_ONEVISION, FrameTimes
+from earlytom.families import FAMILIES, INTERNVL, LLAVA_ONEVISION, Closings, FrameTimes
 from earlytom.families.smolvlm import SMOLVLM
 from earlytom.micro.random_model import published_tokenizer
 from earlytom.standing import FrameSpan, frame_spans
@@ -147,6 +148,16 @@ def test_what_is_left_keeps_the_name_and_the_place_that_it_had(data: st.DataObje
     assert torch.equal(whole[told["positions"]], ids)
     assert told["positions"].diff().gt(0).all()
     assert told["positions"][-1] == len(whole) - 1
+    # Read up to the end of the video, it goes on where it would have; in a video that is fitted, too.
+    after = torch.arange(len(words.suffix_ids))
+    for shown in (FRAMES, FRAMES - 5):
+        placing = Placing(original=True, most=shown * CELLS)
+        given = (place, place.float(), FRAMES, CELLS, spans)
+        begin = placing.after(words, FRAMES, Closings(None, (1, CELLS)))
+        assert begin is not None
+        both = [placing.of_frames(one, *given)["positions"] for one in (words, replace(words, suffix_ids=()))]
+        assert torch.equal(torch.cat([both[1], begin + after]), both[0])
+    assert Placing(bias=True).after(words, FRAMES, Closings(None, (1, CELLS))) is None
     visual = ids == words.video_token_id
     assert torch.equal(told["bias"], torch.zeros(len(ids)).masked_scatter(visual, place.float() + 1))
     assert len(ids) == words.length(len(place), spans) <= words.room(len(place), len(spans), FRAMES)
@@ -203,7 +214,7 @@ def test_a_template_without_one_video_is_refused(template: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES.values())
 def test_a_conversation_shows_its_video_once(family: Any) -> None:
     own = load_tokenizer()
-    if family.span_a_frame:
+    if family.visual_token not in own.get_added_vocab():
         own = published_tokenizer(own, MODELS[family.model_type](bundled=True).config)
     said = [
         ChatMessage("user", QUESTION, video=True),
