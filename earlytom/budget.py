@@ -48,8 +48,11 @@ def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequ
 
 
 def effective_ratio(ratio: float, frames_in: int, frames_out: int) -> float:
-    """Share of each remaining frame's tokens to keep so that `ratio` of the whole video's tokens stays."""
-    return min(ratio * frames_in / frames_out, 1.0)
+    """Share of each remaining frame's tokens to keep so that `ratio` of the whole video's tokens stays.
+
+    Where no frame was merged that is `ratio` itself: in doubles 0.2 * 12 / 12 is more than 0.2, and keeps a token more.
+    """
+    return ratio if frames_in == frames_out else min(ratio * frames_in / frames_out, 1.0)
 
 
 def dynamic_tokens(tokens_per_frame: int, effective: float) -> int:

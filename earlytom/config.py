@@ -133,10 +133,11 @@ class EarlyTomConfig:
         return cls(**(settings | changes))
 
     @staticmethod
-    def layers_for(depth: int) -> tuple[int, ...]:
+    def layers_for(depth: int, full: Sequence[int] | None = None) -> tuple[int, ...]:
         """The default merge layers of a tower with `depth` layers: the released 6, 14, 20 of 26 at the same relative
-        depth. A tower with fewer than four layers has room for fewer merges."""
-        return layers_for(depth)
+        depth, the last one moved to the nearest of `full`, those that may be watched (None: all). A tower with fewer
+        than four layers has room for fewer merges."""
+        return layers_for(depth, full)
 
     def check_layers(self, depth: int) -> None:
         """Raise UserError if a merge layer is not one of the tower's `depth` layers."""
@@ -178,10 +179,15 @@ def known(kind: Any, method: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def layers_for(depth: int) -> tuple[int, ...]:
+def layers_for(depth: int, full: Sequence[int] | None = None) -> tuple[int, ...]:
     """See `EarlyTomConfig.layers_for`."""
     scaled = {round(layer * depth / RELEASED_LAYERS) for layer in (6, 14, 20)}
-    return tuple(sorted(layer for layer in scaled if 0 <= layer < depth - 1))
+    layers = sorted(layer for layer in scaled if 0 <= layer < depth - 1)
+    if full is None or not layers:
+        return tuple(layers)
+    *before, last = layers
+    near = [layer for layer in full if layer > max(before, default=-1)]
+    return *before, min(near, key=lambda layer: abs(layer - last), default=last)
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

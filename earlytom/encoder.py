@@ -27,7 +27,7 @@ from earlytom.errors import UserError
 from earlytom.families import Features, Vision
 from earlytom.merge import segments_of
 from earlytom.method import Method, Note
-from earlytom.spans import layer_spans
+from earlytom.spans import check_watched, layer_spans
 from earlytom.towers import Tower
 
 
@@ -113,19 +113,26 @@ def checked_depth(tower: Tower, method: Method, depth: int | None) -> int:
     """How many layers run, default all.
 
     Raises:
-        UserError: a depth or a layer of the method's that the tower does not have, or states of earlier layers that the
-            method knows nothing of.
+        UserError: a depth or a layer of the method's that the tower does not have, states of earlier layers or places
+            of patches that the method knows nothing of, or a layer watched whose attention does not see whole frames.
     """
     if tower.streams and not method.streams:
         raise UserError(
             f"method {method.name!r} knows nothing of the states of earlier layers that this model's LLM is given: use "
             "earlytom or cells"
         )
+    if tower.places_patches and method.layers and not method.streams:
+        raise UserError(
+            f"method {method.name!r} merges tokens of a frame inside the tower, where this one has a place for each: "
+            "leave out its depth"
+        )
     available = len(list(tower.layers))
     if depth is not None and not 1 <= depth <= available:
         raise UserError(f"depth must be between 1 and {available} (the tower's layers), got {depth}")
-    method.check(depth or available)
-    return depth or available
+    depth = depth or available
+    method.check(depth)
+    check_watched(method.watched(depth), tower.full)
+    return depth
 
 
 def head(

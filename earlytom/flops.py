@@ -14,11 +14,16 @@ from typing import Any
 from earlytom.budget import kept_tokens
 
 
-def encoder_layer(tokens: int, width: int, intermediate: int) -> int:
-    """One encoder layer on one frame of `tokens` tokens."""
+def encoder_layer(tokens: int, width: int, intermediate: int, *, pairs: int | None = None, gated: bool = False) -> int:
+    """One encoder layer on one frame of `tokens` tokens; `pairs` of this layer, see `earlytom.families.Geometry`."""
     projections = 8 * tokens * width * width
-    attention = 4 * tokens * tokens * width
-    return projections + attention + 4 * tokens * width * intermediate
+    attention = 4 * (tokens * tokens if pairs is None else pairs) * width
+    return projections + attention + mlp(tokens, width, intermediate, gated=gated)
+
+
+def mlp(tokens: int, width: int, intermediate: int, *, gated: bool = False) -> int:
+    """The MLP of a layer: two products, or three where it is `gated`."""
+    return (6 if gated else 4) * tokens * width * intermediate
 
 
 def vision_encoder(
@@ -29,6 +34,8 @@ def vision_encoder(
     depth: int,
     *,
     prefix: int = 0,
+    pairs: Sequence[int] | None = None,
+    gated: bool = False,
 ) -> int:
     """The vision tower on a video.
 
@@ -39,13 +46,16 @@ def vision_encoder(
         merge_layers: after which layers the frames are merged.
         depth: how many layers run.
         prefix: tokens of a frame that are not patches.
+        pairs, gated: as in `earlytom.families.Geometry`.
     """
     size = config.patch_size
     area = size**2 if isinstance(size, int) else math.prod(size)
     patches = 2 * tokens * 3 * area * config.hidden_size * frames_per_stage[0]
-    layer = encoder_layer(prefix + tokens, config.hidden_size, config.intermediate_size)
+    size = (prefix + tokens, config.hidden_size, config.intermediate_size)
+    every = [size[0] ** 2] * depth if pairs is None else pairs
+    layers = [encoder_layer(*size, pairs=one, gated=gated) for one in every]
     stages = (sum(merged < index for merged in merge_layers) for index in range(depth))
-    return patches + layer * sum(frames_per_stage[stage] for stage in stages)
+    return patches + sum(layer * frames_per_stage[stage] for layer, stage in zip(layers, stages, strict=True))
 
 
 def merged_encoder(config: Any, tokens: int, frames: int, ran: Sequence[tuple[int, int]]) -> int:

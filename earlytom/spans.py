@@ -1,10 +1,12 @@
-"""Where the layers of a method cut a tower, and what the values between them are called. Needs no PyTorch."""
+"""Where the layers of a method cut a tower, which one it may watch, and what the values between them are called. Needs
+no PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 
+from earlytom.errors import UserError
 from earlytom.settings import MethodSettings
 
 
@@ -41,3 +43,13 @@ def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
     if layers is not None:
         names.append("projected")
     return [*names, "features", *of_features, "tokens", "positions", "sources", "place", "bias"]
+
+
+def check_watched(layer: int | None, full: Sequence[int] | None) -> None:
+    """Raise UserError if a method needs received attention of a layer that is not among the `full` ones (None: all)."""
+    if layer is None or full is None or layer in full:
+        return
+    raise UserError(
+        f"layer {layer} of this tower attends within windows, so it cannot say which tokens of a frame matter: let "
+        f"--merge-layers end with one of {', '.join(map(str, full))}"
+    )

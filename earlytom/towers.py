@@ -38,6 +38,8 @@ class Tower:
         step: pictures that are one frame of the tower; F counts frames.
         streams: layers whose states go to the LLM beside those of the last, ascending. `earlytom.encoder` takes them
             along behind the hidden states, [F, T, D * (1 + those taken)], so that what merges frames merges them too.
+        full: layers whose attention sees whole frames, ascending; None: all.
+        places_patches: whether layers know where in the frame a patch is, so that none may go or move.
         key_bias_cancels: a key's bias adds the same to all logits of a query, so that attention is the same without.
         residual_dtype: of the hidden states between the branches, from the embeddings on.
         logits_dtype: of query and key of the explicit attention matrix.
@@ -49,6 +51,8 @@ class Tower:
     prefix = 0
     step = 1
     streams: tuple[int, ...] = ()
+    full: tuple[int, ...] | None = None
+    places_patches = False
     key_bias_cancels = True
     residual_dtype: torch.dtype | None = None
     logits_dtype: torch.dtype | None = None

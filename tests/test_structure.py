@@ -73,7 +73,9 @@ MOST_FILES = 14  # of a folder, `__init__` not counted
 METHOD = "earlytom"  # its own floor plan is a file a floor
 
 FAMILIES = "earlytom/families/"
-FAMILY_WORDS = re.compile("llava|siglip|image_newline|multi_modal_projector|<video>|qwen3.?vl|deepstack", re.IGNORECASE)
+FAMILY_WORDS = re.compile(
+    "llava|siglip|image_newline|multi_modal_projector|<video>|qwen3.?vl|qwen2.?5|deepstack", re.IGNORECASE
+)
 # Names that a help text shows, of a checkpoint that exists or might: an example must name one.
 EXAMPLES = {
     "builder/settings/arguments.py": ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "random:llava-onevision-qwen2-7b-ov"),

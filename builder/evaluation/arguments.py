@@ -315,7 +315,8 @@ def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJ
     from earlytom.families import geometry
 
     frames = asked.frames or checkpoint.frames
-    config = settings_of(asked, geometry(checkpoint.config).depth, frames)
+    shown = geometry(checkpoint.config)
+    config = settings_of(asked, shown.depth, frames, shown.full)
     return CoverageJob(
         asked.coverage, frames, config, cells_of(asked, config), tuple(sorted(set(asked.ratios))), asked.plot
     )

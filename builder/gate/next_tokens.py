@@ -75,7 +75,9 @@ class NextTokens:
         per_frame = self.frame.tokens_per_frame
         spans = None if self.prompt.names is None else frame_spans(seen.positions, seen.sources, per_frame)
         with torch.no_grad():
-            embeds = splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
+            closings = self.family.closings(self.frame.cells)
+            visual = closings.closed(seen.tokens, seen.positions, self.closing)
+            embeds = splice(self.prompt, visual, self.embed, spans)
         if not self.family.on_axes:
             return ToldPrompt(embeds)
         place = places(frame_times(seen.sources)[0], seen.positions, per_frame)
@@ -88,7 +90,7 @@ class NextTokens:
         more, states = len(answer) - 1, None
         how: dict[str, Tensor] = {}
         if prompt.told is not None:
-            behind = following(prompt.told.next, more, answer.device)
+            behind = following(prompt.told.end, more, answer.device)
             how["position_ids"] = torch.cat([prompt.told.how["positions"], behind], dim=1)[:, None]
             if (states := prompt.told.how.get("states")) is not None:
                 states = torch.nn.functional.pad(states, (0, 0, 0, more))

@@ -2,7 +2,7 @@
 
 TensorRT 11 has no FP16 flag and every network is strongly typed, so the precision of an engine is the precision of its
 ONNX graph. Weights, matrix products and the residual stream are half. By default fp32 stay: normalising the pixels,
-layer norms, the softmax and the received attention of the one explicit attention layer, frame similarity, and both
+norms, the softmax and the received attention of the one explicit attention layer, frame similarity, and both
 decisions; `builder.precision.islands` names them and others to choose from. (Attention layers are one fused operator
 each, whose softmax accumulates in fp32 inside the kernel.)
 
@@ -10,7 +10,7 @@ A key's bias adds the same number to all logits of a query, which softmax does n
 enough that half keeps little of the rest, or that the logits overflow. So half graphs are exported without it.
 
 Operators without a dtype of their own follow one rule: a product takes its operands in the dtype of its weights, a
-layer norm works in that of its weights and answers in that of the branch behind it.
+norm works in that of its weights and answers in that of the branch behind it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,27 @@ class TypedLayerNorm(nn.LayerNorm):
         return normed.to(self.result or input.dtype)
 
 
+class TypedRMSNorm(nn.Module):
+    """The same of an RMS norm as transformers' models have it: one operator, where theirs has two dtypes in half."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+    result: torch.dtype | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        entering = input.to(self.weight.dtype)
+        normed = nn.functional.rms_norm(entering, self.weight.shape, self.weight, self.variance_epsilon)
+        return normed.to(self.result or input.dtype)
+
+
 class TypedLinear(nn.Linear):
     """A linear layer that takes its input in the dtype of its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.to(self.weight.dtype))
+
+
+NORMS = (TypedLayerNorm, TypedRMSNorm)
 
 
 class Float32(nn.Module):
@@ -62,7 +78,7 @@ def set_precision(
     Args:
         module: in fp32.
         wide: names of submodules that stay as they are ("" is the module itself).
-        norms: whether layer norms stay, too.
+        norms: whether layer norms and RMS norms stay, too.
 
     Raises:
         UserError: a weight is too large for `dtype`.
@@ -72,9 +88,11 @@ def set_precision(
             continue
         if isinstance(child, nn.LayerNorm):
             child.__class__ = TypedLayerNorm
+        elif hasattr(child, "variance_epsilon"):  # each model's RMS norm is a class of its own
+            child.__class__ = TypedRMSNorm
         elif type(child) is nn.Linear:
             child.__class__ = TypedLinear
-        if (norms and isinstance(child, nn.LayerNorm)) or any(f"{name}.".startswith(f"{w}." if w else w) for w in wide):
+        if (norms and isinstance(child, NORMS)) or any(f"{name}.".startswith(f"{w}." if w else w) for w in wide):
             continue
         for key, parameter in child.named_parameters(prefix=name, recurse=False):
             _check_range(key, parameter.detach(), dtype)
@@ -116,7 +134,7 @@ def set_vision_precision(
     set_precision(projector, dtype, wide=[""] * ("projector" in islands))
     for index, parts in enumerate(layers):
         for norm, wide in ((parts.attention_norm, islands.attention), (parts.mlp_norm, islands.mlp)):
-            if isinstance(norm, TypedLayerNorm):  # another kind answers in the dtype of what it is given
+            if isinstance(norm, NORMS):  # another kind answers in the dtype of what it is given
                 norm.result = torch.float32 if index in wide else dtype
 
 

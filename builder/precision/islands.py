@@ -10,7 +10,8 @@ attention keeps its logits and its softmax to itself.
 A cost is what the island adds to a graph that has none: the arithmetic that is done in fp32, the bytes of weights that
 are stored wider, and the bytes of the results that are written wider, each counted once (a compiler that fuses writes
 fewer). Counts are exact and follow from shapes. A matrix product has 2 flops a multiply-add; element by element a layer
-norm has 7, softmax with received attention 6, GELU 9, normalising a pixel 2, adding 1. What no shape tells: attention
+norm has 7, an RMS norm 4, softmax with received attention 6, GELU 9, a gate 6 (SiLU 5, and the product), normalising a
+pixel 2, adding 1. What no shape tells: attention
 in fp32 has no fused kernel in tensorrt-rtx 1.7, so that its matrix of [F, H, T, T] goes through memory.
 
 Notation: F frames, T tokens a frame, D width, I width inside the MLP, H heads, E LLM width, P tokens after pooling.
@@ -37,7 +38,7 @@ OPTION = "--islands"
 LIST = "list"
 ISLANDS = {
     "pixels": "normalising the pixels",
-    "norms": "statistics, scale and shift of the layer norms",
+    "norms": "statistics, scale and shift of the norms",
     "softmax": "the explicit attention matrix, received attention",
     "similarity": "the products that compare frames",
     "logits": "query times key of the explicit attention",
@@ -50,7 +51,7 @@ ISLANDS = {
 }
 LAYERED = ("attention", "mlp")
 _DEFAULT = ("pixels", "norms", "softmax", "similarity")
-_NORM, _SOFTMAX, _GELU, _PIXEL = 7, 6, 9, 2  # flops an element
+_NORM, _RMS, _SOFTMAX, _GELU, _GATE, _PIXEL = 7, 4, 6, 9, 6, 2  # flops an element
 _EXTRA = 2  # bytes that fp32 takes more than half, an element
 
 
@@ -158,6 +159,7 @@ class Costs:
         frame = config.geometry
         self.width, self.inner, self.llm = frame.width, frame.inner, frame.llm_width
         self.heads, self.patch, self.step = frame.heads, frame.patch, frame.step
+        self.pairs, self.gated, self.rms = frame.pairs, frame.gated, frame.rms
         self.size, self.patches, self.tokens = frame.size, frame.patches, frame.patches + frame.prefix
         self.pooled, self.stages, self.depth = config.tokens_per_frame, stages or config.stages, config.depth
         self.spans = layer_spans(layers, self.depth)
@@ -250,6 +252,11 @@ class Costs:
         compared = self.kept if self.deciding is not None else tokens
         return 2 * tokens * (compared * self.llm + self.kept)
 
+    @property
+    def activation(self) -> int:
+        """Flops of an element inside an MLP, between its products."""
+        return _GATE if self.gated else _GELU
+
     def _hidden(self, layer: int) -> int:
         return self.frames[layer] * self.tokens * self.width  # elements that enter the layer
 
@@ -259,7 +266,8 @@ class Costs:
 
     def _norms(self) -> Cost:
         elements = 2 * sum(map(self._hidden, range(self.depth)))
-        return Cost(0, _NORM * elements, _EXTRA * 4 * self.width * self.depth, _EXTRA * elements)
+        weights, each = (2, _RMS) if self.rms else (4, _NORM)
+        return Cost(0, each * elements, _EXTRA * weights * self.width * self.depth, _EXTRA * elements)
 
     def _softmax(self) -> Cost:
         if self.deciding is None:  # no attention is written out
@@ -283,8 +291,11 @@ class Costs:
         return Cost(2 * matrix * self.width, 0, 0, _EXTRA * elements)
 
     def _gelu(self) -> Cost:
-        elements = self.tokens * self.inner * sum(self.frames) + self.projector_rows * self.llm * self.stages[-1]
-        return Cost(0, _GELU * elements, 0, _EXTRA * elements)
+        layers = self.tokens * self.inner * sum(self.frames)
+        projector = self.projector_rows * self.llm * self.stages[-1]
+        # Of a gate, what the activation gives and what it is multiplied into.
+        wider = (1 + self.gated) * layers + projector
+        return Cost(0, self.activation * layers + _GELU * projector, 0, _EXTRA * wider)
 
     def _residual(self) -> Cost:
         size = self.tokens * self.width
@@ -306,15 +317,18 @@ class Costs:
         return Cost(self.projector_flops, gelu, _EXTRA * self.projector_weights, _EXTRA * elements)
 
     def _attention(self, layer: int) -> Cost:
-        products = flops.encoder_layer(self.tokens, self.width, 0) * self.frames[layer]
+        pairs = None if self.pairs is None else self.pairs[layer]
+        products = flops.encoder_layer(self.tokens, self.width, 0, pairs=pairs) * self.frames[layer]
         weights = 4 * self.width * (self.width + 1)
         return Cost(products, 0, _EXTRA * weights, _EXTRA * 5 * self._hidden(layer))
 
     def _mlp(self, layer: int) -> Cost:
         rows = self.frames[layer] * self.tokens
-        weights = 2 * self.width * self.inner + self.width + self.inner
-        elements = rows * (2 * self.inner + self.width)
-        return Cost(4 * rows * self.width * self.inner, _GELU * rows * self.inner, _EXTRA * weights, _EXTRA * elements)
+        into = 1 + self.gated  # products of what enters
+        weights = (into + 1) * self.width * self.inner + self.width + into * self.inner
+        elements = rows * (2 * into * self.inner + self.width)
+        products = flops.mlp(rows, self.width, self.inner, gated=self.gated)
+        return Cost(products, self.activation * rows * self.inner, _EXTRA * weights, _EXTRA * elements)
 
 
 def record(config: BuildConfig) -> dict[str, Any]:

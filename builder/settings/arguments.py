@@ -24,9 +24,9 @@ from builder.settings.options import (
     parse_target,
 )
 from earlytom.cells.config import CellsConfig
-from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig
+from earlytom.config import PRESETS, RELEASED_LAYERS, SCHEDULES, EarlyTomConfig, layers_for
 from earlytom.errors import UserError
-from earlytom.families import TITLES
+from earlytom.families import TITLES, Geometry
 from earlytom.settings import NOT_BUILT, SETTINGS, MethodSettings
 from earlytom.untouched import UntouchedConfig
 from runtime import cli, trt
@@ -143,8 +143,8 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
     if options.size is not None:
         checkpoint = checkpoint.sized(parse_size(options.size))
     kernel = kernel_target(target, options.hardware_compatible)
-    depth = geometry(checkpoint.config).depth
-    method = _method(options, depth)
+    frame = geometry(checkpoint.config)
+    method = _method(options, frame)
     kernels = choose(options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(method))
     counts = _counts(options.frames, checkpoint.frames)
     return BuildConfig(
@@ -159,8 +159,10 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
         workspace_gib=options.workspace,
         compression=kernels.compression,
         calibration=tuple(options.calibration),
-        islands=islands.DEFAULT if options.islands in (None, islands.LIST) else islands.parse(options.islands, depth),
-        int8=products.choice(options.int8_keep, depth) if options.int8 else None,
+        islands=islands.DEFAULT
+        if options.islands in (None, islands.LIST)
+        else islands.parse(options.islands, frame.depth),
+        int8=products.choice(options.int8_keep, frame.depth) if options.int8 else None,
         batch=options.batch,
         frame_counts=counts if len(counts) > 1 else None,
         chunk=options.chunk,
@@ -348,8 +350,8 @@ def _has_kernels(method: MethodSettings) -> bool:
     return isinstance(method, EarlyTomConfig) or (isinstance(method, CellsConfig) and method.rounds is None)
 
 
-def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
-    """The method's settings: a preset's, changed by what was given explicitly; `depth` is None while not known."""
+def _method(options: argparse.Namespace, frame: Geometry | None) -> MethodSettings:
+    """The method's settings: a preset's, changed by what was given explicitly; `frame` is None while not known."""
     kind = SETTINGS[options.method]
     own = {option.name: option.method for option in METHOD_OPTIONS.values() if option.method is not None}
     for name, method in (own | {"preset": EarlyTomConfig.method}).items():
@@ -369,8 +371,8 @@ def _method(options: argparse.Namespace, depth: int | None) -> MethodSettings:
     if options.frame_budget != AUTO:
         changes |= given_settings(options, "frame_budget")
     budget = changes.get("frame_budget")
-    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
-    if depth is None and isinstance(budget, tuple):  # one count for each layer, of which a small tower has fewer
+    layers = layers_for(RELEASED_LAYERS) if frame is None else layers_for(frame.depth, frame.full)
+    if frame is None and isinstance(budget, tuple):  # one count for each layer, of which a small tower has fewer
         layers = tuple(range(len(budget)))
     defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": layers}
     try:

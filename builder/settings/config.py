@@ -35,8 +35,9 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.families import DEFAULT_FAMILY, Geometry, family_of
-from earlytom.methods import METHODS
+from earlytom.methods import METHODS, method_of
 from earlytom.settings import MethodSettings
+from earlytom.spans import check_watched
 from runtime.checkpoint import Checkpoint
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.layout import Layout, Sizes, count_file
@@ -140,6 +141,7 @@ class BuildConfig:
             raise UserError(f"{what} does not know {title}'s frames: build with --schedule budget and without --chunk")
         if (frame.step > 1 or frame.streams) and not METHODS[self.earlytom.method].streams:
             raise UserError(f"method {self.earlytom.method!r} does not know {title}'s tokens: use earlytom or cells")
+        check_watched(method_of(self.earlytom).watched(self.depth), frame.full)
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -9,24 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import (
-    SIZES,
-    Family,
-    Features,
-    FrameSampling,
-    FrameTimes,
-    Geometry,
-    ShortPrompt,
-    Vision,
-    VisionModules,
-)
+from earlytom.families.closings import Closings
+from earlytom.families.family import SIZES, Family, ShortPrompt
+from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
 from earlytom.families.llava_video import LLAVA_VIDEO
+from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
 from earlytom.families.smolvlm import SMOLVLM
+from earlytom.families.vision import Features, Vision, VisionModules
 
 __all__ = [
     "DEFAULT_FAMILY",
@@ -35,6 +29,7 @@ __all__ = [
     "NAMED",
     "SIZES",
     "TITLES",
+    "Closings",
     "Family",
     "Features",
     "FrameSampling",
@@ -50,7 +45,7 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, LLAVA_VIDEO, SMOLVLM, QWEN3_VL, QWEN3_5)
+    for family in (LLAVA_ONEVISION, INTERNVL, LLAVA_NEXT_VIDEO, LLAVA_VIDEO, SMOLVLM, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
 }
 """The supported families by model type."""
 

@@ -3,9 +3,8 @@
 A prompt may have *positions*, ids for the rotary embedding with gaps and in any order (on A axes, where the model's
 embedding goes by several), and a *bias*: bias j is added to
 the attention logit of key j in every layer, for every query that may see it. Who may see whom goes by the order of the
-tokens, not by their positions. The answer's tokens stand one after the other and have bias 0: behind the prompt's last
-token, and on several axes behind the largest position that any of its tokens has on any of them, as transformers has it
-(a video may last longer than the text behind it). m identical keys weigh as much as one of them with bias log m.
+tokens, not by their positions. The answer's tokens stand one after the other behind the prompt's last one and have bias
+0. m identical keys weigh as much as one of them with bias log m.
 
 The bias goes into attention as transformers' additive mask [1, 1, queries, keys], which any of its decoders takes and
 no function of the library has to be replaced for. A key with one more dimension (1 in the query, the bias in the key)
@@ -57,13 +56,11 @@ class Placed:
         positions: int64 [L] or [A, L], of its tokens.
         bias: fp32 [S + L], of all tokens so far, a copy of what was given; None if all are 0.
         states: [K, L, D], see `runtime.decoder.states`; None if there are none.
-        behind: int64 [], the position behind the prefix; None where it has none, or there is no prefix.
     """
 
     positions: Tensor
     bias: Tensor | None
     states: Tensor | None = None
-    behind: Tensor | None = None
 
     @classmethod
     def of(
@@ -96,15 +93,12 @@ class Placed:
             before = torch.zeros(start, device=device) if before is None else before
             after = torch.zeros(length, device=device) if bias is None else to_device(bias.detach(), device).float()
             weights = torch.cat((before, after))
-        return cls(to_device(positions, device), weights, states, behind)
+        return cls(to_device(positions, device), weights, states)
 
     @property
     def next(self) -> Tensor:
-        """int64 [], the position of the token after the last: on all axes behind the largest, the prefix's too."""
-        if self.positions.dim() == 1:
-            return self.positions[-1] + 1
-        largest = self.positions.max() + 1
-        return largest if self.behind is None else torch.maximum(largest, self.behind)
+        """int64 [], the position of the token after the last: on all axes behind the last one's largest."""
+        return self.positions[..., -1].max() + 1
 
     def ids(self, tokens: slice = slice(None)) -> Tensor:
         """int64 [1, L], or [A, 1, L]: what the language model is given of some tokens."""

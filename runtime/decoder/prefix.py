@@ -25,8 +25,7 @@ class Prefix:
             of them.
         length: L, positions that it takes in a prompt.
         maker: identifies the decoder that made it, and does not keep it alive.
-        position: int64 [], of the token that comes after it, on several axes behind all that its tokens have on any;
-            None if that is L.
+        position: int64 [], of the token that comes after it; None if that is L.
         bias: fp32 [L], added to the attention logits of its keys; None if all are 0.
         ends: of each layer that has no keys and values, what it keeps at the prefix's end: its convolution's last
             inputs, and its state.

@@ -147,7 +147,8 @@ class Seen:
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance
-    after: int | None = None  # where text behind the video stands, where tokens are placed on axes
+    times: FrameTimes  # of its frames
+    after: int | None = None  # where text behind the video stands, if that is not behind its last token
 
     @property
     def bytes(self) -> int:

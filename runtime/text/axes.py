@@ -5,8 +5,9 @@ A text token has one position on all three axes. A visual token stands at the ti
 columns behind its span's beginning as its cell. Where every frame has a span, the time is that beginning, too. Where a
 video has one, its frames stand at `steps` behind it, and a frame keeps its own however many are left out. A span takes
 as many positions as a frame has rows or columns, whichever are more, however few of its tokens are left and however
-long the video lasts; the answer stands behind all of them. So where all tokens are left the positions are the model's
-own, as transformers has them. Tensors only, and no wait for the device.
+long the video lasts. So where all tokens are left the positions are the model's own, as transformers' `generate` has
+them: an answer goes on behind the last text, even where frames stand later than that. Tensors only, and no wait for
+the device.
 """
 
 from __future__ import annotations
@@ -29,21 +30,18 @@ class OnAxes(NamedTuple):
 
     Attributes:
         positions: int64 [3, L].
-        end: where text stands that follows the prompt.
-        next: int64 [], where its answer begins.
+        end: where more text, or the answer, begins.
     """
 
     positions: Tensor
     end: int
-    next: Tensor
 
 
 class Told(NamedTuple):
-    """What a decoder is told of a prompt; `end` and `next` as in `OnAxes`."""
+    """What a decoder is told of a prompt; `end` as in `OnAxes`."""
 
     how: dict[str, Tensor]
     end: int
-    next: Tensor
 
     def forward(self) -> dict[str, Tensor]:
         """The positions as the language model's own forward pass takes them."""
@@ -63,9 +61,9 @@ def told_of(
 ) -> Told:
     """`positions` [3, L], and where the tokens [N, (1 + K) * D] bring some `states` [K, L, D], by the names that
     `runtime.decoder.eager` has for them; `width` is D, the others as in `on_axes`."""
-    positions, end, behind = on_axes(prompt, spans, place, cells, steps, original=original)
+    positions, end = on_axes(prompt, spans, place, cells, steps, original=original)
     states = states_of(tokens, prompt.visual_span(len(place), spans), positions.shape[1], width)
-    return Told({"positions": positions} | ({} if states is None else {"states": states}), end, behind)
+    return Told({"positions": positions} | ({} if states is None else {"states": states}), end)
 
 
 def on_axes(
@@ -104,12 +102,12 @@ def on_axes(
         found += [_text(begin - length, length, place.device), seen]
     after = len(prompt.suffix_ids)
     positions = torch.cat([*found, _text(end, after, place.device)], dim=1)
-    return OnAxes(positions, end + after, positions.max() + 1)
+    return OnAxes(positions, end + after)
 
 
-def following(begin: int | Tensor, length: int, device: torch.device) -> Tensor:
-    """Positions int64 [3, length] of text or an answer behind a prompt (`OnAxes.end`, `OnAxes.next`)."""
-    return (torch.arange(length, device=device) + begin).expand(AXES, -1)
+def following(begin: int, length: int, device: torch.device) -> Tensor:
+    """Positions int64 [3, length] of text or an answer behind a prompt (`OnAxes.end`)."""
+    return _text(begin, length, device)
 
 
 def states_of(tokens: Tensor, visual: Sequence[int], length: int, width: int) -> Tensor | None:

@@ -9,10 +9,12 @@ mean nothing to the model. Tensors only, and no wait for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from earlytom.families import Closings
 from earlytom.transfers import to_device
 from runtime.text.prompt import Prompt, Spans
 
@@ -56,6 +58,16 @@ class Placing:
         shown = self.span(frames * per_frame) // per_frame
         return self._wanted(places_by_frame(prompt, place, bias, frames, per_frame, spans, shown))
 
+    def after(self, prompt: Prompt, frames: int, closings: Closings) -> int | None:
+        """Where text behind a video of `frames` frames stands that was read up to its end, so that a question goes on
+        as in one prompt; None: behind the last token."""
+        if not self.original:
+            return None
+        span, per_frame = self.span(closings.span(frames)), closings.span(1)
+        if prompt.names is None:
+            return len(prompt.prefix_ids) + span + closings.behind
+        return begins_of(prompt, span // per_frame, per_frame)[-1] + per_frame
+
     def _wanted(self, found: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         wanted = {"positions": self.original, "bias": self.bias}
         return {name: value for (name, wants), value in zip(wanted.items(), found, strict=True) if wants}
@@ -93,6 +105,13 @@ def places(
     return positions, torch.nn.functional.pad(bias, (prefix_length, closing + suffix_length))
 
 
+def begins_of(prompt: Prompt, frames: int, per_frame: int) -> list[int]:
+    """Where the tokens of each frame of a video begin in a prompt with a span a frame, if none is left out."""
+    assert prompt.names is not None
+    names = [0, *(len(prompt.names.before(number)) for number in range(1, frames))]
+    return [len(prompt.prefix_ids) + text + number * per_frame for number, text in enumerate(accumulate(names))]
+
+
 def places_by_frame(
     prompt: Prompt, place: Tensor, bias: Tensor, frames: int, per_frame: int, spans: Spans, shown: int
 ) -> tuple[Tensor, Tensor]:
@@ -103,12 +122,8 @@ def places_by_frame(
         spans: of the visual tokens, see `Prompt`.
         shown: frames into whose positions the video is fitted, F or fewer.
     """
-    assert prompt.names is not None
-    lead = len(prompt.prefix_ids)
-    names = [0, *(len(prompt.names.before(number)) for number in range(1, frames))]
-    begins = [
-        lead + sum(names[: number + 1]) + number * per_frame for number in range(frames)
-    ]  # of each frame's tokens
+    lead, begins = len(prompt.prefix_ids), begins_of(prompt, frames, per_frame)
+    names = [0, *(begin - before - per_frame for before, begin in pairwise(begins))]
     end, fits = (begins[last - 1] + per_frame - lead for last in (frames, shown))  # behind the first text
     shifts = torch.tensor([begin - number * per_frame for number, begin in enumerate(begins)], dtype=torch.int64)
     frame = torch.div(place, per_frame, rounding_mode="trunc")

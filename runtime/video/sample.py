@@ -38,8 +38,10 @@ def sample_indices(count: int, frames: int, sampling: FrameSampling = "ends") ->
     it; fractions are rounded down, by numpy itself, so that every index is the one that takes. "nearest": the same, but
     rounded to the nearest, half to even, as the processors of transformers have it that round. "middles": the frame in
     the middle of each of F equal parts, from numbers in fp32, as the processors of transformers have them that shift
-    the first.
+    the first. "begins": the first frame of each of F equal parts, likewise.
     """
+    if sampling == "begins":
+        return (count / frames * np.arange(frames)).astype(np.float32).astype(np.int64)
     if sampling == "middles":
         step = count / frames
         return np.minimum((step / 2 + step * np.arange(frames)).astype(np.float32).astype(np.int64), count - 1)

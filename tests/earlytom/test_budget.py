@@ -107,6 +107,22 @@ def test_counts_equal_the_reference_and_stay_in_range(
     assert counts[1] <= counts[0]
 
 
+@PROPERTY
+@given(st.integers(1, 128), st.integers(1, 300), st.integers(1, 100))
+def test_without_merging_a_frame_keeps_what_its_ratio_says(frames: int, per_frame: int, percent: int) -> None:
+    wanted = -(-per_frame * percent // 100)  # in whole numbers
+    count = token_count(frames, per_frame, percent / 100, merges=0)
+    assert count == token_count(frames, per_frame, percent / 100, "adaptive", frames_out=frames, static_frames=0)
+    assert count == frames * dynamic_tokens(per_frame, percent / 100)
+    assert count - frames * wanted in (0, frames)  # 100 * 0.07 is more than 7, too, whatever the frames
+
+
+def test_a_ratio_is_not_rounded_up_by_the_number_of_frames() -> None:
+    assert token_count(12, 25, 0.2, merges=0) == 12 * 5
+    assert math.ceil(25 * (0.2 * 12 / 12)) == 6  # what doubles make of it
+    assert [token_count(frames, 25, 0.2, merges=0) / frames for frames in range(1, 65)] == [5] * 64
+
+
 def test_token_count_of_the_published_settings() -> None:
     assert token_count(32, 196, 1.0, merges=0) == 32 * 196
     assert token_count(32, 196, 0.1) == 14 * math.ceil(196 * 0.1 * 32 / 14)

@@ -16,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaOnevisionConfig, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_window_index
 
 from earlytom import EarlyTomConfig, encode_video, flops
 from earlytom.budget import frames_per_stage, kept_tokens
@@ -178,6 +181,30 @@ def test_prefill_with_inner_merging_off_or_of_everything() -> None:
     layers = config.num_hidden_layers
     halved = full - (layers - 18) * (flops.decoder_layer(config, 500) - flops.decoder_layer(config, 300))
     assert flops.prefill(config, 500, visual=400, inner_layer=18) == halved
+
+
+def test_windows_and_gated_mlps_equal_the_counter() -> None:
+    """Of transformers' tower with windows, whose lengths it says itself: 5 x 7 cells of 2 x 2 patches."""
+    names = {"fullatt_block_indexes": [1], "window_size": 4 * 2 * 3, "out_hidden_size": 48, "hidden_act": "silu"}
+    sizes = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4}
+    config = Qwen2_5_VLVisionConfig(**sizes, **names)
+    torch.manual_seed(0)
+    model = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+    frames, grid = 2, torch.tensor([[2, 10, 14]])
+    measured = counted(lambda: model(torch.randn(frames * 140, 3 * 2 * 4 * 4), grid))
+    lengths = get_vision_window_index(grid, 2, 24, 4)[1].diff().tolist()
+    windowed = sum(length**2 for length in lengths) // frames
+    assert windowed < 140**2
+    pairs = (windowed, 140**2, windowed)
+    tower = flops.vision_encoder(config, 140, (frames,), (), 3, pairs=pairs, gated=True)
+    second = 2 * frames * 140 * 3 * 4**2 * 32  # of the two pictures of a frame
+    projector = 2 * frames * 35 * 128 * (128 + 48)
+    assert sum(measured.values()) == tower + second + projector
+    assert flops.vision_encoder(config, 140, (frames,), (), 3, gated=True) > tower  # negative controls
+    assert flops.vision_encoder(config, 140, (frames,), (), 3, pairs=pairs) < tower
+    less = flops.vision_encoder(config, 140, (frames, 1), (0,), 3, pairs=pairs, gated=True)
+    each = [flops.encoder_layer(140, 32, 40, pairs=one, gated=True) for one in pairs]
+    assert tower - less == each[1] + each[2]
 
 
 def test_a_wrong_count_would_be_noticed() -> None:

@@ -21,6 +21,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Siglip2VisionConfig,
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from earlytom.families.llava_video import LLAVA_VIDEO
+from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
 
@@ -40,7 +42,7 @@ PATCH = 4
 VIDEO_TOKEN, IMAGE_TOKEN, VOCABULARY = 127, 126, 128
 GAINS = (
     "norm.weight", "norm1.weight", "norm2.weight", "norm_before.weight", "norm_after.weight", "lambda1", "lambda_1",
-    "lambda_2",
+    "lambda_2", "ln_q.weight",
 )  # fmt: skip
 
 
@@ -131,6 +133,7 @@ BUNDLED_IDS = {
     "llava_onevision": {"image_token_id": 1293, "video_token_id": 1294},
     "internvl": {"image_token_id": 1295},
     "llava_qwen": {"image_token_id": 1293, "video_token_id": 1293},
+    "qwen2_5_vl": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
     "qwen3_vl": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
     "qwen3_5": {"vision_start_token_id": 1293, "vision_end_token_id": 1294, "video_token_id": 1296},
     "smolvlm": {"image_token_id": 1296},
@@ -224,12 +227,18 @@ def tiny_llava_next_video(
 
 
 def tiny_llava_video(
-    *, layers: int = 4, grid: int = 5, seed: int = 0, bundled: bool = False, pooling: str = "bilinear"
+    *,
+    layers: int = 4,
+    grid: int = 5,
+    seed: int = 0,
+    bundled: bool = False,
+    pooling: str = "bilinear",
+    newlines: str = "grid",
 ) -> Any:
     """A random LLaVA-Video; otherwise as `tiny_llava`."""
     like = tiny_llava(layers=layers, grid=grid, bundled=bundled).config.to_dict()
     ids: Any = BUNDLED_IDS["llava_qwen"] if bundled else {"image_token_id": VIDEO_TOKEN, "video_token_id": VIDEO_TOKEN}
-    own = {"model_type": "llava_qwen", "mm_spatial_pool_mode": pooling}
+    own = {"model_type": "llava_qwen", "mm_spatial_pool_mode": pooling, "mm_newline_position": newlines}
     return randomise(LLAVA_VIDEO.new_model(LLAVA_VIDEO.config(like | own | ids)), seed)
 
 
@@ -290,6 +299,23 @@ def tiny_qwen3_5(
     return randomise(Qwen3_5ForConditionalGeneration(config), seed)
 
 
+def tiny_qwen2_5_vl(
+    *, layers: int = 4, grid: tuple[int, int] = (4, 6), seed: int = 0, bundled: bool = False, **vision: Any
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL, its frames not square, whose first layer attends in windows of two cells on a
+    side."""
+    like = tiny_qwen3_vl(layers=layers, grid=grid, bundled=bundled, deepstack_visual_indexes=[]).config.to_dict()
+    text = {name: value for name, value in like["text_config"].items() if name not in ("head_dim", "layer_types")}
+    text |= {"model_type": "qwen2_5_vl_text"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    tower = {"model_type": "qwen2_5_vl_vision", "window_size": 16, "fullatt_block_indexes": list(range(1, layers))}
+    tower |= {"depth": layers, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": PATCH}
+    tower |= {"out_hidden_size": 32, "tokens_per_second": 2, "image_size": [side * PATCH for side in grid]} | vision
+    more = {name: value for name, value in like.items() if name.endswith("token_id")}
+    config = QWEN2_5_VL.config({"vision_config": tower, "text_config": text, **more})
+    return randomise(Qwen2_5_VLForConditionalGeneration(config), seed)
+
+
 def tiny_smolvlm(
     *, layers: int = 4, grid: int = 8, side: int = 4, seed: int = 0, bundled: bool = False
 ) -> SmolVLMForConditionalGeneration:
@@ -318,6 +344,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "internvl": tiny_internvl,
     "llava_next_video": tiny_llava_next_video,
     "llava_qwen": tiny_llava_video,
+    "qwen2_5_vl": tiny_qwen2_5_vl,
     "qwen3_vl": tiny_qwen3_vl,
     "qwen3_5": tiny_qwen3_5,
     "smolvlm": tiny_smolvlm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from builder.evaluation.options import Merging
@@ -10,19 +11,22 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import RELEASED_LAYERS, EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
+from earlytom.spans import check_watched
 from runtime import choices
 
 if TYPE_CHECKING:
     from builder.evaluation.arguments import EvaluationSettings
 
 
-def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None = None) -> EarlyTomConfig:
+def settings_of(
+    asked: EvaluationSettings, depth: int | None, frames: int | None = None, full: Sequence[int] | None = None
+) -> EarlyTomConfig:
     """EarlyTom's settings for videos of some frames: the defaults for a tower of this depth, changed by what was given.
 
     Where the depth is not known, None, what hangs on it is not checked; frames are by default those of the task's
-    clips.
+    clips; `full` as in `EarlyTomConfig.layers_for`.
     """
-    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth)
+    layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth, full)
     given = choices.given_settings(asked, "tau", "merge_layers", "frame_budget")
     budget = given.get("frame_budget")
     if depth is None and isinstance(budget, tuple):
@@ -30,6 +34,7 @@ def settings_of(asked: EvaluationSettings, depth: int | None, frames: int | None
     config = EarlyTomConfig(**{"merge_layers": layers, "schedule": "budget", **given})
     if depth is not None:
         config.check_layers(depth)
+        check_watched(config.merge_layers[-1] if config.merge_layers else depth - 1, full)
     if depth is not None or not asked.coverage:  # what a model is meant for is known with its depth
         frames_per_stage(frames or FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
     return config

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, FrameTimes, Geometry, ShortPrompt, VisionModules
+from earlytom.families.family import SIZES, Family, ShortPrompt
+from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.qwen3_vl.grid import SIDE, SIZE, STEP, grid_of, streams_of
 from earlytom.families.tokens import END, START, STOP
+from earlytom.families.vision import VisionModules
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 99999.9  # seconds into a video
 _SECTION = (24, 20, 20)  # frequencies by time, row and column, where a configuration does not say
-_OPEN, _VISUAL, _CLOSE = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
+OPEN, VISUAL, CLOSE = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
 _PARTS = {
     "visual.merger.": "projector.merger.",
     "visual.deepstack_merger_list.": "projector.deepstack.",
@@ -41,7 +43,7 @@ _PARTS = {
     "visual.pos_embed.": "vision_tower.embeddings.pos_embed.",
     "visual.": "vision_tower.",
 }
-_TOWER_SETTINGS = (
+TOWER_SETTINGS = (
     "depth",
     "hidden_size",
     "hidden_act",
@@ -52,7 +54,6 @@ _TOWER_SETTINGS = (
     "spatial_merge_size",
     "temporal_patch_size",
     "out_hidden_size",
-    "num_position_embeddings",
     "rope_parameters",
 )
 # What the drawing of random weights knows tensors of these kinds by.
@@ -72,22 +73,23 @@ class Qwen3Vl(Family):
     title, tower_title = "Qwen3-VL", "Qwen3-VL's ViT"
     model_class, config_class = "Qwen3VLForConditionalGeneration", "Qwen3VLConfig"
     section: ClassVar[tuple[int, int, int]] = _SECTION
+    tower_settings: ClassVar[tuple[str, ...]] = (*TOWER_SETTINGS, "num_position_embeddings")
     towers = ("qwen3_vl_vision",)
     frames = 32
     vision_names = ("visual.",)
     decoder_names = ("language_model.", "lm_head.")
     closing_name = None
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
-    video_token, visual_token = _VISUAL, _VISUAL
+    video_token, visual_token = VISUAL, VISUAL
     span_a_frame = True
     names_times = True
-    after_frame = _CLOSE
-    beside_pixels = ("video_grid_thw", "mm_token_type_ids")
+    after_frame = CLOSE
+    beside_pixels: ClassVar[tuple[str, ...]] = ("video_grid_thw", "mm_token_type_ids")
     step = STEP
     on_axes = True
     any_size = True
-    sampling = "nearest"
-    vision_sizes = SIZES | {
+    sampling: ClassVar[FrameSampling] = "nearest"
+    vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
         "depth": SIZES["num_hidden_layers"],
         "num_heads": SIZES["num_attention_heads"],
         "out_hidden_size": SIZES["hidden_size"],
@@ -202,7 +204,7 @@ class Qwen3Vl(Family):
 
     def vision_settings(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config
-        tower = {name: getattr(vision, name) for name in _TOWER_SETTINGS}
+        tower = {name: getattr(vision, name) for name in self.tower_settings}
         return {
             "family": self.model_type,
             "tower": tower | {"image_size": list(getattr(vision, "image_size", SIZE))},
@@ -225,7 +227,15 @@ class Qwen3Vl(Family):
 
     def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
         frame = self.geometry(config)
-        tower = flops.vision_encoder(config.vision_config, frame.patches, frames_per_stage, merge_layers, frame.depth)
+        tower = flops.vision_encoder(
+            config.vision_config,
+            frame.patches,
+            frames_per_stage,
+            merge_layers,
+            frame.depth,
+            pairs=frame.pairs,
+            gated=frame.gated,
+        )
         more = 2 * frames_per_stage[0] * (STEP - 1) * frame.patches * 3 * frame.patch**2 * frame.width  # pictures
         return tower + more + self.projector_flops(config, frames_per_stage[-1])
 
@@ -259,7 +269,7 @@ class Qwen3Vl(Family):
     def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
         # The middle between the first picture of a frame and the last.
         seconds = _LONGEST if times is None else sum(times.seconds[number * STEP : number * STEP + STEP]) / STEP
-        return f"<{seconds:.1f} seconds>{_OPEN}"
+        return f"<{seconds:.1f} seconds>{OPEN}"
 
     def videos(self, config: Any, pixels: Any, placeholders: Sequence[int]) -> list[list[Tensor]]:
         each = [self.placeholders(self.sized(config, tuple(video.shape[2:])), len(video)) for video in pixels]
@@ -307,7 +317,7 @@ class Qwen3Vl(Family):
         visual = config.video_token_id
         names = (END, START, STOP)
         first = {name: config.text_config.bos_token_id + at for at, name in enumerate(names)}
-        return first | {_OPEN: config.vision_start_token_id, _CLOSE: config.vision_end_token_id, _VISUAL: visual}
+        return first | {OPEN: config.vision_start_token_id, CLOSE: config.vision_end_token_id, VISUAL: visual}
 
     def weight_role(self, name: str) -> str:
         return next((role for end, role in _ROLES.items() if name.endswith(end)), name)

@@ -1,9 +1,10 @@
 """What Qwen3-VL's language model is told of a prompt beside its embeddings: positions on three axes, and states of
 earlier layers of the tower.
 
-A text token has one position on all axes; a visual token stands at the time of its frame's span, and at the row and the
-column of its cell. A span takes as many positions as its frame has rows or columns, whichever are more, however few of
-its tokens are left. So positions are those of transformers where all are, and rows and columns are never lost.
+A text token has one position on all axes; a visual token stands at the time of its frame in its span, and at the row
+and the column of its cell. A span takes as many positions as its frame has rows or columns, whichever are more, however
+few of its tokens are left and however long its video lasts. So positions are those of transformers where all are, and
+rows and columns are never lost.
 
 Notation: B prompts, L tokens, N visual tokens, E width of the language model, K states of earlier layers.
 """
@@ -22,12 +23,13 @@ from transformers import GenerationMixin
 from earlytom.families.family import ShortPrompt
 
 
-def axes_of(visual: Sequence[bool], cells: Tensor, grid: Tensor) -> Tensor:
+def axes_of(visual: Sequence[bool], cells: Tensor, grid: Tensor, time: Tensor) -> Tensor:
     """int64 [3, L], times, rows and columns of a prompt's tokens.
 
     Args:
-        visual: of L tokens, which are visual; those of one frame follow one another, and text is between frames.
+        visual: of L tokens, which are visual; those of one span follow one another, and text is between spans.
         cells: [N] int64, cell of its frame that each visual token is; grid: [N, 2], rows and columns of that frame.
+        time: [N] int64, positions behind the first of its span.
     """
     found, begin, done = [], 0, 0
     for is_visual, group in groupby(visual):
@@ -39,7 +41,7 @@ def axes_of(visual: Sequence[bool], cells: Tensor, grid: Tensor) -> Tensor:
         span = slice(done, done + count)
         columns = grid[span, 1]
         row, column = torch.div(cells[span], columns, rounding_mode="trunc"), cells[span] % columns
-        found.append(torch.stack([torch.zeros_like(row), row, column]) + begin)
+        found.append(torch.stack([time[span], row, column]) + begin)
         begin, done = begin + int(grid[done].max()), done + count
     return torch.cat(found, dim=1)
 
@@ -51,7 +53,9 @@ def positions_of(prompt: ShortPrompt) -> Tensor:
     for at, (mask, visual) in enumerate(zip(prompt.mask.bool(), prompt.visual, strict=True)):
         count = int(visual.sum())
         span = slice(done, done := done + count)
-        positions[:, at, mask] = axes_of(visual[mask].tolist(), prompt.cells[span], prompt.grid[span])
+        positions[:, at, mask] = axes_of(
+            visual[mask].tolist(), prompt.cells[span], prompt.grid[span], prompt.time[span]
+        )
     return positions
 
 

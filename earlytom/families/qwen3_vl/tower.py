@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from earlytom.families.family import Features, Vision
 from earlytom.families.qwen3_vl.grid import SIDE, STEP, grid_of, streams_of
 from earlytom.families.qwen3_vl.pixels import frame_patches
+from earlytom.families.vision import Features, Vision
 from earlytom.towers import LayerParts, Tower, add
 
 
@@ -38,11 +38,11 @@ class Places(NamedTuple):
 
 
 class PatchEmbeddings(nn.Module):
-    """What patches are embedded by, and learned positions."""
+    """What patches are embedded by, and learned positions, where a tower has them."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
-        self.patch_embed, self.pos_embed = visual.patch_embed, visual.pos_embed
+        self.patch_embed, self.pos_embed = visual.patch_embed, getattr(visual, "pos_embed", None)
 
 
 class Trunk(nn.Module):
@@ -76,19 +76,25 @@ class Qwen3VlTower(Tower):
 
     step = STEP
     key_bias_cancels = False  # the rotary embedding turns it
+    places_patches = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = trunk = cast(Any, model)
         self.layers = trunk.blocks
         self.streams = streams_of(trunk.config)
         self.grid = grid_of(trunk.config)
-        self.places(next(model.parameters()).device)  # now, and not while somebody traces
+        self.angles(next(model.parameters()).device)  # now, and not while somebody traces
 
     def places(self, device: torch.device) -> Places:
         """Those of `grid`."""
         config = self.model.config
         side, head = int(config.num_position_embeddings**0.5), config.hidden_size // config.num_heads
         return _places(side, head, tuple(config.rope_parameters.items()), self.grid, str(device))
+
+    def angles(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines fp32 [S, d] of the patches in their order, d channels a head."""
+        places = self.places(device)
+        return places.cos, places.sin
 
     def parts(self, layer: Any) -> LayerParts:
         return LayerParts(layer.norm1, layer.attn, layer.norm2, layer.mlp)
@@ -105,9 +111,8 @@ class Qwen3VlTower(Tower):
         return embedded + learned.to(embedded.dtype)
 
     def heads(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        places = self.places(entering.device)
         query, key, value = module.qkv(entering).unflatten(-1, (3, -1, module.head_dim)).unbind(-3)  # [F, S, H, d]
-        query, key = apply_rotary_pos_emb_vision(query, key, places.cos, places.sin)
+        query, key = apply_rotary_pos_emb_vision(query, key, *self.angles(entering.device))
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def compared(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from builder.settings.config import BuildConfig
 from earlytom.budget import token_count
 from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
+from earlytom.families.qwen3_vl import Qwen3Vl
 from earlytom.micro.data import KINDS
 from runtime import cli
 from runtime.checkpoint import describe
@@ -209,6 +210,14 @@ def test_bad_input_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
     assert said in stderr
+
+
+def test_positions_on_axes_are_refused_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a family with one span a video, too."""
+    monkeypatch.setattr(Qwen3Vl, "span_a_frame", False)
+    status, _, stderr = command("--model", "random:qwen3-vl-2b")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "of visual tokens a video, and Qwen3-VL places its tokens by time, row and column; use the" in stderr
 
 
 def test_a_plot_without_matplotlib(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

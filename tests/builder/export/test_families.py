@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from builder.export.vision import VisionGraph, export_onnx
-from builder.precision.casts import TypedLayerNorm, set_vision_precision
+from builder.precision.casts import NORMS, set_vision_precision
 from builder.precision.islands import Islands
 from earlytom import EarlyTomConfig, encode_video
 from earlytom.families import FAMILIES, family_of, geometry
@@ -54,6 +55,7 @@ def frames_of(model: Any) -> Tensor:
         ("internvl", {"grid": (4, 6), "use_qk_norm": True, "use_mean_pooling": False}),
         ("qwen3_vl", {"grid": (4, 6)}),
         ("qwen3_5", {"grid": (4, 6)}),
+        ("qwen2_5_vl", {"grid": (6, 10)}),
     ],
 )
 def test_the_exported_graph_is_the_reference(name: str, how: Mapping[str, Any], tmp_path: Path) -> None:
@@ -74,25 +76,48 @@ def test_the_exported_graph_is_the_reference(name: str, how: Mapping[str, Any], 
     assert found[layout.TOKENS].shape[1] == frame.token_width
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_islands_stay_fp32_and_the_rest_is_half(name: str) -> None:
-    model = MODELS[name](layers=3)
+RMS = {"norm_type": "rms_norm", "use_qk_norm": True}
+
+
+@pytest.mark.parametrize(("name", "how"), [*((name, {}) for name in FAMILIES), ("internvl", RMS)])
+def test_islands_stay_fp32_and_the_rest_is_half(name: str, how: Mapping[str, Any]) -> None:
+    model = MODELS[name](layers=3, **how)
     islands = Islands(frozenset({"norms", "gelu", "embeddings", "pixels", "softmax", "similarity"}), frozenset({1}))
     graph = graph_of(model, torch.float16, islands)
     parts = [graph.tower.parts(layer) for layer in graph.tower.layers]
     for at, part in enumerate(parts):
         wide = torch.float32 if at == 1 else torch.float16
-        assert {p.dtype for p in part.attention.parameters()} == {wide}
+        norms = {
+            parameter for child in part.attention.modules() if isinstance(child, NORMS) for parameter in [child.weight]
+        }
+        assert {p.dtype for p in part.attention.parameters() if p not in norms} == {wide}
+        assert all(weight.dtype == torch.float32 for weight in norms)
         assert {p.dtype for p in part.mlp.parameters()} == {torch.float16}
-        assert isinstance(part.attention_norm, TypedLayerNorm)
+        assert isinstance(part.attention_norm, NORMS)
         assert part.attention_norm.result == wide
         assert part.attention_norm.weight.dtype == torch.float32
         assert not graph.tower.key_bias_cancels or not part.attention.k_proj.bias.any()
     assert {p.dtype for p in graph.tower.embeddings.parameters()} == {torch.float32}
     tokens = graph(frames_of(model))[layout.TOKENS]
-    reference = graph_of(MODELS[name](layers=3))(frames_of(model))[layout.TOKENS]
+    reference = graph_of(MODELS[name](layers=3, **how))(frames_of(model))[layout.TOKENS]
     assert tokens.dtype == torch.float16
     assert torch.nn.functional.cosine_similarity(tokens.float(), reference, dim=-1).median() > 0.99
+
+
+def test_rms_norms_of_a_half_graph_are_fp32(tmp_path: Path) -> None:
+    model = MODELS["internvl"](layers=3, **RMS)
+    kinds: dict[str, set[int]] = {}
+    for names in ({"norms"}, set()):
+        graph = graph_of(model, torch.float16, Islands(frozenset(names | {"pixels", "softmax", "similarity"})))
+        exported = onnx.load(str(export_onnx(graph, F, geometry(model.config).size, tmp_path / "vision.onnx").path))
+        found = {value.name: value.type.tensor_type.elem_type for value in exported.graph.value_info}
+        found |= {tensor.name: tensor.data_type for tensor in exported.graph.initializer}
+        operators = [node for node in exported.graph.node if node.op_type == "RMSNormalization"]
+        assert len(operators) == 3 * 4  # two of each layer, and of its queries and keys
+        kinds["norms" if names else "none"] = {
+            found[name] for node in operators for name in [*node.input, *node.output]
+        }
+    assert kinds == {"norms": {onnx.TensorProto.FLOAT}, "none": {onnx.TensorProto.FLOAT16}}
 
 
 def test_a_key_bias_that_a_norm_follows_is_kept() -> None:

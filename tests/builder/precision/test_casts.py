@@ -7,17 +7,20 @@ survive and ours does.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.internvl.modeling_internvl import InternVLVisionRMSNorm
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from builder import build
 from builder.export import vision
 from builder.export.vision import VisionGraph, export_onnx, vision_graph
 from builder.gate import accuracy
 from builder.gate.drift import Tap, measure
-from builder.precision.casts import TypedLayerNorm, set_precision, set_vision_precision
+from builder.precision.casts import TypedLayerNorm, TypedRMSNorm, set_precision, set_vision_precision
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
 from earlytom.errors import UserError
@@ -60,6 +63,33 @@ def test_statistics_are_taken_in_fp32() -> None:
     torch.testing.assert_close(got.float(), wanted, rtol=0, atol=2e-3)
     squares = hidden.half() ** 2
     assert squares.isinf().any()  # what would have gone wrong
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("kind", [Qwen2_5_VLRMSNorm, InternVLVisionRMSNorm])
+def test_rms_norms_stay_fp32_too(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """Values whose squares overflow half, and gains between its steps."""
+    generator = torch.Generator().manual_seed(0)
+    norm: Any = kind(64, eps=1e-3)
+    with torch.no_grad():
+        norm.weight.copy_(1 + torch.randn(64, generator=generator) * 2.0**-12)
+    hidden = (2000 * torch.randn(4, 64, generator=generator)).to(dtype)
+    wanted = norm(hidden.float())  # what transformers has in single precision
+    torch.testing.assert_close(set_precision(norm, dtype)(hidden).float(), wanted, rtol=torch.finfo(dtype).eps, atol=0)
+    assert isinstance(norm, TypedRMSNorm)
+    assert norm.weight.dtype == torch.float32
+    assert (norm(hidden * 1e-6).float().abs() < 1).all()  # the epsilon is its own
+    norm.result = torch.float32
+    assert norm(hidden).dtype == torch.float32
+
+
+def test_an_rms_norm_without_fp32_has_half_gains_and_the_same_statistics() -> None:
+    norm = set_precision(Qwen2_5_VLRMSNorm(64), torch.float16, norms=False)
+    assert isinstance(norm, TypedRMSNorm)
+    assert norm.weight.dtype == torch.float16
+    hidden = 2000 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    assert (hidden.half() ** 2).isinf().any()  # what would go wrong
+    torch.testing.assert_close(norm(hidden.half()), Qwen2_5_VLRMSNorm(64)(hidden).half(), rtol=0, atol=5e-3)
 
 
 def test_layer_norm_keeps_its_own_weights_and_epsilon() -> None:

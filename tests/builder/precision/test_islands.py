@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -22,13 +23,17 @@ from builder.precision.islands import DEFAULT, ISLANDS, LAYERED, Costs, Islands
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
 from earlytom.errors import UserError
+from earlytom.families import geometry
+from earlytom.families.qwen3_vl import Qwen3Vl
 from runtime import trt as seam
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
 from tests.builder.conftest import FRAMES, SMALL, Exported
+from tests.runtime.checkpoint.family_folders import family_folder
 
 Make = Callable[..., Exported]
+CHANGED: dict[str, Any] = {}  # of a geometry
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 BYTES = {FLOAT: 4, HALF: 2}
 DEPTH = SMALL[0]
@@ -272,6 +277,25 @@ def test_costs_add_up(exported: Make) -> None:
     # The total of a graph is that of `earlytom.flops` and what only the compression does.
     rest = costs.of("similarity").products + costs.of("residual").products
     assert costs.products == config.flops["vision"] + rest + costs.standing
+
+
+def test_windows_and_gates_count_as_they_do_in_the_flops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, model = family_folder(tmp_path / "given", "qwen3_vl")
+    own, plain = Qwen3Vl.geometry, geometry(model.config)
+    windowed = replace(plain, pairs=(20, plain.patches**2, 30), gated=True, rms=True)
+    monkeypatch.setattr(Qwen3Vl, "geometry", lambda self, config: replace(own(self, config), **CHANGED))
+    words = ["--model", str(folder), "--frames", "8", "--merge-layers", "0,1", "--ratio", "0.5", "--backend", "onnx"]
+    counted = []
+    for frame in (plain, windowed):
+        CHANGED.update(pairs=frame.pairs, gated=frame.gated, rms=frame.rms)
+        config = parse([*words, "--fp16"])[1]
+        costs = Costs(config)
+        layers = costs.of("attention").products + costs.of("mlp").products
+        assert layers + costs.of("embeddings").products + costs.of("projector").products == config.flops["vision"]
+        counted.append((layers, costs.of("mlp").weight_bytes, costs.of("norms").weight_bytes))
+    (before, weights, norms), (after, more, fewer) = counted
+    assert before != after
+    assert (more - weights, norms - fewer) == (2 * 3 * (plain.width + 1) * plain.inner, 2 * 3 * 2 * plain.width)
 
 
 def summary(**shares: float) -> LayerSummary:

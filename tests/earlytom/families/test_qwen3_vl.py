@@ -120,7 +120,7 @@ def test_positions_of_a_whole_prompt_are_transformers_own() -> None:
 
 def test_a_token_that_is_left_keeps_its_row_and_column() -> None:
     visual = [False, True, True, False, True, False]
-    found = axes_of(visual, torch.tensor([1, 5, 2]), torch.tensor([[2, 3]] * 3))
+    found = axes_of(visual, torch.tensor([1, 5, 2]), torch.tensor([[2, 3]] * 3), torch.tensor([0, 0, 0]))
     assert found.tolist() == [[0, 1, 1, 4, 5, 8], [0, 1, 2, 4, 5, 8], [0, 2, 3, 4, 7, 8]]
 
 

@@ -162,7 +162,7 @@ def test_weights_in_another_format_are_told_to_be_converted(folder: Path, name: 
     refused(folder, f"{name}, expected safetensors; convert them")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5_moe", "idefics3", "llava", "internvl_chat", 5, None, ["x"]])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_5_moe", "idefics3", "llava", "internvl_chat", 5, None, ["x"]])
 def test_another_family_is_told_what_is_supported(folder: Path, family: Any) -> None:
     edit_json(folder / "config.json", model_type=family)
     refused(folder, "is not supported; supported is 'llava_onevision'")
@@ -323,7 +323,7 @@ def test_json_is_read_with_care(folder: Path) -> None:
 
 def test_long_values_are_cut_in_messages(folder: Path) -> None:
     edited(folder, None, model_type="x" * 100_000)
-    assert len(refused(folder, "not supported")) < 400
+    assert len(refused(folder, "not supported")) < 500
     edited(folder, None, model_type="llava_onevision")
     write_weights(folder, state(folder) | {"model." + "y" * 100_000: torch.zeros(2)})
     assert len(refused(folder, "unexpected")) < 600

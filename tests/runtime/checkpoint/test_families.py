@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,30 @@ def test_names_old_and_new_are_one_checkpoint(tmp_path: Path, name: str, rename:
     decoder, wanted = load_decoder(found), model.get_decoder().state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in decoder.get_decoder().state_dict().items())
     assert not any(hasattr(decoder.model, tower) for tower in ("vision_tower", "vision_model"))
+
+
+def test_a_released_checkpoint_is_the_same_one(tmp_path: Path) -> None:
+    """As first released: settings of the language model beside those of the tower, `model.layers`, and `visual`."""
+
+    def released(name: str) -> str:
+        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+    new, model = family_folder(tmp_path / "new", "qwen2_5_vl")
+    old, _ = family_folder(tmp_path / "old", "qwen2_5_vl", rename=released)
+    raw = json.loads((old / "config.json").read_text())
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    (old / "config.json").write_text(json.dumps(text | raw))
+    found = describe(old)
+    assert found.digest() == describe(new).digest()
+    assert found.config.text_config.rope_parameters["rope_theta"] == rope["rope_theta"]
+    assert found.config.text_config.hidden_size == 32
+    state: Any = load_model(old).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @every

@@ -3,6 +3,7 @@ tests/builder/evaluation/test_accuracy.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from earlytom.micro.random_model import random_model
 from runtime.checkpoint import load_decoder
 from runtime.checkpoint.narrow import DTYPE, NarrowLinear, narrow, narrowed, scale_of
 from runtime.decoder.eager import Decoder, InnerMerge
+from runtime.decoder.prefix import Prefix
 from runtime.parts import WantedParts
 from runtime.pipeline import Pipeline
+from tests.earlytom.tiny import tiny_qwen3_5, tiny_qwen3_vl
 from tests.runtime.checkpoint.tiny_checkpoint import same_name, tiny_config, write
 
 
@@ -65,6 +68,50 @@ def test_what_is_loaded_narrow_is_what_is_made_narrow(tmp_path: Path, tied: bool
     inside = [one for one in loaded.get_decoder().layers.modules() if isinstance(one, nn.Linear | NarrowLinear)]
     assert len(inside) == 7 * len(loaded.get_decoder().layers)
     assert all(isinstance(one, NarrowLinear) for one in inside)
+
+
+def widened(model: Any) -> Any:
+    """The same weights in fp32."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NarrowLinear):
+                linear = nn.Linear(*reversed(child.weight.shape), bias=child.bias is not None)
+                linear.weight.data = child.weight.float() * child.scale.float()[:, None]
+                linear.bias = child.bias
+                setattr(parent, name, linear)
+    return model.float()
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3_5, tiny_qwen3_vl])
+@pytest.mark.parametrize("cut", [20, 48])
+def test_a_watched_answer_differs_by_rounding_alone(make: Any, cut: int) -> None:
+    """A prompt is multiplied in another form than a short question behind a prefix (and both in bf16): all are near
+    what the same weights say in fp32, where a prompt in two pieces is the whole one."""
+    embeds, positions = random(1, 60, 32), torch.arange(60).expand(3, -1)
+
+    def logits(decoder: Decoder, prefix: Prefix | None = None) -> Tensor:
+        at = 0 if prefix is None else cut
+        list(decoder.stream(embeds[:, at:], positions=positions[:, at:], prefix=prefix, max_new_tokens=1))
+        return decoder._logits.float()
+
+    def read(decoder: Decoder) -> Prefix:
+        return decoder.prefill(embeds[:, :cut], positions=positions[:, :cut])
+
+    model = make().bfloat16()
+    narrow(model)
+    decoder = Decoder.from_model(model)
+    asked, watched = logits(decoder).clone(), logits(decoder, read(decoder)).clone()
+    exact = Decoder.from_model(widened(model))
+    wanted = logits(exact).clone()
+    prefix = read(exact)
+    torch.testing.assert_close(logits(exact, prefix), wanted, rtol=0, atol=1e-3)
+    near = 0.2 * float(wanted.std())
+    assert float((asked - wanted).abs().max()) < near
+    assert float((watched - wanted).abs().max()) < near
+    lost = replace(prefix, keys=tuple(map(torch.zeros_like, prefix.keys)))  # negative controls
+    assert float((logits(exact, lost) - wanted).abs().max()) > 0.1
+    lost = replace(prefix, ends=tuple((conv, torch.zeros_like(state)) for conv, state in prefix.ends))
+    assert not prefix.ends or float((logits(exact, lost) - wanted).abs().max()) > 0.1
 
 
 def test_logits_stay_near(tmp_path: Path) -> None:

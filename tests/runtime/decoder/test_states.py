@@ -63,8 +63,8 @@ def test_a_prefix_with_states_goes_on(asked: tuple[Any, list[int], Tensor, Tenso
 
 @torch.no_grad()
 @pytest.mark.parametrize("cut", [0, 4, 9])
-def test_an_answer_stands_behind_the_largest_position_of_the_prompt(cut: int) -> None:
-    """A video may last longer than the text behind it: all computed again for each token, without a cache."""
+def test_an_answer_stands_behind_the_last_text_of_the_prompt(cut: int) -> None:
+    """As in `generate`, even where a video lasts longer: all computed again for each token, without a cache."""
     model = tiny_qwen3_vl()
     embeds = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(0))
     text = torch.arange(11)
@@ -83,8 +83,8 @@ def test_an_answer_stands_behind_the_largest_position_of_the_prompt(cut: int) ->
     prefix = decoder.prefill(embeds[:, :cut], positions=positions[:, :cut]) if cut else None
     stream = decoder.stream(embeds[:, cut:], positions=positions[:, cut:], prefix=prefix, max_new_tokens=3)
     assert len(list(stream)) == 3
-    torch.testing.assert_close(decoder._logits, wanted(55), rtol=0, atol=1e-4)
-    assert not torch.allclose(decoder._logits, wanted(11), rtol=0, atol=1e-4)  # negative control
+    torch.testing.assert_close(decoder._logits, wanted(11), rtol=0, atol=1e-4)
+    assert not torch.allclose(decoder._logits, wanted(55), rtol=0, atol=1e-4)  # negative control
 
 
 def test_a_bias_is_read_in_passes_with_the_states_of_each(

@@ -518,10 +518,10 @@ def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
     found = core.vision.encode(clip.frames)
-    whole = splice(question.words, found.tokens, core.closing, core.decoder.embed)
+    whole = splice(question.words, torch.cat([found.tokens, core.closing[None]]), core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
     kept = Provenance(found.positions.clone(), found.sources.clone(), found.place.clone())
-    return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept)
+    return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept, clip.times())
 
 
 def test_a_video_that_was_read_before_gets_the_same_answers(pipeline: Pipeline, clip: Clip, answer: Answer) -> None:

@@ -48,8 +48,8 @@ def test_a_whole_video_stands_where_transformers_has_it(original: bool) -> None:
     wanted, delta = model.model.get_rope_index(torch.where(visual, VIDEO_TOKEN, 1), kinds, None, grid)
     found = on_axes(words, ALL, EVERY, CELLS, STILL, original=original)
     assert torch.equal(found.positions, wanted[:, 0])
-    assert found.next == found.end == ids.shape[1] + int(delta)
-    assert following(found.next, 2, EVERY.device).tolist() == [[found.end, found.end + 1]] * 3
+    assert found.end == ids.shape[1] + int(delta)
+    assert following(found.end, 2, EVERY.device).tolist() == [[found.end, found.end + 1]] * 3
     assert not torch.equal(on_axes(words, ALL, EVERY, (3, 2), STILL, original=original).positions, wanted[:, 0])
 
 
@@ -65,10 +65,10 @@ def test_what_is_left_keeps_row_and_column_and_where_asked_its_time(data: st.Dat
     spots = torch.tensor(list(words.visual_span(FRAMES * EACH, ALL)))
     original = on_axes(words, spans, place, CELLS, STILL, original=True)
     assert torch.equal(original.positions[:, visual], whole.positions[:, spots[place]])
-    assert original.next == whole.next
+    assert original.end == whole.end
     close = on_axes(words, spans, place, CELLS, STILL, original=False)
     names = sum(len(ids) for ids, _ in words.pieces(len(place), spans))
-    assert close.next == names + len(left) * max(CELLS) + len(words.suffix_ids)
+    assert close.end == names + len(left) * max(CELLS) + len(words.suffix_ids)
     inside = close.positions[:, visual]
     assert torch.equal(inside[1:] - inside[0], original.positions[1:, visual] - original.positions[0, visual])
     text = [at for at in range(words.length(len(place), spans)) if at not in visual]
@@ -109,7 +109,7 @@ class OneSpan(NamedTuple):
 @st.composite
 def one_span(draw: st.DrawFn) -> OneSpan:
     before, after = draw(st.integers(1, 5)), draw(st.integers(0, 5))
-    words = Prompt((1,) * before, (2,) * after, VIDEO_TOKEN, closing=0)
+    words = Prompt((1,) * before, (2,) * after, VIDEO_TOKEN)
     cells = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     seconds = draw(st.sampled_from([1.0, 0.5, 1 / 3, 2 / 24]) | st.floats(0.01, 20, **FLOATS))
     return OneSpan(words, draw(st.integers(1, 6)), cells, seconds, draw(st.sampled_from([1, 2, 4, 25])))
@@ -121,10 +121,9 @@ def test_a_video_of_one_span_stands_where_transformers_has_it(video: OneSpan, or
     ids = words.input_ids(len(video.place))
     grid, kinds = torch.tensor([[video.frames, rows * 2, columns * 2]]), torch.where(ids == VIDEO_TOKEN, 2, 0)
     model = timed_model(video.per_second)
-    wanted, delta = model.get_rope_index(ids, kinds, None, grid, torch.tensor([video.seconds]))
+    wanted, _ = model.get_rope_index(ids, kinds, None, grid, torch.tensor([video.seconds]))
     found = on_axes(words, None, video.place, video.cells, video.steps, original=original)
     assert torch.equal(found.positions, wanted[:, 0])
-    assert int(found.next) == ids.shape[1] + int(delta)
 
 
 @given(one_span(), st.data())
@@ -143,14 +142,13 @@ def test_what_is_left_of_one_span_keeps_its_place(video: OneSpan, data: st.DataO
     wanted += [(end + at,) * 3 for at in range(len(words.suffix_ids))]
     assert found.positions.T.tolist() == [list(one) for one in wanted]
     assert found.end == end + len(words.suffix_ids)
-    assert int(found.next) == 1 + max(map(max, wanted))
 
 
-def test_an_answer_is_behind_a_video_that_lasts_longer_than_the_text() -> None:
-    words = Prompt((1, 1), (2,), VIDEO_TOKEN, closing=0)
+def test_an_answer_is_behind_the_text_though_the_video_lasts_longer() -> None:
+    words = Prompt((1, 1), (2,), VIDEO_TOKEN)
     found = on_axes(words, None, torch.arange(3), (1, 1), QWEN3_VL.time_steps(3, 4.0), original=False)
     assert found.positions.tolist() == [[0, 1, 2, 6, 10, 3], [0, 1, 2, 2, 2, 3], [0, 1, 2, 2, 2, 3]]
-    assert (found.end, int(found.next)) == (4, 11)
+    assert found.end == 4
     bias = weights_of(words, None, torch.tensor([1.0, 2.0, 3.0]))
     assert bias.tolist() == [0, 0, 1, 2, 3, 0]
 

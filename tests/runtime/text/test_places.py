@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from earlytom.families import Closings
 from runtime.text.places import Placing, fitted, places
+from runtime.text.prompt import Prompt
 from tests.runtime.gpu.recorded_graph import no_waiting
 
 
@@ -41,6 +43,18 @@ def test_kept_tokens_and_text_stand_as_in_the_whole_prompt(data: st.DataObject) 
     assert torch.equal(first, positions[: len(first)])
     assert torch.equal(weighed, bias[: len(first)])
     assert torch.equal(positions[len(first) :], first[-1] + 1 + torch.arange(after))  # as the decoder goes on
+
+
+@given(full=st.integers(1, 40), most=st.integers(1, 40), closing=st.integers(0, 1))
+def test_a_question_about_a_video_that_was_read_goes_on_where_it_would_have(full: int, most: int, closing: int) -> None:
+    placing, place = Placing(original=True, most=most), torch.arange(0, full, 3)
+    words = Prompt((1, 2), (3, 4, 5), 9)
+    whole, read = (
+        placing.of_prompt(2, place, torch.zeros(len(place)), full, after, closing)["positions"] for after in (3, 0)
+    )
+    begin = placing.after(words, 1, Closings("video" if closing else None, (1, full)))
+    assert begin is not None
+    assert torch.equal(torch.cat([read, begin + torch.arange(3)]), whole)
 
 
 @given(full=st.integers(1, 40), most=st.integers(1, 40), before=st.integers(0, 5), after=st.integers(0, 5))
