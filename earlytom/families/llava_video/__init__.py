@@ -10,10 +10,12 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from earlytom.families.closings import Closings
-from earlytom.families.family import Family, Features, FrameTimes, Vision
+from earlytom.families.family import Family
+from earlytom.families.frames import FrameTimes
 from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
 from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
+from earlytom.families.vision import Features, Vision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

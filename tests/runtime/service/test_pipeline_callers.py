@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import signal
-import subprocess
 import sys
 import threading
 import weakref
@@ -31,6 +29,7 @@ from runtime.service.requests import Answer, CheckedQuestion, Delta, Provenance,
 from runtime.text.prompt import splice
 from runtime.video import Clip
 from runtime.vision import Encoded, VisionBackend
+from tests import warm
 from tests.processes import HANG_SECONDS as LONG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -508,8 +507,7 @@ print(next(stream).token is not None)
 
 def test_the_interpreter_ends_though_nobody_closed_it(engine: Path, drawn_clip: Path) -> None:
     words = [sys.executable, "-c", EXIT, str(engine), str(drawn_clip)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=LONG, check=False, env=environment)
+    done = warm.run(words, LONG)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
