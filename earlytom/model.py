@@ -69,9 +69,8 @@ class AppliedEarlyTom(Restorable):
         return encode(self.family.vision_of(self.inner), pixels, self.method, depth=self.depth)
 
     def features(self, videos: Iterable[Tensor]) -> list[Tensor]:
-        """Visual tokens of each video [F * step, 3, H, W], with what closes them: [N, E], or [N + 1, E] with a
-        closing."""
-        return [self._closed(self.encode(pixels).tokens) for pixels in videos]
+        """Visual tokens of each video [F * step, 3, H, W], with R that close them: [N + R, E]."""
+        return [self._closed(self._shown(pixels)) for pixels in videos]
 
     def shorten(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor, **beside: Any
@@ -120,7 +119,7 @@ class AppliedEarlyTom(Restorable):
         embeds = self.model.get_input_embeddings()(ids)
         embeds[~target] = 0
         visual = target & (ids == self._video_token_id)
-        tokens = torch.cat([self._closed(one.encoded.tokens[:, : embeds.shape[-1]]) for one in every])
+        tokens = torch.cat([self._closed(one)[:, : embeds.shape[-1]] for one in every])
         embeds = embeds.masked_scatter(visual[..., None], tokens.to(embeds))
         cells = torch.cat([one.encoded.positions % one.frame.tokens_per_frame for one in every])
         grid = torch.cat([cells.new_tensor([one.frame.cells] * len(one.encoded.tokens)) for one in every])
@@ -134,9 +133,9 @@ class AppliedEarlyTom(Restorable):
         config = self.family.sized(self.model.config, (video.shape[2], video.shape[3]))
         return _Shown(config, self.family.geometry(config), len(video), self.encode(video))
 
-    def _closed(self, tokens: Tensor) -> Tensor:
-        closing = self.family.closing(self.inner)
-        return tokens if closing is None else torch.cat([tokens, closing[None].to(tokens)])
+    def _closed(self, video: _Shown) -> Tensor:
+        closings = self.family.closings(video.frame.cells)
+        return closings.closed(video.encoded.tokens, video.encoded.positions, self.family.closing(self.inner))
 
     def _stays(self, placeholder: Sequence[bool], videos: Sequence[_Shown]) -> list[int]:
         """Which places of a prompt with these videos stay, in their new order."""
@@ -160,7 +159,7 @@ class AppliedEarlyTom(Restorable):
         """Of each span of a video that is left: its number among all, and how many placeholders it keeps."""
         found = video.encoded
         if not self.family.span_a_frame:
-            return [(0, len(found.tokens) + self.family.closing_tokens)]
+            return [(0, len(self._closed(video)))]
         return frame_spans(found.positions, found.sources, video.frame.tokens_per_frame)
 
     @property

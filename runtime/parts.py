@@ -171,7 +171,7 @@ def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, po
     """What the decoder is told of an engine's tokens; None as its method has it."""
     settings = manifest.settings
     original = settings.original_positions if positions is None else positions == POSITIONS[0]
-    most = checkpoint.frames * manifest.tokens_per_frame
+    most = manifest.closings.span(checkpoint.frames)
     per_second = checkpoint.family.geometry(checkpoint.config).tokens_per_second
     return Placing(original, settings.bias if bias is None else bias, most, per_second)
 
@@ -213,7 +213,7 @@ def _decoder(
     from runtime.decoder.store import ProgramStore
 
     words = build_prompt(tokenizer, "?", family=family_named(manifest.model.family))
-    visual = manifest.tokens + words.closing
+    visual = manifest.tokens + manifest.closings.most(manifest.tokens, manifest.frames_per_stage[-1])
     video = words.room(visual, manifest.frames_per_stage[-1], manifest.layout.steps) - words.room(0, 1, 1)
     size = default_size(video, model.get_decoder().config.max_position_embeddings)
     store, placed = ProgramStore(folder / DECODER_FOLDER), placing.original or placing.bias

@@ -266,16 +266,10 @@ class EvaluationBench:
 def task_checkpoint(source: str | None) -> Checkpoint:
     """A model that the task's clips can be shown to."""
     checkpoint = describe(source)
-    if (family := checkpoint.family).span_a_frame:
+    if (apart := (family := checkpoint.family).in_pieces) is not None:
         raise UserError(
             f"--model {checkpoint.source}: the task's questions are packed for one span of visual tokens a video, and "
-            f"{family.title} has one a frame; use the bundled model, or see what methods keep with --coverage VIDEO"
-        )
-    if family.on_axes:
-        raise UserError(
-            f"--model {checkpoint.source}: the task's questions are packed in the order of their tokens, and "
-            f"{family.title} places them by time, row and column; use the bundled model, or see what methods keep with "
-            "--coverage VIDEO"
+            f"{family.title} {apart}; use the bundled model, or see what methods keep with --coverage VIDEO"
         )
     height, width = checkpoint.preprocessing.size
     if (height, width) != (SIDE, SIDE):

@@ -82,7 +82,9 @@ class Prefill:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._family, self._closing = family_of(model.config), family_of(model.config).closing(model.model)
+        self._family = family_of(model.config)
+        self._closing = self._family.closing(model.model)
+        self._closings = self._family.closings(self._family.geometry(model.config).cells)
         self._decoder, self._language_model = Decoder.from_model(model), model.get_decoder()
 
     @torch.no_grad()
@@ -92,8 +94,9 @@ class Prefill:
         """The first token of the answer to a question about visual tokens [N, E], which stand for more; `inner` is what
         the decoder does with them on its way."""
         prompt = build_prompt(self._tokenizer, question, family=self._family)
-        embeds = splice(prompt, tokens, self._closing, self._decoder.embed)
-        told = {} if standing is None else _told(prompt, len(tokens), standing)
+        visual = self._closings.closed(tokens, None, self._closing)
+        embeds = splice(prompt, visual, self._decoder.embed)
+        told = {} if standing is None else _told(prompt, len(tokens), standing, self._closings.behind)
         with ExitStack() as stack:
             if inner is not None:
                 place = torch.arange(embeds.shape[1])[None] - len(prompt.prefix_ids)
@@ -103,7 +106,7 @@ class Prefill:
             return next(stream)
 
 
-def _told(prompt: Prompt, count: int, standing: Standing) -> dict[str, Any]:
+def _told(prompt: Prompt, count: int, standing: Standing, closing: int) -> dict[str, Any]:
     """Positions and bias of a whole prompt with `count` visual tokens."""
     place, bias = standing.place, standing.bias
     return Placing(original=place is not None, bias=bias is not None).of_prompt(
@@ -112,5 +115,5 @@ def _told(prompt: Prompt, count: int, standing: Standing) -> dict[str, Any]:
         torch.zeros(count) if bias is None else bias,
         standing.full,
         len(prompt.suffix_ids),
-        prompt.closing,
+        closing,
     )

@@ -75,7 +75,9 @@ class NextTokens:
         per_frame = self.frame.tokens_per_frame
         spans = None if self.prompt.names is None else frame_spans(seen.positions, seen.sources, per_frame)
         with torch.no_grad():
-            embeds = splice(self.prompt, seen.tokens, self.closing, self.embed, spans)
+            closings = self.family.closings(self.frame.cells)
+            visual = closings.closed(seen.tokens, seen.positions, self.closing)
+            embeds = splice(self.prompt, visual, self.embed, spans)
         if not self.family.on_axes:
             return ToldPrompt(embeds)
         place = places(frame_times(seen.sources)[0], seen.positions, per_frame)

@@ -54,10 +54,9 @@ class Scorer:
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
         self._model = model
-        if (family := family_of(model.config)).span_a_frame or family.on_axes:
-            has = "has one a frame" if family.span_a_frame else "places its tokens by time, row and column"
+        if (apart := (family := family_of(model.config)).in_pieces) is not None:
             raise UserError(
-                f"questions are packed for families with one span a video, and {family.title} {has}: compare "
+                f"questions are packed for families with one span a video, and {family.title} {apart}: compare "
                 "methods with --coverage, or ask an engine (python -m runtime.ask)"
             )
         self._packer = Packer(tokenizer)

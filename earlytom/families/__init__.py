@@ -9,17 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import (
-    SIZES,
-    Family,
-    Features,
-    FrameSampling,
-    FrameTimes,
-    Geometry,
-    ShortPrompt,
-    Vision,
-    VisionModules,
-)
+from earlytom.families.closings import Closings
+from earlytom.families.family import SIZES, Family, ShortPrompt
+from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.internvl import INTERNVL
 from earlytom.families.llava_next_video import LLAVA_NEXT_VIDEO
 from earlytom.families.llava_onevision import LLAVA_ONEVISION
@@ -28,6 +20,7 @@ from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen3_5 import QWEN3_5
 from earlytom.families.qwen3_vl import QWEN3_VL
 from earlytom.families.smolvlm import SMOLVLM
+from earlytom.families.vision import Features, Vision, VisionModules
 
 __all__ = [
     "DEFAULT_FAMILY",
@@ -36,6 +29,7 @@ __all__ = [
     "NAMED",
     "SIZES",
     "TITLES",
+    "Closings",
     "Family",
     "Features",
     "FrameSampling",

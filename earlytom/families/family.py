@@ -12,20 +12,20 @@ token: that of the LLM, times 1 + K where K states of earlier layers go to the L
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from earlytom.families.closings import Closings
+from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
+from earlytom.families.vision import Vision, VisionModules
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from earlytom.towers import Tower
 
-
-FrameSampling = Literal["ends", "middles", "nearest", "begins"]
 
 SIZES = {
     "hidden_size": 1 << 15,
@@ -35,106 +35,6 @@ SIZES = {
 }
 """Settings that transformers gives most models, and the largest of each that is believed: several times what any
 published model has."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Frames of one size, from pixels to visual tokens.
-
-    Attributes:
-        size: (height, width) in pixels.
-        patch: side of a patch, in pixels.
-        grid: (rows, columns) of patches, which enter the tower.
-        cells: (rows, columns) of tokens, which reach the LLM.
-        step: pictures of the video that the tower takes for one frame.
-        depth: encoder layers that run.
-        width: D; llm_width: E.
-        heads, inner: attention heads of a layer, and the width inside its MLP.
-        prefix: tokens a frame inside the tower that are not patches.
-        streams: K.
-        full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
-            nothing (`earlytom.spans`).
-        pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
-        gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
-        rms: whether the norms of a layer are RMS norms, which shift nothing.
-        tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
-            span in a prompt (`Family.on_axes`); None where it takes none.
-    """
-
-    size: tuple[int, int]
-    patch: int
-    grid: tuple[int, int]
-    cells: tuple[int, int]
-    step: int
-    depth: int
-    width: int
-    llm_width: int
-    heads: int
-    inner: int
-    prefix: int = 0
-    streams: int = 0
-    full: tuple[int, ...] | None = None
-    pairs: tuple[int, ...] | None = None
-    gated: bool = False
-    rms: bool = False
-    tokens_per_second: float | None = None
-
-    @property
-    def token_width(self) -> int:
-        """E."""
-        return self.llm_width * (1 + self.streams)
-
-    @property
-    def patches(self) -> int:
-        """S."""
-        return math.prod(self.grid)
-
-    @property
-    def tokens_per_frame(self) -> int:
-        """P."""
-        return math.prod(self.cells)
-
-
-class FrameTimes(NamedTuple):
-    """When the frames of a video that are shown were.
-
-    Attributes:
-        seconds: of each, from its first frame.
-        duration: of the video, in seconds.
-    """
-
-    seconds: tuple[float, ...]
-    duration: float
-
-
-class VisionModules(NamedTuple):
-    """The vision part of a transformers model.
-
-    Attributes:
-        vision_tower: [F, 3, H, W] to hidden states, of width D.
-        projector: D to E.
-        closing: [E], what follows the visual tokens of a video; None where nothing does.
-    """
-
-    vision_tower: nn.Module
-    projector: nn.Module
-    closing: nn.Parameter | None
-
-
-class Features(NamedTuple):
-    """Frames as the LLM would see them before any token is left out.
-
-    Attributes:
-        features: [F', P, E], tokens, and behind each what else the LLM is given of it.
-        relevance: [F', P] fp32, received attention brought to the same cells; None if none was given.
-        projected: [F', S, E], what the projector gave, for those who look inside.
-        cells: (rows, columns) of the P tokens of a frame.
-    """
-
-    features: Tensor
-    relevance: Tensor | None
-    projected: Tensor
-    cells: tuple[int, int]
 
 
 class ShortPrompt(NamedTuple):
@@ -158,30 +58,6 @@ class ShortPrompt(NamedTuple):
     time: Tensor
 
 
-class Vision(ABC):
-    """The vision part of one model, as the encoder runs it.
-
-    Attributes:
-        tower: how pixels become hidden states, layer by layer.
-    """
-
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
-
-    @abstractmethod
-    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
-        """Patch hidden states [F', S, D] and received attention [F', S] through projector and pooling, in the family's
-        order."""
-
-    @abstractmethod
-    def pool(self, values: Tensor) -> Tensor:
-        """As `Family.pool`."""
-
-    def own(self, features: Tensor) -> Tensor:
-        """Tokens [..., E] without what stands behind them: what they are compared by."""
-        return features
-
-
 class Family(ABC):
     """One model family; `config` is always the Hugging Face configuration of one of its models.
 
@@ -203,6 +79,7 @@ class Family(ABC):
             frame (`before_frame`, `after_frame`, `between_frames`, in all `before_video`, `after_video`); else those
             of a video are one span.
         names_times: whether such texts say when a frame was.
+        says_times: whether the text behind a video in one span says when its frames were (`behind_video`).
         sampling: which frames of a video are shown: "ends", from the first to the last, "nearest", the nearest to
             those (`runtime.video.sample`), "middles", those in the middle of equal parts, or "begins", those that such
             parts begin with.
@@ -239,6 +116,7 @@ class Family(ABC):
     visual_token: ClassVar[str]
     span_a_frame: ClassVar[bool] = False
     names_times: ClassVar[bool] = False
+    says_times: bool = False
     after_frame: ClassVar[str] = ""
     between_frames: ClassVar[str] = ""
     sampling: ClassVar[FrameSampling] = "ends"
@@ -429,12 +307,24 @@ class Family(ABC):
 
     @abstractmethod
     def closing(self, model: Any) -> nn.Parameter | None:
-        """What follows the visual tokens of a video, [E]; None where nothing does. `model` as in `vision_of`."""
+        """What closes visual tokens, [E]; None where nothing does. `model` as in `vision_of`."""
+
+    def closings(self, cells: tuple[int, int]) -> Closings:
+        """Where that stands among visual tokens, for frames of `cells` (rows, columns)."""
+        return Closings(None if self.closing_name is None else "video", cells)
+
+    def behind_video(self, times: FrameTimes) -> str:
+        """Where they `says_times`: the text that does, behind the visual tokens of a video in one span."""
+        return ""
 
     @property
-    def closing_tokens(self) -> int:
-        """How many tokens of a prompt that takes."""
-        return int(self.closing_name is not None)
+    def in_pieces(self) -> str | None:
+        """Why a video is not one span of visual tokens that stand one after the other; None where it is."""
+        if self.span_a_frame:
+            return "has one a frame"
+        if self.on_axes:
+            return "places its tokens by time, row and column"
+        return None if self.closings((1, 1)).closes in (None, "video") else "has newlines within it"
 
     def chat_template(self) -> str | None:
         """What renders a conversation with a video in the place of the checkpoint's own template; None: nothing."""
@@ -471,7 +361,9 @@ class Family(ABC):
         """How many placeholders, span by span, the processor puts into a prompt for a video of `frames` pictures."""
         frame = self.geometry(config)
         each, frames = frame.tokens_per_frame, frames // frame.step
-        return (each,) * frames if self.span_a_frame else (frames * each + self.closing_tokens,)
+        if self.span_a_frame:
+            return (each,) * frames
+        return (frames * each + self.closings(frame.cells).most(frames * each, frames),)
 
     def placeholders(self, config: Any, frames: int) -> int:
         """How many placeholders those are together."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import Features, Geometry, Vision, VisionModules
+from earlytom.families.frames import Geometry
 from earlytom.families.llava_onevision import TOWER_SETTINGS, LlavaOnevision, grid_side
+from earlytom.families.vision import Features, Vision, VisionModules
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:

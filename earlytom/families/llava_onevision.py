@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import Family, Features, Geometry, Vision, VisionModules
+from earlytom.families.family import Family
+from earlytom.families.frames import Geometry
 from earlytom.families.tokens import SPECIAL_TOKENS, VIDEO
+from earlytom.families.vision import Features, Vision, VisionModules
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:

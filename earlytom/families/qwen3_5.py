@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import Geometry
+from earlytom.families.frames import Geometry
 from earlytom.families.qwen3_vl import Qwen3Vl
 from earlytom.numbers import shown, whole
 

@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from earlytom.config import EarlyTomConfig
-from earlytom.families import NAMED
+from earlytom.families import NAMED, Closings, family_named
 from earlytom.numbers import shown
 from earlytom.settings import SETTINGS, MethodSettings, settings_of
 from runtime.engine.agreement import check_agreement
@@ -154,6 +154,12 @@ class Manifest(Record, frozen=True, kw_only=True):
         step = 1 if family is None else family.step
         sizes = Sizes(self.tokens_per_frame, self.model.preprocessing.size, self.dim, step=step)
         return Layout(self.settings, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
+
+    @property
+    def closings(self) -> Closings:
+        """Where what closes visual tokens stands among them."""
+        family, (height, width) = family_named(self.model.family), self.model.preprocessing.size
+        return family.closings(family.cells((height // self.model.patch_size, width // self.model.patch_size)))
 
     @property
     def precision(self) -> str:

@@ -80,9 +80,11 @@ class VariantRunner:
         laps("copy")
         seen = variant.see(ready)
         laps("vision")
-        ending = None if seen.closed else bench.closing
+        visual = seen.tokens
+        if not seen.closed:
+            visual = bench.closings.closed(visual, seen.positions, bench.closing)
         words = bench.prompt.at(clip.times(bench.checkpoint.preprocessing.sampling))
-        embeds = splice(words, seen.tokens, ending, variant.decoding.embed, bench.spans(seen))
+        embeds = splice(words, visual, variant.decoding.embed, bench.spans(seen))
         told = bench.told(words, seen, embeds.shape[2])
         laps("splice")
         with closing(variant.decoding.stream(embeds, self.new_tokens, told)) as source:

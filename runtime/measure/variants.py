@@ -50,11 +50,11 @@ OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 
 @dataclass(frozen=True)
 class SeenPrompt:
-    """Visual tokens [N, E], whether what closes them is the last of them, and the frames before the first merge and
-    after each one; where the tokens come from, as in `runtime.vision.Encoded`, None for all of a video's."""
+    """Visual tokens [N, E], how many of them close others (0: those are still to come), and the frames before the first
+    merge and after each one; where the tokens come from, as in `runtime.vision.Encoded`, None for all of a video's."""
 
     tokens: Tensor
-    closed: bool
+    closed: int
     frames_per_stage: tuple[int, ...]
     positions: Tensor | None = None
     sources: Tensor | None = None
@@ -155,6 +155,7 @@ class Bench:
         self.depth = geometry(checkpoint.config).depth
         closing = self.family.closing(self.inner)
         self.closing = None if closing is None else closing.detach()
+        self.closings = self.family.closings(geometry(checkpoint.config).cells)
         self.plain = TransformersDecoding(self.model)
         self.ours = RuntimeDecoding(Decoder.from_model(self.model))
         self._scale, self._shift = checkpoint.preprocessing.affine(device)
@@ -165,7 +166,7 @@ class Bench:
         text: Any = self.checkpoint.config.text_config
         context = text.max_position_embeddings
         steps = frames // self.family.step
-        visual, how = full + self.prompt.closing, {"left": steps, "frames": steps}
+        visual, how = full + self.closings.most(full, steps), {"left": steps, "frames": steps}
         check_length(self.prompt, visual_tokens=visual, new_tokens=new_tokens, context=context, **how)
 
     def spans(self, seen: SeenPrompt) -> tuple[FrameSpan, ...] | None:
@@ -225,7 +226,7 @@ class Bench:
         def see(frames: Tensor) -> SeenPrompt:
             found = encode_one(vision, frames)
             stages = getattr(vision, "frames_per_stage", manifest.frames_per_stage)
-            return SeenPrompt(found.tokens.to(self.device), False, tuple(stages), found.positions, found.sources)
+            return SeenPrompt(found.tokens.to(self.device), 0, tuple(stages), found.positions, found.sources)
 
         about = f"{manifest.name} in {backend}"
         name = name_of(manifest, backend)
@@ -242,21 +243,21 @@ class Bench:
 
     @torch.no_grad()
     def _full(self, pixels: Tensor) -> SeenPrompt:
-        closed = self.closing is not None
-        return SeenPrompt(self.family.own_tokens(self.model, pixels), closed, (len(pixels) // self.family.step,))
+        tokens, steps = self.family.own_tokens(self.model, pixels), len(pixels) // self.family.step
+        return SeenPrompt(tokens, self.closings.most(len(tokens), steps), (steps,))
 
     def _naive(self, config: EarlyTomConfig) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
             tower, projector, _ = self.family.modules(self.inner)
             out = encode_naive(tower, projector, pixels, config, depth=self.depth, family=self.family)
-            return SeenPrompt(out.tokens, False, out.frames_per_stage)
+            return SeenPrompt(out.tokens, 0, out.frames_per_stage)
 
         return see
 
     def _compressed(self, method: Method) -> Callable[[Tensor], SeenPrompt]:
         def see(pixels: Tensor) -> SeenPrompt:
             out = encode(self.family.vision_of(self.inner), pixels, method, depth=self.depth)
-            return SeenPrompt(out.tokens, False, out.frames_per_stage, out.positions, out.sources)
+            return SeenPrompt(out.tokens, 0, out.frames_per_stage, out.positions, out.sources)
 
         return see
 
@@ -267,7 +268,8 @@ class Bench:
         return vision, flops.prefill(whole.text_config, self._length(seen_frames, tokens))
 
     def _length(self, seen_frames: tuple[int, ...], tokens: int) -> int:
-        return self.prompt.room(tokens + self.prompt.closing, seen_frames[-1], seen_frames[0])
+        left = seen_frames[-1]
+        return self.prompt.room(tokens + self.closings.most(tokens, left), left, seen_frames[0])
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:

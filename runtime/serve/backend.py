@@ -183,7 +183,8 @@ class Local:
             tokens = dict(zip(self.facts.frames, self.facts.tokens, strict=True))
             visual = max(tokens.values()) if asked.frames is None else tokens[asked.frames]
             manifest = self._pipeline.manifest
-            length = words.room(visual + words.closing, manifest.frames_per_stage[-1], manifest.layout.steps)
+            visual += manifest.closings.most(visual, manifest.frames_per_stage[-1])
+            length = words.room(visual, manifest.frames_per_stage[-1], manifest.layout.steps)
             count = max(1, min(asked.most_tokens, self.facts.context - length))
         return words.prefix_ids, how | {"max_new_tokens": count}
 

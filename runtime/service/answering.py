@@ -165,11 +165,13 @@ class Answering:
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
         left, all_frames = least.frames_per_stage[-1], least.layout.steps
-        visual = least.tokens + words.closing
+        closings = self.manifest.closings
+        visual = least.tokens + closings.most(least.tokens, left)
         check_length(words, visual_tokens=visual, new_tokens=new_tokens, context=context, left=left, frames=all_frames)
-        span = self.placing.span(least.tokens_full)
+        span = self.placing.span(closings.span(all_frames))
         whole_frames = span // least.tokens_per_frame
-        end = words.room(span + words.closing, whole_frames, whole_frames) + new_tokens
+        named = whole_frames if words.times is None else all_frames
+        end = words.room(span + closings.behind, whole_frames, named) + new_tokens
         if self.placing.original and not self._family.on_axes and end > context:
             raise UserError(
                 f"with visual tokens where they were in the video, the answer would end at position {end}, and the "
@@ -390,11 +392,12 @@ class Answering:
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
             raise UserError(READ_AFTER_ANOTHER_TEXT)
-        suffix = decoder.embed(torch.tensor([words.suffix_ids], dtype=torch.int64))
+        behind = words.behind(shown.times)
+        suffix = decoder.embed(torch.tensor([behind], dtype=torch.int64))
         if shown.after is not None:
-            positions = following(shown.after, len(words.suffix_ids), suffix.device)
+            positions = following(shown.after, len(behind), suffix.device)
             how["positions"] = positions if self._family.on_axes else positions[0]
-        length = shown.prefix.length + len(words.suffix_ids)
+        length = shown.prefix.length + len(behind)
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
     def _times_of(self, shown: Clip | Seen | Arrived) -> FrameTimes:
@@ -407,17 +410,19 @@ class Answering:
         decoder, words = self._open_decoder(), words.at(times)
         device, per_frame = decoder.device, self.manifest.tokens_per_frame
         spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
-        embeds = splice(words, encoded.tokens.to(device), self.closing, decoder.embed, spans)
-        place, bias = encoded.place.to(device), encoded.bias.to(device)
+        closings = self.manifest.closings
+        visual = closings.closed(encoded.tokens.to(device), encoded.positions, self.closing)
+        embeds = splice(words, visual, decoder.embed, spans)
+        place, bias = closings.placed(encoded.place.to(device), encoded.bias.to(device), encoded.positions)
         frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
         if self._family.on_axes:
             return self._on_axes(words, encoded, embeds, spans, times)
         if spans is None:
-            placed = self.placing.of_prompt(before, place, bias, frames * per_frame, after, words.closing)
+            placed = self.placing.of_prompt(before, place, bias, closings.span(frames), after, closings.behind)
         else:
             placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
-        visual = words.visual_span(len(encoded.tokens) + words.closing, spans)
-        return Spliced(embeds, visual, placed, self.placing.after(words, frames, per_frame))
+        end = self.placing.after(words, frames, closings)
+        return Spliced(embeds, words.visual_span(len(visual), spans), placed, end)
 
     def _on_axes(
         self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes
@@ -434,9 +439,10 @@ class Answering:
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
         encoded = arrived.encoded
-        spliced = self._spliced(dataclasses.replace(words, suffix_ids=()), encoded, arrived.times)
+        before = dataclasses.replace(words, suffix_ids=(), times=None)
+        spliced = self._spliced(before, encoded, arrived.times)
         prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
-        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), spliced.after)
+        seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), arrived.times, spliced.after)
         held = self.watched.keys()
         for one in held:
             if one.closed:  # let go without a word

@@ -147,6 +147,7 @@ class Seen:
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance
+    times: FrameTimes  # of its frames
     after: int | None = None  # where text behind the video stands, if that is not behind its last token
 
     @property

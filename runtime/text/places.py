@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from earlytom.families import Closings
 from earlytom.transfers import to_device
 from runtime.text.prompt import Prompt, Spans
 
@@ -57,14 +58,14 @@ class Placing:
         shown = self.span(frames * per_frame) // per_frame
         return self._wanted(places_by_frame(prompt, place, bias, frames, per_frame, spans, shown))
 
-    def after(self, prompt: Prompt, frames: int, per_frame: int) -> int | None:
-        """Where text behind a video stands that was read up to its end, so that a question goes on as in one prompt;
-        None: behind the last token."""
+    def after(self, prompt: Prompt, frames: int, closings: Closings) -> int | None:
+        """Where text behind a video of `frames` frames stands that was read up to its end, so that a question goes on
+        as in one prompt; None: behind the last token."""
         if not self.original:
             return None
-        span = self.span(frames * per_frame)
+        span, per_frame = self.span(closings.span(frames)), closings.span(1)
         if prompt.names is None:
-            return len(prompt.prefix_ids) + span + prompt.closing
+            return len(prompt.prefix_ids) + span + closings.behind
         return begins_of(prompt, span // per_frame, per_frame)[-1] + per_frame
 
     def _wanted(self, found: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,15 @@ checkpoint's chat template renders its messages, mostly one of a user with the v
 placeholder in it stands for n visual tokens. The processor repeats the placeholder n times before it tokenizes. The
 placeholder is a special token, which splits the text, so the tokens before and after it are the same for every n: they
 are computed once here, and n is chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n
-visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the token that closes a
-video, where the family has one, as the processor does.
+visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the tokens that close a video or
+parts of it, where the family has such (`earlytom.families.closings`), as the processor does.
 
 Some families have a span of visual tokens for every frame, with a text before it that names the frame (`FrameNames`).
 Which frames are left, and how many tokens of each, is then part of what makes the prompt: its `spans`, from
 `earlytom.standing.frame_spans`. A frame keeps the name that it had in the whole video, so that the model is told when
 what is left of the video was.
+
+Others say when the frames were in the text behind the video (`VideoTimes`).
 
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
+LONGEST = 99999.99  # seconds into a video
 Spans = Sequence[FrameSpan]
 Piece = tuple[tuple[int, ...], int]  # ids of text, and how many visual tokens follow them
 
@@ -81,27 +84,52 @@ class FrameNames:
         return self._known[number]
 
 
+class VideoTimes:
+    """The text behind a video as ids, where it begins with when the frames were.
+
+    Args:
+        rest: the text behind that.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family, rest: str) -> None:
+        self._tokenizer, self._family, self._rest = tokenizer, family, rest
+
+    def at(self, times: FrameTimes) -> tuple[int, ...]:
+        """Of a video whose frames were at such times."""
+        return tuple(self._tokenizer(self._family.behind_video(times) + self._rest, verbose=False)["input_ids"])
+
+    def most(self, frames: int) -> int:
+        """The most that there can be for a video of so many frames."""
+        return len(self.at(FrameTimes((LONGEST,) * frames, LONGEST)))
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The token ids before and after the visual tokens, and the id of the placeholder between them.
 
     Attributes:
-        closing: visual tokens that close a video, one or none.
         names: of frames, where each has a span of its own; `prefix_ids` then end with the name of the first. The
             methods need `spans` then, and ignore them otherwise.
+        times: of frames, where the text behind a video says them; `suffix_ids` are without until `at`.
     """
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     video_token_id: int
-    closing: int = 1
     names: FrameNames | None = field(default=None, repr=False, compare=False)
+    times: VideoTimes | None = field(default=None, repr=False, compare=False)
 
     def at(self, times: FrameTimes) -> Prompt:
         """The prompt of a video whose frames were at such times, where its texts say that; else the same one."""
+        if self.times is not None:
+            return replace(self, suffix_ids=self.behind(times), times=None)
         if self.names is None or (names := self.names.at(times)) is self.names:
             return self
         return replace(self, prefix_ids=names.prefix(), names=names)
+
+    def behind(self, times: FrameTimes) -> tuple[int, ...]:
+        """Ids behind a video whose frames were at such times."""
+        return self.suffix_ids if self.times is None else self.times.at(times)
 
     def pieces(self, visual_tokens: int, spans: Spans | None = None) -> list[Piece]:
         """The prompt up to the last visual token."""
@@ -131,7 +159,8 @@ class Prompt:
 
     def room(self, visual_tokens: int, left: int, frames: int) -> int:
         """The most that `length` can be where `left` of a video's `frames` frames are left; exact where all are."""
-        most = len(self.prefix_ids) + visual_tokens + len(self.suffix_ids)
+        suffix = len(self.suffix_ids) if self.times is None else self.times.most(frames)
+        most = len(self.prefix_ids) + visual_tokens + suffix
         if self.names is None:
             return most
         names = sorted((len(self.names.before(number)) for number in range(1, frames)), reverse=True)
@@ -178,6 +207,9 @@ def build_prompt(
         names = FrameNames(tokenizer, family, lead)
         text = lead + names.first + family.visual_token + family.after_frame + family.after_video() + rest
     visual = tokenizer.get_added_vocab().get(family.visual_token)  # the whole vocabulary is copied when asked for
+    times = None
+    if family.says_times:
+        times = VideoTimes(tokenizer, family, text.partition(family.video_token)[2])
     ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
     if visual is None or ids.count(visual) != 1 or (family.span_a_frame and names is None):
         count = 0 if visual is None else text.count(family.video_token) or ids.count(visual)
@@ -185,7 +217,7 @@ def build_prompt(
             f"the chat template places {family.video_token} {count} times; expected once: use a template for video"
         )
     at = ids.index(visual)
-    return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, family.closing_tokens, names)
+    return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, names, times)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -233,7 +265,6 @@ def check_length(
 def splice(
     prompt: Prompt,
     visual: Tensor,
-    newline: Tensor | None,
     embed: Callable[[Tensor], Tensor],
     spans: Spans | None = None,
 ) -> Tensor:
@@ -241,21 +272,19 @@ def splice(
 
     Args:
         prompt: from `build_prompt`.
-        visual: [N, D] visual tokens; what stands behind them is left out (`runtime.text.axes.states_of`).
-        newline: [D] what closes them, appended; None if `visual` ends with it already.
+        visual: [N, D] visual tokens with those that close them; what stands behind them in D is left out
+            (`runtime.text.axes.states_of`).
         embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
         spans: of the visual tokens, see `Prompt`.
 
     Returns:
-        [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(n)` for n = N + 1, or
-        n = N without newline.
+        [1, L, D] in the dtype and on the device of the text's embeddings, L = `prompt.length(N)`.
     """
-    closed = visual if newline is None else torch.cat([visual, newline.to(visual)[None]])  # [N + 1, D], or wider
-    pieces = prompt.pieces(len(closed), spans)
+    pieces = prompt.pieces(len(visual), spans)
     words = torch.tensor([[*chain(*(ids for ids, _ in pieces)), *prompt.suffix_ids]], dtype=torch.int64)
     text = embed(to_device(words, visual.device))[0]
     between = text.split([*(len(ids) for ids, _ in pieces), len(prompt.suffix_ids)])
-    video = closed[:, : text.shape[1]].to(text).split([count for _, count in pieces])
+    video = visual[:, : text.shape[1]].to(text).split([count for _, count in pieces])
     parts = chain(*zip(between[:-1], video, strict=True), between[-1:])
     return torch.cat(list(parts))[None]
 

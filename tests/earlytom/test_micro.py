@@ -328,7 +328,7 @@ def answers(model: Any, tokenizer: Any, shown: LabelledClip, texts: Sequence[str
         visual = model.get_video_features(pixels(shown)[None]).pooler_output[0]
     said = []
     for text in texts:
-        embedded = splice(build_prompt(tokenizer, text), visual, None, model.get_input_embeddings())
+        embedded = splice(build_prompt(tokenizer, text), visual, model.get_input_embeddings())
         out = model.generate(inputs_embeds=embedded, max_new_tokens=6, do_sample=False)
         said.append(tokenizer.decode(out[0], skip_special_tokens=True))
     return said

@@ -227,12 +227,18 @@ def tiny_llava_next_video(
 
 
 def tiny_llava_video(
-    *, layers: int = 4, grid: int = 5, seed: int = 0, bundled: bool = False, pooling: str = "bilinear"
+    *,
+    layers: int = 4,
+    grid: int = 5,
+    seed: int = 0,
+    bundled: bool = False,
+    pooling: str = "bilinear",
+    newlines: str = "grid",
 ) -> Any:
     """A random LLaVA-Video; otherwise as `tiny_llava`."""
     like = tiny_llava(layers=layers, grid=grid, bundled=bundled).config.to_dict()
     ids: Any = BUNDLED_IDS["llava_qwen"] if bundled else {"image_token_id": VIDEO_TOKEN, "video_token_id": VIDEO_TOKEN}
-    own = {"model_type": "llava_qwen", "mm_spatial_pool_mode": pooling}
+    own = {"model_type": "llava_qwen", "mm_spatial_pool_mode": pooling, "mm_newline_position": newlines}
     return randomise(LLAVA_VIDEO.new_model(LLAVA_VIDEO.config(like | own | ids)), seed)
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from runtime.engine.manifest import Manifest, describe_files
 from runtime.pipeline import Pipeline
 from runtime.video import load_clip
 from tests.processes import HANG_SECONDS
+from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,23 +65,15 @@ def refused(run: Run) -> Callable[..., str]:
     return call
 
 
-def start(*words: str, launch: Sequence[str] = ("-m", "runtime.ask")) -> subprocess.Popen[str]:
+def start(*words: str, popen: type[subprocess.Popen[str]] = subprocess.Popen) -> subprocess.Popen[str]:
     """The command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, *launch, *words],
+    return popen(
+        [sys.executable, "-m", "runtime.ask", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-# Where the tests themselves run in the background, Ctrl-C is ignored, and a child would inherit that.
-HEARS_CTRL_C = (
-    "-c",
-    "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "runpy.run_module('runtime.ask', run_name='__main__', alter_sys=True)",
-)
 
 
 # What it prints
@@ -430,7 +423,7 @@ def test_a_refusal_by_the_command_itself() -> None:
 def streaming(engine: Path, drawn_clip: Path) -> Iterator[subprocess.Popen[str]]:
     """The command with a long answer before it, at the moment when it has loaded its engine."""
     words = (str(drawn_clip), QUESTION, "--engine", str(engine), "--max-new-tokens", "3000")
-    process = start(*words, launch=HEARS_CTRL_C)
+    process = start(*words, popen=WarmPopen)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("engine: ")
     yield process

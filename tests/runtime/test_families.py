@@ -92,7 +92,7 @@ def greedy(folder: Path, frames: Tensor, *, on: bool) -> list[int]:
     words = build_prompt(load_tokenizer(folder), QUESTION, family=family)
     words = words.at(times_of_sample(len(frames), F, family.sampling))
     spans = [FrameSpan(number, each) for number in range(F)]
-    ids = words.input_ids(F * each + words.closing, spans)
+    ids = words.input_ids(sum(family.spans(model.config, F * family.step)), spans)
     pixels = pixels_of(describe(folder), frames)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12}
     given[family.pixels_name] = pixels if family is INTERNVL else pixels[None]
@@ -161,7 +161,7 @@ def test_with_all_tokens_an_engine_answers_as_transformers_do(name: str, tmp_pat
         assert said(folder, pipeline.ask(frames, QUESTION, max_new_tokens=12)) == greedy(folder, frames, on=False)
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava_next_video", "smolvlm"])
+@pytest.mark.parametrize("name", ["internvl", "llava_next_video", "llava_qwen", "smolvlm"])
 def test_cells_are_built_and_asked_with_positions_and_bias(name: str, tmp_path: Path, frames: Tensor) -> None:
     folder, model = family_folder(tmp_path / "model", name)
     engine = built(folder, tmp_path / "cells", "--method", "cells", *ON)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 
 from runtime.errors import Closed
 from runtime.forks import Home
+from tests import warm
+from tests.processes import HANG_SECONDS
 
 CHILD = """
 import contextlib, json, os, sys, threading
@@ -74,9 +75,8 @@ pipeline.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
 def test_everything_that_a_child_can_call(chunked_engine: Path) -> None:
-    words = [sys.executable, "-W", "ignore", "-c", CHILD, str(chunked_engine)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False, env=environment)
+    words = [sys.executable, "-c", CHILD, str(chunked_engine)]
+    done = warm.run(words, HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.splitlines()
     found = json.loads(child)

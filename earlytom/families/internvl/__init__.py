@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import Family, FrameSampling, FrameTimes, Geometry, VisionModules
+from earlytom.families.family import Family
+from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.tokens import END, START, STOP, VIDEO
+from earlytom.families.vision import VisionModules
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earlytom.families.family import Features, Vision
+from earlytom.families.vision import Features, Vision
 from earlytom.towers import LayerParts, Tower, add
 
 

@@ -6,12 +6,16 @@ in LLaVA-OneVision, one of three poolings, and checkpoints with names and a conf
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from earlytom.families.family import Family, Features, Vision
+from earlytom.families.closings import Closings
+from earlytom.families.family import Family
+from earlytom.families.frames import FrameTimes
 from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
-from earlytom.families.llava_video.pooling import pooled, side_of
+from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
+from earlytom.families.vision import Features, Vision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +65,8 @@ class LlavaVideoVision(Vision):
 
 
 class LlavaVideo(LlavaOnevision):
-    """See `Family`. One for each way to pool."""
+    """See `Family`. One for each way to pool, each place for newlines, and with or without a sentence that says when
+    the frames were."""
 
     model_type = "llava_qwen"
     title = "LLaVA-Video"
@@ -72,19 +77,21 @@ class LlavaVideo(LlavaOnevision):
     released = False
     video_token = visual_token = IMAGE
 
-    def __init__(self, pooling: str) -> None:
+    def __init__(self, pooling: str, newlines: str, says_times: bool) -> None:
         self.pooling = pooling
+        self.newlines = newlines
+        self.says_times = says_times
 
     @property
     def name(self) -> str:
-        return f"{self.model_type}-{self.pooling}"
+        return f"{self.model_type}-{self.pooling}-{self.newlines}" + ("-times" if self.says_times else "")
 
     @property
     def forms(self) -> tuple[Family, ...]:
-        return _FORMS
+        return tuple(_FORMS.values())
 
     def of(self, config: Any) -> Family:
-        return next(one for one in _FORMS if one.pooling == config.mm_spatial_pool_mode)
+        return _FORMS[config.mm_spatial_pool_mode, config.mm_newline_position, config.add_time_instruction]
 
     def describes(self, raw: Mapping[str, Any]) -> bool:
         # transformers' own "llava" is another model.
@@ -108,6 +115,9 @@ class LlavaVideo(LlavaOnevision):
     def prepares(self, config: Any) -> Mapping[str, Any]:
         side = config.vision_config.image_size
         return {"size": (side, side), "image_mean": self.mean, "image_std": self.std}
+
+    def closings(self, cells: tuple[int, int]) -> Closings:
+        return Closings(CLOSES[self.newlines], cells)
 
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
@@ -136,6 +146,14 @@ class LlavaVideo(LlavaOnevision):
     def chat_template(self) -> str:
         return _TEMPLATE
 
+    def behind_video(self, times: FrameTimes) -> str:
+        seconds = ",".join(f"{one:.2f}s" for one in times.seconds)
+        return (
+            f"\nThe video lasts for {times.duration:.2f} seconds, and {len(times.seconds)} frames are uniformly "
+            f"sampled from it. These frames are located at {seconds}.Please answer the following questions related "
+            "to this video."
+        )
+
     def special_tokens(self, config: Any) -> dict[str, int]:
         words = SPECIAL_TOKENS[: SPECIAL_TOKENS.index(IMAGE)]
         return {token: config.text_config.bos_token_id + i for i, token in enumerate(words)} | {
@@ -147,8 +165,8 @@ class LlavaVideo(LlavaOnevision):
         return {"llava-video-7b": _published}
 
 
-_FORMS = tuple(map(LlavaVideo, ("bilinear", "average", "max")))
-LLAVA_VIDEO = _FORMS[0]
+_FORMS = {form: LlavaVideo(*form) for form in product(POOLINGS, CLOSES, (False, True))}
+LLAVA_VIDEO = _FORMS["bilinear", "grid", False]
 
 
 def _published() -> Any:
@@ -160,7 +178,7 @@ def _published() -> Any:
                 "mm_vision_tower": "google/siglip-so400m-patch14-384",
                 "mm_projector_type": "mlp2x_gelu",
                 "mm_patch_merge_type": "spatial_unpad",
-                "mm_newline_position": "one_token",
+                "mm_newline_position": "grid",
                 "mm_spatial_pool_mode": "bilinear",
                 "hidden_size": 3584,
                 "intermediate_size": 18944,

@@ -13,10 +13,9 @@ from typing import Any, Literal
 from transformers import LlavaOnevisionConfig
 
 from earlytom.errors import UserError
+from earlytom.families.llava_video.layout import CLOSES, POOLINGS
 from earlytom.numbers import shown, whole
 
-POOLINGS = ("bilinear", "average", "max")
-NEWLINES = ("one_token",)
 STRIDE = 2
 _LAYERS = 256  # the most that are believed
 _TOWERS: dict[str, dict[str, Any]] = {
@@ -57,8 +56,9 @@ _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "mm_patch_merge_type": (("spatial_unpad",), "flat"),
     "mm_spatial_pool_mode": (POOLINGS, POOLINGS[0]),
     "mm_spatial_pool_stride": ((STRIDE, None), STRIDE),
-    "mm_newline_position": (NEWLINES, "one_token"),
+    "mm_newline_position": (tuple(CLOSES), "one_token"),
     "add_faster_video": ((False, None), False),
+    "add_time_instruction": ((False, True, None), False),
 }
 
 
@@ -68,7 +68,8 @@ class LlavaVideoConfig(LlavaOnevisionConfig):
     model_type = "llava_qwen"
 
     mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
-    mm_newline_position: Literal["one_token"] = "one_token"
+    add_time_instruction: bool = False
+    mm_newline_position: Literal["grid", "frame", "one_token", "no_token"] = "one_token"
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         "video_token_index": visual,
         "mm_spatial_pool_mode": raw.get("mm_spatial_pool_mode", POOLINGS[0]),
         "mm_newline_position": raw.get("mm_newline_position", "one_token"),
+        "add_time_instruction": bool(raw.get("add_time_instruction")),
     }
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
-from earlytom.families.family import Geometry
+from earlytom.families.frames import Geometry
 from earlytom.families.qwen2_5_vl.windows import pairs
 from earlytom.families.qwen3_vl import CLOSE, OPEN, TOWER_SETTINGS, VISUAL, Qwen3Vl
 from earlytom.families.qwen3_vl.grid import SIDE, STEP

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids
 
-from earlytom.families.family import Features
 from earlytom.families.qwen2_5_vl.windows import bands, order
 from earlytom.families.qwen3_vl.grid import SIDE
 from earlytom.families.qwen3_vl.pixels import frame_patches
 from earlytom.families.qwen3_vl.tower import Qwen3VlTower, Qwen3VlVision
+from earlytom.families.vision import Features
 
 
 class WindowPlaces(NamedTuple):

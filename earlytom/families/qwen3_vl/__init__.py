@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import SIZES, Family, FrameSampling, FrameTimes, Geometry, ShortPrompt, VisionModules
+from earlytom.families.family import SIZES, Family, ShortPrompt
+from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.qwen3_vl.grid import SIDE, SIZE, STEP, grid_of, streams_of
 from earlytom.families.tokens import END, START, STOP
+from earlytom.families.vision import VisionModules
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:

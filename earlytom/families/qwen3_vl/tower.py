@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from earlytom.families.family import Features, Vision
 from earlytom.families.qwen3_vl.grid import SIDE, STEP, grid_of, streams_of
 from earlytom.families.qwen3_vl.pixels import frame_patches
+from earlytom.families.vision import Features, Vision
 from earlytom.towers import LayerParts, Tower, add
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom import flops
 from earlytom.errors import UserError
-from earlytom.families.family import FrameTimes, Geometry, VisionModules
+from earlytom.families.frames import FrameTimes, Geometry
 from earlytom.families.internvl import InternVL
 from earlytom.families.tokens import END, START, STOP
+from earlytom.families.vision import VisionModules
 from earlytom.families.words import in_words
 from earlytom.numbers import shown, whole
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from earlytom.families.adapters import SiglipTower
-from earlytom.families.family import Features, Vision
 from earlytom.families.internvl.tower import mean_pool, pixel_shuffle
+from earlytom.families.vision import Features, Vision
 from earlytom.towers import Tower
 
 

@@ -217,7 +217,7 @@ def test_positions_on_axes_are_refused_in_one_line(command: Command, monkeypatch
     monkeypatch.setattr(Qwen3Vl, "span_a_frame", False)
     status, _, stderr = command("--model", "random:qwen3-vl-2b")
     assert (status, stderr.count("\n")) == (2, 1)
-    assert "packed in the order of their tokens, and Qwen3-VL places them by time, row and column; use the" in stderr
+    assert "of visual tokens a video, and Qwen3-VL places its tokens by time, row and column; use the" in stderr
 
 
 def test_a_plot_without_matplotlib(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

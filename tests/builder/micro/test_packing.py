@@ -288,7 +288,7 @@ def test_tokens_that_stand_for_more_are_answered_as_the_decoder_alone_would(
         count = len(case.visual) - 1
         place = torch.arange(count) if one.place is None else one.place
         bias = torch.zeros(count) if one.bias is None else one.bias
-        embeds = splice(prompt, case.visual[:-1], case.visual[-1], model.get_input_embeddings())
+        embeds = splice(prompt, case.visual, model.get_input_embeddings())
         full = count if one.place is None else one.full
         positions, added = places(len(prompt.prefix_ids), place, bias, full, len(prompt.suffix_ids))
         mask = added.expand(len(added), -1).masked_fill(torch.ones(len(added), len(added)).triu(1).bool(), -1e30)

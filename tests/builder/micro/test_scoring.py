@@ -16,7 +16,7 @@ from earlytom.families.qwen3_vl import Qwen3Vl
 from earlytom.micro.data import Question
 from runtime.checkpoint import load_model, load_tokenizer
 from runtime.text.prompt import build_prompt, splice
-from tests.earlytom.tiny import tiny_internvl, tiny_qwen3_vl
+from tests.earlytom.tiny import tiny_internvl, tiny_llava_video, tiny_qwen3_vl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ("What color is the circle?", "Did the red object stop?", "How many shapes appeared?")
@@ -44,9 +44,8 @@ def visual(model: Any) -> list[Tensor]:
 def greedy(model: Any, tokenizer: Any, tokens: Tensor, question: str, count: int, newline: bool = True) -> list[int]:
     """What the runtime's prompt and plain greedy decoding give, one forward pass a token."""
     embed = model.get_input_embeddings()
-    embeds = splice(
-        build_prompt(tokenizer, question), tokens, model.model.image_newline.detach() if newline else None, embed
-    )
+    visual = torch.cat([tokens, model.model.image_newline.detach()[None]]) if newline else tokens
+    embeds = splice(build_prompt(tokenizer, question), visual, embed)
     said: list[int] = []
     for _ in range(count):
         hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -58,6 +57,12 @@ def greedy(model: Any, tokenizer: Any, tokens: Tensor, question: str, count: int
 def test_a_family_with_a_span_a_frame_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="questions are packed for families with one span a video, and InternVL"):
         Scorer(tiny_internvl(bundled=True), tokenizer)
+
+
+def test_a_family_with_newlines_among_its_tokens_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="and LLaVA-Video has newlines within it: compare"):
+        Scorer(tiny_llava_video(bundled=True), tokenizer)
+    Scorer(tiny_llava_video(bundled=True, newlines="one_token"), tokenizer)  # negative control
 
 
 def test_a_family_on_axes_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

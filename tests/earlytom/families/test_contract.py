@@ -59,6 +59,12 @@ def own(found: Family, model: Any, pixels: Tensor) -> Tensor:
     return torch.cat([tokens, *(torch.cat(list(one)) for one in getattr(out, "deepstack_features", ()))], dim=-1)
 
 
+def closing_ones(found: Family, positions: Tensor, cells: tuple[int, int]) -> int:
+    """How many tokens close those that were kept."""
+    closes = found.closings(cells).closes
+    return len(set((positions // cells[1]).tolist())) if closes == "row" else int(closes == "video")
+
+
 def prompt(found: Family, model: Any, frames: int = F) -> Tensor:
     """[1, L] ids of a prompt: text, and before every span of a video a text of its own."""
     placeholder = found.video_token_id(model.config)
@@ -92,7 +98,7 @@ def test_off_is_transformers_own_features_bit_for_bit(name: str) -> None:
     wanted = own(found, model, pixels)
     frame, closing = geometry(model.config), found.closing(model.model)
     seen = encode(found.vision_of(model.model), pixels, EarlyTom(OFF), depth=frame.depth)
-    tokens = seen.tokens if closing is None else torch.cat([seen.tokens, closing[None]])
+    tokens = found.closings(frame.cells).closed(seen.tokens, seen.positions, closing)
     assert torch.equal(tokens, wanted)
     with apply_earlytom(model, OFF):
         assert torch.equal(own(found, model, pixels), wanted)
@@ -129,7 +135,9 @@ def test_on_it_keeps_as_many_tokens_as_are_promised(name: str, ratio: float) -> 
         short, _, embeds = applied.shorten(prompt(found, model), None, pixels, **given)
     assert len(seen.tokens) == promised < F // frame.step * frame.tokens_per_frame
     assert seen.tokens.shape[1] == frame.token_width
-    assert int((short == found.video_token_id(model.config)).sum()) == promised + found.closing_tokens
+    assert int((short == found.video_token_id(model.config)).sum()) == promised + closing_ones(
+        found, seen.positions, frame.cells
+    )
     assert embeds.shape == (1, short.shape[1], frame.llm_width)
     kept = [span.number for span in frame_spans(seen.positions, seen.sources, frame.tokens_per_frame)]
     spans = [number for number in range(F) if number + 50 in short[0].tolist()]
@@ -144,7 +152,7 @@ def test_a_still_video_keeps_its_own_tokens(name: str) -> None:
     pixels, frame = video(model, "still"), geometry(model.config)
     with apply_earlytom(model, ON) as applied:
         seen = applied.encode(pixels)
-    one = own(found, model, pixels)[: frame.tokens_per_frame]
+    one = encode(found.vision_of(model.model), pixels[: frame.step], EarlyTom(OFF), depth=frame.depth).tokens
     assert seen.frames_per_stage[-1] < seen.frames_per_stage[0] == F // frame.step
     torch.testing.assert_close(seen.tokens, one[seen.positions % frame.tokens_per_frame], rtol=0, atol=2e-5)
     moving = encode(found.vision_of(model.model), video(model, "noise"), EarlyTom(ON), depth=frame.depth)
@@ -180,8 +188,9 @@ def test_shapes_are_those_of_the_geometry(name: str) -> None:
 def test_counts_are_those_of_the_model(name: str) -> None:
     found, model = family(name)
     frame = geometry(model.config)
-    closing = found.closing(model.model)
-    assert found.placeholders(model.config, F) == F // frame.step * frame.tokens_per_frame + (closing is not None)
+    rows, steps = frame.cells[0], F // frame.step
+    closing = {"row": rows * steps, "video": 1, None: 0}[found.closings(frame.cells).closes or None]
+    assert found.placeholders(model.config, F) == steps * frame.tokens_per_frame + closing
     assert found.placeholders(model.config, F) == sum(found.spans(model.config, F))
     assert 0 <= found.video_token_id(model.config) < model.config.text_config.vocab_size
     vision = found.vision_of(model.model)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from earlytom.families.llava_video.layout import CLOSES, POOLINGS
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
 from earlytom.micro.random_model import make_tokenizer
 from runtime.checkpoint import load_tokenizer
@@ -43,8 +44,10 @@ def original_folder(folder: Path, *, spare: bool = False, **settings: Any) -> tu
     `settings` go into config.json. With `spare`, the last layer of the whole tower and a part of its head are stored,
     too.
     """
-    own = {name: settings[f"mm_{name}"] for name in ("spatial_pool_mode",) if f"mm_{name}" in settings}
-    made = tiny_llava_video(bundled=True, layers=LAYERS, pooling=own.get("spatial_pool_mode", "bilinear"))
+    pooling, newlines = settings.get("mm_spatial_pool_mode"), settings.get("mm_newline_position")
+    own: dict[str, Any] = {"pooling": pooling if pooling in POOLINGS else "bilinear"}  # what it means to say nothing
+    own["newlines"] = newlines if newlines in CLOSES else "one_token"
+    made = tiny_llava_video(bundled=True, layers=LAYERS, **own)
     state = {original_name(name): value.clone() for name, value in made.state_dict().items()}
     tower = "model.vision_tower.vision_tower.vision_model."
     if spare:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from earlytom import EarlyTomConfig, apply_earlytom
 from earlytom.errors import UserError
 from earlytom.families import family_of
 from runtime.checkpoint import VisionPart, describe, load_decoder, load_model, load_tokenizer, load_vision
@@ -22,12 +23,13 @@ from tests.runtime.checkpoint.original_layout import LAYERS, original_folder
 from tests.runtime.checkpoint.tiny_checkpoint import one_line
 
 F = 3
+OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 def published_tokens(folder: Path, state: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
     """Visual tokens of a video as the release makes them, from the stored tensors alone: the hidden states before the
-    tower's last layer, two products, the pooling, one newline."""
+    tower's last layer, two products, the pooling, newlines."""
     raw = json.loads((folder / "config.json").read_text())
     tower = SiglipVisionModel(SiglipVisionConfig(**raw["vision_config"], vision_use_head=False)).eval()
     stored = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
@@ -45,28 +47,37 @@ def published_tokens(folder: Path, state: dict[str, torch.Tensor], pixels: torch
         grid = functional.interpolate(grid, size=(-(-side // 2), -(-side // 2)), mode="bilinear")
     else:
         grid = (functional.avg_pool2d if how == "average" else functional.max_pool2d)(grid, 2)
-    cells = grid.permute(0, 2, 3, 1)  # [F, rows, columns, E]
-    return torch.cat([cells.flatten(0, 2), state["model.image_newline"][None]])
+    newline, shown = state["model.image_newline"], []
+    where = raw.get("mm_newline_position", "one_token")
+    for frame in grid.permute(0, 2, 3, 1):  # [rows, columns, E]
+        for row in frame:
+            shown += [*row, *[newline] * (where == "grid")]
+        shown += [newline] * (where == "frame")
+    return torch.stack([*shown, *[newline] * (where == "one_token")])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("settings", "spare"),
+    ("settings", "spare", "count"),
     [
-        ({}, False),
-        ({"model_type": "llava", "mm_spatial_pool_mode": "average"}, True),
-        ({"mm_spatial_pool_mode": "max", "mm_spatial_pool_stride": 2}, False),
+        ({}, False, 3 * 9 + 1),
+        ({"mm_newline_position": "grid"}, False, 3 * 3 * (3 + 1)),
+        ({"model_type": "llava", "mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}, True, 3 * 2 * 3),
+        ({"mm_spatial_pool_mode": "max", "mm_spatial_pool_stride": 2, "mm_newline_position": "frame"}, False, 3 * 5),
+        ({"mm_newline_position": "no_token"}, False, 3 * 9),
     ],
 )
-def test_its_tokens_are_those_of_the_release(tmp_path: Path, settings: dict[str, Any], spare: bool) -> None:
+def test_its_tokens_are_those_of_the_release(tmp_path: Path, settings: dict[str, Any], spare: bool, count: int) -> None:
     folder, made, state = original_folder(tmp_path / "given", spare=spare, **settings)
     found, pixels = describe(folder), made_video("scenes", F)
     found.check_weights()
     whole, family = load_model(found), found.family
     tokens = family.own_tokens(whole, pixels)
     assert torch.equal(tokens, published_tokens(folder, state, pixels))
-    assert len(tokens) == family.placeholders(found.config, F)
+    assert len(tokens) == family.placeholders(found.config, F) == count
     assert not torch.equal(tokens, published_tokens(folder, state, pixels.flip(0)))  # negative control
+    with apply_earlytom(whole, OFF) as applied:
+        assert torch.equal(applied.features([pixels])[0], tokens)
     ids = torch.arange(5, 40)[None]
     assert torch.equal(whole(input_ids=ids).logits, made(input_ids=ids).logits)
     part, decoder = load_vision(found), load_decoder(found)
@@ -126,6 +137,7 @@ def test_an_id_that_is_another_tokens_is_refused(tmp_path: Path) -> None:
         ({"mm_patch_merge_type": "absent"}, "mm_patch_merge_type must be spatial_unpad, it is missing, which means"),
         ({"mm_projector_type": "linear"}, "mm_projector_type must be mlp2x_gelu, got 'linear'"),
         ({"mm_resampler_type": "perceiver"}, "mm_resampler_type must be None, got 'perceiver'"),
+        ({"add_time_instruction": "yes"}, "add_time_instruction must be False or True or None, got 'yes'"),
         ({"add_faster_video": True}, "add_faster_video must be False or None, got True"),
         ({"mm_newline_position": "row"}, "mm_newline_position must be .*one_token.*, got 'row'"),
         ({"vision_config": None}, "mm_vision_tower must be siglip-so400m-patch14-384, got 'some/siglip': for another"),

@@ -194,7 +194,7 @@ def test_text_is_embedded_without_waiting_for_the_video(decoder: Decoder) -> Non
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)  # the vision engine
         with no_synchronisation():
-            whole = splice(words, visual, newline, decoder.embed)
+            whole = splice(words, torch.cat([visual, newline[None]]), decoder.embed)
             rest = decoder.embed(torch.tensor([[4, 5]]))
         busy = not torch.cuda.current_stream().query()
     assert busy

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from runtime.serve.fetch import FetchRules
 from runtime.serve.media import Media, TakenVideo, VideoPart
 from runtime.video import Clip, Limits, clip_from_frames, load_clip
 from tests.processes import HANG_SECONDS
+from tests.warm import WarmPopen
 
 SIZE = (24, 32)
 
@@ -72,7 +74,8 @@ Make = Callable[..., Decoders]
 
 
 @pytest.fixture
-def make(loop: Loop) -> Iterator[Make]:
+def make(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, Popen=WarmPopen))
     made: list[Decoders] = []
 
     def one(**settings: Any) -> Decoders:

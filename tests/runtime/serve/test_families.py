@@ -27,7 +27,7 @@ F, Q, OTHER = 6, "What happens?", "Which digit is on the circle?"
 ON = ["--ratio", "0.5", "--merge-layers", "0,1", "--backend", "onnx", "--fp32", "--no-verify"]
 
 
-@pytest.fixture(scope="module", params=["internvl", "llava_next_video", "smolvlm", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["internvl", "llava_next_video", "llava_qwen", "smolvlm", "qwen2_5_vl"])
 def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     folder, _ = family_folder(tmp_path_factory.mktemp(request.param), request.param, layers=2)
     out = tmp_path_factory.mktemp("engines")

@@ -25,6 +25,7 @@ from runtime.serve.__main__ import parser, settings_of
 from runtime.serve.http.server import bind
 from runtime.serve.loading import load_pipeline
 from tests.processes import HANG_SECONDS as LONG
+from tests.warm import WarmPopen
 
 ROOT = Path(__file__).parents[3]
 Q, OTHER = "Which digit is on the circle?", "How many shapes appeared?"
@@ -34,11 +35,13 @@ HEAD = {"Authorization": "Bearer k1"}
 class Process:
     """A server of its own on a free port."""
 
-    def __init__(self, engine: Path, folder: Path, *words: str) -> None:
+    def __init__(
+        self, engine: Path, folder: Path, *words: str, popen: type[subprocess.Popen[str]] = subprocess.Popen
+    ) -> None:
         keys = folder / "keys.txt"
         keys.write_text("k1\n")
         command = [sys.executable, "-m", "runtime.serve", str(engine), "--port", "0", "--api-key-file", str(keys)]
-        self.process = subprocess.Popen(
+        self.process = popen(
             [*command, "--device", "cpu", *words],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -177,7 +180,7 @@ def test_a_decoder_that_is_killed_costs_one_request_at_most(
 
 
 def test_a_signal_drains_the_line_and_ends_with_0(bundled_engine: Path, tmp_path: Path, url: str) -> None:
-    server = Process(bundled_engine, tmp_path)
+    server = Process(bundled_engine, tmp_path, popen=WarmPopen)
     answers: list[int] = []
 
     def ask(number: int) -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import signal
-import subprocess
 import sys
 import threading
 import weakref
@@ -31,6 +29,7 @@ from runtime.service.requests import Answer, CheckedQuestion, Delta, Provenance,
 from runtime.text.prompt import splice
 from runtime.video import Clip
 from runtime.vision import Encoded, VisionBackend
+from tests import warm
 from tests.processes import HANG_SECONDS as LONG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -508,8 +507,7 @@ print(next(stream).token is not None)
 
 def test_the_interpreter_ends_though_nobody_closed_it(engine: Path, drawn_clip: Path) -> None:
     words = [sys.executable, "-c", EXIT, str(engine), str(drawn_clip)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=LONG, check=False, env=environment)
+    done = warm.run(words, LONG)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
@@ -520,10 +518,10 @@ def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
     found = core.vision.encode(clip.frames)
-    whole = splice(question.words, found.tokens, core.closing, core.decoder.embed)
+    whole = splice(question.words, torch.cat([found.tokens, core.closing[None]]), core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
     kept = Provenance(found.positions.clone(), found.sources.clone(), found.place.clone())
-    return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept)
+    return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept, clip.times())
 
 
 def test_a_video_that_was_read_before_gets_the_same_answers(pipeline: Pipeline, clip: Clip, answer: Answer) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from runtime.pipeline import Pipeline
 from runtime.service import answering
 from runtime.service.scheduler import UnwantedError
 from runtime.video import load_clip
+from tests.warm import WarmPopen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,6 +185,7 @@ import sys, threading, time
 from runtime.service import answering
 from runtime.pipeline import Pipeline
 from runtime.video import load_clip
+from tests.warm import WarmPopen
 
 def slow(*args, check, **how):
     def counted():
@@ -202,8 +203,7 @@ with Pipeline.load(sys.argv[1], device="cpu") as pipeline:
 
 def test_ctrl_c_while_a_video_is_read(engine: Path, long_group: Path) -> None:
     words = [sys.executable, "-c", INTERRUPTED, str(engine), str(long_group)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+    with WarmPopen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "reading\n"
         child.send_signal(signal.SIGINT)

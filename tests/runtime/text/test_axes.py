@@ -109,7 +109,7 @@ class OneSpan(NamedTuple):
 @st.composite
 def one_span(draw: st.DrawFn) -> OneSpan:
     before, after = draw(st.integers(1, 5)), draw(st.integers(0, 5))
-    words = Prompt((1,) * before, (2,) * after, VIDEO_TOKEN, closing=0)
+    words = Prompt((1,) * before, (2,) * after, VIDEO_TOKEN)
     cells = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     seconds = draw(st.sampled_from([1.0, 0.5, 1 / 3, 2 / 24]) | st.floats(0.01, 20, **FLOATS))
     return OneSpan(words, draw(st.integers(1, 6)), cells, seconds, draw(st.sampled_from([1, 2, 4, 25])))
@@ -145,7 +145,7 @@ def test_what_is_left_of_one_span_keeps_its_place(video: OneSpan, data: st.DataO
 
 
 def test_an_answer_is_behind_the_text_though_the_video_lasts_longer() -> None:
-    words = Prompt((1, 1), (2,), VIDEO_TOKEN, closing=0)
+    words = Prompt((1, 1), (2,), VIDEO_TOKEN)
     found = on_axes(words, None, torch.arange(3), (1, 1), QWEN3_VL.time_steps(3, 4.0), original=False)
     assert found.positions.tolist() == [[0, 1, 2, 6, 10, 3], [0, 1, 2, 2, 2, 3], [0, 1, 2, 2, 2, 3]]
     assert found.end == 4

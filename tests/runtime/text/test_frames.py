@@ -16,7 +16,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_utils import VideoMetadata
 
 from earlytom.errors import UserError
-from earlytom.families import FAMILIES, INTERNVL, LLAVA_ONEVISION, FrameTimes
+from earlytom.families import FAMILIES, INTERNVL, LLAVA_ONEVISION, Closings, FrameTimes
 from earlytom.families.smolvlm import SMOLVLM
 from earlytom.micro.random_model import published_tokenizer
 from earlytom.standing import FrameSpan, frame_spans
@@ -66,7 +66,6 @@ def test_ids_are_the_processors(system: str | None) -> None:
     spots = (ids[0] == words.video_token_id).nonzero().flatten().tolist()
     assert list(words.visual_span(FRAMES * CELLS, ALL)) == spots
     assert words.input_ids(CELLS, ALL[:1]).tolist() == [processor_ids(1, system)]
-    assert words.closing == 0
 
 
 SMOL_MESSAGES = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
@@ -154,18 +153,18 @@ def test_what_is_left_keeps_the_name_and_the_place_that_it_had(data: st.DataObje
     for shown in (FRAMES, FRAMES - 5):
         placing = Placing(original=True, most=shown * CELLS)
         given = (place, place.float(), FRAMES, CELLS, spans)
-        begin = placing.after(words, FRAMES, CELLS)
+        begin = placing.after(words, FRAMES, Closings(None, (1, CELLS)))
         assert begin is not None
         both = [placing.of_frames(one, *given)["positions"] for one in (words, replace(words, suffix_ids=()))]
         assert torch.equal(torch.cat([both[1], begin + after]), both[0])
-    assert Placing(bias=True).after(words, FRAMES, CELLS) is None
+    assert Placing(bias=True).after(words, FRAMES, Closings(None, (1, CELLS))) is None
     visual = ids == words.video_token_id
     assert torch.equal(told["bias"], torch.zeros(len(ids)).masked_scatter(visual, place.float() + 1))
     assert len(ids) == words.length(len(place), spans) <= words.room(len(place), len(spans), FRAMES)
 
     table = torch.randn(1300, 8)
     values = torch.randn(len(place), 8)
-    spliced = splice(words, values, None, lambda given: table[given], spans)
+    spliced = splice(words, values, lambda given: table[given], spans)
     assert torch.equal(spliced[0], table[ids].masked_scatter(visual[:, None], values))
     assert Placing().of_frames(words, place, place.float(), FRAMES, CELLS, spans) == {}
 
@@ -225,4 +224,4 @@ def test_a_conversation_shows_its_video_once(family: Any) -> None:
     first, later = (build_prompt(own, messages, family=family) for messages in (said[:1], said))
     assert first.prefix_ids == later.prefix_ids
     assert len(first.suffix_ids) < len(later.suffix_ids)
-    assert LLAVA_ONEVISION.closing_tokens == 1
+    assert LLAVA_ONEVISION.closings((2, 2)).behind == 1

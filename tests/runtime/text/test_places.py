@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from earlytom.families import Closings
 from runtime.text.places import Placing, fitted, places
 from runtime.text.prompt import Prompt
 from tests.runtime.gpu.recorded_graph import no_waiting
@@ -47,11 +48,11 @@ def test_kept_tokens_and_text_stand_as_in_the_whole_prompt(data: st.DataObject) 
 @given(full=st.integers(1, 40), most=st.integers(1, 40), closing=st.integers(0, 1))
 def test_a_question_about_a_video_that_was_read_goes_on_where_it_would_have(full: int, most: int, closing: int) -> None:
     placing, place = Placing(original=True, most=most), torch.arange(0, full, 3)
-    words = Prompt((1, 2), (3, 4, 5), 9, closing=closing)
+    words = Prompt((1, 2), (3, 4, 5), 9)
     whole, read = (
         placing.of_prompt(2, place, torch.zeros(len(place)), full, after, closing)["positions"] for after in (3, 0)
     )
-    begin = placing.after(words, 1, full)
+    begin = placing.after(words, 1, Closings("video" if closing else None, (1, full)))
     assert begin is not None
     assert torch.equal(torch.cat([read, begin + torch.arange(3)]), whole)
 

@@ -97,18 +97,18 @@ def test_spliced_embeddings_are_those_of_the_model(tokenizer: Any, model: Any) -
         ids = prompt.input_ids(VISUAL)
         expected = model.get_input_embeddings()(ids)
         expected[ids == prompt.video_token_id] = visual
-        spliced = splice(prompt, visual[:-1], part.closing, model.get_input_embeddings())
+        spliced = splice(prompt, torch.cat([visual[:-1], part.closing[None]]), model.get_input_embeddings())
         assert torch.equal(spliced, expected)
-        assert torch.equal(splice(prompt, visual, None, model.get_input_embeddings()), expected)
-        assert not torch.equal(splice(prompt, visual.flip(0), None, model.get_input_embeddings()), expected)
+        assert torch.equal(splice(prompt, visual, model.get_input_embeddings()), expected)
+        assert not torch.equal(splice(prompt, visual.flip(0), model.get_input_embeddings()), expected)
 
 
 def test_spliced_tokens_take_the_type_of_the_text(tokenizer: Any, model: Any) -> None:
     prompt = build_prompt(tokenizer, QUESTION)
     visual = torch.full((4, 256), 0.1, dtype=torch.float16)
-    spliced = splice(prompt, visual, torch.zeros(256, dtype=torch.bfloat16), model.get_input_embeddings())
+    spliced = splice(prompt, visual, model.get_input_embeddings())
     assert spliced.dtype == torch.float32
-    assert spliced.shape == (1, prompt.length(5), 256)
+    assert spliced.shape == (1, prompt.length(4), 256)
     assert torch.equal(spliced[0, len(prompt.prefix_ids)], visual[0].float())
 
 
@@ -116,7 +116,7 @@ def test_both_ways_into_the_model_give_the_same_answer(tokenizer: Any, model: An
     prompt = build_prompt(tokenizer, QUESTION)
     with torch.no_grad():
         visual = model.get_video_features(pixels()).pooler_output[0]
-        embeddings = splice(prompt, visual, None, model.get_input_embeddings())
+        embeddings = splice(prompt, visual, model.get_input_embeddings())
     ids = prompt.input_ids(VISUAL)
     whole = model.generate(input_ids=ids, pixel_values_videos=pixels(), max_new_tokens=6)[0, ids.shape[1] :]
     mask = torch.ones(embeddings.shape[:2], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""How a frame's patches become the cells of its grid, each half as many a side.
+"""How a frame's patches become the cells of its grid, half as many a side, and where newlines are among them.
 
 Notation: F' frames, g patches a side, S = g * g patches, P cells.
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from earlytom.families.closings import Closes
 from earlytom.families.llava_next_video import average_pool
 from earlytom.families.llava_onevision import grid_side, pool, pooled_side
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+POOLINGS = ("bilinear", "average", "max")
+CLOSES: dict[str, Closes | None] = {"grid": "row", "frame": "frame", "one_token": "video", "no_token": None}
+"""What a newline closes, by `mm_newline_position`."""
 _STRIDE = 2
 
 

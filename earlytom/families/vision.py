@@ -1,0 +1,68 @@
+"""The vision part of a model: its modules, and how the encoder runs them.
+
+Notation as in `earlytom.families.family`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from earlytom.towers import Tower
+
+
+class VisionModules(NamedTuple):
+    """The vision part of a transformers model.
+
+    Attributes:
+        vision_tower: [F, 3, H, W] to hidden states, of width D.
+        projector: D to E.
+        closing: [E], what follows the visual tokens of a video; None where nothing does.
+    """
+
+    vision_tower: nn.Module
+    projector: nn.Module
+    closing: nn.Parameter | None
+
+
+class Features(NamedTuple):
+    """Frames as the LLM would see them before any token is left out.
+
+    Attributes:
+        features: [F', P, E], tokens, and behind each what else the LLM is given of it.
+        relevance: [F', P] fp32, received attention brought to the same cells; None if none was given.
+        projected: [F', S, E], what the projector gave, for those who look inside.
+        cells: (rows, columns) of the P tokens of a frame.
+    """
+
+    features: Tensor
+    relevance: Tensor | None
+    projected: Tensor
+    cells: tuple[int, int]
+
+
+class Vision(ABC):
+    """The vision part of one model, as the encoder runs it.
+
+    Attributes:
+        tower: how pixels become hidden states, layer by layer.
+    """
+
+    def __init__(self, tower: Tower) -> None:
+        self.tower = tower
+
+    @abstractmethod
+    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
+        """Patch hidden states [F', S, D] and received attention [F', S] through projector and pooling, in the family's
+        order."""
+
+    @abstractmethod
+    def pool(self, values: Tensor) -> Tensor:
+        """As `Family.pool`."""
+
+    def own(self, features: Tensor) -> Tensor:
+        """Tokens [..., E] without what stands behind them: what they are compared by."""
+        return features
