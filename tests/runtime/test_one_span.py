@@ -174,6 +174,20 @@ def test_cells_are_built_and_asked_with_positions_and_bias(folder: Path, tmp_pat
         assert said(folder, plain.ask(clip_of(video), QUESTION, max_new_tokens=12)) == wanted
 
 
+def test_several_videos_at_once_are_answered_as_each_alone(
+    folder: Path, engine: Path, tmp_path: Path, video: Tensor
+) -> None:
+    several = built(folder, tmp_path / "two", *ON, "--batch", "2", "--no-verify")
+    with Pipeline.load(several) as pipeline, Pipeline.load(engine) as alone:
+        assert pipeline.manifest.batch == 2
+        answers = []
+        for clip in (clip_of(video), clip_of(video.flip(0))):
+            answer = pipeline.ask(clip, QUESTION, max_new_tokens=12)
+            assert answer.tokens == alone.ask(clip, QUESTION, max_new_tokens=12).tokens
+            answers.append(answer.tokens)
+    assert answers[0] != answers[1]  # negative control
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
