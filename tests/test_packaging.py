@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from builder import build
 from tests.processes import HANG_SECONDS
 from tests.test_readme import tracked_paths
 
@@ -119,14 +120,19 @@ def test_a_script_refuses_as_its_module_does(installed: Path, tmp_path: Path) ->
     assert done.stderr == "error: video 'nowhere.mp4' does not exist; give the path of a video file\n"
 
 
-def test_the_bundled_model_is_found_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
+def test_the_bundled_model_is_found_where_it_is_installed(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And the engine of the default build has the key that it has in the checkout."""
-    words = ["-m", "builder.build", "--ratio", "0.3", "--fp16", "--backend", "onnx", "--dry-run", "--json"]
-    there = run(sys.executable, *words, cwd=tmp_path, path=installed).stdout
-    here = run(sys.executable, *words, cwd=tmp_path, path=ROOT).stdout
-    assert there == here
-    where = "import earlytom, runtime, builder; print(earlytom.__file__, runtime.__file__, builder.__file__)"
-    assert str(ROOT) not in run(sys.executable, "-c", where, cwd=tmp_path, path=installed).stdout
+    words = ["--ratio", "0.3", "--fp16", "--backend", "onnx", "--dry-run", "--json"]
+    asked = "import sys; from builder import build; build.main(sys.argv[1:]); import earlytom, runtime, builder; "
+    asked += "print(earlytom.__file__, runtime.__file__, builder.__file__)"
+    there, where = run(sys.executable, "-c", asked, *words, cwd=tmp_path, path=installed).stdout.splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert build.main(words) == 0
+    assert there == capsys.readouterr().out.strip()
+    assert str(ROOT) not in where
+    assert where.count(str(installed)) == 3
 
 
 def check_types(code: str, place: Path, installed: Path) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from builder.export.functions import DOMAIN, VERSION, Body
-from earlytom.cells.merge import EPSILON, FIRST_CHANGE, NORM_FLOOR, NOVELTY_FLOOR, CellPlan
+from earlytom.cells.merge import EPSILON, FIRST_CHANGE, NORM_FLOOR, NOVELTY_FLOOR, NOVELTY_NOISE, CellPlan
 from earlytom.cells.select import round_sizes
 from earlytom.merge import SIMILARITY_STEPS
 from earlytom.methods.cells import Cells
@@ -139,7 +139,8 @@ def weigh(b: Body, view: View, starts: ir.Value, slot: ir.Value, *, padded: bool
     total = b.ReduceSum(share, [-1], keepdims=1)
     weights = b.Div(share, b.Max(total, 0.5) if padded else total)  # the share of the largest is 1
     last = b.Sub(view.frames, 1.0) if padded else view.frames
-    first = b.ReduceMin(b.Where(b.Equal(own, peak), view.index, last), [-1], keepdims=0)  # [T, F']
+    most = b.GreaterOrEqual(own, b.Max(b.Sub(peak, NOVELTY_NOISE), NOVELTY_FLOOR))
+    first = b.ReduceMin(b.Where(most, view.index, last), [-1], keepdims=0)  # [T, F']
     taken = b.Cast(b.Transpose(first, perm=[1, 0]), to=INT64)
     weights.name, member.name, taken.name = "weights", "member", "taken"
     return [weights, member, taken]

@@ -26,6 +26,7 @@ from earlytom.merge import SIMILARITY_STEPS
 EPSILON = 1e-5  # of the layer norm
 NORM_FLOOR = 1e-6  # a vector shorter than this has no direction; smaller constants are deleted by the ONNX optimiser
 NOVELTY_FLOOR = 1e-6
+NOVELTY_NOISE = 1 / SIMILARITY_STEPS  # copies of one cell differ by less, whichever kernels made them
 FIRST_CHANGE = 9.0  # of frame 0, which always starts a group: more than any change and any threshold can be
 
 
@@ -36,7 +37,8 @@ class CellPlan:
     Attributes:
         weights: [T, F', F] fp32, convex: what each cell of each group is made of.
         member: [F', F] fp32, 1 where the frame belongs to the group.
-        taken: [F', T] int64, the frame of largest weight; of equal ones the earlier.
+        taken: [F', T] int64, the frame that differs most from the clip's mean; of those within `NOVELTY_NOISE` of it
+            the earliest, so that no rounding decides between copies.
     """
 
     weights: Tensor
@@ -146,7 +148,8 @@ def member_weights(novel: Tensor, member: Tensor, power: float) -> tuple[Tensor,
     peak = own.amax(-1, keepdim=True)
     share = member * (own / peak) ** power
     index = torch.arange(frames, device=novel.device)
-    taken = torch.where(own == peak, index, frames).amin(-1)  # [T, F']
+    most = own >= (peak - NOVELTY_NOISE).clamp_min(NOVELTY_FLOOR)  # 0 of who is no member is not
+    taken = torch.where(most, index, frames).amin(-1)  # [T, F']
     return share / share.sum(-1, keepdim=True), taken.T
 
 

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from earlytom import UserError
-from earlytom.cells.merge import CellPlan, change, merge_marks, normalised, plan_cells, unit
+from earlytom.cells.merge import (
+    NOVELTY_NOISE,
+    CellPlan,
+    change,
+    merge_marks,
+    normalised,
+    novelty,
+    plan_cells,
+    unit,
+)
 from earlytom.merge import SIMILARITY_STEPS
 
 KINDS = ("noise", "drift", "still", "repeats", "constant", "zero")
@@ -88,8 +97,11 @@ def test_what_holds_for_every_clip(made: tuple[str, int, int, int], data: st.Dat
     assert bool((plan.member.sum(1) > 0).all())
     group = plan.member.argmax(0)
     assert bool((group.diff() >= 0).all())  # groups are runs
-    heaviest = plan.weights.gather(2, plan.taken.T[:, :, None])[:, :, 0]
-    assert torch.equal(heaviest, plan.weights.amax(-1))
+    normal = normalised(hidden)
+    novel = novelty(normal, unit(normal))
+    peak = torch.where(plan.member[:, :, None] > 0, novel, 0.0).amax(1)  # [F', T]
+    assert bool(plan.member.gather(1, plan.taken).all())
+    assert bool((novel.gather(0, plan.taken) >= peak - NOVELTY_NOISE).all())
     merged = plan.apply(hidden)
     assert bool((merged.amax(0) <= hidden.amax(0) + 1e-4).all())
     assert bool((merged.amin(0) >= hidden.amin(0) - 1e-4).all())
@@ -192,6 +204,17 @@ def test_identical_frames_are_averaged_and_show_the_earliest() -> None:
     torch.testing.assert_close(plan.apply(hidden), hidden[:2])
     torch.testing.assert_close(plan.weights[:, 1, 1:], torch.full((5, 5), 0.2))
     assert plan.taken.tolist() == [[0] * 5, [1] * 5]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_copies_the_earliest_is_shown_whatever_rounding_left_of_them(seed: int) -> None:
+    """A clip of fewer frames than are asked for is shown with copies of each."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2, 5, 16, generator=generator).repeat_interleave(3, dim=0)
+    noisy = hidden * (1 + 2e-7 * torch.randn(hidden.shape, generator=generator))
+    normal = normalised(noisy)
+    assert novelty(normal, unit(normal))[:3].argmax(0).any()  # what would be taken: a later one somewhere
+    assert plan_cells(noisy, 2, 4.0).taken.tolist() == [[0] * 5, [3] * 5]
 
 
 def test_a_cell_that_changes_takes_the_member_that_differs() -> None:
