@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for question in options.questions:
                     screen.line(f"> {question}")
                     answers.append(say(screen, watched.stream(question, **how)))
-        show_times(screen, answers, manifest)
+        show_times(screen, answers)
         if options.picture is not None:
             from runtime.service.pictures import picture
 
@@ -277,7 +277,7 @@ def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
     return InnerMerge(options.inner_layer, INNER_RATIO if options.inner_ratio is None else options.inner_ratio)
 
 
-def show_times(screen: cli.Screen, answers: Sequence[Answer], manifest: Manifest) -> None:
+def show_times(screen: cli.Screen, answers: Sequence[Answer]) -> None:
     """Where the time went, in a column for each answer."""
     stages: dict[str, Callable[[Timings], float]] = {
         "waiting": lambda times: times.waiting,
@@ -294,16 +294,10 @@ def show_times(screen: cli.Screen, answers: Sequence[Answer], manifest: Manifest
     at = list(stages).index("per further token")
     rows[at] = (rows[at][0], *(cell if there else "-" for cell, there in zip(rows[at][1:], further, strict=True)))
     screen.table(("stage", *["ms"] * len(answers)), rows)
-    full = full_tokens(answers[0], manifest)
+    full = answers[0].visual_tokens_full
     share = answers[0].visual_tokens / full
     counts = ", ".join(f"{len(answer.tokens)} ({answer.finish})" for answer in answers)
     screen.line(f"{answers[0].visual_tokens} of {full} visual tokens ({share:.1%}); tokens answered: {counts}")
-
-
-def full_tokens(answer: Answer, manifest: Manifest) -> int:
-    """What the uncompressed model would have sent; of several frame counts, of the one that gives this many tokens."""
-    each = [manifest.at(frames) for frames in manifest.counts]
-    return next((one.tokens_full for one in each if one.tokens == answer.visual_tokens), manifest.tokens_full)
 
 
 def record(questions: Sequence[str], answers: Sequence[Answer], manifest: Manifest, backend: str) -> dict[str, object]:
@@ -323,7 +317,7 @@ def record(questions: Sequence[str], answers: Sequence[Answer], manifest: Manife
     return {
         **(each[0] if len(each) == 1 else {"answers": several}),
         "visual_tokens": answers[0].visual_tokens,
-        "visual_tokens_full": full_tokens(answers[0], manifest),
+        "visual_tokens_full": answers[0].visual_tokens_full,
         "engine": manifest.name,
         "backend": backend,
         "torch": torch.__version__,

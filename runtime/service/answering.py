@@ -316,10 +316,12 @@ class Answering:
             if ready.read_only:
                 return
             question = ready.question
-            kept = (shown.kept if isinstance(shown, Seen) else _kept(shown.encoded)) if question.kept else None
+            made = shown.kept if isinstance(shown, Seen) else shown.encoded
+            full = made.sources.shape[-1] * self.manifest.tokens_per_frame
+            kept = (made if isinstance(made, Provenance) else _kept(made)) if question.kept else None
             visual_tokens, prompt_tokens, source = self._start(shown, question)
         cached_tokens = shown.prefix.length if cached and isinstance(shown, Seen) else 0
-        del shown, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
+        del shown, made, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
         text, stops = TextStream(self.tokenizer), StopStrings(question.stop)
         ids: list[int] = []
         parts: list[str] = []
@@ -366,6 +368,7 @@ class Answering:
             grid=self._grid,
             sampling=self.manifest.model.preprocessing.sampling,
             step=self._family.step,
+            visual_tokens_full=full,
         )
         _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
         yield Delta(parts[-1], None, finish, answer)

@@ -89,6 +89,7 @@ class Answer:
         grid: (rows, columns) of the cells of a frame.
         sampling: which frames of its video were shown, see `runtime.video.sample_indices`.
         step: pictures of the video that are one frame of `kept`.
+        visual_tokens_full: what `visual_tokens` would be without compression.
     """
 
     text: str
@@ -102,6 +103,7 @@ class Answer:
     grid: tuple[int, int] = (0, 0)
     sampling: FrameSampling = "ends"
     step: int = 1
+    visual_tokens_full: int = 0
 
     def picture(self, path: str | os.PathLike[str], video: Video, *, question: str = "") -> Path:
         """Draw the answer over its video: the frames, what was kept of them, and where the time went.

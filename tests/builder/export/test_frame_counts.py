@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from runtime.engine import layout
 from runtime.engine.manifest import Manifest, describe_files
 from runtime.errors import EngineError
 from runtime.measure.variants import read_engine
+from runtime.pipeline import Pipeline
 from runtime.video import load_clip
 from runtime.vision import choose_backend, open_backend
 from runtime.vision.by_frames import ByFrames
@@ -275,6 +277,21 @@ def test_a_question_takes_the_count_that_suits_the_video(
         assert (record["visual_tokens"], record["visual_tokens_full"]) == (one.tokens, one.tokens_full)
     assert cli.run(ask.main, [*words, "--frames", "5"]) == 2
     assert "takes 4 or 8 frames, not 5" in capsys.readouterr().err
+
+
+def test_of_counts_that_keep_as_many_tokens_the_one_that_was_asked_is_reported(
+    build_engine: Callable[..., Path], small_checkpoint: Path
+) -> None:
+    words = "--frames 3,4 --ratio 0.001 --merge-layers 1 --frame-budget 0.5 --fp32"
+    with Pipeline.load(build_engine("--model", str(small_checkpoint), *words.split()), device="cpu") as pipeline:
+        video = torch.randint(0, 256, (8, 3, 72, 72), dtype=torch.uint8)
+        each = [pipeline.manifest.at(frames) for frames in (3, 4)]
+        assert each[0].tokens == each[1].tokens
+        for one in each:
+            answer = pipeline.ask(video, "What happens?", frames=one.frames, max_new_tokens=1)
+            with pipeline.watch(video, frames=one.frames) as watched:
+                seen = watched.ask("What happens?", max_new_tokens=1)
+            assert answer.visual_tokens_full == seen.visual_tokens_full == one.tokens_full
 
 
 def test_in_pytorch_the_model_is_loaded_once(folder: Path, manifest: Manifest, videos: tuple[Path, ...]) -> None:
