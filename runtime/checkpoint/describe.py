@@ -234,7 +234,7 @@ def _describe_random(label: str) -> Checkpoint:
     name = label.removeprefix(RANDOM)
     known = {**PUBLISHED, MID_SIZE: mid_size}
     if name not in known:
-        raise UserError(f"--model {label}: no such configuration; known are {', '.join(RANDOM + n for n in known)}")
+        raise UserError(f"--model {label}: no such configuration; {RANDOM} knows {', '.join(known)}")
     config = known[name]()
     family = family_of(config)
     frames = MID_SIZE_FRAMES if name == MID_SIZE else family.frames

@@ -61,7 +61,7 @@ CASES = [
     ("--model {place}/text.mp4", ["--model", "{place}/text.mp4", "is a file"]),
     ("--model {place}", ["--model", "config.json"]),
     ("--model {place}/other", ["--model", "'blip_2'", "llava_onevision"]),
-    ("--model random:gpt-5", ["random:gpt-5", "random:llava-onevision-qwen2-7b-ov"]),
+    ("--model random:gpt-5", ["random:gpt-5", "random: knows", "llava-onevision-qwen2-7b-ov"]),
     ("--merge-layers 2,99", ["--merge-layers", "99", "0 to 7", "for example"]),
     ("--merge-layers a,b", ["--merge-layers", "'a,b'", "none"]),
     ("--merge-layers 4,2", ["--merge-layers", "ascending", "(4, 2)"]),

@@ -6,65 +6,54 @@ import json
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from earlytom.families import family_named, geometry
 from runtime import ask, cli
 from runtime.engine.manifest import Manifest
 from runtime.pipeline import Pipeline
 from runtime.text.prompt import build_prompt
-from runtime.video import clip_from_frames
 from tests.runtime.checkpoint.original_layout import original_folder
-from tests.runtime.test_families import ON, QUESTION, F, built, frames, greedy, said
+from tests.runtime.families.cases import CASES, QUESTION, said
 
-__all__ = ["frames"]
+CASE = CASES["llava_qwen"]
 
 pytestmark = pytest.mark.usefixtures("each_export_once")
 
 
 def test_an_engine_answers_as_the_model_does(
-    tmp_path: Path, frames: Tensor, drawn_clip: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, drawn_clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
     folder, model, _ = original_folder(tmp_path / "model", **how)
-    engine = built(folder, tmp_path / "engines", *ON, "--verify-text")
-    manifest = Manifest.read(engine)
+    engine = CASE.built(folder, tmp_path / "engines", *CASE.on, "--verify-text")
+    manifest, video = Manifest.read(engine), CASE.video()
+    clip = CASE.clip(video)
     assert manifest.verification is not None
     assert manifest.verification["passed"]
     assert family_named(manifest.model.family).cells((5, 5)) == geometry(model.config).cells == (2, 2)
     with Pipeline.load(engine) as pipeline:
-        answer = pipeline.ask(frames, QUESTION, max_new_tokens=12, kept=True)
-        assert said(folder, answer) == greedy(folder, frames, on=True) != greedy(folder, frames, on=False)
-        assert answer.visual_tokens == manifest.tokens < manifest.tokens_full == F * 4
+        answer = pipeline.ask(clip, QUESTION, max_new_tokens=12, kept=True)
+        assert said(folder, answer) == CASE.greedy(folder, video, manifest.settings) != CASE.greedy(folder, video)
+        assert answer.visual_tokens == manifest.tokens < manifest.tokens_full == CASE.frames * 4
         assert answer.kept is not None
         words = build_prompt(pipeline._core.tokenizer, QUESTION, family=family_named(manifest.model.family))
         rows = len(set((answer.kept.positions // 2).tolist()))  # each closed by a newline
         assert answer.prompt_tokens == words.length(manifest.tokens + rows)
-        with pipeline.watch(frames) as watched:
+        with pipeline.watch(clip) as watched:
             seen = watched.ask(QUESTION, max_new_tokens=12)
             assert (seen.tokens, seen.prompt_tokens) == (answer.tokens, answer.prompt_tokens)
     capsys.readouterr()
     asked = [str(drawn_clip), QUESTION, "--engine", str(engine), "--device", "cpu", "--max-new-tokens", "4", "--json"]
     assert cli.run(ask.main, asked) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["visual_tokens_full"] == F * 4
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["visual_tokens_full"] == CASE.frames * 4
 
 
-def test_all_tokens_stand_where_they_stood_among_newlines(tmp_path: Path, frames: Tensor) -> None:
-    """With original positions and nothing left out an answer is that without them."""
-    folder, _, _ = original_folder(tmp_path / "model", mm_newline_position="grid")
-    engine = built(folder, tmp_path / "engines", "--ratio", "1", "--merge-layers", "none", "--no-verify")
-    with Pipeline.load(engine) as plain, Pipeline.load(engine, positions="original", bias=True) as placed:
-        answer = plain.ask(frames, QUESTION, max_new_tokens=12)
-        assert said(folder, answer) == greedy(folder, frames, on=False)
-        assert placed.ask(frames, QUESTION, max_new_tokens=12).tokens == answer.tokens
-
-
-def test_a_sentence_says_when_the_frames_were(tmp_path: Path, frames: Tensor) -> None:
+def test_a_sentence_says_when_the_frames_were(tmp_path: Path) -> None:
     """Ids are those of the release's prompt: the video, a line that names every frame shown, the question."""
     how = {"mm_newline_position": "grid", "add_time_instruction": True}
     folder, _, _ = original_folder(tmp_path / "model", **how)
-    engine = built(folder, tmp_path / "engines", *ON, "--no-verify")
-    clip = clip_from_frames(frames, F, (20, 20), fps=3.0)
+    engine = CASE.built(folder, tmp_path / "engines", *CASE.on, "--no-verify")
+    clip = CASE.clip(CASE.video(), 3.0)
     located = ",".join(f"{number / 3:.2f}s" for number in (0, 2, 5, 8, 11, 14))
     sentence = (
         f"The video lasts for 5.00 seconds, and 6 frames are uniformly sampled from it. These frames are located at "
@@ -80,10 +69,10 @@ def test_a_sentence_says_when_the_frames_were(tmp_path: Path, frames: Tensor) ->
         assert answer.kept is not None
         visual = answer.visual_tokens + len(set((answer.kept.positions // 3).tolist()))
         assert answer.prompt_tokens == len(words.prefix_ids) + visual + len(told)
-        assert answer.prompt_tokens < words.room(visual, 2, F)  # what is checked before the times are known
+        assert answer.prompt_tokens < words.room(visual, 2, CASE.frames)  # what is checked before the times are known
         with pipeline.watch(clip) as watched:
             seen = watched.ask(QUESTION, max_new_tokens=12)
             assert (seen.tokens, seen.prompt_tokens) == (answer.tokens, answer.prompt_tokens)
-        later = clip_from_frames(frames, F, (20, 20), fps=0.5)
+        later = CASE.clip(CASE.video(), 0.5)
         assert pipeline.ask(later, QUESTION, max_new_tokens=12).prompt_tokens > answer.prompt_tokens
         assert pipeline.ask(later, QUESTION, max_new_tokens=12).tokens != answer.tokens  # negative control
