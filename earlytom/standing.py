@@ -21,8 +21,8 @@ SMALLEST = 0.1
 """Of the tokens that one stands for: one that nothing belongs to keeps a little attention."""
 
 
-SHARE_STEPS = 2.0**20
-"""Shares are rounded to this grid before they are compared: products of weights differ in their last bits."""
+SHARE_STEPS = 2.0**10
+"""Shares are rounded to this grid before they are compared: those of copies differ by what rounding left of them."""
 
 
 def frame_times(sources: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from runtime.checkpoint.narrow import DTYPE as NARROW
 from runtime.checkpoint.narrow import check_narrow
 from runtime.checkpoint.precision import fitting_dtype
 from runtime.choices import BACKENDS, POSITIONS
+from runtime.decoder.checks import refuse_bias
 from runtime.decoder.eager import Decoder, InnerMerge
 from runtime.decoder.naming import FORMS, INSIDE, PLACES, by_vllm, decoder_named
 from runtime.decoder.protocol import TextDecoder
@@ -206,6 +207,8 @@ def _decoder(
     tokenizer: Any,
 ) -> Decoder:
     """The decoder of a model, whose layers go to the device, or into compiled programs there."""
+    if placing.bias:
+        refuse_bias(model.get_decoder().config)  # now, and not at every question
     if compiler is None:
         torch.nn.Module.to(model, device)
         return Decoder.from_model(model, inner=inner)

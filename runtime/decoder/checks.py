@@ -61,6 +61,11 @@ def refuse_places(placed: Placed, config: Any, *, merging: bool) -> None:
             "inner merging does not know what a merged key weighs: leave out --inner-layer (inner=...), or use "
             "--no-bias"
         )
+    refuse_bias(config)
+
+
+def refuse_bias(config: Any) -> None:
+    """Raise UserError if a language model of this `config` cannot be given an attention bias."""
     if not _sees_all(config):
         raise UserError(
             "an attention bias needs full attention, and this language model has others (sliding windows, say): use "

@@ -74,6 +74,12 @@ def test_equal_tokens_belong_to_the_first() -> None:
     assert size_bias(sizes).tolist() == pytest.approx([1.386294, -2.302585])
 
 
+def test_of_copies_a_merged_frame_is_the_earliest_whatever_rounding_left_of_their_shares() -> None:
+    third = torch.full((3,), 1 / 3)
+    assert frame_times(third + torch.tensor([-2e-5, 1e-5, 2e-5]))[0] == 0
+    assert frame_times(third + torch.tensor([-2e-2, 1e-2, 2e-2]))[0] == 2  # negative control: shares that differ
+
+
 def test_a_merged_frame_is_where_most_of_it_was() -> None:
     sources = torch.tensor([[0.6, 0.4, 0, 0], [0, 0, 0.5, 0.5]])
     time, size = frame_times(sources)
