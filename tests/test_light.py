@@ -58,6 +58,7 @@ LIGHT = (
         "runtime.trt",
         "builder",
         "builder.settings.arguments",
+        "builder.settings.parser",
     ),
     *("builder.gate.limits", "builder.inspection.comparison", "builder.precision.islands"),
     *("builder.settings.key", "builder.settings.options", "builder.plugins", "builder.show"),

@@ -22,7 +22,7 @@ from builder.doctor import __main__ as doctor
 from builder.evaluation import arguments as evaluation_arguments
 from builder.micro import train
 from builder.plugins import __main__ as plugins
-from builder.settings import arguments
+from builder.settings.parser import parser as build_parser
 from earlytom import UserError
 from earlytom.config import PRESETS
 from runtime import ask, cli, clip, extract_decoder
@@ -69,7 +69,7 @@ def commands(text: str = README) -> list[Words]:
 
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "builder.build": arguments.parser,
+    "builder.build": build_parser,
     "builder.doctor": doctor.parser,
     "builder.evaluate": evaluation_arguments.parser,
     "builder.inspect": inspect.parser,

@@ -78,7 +78,7 @@ FAMILY_WORDS = re.compile(
 )
 # Names that a help text shows, of a checkpoint that exists or might: an example must name one.
 EXAMPLES = {
-    "builder/settings/arguments.py": ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "random:llava-onevision-qwen2-7b-ov"),
+    "builder/settings/parser.py": ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "random:llava-onevision-qwen2-7b-ov"),
     "builder/kernels.py": ("LLaVA-OneVision-7B",),
     "builder/plugins/__main__.py": ("LLaVA-OneVision-7B",),
     "runtime/ask.py": ("/models/llava-onevision",),

@@ -92,9 +92,14 @@ def _first(pid: int) -> socket.socket:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    atexit.register(first.wait)
-    atexit.register(mine.close)  # which ends it
+    atexit.register(_end, pid, first)
     return mine
+
+
+def _end(pid: int, first: subprocess.Popen[bytes]) -> None:
+    if os.getpid() == pid:  # not in a fork of ours
+        first.kill()
+        first.wait()
 
 
 def _serve(line: socket.socket) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.inspection import Record
-from builder.settings.arguments import flags
+from builder.settings.parser import flags
 
 # What to type, or to look at, for a part of the cache key that differs, where that is not the option of its name.
 SET_BY = {

@@ -27,6 +27,7 @@ _APART = (
     "plugins/__main__",
     "scripts",
     "settings/arguments",
+    "settings/parser",
     "settings/options",
     "show",
     "source",

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from builder.doctor import __main__ as doctor
-from builder.settings import arguments
+from builder.settings.parser import parser as build_parser
 from earlytom.errors import UserError
 from tests.processes import HANG_SECONDS
 
@@ -73,7 +73,7 @@ def test_its_steps_are_those_of_the_recipe(name: str) -> None:
     assert looked[:3] == ["python", "-m", "builder.doctor"]
     doctor.parser().parse_args(looked[3:])
     assert built[:3] == ["python", "-m", "builder.build"]
-    options = arguments.parser().parse_args(built[3:])
+    options = build_parser().parse_args(built[3:])
     assert (options.verify, str(options.out)) == (True, "built")
     assert compared == ["sh", "reference/compare.sh", "built/*/vision.onnx"]
     recipe = re.findall(r"^- run: (.*)$", README, re.MULTILINE)
@@ -84,7 +84,7 @@ def test_its_steps_are_those_of_the_recipe(name: str) -> None:
 def test_a_step_with_a_flag_that_there_is_not_is_noticed() -> None:
     """Negative control."""
     with pytest.raises(UserError, match="nonsense"):
-        arguments.parser().parse_args(["--nonsense"])
+        build_parser().parse_args(["--nonsense"])
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -17,7 +17,7 @@ from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK, PartOutcome
 from builder.doctor.machine import Machine
 from builder.doctor.report import markdown, record
 from builder.doctor.treatment import Tried
-from builder.settings import arguments
+from builder.settings.parser import parser as build_parser
 from earlytom.errors import UserError
 from runtime import cli, trt
 from tests.builder.doctor.machines import ABSENT, WITH_A_GPU, changed, without_gpu
@@ -69,7 +69,7 @@ def test_parts_are_functions_that_take_their_arguments(machine: Machine) -> None
         assert given <= set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
         assert not part.engine or part.engine in seen
         if name == "build":
-            arguments.parser().parse_args([*part.arguments["words"], "--out", part.arguments["out"]])
+            build_parser().parse_args([*part.arguments["words"], "--out", part.arguments["out"]])
         seen.add(part.name)
 
 

@@ -21,7 +21,7 @@ from builder import build, verify
 from builder.export import functions
 from builder.gate import kept_reference
 from builder.gate.kept_reference import COMPARE_FILE
-from builder.settings import arguments
+from builder.settings.parser import parser as build_parser
 from earlytom.budget import most_tokens
 from runtime import cli
 from runtime.engine import layout
@@ -141,7 +141,7 @@ def test_the_recipe_is_three_commands_that_exist() -> None:
     assert keep[:3] == ["python", "-m", "builder.verify"]
     assert verify.parser().parse_args(keep[3:]).polygraphy == Path("reference")
     assert make[:3] == ["python", "-m", "builder.build"]
-    options = arguments.parser().parse_args(make[3:])
+    options = build_parser().parse_args(make[3:])
     assert options.verify  # the build's own gate is part of the job
     assert hold == ["sh", f"reference/{COMPARE_FILE}", f"{options.out}/*/{layout.ONNX_FILE}"]
 

@@ -83,6 +83,7 @@ def test_what_decides_an_engine_changes_its_key(tree: Path, module: str) -> None
     "module",
     [
         "builder/settings/arguments",
+        "builder/settings/parser",
         "builder/build",
         "builder/cache",
         "builder/gate/drift",
