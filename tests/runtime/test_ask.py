@@ -263,7 +263,7 @@ def test_a_question_that_spells_a_control_token(refused: Callable[..., str]) -> 
         (("--max-seconds", "0.5"), "--max-seconds"),
         (("--max-bytes", "100"), "--max-bytes"),
         (("--inner-layer", "99"), "set inner_layer (--inner-layer) to one of them"),
-        (("--model", "random:no-such"), "random:llava-onevision-qwen2-7b-ov"),
+        (("--model", "random:no-such"), "random: knows llava-onevision-qwen2-0.5b-ov"),
         (("--model", "./no/such/folder"), "no such folder"),
         (("--model", "random:llava-onevision-qwen2-0.5b-ov"), "give the model it was built from with --model"),
         (("--backend", "tensorrt"), "was built for onnx, not for tensorrt"),

@@ -458,7 +458,7 @@ def test_json_prints_the_line_alone_and_lists_can_be_empty(
         (("--merge-layers", "99"), "merge layer 99 does not exist"),
         (("--video", "no-such.mp4"), "no-such.mp4"),
         (("--engine", "no-such"), "no-such"),
-        (("--model", "random:no-such"), "random:siglip-base-qwen2-0.5b"),
+        (("--model", "random:no-such"), "siglip-base-qwen2-0.5b"),
         (("--scale-frames", "100000"), "context"),
         (("--question", " "), "the question is empty"),
         (("--nonsense",), "--nonsense"),
