@@ -348,7 +348,9 @@ def _decoder(model: Any) -> Any:
     decoder = model if hasattr(model, "layers") else getattr(model, "get_decoder", lambda: model)()
     family = getattr(getattr(decoder, "config", None), "model_type", type(model).__name__)
     if family != "qwen2" or not hasattr(decoder, "layers"):
-        raise UserError(f"{type(model).__name__} ({family}) is not supported: inner merging takes a Qwen2 decoder")
+        raise UserError(
+            f"{type(model).__name__} ({family}) is not supported: inner merging takes a Qwen2 decoder; leave it out"
+        )
     return decoder
 
 
