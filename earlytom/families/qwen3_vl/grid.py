@@ -19,8 +19,8 @@ def grid_of(vision: Any) -> tuple[int, int]:
     height, width = getattr(vision, "image_size", SIZE)
     if height % (SIDE * patch) or width % (SIDE * patch) or not (height and width):
         raise UserError(
-            f"frames are {height}x{width}, expected multiples of {SIDE * patch} pixels, as patches of {patch} are joined "
-            f"{SIDE} by {SIDE}: give such a --size, or image_size in vision_config"
+            f"frames are {height}x{width}, expected multiples of {SIDE * patch} pixels, as patches of {patch} are "
+            f"joined {SIDE} by {SIDE}: give such a --size, or image_size in vision_config"
         )
     return height // patch, width // patch
 
