@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.families import FrameTimes, family_named
 from earlytom.numbers import shown, whole
-from earlytom.standing import frame_spans
 from runtime.choices import MAX_NEW_TOKENS
 from runtime.decoder.eager import Finish
 from runtime.decoder.protocol import TextDecoder
@@ -55,11 +54,12 @@ from runtime.service.requests import (
     Work,
 )
 from runtime.service.scheduler import Turn
+from runtime.service.splicing import Splicing
 from runtime.show.kept import grid_of
-from runtime.text.axes import following, told_of, weights_of
+from runtime.text.axes import following
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
-from runtime.text.prompt import Prompt, Spans, build_prompt, bytes_per_token, check_length, splice
+from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length
 from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
@@ -72,16 +72,6 @@ READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
     "messages before the video"
 )
-
-
-class Spliced(NamedTuple):
-    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
-    of it, and where text behind it stands if that is not behind its last token."""
-
-    embeds: Tensor
-    visual: Sequence[int]
-    placed: dict[str, Tensor]
-    after: int | None = None
 
 
 class Answering:
@@ -120,11 +110,11 @@ class Answering:
         self.batch = vision.batch if self.lanes == 1 else 1
         self.decoder: TextDecoder | None = decoder
         self._turn = threading.Lock()  # to use the engine, until what it gave was copied
-        self.closing = closing
         self.tokenizer = tokenizer
         self.stops = stops
         self._family = family_named(manifest.model.family)
         self._grid = grid_of(manifest.tokens_per_frame, manifest.model.preprocessing.size)
+        self._splice = Splicing(manifest, closing, placing)
         self._bytes_per_token = bytes_per_token(tokenizer)
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
@@ -263,7 +253,7 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            spliced = self._spliced(ready.question.words, found, self._times_of(ready.shown))
+            spliced = self._splice(self._open_decoder(), ready.question.words, found, self._times_of(ready.shown))
         if self._family.on_axes:
             raise UserError(
                 f"a prompt of {self._family.title} is more than embeddings, its decoder takes positions on axes: ask "
@@ -390,7 +380,7 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            spliced = self._spliced(words, shown.encoded, shown.times)
+            spliced = self._splice(decoder, words, shown.encoded, shown.times)
             stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
@@ -408,43 +398,13 @@ class Answering:
         assert not isinstance(shown, Seen)
         return shown.times if isinstance(shown, Arrived) else shown.times(self.manifest.model.preprocessing.sampling)
 
-    def _spliced(self, words: Prompt, encoded: Encoded, times: FrameTimes) -> Spliced:
-        """A prompt with its video, whose frames were at such times."""
-        decoder, words = self._open_decoder(), words.at(times)
-        device, per_frame = decoder.device, self.manifest.tokens_per_frame
-        spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
-        closings = self.manifest.closings
-        visual = closings.closed(encoded.tokens.to(device), encoded.positions, self.closing)
-        embeds = splice(words, visual, decoder.embed, spans)
-        place, bias = closings.placed(encoded.place.to(device), encoded.bias.to(device), encoded.positions)
-        frames, before, after = encoded.sources.shape[-1], len(words.prefix_ids), len(words.suffix_ids)
-        if self._family.on_axes:
-            return self._on_axes(words, encoded, embeds, spans, times)
-        if spans is None:
-            placed = self.placing.of_prompt(before, place, bias, closings.span(frames), after, closings.behind)
-        else:
-            placed = self.placing.of_frames(words, place, bias, frames, per_frame, spans)
-        end = self.placing.after(words, frames, closings)
-        return Spliced(embeds, words.visual_span(len(visual), spans), placed, end)
-
-    def _on_axes(
-        self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes
-    ) -> Spliced:
-        """`_spliced` where tokens are placed by time, row and column, and bring states of layers along."""
-        tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
-        steps = self._family.time_steps(encoded.sources.shape[-1], self.placing.per_second, times)
-        width, original = embeds.shape[2], self.placing.original
-        placed, end = told_of(words, spans, tokens, place, self._grid, steps, width, original=original)
-        if self.placing.bias:
-            placed["bias"] = weights_of(words, spans, bias)
-        return Spliced(embeds, words.visual_span(len(tokens), spans), placed, end)
-
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
         """Read a video's tokens and what is before them, and keep that."""
         encoded = arrived.encoded
         before = dataclasses.replace(words, suffix_ids=(), times=None)
-        spliced = self._spliced(before, encoded, arrived.times)
-        prefix = self._open_decoder().prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
+        decoder = self._open_decoder()
+        spliced = self._splice(decoder, before, encoded, arrived.times)
+        prefix = decoder.prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
         seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), arrived.times, spliced.after)
         held = self.watched.keys()
         for one in held:
