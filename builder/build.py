@@ -14,12 +14,11 @@ verified is not published, unless --no-verify says so.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder.plugins import choose, kernel_target
 from builder.settings.arguments import configured, read
@@ -179,10 +178,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stop(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # a service manager's stop cleans up like Ctrl-C
+    cli.stop_by_signal()  # a service manager's stop cleans up like Ctrl-C
     sys.exit(cli.run(main, sys.argv[1:]))

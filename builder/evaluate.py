@@ -8,10 +8,8 @@ measures videos of the user's instead (`builder.evaluation.coverage`).
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from builder.evaluation.arguments import read
 from runtime import cli
@@ -27,10 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stop(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: the worker processes end too
+    cli.stop_by_signal()  # as Ctrl-C: the worker processes end too
     sys.exit(cli.run(main, sys.argv[1:]))

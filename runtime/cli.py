@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
@@ -67,6 +68,7 @@ _SAID_OF_MEMORY = (
 _SAID_OF_FILES = ("too many open files",)
 _LIBRARIES = (RuntimeError, OSError, ImportError, SystemError)  # and what is no error of Python's own
 
+_stopped: list[int] = []  # signals that were taken, of `stop_by_signal`
 _typed: list[str] = []  # the console script that was typed, if one was
 
 A = TypeVar("A")
@@ -108,6 +110,18 @@ def run_module(name: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def stop_by_signal() -> None:
+    """Let SIGTERM and Ctrl-C raise KeyboardInterrupt, and be known even where a library makes another error of it."""
+
+    def stop(number: int, frame: object) -> None:
+        _stopped.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started it wants none
+        signal.signal(signal.SIGINT, stop)
+
+
 def _open_streams() -> None:
     """Make standard output and error take every text.
 
@@ -128,6 +142,8 @@ def _end_interrupted() -> int:
 
 def _comes_of_interrupt(error: BaseException) -> bool:
     """Whether something was interrupted, and a library that cleaned up after that failed in it (torch.export does)."""
+    if _stopped:
+        return True
     seen: list[BaseException] = []
     while error not in seen:
         if isinstance(error, KeyboardInterrupt):

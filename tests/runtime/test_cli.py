@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,34 @@ def test_what_fails_because_of_an_interrupt_is_one(kind: type[Exception], capsys
 
     assert cli.run(main, None) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+SWALLOWED = """
+import os, signal, sys
+from runtime import cli
+def main(number):
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException:
+        pass
+    raise cli.UserError("a library said so")
+if sys.argv[2] == "known":
+    cli.stop_by_signal()
+sys.exit(cli.run(main, int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_known_where_a_library_forgets_it(number: signal.Signals) -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED, str(int(number)), "known"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_without_that_it_would_be_the_library_s_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, str(int(signal.SIGINT)), "unknown"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: a library said so\n")
 
 
 def test_argparse_keeps_its_own_status(capsys: pytest.CaptureFixture[str]) -> None:
