@@ -114,7 +114,7 @@ class Answering:
         self.stops = stops
         self._family = family_named(manifest.model.family)
         self._grid = grid_of(manifest.tokens_per_frame, manifest.model.preprocessing.size)
-        self._splice = Splicing(manifest, closing, placing)
+        self.splicing = Splicing(manifest, closing, placing)
         self._bytes_per_token = bytes_per_token(tokenizer)
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
         # Where the engine takes frames from its GPU, they are on their way there while it computes.
@@ -253,7 +253,7 @@ class Answering:
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
-            spliced = self._splice(self._open_decoder(), ready.question.words, found, self._times_of(ready.shown))
+            spliced = self.splicing(self._open_decoder(), ready.question.words, found, self._times_of(ready.shown))
         if self._family.on_axes:
             raise UserError(
                 f"a prompt of {self._family.title} is more than embeddings, its decoder takes positions on axes: ask "
@@ -380,7 +380,7 @@ class Answering:
             "sampling": question.sampling,
         }
         if isinstance(shown, Arrived):
-            spliced = self._splice(decoder, words, shown.encoded, shown.times)
+            spliced = self.splicing(decoder, words, shown.encoded, shown.times)
             stream = decoder.stream(spliced.embeds, visual=spliced.visual, **how | spliced.placed)
             return len(shown.encoded.tokens), spliced.embeds.shape[1], stream
         if shown.before != words.prefix_ids:
@@ -403,7 +403,7 @@ class Answering:
         encoded = arrived.encoded
         before = dataclasses.replace(words, suffix_ids=(), times=None)
         decoder = self._open_decoder()
-        spliced = self._splice(decoder, before, encoded, arrived.times)
+        spliced = self.splicing(decoder, before, encoded, arrived.times)
         prefix = decoder.prefill(spliced.embeds, visual=spliced.visual, **spliced.placed)
         seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), arrived.times, spliced.after)
         held = self.watched.keys()

@@ -529,7 +529,7 @@ def test_inner_merging_is_an_option_of_the_pipeline(engine: Path, frames: Tensor
         assert merging.decoder is not None
         words = build_prompt(merging._core.tokenizer, QUESTION)
         visual = merging.vision.encode(frames)[0].clone()
-        embeds = splice(words, torch.cat([visual, merging._core.closing[None]]), merging.decoder.embed)
+        embeds = splice(words, torch.cat([visual, merging._core.splicing.closing[None]]), merging.decoder.embed)
         span = range(len(words.prefix_ids), embeds.shape[1] - len(words.suffix_ids))
         expected = list(merging.decoder.stream(embeds, max_new_tokens=TOKENS, visual=span))
         got = merging.ask(frames, QUESTION, max_new_tokens=TOKENS)

@@ -219,7 +219,7 @@ def test_an_engine_for_several_videos_gets_those_that_are_ready(
 ) -> None:
     vision = Several(opened.vision)
     expected = [opened.ask(clip, QUESTION, max_new_tokens=TOKENS).tokens for clip in clips[:4]]
-    parts = (vision, opened.decoder, opened._core.closing, opened._core.tokenizer, opened._core.stops)
+    parts = (vision, opened.decoder, opened._core.splicing.closing, opened._core.tokenizer, opened._core.stops)
     core = Answering(opened.manifest, *parts)  # type: ignore[arg-type]
     with Pipeline(core, waiting=4) as pipeline:
         begun, go = threading.Event(), threading.Event()
@@ -518,7 +518,7 @@ def seen(pipeline: Pipeline, clip: Clip, question: CheckedQuestion) -> Seen:
     core = pipeline._core
     assert core.decoder is not None
     found = core.vision.encode(clip.frames)
-    whole = splice(question.words, torch.cat([found.tokens, core.closing[None]]), core.decoder.embed)
+    whole = splice(question.words, torch.cat([found.tokens, core.splicing.closing[None]]), core.decoder.embed)
     before = whole[:, : whole.shape[1] - len(question.words.suffix_ids)]
     kept = Provenance(found.positions.clone(), found.sources.clone(), found.place.clone())
     return Seen(core.decoder.prefill(before), question.words.prefix_ids, len(found.tokens), kept, clip.times())
