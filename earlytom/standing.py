@@ -21,14 +21,15 @@ SMALLEST = 0.1
 """Of the tokens that one stands for: one that nothing belongs to keeps a little attention."""
 
 
-SHARE_STEPS = 2.0**10
-"""Shares are rounded to this grid before they are compared: those of copies differ by what rounding left of them."""
+SHARE_NOISE = 5e-5
+"""Shares that differ by less are equal: those of copies differ by what rounding left of them."""
 
 
 def frame_times(sources: Tensor) -> tuple[Tensor, Tensor]:
     """Of frames made of others: the frame that has the largest share in each, the first of equals, and how many have
     any. `sources [F', F]` to int64 [F'] and fp32 [F']."""
-    return (sources * SHARE_STEPS).round().argmax(dim=-1), (sources > 0).sum(dim=-1).float()
+    largest = sources >= sources.amax(dim=-1, keepdim=True) - SHARE_NOISE
+    return largest.float().argmax(dim=-1), (sources > 0).sum(dim=-1).float()
 
 
 def places(time: Tensor, positions: Tensor, per_frame: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from builder.export.functions import Body
-from earlytom.standing import SHARE_STEPS, SMALLEST
+from earlytom.standing import SHARE_NOISE, SMALLEST
 
 ADAPTIVE_STANDING = "AdaptiveStanding"
 
@@ -24,7 +24,8 @@ def adaptive_standing(*, per_frame: int, opset: int) -> ir.Function:
     features, positions, sources, count = (
         ir.Value(name=name) for name in ("features", "positions", "sources", "count")
     )
-    time = b.ArgMax(b.Round(b.Mul(sources, SHARE_STEPS)), axis=1, keepdims=0)  # [n]
+    largest = b.GreaterOrEqual(sources, b.Sub(b.ReduceMax(sources, [1], keepdims=1), SHARE_NOISE))
+    time = b.ArgMax(b.number(largest), axis=1, keepdims=0)  # [n], the first
     size = b.ReduceSum(b.number(b.Greater(sources, 0.0)), [1], keepdims=0)  # [n]
     slot = b.Div(positions, [per_frame])
     place = b.Add(b.Mul(b.Gather(time, slot), [per_frame]), b.Sub(positions, b.Mul(slot, [per_frame])))
