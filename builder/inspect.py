@@ -223,4 +223,5 @@ def _quantity(name: str, value: float) -> str:
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

@@ -69,4 +69,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

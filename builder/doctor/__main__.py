@@ -109,4 +109,5 @@ def show_part(screen: cli.Screen, one: Tried) -> None:
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

@@ -115,4 +115,5 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

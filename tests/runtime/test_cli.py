@@ -116,6 +116,14 @@ def test_a_signal_is_known_where_a_library_forgets_it(number: signal.Signals) ->
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_every_command_of_the_builder_knows_its_signals() -> None:
+    """They run exporters and compilers, which forget them."""
+    sources = [path.read_text("utf-8") for path in (Path(__file__).parents[2] / "builder").rglob("*.py")]
+    commands = [source for source in sources if "cli.run(main" in source]
+    assert len(commands) >= 7
+    assert all("cli.stop_by_signal()" in source for source in commands)
+
+
 def test_without_that_it_would_be_the_library_s_error() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SWALLOWED, str(int(signal.SIGINT)), "unknown"], capture_output=True, text=True
