@@ -167,7 +167,7 @@ class Costs:
         self.deciding = method_of(config.earlytom).watched(self.depth)
         self.kept = config.tokens if stages is None else config.tokens_of(self.stages[-1])
         self.projector_flops = family.projector_flops(config.model, self.stages[-1])
-        self.projector_rows = family.projector_rows(config.model)
+        self.projector_rows = frame.projector_rows
         self.projector_weights = family.projector_weights(config.model)
 
     def of(self, name: str) -> Cost:
