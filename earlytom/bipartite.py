@@ -99,9 +99,6 @@ def match(metric: Tensor, merged: int, *, protected: int = 0, listed_by_similari
         metric: [B, n, d], any float dtype; compared in fp32.
         protected: how many tokens at the front of the list take no part.
         listed_by_similarity: whether those that stay are listed by falling similarity, rather than by place.
-
-    Raises:
-        UserError: the first set has not that many, or the second is empty.
     """
     tokens = metric.shape[1]
     first, second = set_sizes(tokens, protected)
@@ -157,9 +154,6 @@ def reduce(
         metric: [B, n, d] by which tokens are like each other, merged as they are; the tokens themselves by default.
         forgetful: each step takes plain means, in which what was merged before counts as one.
         protected, listed_by_similarity: as in `match`.
-
-    Raises:
-        UserError: the target leaves nothing but what is protected.
     """
     lists, tokens, _ = values.shape
     if target <= protected:

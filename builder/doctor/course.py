@@ -232,11 +232,7 @@ def _benches(machine: Machine, device: str) -> list[Part]:
 
 
 def only(parts: list[Part], text: str | None) -> list[Part]:
-    """The parts that have a text in their names, and those whose engines they need.
-
-    Raises:
-        UserError: no part has.
-    """
+    """The parts that have a text in their names, and those whose engines they need."""
     if text is None:
         return parts
     named = {part.name for part in parts if text in part.name}

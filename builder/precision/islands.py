@@ -96,11 +96,7 @@ def check(text: str) -> None:
 
 
 def parse(text: str, depth: int) -> Islands:
-    """`text` as on the command line, for a tower of which `depth` layers run.
-
-    Raises:
-        UserError: a word that names no island, layers that there are not.
-    """
+    """`text` as on the command line, for a tower of which `depth` layers run."""
     check(text)
     names: set[str] = set()
     layers: dict[str, set[int]] = {name: set() for name in LAYERED}

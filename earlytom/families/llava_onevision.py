@@ -204,11 +204,7 @@ def canonical_name(name: str) -> str:
 
 
 def feature_depth(config: Any) -> int:
-    """How many encoder layers a LLaVA-OneVision configuration runs before the projector.
-
-    Raises:
-        UserError: several feature layers, a layer that does not exist, or a selection that does not give all patches.
-    """
+    """How many encoder layers a LLaVA-OneVision configuration runs before the projector."""
     layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer must be one layer, got {layer!r}: EarlyTom merges frames of one stream")
@@ -228,11 +224,7 @@ def feature_depth(config: Any) -> int:
 
 
 def pool(features: Tensor) -> Tensor:
-    """The model's own 2x pooling: bilinear, g x g to ceil(g/2) x ceil(g/2), on [F, g*g, E]. Returns [F, P, E].
-
-    Raises:
-        UserError: frames are not square.
-    """
+    """The model's own 2x pooling: bilinear, g x g to ceil(g/2) x ceil(g/2), on [F, g*g, E]. Returns [F, P, E]."""
     from torch.nn import functional
 
     side = grid_side(features.shape[1])

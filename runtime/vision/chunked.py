@@ -204,10 +204,6 @@ class ChunkedVision:
         """Visual tokens of a whole clip, uint8 [F, 3, H, W], chunk by chunk.
 
         They are valid until the next call, which writes over them. Clips under way are not disturbed.
-
-        Raises:
-            EngineError: frames of another shape or dtype, or the library failed.
-            RuntimeError: called while another call is under way, or after `close`.
         """
         check_frames(frames, self.shape)
         with self._whole():
@@ -292,9 +288,6 @@ class Chunked(ChunkedVision):
     Args:
         runners: of the head and the rest.
         layout: of the engine.
-
-    Raises:
-        EngineError: the tensors are not those of the layout, or do not fit from one graph to the other.
     """
 
     def __init__(self, runners: Sequence[Runner], layout: Layout) -> None:
