@@ -40,7 +40,6 @@ _FULL = f"random:{list(PUBLISHED)[-1]}"
 _FEW = ("--warmup", "1", "--repeats", "3", "--max-new-tokens", "4")
 _ALONE = ("--concurrency", "none", "--scale-frames", "none", "--scale-ratios", "none")
 _FULL_GPU, _FULL_HOST = 30e9, 25e9  # bytes that the benchmark at full size needs
-_RUNS = {"onnxruntime": "in ONNX Runtime", **{name: f"as {name} engine" for name in trt.FLAVOURS}}
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CLOSED, CallGuard, Runner, check_names, fixed
 
 CHUNK = 4  # frames of a chunk, if nothing else is asked for
-MakeLane = Callable[[tuple[int, ...]], Here]
 
 
 @dataclass(frozen=True, eq=False)

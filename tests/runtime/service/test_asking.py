@@ -86,11 +86,6 @@ def test_what_was_said_before_is_part_of_the_prompt(pipeline: Pipeline, clip: Cl
     assert "".join(delta.text for delta in pipeline.stream(clip, TALK, max_new_tokens=TOKENS)) == later.text
 
 
-def test_a_system_message_beside_messages_is_refused(pipeline: Pipeline, clip: Clip) -> None:
-    with pytest.raises(UserError, match="stands beside messages"):
-        pipeline.submit(clip, TALK, system="Be brief.")
-
-
 # Counts of tokens
 
 
