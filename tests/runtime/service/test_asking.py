@@ -114,17 +114,6 @@ def test_what_is_remembered_is_read_by_the_first_question(pipeline: Pipeline, cl
     assert (second.cached_tokens > answer.visual_tokens, second.timings.vision) == (True, 0)
 
 
-def test_questions_that_come_together_read_it_once(
-    pipeline: Pipeline, clip: Clip, answer: Answer, held: threading.Event
-) -> None:
-    with pipeline.remember(clip) as watched:
-        asked = [watched.submit(QUESTION, max_new_tokens=TOKENS) for _ in range(4)]
-        held.set()
-        found = [one.result(LONG) for one in asked]
-    assert {one.tokens for one in found} == {answer.tokens}
-    assert [one.cached_tokens > 0 for one in found] == [False, True, True, True]
-
-
 def test_a_remembered_video_can_stand_later_in_a_conversation(pipeline: Pipeline, clip: Clip) -> None:
     shown = [*TALK[:2], ChatMessage("user", "Where to?", video=True)]
     wanted = pipeline.ask(clip, shown, max_new_tokens=TOKENS)
