@@ -23,7 +23,7 @@ from runtime.engine.records import PreprocessingRecord
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StagesDone:
     """What the stages of a build made and measured.
 
     Attributes:
@@ -46,12 +46,12 @@ class Outcome:
         return joined(self.reports) if self.config.frame_counts else self.reports.get(self.config.frames)
 
 
-def describe(made: Outcome, key: str, name: str, place: Path) -> Manifest:
+def describe(done: StagesDone, key: str, name: str, place: Path) -> Manifest:
     """The manifest of what `place` holds."""
-    config = made.config
+    config = done.config
     checkpoint, frame = config.checkpoint, config.geometry
     height, width = frame.size
-    report = made.verified
+    report = done.verified
     return Manifest(
         name=name,
         key=key,
@@ -81,46 +81,46 @@ def describe(made: Outcome, key: str, name: str, place: Path) -> Manifest:
         backend=config.backend,
         backend_version=config.backend_version,
         compression=config.compression,
-        plugins=tuple(record for one in made.compiled for record in one.plugins),
+        plugins=tuple(record for one in done.compiled for record in one.plugins),
         files=describe_files(place),
-        figures=made.figures,
+        figures=done.figures,
         verification=None if report is None else report.to_dict(),
         islands=None if config.islands == islands.DEFAULT else config.islands.words,
-        int8=None if made.int8 is None else products.words(made.int8.chosen),
-        polygraphy=_polygraphy(made),
-        frames_kept=made.kept.ranges if made.kept is not None and config.adaptive else None,
+        int8=None if done.int8 is None else products.words(done.int8.chosen),
+        polygraphy=_polygraphy(done),
+        frames_kept=done.kept.ranges if done.kept is not None and config.adaptive else None,
         batch=config.batch,
         frame_counts=config.frame_counts,
         chunk=config.chunk,
     )
 
 
-def _polygraphy(made: Outcome) -> str:
+def _polygraphy(done: StagesDone) -> str:
     """The command line that repeats the comparison, "" where there is none that would work everywhere: ONNX Runtime
     cannot run bf16 graphs on a CPU, and Polygraphy runs no chain."""
-    config = made.config
-    if not made.reports or config.dtype == "bf16" or config.in_stages:
+    config = done.config
+    if not done.reports or config.dtype == "bf16" or config.in_stages:
         return ""
     bias = GATES[config.precision].bias
-    return AND.join(polygraphy_command(made.reports[one.frames].tolerance, bias, one.file) for one in config.each)
+    return AND.join(polygraphy_command(done.reports[one.frames].tolerance, bias, one.file) for one in config.each)
 
 
-def write_report(path: Path, made: Outcome, key_parts: dict[str, Any]) -> None:
+def write_report(path: Path, done: StagesDone, key_parts: dict[str, Any]) -> None:
     """report.json: the gate's checks, the compiler's report (of a chain or of several frame counts a list of them), the
     figures of the build, what its key is made of and, where that was measured, how many frames the adaptive schedule
     keeps and what int8 costs."""
-    config, report = made.config, made.verified
-    compiled = [one.to_dict() for one in made.compiled]
+    config, report = done.config, done.verified
+    compiled = [one.to_dict() for one in done.compiled]
     if config.frame_counts:
         compiled = [{"frames": n, **one} for n, one in zip(config.counts, compiled, strict=bool(compiled))]
     record = {
         "verification": None if report is None else report.to_dict(),
         "compile": compiled if len(compiled) > 1 else next(iter(compiled), None),
-        "figures": made.figures,
+        "figures": done.figures,
         "key_parts": key_parts,
     }
-    if made.kept is not None:
-        record["frames_kept"] = made.kept.to_dict()
-    if made.int8 is not None:
-        record["int8"] = made.int8.to_dict()
+    if done.kept is not None:
+        record["frames_kept"] = done.kept.to_dict()
+    if done.int8 is not None:
+        record["int8"] = done.int8.to_dict()
     path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

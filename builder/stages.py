@@ -27,7 +27,7 @@ from builder.gate.report import Report
 from builder.gate.stage import check_each
 from builder.precision import int8_table, products
 from builder.precision.calibration import MOST_ROWS, Calibration, Int8Plan
-from builder.record import Outcome, describe, write_report
+from builder.record import StagesDone, describe, write_report
 from builder.settings.config import BuildConfig
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
@@ -118,7 +118,7 @@ def build(
             report.require()
     figures = {f"{stage}_seconds": seconds for stage, seconds in stages.seconds.items()} | {"build_peak_bytes": peak}
     figures |= {f"flops_{what}": float(count) for what, count in flops(config, kept).items()}
-    made = Outcome(config, compiled, reports, figures, kept, int8)
+    made = StagesDone(config, compiled, reports, figures, kept, int8)
     write_report(place / layout.REPORT_FILE, made, key_parts)
     manifest = describe(made, key, name, place)
     manifest.write(place)
