@@ -286,7 +286,7 @@ class Family(ABC):
             merge_layers: after which layers the frames are merged.
         """
         frame, vision = self.geometry(config), config.vision_config
-        how = {"prefix": frame.prefix, "pairs": frame.pairs, "gated": frame.gated}
+        how: dict[str, Any] = {"prefix": frame.prefix, "pairs": frame.pairs, "gated": frame.gated}
         tower = flops.vision_encoder(vision, frame.patches, frames_per_stage, merge_layers, frame.depth, **how)
         more = 2 * frames_per_stage[0] * (frame.step - 1) * frame.patches * 3 * frame.patch**2 * frame.width  # pictures
         return tower + more + self.projector_flops(config, frames_per_stage[-1])
