@@ -37,7 +37,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "runtime": (
         "errors choices trace show",
-        "cli files flags gpu trt forks checkpoint",
+        "cli files gpu trt forks checkpoint",
         "drawing engine video text",
         "decoder vision",
         "options",

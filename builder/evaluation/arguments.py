@@ -15,9 +15,8 @@ from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from earlytom.numbers import whole
 from runtime import cli
-from runtime.choices import GREEDY, MIN_FRAMES
+from runtime.choices import GREEDY, MIN_FRAMES, add_options, flag, method_option, option
 from runtime.engine.manifest import Manifest
-from runtime.flags import add_options, flag, method_option, option
 from runtime.show.figure import require_matplotlib
 
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.settings import FIELD
 from runtime import cli
-from runtime.choices import MIN_FRAMES, NARROW_DTYPES, given_settings
+from runtime.choices import MIN_FRAMES, NARROW_DTYPES, add_options, flag, given_settings, method_option, option
 from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
 from runtime.errors import VideoError
-from runtime.flags import add_options, flag, method_option, option
 from runtime.measure.serving import arguments as serving
 from runtime.show.figure import require_matplotlib
 

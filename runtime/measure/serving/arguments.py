@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime.flags import flag
+from runtime.choices import flag
 
 _SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
 # Given without --serve they would be ignored, and so would these with it.
