@@ -16,6 +16,7 @@ from builder.gate import accuracy
 from builder.gate.batches import fill
 from builder.gate.kept_reference import save_reference
 from builder.gate.next_tokens import SMALL_DECODER, NextTokens, decoder_parameters
+from builder.gate.report import Report
 from builder.settings.config import BuildConfig
 from runtime.engine import layout
 from runtime.trace import Trace
@@ -29,7 +30,7 @@ def check_each(
     trace: Trace,
     *,
     with_text: bool | None = None,
-) -> dict[int, accuracy.Report]:
+) -> dict[int, Report]:
     """Run the gate for every frame count; returns a report of each.
 
     Args:
@@ -57,7 +58,7 @@ def check(
     clips: Mapping[str, Tensor],
     text: NextTokens | None,
     trace: Trace,
-) -> accuracy.Report:
+) -> Report:
     """Run the gate for one frame count and show what it measured; leaves the reference beside the graph.
 
     `graph`: the file, or those of a chain.

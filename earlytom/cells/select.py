@@ -61,9 +61,6 @@ def select_greedy(salient: Tensor, alike: Tensor, count: int) -> Tensor:
 
     Returns:
         [count] int64, ascending.
-
-    Raises:
-        UserError: `count` is not in 1..M.
     """
     check_count(len(salient), count)
     far = torch.ones_like(salient)

@@ -55,8 +55,7 @@ class LlavaVideoVision(Vision):
         self.pooling = pooling
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
-        projected = self.projector(hidden)  # [F', S, E]
-        relevance = None if received is None else self.pool(received[:, :, None])[:, :, 0]
+        projected, relevance = self.projector(hidden), self.relevance(received)  # [F', S, E]
         cells = (side_of(grid_side(hidden.shape[1]), self.pooling),) * 2
         return Features(self.pool(projected), relevance, projected, cells)
 

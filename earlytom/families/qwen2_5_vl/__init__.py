@@ -102,11 +102,9 @@ class Qwen25Vl(Qwen3Vl):
         found = super().canonical_name(name)  # the first releases had `model.layers` and `visual` side by side
         return f"language_model.{found}" if found.startswith(("layers.", "embed_tokens.", "norm.")) else found
 
-    def vision_weights(self, config: Any) -> int:
+    def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        width, inner = frame.width, frame.inner
-        layer = 4 * width * width + 4 * width + 3 * width * inner + 2 * inner + width + 2 * width
-        return frame.depth * layer + width * 3 * STEP * frame.patch**2 + self.projector_weights(config)
+        return frame.width * 3 * STEP * frame.patch**2
 
     def projector_weights(self, config: Any) -> int:
         return super().projector_weights(config) - self.geometry(config).width  # its norm has no bias
