@@ -28,7 +28,7 @@ from runtime.text.prompt import (
 from tests.runtime.text.test_messages import processor_ids
 
 QUESTION = "What colour is the big circle?"
-FRAMES, GRID, CELLS = 3, 9, 25
+FRAMES, CELLS = 3, 25
 VISUAL = FRAMES * CELLS + 1
 
 
