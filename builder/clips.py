@@ -124,9 +124,6 @@ def gate_clips(config: BuildConfig, clips: dict[str, Tensor], place: Path) -> di
     Args:
         clips: the calibration clips.
         place: a folder to draw in.
-
-    Raises:
-        UserError: what is held out is no other clip than one that the scales go by.
     """
     if config.int8 is None:
         return clips

@@ -23,7 +23,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 
 from earlytom.errors import UserError
-from earlytom.numbers import real, whole
+from earlytom.numbers import real, shown, whole
 from runtime.serve.errors import ServeError, encoded, internal
 
 Message = MutableMapping[str, Any]
@@ -86,7 +86,7 @@ class Door:
     room: asked as well, for a line that is full for other reasons. draining: whether the server is shutting down.
     retry_after: seconds, told to who is refused for want of a place.
     cors: origins whose pages may call; none is the default, and "*" is all.
-    refused: told the status of every refusal.
+    refused: told the status of every refusal, whoever refuses.
 
     Raises:
         UserError: a number or an origin that makes no sense, by the name of its flag.
@@ -218,6 +218,9 @@ class _Body:
         self.complete = length == b"0" and b"transfer-encoding" not in headers
         if not length.isdigit():
             raise ServeError(400, "invalid_request", "Content-Length is not a number")
+        if (packed := headers.get(b"content-encoding", b"identity")).lower() != b"identity":
+            what = f"Content-Encoding {shown(packed.decode('latin-1'))} is not undone; send the body as it is"
+            raise ServeError(400, "invalid_request", what)
         if len(length) > 18 or int(length) > self._limit:
             raise self._too_large()
 
@@ -297,6 +300,8 @@ class _Answer:
             if self._body.failure is not None:  # whatever the application makes of it
                 raise self._body.failure
             self.started = True
+            if message["status"] >= 400:
+                self._refused(message["status"])
             if not self._body.complete:  # what still comes of the body must not pass for the next request
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
         elif not message.get("more_body", False) and not (self._body.complete or self._body.expects):
@@ -307,7 +312,6 @@ class _Answer:
 
     async def refuse(self, error: ServeError) -> None:
         """Answer with an error; nothing was sent before."""
-        self._refused(error.status)
         self._body.failure = None
         content, headers = encoded(error)
         await self({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -332,6 +336,6 @@ def _with_cors(app: Application, origins: Sequence[str]) -> Application:
         app,
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # OpenAI's own client sends a dozen of its own
         expose_headers=["retry-after"],
     )

@@ -85,12 +85,7 @@ class VllmDecoder(ABC):
         positions: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> EmbeddedPrompt:
-        """Keep the beginning [1, L, D] of a prompt. vLLM reads it with the first question.
-
-        Raises:
-            ValueError: embeddings of another shape.
-            UserError: it leaves no room for a question and an answer; values that are not finite; positions or a bias.
-        """
+        """Keep the beginning [1, L, D] of a prompt. vLLM reads it with the first question."""
         length = checked_length(inputs_embeds, self._width)
         _refuse_places(positions, bias)
         if length > self.limit - 2:
@@ -113,14 +108,7 @@ class VllmDecoder(ABC):
         positions: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
-        """Generate token ids as `runtime.decoder.eager.Decoder.stream` does; greedily, the same.
-
-        Raises:
-            ValueError: embeddings of another shape.
-            UserError: prompt and answer do not fit in `limit`; a prefix of another decoder; positions or a bias; while
-                iterating, values that are not finite, which vLLM would take.
-            DecoderFailed: while iterating.
-        """
+        """Generate token ids as `runtime.decoder.eager.Decoder.stream` does; greedily, the same."""
         checked_length(inputs_embeds, self._width)
         max_new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
         _refuse_places(positions, bias)

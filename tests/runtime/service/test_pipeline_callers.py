@@ -285,11 +285,6 @@ def test_a_bad_question_is_refused_before_it_takes_a_place(
         opened.submit(clip, QUESTION)
 
 
-def test_a_line_that_makes_no_sense_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(UserError, match="waiting must be a whole number of at least 0, got -1"):
-        Pipeline.load("no/such/engine", waiting=-1)
-
-
 def test_the_worker_computes_on_the_decoder_s_gpu(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The current device is one of each thread, and a new one has the first."""
     chosen: list[torch.device] = []
@@ -326,12 +321,6 @@ def test_a_deadline(opened: Pipeline, clip: Clip, gate: Gate) -> None:
         late.result()
     gate.go.set()
     assert len(list(first)) == 2
-
-
-def test_the_frame_count_may_be_named(pipeline: Pipeline, drawn_clip: Path, answer: Answer) -> None:
-    """It is the only one here; engines with several: test_frame_counts.py."""
-    frames = pipeline.manifest.frames
-    assert pipeline.ask(drawn_clip, QUESTION, max_new_tokens=TOKENS, frames=frames).tokens == answer.tokens
 
 
 # Requests that nobody wants any more
