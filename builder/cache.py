@@ -49,9 +49,6 @@ def staging(folder: Path, waiting: Callable[[], None]) -> Iterator[Path]:
     Args:
         folder: the final folder.
         waiting: called once if another process is building the same thing, before waiting for it.
-
-    Raises:
-        UserError: the folder's parent cannot be written.
     """
     with ExitStack() as held:
         try:

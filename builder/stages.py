@@ -1,18 +1,16 @@
-"""The stages of a build: export to ONNX, compile, check the graph against the PyTorch reference, describe it all.
+"""The stages of a build: calibrate, export to ONNX, compile, verify against the PyTorch reference, write the manifest.
 
-Compiling comes before checking: it is quick and the more likely to fail. What fails the gate has no manifest, and so is
-no engine.
+Compilation precedes verification: it is quicker and more likely to fail. A folder that fails the gate gets no manifest,
+and so is no engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,23 @@ from builder.export.chain import export_chain
 from builder.export.chunks import export_chunks
 from builder.export.shared_weights import SharedWeights
 from builder.export.vision import ExportedGraph, export_onnx, vision_graph
-from builder.gate import accuracy
-from builder.gate.kept_reference import polygraphy_command
-from builder.gate.limits import GATES
+from builder.gate.report import Report
 from builder.gate.stage import check_each
-from builder.precision import int8_table, islands, products
+from builder.precision import int8_table, products
 from builder.precision.calibration import MOST_ROWS, Calibration, Int8Plan
-from builder.settings.config import BuildConfig, project_version
+from builder.record import StagesDone, describe, write_report
+from builder.settings.config import BuildConfig
 from builder.settings.options import AUTO
 from builder.show import progress_line, show_kept
 from runtime.checkpoint import MICRO
 from runtime.engine import layout
 from runtime.engine.dtypes import DTYPES
-from runtime.engine.manifest import AND, Manifest, ModelRecord, describe_files
-from runtime.engine.records import PreprocessingRecord
+from runtime.engine.manifest import Manifest
 from runtime.trace import Trace
 
 
 class Stages:
-    """Progress for who watches and seconds for the manifest: one line when a stage starts, one when it is done."""
+    """Runs the stages: a progress line when one starts and ends, and its seconds for the manifest."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -60,7 +56,7 @@ class Stages:
         return result
 
     def note(self, text: str) -> None:
-        """A line inside the stage that runs."""
+        """A progress line inside the current stage."""
         self.trace.line(f"  {text}")
 
 
@@ -78,9 +74,8 @@ def build(
     """Fill the staging folder `place`; returns the manifest, already written there.
 
     Args:
-        verify: run the gate.
-        verify_text: run its last step, which loads the decoder; by default where that is small.
-        kept: what the frame budget was taken from, if it was measured.
+        verify, verify_text: as in `builder.build.build_engine`.
+        kept: the measurement behind an automatic frame budget.
     """
     stages, key_parts = Stages(trace), config.key_parts()
     # First, so that a clip that cannot be read costs nothing.
@@ -101,21 +96,14 @@ def build(
         seen = scale_clips(config, clips[config.frames])
         int8 = stages.run("quantise", "scales of the products in int8", lambda: plan_int8(config, seen))
         int8_table.note(trace, config, int8)
-    graphs: tuple[ExportedGraph, ...] = stages.run(
-        "export",
-        f"{config.checkpoint.name} to ONNX in {config.dtype}{'' if int8 is None else ' and int8'}",
-        lambda: export_graphs(config, place, int8),
-    )
+    what = f"{config.checkpoint.name} to ONNX in {config.dtype}{'' if int8 is None else ' and int8'}"
+    graphs: tuple[ExportedGraph, ...] = stages.run("export", what, lambda: export_graphs(config, place, int8))
     compiled: tuple[CompileReport, ...] = ()
     if config.backend != "onnx":
-        target = ".".join(map(str, config.target))
-        compiled = stages.run(
-            "compile",
-            f"{config.backend} {config.backend_version} for compute capability {target}",
-            lambda: compile_graphs(config, graphs, place, kept, trace, int8),
-        )
-    peak = peak_bytes(compiled)  # now: the gate loads more than a build needs
-    reports: dict[int, accuracy.Report] = {}
+        what = f"{config.backend} {config.backend_version} for compute capability {'.'.join(map(str, config.target))}"
+        compiled = stages.run("compile", what, lambda: compile_graphs(config, graphs, place, kept, trace, int8))
+    peak = peak_bytes(compiled)  # before the gate, which needs more memory than the build itself
+    reports: dict[int, Report] = {}
     if verify:
         paths = [graph.path for graph in graphs]
         reports = stages.run(
@@ -128,20 +116,24 @@ def build(
         for report in reports.values():
             report.require()
     figures = {f"{stage}_seconds": seconds for stage, seconds in stages.seconds.items()} | {"build_peak_bytes": peak}
-    counts = config.flops
-    if config.adaptive and kept is not None:  # of the median clip
-        usual = tuple(median for _, median, _ in kept.ranges)
-        counts = config.flops_of(usual, config.tokens_of(usual[-1]))
-    figures |= {f"flops_{what}": float(count) for what, count in counts.items()}
-    verified = accuracy.joined(reports) if config.frame_counts else reports.get(config.frames)
-    write_report(place / layout.REPORT_FILE, config, verified, compiled, figures, key_parts, kept, int8)
-    manifest = describe(config, key, name, place, reports, compiled, figures, kept, int8)
+    figures |= {f"flops_{what}": float(count) for what, count in flops(config, kept).items()}
+    made = StagesDone(config, compiled, reports, figures, kept, int8)
+    write_report(place / layout.REPORT_FILE, made, key_parts)
+    manifest = describe(made, key, name, place)
     manifest.write(place)
     return manifest
 
 
+def flops(config: BuildConfig, kept: FramesKept | None) -> dict[str, int]:
+    """Flops of one clip by part; in the adaptive schedule those of the median frame counts."""
+    if not config.adaptive or kept is None:
+        return config.flops
+    usual = tuple(median for _, median, _ in kept.ranges)
+    return config.flops_of(usual, config.tokens_of(usual[-1]))
+
+
 def export_graphs(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
-    """The export stage: one graph, that of every frame count, or that of every stage."""
+    """The export stage: a single graph, one for each frame count, or one for each stage."""
     if config.in_stages:
         return export_stages(config, place, int8)
     return (export(config, place, int8),) if config.frame_counts is None else export_counts(config, place, int8)
@@ -164,7 +156,7 @@ def export_counts(config: BuildConfig, place: Path, int8: Int8Plan | None = None
 
 
 def export_stages(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
-    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
+    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive chain, or the two graphs of a chunked engine."""
     graph, size = vision_graph(config, DTYPES[config.dtype], int8), config.checkpoint.preprocessing.size
     if config.chunk is not None:
         return export_chunks(graph, config.frames, config.chunk, size, place)
@@ -172,12 +164,12 @@ def export_stages(config: BuildConfig, place: Path, int8: Int8Plan | None = None
 
 
 def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
-    """Frames that the adaptive schedule keeps of each clip, with the settings of `config`."""
+    """How many frames the adaptive schedule keeps of each clip, with the settings of `config`."""
     return frames_kept(vision_graph(config, torch.float32), clips)
 
 
 def plan_int8(config: BuildConfig, clips: dict[str, Tensor]) -> Int8Plan:
-    """How int8 is done: scales from the clips, and which products stay wider (as asked for, or as the clips say)."""
+    """Quantisation scales from the clips, and the products kept wider (as asked for, or found on the clips)."""
     found = calibration(config, clips)
     auto = config.int8 == (products.AUTO,)
     plan = found.search() if auto else found.plan(set(config.may_be_int8) - set(config.narrow()))
@@ -192,7 +184,7 @@ def measure_int8(config: BuildConfig) -> Int8Plan:
 
 
 def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:
-    """The products that int8 may have, measured on the clips, evenly of all their frames."""
+    """Measure the products that may be int8 on frames taken evenly from all clips."""
     graph = vision_graph(config, torch.float32)
     frames = torch.cat(list(clips.values()))
     most = max(1, MOST_ROWS // config.geometry.patches)
@@ -201,7 +193,7 @@ def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:
 
 
 def auto_budget(config: BuildConfig, trace: Trace) -> tuple[BuildConfig, FramesKept]:
-    """`config` with the frame budget that the calibration clips suggest, and what was measured."""
+    """`config` with a frame budget from the calibration clips, and the measurement behind it."""
     with tempfile.TemporaryDirectory() as folder:
         clips = calibration_clips(config, Path(folder))
     kept = calibrate(config, clips)
@@ -253,103 +245,7 @@ def compile_graphs(
     return tuple(reports)
 
 
-def describe(
-    config: BuildConfig,
-    key: str,
-    name: str,
-    place: Path,
-    reports: dict[int, accuracy.Report],
-    compiled: Sequence[CompileReport],
-    figures: dict[str, float],
-    kept: FramesKept | None = None,
-    int8: Int8Plan | None = None,
-) -> Manifest:
-    """The manifest of what `place` holds. `reports`: of the gate for every frame count, none where it did not run."""
-    checkpoint, frame = config.checkpoint, config.geometry
-    height, width = frame.size
-    preprocessing = checkpoint.preprocessing
-    report = accuracy.joined(reports) if config.frame_counts else reports.get(config.frames)
-    # ONNX Runtime cannot run bf16 graphs on a CPU, so there is no line that would work everywhere; nor does Polygraphy
-    # run a chain.
-    comparable = bool(reports) and config.dtype != "bf16" and not config.in_stages
-    return Manifest(
-        name=name,
-        key=key,
-        project_version=project_version(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=ModelRecord(
-            source=checkpoint.source,
-            family=checkpoint.family.name,
-            digest=checkpoint.digest(),
-            answers=checkpoint.answers_digest(),
-            commit=checkpoint.commit,
-            trained=checkpoint.trained,
-            image_size=height if height == width else frame.size,
-            patch_size=frame.patch,
-            preprocessing=PreprocessingRecord(**dataclasses.asdict(preprocessing)),
-        ),
-        method=config.earlytom.method,
-        earlytom=config.earlytom.to_dict(),
-        frames=config.frames,
-        frames_per_stage=config.stages,
-        tokens=config.tokens,
-        tokens_per_frame=config.tokens_per_frame,
-        tokens_full=config.layout.tokens_full,
-        dim=config.geometry.token_width,
-        dtype=config.dtype,
-        target=".".join(map(str, config.target)),
-        backend=config.backend,
-        backend_version=config.backend_version,
-        compression=config.compression,
-        plugins=tuple(record for one in compiled for record in one.plugins),
-        files=describe_files(place),
-        figures=figures,
-        verification=None if report is None else report.to_dict(),
-        islands=None if config.islands == islands.DEFAULT else config.islands.words,
-        int8=None if int8 is None else products.words(int8.chosen),
-        polygraphy=AND.join(
-            polygraphy_command(reports[one.frames].tolerance, GATES[config.precision].bias, one.file)
-            for one in config.each
-        )
-        if comparable
-        else "",
-        frames_kept=kept.ranges if kept is not None and config.adaptive else None,
-        batch=config.batch,
-        frame_counts=config.frame_counts,
-        chunk=config.chunk,
-    )
-
-
-def write_report(
-    path: Path,
-    config: BuildConfig,
-    report: accuracy.Report | None,
-    compiled: Sequence[CompileReport],
-    figures: dict[str, float],
-    key_parts: dict[str, Any],
-    kept: FramesKept | None = None,
-    int8: Int8Plan | None = None,
-) -> None:
-    """report.json: the gate's checks, the compiler's report (of a chain or of several frame counts a list of them), the
-    figures of the build, what its key is made of and, where that was measured, how many frames the adaptive schedule
-    keeps and what int8 costs."""
-    reports = [one.to_dict() for one in compiled]
-    if config.frame_counts:
-        reports = [{"frames": frames, **one} for frames, one in zip(config.counts, reports, strict=bool(compiled))]
-    record = {
-        "verification": None if report is None else report.to_dict(),
-        "compile": reports if len(reports) > 1 else next(iter(reports), None),
-        "figures": figures,
-        "key_parts": key_parts,
-    }
-    if kept is not None:
-        record["frames_kept"] = kept.to_dict()
-    if int8 is not None:
-        record["int8"] = int8.to_dict()
-    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def peak_bytes(compiled: Sequence[CompileReport]) -> float:
-    """Peak resident memory so far, of this process or of the one that compiled, whichever is larger."""
+    """Peak resident memory so far in bytes: the larger of this process's and the compile processes'."""
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return float(max([own, *(one.peak_rss_bytes for one in compiled)]))

@@ -99,9 +99,6 @@ def match(metric: Tensor, merged: int, *, protected: int = 0, listed_by_similari
         metric: [B, n, d], any float dtype; compared in fp32.
         protected: how many tokens at the front of the list take no part.
         listed_by_similarity: whether those that stay are listed by falling similarity, rather than by place.
-
-    Raises:
-        UserError: the first set has not that many, or the second is empty.
     """
     tokens = metric.shape[1]
     first, second = set_sizes(tokens, protected)
@@ -143,7 +140,6 @@ def reduce(
     values: Tensor,
     target: int,
     *,
-    size: Tensor | None = None,
     metric: Tensor | None = None,
     protected: int = 0,
     forgetful: bool = False,
@@ -153,18 +149,14 @@ def reduce(
     what is left.
 
     Args:
-        size: [B, n] fp32; default ones.
         metric: [B, n, d] by which tokens are like each other, merged as they are; the tokens themselves by default.
         forgetful: each step takes plain means, in which what was merged before counts as one.
         protected, listed_by_similarity: as in `match`.
-
-    Raises:
-        UserError: the target leaves nothing but what is protected.
     """
     lists, tokens, _ = values.shape
     if target <= protected:
         raise UserError(f"at least {protected + 1} of {tokens} tokens are left, got a target of {target}")
-    size = torch.ones(lists, tokens, device=values.device) if size is None else size
+    size = torch.ones(lists, tokens, device=values.device)
     place = torch.arange(tokens, device=values.device).expand(lists, -1)
     dtype, values = values.dtype, values.float()
     metric = None if metric is None else metric.float()

@@ -48,11 +48,12 @@ def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequ
 
 
 def effective_ratio(ratio: float, frames_in: int, frames_out: int) -> float:
-    """Share of each remaining frame's tokens to keep so that `ratio` of the whole video's tokens stays.
+    """Share of each remaining frame's tokens to keep so that `ratio` of the whole video's tokens stays, `r F / F'`.
 
-    Where no frame was merged that is `ratio` itself: in doubles 0.2 * 12 / 12 is more than 0.2, and keeps a token more.
+    Divided twice, as released: where that many tokens are a whole number, doubles decide whether one more is kept. And
+    where no frame was merged it is `ratio` itself: 0.2 * 12 / 12 is more than 0.2.
     """
-    return ratio if frames_in == frames_out else min(ratio * frames_in / frames_out, 1.0)
+    return min(ratio / (frames_out / frames_in), 1.0)
 
 
 def dynamic_tokens(tokens_per_frame: int, effective: float) -> int:

@@ -110,12 +110,7 @@ def encode(
 
 
 def checked_depth(tower: Tower, method: Method, depth: int | None) -> int:
-    """How many layers run, default all.
-
-    Raises:
-        UserError: a depth or a layer of the method's that the tower does not have, states of earlier layers or places
-            of patches that the method knows nothing of, or a layer watched whose attention does not see whole frames.
-    """
+    """How many layers run, default all; UserError where tower and method do not go together."""
     if tower.streams and not method.streams:
         raise UserError(
             f"method {method.name!r} knows nothing of the states of earlier layers that this model's LLM is given: use "

@@ -104,5 +104,5 @@ def fold_scene(values: Tensor, attended: Tensor, centre: Tensor, settings: FastV
     into = (unit @ unit[which].T).argmax(1)  # [M]
     joins = ((into == torch.arange(len(which), device=into.device)[:, None]) & ~attended).float()
     members = joins.sum(1, keepdim=True)
-    weight = torch.where(members > 0, settings.weight, 1.0)
+    weight = (1 / (members + 1)).clamp_min(settings.weight)
     return values.index_copy(0, which, weight * values[which] + (1 - weight) * (joins @ values) / members.clamp_min(1))

@@ -88,9 +88,6 @@ def plan_inner(hidden: Tensor, received: Tensor, visual: Tensor, keep: int) -> I
         received: [T] attention that the last prompt token pays each token in layer k-1, mean over heads.
         visual: [L] int64, positions of the visual tokens, ascending.
         keep: K, see `kept_tokens`. Ties go to the lower position.
-
-    Raises:
-        UserError: shapes that do not fit, or a `keep` that leaves nothing to fold into.
     """
     tokens = len(visual)
     if hidden.dim() != 2 or received.shape != hidden.shape[:1] or visual.dim() != 1:

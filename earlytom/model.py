@@ -86,9 +86,6 @@ class AppliedEarlyTom(Restorable):
 
         Returns:
             input_ids [B, L'], attention_mask [B, L'] and inputs_embeds [B, L', E]; shorter rows are padded on the left.
-
-        Raises:
-            UserError: the placeholders do not fit the videos.
         """
         prompt, embeds = self._shortened(input_ids, attention_mask, pixel_values_videos, beside)
         return prompt.ids, prompt.mask, embeds

@@ -51,9 +51,6 @@ def pooled(
         features: [F, P, E]; attention: [F, P] received attention.
         count: N.
         alike: tokens of this cosine and above are alike; clustered: share of N that is for the others at least.
-
-    Raises:
-        UserError: N is not in 1..M.
     """
     tokens = features.flatten(0, 1)
     if not 1 <= count <= len(tokens):

@@ -31,9 +31,6 @@ def visionzip(
         features: [F, P, E]; attention: [F, P] received attention.
         metric: [F, P, d], by which tokens are like each other: as published the keys of the layer, mean over heads.
         count: n.
-
-    Raises:
-        UserError: n is not in 1..P.
     """
     per_frame = features.shape[1]
     if not 1 <= count <= per_frame:

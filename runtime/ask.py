@@ -247,11 +247,7 @@ def _flag(name: str) -> str:
 
 
 def check_request(options: argparse.Namespace) -> None:
-    """Refuse now what needs no model to be refused: loading one can take a minute.
-
-    Raises:
-        UserError: no such video, no question, no tokens.
-    """
+    """Refuse now what needs no model to be refused: loading one can take a minute."""
     if not Path(options.video).is_file():
         if "://" in options.video:
             raise VideoError(f"video {options.video!r} is an address; download it and give the path of the file")

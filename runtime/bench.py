@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if asked.service:
                 screen.result(service.measure(asked, video, screen))
                 return 0
-            record = comparison.measure(asked, video, screen)
+            record = comparison.measure(comparison.prepare(asked, screen), video, screen)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU's memory is used up: lower --frames or --scale-frames, or measure fewer --variants at once"

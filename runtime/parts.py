@@ -124,11 +124,7 @@ class PipelineParts(NamedTuple):
 
 
 def load_parts(wanted: WantedParts) -> PipelineParts:
-    """Load them; whoever gets them closes them.
-
-    Raises:
-        EngineError, UserError, OSError: as `Pipeline.load`.
-    """
+    """Load them; whoever gets them closes them."""
     folder, device, decoder = wanted.engine, wanted.device, wanted.decoder
     compiler = _compiler(decoder, device)  # first: it wants to, and refuses before anything large is loaded
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,12 +1,12 @@
-"""From a video and a question to an answer: the compiled vision engine chained with the LLM decoder, for many callers.
+"""Video and question in, answer out: the compiled vision engine followed by the LLM decoder, for many callers.
 
     with Pipeline.load("engines/...") as pipeline:
         for delta in pipeline.stream("clip.mp4", "What happens?"):
             print(delta.text, end="")
 
-Everything is loaded once. Requests come from any number of threads and wait in a bounded line; one worker decodes and
-resizes the next video while another answers the request before it (`runtime.service.scheduler`,
-`runtime.service.answering`). A caller that reads slowly, or not at all, holds up nobody.
+Everything is loaded once. Requests may come from any thread and wait in a bounded queue; one worker thread decodes and
+resizes the next video while another answers the current request (`runtime.service.scheduler`,
+`runtime.service.answering`). A caller that reads slowly, or not at all, delays no other.
 """
 
 from __future__ import annotations
@@ -73,23 +73,23 @@ __all__ = [  # what callers import from here
     "Timings",
 ]
 _log = logging.getLogger(__name__)
-WAITING = 8  # requests in line, if nothing else is asked for
-_ANY_QUESTION = "?"  # what stands before a video in a prompt is the same for every question
+WAITING = 8  # default length of the queue
+_ANY_QUESTION = "?"  # where only the text before the video counts, which no question changes
 
 
 class Pipeline:
-    """One engine and one decoder, and the line of those who ask; made by `load`. Any thread may call anything.
+    """One engine, one decoder and a queue of requests; made by `load`. Every method is thread-safe.
 
-    `notes` are lines about answers that may not be expected: what the checkpoint's generation_config.json asks for and
-    is left out, and why the decoder is not in fp32.
+    `notes` are lines on what may change answers unexpectedly: settings of the checkpoint's generation_config.json that
+    are not applied, and why the decoder is not in fp32.
 
-    Closing it frees engine and decoder. One that is let go without that ends its requests and its threads by itself.
+    `close` frees engine and decoder. A pipeline that is garbage-collected unclosed ends its requests and threads.
     """
 
     def __init__(self, core: Answering, *, waiting: int = WAITING, notes: Sequence[str] = ()) -> None:
         self.manifest, self.vision, self.notes = core.manifest, core.vision, tuple(notes)
         self._core = core
-        # The workers know the core and not this object, so that it can be let go while they wait.
+        # The workers refer to the core, not to this object: it can be garbage-collected while they wait.
         self._scheduler: Scheduler[Work, Ready, Delta | Embeds] = Scheduler(
             core.prepare_work, core.answer_turns, waiting=waiting, batch=core.batch, lanes=core.lanes
         )
@@ -97,37 +97,37 @@ class Pipeline:
 
     @property
     def watched(self) -> PrefixCache[Remembered, Seen]:
-        """What `watch` keeps: its counters, its limit."""
+        """The prefix cache of watched videos, with its counters and its limit in bytes."""
         return self._core.watched
 
     @property
     def closed(self) -> bool:
-        """Whether it has been closed and freed."""
+        """Whether the pipeline is closed, its decoder freed."""
         return self._core.decoder is None
 
     @property
     def context(self) -> int:
-        """Positions that a prompt and its answer may take together. Raises Closed once closed."""
+        """Context length in tokens, prompt and answer together. Raises Closed once closed."""
         return self._core.context
 
     @property
     def lanes(self) -> int:
-        """Requests that are answered at a time."""
+        """Requests that can be answered concurrently."""
         return self._core.lanes
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """Number of requests being answered."""
         return self._scheduler.running
 
     @property
     def queued(self) -> int:
-        """Requests that wait behind those, or whose videos are being read."""
+        """Number of requests not being answered yet: waiting, or with their video being decoded."""
         return self._scheduler.queued
 
     @property
     def forked(self) -> bool:
-        """This is a fork of the process that loaded it: every call for an answer ends with `Closed`."""
+        """Whether this process is a fork of the one that loaded the pipeline; every request raises `Closed` then."""
         return self._scheduler.home.left
 
     @property
@@ -159,34 +159,33 @@ class Pipeline:
 
         Args:
             engine: a folder that `python -m builder.build` wrote.
-            model: the checkpoint it was built from; default the source that the folder names.
-            backend: "auto" (the compiled engine where torch can use a GPU, else ONNX Runtime), "onnxruntime",
-                "tensorrt", "tensorrt-rtx", or "torch", the reference.
-            device, dtype: of the decoder; default the GPU in the engine's precision, else the CPU in fp32, or where
-                that does not fit into the memory that is free, in what the checkpoint is stored in.
-            decoder: "torch", or "torch-tensorrt" to compile the decoder; the first call takes minutes then, and what it
-                compiled is kept in the engine's folder. "vllm", "vllm:FOLDER" or the address of a vLLM server: see
-                `runtime.decoder.vllm`; many requests are answered at a time then.
+            model: the checkpoint it was built from; default: the source that the manifest names.
+            backend: "auto" (the compiled engine where torch can use a GPU, else ONNX Runtime, or PyTorch for a bf16
+                engine), "onnxruntime", "tensorrt", "tensorrt-rtx", or "torch", the reference.
+            device, dtype: of the decoder; default: the GPU in the engine's precision, else the CPU in fp32, or in the
+                checkpoint's own dtype where fp32 does not fit into free memory.
+            decoder: "torch", or "torch-tensorrt" to compile the decoder: the first load takes minutes, and the programs
+                are kept in the engine's folder. "vllm", "vllm:FOLDER" or the address of a vLLM server (see
+                `runtime.decoder.vllm`) answer many requests concurrently.
             inner: merge visual tokens inside the decoder, too (with decoder "torch").
-            waiting: requests that may wait behind those that are answered; more are refused.
-            watch_bytes: memory on the decoder's device for videos that are watched; see `watch`.
-            warm_up: answer a question about a black clip first, see `warm_up`; by default on a GPU.
+            waiting: requests that may wait besides those being answered; more are refused.
+            watch_bytes: memory on the decoder's device for the prefixes of watched videos; see `watch`.
+            warm_up: call `warm_up` after loading; default: on a GPU.
             limits: the largest video that is read.
-            bias: let each visual token weigh as much as the tokens that it stands for; by default as the engine's
-                method has it.
-            positions: "original", where visual tokens were in the video, or "consecutive"; by default as the engine's
-                method has it.
-            decoder_key: what a vLLM server asks clients for.
+            bias: add log(number of tokens it stands for) to each visual token's attention logits; default: as the
+                engine's method does.
+            positions: "original", the visual tokens' positions in the video, or "consecutive"; default: as the engine's
+                method does.
+            decoder_key: the API key of a vLLM server.
             decoder_dtype: "int8" for weights in int8 on a CPU, see `runtime.checkpoint.narrow`; the decoder computes
                 in bf16 then.
 
         Raises:
-            EngineError: no engine there, changed files, another library version, or an engine of another model; the
-                decoder cannot be compiled here.
-            UserError: an argument that makes no sense, before anything is loaded; the checkpoint cannot be loaded,
-                there is no such device, `inner` does not fit the decoder.
-            DecoderFailed (a UserError): the vLLM server is none, or is started in another way; DecoderAway: it cannot
-                be reached.
+            EngineError: no engine in the folder, changed files, another library version, or an engine of another model;
+                the decoder cannot be compiled here.
+            UserError: an invalid argument, before anything is loaded; the checkpoint cannot be loaded, there is no such
+                device, or `inner` does not fit the decoder.
+            DecoderFailed (a UserError): not a vLLM server, or not started as needed; DecoderAway: it is unreachable.
             OSError: the compiled decoder cannot be written.
         """
         waiting, watch_bytes = whole("waiting", waiting, 0), whole("watch_bytes", watch_bytes, 0)
@@ -222,8 +221,8 @@ class Pipeline:
         return made
 
     def warm_up(self) -> None:
-        """Answer a question about a black clip of each frame count, as far as the second token, so that the first
-        request finds memory allocated, kernels loaded and CUDA graphs captured.
+        """Generate two tokens about a black clip of each frame count, so that the first request finds memory allocated,
+        kernels loaded and CUDA graphs captured.
 
         Raises:
             UserError: the model cannot answer in this precision; otherwise as `submit` and its request.
@@ -248,30 +247,27 @@ class Pipeline:
         stop: Sequence[str] = (),
         kept: bool = False,
     ) -> Request:
-        """Put a question about a video in line; returns at once.
+        """Queue a question about a video; returns at once.
 
         Args:
-            video: a file, its content (bytes, or a file opened in binary mode, which are copied here), decoded frames
-                (uint8 [n, 3, h, w] or [n, h, w, 3], n >= 2), which must not change before the request has ended, a list
-                of single frames or PIL images, or a `Clip`.
-            prompt: the question, or a conversation about the video that ends with it: messages, one of which has the
-                video.
-            deadline: seconds from now after which the request ends without its answer, whether it is in line, being
-                prepared or being answered.
+            video: a path, a file's content (bytes, or a file opened in binary mode; copied here), decoded frames (uint8
+                RGB [n, 3, h, w] or [n, h, w, 3], n >= 2), which must not change before the request ends, a list of
+                single frames or PIL images, or a `Clip`.
+            prompt: the question, or a conversation that ends with it: messages, one of which holds the video.
+            deadline: seconds from now after which the request fails, in whichever state it is.
             max_new_tokens, sampling: of the decoder; None samples greedily.
             system: a system message before the question.
-            frames: one of the engine's frame counts; by default the one that suits the video.
+            frames: one of the engine's frame counts; default: the one that suits the video.
             stop: strings that end the answer; they are not part of its text.
-            kept: the answer says which visual tokens it looked at.
+            kept: return in `Answer.kept` which visual tokens were kept.
 
         Raises:
-            UserError: here, an argument that makes no sense or cannot be a video; by the request, a video that cannot
-                be read.
-            Overloaded (a UserError): as many requests wait as may wait.
-            Closed: the pipeline is closed; by the request, it was closed before the answer.
-            DeadlineExceeded (a UserError), Cancelled: by the request.
+            UserError: here, an invalid argument; from the request, a video that cannot be read.
+            Overloaded (a UserError): the queue is full.
+            Closed: the pipeline is closed; from the request, it was closed before the answer.
+            DeadlineExceeded (a UserError), Cancelled: from the request.
         """
-        self._scheduler.home.check()  # a fork may wait for ever for a lock of what is asked next
+        self._scheduler.home.check()  # first: in a fork, a lock below may be held for ever
         if isinstance(video, Remembered):
             if frames is not None or system not in (None, video.system):
                 raise UserError("frames and system message of a watched video are those it is watched with")
@@ -287,10 +283,10 @@ class Pipeline:
         return Request(cast(Job[Delta], self._scheduler.submit(work, deadline=deadline)), self)
 
     def check(self, prompt: str | Sequence[ChatMessage], *, deadline: float | None = None, **how: Any) -> Prompt:
-        """Raise what `submit` would raise now for this question, whatever the video; for what costs much before it.
+        """Raise what `submit` would raise now for this question, whatever the video; to call before costly work.
 
         Returns:
-            the tokens around the video. What is before it is what questions about one watched video have to share.
+            the tokens before and after the video. Questions about one watched video share those before it.
         """
         self._scheduler.home.check()
         question = self._core.question(prompt, **how)
@@ -300,9 +296,9 @@ class Pipeline:
     def stream(
         self, video: Video | Seen | Arrived, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]
     ) -> Generator[Delta, None, None]:
-        """Answer a question about a video, token by token: `submit` at the first `next`, and its deltas.
+        """Answer a question token by token; `submit` runs at the first `next`.
 
-        Arguments and errors as there; errors come while iterating.
+        Arguments and errors as `submit`; errors are raised while iterating.
 
         Yields:
             a `Delta` per token, then one with `finish` and `answer`. Closing the generator cancels the request.
@@ -311,10 +307,10 @@ class Pipeline:
         try:
             yield from request
         finally:
-            request._job.abandon()  # as in `Request.__del__`, which an exception that is still held would put off
+            request._job.abandon()  # not left to `Request.__del__`: an exception's traceback may hold the request
 
     def ask(self, video: Video | Seen | Arrived, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Answer:
-        """`submit`, waited for: arguments and errors as there. Interrupted (Ctrl-C), it cancels the request."""
+        """`submit`, and wait for the answer; arguments and errors as `submit`. Ctrl-C cancels the request."""
         with self.submit(video, prompt, **how) as request:
             return request.result()
 
@@ -327,16 +323,16 @@ class Pipeline:
         frames: int | None = None,
         deadline: float | None = None,
     ) -> Tensor:
-        """The prompt with the video in it, as the decoder reads it; waits for that.
+        """Embeddings of the prompt with the video spliced in; waits for them.
 
-        For a server that decodes by itself: vLLM takes it as `prompt_embeds`.
+        For a server with its own decoder: vLLM takes them as `prompt_embeds`.
 
         Args:
             video, prompt, system, frames, deadline: as in `submit`.
 
         Returns:
-            [1, L, D] on the decoder's device and in its dtype: the embeddings of the text, with the visual tokens and
-            the token that closes it in the place of the video. It is the caller's.
+            [1, L, D] on the decoder's device and in its dtype: text embeddings, with the visual tokens and what closes
+            them in the video's place. The tensor is the caller's.
 
         Raises:
             as `submit` and its request.
@@ -358,15 +354,15 @@ class Pipeline:
         frames: int | None = None,
         deadline: float | None = None,
     ) -> Watched:
-        """Encode and read a video once, to ask about it many times; waits for that.
+        """Encode and prefill a video once, to ask about it many times; waits until that is done.
 
         Args:
-            video, system, frames, deadline: as in `submit`. A file or frames must stay as they are while they are
-                watched: where memory is short they are read again.
+            video, system, frames, deadline: as in `submit`. A file or frames must not change while watched: an evicted
+                prefix is computed again from them.
 
         Raises:
-            UserError: a video that cannot be used, one that does not fit into `watch_bytes`, or inner merging, which
-                needs the question first; otherwise as `submit` and its request.
+            UserError: a video that cannot be used, a prefix larger than `watch_bytes`, or inner merging, which needs
+                the question first; otherwise as `submit` and its request.
         """
         self._scheduler.home.check()
         question = self._core.question(_ANY_QUESTION, max_new_tokens=1, system=system, frames=frames)
@@ -384,30 +380,30 @@ class Pipeline:
         system: str | None = None,
         frames: int | None = None,
     ) -> Watched:
-        """`watch` that waits for nothing: the first question reads the video, for itself and for those after it.
+        """`watch` without the wait: the first question prefills the video, and later ones find it in the cache.
 
         Args:
             video, system, frames: as in `watch`.
-            prompt: a conversation, of which all that stands before the video is read with it; questions about the
-                video have to begin with the same.
+            prompt: a conversation; its text before the video is part of the prefix, so every question about the video
+                must begin with that text.
 
         Raises:
-            UserError: an argument that makes no sense or cannot be a video.
+            UserError: an invalid argument.
         """
         self._scheduler.home.check()
         question = self._core.question(prompt, max_new_tokens=1, system=system, frames=frames)
         return Watched(self, Remembered(self._core.take(video), system, frames, question.words.prefix_ids))
 
     def open_stream(self, *, total: int | None = None, limit: int | None = None) -> LiveVideo:
-        """A video that comes frame by frame, from a camera or a download, and is encoded while it comes.
+        """A video whose frames arrive one by one, from a camera or a download, and are encoded as they arrive.
 
         Args:
-            total: how many frames will come, where that is known: the sample is then exactly a file's.
-            limit: the most frames that may come where it is not, by default four times as many as the engine takes.
+            total: number of frames that will arrive, where known: frames outside the sample are then skipped.
+            limit: the most frames that may arrive where `total` is unknown; default: 4 F, F the engine's frames.
 
         Raises:
             EngineError: the engine takes whole clips only: build one with --chunk.
-            UserError: a total or limit that makes no sense.
+            UserError: an invalid `total` or `limit`.
             RuntimeError: the pipeline is closed, or was loaded before the process forked.
         """
         self._scheduler.home.check()
@@ -419,7 +415,7 @@ class Pipeline:
         return LiveVideo(self, clip)
 
     def _done(self, work: Work, deadline: float | None) -> Delta | Embeds | None:
-        """The last that comes of some work, waited for."""
+        """Submit some work and wait for its last item."""
         job = self._scheduler.submit(work, deadline=deadline)
         try:
             return job.last()
@@ -427,9 +423,8 @@ class Pipeline:
             job.cancel()  # if the wait was interrupted
 
     def close(self, *, drain: bool = False) -> None:
-        """Take no more requests, end those in line with `Closed` (with `drain`, answer them), and free the engine and
-        the decoder once the answer that is under way is finished. A second call does nothing, nor does
-        one in a fork of the process."""
+        """Refuse new requests, end queued ones with `Closed` (with `drain`, answer them), and free engine and decoder
+        once the current answer is finished. Does nothing a second time or in a fork of the process."""
         instance("drain", drain, bool, "True or False")
         if self._scheduler.home.left:
             return  # an engine cannot be freed without its threads
@@ -442,13 +437,13 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if error is not None:  # whoever is interrupted does not want to wait for the end of an answer
+        if error is not None:  # after Ctrl-C nobody wants to wait for the end of an answer
             self._scheduler.abort()
         self.close()
 
 
 def _given(video: Taken | Remembered) -> Arriving | None:
-    """Its frames and when they are there, if they are on a GPU: the workers have other streams than who made them."""
+    """Frames given on a GPU, with the event that they are written: the workers use other streams than the caller."""
     shown = video.video if isinstance(video, Remembered) else video
     frames = shown.frames if isinstance(shown, Clip) else shown
     return as_of_now(frames) if isinstance(frames, Tensor) else None

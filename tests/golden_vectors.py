@@ -39,8 +39,8 @@ def folder_of(config: pytest.Config, method: str) -> Path:
     return folder
 
 
-def read_cases(config: pytest.Config, method: str, file: str | None = None) -> list[dict[str, Any]]:
-    """The list of cases in a JSON file of the folder, `METHOD.json` by default.
+def read_cases(config: pytest.Config, method: str, file: str | None = None) -> Any:
+    """The cases in a JSON file of the folder, `METHOD.json` by default: most are a list.
 
     Raises:
         pytest.UsageError: there is no such file.
@@ -48,8 +48,7 @@ def read_cases(config: pytest.Config, method: str, file: str | None = None) -> l
     path = folder_of(config, method) / (file or f"{method}.json")
     if not path.is_file():
         raise pytest.UsageError(f"{path}: no such file; --golden names the folder of the vectors of {method!r}")
-    found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
-    return found
+    return json.loads(path.read_text("utf-8"))
 
 
 def parametrize(metafunc: pytest.Metafunc, name: str, cases: Sequence[dict[str, Any]]) -> None:

@@ -57,6 +57,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "settings source",
         "clips compile",
         "gate",
+        "record",
         "inspection stages",
         "build verify inspect",
         "evaluation operators",

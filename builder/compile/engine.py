@@ -173,11 +173,7 @@ def compile_engine(
 
 
 def check_target(flavour: str, target: seam.Capability, hardware_compatible: bool = False) -> None:
-    """Refuse a target that `flavour` cannot build for on this machine; loads the library, builds nothing.
-
-    Raises:
-        EngineError: in one line, with the flag that mends it.
-    """
+    """Refuse a target that `flavour` cannot build for on this machine; loads the library, builds nothing."""
     trt = seam.load(flavour)
     wanted = ".".join(map(str, target))
     if flavour == "tensorrt-rtx":

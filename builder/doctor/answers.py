@@ -24,9 +24,6 @@ def ask(folder: str, backend: str, device: str, decoder: str = "torch", *, half:
     Args:
         half: the decoder runs in the engine's precision, in which a near-tie may fall the other way: one answer in
             four may differ.
-
-    Raises:
-        Wrong: other answers, or fewer than half of them are right.
     """
     asked = [(path, q.text, q.answer) for path, questions in _clips(Path(folder).parent) for q in questions]
     wanted = [one.text for one in _answers(folder, asked, backend="torch", device="cpu")]
@@ -91,11 +88,7 @@ _FEW = ("--repeats", "3", "--warmup", "1", "--requests", "4", "--concurrency", "
 
 
 def command(words: Sequence[str]) -> dict[str, Any]:
-    """A command of ours that ends with a JSON line, which is what is returned.
-
-    Raises:
-        Wrong: it ended with a status other than 0; the message is its last line.
-    """
+    """A command of ours that ends with a JSON line, which is what is returned."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     sys.stderr.write(done.stderr)
     sys.stdout.write(done.stdout)

@@ -40,7 +40,6 @@ _FULL = f"random:{list(PUBLISHED)[-1]}"
 _FEW = ("--warmup", "1", "--repeats", "3", "--max-new-tokens", "4")
 _ALONE = ("--concurrency", "none", "--scale-frames", "none", "--scale-ratios", "none")
 _FULL_GPU, _FULL_HOST = 30e9, 25e9  # bytes that the benchmark at full size needs
-_RUNS = {"onnxruntime": "in ONNX Runtime", **{name: f"as {name} engine" for name in trt.FLAVOURS}}
 
 
 @dataclass(frozen=True)
@@ -232,11 +231,7 @@ def _benches(machine: Machine, device: str) -> list[Part]:
 
 
 def only(parts: list[Part], text: str | None) -> list[Part]:
-    """The parts that have a text in their names, and those whose engines they need.
-
-    Raises:
-        UserError: no part has.
-    """
+    """The parts that have a text in their names, and those whose engines they need."""
     if text is None:
         return parts
     named = {part.name for part in parts if text in part.name}

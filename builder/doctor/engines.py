@@ -53,11 +53,7 @@ def build(words: Sequence[str], out: str, *, verify: bool = False) -> dict[str, 
 
 
 def run(folder: str, backend: str) -> dict[str, Any]:
-    """Run the engine of a folder in a backend, and compare it with the reference.
-
-    Raises:
-        Wrong: it gave something else.
-    """
+    """Run the engine of a folder in a backend, and compare it with the reference."""
     manifest = Manifest.read(folder)
     clips = [_clip(Path(folder).parent, index, manifest) for index in CLIPS]
     figures: dict[str, Any] = {}
@@ -172,12 +168,7 @@ def _captured(vision: VisionBackend) -> dict[str, Any]:
 
 
 def polygraphy(folder: str) -> dict[str, Any]:
-    """The manifest's own comparison, by Polygraphy's command line.
-
-    Raises:
-        Wrong: it finds a difference.
-        NotPossible: the engine has no such line.
-    """
+    """The manifest's own comparison, by Polygraphy's command line."""
     manifest = Manifest.read(folder)
     if not manifest.polygraphy:
         raise NotPossible(f"Polygraphy cannot run engine {manifest.name}")

@@ -38,9 +38,6 @@ def kernels(device: str, size: str, dtype: str) -> dict[str, Any]:
     """Each kernel against the reference on the same values, in fp32 there.
 
     On a CPU they run in Triton's interpreter.
-
-    Raises:
-        Wrong: one gives something else.
     """
     config = EarlyTomConfig(retention_ratio=0.1, merge_layers=SIZES[size].merge_layers, schedule="budget")
     figures: dict[str, Any] = {}
@@ -55,11 +52,7 @@ _KERNELS = ("frame_similarity", "frame_plan", "received_attention", "select_toke
 
 
 def _compared(case: Case, device: str, config: EarlyTomConfig) -> str:
-    """How near a kernel is, in words.
-
-    Raises:
-        Wrong: not near enough.
-    """
+    """How near a kernel is, in words."""
     ours = case.ours if device == "cuda" else _interpreted(case, config)
     worst = 0.0
     for inputs in case.inputs:
@@ -95,11 +88,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def encoder_graph() -> dict[str, Any]:
-    """The budget encoder in PyTorch, captured once as a CUDA graph, follows its input.
-
-    Raises:
-        Wrong: a replay gives what a call does not.
-    """
+    """The budget encoder in PyTorch, captured once as a CUDA graph, follows its input."""
     size, cuda = SIZES["tiny"], torch.device("cuda")
     config = EarlyTomConfig(retention_ratio=0.4, merge_layers=size.merge_layers, schedule="budget")
     tower, projector = vision_tower(size, torch.float32, cuda)
@@ -129,11 +118,7 @@ def _pixels(seed: int, frames: int, size: tuple[int, int]) -> Tensor:
 
 
 def uploads() -> dict[str, Any]:
-    """Frames that are written over while they are on their way arrive as they were.
-
-    Raises:
-        Wrong: they do not.
-    """
+    """Frames that are written over while they are on their way arrive as they were."""
     upload, frames = Upload(torch.device("cuda")), torch.zeros(8, 3, 384, 384, dtype=torch.uint8)
     arriving = [upload(frames.fill_(value)) for value in range(6)]
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -145,11 +130,7 @@ def uploads() -> dict[str, Any]:
 
 
 def resizing(work: str) -> dict[str, Any]:
-    """Frames resized on the GPU are those that are resized on the host.
-
-    Raises:
-        Wrong: they are further off than two libraries are.
-    """
+    """Frames resized on the GPU are those that are resized on the host."""
     clip = draw_clip(Path(work) / "resized.mp4")
     figures = {}
     for size in ((72, 72), (384, 384)):

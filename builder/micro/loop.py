@@ -107,9 +107,6 @@ class Progress:
         modules, others: by name, what has a state; the modules' weights on entry are what the stage starts from.
         recipe: names the stage's settings.
         device: to load to.
-
-    Raises:
-        UserError: the file is of other settings, or of a stage that started from other weights.
     """
 
     def __init__(

@@ -84,9 +84,6 @@ class Scorer:
 
         Returns:
             For each clip, the outcomes in the order of its questions.
-
-        Raises:
-            ValueError: not as many packs, or not as much to tell, as clips; several questions in a pack with `inner`.
         """
         if len(visual) != len(packs):
             raise ValueError(

@@ -79,9 +79,6 @@ def set_precision(
         module: in fp32.
         wide: names of submodules that stay as they are ("" is the module itself).
         norms: whether layer norms and RMS norms stay, too.
-
-    Raises:
-        UserError: a weight is too large for `dtype`.
     """
     for name, child in module.named_modules():
         if isinstance(child, Int8Linear):
@@ -113,9 +110,6 @@ def set_vision_precision(
     """Convert a vision tower and its projector in place to `dtype` with `islands` in fp32.
 
     `family` says which module of a layer is which.
-
-    Raises:
-        UserError: a weight is too large for `dtype`.
     """
     if dtype == torch.float32:
         islands = DEFAULT  # there is nothing else to choose from

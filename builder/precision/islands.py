@@ -96,11 +96,7 @@ def check(text: str) -> None:
 
 
 def parse(text: str, depth: int) -> Islands:
-    """`text` as on the command line, for a tower of which `depth` layers run.
-
-    Raises:
-        UserError: a word that names no island, layers that there are not.
-    """
+    """`text` as on the command line, for a tower of which `depth` layers run."""
     check(text)
     names: set[str] = set()
     layers: dict[str, set[int]] = {name: set() for name in LAYERED}
@@ -167,7 +163,7 @@ class Costs:
         self.deciding = method_of(config.earlytom).watched(self.depth)
         self.kept = config.tokens if stages is None else config.tokens_of(self.stages[-1])
         self.projector_flops = family.projector_flops(config.model, self.stages[-1])
-        self.projector_rows = family.projector_rows(config.model)
+        self.projector_rows = frame.projector_rows
         self.projector_weights = family.projector_weights(config.model)
 
     def of(self, name: str) -> Cost:

@@ -61,11 +61,7 @@ def check(text: str) -> None:
 
 
 def parse(text: str, depth: int) -> frozenset[Product]:
-    """What `text` keeps wider than int8, for a tower of which `depth` layers run; `auto` is no answer here.
-
-    Raises:
-        UserError: a word that names no product, layers that there are not.
-    """
+    """What `text` keeps wider than int8, for a tower of which `depth` layers run; `auto` is no answer here."""
     check(text)
     found: set[Product] = set()
     for word in (word.strip().lower() for word in text.split(",")):
@@ -79,11 +75,7 @@ def parse(text: str, depth: int) -> frozenset[Product]:
 
 
 def choice(text: str | None, depth: int) -> tuple[str, ...]:
-    """What `text` asks for in words that are the same for equal choices; ("auto",) where that is for the clips to say.
-
-    Raises:
-        UserError: as `parse` does.
-    """
+    """What `text` asks for, in the same words for equal choices; ("auto",) where that is for the clips to say."""
     return (AUTO,) if text in (None, AUTO, LIST) else words(parse(str(text), depth))
 
 

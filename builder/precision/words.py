@@ -9,11 +9,7 @@ from earlytom.errors import UserError
 
 
 def layers_in(text: str, word: str, depth: int, option: str) -> range:
-    """The layers that `text`, what stands behind the colon of `word`, names in a tower of which `depth` run.
-
-    Raises:
-        UserError: neither a layer nor a range of them, or layers that there are not.
-    """
+    """The layers that `text`, what stands behind the colon of `word`, names in a tower of which `depth` run."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < depth:

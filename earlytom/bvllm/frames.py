@@ -61,9 +61,6 @@ class CandidateMerge:
 def merge_candidates(rows: Tensor, threshold: float = THRESHOLD) -> CandidateMerge:
     """Decide by `rows [k, T]`, how much of each frame each candidate is made of: one that resembles an earlier one more
     than `threshold` (half of one more than the cosine) goes into the one that it resembles most, the first of equals.
-
-    Raises:
-        UserError: `rows` has not two dimensions.
     """
     if rows.dim() != 2 or not len(rows):
         raise UserError(f"candidates must be [candidates, frames] with a candidate, got {list(rows.shape)}")
@@ -84,9 +81,5 @@ def frame_tokens(survivors: int) -> int:
 
 def merge_tokens(tokens: Tensor, target: int) -> Reduced:
     """`tokens [B, n, C]` to [B, min(n, target), C]: bipartite steps of half of all, and a last one that is exact; plain
-    means, in which what was merged before counts as one.
-
-    Raises:
-        UserError: a target below 1.
-    """
+    means, in which what was merged before counts as one."""
     return reduce(tokens, target, forgetful=True, listed_by_similarity=True)

@@ -52,9 +52,6 @@ class BVLLMPath:
         weights: `temporal.` and `spatial.` with a Q-Former (`QFormer`) and a `projector` each, `ln`, `val_projector`.
         heads: of both Q-Formers.
         faithful: as in `earlytom.bvllm.frames`.
-
-    Raises:
-        UserError: a weight is missing.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], heads: int, *, faithful: bool = False) -> None:
@@ -85,9 +82,6 @@ class BVLLMPath:
         Args:
             features: [T, 1 + S, C]; ids: [prompts, L] int64; mask: [prompts, L].
             noise: [q, T], Gumbel noise for a video; None is none.
-
-        Raises:
-            UserError: several questions on a video.
         """
         selection = None
         if len(features) == 1:

@@ -31,9 +31,6 @@ class QFormer:
     Args:
         weights: in BERT's names with `*_query` for the queries' feed-forwards, and `query [q, h]`.
         heads: of attention.
-
-    Raises:
-        UserError: a weight is missing.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], heads: int) -> None:

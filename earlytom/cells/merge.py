@@ -61,9 +61,6 @@ def plan_cells(
         power: how far a cell prefers the member that differs; 0 averages.
         prefix: how many of the T tokens are no cells.
         threshold: the change from which on a frame starts a group, where the video decides; 0 keeps all frames.
-
-    Raises:
-        UserError: `hidden` is not [F, T, D] with a frame and a cell, or `frames_out` is not in 1..F.
     """
     if hidden.dim() != 3 or hidden.shape[0] < 1 or hidden.shape[1] <= prefix:
         raise UserError(f"hidden states must be [frames, tokens, width] with a frame, got {list(hidden.shape)}")

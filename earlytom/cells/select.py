@@ -61,9 +61,6 @@ def select_greedy(salient: Tensor, alike: Tensor, count: int) -> Tensor:
 
     Returns:
         [count] int64, ascending.
-
-    Raises:
-        UserError: `count` is not in 1..M.
     """
     check_count(len(salient), count)
     far = torch.ones_like(salient)
@@ -76,7 +73,7 @@ def select_greedy(salient: Tensor, alike: Tensor, count: int) -> Tensor:
 
 
 def round_sizes(count: int, rounds: int) -> list[int]:
-    """How many tokens each round takes: as even as can be, the larger ones first; no round is empty."""
+    """How many tokens each round takes: after each as many as its share of all, rounded up; no round is empty."""
     rounds = min(rounds, count)
     ends = [-(-count * done // rounds) for done in range(rounds + 1)]
     return [end - begin for begin, end in pairwise(ends)]

@@ -74,11 +74,7 @@ TOWERS: dict[str, type[Tower]] = {
 
 
 def tower_of(vision_model: nn.Module) -> Tower:
-    """The adapter of a Hugging Face vision model.
-
-    Raises:
-        UserError: the model's family has no adapter.
-    """
+    """The adapter of a Hugging Face vision model."""
     family = getattr(getattr(vision_model, "config", None), "model_type", type(vision_model).__name__)
     if family not in TOWERS:
         raise UserError(

@@ -15,8 +15,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from earlytom import flops
 from earlytom.families.closings import Closings
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.vision import Vision, VisionModules
@@ -275,7 +277,6 @@ class Family(ABC):
         """What the canonical names of tensors begin with that may be stored and that the model does without."""
         return ()
 
-    @abstractmethod
     def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
         """Floating-point operations of tower and projector on one video, see `earlytom.flops`.
 
@@ -284,22 +285,30 @@ class Family(ABC):
             frames_per_stage: frames before the first merge and after each one.
             merge_layers: after which layers the frames are merged.
         """
+        frame, vision = self.geometry(config), config.vision_config
+        how: dict[str, Any] = {"prefix": frame.prefix, "pairs": frame.pairs, "gated": frame.gated}
+        tower = flops.vision_encoder(vision, frame.patches, frames_per_stage, merge_layers, frame.depth, **how)
+        more = 2 * frames_per_stage[0] * (frame.step - 1) * frame.patches * 3 * frame.patch**2 * frame.width  # pictures
+        return tower + more + self.projector_flops(config, frames_per_stage[-1])
 
-    @abstractmethod
     def projector_flops(self, config: Any, frames: int) -> int:
         """Those of the projector alone, on `frames` frames."""
+        frame = self.geometry(config)
+        products = (1 + frame.streams) * sum(a * b for a, b in pairwise(frame.projector))
+        return 2 * frames * frame.projector_rows * products
 
-    @abstractmethod
-    def projector_rows(self, config: Any) -> int:
-        """Rows of a frame that go through the projector: S where it runs before pooling, P behind it."""
-
-    @abstractmethod
     def projector_weights(self, config: Any) -> int:
         """How many values its weights have."""
+        return sum((a + 1) * b for a, b in pairwise(self.geometry(config).projector))
 
-    @abstractmethod
     def vision_weights(self, config: Any) -> int:
         """How many values the weights of the vision part have."""
+        frame = self.geometry(config)
+        return frame.depth * frame.layer_weights + self.other_weights(config) + self.projector_weights(config)
+
+    @abstractmethod
+    def other_weights(self, config: Any) -> int:
+        """How many of them are neither `Geometry.layer_weights` nor the projector's."""
 
     @abstractmethod
     def video_token_id(self, config: Any) -> int:

@@ -25,6 +25,8 @@ class Geometry:
         depth: encoder layers that run.
         width: D; llm_width: E.
         heads, inner: attention heads of a layer, and the width inside its MLP.
+        projector: widths of the projector's layers, from what enters to what comes out.
+        unpooled: the projector runs before pooling, on all patches of a frame.
         prefix: tokens a frame inside the tower that are not patches.
         streams: K.
         full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
@@ -46,6 +48,8 @@ class Geometry:
     llm_width: int
     heads: int
     inner: int
+    projector: tuple[int, ...]
+    unpooled: bool = False
     prefix: int = 0
     streams: int = 0
     full: tuple[int, ...] | None = None
@@ -68,6 +72,18 @@ class Geometry:
     def tokens_per_frame(self) -> int:
         """P."""
         return math.prod(self.cells)
+
+    @property
+    def projector_rows(self) -> int:
+        """Rows of a frame that go through the projector."""
+        return self.patches if self.unpooled else self.tokens_per_frame
+
+    @property
+    def layer_weights(self) -> int:
+        """How many values the weights of an encoder layer have: attention, MLP, two norms."""
+        width, inner, into = self.width, self.inner, 1 + self.gated
+        mlp = into * inner * (width + 1) + width * (inner + 1)
+        return 4 * width * (width + 1) + mlp + (2 if self.rms else 4) * width
 
 
 class FrameTimes(NamedTuple):

@@ -3,11 +3,10 @@ the visual tokens of a video."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.frames import Geometry
 from earlytom.families.llava_onevision import TOWER_SETTINGS, LlavaOnevision, grid_side
@@ -31,8 +30,7 @@ class LlavaNextVideoVision(Vision):
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         features = self.projector(average_pool(hidden))
-        relevance = None if received is None else average_pool(received[:, :, None])[:, :, 0]
-        return Features(features, relevance, features, (grid_side(hidden.shape[1]) // _STRIDE,) * 2)
+        return Features(features, self.relevance(received), features, (grid_side(hidden.shape[1]) // _STRIDE,) * 2)
 
     def pool(self, values: Tensor) -> Tensor:
         return average_pool(values)
@@ -71,7 +69,7 @@ class LlavaNextVideo(LlavaOnevision):
         return average_pool(values)
 
     def geometry(self, config: Any) -> Geometry:
-        return replace(super().geometry(config), prefix=1)
+        return replace(super().geometry(config), prefix=1, unpooled=False)
 
     def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaNextVideoVision:  # type: ignore[override]
         return LlavaNextVideoVision(self.tower(tower), projector)
@@ -99,25 +97,9 @@ class LlavaNextVideo(LlavaOnevision):
             "projector": [config.projector_hidden_act, config.multimodal_projector_bias, config.vision_feature_layer],
         }
 
-    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
-        # The 23 layers of CLIP-L at 336 pixels that run come to 366 GFLOP a frame.
-        frame, vision = self.geometry(config), config.vision_config
-        tower = flops.vision_encoder(vision, frame.patches, frames_per_stage, merge_layers, frame.depth, prefix=1)
-        return tower + self.projector_flops(config, frames_per_stage[-1])
-
-    def projector_flops(self, config: Any, frames: int) -> int:
+    def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        return 2 * frames * frame.tokens_per_frame * (frame.width * frame.llm_width + frame.llm_width * frame.llm_width)
-
-    def vision_weights(self, config: Any) -> int:
-        frame = self.geometry(config)
-        width, inner = frame.width, frame.inner
-        layer = 4 * width * width + 2 * width * inner + 9 * width + inner  # products, biases, two layer norms
-        embeddings = width * (3 * frame.patch**2 + 1 + 1 + frame.patches + 2)  # and the norm behind them
-        return frame.depth * layer + embeddings + self.projector_weights(config)
-
-    def projector_rows(self, config: Any) -> int:
-        return self.geometry(config).tokens_per_frame
+        return frame.width * (3 * frame.patch**2 + 1 + 1 + frame.patches + 2)  # and the norm behind them
 
     def closing(self, model: Any) -> None:  # type: ignore[override]
         return None

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.family import Family
 from earlytom.families.frames import Geometry
@@ -46,8 +45,7 @@ class LlavaOnevisionVision(Vision):
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         projected = self.projector(hidden)  # [F', S, E]
         features = pool(projected)
-        relevance = None if received is None else pool(received[:, :, None])[:, :, 0]
-        return Features(features, relevance, projected, (pooled_side(grid_side(hidden.shape[1])),) * 2)
+        return Features(features, self.relevance(received), projected, (pooled_side(grid_side(hidden.shape[1])),) * 2)
 
     def pool(self, values: Tensor) -> Tensor:
         return pool(values)
@@ -104,6 +102,8 @@ class LlavaOnevision(Family):
             llm_width=config.text_config.hidden_size,
             heads=vision.num_attention_heads,
             inner=vision.intermediate_size,
+            projector=(vision.hidden_size, config.text_config.hidden_size, config.text_config.hidden_size),
+            unpooled=True,
         )
 
     def tower(self, tower: nn.Module) -> Tower:
@@ -156,30 +156,9 @@ class LlavaOnevision(Family):
     def canonical_name(self, name: str) -> str:
         return canonical_name(name)
 
-    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
-        # The 26 layers of SigLIP-so400m at 384 pixels come to 641 GFLOP a frame; the tower on 32 frames to 20.5 TFLOP,
-        # and with the projector of LLaVA-OneVision-7B to 21.3.
+    def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        tower = flops.vision_encoder(config.vision_config, frame.patches, frames_per_stage, merge_layers, frame.depth)
-        return tower + self.projector_flops(config, frames_per_stage[-1])
-
-    def projector_flops(self, config: Any, frames: int) -> int:
-        frame = self.geometry(config)  # the projector runs before pooling
-        return 2 * frames * frame.patches * (frame.width * frame.llm_width + frame.llm_width * frame.llm_width)
-
-    def vision_weights(self, config: Any) -> int:
-        frame, inner = self.geometry(config), config.vision_config.intermediate_size
-        hidden = frame.width
-        layer = 4 * hidden * hidden + 2 * hidden * inner + 9 * hidden + inner  # products, biases, two layer norms
-        embeddings = hidden * (3 * frame.patch * frame.patch + 1 + frame.patches)
-        return frame.depth * layer + embeddings + self.projector_weights(config)
-
-    def projector_rows(self, config: Any) -> int:
-        return self.geometry(config).patches
-
-    def projector_weights(self, config: Any) -> int:
-        frame = self.geometry(config)
-        return frame.llm_width * (frame.width + frame.llm_width + 2)
+        return frame.width * (3 * frame.patch**2 + 1 + frame.patches)
 
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id
@@ -225,11 +204,7 @@ def canonical_name(name: str) -> str:
 
 
 def feature_depth(config: Any) -> int:
-    """How many encoder layers a LLaVA-OneVision configuration runs before the projector.
-
-    Raises:
-        UserError: several feature layers, a layer that does not exist, or a selection that does not give all patches.
-    """
+    """How many encoder layers a LLaVA-OneVision configuration runs before the projector."""
     layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer must be one layer, got {layer!r}: EarlyTom merges frames of one stream")
@@ -249,11 +224,7 @@ def feature_depth(config: Any) -> int:
 
 
 def pool(features: Tensor) -> Tensor:
-    """The model's own 2x pooling: bilinear, g x g to ceil(g/2) x ceil(g/2), on [F, g*g, E]. Returns [F, P, E].
-
-    Raises:
-        UserError: frames are not square.
-    """
+    """The model's own 2x pooling: bilinear, g x g to ceil(g/2) x ceil(g/2), on [F, g*g, E]. Returns [F, P, E]."""
     from torch.nn import functional
 
     side = grid_side(features.shape[1])

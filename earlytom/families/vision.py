@@ -63,6 +63,10 @@ class Vision(ABC):
     def pool(self, values: Tensor) -> Tensor:
         """As `Family.pool`."""
 
+    def relevance(self, received: Tensor | None) -> Tensor | None:
+        """That of `Features`, of received attention [F', S]."""
+        return None if received is None else self.pool(received[:, :, None])[:, :, 0]
+
     def own(self, features: Tensor) -> Tensor:
         """Tokens [..., E] without what stands behind them: what they are compared by."""
         return features

@@ -80,9 +80,6 @@ def compress(
         attention: [T, S] received attention.
         noise: [n] in [0, 1), one for each static position of each segment that keeps centres, in order (more are left
             over); None is none.
-
-    Raises:
-        UserError: shapes that do not fit.
     """
     if features.dim() != 3 or attention.shape != features.shape[:2]:
         raise UserError(

@@ -90,11 +90,7 @@ def best_cuts(table: np.ndarray, max_window: int) -> list[tuple[int, int]]:
 
 
 def segment(steady: Tensor, max_window: int = 1024) -> Segmentation:
-    """Segments of T frames, of which `steady [T-1, S]` bool says which positions stay the same from each to the next.
-
-    Raises:
-        UserError: `steady` has not two dimensions.
-    """
+    """Segments of T frames, of which `steady [T-1, S]` bool says which positions stay from each to the next."""
     if steady.dim() != 2:
         raise UserError(f"what stays the same must be [frames - 1, positions], got {list(steady.shape)}")
     since = steady_since(steady)

@@ -50,9 +50,6 @@ class TempMeVideo:
     Args:
         weights: see `WHOLE_WEIGHTS`, `position` [1 + patches, D], and `LAYER_WEIGHTS` with the layers in front.
         temporal: for each merge layer an embedding [clips, D] of each clip that arrives; None leaves them out.
-
-    Raises:
-        UserError: weights are missing.
     """
 
     def __init__(

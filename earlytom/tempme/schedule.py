@@ -82,11 +82,7 @@ class TempMeSchedule:
         real("within", self.within, 0, 100)
 
     def plan(self, frames: int, tokens: int, depth: int, *, protected: int = 0) -> list[LayerMerge]:
-        """What each of `depth` layers does to `frames` frames of `tokens` tokens, of which `protected` lead each.
-
-        Raises:
-            UserError: frames that cannot be grouped, or in the released form more to merge than there is.
-        """
+        """What each of `depth` layers does to `frames` frames of `tokens` tokens, of which `protected` lead each."""
         clips, plan, started = frames, [], False
         for layer in range(depth):
             which = self.merge_layers.index(layer) if layer in self.merge_layers else None

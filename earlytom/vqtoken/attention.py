@@ -38,11 +38,7 @@ class VQAttention(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor]) -> VQAttention:
-        """With the weights of a checkpoint, in PyTorch's names.
-
-        Raises:
-            UserError: these are not its weights.
-        """
+        """With the weights of a checkpoint, in PyTorch's names."""
         query = weights.get("to_q_proj.weight")
         if query is None or query.dim() != 2:
             raise UserError("these are no weights of VQ-attention: to_q_proj.weight [D, S] is missing")
@@ -55,11 +51,7 @@ class VQAttention(nn.Module):
 
     def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
         """`labels [T, S]`, the token hash, and `codes [K, D]` to [n, D]. Both are repeated to n rows, so the first
-        n mod K codes count once more.
-
-        Raises:
-            UserError: no weights were loaded.
-        """
+        n mod K codes count once more."""
         if not self.trained:
             raise UserError("VQ-attention is trained and has no weights yet: make it with VQAttention.from_weights")
         rows = torch.arange(max(len(labels), len(codes)), device=codes.device)

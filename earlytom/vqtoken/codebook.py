@@ -114,11 +114,7 @@ def fit(unit: Tensor, seeds: Tensor, cap: int = FIXED_CAP) -> Fit:
 
 
 def fit_seeded(unit: Tensor, uniforms: Tensor, cap: int = FIXED_CAP) -> Fit:
-    """k-means with as many clusters as `uniforms [K]` fp64 has draws.
-
-    Raises:
-        UserError: no draw.
-    """
+    """k-means with as many clusters as `uniforms [K]` fp64 has draws."""
     if uniforms.dim() != 1 or not len(uniforms):
         raise UserError(f"a codebook needs one uniform draw for each cluster, [K], got {list(uniforms.shape)}")
     return fit(unit, seed_rows(unit, uniforms), cap)
@@ -139,9 +135,6 @@ def fit_adaptive(unit: Tensor, uniforms: Tensor, most: int, rule: Rule, cap: int
 
     Args:
         uniforms: draws fp64, see `draws_needed`.
-
-    Raises:
-        UserError: fewer than 14 clusters to choose from (a bend takes three points), or too few draws.
     """
     if most < LEAST + 2 and rule != "silhouette":
         raise UserError(f"the number of clusters is chosen from {LEAST} to at least {LEAST + 2}, got most={most}")

@@ -101,11 +101,7 @@ class DecoderCache(StaticCache):
         return super().get_query_offset(layer_idx) if self._offset is None else self._offset
 
     def take(self, length: int, maker: object, placed: Placed | None = None) -> Prefix:
-        """A copy of the `length` tokens that were read since the last `reset`, placed as they were.
-
-        Raises:
-            UserError: the model has layers that keep something else than keys and values.
-        """
+        """A copy of the `length` tokens that were read since the last `reset`, placed as they were."""
         for layer in self.layers:
             if type(layer) not in (StaticLayer, StaticSlidingWindowLayer, LinearAttentionLayer):
                 raise UserError(

@@ -38,11 +38,7 @@ class DecoderAddress:
 
 
 def decoder_named(text: object) -> str:
-    """`text`, if it names a decoder.
-
-    Raises:
-        UserError: it does not.
-    """
+    """`text`, if it names a decoder; else UserError."""
     if isinstance(text, str) and (text in DECODERS or folder_of(text) is not None or address_of(text) is not None):
         return text
     raise UserError(f"unknown decoder {shown(text)}: expected {FORMS} (--decoder)")
@@ -61,11 +57,7 @@ def folder_of(name: str) -> str | None:
 
 def address_of(name: str) -> DecoderAddress | None:
     """The address "http://HOST:PORT/v1" or "https://..."; one model of several stands behind a #. None for every other
-    decoder.
-
-    Raises:
-        UserError: an address that cannot be one.
-    """
+    decoder."""
     if not name.startswith(("http://", "https://")):
         return None
     refused = UserError(f"--decoder {shown(name)} is no address of a vLLM server: give one as http://HOST:8000/v1")

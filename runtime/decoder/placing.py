@@ -72,11 +72,7 @@ class Placed:
         device: torch.device,
         states: Tensor | None = None,
     ) -> Self | None:
-        """From what a caller gives of L = `length` tokens, and the prefix before them; None if nothing is special.
-
-        Raises:
-            ValueError: positions that are not int64 [L] or [A, L], a bias that is not floating-point [L].
-        """
+        """From what a caller gives of L = `length` tokens, and the prefix before them; None if nothing is special."""
         if positions is not None and (
             positions.dtype != torch.int64 or positions.dim() > 2 or positions.shape[-1:] != (length,)
         ):

@@ -126,11 +126,7 @@ class ProgramStore:
         return engine if (engine / MANIFEST_FILE).is_file() else None
 
     def _seal(self, name: str) -> ProgramRecord | None:
-        """What the engine's manifest records of a program; None where there is no engine.
-
-        Raises:
-            EngineError: it records nothing, or cannot be read.
-        """
+        """What the engine's manifest records of a program; None where there is no engine."""
         if self._engine is None:
             return None
         recorded = Manifest.read(self._engine, verify_files=False).programs.get(name)

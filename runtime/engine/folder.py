@@ -11,11 +11,7 @@ ENGINES = Path("engines")  # where the builder puts them, if it is not told wher
 
 
 def newest_engine(root: Path) -> Path:
-    """The engine folder under `root` that was built last, of those whose manifest can be read.
-
-    Raises:
-        EngineError: there is none.
-    """
+    """The engine folder under `root` that was built last, of those whose manifest can be read."""
     folders = [path.parent for path in root.glob("*/manifest.json") if not path.parent.name.startswith(".")]
     if not folders:
         raise EngineError(

@@ -237,11 +237,7 @@ class Layout:
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them.
-
-        Raises:
-            UserError: a frame budget that does not fit.
-        """
+        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them."""
         if self.adaptive:
             return (self.steps,) * (self.merges + 1)
         return frames_per_stage(self.steps, merges=self.merges, frame_budget=self.earlytom.frame_budget)

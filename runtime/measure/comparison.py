@@ -10,6 +10,7 @@ import dataclasses
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,35 @@ from runtime.measure.vision.products import float_peak, integer_peak
 from runtime.trace import Trace
 
 
-def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Everything that `asked` ask for; the record of the JSON line."""
+@dataclass(frozen=True)
+class Prepared:
+    """What is compared, checked; nothing was measured yet.
+
+    Attributes:
+        asked: what is possible of what was asked for.
+        config: the settings of variants in PyTorch.
+        precision: name of the dtype that variants in PyTorch have.
+        missing: what was left out, and why.
+    """
+
+    asked: BenchSettings
+    bench: Bench
+    config: EarlyTomConfig
+    frames: int
+    precision: str
+    variants: Sequence[Variant]
+    missing: Sequence[str]
+
+    @property
+    def machine(self) -> str:
+        device = self.bench.device
+        return (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+
+
+def prepare(asked: BenchSettings, trace: Trace) -> Prepared:
+    """Load the model and the engines, and refuse what does not go together; says what will be compared."""
     checkpoint = describe(asked.model)
     if checkpoint.family.any_size and asked.engine:  # all variants see what the engine does
         checkpoint = checkpoint.sized(Manifest.read(asked.engine[0]).model.preprocessing.size)
@@ -58,15 +86,21 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         found, left_out = bench.engines(folder, manifest)
         variants += found
         missing += left_out
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    trace.line(f"{checkpoint.source}, {frames} frames, {precision}, {name}, torch {torch.__version__}")
+    prepared = Prepared(asked, bench, config, frames, precision, variants, missing)
+    trace.line(f"{checkpoint.source}, {frames} frames, {precision}, {prepared.machine}, torch {torch.__version__}")
     if note is not None:
         trace.line(f"note: {note}")
     for variant in variants:
         trace.line(f"  {variant.name}: {variant.about}")
     for reason in missing:
         trace.line(f"  left out: {reason}")
+    return prepared
 
+
+def measure(prepared: Prepared, video: Path, trace: Trace) -> dict[str, Any]:
+    """Everything that was asked for; the record of the JSON line."""
+    asked, bench, config, frames = prepared.asked, prepared.bench, prepared.config, prepared.frames
+    checkpoint, device, dtype, variants = bench.checkpoint, bench.device, bench.dtype, prepared.variants
     runner = VariantRunner(bench, video, asked.max_new_tokens)
     trace.line("measuring requests in turn ...")
     rates = [matmul_rate(device, dtype)]
@@ -93,10 +127,10 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     return {
         "model": checkpoint.source,
         "trained": checkpoint.trained,
-        "device": name,
+        "device": prepared.machine,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "dtype": precision,
+        "dtype": prepared.precision,
         "frames": frames,
         "question": asked.question,
         "new_tokens": asked.max_new_tokens,
@@ -106,7 +140,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
         "matmul": peak,
         "integer_matmul": integer,
         "variants": records,
-        "left_out": missing,
+        "left_out": prepared.missing,
         "throughput": throughput,
         "scaling": scaling,
         "gains": report.gains(records, compression),

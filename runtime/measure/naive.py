@@ -157,7 +157,7 @@ def _mixtures(hidden: Tensor, first: int, last: int, config: EarlyTomConfig) -> 
 def _select(relevance: Tensor, segments: Segments, frames_in: int, ratio: float) -> Tensor:
     """Positions [N] of the tokens that stay, from `relevance [F', P]`."""
     frames, per_frame = relevance.shape
-    effective = min(ratio * frames_in / frames, 1.0)
+    effective = min(ratio / (frames / frames_in), 1.0)
     kept: list[int] = []
     for first, last in segments:
         for frame in range(first, last + 1):

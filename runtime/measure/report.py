@@ -13,6 +13,7 @@ from runtime.measure.variants import Bench, Variant
 from runtime.trace import Trace
 
 Record = dict[str, Any]
+QUANTILES = ("p50", "p90", "p99")
 
 
 def variant_record(
@@ -107,20 +108,34 @@ def gains(variants: Sequence[Mapping[str, Any]], compression: Mapping[str, float
 
 def show(trace: Trace, record: Mapping[str, Any]) -> None:
     """All tables."""
-    variants = record["variants"]
-    columns = ("variant", "tokens", *STAGES, "TTFT p50", "p90", "p99", "TPOT")
+    _show_times(trace, record)
+    _show_arithmetic(trace, record)
+    if record["throughput"]:
+        _show_throughput(trace, record["throughput"])
+    for axis, points in record["scaling"].items():
+        if points:
+            title = f"scaling over {axis}, ms (medians of {record['scale_repeats']})"
+            _show_scaling(trace, points, title)
+    _show_gains(trace, record["gains"])
+
+
+def _show_times(trace: Trace, record: Mapping[str, Any]) -> None:
     rows = [
         (
             one["name"],
             str(one["visual_tokens"]),
             *(_ms(one["stages"][name]["p50"]) for name in STAGES),
-            *(_ms(one["ttft"][q]) for q in ("p50", "p90", "p99")),
+            *(_ms(one["ttft"][q]) for q in QUANTILES),
             _ms(one["tpot"]["p50"]),
         )
-        for one in variants
+        for one in record["variants"]
     ]
+    columns = ("variant", "tokens", *STAGES, "TTFT p50", "p90", "p99", "TPOT")
     trace.table(columns, rows, title=f"time to the first token, ms (stages: medians of {record['repeats']} requests)")
-    work = ("variant", "frames", "vision GFLOP", "of peak", "prefill GFLOP", "of peak", "RSS MB", "growth MB", "GPU MB")
+
+
+def _show_arithmetic(trace: Trace, record: Mapping[str, Any]) -> None:
+    variants, integer = record["variants"], record["integer_matmul"]
     rows = [
         (
             one["name"],
@@ -133,42 +148,44 @@ def show(trace: Trace, record: Mapping[str, Any]) -> None:
         )
         for one in variants
     ]
+    work = ("variant", "frames", "vision GFLOP", "of peak", "prefill GFLOP", "of peak", "RSS MB", "growth MB", "GPU MB")
     peak = record["matmul"] / 1e12
     title = f"arithmetic (peak: {peak:.3g} TFLOP/s, the best {record['dtype']} matrix product) and peak memory"
     trace.table(work, rows, title=title)
-    if record["integer_matmul"] is not None:
-        trace.line(integer_line(record["integer_matmul"], record["matmul"]))
+    if integer is not None:
+        trace.line(integer_line(integer, record["matmul"]))
         for one in variants:
             if one["of_integer_peak"] is not None:
                 trace.line(f"  {one['name']}: its vision part at {one['of_integer_peak']:.0%} of the integer peak")
-    if record["throughput"]:
-        rows = [
-            (
-                one["name"],
-                str(one["clients"]),
-                f"{one['requests_per_second']:.2f}",
-                *(_ms(one["ttft"][q]) for q in ("p50", "p90", "p99")),
-                _ms(one["total"]["p50"]),
-            )
-            for one in record["throughput"]
-        ]
-        title = "clients in line for one model, which answers one request at a time; decoding of videos overlaps; ms"
-        trace.table(("variant", "clients", "requests/s", "TTFT p50", "p90", "p99", "answer p50"), rows, title=title)
-    for axis, points in record["scaling"].items():
-        if points:
-            rows = [
-                (
-                    one["name"],
-                    str(one["frames"]),
-                    f"{one['ratio']:g}",
-                    str(one["visual_tokens"]),
-                    *(_ms(one[name]) for name in ("vision", "prefill", "ttft")),
-                )
-                for one in points
-            ]
-            title = f"scaling over {axis}, ms (medians of {record['scale_repeats']})"
-            trace.table(("variant", "frames", "ratio", "tokens", "vision", "prefill", "TTFT"), rows, title=title)
-    _show_gains(trace, record["gains"])
+
+
+def _show_throughput(trace: Trace, loads: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        (
+            one["name"],
+            str(one["clients"]),
+            f"{one['requests_per_second']:.2f}",
+            *(_ms(one["ttft"][q]) for q in QUANTILES),
+            _ms(one["total"]["p50"]),
+        )
+        for one in loads
+    ]
+    title = "clients in line for one model, which answers one request at a time; decoding of videos overlaps; ms"
+    trace.table(("variant", "clients", "requests/s", "TTFT p50", "p90", "p99", "answer p50"), rows, title=title)
+
+
+def _show_scaling(trace: Trace, points: Sequence[Mapping[str, Any]], title: str) -> None:
+    rows = [
+        (
+            one["name"],
+            str(one["frames"]),
+            f"{one['ratio']:g}",
+            str(one["visual_tokens"]),
+            *(_ms(one[name]) for name in ("vision", "prefill", "ttft")),
+        )
+        for one in points
+    ]
+    trace.table(("variant", "frames", "ratio", "tokens", "vision", "prefill", "TTFT"), rows, title=title)
 
 
 def integer_line(integer: float, floating: float) -> str:

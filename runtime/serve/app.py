@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from runtime.serve.backend import Backend
 from runtime.serve.errors import ServeError, body, from_runtime
@@ -126,8 +126,9 @@ class ServerApp:
         if isinstance(error, HTTPException):
             error = _of_the_framework(error, request)
         found = from_runtime(error)
-        self.metrics.refused(found.status)
         headers = {} if found.retry_after is None else {"retry-after": str(found.retry_after)}
+        if found.status == 405:
+            headers["allow"] = ", ".join(_methods(request))
         return JSONResponse(body(found), found.status, headers)
 
     async def _left(self, request: Request, error: Exception) -> Response:
@@ -194,3 +195,9 @@ def _of_the_framework(error: HTTPException, request: Request) -> ServeError:
     if error.status_code == 405:
         return ServeError(405, "method_not_allowed", f"there is no {where}; the path has other methods")
     return ServeError(error.status_code, "invalid_request", str(error.detail))
+
+
+def _methods(request: Request) -> list[str]:
+    """What a path can be asked by, in all of its routes."""
+    routes = [one for one in request.app.routes if one.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for one in routes for method in one.methods})

@@ -6,6 +6,7 @@ part of the server can raise one, the one before the framework too.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from runtime.errors import (
 )
 
 _LONGEST = 1000  # characters of a message
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # What the openai client's users see as `type`; every other status is the fault of the request.
 _TYPES = {
     401: "authentication_error",
@@ -49,7 +51,7 @@ class ServeError(Exception):
         self.status = status
         self.code = code
         self.message = one_line(message)
-        self.param = param
+        self.param = None if param is None else one_line(param)  # a client's name of a field may hold anything
         self.retry_after = retry_after
 
 
@@ -89,9 +91,16 @@ def from_runtime(error: BaseException, *, retry_after: int = 1) -> ServeError:
         return ServeError(502, "decoder_failed", "the language model's server failed to answer; the log tells why")
     if isinstance(error, UserError) and not isinstance(error, EngineError):
         return ServeError(400, "invalid_request", str(error))
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return no_room()
     if isinstance(error, Cancelled):
         return ServeError(499, "cancelled", "the request was cancelled")
     return internal()
+
+
+def no_room() -> ServeError:
+    """A video finds no disk, no memory or no descriptor here."""
+    return ServeError(503, "overloaded", "there is no room for the video; try again later", retry_after=5)
 
 
 def internal() -> ServeError:

@@ -23,7 +23,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 
 from earlytom.errors import UserError
-from earlytom.numbers import real, whole
+from earlytom.numbers import real, shown, whole
 from runtime.serve.errors import ServeError, encoded, internal
 
 Message = MutableMapping[str, Any]
@@ -86,7 +86,7 @@ class Door:
     room: asked as well, for a line that is full for other reasons. draining: whether the server is shutting down.
     retry_after: seconds, told to who is refused for want of a place.
     cors: origins whose pages may call; none is the default, and "*" is all.
-    refused: told the status of every refusal.
+    refused: told the status of every refusal, whoever refuses.
 
     Raises:
         UserError: a number or an origin that makes no sense, by the name of its flag.
@@ -144,6 +144,10 @@ class Door:
                 refusal = await self._serve(scope, body, answer)
         except ServeError as error:
             refusal = error
+        except asyncio.CancelledError:  # by a server that is told to end at once
+            if answer.started:
+                raise
+            body.complete, refusal = True, self._ending()  # what still comes of it is not waited for
         if refusal is not None:
             await answer.refuse(refusal)
 
@@ -189,13 +193,15 @@ class Door:
 
     def _check_place(self, path: str) -> None:
         if self._draining():
-            raise ServeError(
-                503, "draining", "the server is shutting down; ask another one", retry_after=self._retry_after
-            )
+            raise self._ending()
         most = self._most[path]
         if (most is not None and self._inside[path] >= most) or (path in LINE and not self._room()):
             what = "as many requests wait as may wait" if path in LINE else "as many uploads run as may run"
             raise ServeError(429, "overloaded", f"{what}; try again later", retry_after=self._retry_after)
+
+    def _ending(self) -> ServeError:
+        what = "the server is shutting down; ask another one"
+        return ServeError(503, "draining", what, retry_after=self._retry_after)
 
 
 class _Body:
@@ -218,6 +224,9 @@ class _Body:
         self.complete = length == b"0" and b"transfer-encoding" not in headers
         if not length.isdigit():
             raise ServeError(400, "invalid_request", "Content-Length is not a number")
+        if (packed := headers.get(b"content-encoding", b"identity")).lower() != b"identity":
+            what = f"Content-Encoding {shown(packed.decode('latin-1'))} is not undone; send the body as it is"
+            raise ServeError(400, "invalid_request", what)
         if len(length) > 18 or int(length) > self._limit:
             raise self._too_large()
 
@@ -297,6 +306,8 @@ class _Answer:
             if self._body.failure is not None:  # whatever the application makes of it
                 raise self._body.failure
             self.started = True
+            if message["status"] >= 400:
+                self._refused(message["status"])
             if not self._body.complete:  # what still comes of the body must not pass for the next request
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
         elif not message.get("more_body", False) and not (self._body.complete or self._body.expects):
@@ -307,7 +318,6 @@ class _Answer:
 
     async def refuse(self, error: ServeError) -> None:
         """Answer with an error; nothing was sent before."""
-        self._refused(error.status)
         self._body.failure = None
         content, headers = encoded(error)
         await self({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -332,6 +342,6 @@ def _with_cors(app: Application, origins: Sequence[str]) -> Application:
         app,
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # OpenAI's own client sends a dozen of its own
         expose_headers=["retry-after"],
     )

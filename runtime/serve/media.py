@@ -28,11 +28,11 @@ from types import TracebackType
 from typing import Any
 
 from earlytom.numbers import shown, whole
-from runtime.serve.errors import ServeError, one_line
+from runtime.serve.errors import ServeError, no_room, one_line
 from runtime.serve.fetch import FetchRules, Resolve, fetch, resolve
 
-# A type, parameters that mean nothing here, and the mark of base64.
-_DATA = re.compile(r"(?i)data:([a-z0-9.+_-]+/[a-z0-9.+_-]+)((?:;[a-z0-9_-]+=[^;,]*)*)(;base64)?,")
+# A type, parameters that mean nothing here (browsers write codecs=vp8,opus), and the mark of base64.
+_DATA = re.compile(r"(?i)data:([a-z0-9.+_-]+/[a-z0-9.+_-]+)((?:;[^;]*)*?; ?base64)?,")
 _LONGEST_HEAD = 200  # characters of a data URL before its comma
 _FRAMES = ("video/jpeg", "video/png")  # frames as pictures, one behind the other, with commas between
 _MOST_FRAMES = 4096
@@ -111,9 +111,7 @@ class PrivateFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise ServeError(
-                503, "overloaded", "there is no room for the video; try again later", retry_after=5
-            ) from error
+            raise no_room() from error
 
     def again(self) -> PrivateFile:
         """The same content as a file of its own, which needs no room and is not for writing."""
@@ -172,7 +170,7 @@ class Media:
         if match is None:
             raise _invalid(f"the video's data URL does not begin as {_EXAMPLE}: {shown(url)}")
         kind = match[1].lower()
-        if match[3] is None:
+        if match[2] is None:
             raise _invalid(f"the video's data URL is not base64; write {_EXAMPLE}, got {shown(match[0])}")
         if not kind.startswith("video/"):
             raise _invalid(f"the video's data URL is of type {kind}; give a video: {_EXAMPLE}")
@@ -233,8 +231,9 @@ class StoredFile:
     id: str
     name: str  # as the client calls it
     key: str  # id of the key of who has uploaded it
-    created: int  # seconds since 1970
+    created: float  # seconds since 1970
     content: PrivateFile = field(repr=False)
+    purpose: str = "user_data"  # as the client calls that
 
     def as_dict(self) -> dict[str, Any]:
         """As OpenAI's clients read it."""
@@ -242,9 +241,9 @@ class StoredFile:
             "id": self.id,
             "object": "file",
             "bytes": self.content.size,
-            "created_at": self.created,
+            "created_at": int(self.created),
             "filename": self.name,
-            "purpose": "user_data",
+            "purpose": self.purpose,
             "status": "processed",
         }
 
@@ -267,7 +266,9 @@ class FileStore:
         self._max_file = min(whole("--max-video", max_file, 1), self._share)
         self._files: OrderedDict[str, StoredFile] = OrderedDict()  # the one not used for the longest is first
 
-    async def put(self, read: Callable[[int], Awaitable[bytes]], *, name: str, key: str = "") -> StoredFile:
+    async def put(
+        self, read: Callable[[int], Awaitable[bytes]], *, name: str, key: str = "", purpose: str = "user_data"
+    ) -> StoredFile:
         """Store what `read(size)` gives until it gives nothing.
 
         Raises:
@@ -282,7 +283,8 @@ class FileStore:
         except BaseException:
             content.close()
             raise
-        stored = StoredFile("file-" + secrets.token_hex(12), one_line(name)[:200], key, int(time.time()), content)
+        told = [one_line(text)[:200] for text in (name, purpose)]
+        stored = StoredFile("file-" + secrets.token_hex(12), told[0], key, time.time(), content, told[1])
         self._make_room(key, content.size)
         self._files[stored.id] = stored
         return stored

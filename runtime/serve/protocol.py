@@ -19,17 +19,22 @@ from runtime.serve.errors import ServeError
 
 MOST_STOPS = 4
 LONGEST_STOP = 256  # characters
+_MOST_COMMAS = (
+    200_000  # of a body: millions of empty objects would take gigabytes, and seconds in which nobody is heard
+)
 _TAKEN = {
     *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"),
     *("top_p", "top_k", "seed", "stop", "media_io_kwargs", "earlytom"),
-    "user",  # who asks changes no answer
+    *("user", "safety_identifier", "metadata", "prompt_cache_key"),  # who asks, and why, changes no answer
 }
 # Fields of OpenAI's and what they may be: what happens anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
@@ -40,6 +45,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
+    # vLLM's clients write out what is its default.
+    **dict.fromkeys(("min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("best_of", "length_penalty"), (1,)),
+    **dict.fromkeys(("use_beam_search", "ignore_eos", "echo", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), ({},)),
+    "stop_token_ids": ([],),
 }
 
 
@@ -111,9 +123,9 @@ def unsupported(param: str, what: str = "this server does not support it; leave 
 
 
 def only(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Refuse fields of an object that are not known; null is as good as left out."""
+    """Refuse fields of an object that are not known; null, false and an empty list are as good as left out."""
     for name, value in given.items():
-        if name not in known and value is not None:
+        if name not in known and value is not None and value is not False and value != []:
             unsupported(f"{where}{name}"[:200])
 
 
@@ -121,6 +133,8 @@ def _object(content: bytes) -> dict[str, Any]:
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
 
+    if content.count(b",") > _MOST_COMMAS:
+        raise ServeError(400, "invalid_request", f"the body has more than {_MOST_COMMAS} commas; send less in one")
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=constant)
     except RecursionError:

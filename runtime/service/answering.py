@@ -136,14 +136,7 @@ class Answering:
         stop: Sequence[str] = (),
         kept: bool = False,
     ) -> CheckedQuestion:
-        """Check what can be checked of a question before its video is there.
-
-        Raises:
-            UserError: an unusable prompt, one that is too long for the decoder, a frame count the engine does not have,
-                a number of new tokens that is none, another thing than a `Sampling` (None: greedy), stop strings that
-                are empty or no texts.
-            Closed: after `close`.
-        """
+        """Check what can be checked of a question before its video is there; UserError for what cannot be asked."""
         context = self.context
         least = self.manifest.at(self.manifest.counts[0] if frames is None else whole("frames", frames, 1))
         new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
@@ -170,11 +163,7 @@ class Answering:
         return CheckedQuestion(words, new_tokens, sampling or GREEDY, tuple(stop), bool(kept))
 
     def take(self, video: Video | Seen | Arrived) -> Taken:
-        """What a caller gives as a video, checked and brought to one form; its content is copied, nothing is decoded.
-
-        Raises:
-            UserError: it cannot be a video, or is larger than the limits allow.
-        """
+        """A video as a caller gives it, checked and brought to one form; its content is copied, nothing is decoded."""
         if isinstance(video, Seen | Arrived):
             return video
         if isinstance(video, Clip):
@@ -192,9 +181,6 @@ class Answering:
         Args:
             frames: one of the engine's frame counts; by default the one that suits the video.
             check: called again and again while a file is read; what it raises ends that.
-
-        Raises:
-            UserError: a video that cannot be used.
         """
         if isinstance(video, Clip):  # decoded before this request
             return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
@@ -247,9 +233,6 @@ class Answering:
 
         Yields:
             one `Embeds`, which nobody writes over and any stream may read.
-
-        Raises:
-            Closed: while iterating: after `close`.
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
@@ -282,10 +265,6 @@ class Answering:
         Yields:
             a `Delta` per token, then one with `finish` and `answer`; nothing if the video is only to be read. Closing
             the generator ends the answer.
-
-        Raises:
-            UserError: while iterating: a video and a question that do not go together with each other or the engine.
-            Closed: while iterating: after `close`.
         """
         came = time.perf_counter()
         with self._turn:

@@ -1,7 +1,7 @@
-"""The three ways to ask about one video, submit, stream and ask, and what the first of them returns.
+"""`Request`, which `submit` returns, and `Askable`: submit, stream and ask about one video.
 
-A `Request` is read by a thread that waits (`for`, `result`), or in an event loop (`async for`), where no thread waits:
-the worker that makes a token tells the loop.
+A `Request` is read by a blocking thread (`for`, `result`) or in an event loop (`async for`), where no thread blocks:
+the worker that makes a token wakes the loop.
 """
 
 from __future__ import annotations
@@ -20,35 +20,34 @@ from runtime.text.messages import ChatMessage
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
-_SOON, _LATE = 0.001, 3600.0  # seconds after which a loop that waits looks again whether the deadline has passed
+_SOON, _LATE = 0.001, 3600.0  # least and most seconds until a waiting event loop checks the deadline again
 
 
 class Request:
-    """A request that was submitted: iterate over its deltas, or wait for its answer, from any thread.
+    """A submitted request: iterate over its deltas, or wait for its answer, from any thread.
 
-    Its deltas are kept until they are read, each for one reader; the next one is there as soon as its token exists.
-    Leaving its `with` block, or letting go of the last reference to it, cancels it.
+    Deltas are kept until read; each goes to one reader, as soon as its token exists. Leaving the `with` block, or
+    dropping the last reference, cancels the request.
     """
 
     def __init__(self, job: Job[Delta], pipeline: Pipeline) -> None:
         self._job = job
-        self._pipeline = pipeline  # which would end its requests if it were let go
+        self._pipeline = pipeline  # a reference: a garbage-collected pipeline ends its requests
 
     def __iter__(self) -> Request:
         return self
 
     def __next__(self) -> Delta:
-        """The next delta, waited for. Raises what `Pipeline.submit` lists, after the deltas that came before it."""
+        """Wait for the next delta. Errors as `Pipeline.submit` lists, after the deltas that precede them."""
         return next(self._job)
 
     async def __aiter__(self) -> AsyncGenerator[Delta, None]:
-        """Its deltas in an event loop, which goes on between them; errors as of `__next__`.
+        """The deltas, without blocking the event loop; errors as of `__next__`.
 
             async with pipeline.submit(video, "What happens?") as request:
                 async for delta in request: ...
 
-        Ending this loop does not end the request; leaving its `async with`, as a task that is cancelled does, cancels
-        it.
+        Leaving the loop does not end the request; leaving `async with`, as a cancelled task does, cancels it.
         """
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
@@ -72,10 +71,10 @@ class Request:
                     timer.cancel()
 
     def result(self, timeout: float | None = None) -> Answer:
-        """The answer, waited for, whether or not the deltas are read.
+        """Wait for the answer, whether or not the deltas are read.
 
         Raises:
-            TimeoutError: there is none after `timeout` seconds; the request goes on.
+            TimeoutError: no answer after `timeout` seconds; the request goes on.
             UserError: `timeout` is no number.
             see `Pipeline.submit`.
         """
@@ -85,13 +84,13 @@ class Request:
         return last.answer
 
     def cancel(self) -> None:
-        """End it, unless it has ended: at once while it waits, else before the next packet of its video or its next
-        token. What waits for it gets `Cancelled`."""
+        """End the request with `Cancelled`, unless it has ended: at once while queued, else before the next packet of
+        its video or its next token."""
         self._job.cancel()
 
     @property
     def done(self) -> bool:
-        """It was answered, or has ended in another way."""
+        """Whether the request has ended, answered or not."""
         return self._job.done
 
     def __enter__(self) -> Request:
@@ -100,7 +99,7 @@ class Request:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if not self._pipeline.forked:  # a fork has nothing to cancel, and an error of its own to show
+        if not self._pipeline.forked:  # `cancel` would raise in a fork, and hide the error under way
             self.cancel()
 
     async def __aenter__(self) -> Request:
@@ -116,7 +115,7 @@ class Request:
 
 
 class Askable:
-    """A video that a `Pipeline` knows of. A subclass says how a question about it is submitted."""
+    """A video that is open in a `Pipeline`. A subclass says how a question about it is submitted."""
 
     def submit(self, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Request:
         """`Pipeline.submit` about this video."""

@@ -1,8 +1,7 @@
-"""What a caller holds of a job in a `runtime.service.scheduler.Scheduler`: its items as they come, its end, a way to
-cancel it.
+"""The caller's handle to a job of `runtime.service.scheduler.Scheduler`: its items as they come, its end, `cancel`.
 
-Its state belongs to the scheduler and is guarded by the scheduler's lock; readers only take items out of it. The clock
-that deadlines go by is the scheduler's, too.
+The scheduler's lock guards a job's state, which the scheduler changes; readers only take items out. Deadlines go by the
+scheduler's clock.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from runtime.errors import Cancelled
 if TYPE_CHECKING:
     from runtime.service.line import Line
 
-# How long a wait in the main thread may be at a time: Ctrl-C in the instant before one would not be seen until its end.
+# The longest single wait in the main thread: Ctrl-C in the instant before a wait is seen only at its end.
 SIGNAL_SECONDS = 1.0
 
 Item = TypeVar("Item")
@@ -28,10 +27,10 @@ Phase = Literal["waiting in line", "being prepared", "being served"]
 
 
 class Job(Generic[Item]):
-    """One job, for its callers: iterate over its items, or wait for its end. Any thread may call anything.
+    """One job: iterate over its items, or wait for its end. Every method is thread-safe; made by `Scheduler.submit`.
 
-    Each item goes to one reader; those who wait for the next get it as soon as it exists. Made by `Scheduler.submit`.
-    In a fork of the process every call but `abandon` raises `Closed`.
+    Each item goes to one reader, as soon as it exists. In a fork of the process every call but `abandon` raises
+    `Closed`.
     """
 
     def __init__(self, scheduler: Line[Any, Item], given: Any, deadline: float) -> None:
@@ -46,7 +45,7 @@ class Job(Generic[Item]):
         self._error: BaseException | None = None
         self._abandoned = False
         self._phase: Phase = "waiting in line"
-        self._submitted = self._since = scheduler._clock()  # `_since`: of the wait that it is in
+        self._submitted = self._since = scheduler._clock()  # `_since`: start of the current wait
         self._waited = 0.0
         self._deadline = deadline  # seconds since `_submitted`, or infinity
 
@@ -54,12 +53,7 @@ class Job(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        """The next item, waited for.
-
-        Raises:
-            StopIteration: the job was served to its end.
-            BaseException: what ended it before that, after the items that came first.
-        """
+        """Wait for the next item; once they are all read, raise the error that ended the job, if any."""
         self._scheduler.home.check()
         with self._scheduler._lock:
             self._wait(self._arrived, lambda: bool(self._items) or self._ended, None)
@@ -70,11 +64,7 @@ class Job(Generic[Item]):
             raise StopIteration
 
     def poll(self) -> tuple[Item | None, bool]:
-        """The next item if it is there, and whether the job was served to its end and all its items were read.
-
-        Raises:
-            BaseException: what ended it before that, after the items that came first.
-        """
+        """The next item if there is one, and whether the job has ended and all items are read; errors as `__next__`."""
         self._scheduler.home.check()
         with self._scheduler._lock:
             over = self._scheduler._is_over(self)
@@ -86,8 +76,8 @@ class Job(Generic[Item]):
 
     @contextlib.contextmanager
     def telling(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Within the block `listener` is called whenever there is one more item, or the end: from the thread that
-        brings it and with the scheduler's lock held, so it must not wait nor call the job."""
+        """Within the block, call `listener` at each new item and at the end: in the thread that brings it, with the
+        scheduler's lock held, so that it must neither block nor call the job."""
         self._scheduler.home.check()
         with self._scheduler._lock:
             self._listeners.append(listener)
@@ -100,16 +90,14 @@ class Job(Generic[Item]):
 
     @property
     def seconds_left(self) -> float:
-        """Until its deadline, which may have passed; infinity without one."""
+        """Seconds until the deadline, negative once it has passed; infinity without one."""
         return self._submitted + self._deadline - self._scheduler._clock()
 
     def last(self, timeout: float | None = None) -> Item | None:
-        """Wait for the end; the last item (None if there was none), whether or not a reader has had it.
+        """Wait for the end; the last item, read or not, or None if there was none. Raises the error that ended the job.
 
         Raises:
-            TimeoutError: it has not ended after `timeout` seconds (at once if they are 0 or fewer); it goes on.
-            UserError: `timeout` is no number.
-            BaseException: what ended it.
+            TimeoutError: not ended after `timeout` seconds (at once if 0 or fewer); the job goes on.
         """
         self._scheduler.home.check()
         if timeout is not None:
@@ -122,15 +110,14 @@ class Job(Generic[Item]):
 
     @property
     def done(self) -> bool:
-        """It has ended, in whichever way."""
+        """Whether the job has ended, in whichever way."""
         self._scheduler.home.check()
         with self._scheduler._lock:
             return self._scheduler._is_over(self)
 
     def cancel(self) -> None:
-        """End it with `Cancelled`, unless it has ended: at once for its readers and while it waits, within one item
-        for the worker that serves it, at the next check for the one that prepares it. Items that nobody has read are
-        dropped."""
+        """End the job with `Cancelled`, unless it has ended: at once for its readers and while it is queued; the worker
+        serving it stops after the current item, the one preparing it at its next check. Unread items are dropped."""
         self._scheduler.home.check()
         with self._scheduler._lock:
             if not self._ended:
@@ -138,8 +125,7 @@ class Job(Generic[Item]):
                 self._scheduler._end(self, Cancelled("this request was cancelled"))
 
     def abandon(self) -> None:
-        """Cancel it from where no lock may be taken; nobody must wait for it any more. Its place in the line is free
-        when the next job asks for one."""
+        """Cancel without a lock, once nobody waits for the job; its place in the queue is freed at the next submit."""
         self._abandoned = True
 
     # With the lock held
@@ -152,9 +138,9 @@ class Job(Generic[Item]):
         self._tell()
 
     def _end(self, error: BaseException | None) -> None:
-        """Its end, for the scheduler: it was served (None), or what its readers are told."""
+        """End the job: served (None), or with the error that its readers get."""
         self._ended, self._error = True, error
-        if self._phase == "waiting in line":  # else a worker is about to take it, and lets it go itself
+        if self._phase == "waiting in line":  # else a worker has the job, and drops these itself
             self._given = self._ready = None
         self._arrived.notify_all()
         self._finished.notify_all()

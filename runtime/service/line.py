@@ -1,8 +1,8 @@
-"""The line of a scheduler: which jobs there are, where each one is, and how it ends.
+"""The queue of a scheduler: its jobs, the state of each, and how each ends.
 
-A job is in line, being prepared, prepared, or with a worker that serves; it keeps its place among at most `waiting` and
-those that are served until it has ended. Who changes anything rings the bells, which the workers of
-`runtime.service.scheduler` wait for. One lock guards everything; it is held for a few instructions at a time.
+A job is queued, being prepared, prepared, or being served; until it ends it takes one of `waiting + lanes` places.
+Every change of state rings the bells that the workers of `runtime.service.scheduler` wait for. One lock guards
+everything; it is held for a few instructions at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Given = TypeVar("Given")
 
 
 class Line(Generic[Given, Item]):
-    """Jobs and their places; arguments as of `Scheduler`."""
+    """The queue without its workers; arguments as of `Scheduler`."""
 
     def __init__(self, waiting: int, batch: int, lanes: int, clock: Callable[[], float]) -> None:
         waiting = whole("waiting", waiting, 0)
@@ -34,28 +34,28 @@ class Line(Generic[Given, Item]):
         self._clock = clock
         self.home = Home("this pipeline")
         self._lock = threading.Lock()
-        self._open: set[Job[Item]] = set()  # that have not ended, wherever they are
+        self._open: set[Job[Item]] = set()  # jobs that have not ended, in any state
         self._line: deque[Job[Item]] = deque()
         self._preparing: Job[Item] | None = None
         self._prepared: deque[Job[Item]] = deque()
-        self._group: list[Job[Item]] = []  # given to `serve` and not through yet
-        self._serving: set[Job[Item]] = set()  # those of them that have a worker
+        self._group: list[Job[Item]] = []  # given to `serve`, not finished yet
+        self._serving: set[Job[Item]] = set()  # jobs of `_group` that a worker is running
         self._closing = self._aborting = self._abandoned = False
-        self._broken: str | None = None  # why no worker goes on
-        self._unheard = False  # a worker may sleep on: it could not be told that
-        # Rung when something has changed for a worker. A queue and no condition: a finalizer may ring it.
+        self._broken: str | None = None  # why all workers have stopped
+        self._unheard = False  # a bell could not be rung, so a worker may still sleep
+        # Rung when something has changed for a worker. Queues, not conditions, so that a finalizer may ring them.
         self._bells: tuple[SimpleQueue[None], ...] = tuple(SimpleQueue() for _ in range(1 + lanes))
 
     def submit(self, given: Given, *, deadline: float | None = None) -> Job[Item]:
-        """Put a job at the end of the line.
+        """Queue a job.
 
         Args:
-            given: for `prepare`; let go as soon as it is prepared, or has ended.
-            deadline: seconds from now after which it ends with `DeadlineExceeded`.
+            given: for `prepare`; dropped once the job is prepared or has ended.
+            deadline: seconds from now after which the job ends with `DeadlineExceeded`.
 
         Raises:
-            Overloaded: the line is full.
-            Closed: it takes no more, or this is a fork of the process that has its workers.
+            Overloaded: the queue is full.
+            Closed: no more jobs are taken, or this is a fork of the process that has the workers.
             UserError: a deadline that is not a positive number.
         """
         seconds = _seconds(deadline)
@@ -63,13 +63,13 @@ class Line(Generic[Given, Item]):
         with self._lock:
             self._admit()
             job: Job[Item] = Job(self, given, seconds)
-            self._ring()  # first: whoever hears it waits for the lock, and if it fails nothing has changed
+            self._ring()  # first: if it fails nothing has changed, and a woken worker waits for the lock
             self._line.append(job)
             self._open.add(job)
         return job
 
     def check_room(self, deadline: float | None = None) -> None:
-        """Raise what `submit` would raise now: for a caller who has much to do before."""
+        """Raise what `submit` would raise now; to call before costly work."""
         _seconds(deadline)
         self.home.check()
         with self._lock:
@@ -77,16 +77,16 @@ class Line(Generic[Given, Item]):
 
     @property
     def running(self) -> int:
-        """Jobs that the serving worker has been given and that have not ended."""
+        """Number of unfinished jobs given to `serve`."""
         return len(self._places()[0])
 
     @property
     def queued(self) -> int:
-        """Jobs behind those: in line, being prepared, prepared."""
+        """Number of jobs queued, being prepared, or prepared."""
         return len(self._places()[1])
 
     def _places(self) -> tuple[list[Job[Item]], list[Job[Item]]]:
-        """Jobs with the serving worker, and those behind them."""
+        """Jobs given to `serve`, and the others."""
         self.home.check()
         with self._lock:
             self._sweep()
@@ -113,11 +113,11 @@ class Line(Generic[Given, Item]):
             )
 
     def _occupied(self) -> int:
-        """Places taken: a job that has ended has given its place back, unless it still has the worker that serves."""
+        """Places taken. A job that has ended keeps its place only while a worker still runs it."""
         return sum(job in self._serving or not job._ended for job in self._jobs())
 
     def _sweep(self) -> None:
-        """End what nobody wants or waits for any more."""
+        """End jobs that are abandoned or past their deadline, and all queued ones if the scheduler is abandoned."""
         if self._abandoned:
             self._closing = self._aborting = True
             self._end_line()
@@ -129,13 +129,13 @@ class Line(Generic[Given, Item]):
         return [*self._group, *self._prepared, *preparing, *self._line]
 
     def _end_line(self) -> None:
-        """End every job but those that are being served."""
+        """End every job that is not being served."""
         for job in self._jobs():
             if job not in self._serving:
                 self._end(job, Closed("this pipeline was closed before the request was answered"))
 
     def _is_over(self, job: Job[Item]) -> bool:
-        """Whether a job has ended; it ends here if it was abandoned or its time is up."""
+        """Whether a job has ended; one that is abandoned or past its deadline is ended here."""
         if job._ended:
             return True
         if job._abandoned:
@@ -151,7 +151,7 @@ class Line(Generic[Given, Item]):
         return job._ended
 
     def _end(self, job: Job[Item], error: BaseException | None) -> None:
-        """Only the first end counts."""
+        """End a job, unless it has ended."""
         if job._ended:
             return
         job._end(error)

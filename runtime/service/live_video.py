@@ -1,4 +1,4 @@
-"""A video that is still coming, to be asked about as soon as it ends.
+"""A video that is still arriving, to be asked about as soon as it ends.
 
     with pipeline.open_stream(total=300) as video:
         for frame in camera:
@@ -6,8 +6,8 @@
         answer = video.ask("What happened?")
     print(video.timings.after_last_frame)
 
-The vision encoder works while frames come (`runtime.vision.live`), beside whatever else the pipeline answers. The first
-question ends the video; it and all others get the tokens that are then there.
+The vision encoder works while frames arrive (`runtime.vision.live`), concurrently with the pipeline's other requests.
+The first question ends the video; all questions get the visual tokens of the frames pushed until then.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class LiveVideo(Askable):
-    """One video that comes frame by frame; made by `Pipeline.open_stream`. Leaving its `with` block closes it.
+    """One video that arrives frame by frame; made by `Pipeline.open_stream`. Leaving its `with` block closes it.
 
     Attributes:
-        timings: what it took, once it has ended; None before.
+        timings: seconds of its encoding; None until the video has ended.
     """
 
     def __init__(self, pipeline: Pipeline, clip: LiveClip) -> None:
@@ -51,16 +51,16 @@ class LiveVideo(Askable):
         self.timings: LiveTimings | None = None
 
     def push(self, frames: Tensor | NDArray[Any]) -> None:
-        """Take the next frames: `runtime.vision.live.LiveClip.push`, with its arguments and errors."""
+        """Add the next frames; arguments and errors as `runtime.vision.live.LiveClip.push`."""
         self._clip.push(frames)
 
     def finish(self) -> LiveTimings:
-        """End the video, if that was not done: no more frames will come. Waits for its tokens.
+        """End the video, unless it has ended, and wait for its visual tokens.
 
         Raises:
-            UserError: fewer frames came than were promised, or than a video has; more may be pushed then.
-            Exception: what the encoder failed with.
-            RuntimeError: it was closed before it ended.
+            UserError: fewer frames than `total`, or than a video must have; more may be pushed then.
+            Exception: the encoder's error.
+            RuntimeError: closed before the video ended.
         """
         self._home.check()
         with self._lock:
@@ -70,8 +70,8 @@ class LiveVideo(Askable):
             return self.timings
 
     def submit(self, prompt: str | Sequence[ChatMessage], **how: Unpack[Options]) -> Request:
-        """`finish`, and `Pipeline.submit` about this video; errors of both. What is wrong with the question is said
-        before the video ends for it, and the deadline counts from now."""
+        """`finish`, then `Pipeline.submit` about this video; errors of both. An invalid question is refused before it
+        ends the video. The deadline counts from this call."""
         began = time.perf_counter()
         if self._arrived is None:
             self._pipeline.check(prompt, **how)
@@ -88,7 +88,7 @@ class LiveVideo(Askable):
         return self._pipeline.submit(self._arrived, prompt, **how)
 
     def watch(self, *, system: str | None = None) -> Watched:
-        """`finish`, and `Pipeline.watch` this video; errors of both."""
+        """`finish`, then `Pipeline.watch` this video; errors of both."""
         if self._arrived is None and system is not None:
             self._pipeline.check("?", system=system)
         self.finish()
@@ -96,7 +96,7 @@ class LiveVideo(Askable):
         return self._pipeline.watch(self._arrived, system=system)
 
     def close(self) -> None:
-        """Stop encoding, drop what came; questions under way are answered. A second call does nothing."""
+        """Stop encoding and drop the frames; submitted questions are still answered. A second call does nothing."""
         self._clip.close()
 
     def __enter__(self) -> LiveVideo:

@@ -27,12 +27,7 @@ _SHORTEST, _LONGEST = 2, 16  # frames of the clip for each frame of the video
 
 
 def picture(answers: Sequence[Answer], questions: Sequence[str], path: str | os.PathLike[str], video: Any) -> Path:
-    """Draw answers about one video; the times are those of the first.
-
-    Raises:
-        UserError: as `runtime.show.figure.check_picture`; the answers do not say what was kept; the video cannot be
-            read.
-    """
+    """Draw answers about one video; the times are those of the first."""
     target, first = check_picture(path, "path"), answers[0]
     if first.kept is None:
         raise UserError("the answer does not say what was kept of its video: ask with kept=True")

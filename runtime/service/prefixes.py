@@ -53,9 +53,6 @@ class PrefixCache(Generic[K, V]):
     """Values by key; together they never take more than `limit` bytes.
 
     In a fork of the process every method raises `Closed`.
-
-    Raises:
-        ValueError: a limit below 0.
     """
 
     def __init__(self, limit: int) -> None:

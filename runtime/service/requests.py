@@ -1,5 +1,4 @@
-"""What goes into a `Pipeline` and what comes out: videos, questions, answers and their timings, and what a request is
-between the two. Nothing here does anything."""
+"""The data of a `Pipeline`: videos, questions, answers, timings, and a request between its stages. No logic here."""
 
 from __future__ import annotations
 
@@ -27,14 +26,14 @@ class Timings:
     """Seconds of one request. On a GPU the stages overlap the host; `vision` is then measured by events on the device.
 
     Attributes:
-        waiting: in line, behind other requests.
-        decode: opening and decoding the video; preprocess: resizing its frames. Both are 0 for a `Clip`: it is ready.
-        vision: the vision engine (of all videos, where it takes several at once), and waiting for the frames' copy to
-            the device, which was begun when they were ready.
+        waiting: in the queue, behind other requests.
+        decode: opening and decoding the video; preprocess: resizing its frames. Both are 0 for a `Clip`.
+        vision: the vision engine (of the whole batch, where it encodes several videos at once), and the wait for the
+            frames' copy to the device, which started when they were preprocessed.
         prefill: splice, prefill and the first token.
-        first_token: from the request to the first token (TTFT): the stages above and what is between them.
+        first_token: from submission to the first token (TTFT): the stages above and the time between them.
         per_token: mean time of each further token (TPOT); 0 when there is none.
-        total: from the request to the end of the answer.
+        total: from submission to the end of the answer.
     """
 
     waiting: float
@@ -49,9 +48,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one more token brought.
+    """One generated token and its text, which may be empty while a character is incomplete.
 
-    `text` may be empty while a character is unfinished. The last delta has `finish` and `answer`, and no token.
+    The last delta has `finish` and `answer`, and no token.
     """
 
     text: str
@@ -65,9 +64,9 @@ class Provenance:
     """Where an answer's visual tokens come from.
 
     Attributes:
-        positions: int64 [N], of each token: slot * P + cell, slot the frame that was left, P cells a frame.
-        sources: fp32 [F', F], what share of each frame of the clip each frame that was left is made of.
-        place: int64 [N], of each token: frame of the clip * P + cell, the frame having the largest share in it.
+        positions: int64 [N], `f * P + cell`: f among the F' frames left after merging, P cells a frame.
+        sources: fp32 [F', F], the weight of each of the clip's F frames in each frame left after merging.
+        place: int64 [N], `frame * P + cell`: the clip's frame with the largest weight in the token.
     """
 
     positions: Tensor
@@ -77,18 +76,18 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer: text and token ids, why it ended, what it cost, and how many visual tokens it looked at.
+    """A finished answer: text, token ids, why it ended, timings and token counts.
 
     Attributes:
-        text: without a stop string that ended it.
-        tokens: all that were generated, those of a stop string too.
-        visual_tokens: of the video, without what closes them.
-        prompt_tokens: positions that the prompt took: text, visual tokens, what closes them.
-        cached_tokens: those of them that were read before this request: what a watched video saves.
-        kept: which visual tokens these are, on a CPU; None unless it was asked for.
+        text: without the stop string that ended it, if any.
+        tokens: ids of all generated tokens, those of a stop string included.
+        visual_tokens: of the video, without what closes them (newline or end tokens).
+        prompt_tokens: of the whole prompt: text, visual tokens, what closes them.
+        cached_tokens: prompt tokens found in the prefix cache; 0 unless the video is watched.
+        kept: where the visual tokens come from, on the CPU; None unless asked for with `kept=True`.
         grid: (rows, columns) of the cells of a frame.
-        sampling: which frames of its video were shown, see `runtime.video.sample_indices`.
-        step: pictures of the video that are one frame of `kept`.
+        sampling: how frames were sampled, see `runtime.video.sample_indices`.
+        step: sampled pictures per frame of `kept`.
         visual_tokens_full: what `visual_tokens` would be without compression.
     """
 
@@ -106,19 +105,18 @@ class Answer:
     visual_tokens_full: int = 0
 
     def picture(self, path: str | os.PathLike[str], video: Video, *, question: str = "") -> Path:
-        """Draw the answer over its video: the frames, what was kept of them, and where the time went.
+        """Draw the answer over its video: the frames, the cells kept of each, and the seconds of each stage.
 
         Args:
             path: a .png with all frames, or an .mp4 with one after the other.
-            video: what was asked about; its frames are sampled again.
-            question: to stand above the answer.
+            video: as given to `submit`; its frames are sampled again.
+            question: shown above the answer.
 
         Returns:
             the path.
 
         Raises:
-            UserError: the answer was not asked for with kept=True; another ending; a video that cannot be read;
-                matplotlib is missing.
+            UserError: asked without kept=True; another file suffix; a video that cannot be read; matplotlib is missing.
         """
         from runtime.service.pictures import picture
 
@@ -126,13 +124,13 @@ class Answer:
 
     @property
     def generated_tokens(self) -> int:
-        """How many tokens the decoder was run for, one that only ended the answer not counted."""
+        """Number of generated tokens, without the one that ended the answer."""
         return len(self.tokens)
 
 
 @dataclass(frozen=True)
 class CheckedQuestion:
-    """A prompt that was found good, and how to answer it."""
+    """A checked prompt, and how to answer it."""
 
     words: Prompt
     max_new_tokens: int
@@ -143,30 +141,30 @@ class CheckedQuestion:
 
 @dataclass(frozen=True)
 class Seen:
-    """A video that the decoder has read before: its prefix, which ends with the video, and what it was made of."""
+    """A video that the decoder has prefilled: its prefix, which ends with the video, and where its tokens come from."""
 
     prefix: ReadPrompt
     before: tuple[int, ...]  # ids of the text before the video
     visual_tokens: int
     kept: Provenance
-    times: FrameTimes  # of its frames
-    after: int | None = None  # where text behind the video stands, if that is not behind its last token
+    times: FrameTimes
+    after: int | None = None  # position id of the text after the video; None: that after its last token
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Size of the prefix."""
         return self.prefix.bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Arrived:
-    """A video that was encoded while it came: its visual tokens, which nobody writes over, and when its frames were."""
+    """A video that was encoded as it arrived: its visual tokens, which nothing overwrites, and its frames' times."""
 
     encoded: Encoded
     times: FrameTimes
 
 
-# What callers may give, and what becomes of it when it is taken (`runtime.video.take_video`).
+# What callers may give, and what `runtime.video.take_video` makes of it.
 Video = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Tensor | NDArray[Any] | Sequence[Any] | Clip
 )
@@ -175,20 +173,20 @@ Taken = Path | Spooled | Tensor | NDArray[Any] | Clip | Seen | Arrived
 
 @dataclass(frozen=True, eq=False)
 class Embeds:
-    """A prompt with its video as the decoder reads it: embeddings [1, L, D]."""
+    """Embeddings [1, L, D] of a prompt with its video."""
 
     values: Tensor
 
 
 @dataclass(eq=False)
 class Remembered:
-    """A video that is asked more than once, as a key of the cache of what was read: how to read it again.
+    """A watched video: the key of its entry in the prefix cache, with all that is needed to compute the entry again.
 
     Attributes:
         video, frames: as in `Work`.
-        system: the message before its questions.
-        before: ids of the text before it.
-        closed: it is not to be kept any more.
+        system: the system message before its questions.
+        before: token ids of the text before the video.
+        closed: not watched any more.
     """
 
     video: Taken
@@ -206,12 +204,10 @@ class Work:
     """A request.
 
     Attributes:
-        video: what it is about.
-        question: what is asked.
-        frames: the frames to sample; None: as many as suit the video.
-        read_only: read a remembered video, and answer nothing.
+        frames: number of frames to sample; None: the count that suits the video.
+        read_only: prefill a watched video, and answer nothing.
         embed: only splice the video into the prompt.
-        given: frames of the video that somebody gave on a GPU, and when they are there.
+        given: frames that the caller gave on a GPU, and the event after which they may be read.
     """
 
     video: Taken | Remembered
@@ -224,13 +220,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Ready:
-    """A request whose video is there.
+    """A request whose video is prepared.
 
     Attributes:
-        shown: the video.
-        question: what is asked.
-        arriving: the frames of `shown`, on their way to the device, if that is another one.
-        remembered: what `shown` is to be read and kept for.
+        shown: the video: preprocessed frames, visual tokens, or a prefix.
+        arriving: the frames of `shown`, being copied to the device.
+        remembered: the watched video to cache the prefix for.
         read_only, embed: as in `Work`.
     """
 

@@ -73,10 +73,6 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
         batch: prepared jobs that one call of `serve` may be given: those that are ready then.
         lanes: jobs that may be served at a time.
         clock: seconds.
-
-    Raises:
-        UserError: `waiting` is no whole number of at least 0.
-        ValueError: `batch` or `lanes` is below 1.
     """
 
     def __init__(

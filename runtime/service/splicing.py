@@ -1,4 +1,4 @@
-"""A prompt with its video, as a decoder reads it: embeddings, and what it is told of them besides."""
+"""Splices a video's visual tokens into a prompt: embeddings, and the position ids and bias that go with them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from runtime.vision import Encoded
 
 
 class Spliced(NamedTuple):
-    """A prompt with its video: embeddings [1, L, D], where the visual tokens are in it, what else the decoder is told
-    of it, and where text behind it stands if that is not behind its last token."""
+    """A prompt with its video.
+
+    Attributes:
+        embeds: [1, L, D].
+        visual: places of the visual tokens in it.
+        placed: further arguments of the decoder: positions, bias, states.
+        after: position id of text that follows; None: that after the last token.
+    """
 
     embeds: Tensor
     visual: Sequence[int]
@@ -32,8 +38,8 @@ class Splicing:
     """Puts the visual tokens of an engine into prompts.
 
     Args:
-        closing: [D], what closes a video or parts of it; None where nothing does.
-        placing: what the decoder is told of visual tokens besides themselves.
+        closing: [D], embedding that closes a video or its parts; None where nothing does.
+        placing: which positions and bias the visual tokens get.
     """
 
     def __init__(self, manifest: Manifest, closing: Tensor | None, placing: Placing) -> None:
@@ -42,7 +48,7 @@ class Splicing:
         self._grid = grid_of(manifest.tokens_per_frame, manifest.model.preprocessing.size)
 
     def __call__(self, decoder: TextDecoder, words: Prompt, encoded: Encoded, times: FrameTimes) -> Spliced:
-        """A prompt with its video, whose frames were at such times."""
+        """Splice `encoded` into a prompt; `times` are those of the video's frames."""
         words = words.at(times)
         device, per_frame = decoder.device, self.manifest.tokens_per_frame
         spans = None if words.names is None else frame_spans(encoded.positions, encoded.sources, per_frame)
@@ -63,7 +69,7 @@ class Splicing:
     def _on_axes(
         self, words: Prompt, encoded: Encoded, embeds: Tensor, spans: Spans | None, times: FrameTimes
     ) -> Spliced:
-        """The same where tokens are placed by time, row and column, and bring states of layers along."""
+        """The same for a family whose positions have axes (time, row, column) and whose tokens carry layer states."""
         tokens, place, bias = (values.to(embeds.device) for values in (encoded.tokens, encoded.place, encoded.bias))
         steps = self._family.time_steps(encoded.sources.shape[-1], self.placing.per_second, times)
         width, original = embeds.shape[2], self.placing.original

@@ -1,15 +1,15 @@
-"""A video that is asked more than once: encoded and read once, then only the question is read.
+"""A watched video: encoded and prefilled once; after that each question prefills only its own text.
 
     watched = pipeline.watch("clip.mp4")
     watched.ask("What happens?")
-    watched.ask("Who comes in?")  # no video is decoded, no vision runs, and the prefill is the text's
+    watched.ask("Who comes in?")  # no video decoding, no vision engine; the prefill is the question's text
 
-What is kept is a `runtime.decoder.prefix.Prefix`: the decoder's keys and values of the prompt up to the end of the
-video, which takes 2 * layers * key/value heads * head width * tokens numbers. They lie in the pipeline's `PrefixCache`,
-which holds a number of bytes and lets go of what was not asked for longest. A video that had to go is read again when
-it is asked again, from where it came from; so a file, or frames, that were watched must stay as they were.
+The cache entry is a `runtime.decoder.prefix.Prefix`: the KV cache of the prompt up to the end of the video, which has
+2 * layers * key/value heads * head width * tokens elements. The pipeline's `PrefixCache` has a limit in bytes and
+evicts the least recently used entry. An evicted video is encoded and prefilled again at its next question, from its
+source; so a watched file, or watched frames, must not change.
 
-An answer is that of a fresh `Pipeline.ask`, to rounding: the prompt's sums run in two pieces.
+An answer equals that of a fresh `Pipeline.ask` up to rounding: the prefill runs in two parts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class Watched(Askable):
-    """One watched video; made by `Pipeline.watch`. Any thread may call anything.
+    """One watched video; made by `Pipeline.watch`. Every method is thread-safe.
 
-    Leaving its `with` block, or closing it, frees its memory. That of one that is let go is free for the next video.
+    `close`, or leaving the `with` block, frees its memory. After garbage collection the next watched video frees it.
     """
 
     def __init__(self, pipeline: Pipeline, remembered: Remembered) -> None:
@@ -42,7 +42,7 @@ class Watched(Askable):
         """`Pipeline.submit` about this video. The system message and the frame count were chosen by `watch`.
 
         Raises:
-            Closed: it was closed; otherwise as `Pipeline.submit`.
+            Closed: not watched any more; otherwise as `Pipeline.submit`.
         """
         if self._remembered.closed:
             raise Closed("this video is not watched any more: watch it again")
@@ -50,13 +50,13 @@ class Watched(Askable):
 
     @property
     def held(self) -> bool:
-        """Whether the next question finds it read; else it had to go, and is read again."""
+        """Whether its prefix is in the cache; if not, the next question encodes and prefills the video again."""
         return self._remembered in self._pipeline.watched
 
     def close(self) -> None:
-        """Forget it; requests under way are answered. A second call does nothing."""
+        """Drop its prefix; submitted requests are still answered. A second call does nothing."""
         self._remembered.closed = True
-        if not self._pipeline.forked:  # in a fork there is nothing of it to free
+        if not self._pipeline.forked:  # a fork's cache raises `Closed`
             self._pipeline.watched.drop(self._remembered)
 
     def __enter__(self) -> Watched:

@@ -43,9 +43,6 @@ class Adaptive:
         frames_per_stage: frames before the first merge and after each one, of the last clip.
         batch: always 1.
         device: where it runs.
-
-    Raises:
-        EngineError: the tensors are not those of the layout, or do not fit from one stage to the next.
     """
 
     batch = 1
@@ -73,13 +70,7 @@ class Adaptive:
         self._lane.warm_up(self.encode, self.shape)
 
     def encode(self, frames: Tensor) -> Encoded:
-        """Visual tokens of frames uint8 [F, 3, H, W], valid until the next call, which writes over them.
-
-        Raises:
-            EngineError: frames of another shape or dtype or on another device, a stage failed, or kept a number of
-                frames that cannot be.
-            RuntimeError: called while another call is under way, or after `close`.
-        """
+        """Visual tokens of frames uint8 [F, 3, H, W], valid until the next call, which writes over them."""
         check_frames(frames, self.shape)
         with self._turn():
             self._lane.check(frames)

@@ -35,19 +35,11 @@ class ByFrames:
         self.counts = tuple(self._backends)
 
     def encode(self, frames: Tensor) -> Encoded:
-        """As the backend for that many frames has it: uint8 [F, 3, H, W], or [B, F, 3, H, W].
-
-        Raises:
-            EngineError: frames of another count, shape or dtype.
-        """
+        """As the backend for that many frames has it: uint8 [F, 3, H, W], or [B, F, 3, H, W]."""
         return self._backend(frames).encode(frames)
 
     def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
-        """Each clip by the backend for its frames, clips of as many frames together; results in the order of the clips.
-
-        Raises:
-            EngineError: no clip, or more than `batch`, or frames of another count, shape or dtype.
-        """
+        """Each clip by the backend for its frames, clips of as many frames together; results in their order."""
         if not 1 <= len(clips) <= self.batch:
             raise EngineError(f"this engine takes 1 to {self.batch} clips at once, got {len(clips)}")
         groups: dict[int, list[int]] = {}

@@ -40,7 +40,6 @@ from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CLOSED, CallGuard, Runner, check_names, fixed
 
 CHUNK = 4  # frames of a chunk, if nothing else is asked for
-MakeLane = Callable[[tuple[int, ...]], Here]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,10 +203,6 @@ class ChunkedVision:
         """Visual tokens of a whole clip, uint8 [F, 3, H, W], chunk by chunk.
 
         They are valid until the next call, which writes over them. Clips under way are not disturbed.
-
-        Raises:
-            EngineError: frames of another shape or dtype, or the library failed.
-            RuntimeError: called while another call is under way, or after `close`.
         """
         check_frames(frames, self.shape)
         with self._whole():
@@ -292,9 +287,6 @@ class Chunked(ChunkedVision):
     Args:
         runners: of the head and the rest.
         layout: of the engine.
-
-    Raises:
-        EngineError: the tensors are not those of the layout, or do not fit from one graph to the other.
     """
 
     def __init__(self, runners: Sequence[Runner], layout: Layout) -> None:

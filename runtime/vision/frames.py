@@ -12,11 +12,7 @@ from runtime.errors import EngineError
 
 
 def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
-    """Refuse frames that an engine built for `shape` = [F, 3, H, W], or [B, F, 3, H, W] for B videos, cannot take.
-
-    Raises:
-        EngineError: another shape or dtype.
-    """
+    """Refuse frames that an engine built for `shape` = [F, 3, H, W], or [B, F, 3, H, W] for B videos, cannot take."""
     expected = tuple(shape)
     if tuple(frames.shape) != expected:
         *batch, count, _, height, width = expected
@@ -38,11 +34,7 @@ def batch_of(shape: Sequence[int]) -> int:
 
 
 def check_clips(clips: Sequence[Tensor], shape: Sequence[int]) -> None:
-    """Refuse clips that an engine whose frames have `shape` cannot take at once.
-
-    Raises:
-        EngineError: no clip or more than it has room for, or a clip of another shape or dtype.
-    """
+    """Refuse clips that an engine whose frames have `shape` cannot take at once."""
     most = batch_of(shape)
     if not 1 <= len(clips) <= most:
         raise EngineError(

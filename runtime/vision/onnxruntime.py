@@ -81,9 +81,6 @@ def load(paths: Sequence[Path], parts: Sequence[layout.Graph], threads: int | No
         paths, parts: the files, and what they are of the engine.
         threads: of each session; as many as torch uses by default, since the decoder follows on the same cores. No two
             of them run at a time.
-
-    Raises:
-        EngineError: see `OnnxRunner`; no number of threads.
     """
     if threads is not None and threads < 1:
         raise EngineError(f"threads must be at least 1, got {threads}")
@@ -92,11 +89,7 @@ def load(paths: Sequence[Path], parts: Sequence[layout.Graph], threads: int | No
 
 
 def open_session(path: Path, threads: int) -> Any:
-    """A session for `path` on the CPU.
-
-    Raises:
-        EngineError: onnxruntime is missing, or the file is, is damaged or needs kernels that the CPU does not have.
-    """
+    """A session for `path` on the CPU."""
     try:
         import onnxruntime
     except ImportError as error:

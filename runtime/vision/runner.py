@@ -98,11 +98,7 @@ def check_names(runner: Runner, part: layout.Graph, what: str) -> None:
 
 
 def fixed(runner: Runner, tensor: layout.Tensor, first: int | None = None) -> tuple[int, ...]:
-    """The shape of a graph's tensor, with `first` in place of its first size, if that is given.
-
-    Raises:
-        EngineError: another rank or dtype than the layout's, or a size that is not known.
-    """
+    """The shape of a graph's tensor, with `first` in place of its first size, if that is given."""
     shape, dtype = runner.tensors[tensor.name]
     sizes = shape if first is None else (first, *shape[1:])
     if (

@@ -150,11 +150,7 @@ def complaint(logger: Any) -> str:
 
 
 def load_engine(path: Path, flavour: str, trt: Any, logger: Any) -> tuple[Any, Any]:
-    """The library's runtime, which must outlive the engine, and the deserialised engine.
-
-    Raises:
-        EngineError: the library refuses the file.
-    """
+    """The library's runtime, which must outlive the engine, and the deserialised engine."""
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
@@ -178,11 +174,7 @@ def require_gpu(flavour: str) -> None:
 
 
 def engine_tensors(path: Path, engine: Any, part: layout.Graph) -> Tensors:
-    """Shape and dtype of every tensor of a deserialised engine, by name.
-
-    Raises:
-        EngineError: they are not those of `runtime.engine.layout`, or a shape is not fixed.
-    """
+    """Shape and dtype of every tensor of a deserialised engine, by name."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if str(engine.get_tensor_mode(name)).endswith("INPUT")]
     if inputs != [FRAMES] or not set(OUTPUTS) <= set(names):
@@ -209,11 +201,7 @@ def engine_tensors(path: Path, engine: Any, part: layout.Graph) -> Tensors:
 
 
 def all_tensors(path: Path, engine: Any) -> Tensors:
-    """Shape (`layout.VARIES` where it is dynamic) and dtype of every tensor of an engine, by name.
-
-    Raises:
-        EngineError: a dtype that torch lacks.
-    """
+    """Shape (`layout.VARIES` where it is dynamic) and dtype of every tensor of an engine, by name."""
     return {name: _tensor(path, engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
 
 

@@ -39,9 +39,6 @@ class TorchVision:
     Attributes:
         batch: B.
         device: as given.
-
-    Raises:
-        UserError: as `runtime.checkpoint.load_vision`; several videos in the adaptive schedule.
     """
 
     name = "torch"
@@ -73,10 +70,6 @@ class TorchVision:
         """Visual tokens of frames uint8 [F, 3, H, W]; new tensors, so calls may overlap.
 
         All have a leading B where it takes several videos.
-
-        Raises:
-            EngineError: frames of another shape or dtype.
-            RuntimeError: called after `close`.
         """
         check_frames(frames, self.shape)
         return self._encode(frames.flatten(0, -4), self.batch)
@@ -116,10 +109,6 @@ class TorchChunked(ChunkedVision):
     Args:
         vision: the backend whose model runs; closed with this one.
         chunk: C, any number of frames up to those of a clip.
-
-    Raises:
-        EngineError: a chunk that is none.
-        UserError: the model cannot run these settings.
     """
 
     def __init__(self, vision: TorchVision, chunk: int = CHUNK) -> None:
@@ -170,9 +159,6 @@ def open_torch(
             chunks if they do there.
         device, dtype: where and in which precision it runs.
         frames: only for these frame counts (default: all).
-
-    Raises:
-        UserError: as `TorchVision`; a frame count that the engine does not take.
     """
     config = manifest.settings
     videos = () if manifest.batch == 1 else (manifest.batch,)

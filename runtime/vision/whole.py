@@ -48,10 +48,6 @@ class Whole:
 
         All have a leading B where the graph takes several videos. They are valid until the next call, which writes
         over them.
-
-        Raises:
-            EngineError: frames of another shape or dtype or on another device, or the library failed.
-            RuntimeError: called while another call is under way, or after `close`.
         """
         check_frames(frames, self.shape)
         self._lane.check(frames)

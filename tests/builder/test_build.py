@@ -20,6 +20,7 @@ import torch
 
 from builder import build, cache, stages
 from builder.gate import accuracy, stage
+from builder.gate.limits import GATES
 from builder.inspection.page import REPORT_PAGE
 from builder.settings.arguments import parse
 from builder.settings.config import project_version
@@ -325,8 +326,8 @@ def test_an_out_that_is_no_folder_is_one_line(
 def test_what_fails_the_gate_is_not_published(
     command: Command, built: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = replace(accuracy.GATES["fp16"], cosine=1.5)
-    monkeypatch.setitem(accuracy.GATES, "fp16", impossible)
+    impossible = replace(GATES["fp16"], cosine=1.5)
+    monkeypatch.setitem(GATES, "fp16", impossible)
     status, stdout, stderr = command("--force")
     assert status == 2
     assert stderr.startswith("error: the graph does not reproduce the model: hidden_1: cosine is ")

@@ -124,7 +124,7 @@ def dense(rows: Sequence[Row], frames: int) -> NDArray[np.float64]:
 
 def token_counts(per_frame: int, ratio: float, frames_in: int, frames_out: int) -> tuple[int, int]:
     """Tokens that a dynamic and a static frame keep in the adaptive schedule."""
-    effective = ratio if frames_out == frames_in else min(ratio * frames_in / frames_out, 1.0)
+    effective = min(ratio / (frames_out / frames_in), 1.0)  # two divisions, as released
     return math.ceil(per_frame * effective), max(1, round(per_frame * effective))
 
 

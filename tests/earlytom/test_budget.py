@@ -123,6 +123,20 @@ def test_a_ratio_is_not_rounded_up_by_the_number_of_frames() -> None:
     assert [token_count(frames, 25, 0.2, merges=0) / frames for frames in range(1, 65)] == [5] * 64
 
 
+@pytest.mark.parametrize(
+    ("frames_in", "frames_out", "per_frame", "ratio", "places"),
+    [
+        (12, 5, 25, 0.1, 6),  # the number meant; 0.1 * 12 / 5 would keep 7
+        (12, 6, 25, 0.2, 10),  # likewise, 11
+        (10, 6, 9, 0.2, 4),  # a token more than meant, which 0.2 * 10 / 6 would not keep
+    ],
+)
+def test_a_whole_number_of_tokens_is_what_released_doubles_make_of_it(
+    frames_in: int, frames_out: int, per_frame: int, ratio: float, places: int
+) -> None:
+    assert token_count(frames_in, per_frame, ratio, frames_out=frames_out) == frames_out * places
+
+
 def test_token_count_of_the_published_settings() -> None:
     assert token_count(32, 196, 1.0, merges=0) == 32 * 196
     assert token_count(32, 196, 0.1) == 14 * math.ceil(196 * 0.1 * 32 / 14)

@@ -23,6 +23,7 @@ from transformers import (
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
 from earlytom.inner_decoder import AppliedInner, Held, InnerPrompt, apply_inner, later_mask
 from tests.earlytom.slow_decoder import Model, slow_answer, slow_logits
+from tests.earlytom.test_model import batch
 from tests.earlytom.tiny import VIDEO_TOKEN, VOCABULARY, made_video, randomise, tiny_llava, video_prompt
 from tests.processes import HANG_SECONDS
 
@@ -77,16 +78,6 @@ def inputs(
         "attention_mask": torch.ones_like(ids),
         "pixel_values_videos": made_video(kind, frames, seed=seed)[None],
     }
-
-
-def both(one: dict[str, Tensor], two: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two prompts in a batch, the shorter one padded on the left."""
-    length = max(row["input_ids"].shape[1] for row in (one, two))
-    rows = []
-    for row in (one, two):
-        pads = torch.zeros(1, length - row["input_ids"].shape[1], dtype=torch.int64)
-        rows.append(row | {name: torch.cat([pads, row[name]], 1) for name in ("input_ids", "attention_mask")})
-    return {name: torch.cat([row[name] for row in rows]) for name in one}
 
 
 def settings(layer: int | None = 2, ratio: float = 0.5, **changes: Any) -> EarlyTomConfig:
@@ -289,7 +280,7 @@ def test_a_batch_equals_each_alone(model: Model, kind: str, options: dict[str, A
     if kind == "tokens":
         config = settings(retention_ratio=0.25, merge_layers=(1, 2), tau=0.3)
         one, two = inputs(8, kind="still"), inputs(8, kind="noise", seed=1)
-    rows = both(one, two)
+    rows = batch(one, two)
     with apply_earlytom(model, config) as applied:
         assert len({len(video) for video in applied.features(rows["pixel_values_videos"])}) == 1 + (kind == "tokens")
         got = model.generate(**rows, **GREEDY, **options, **FULL)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -38,7 +37,7 @@ def run(engine: Path, drawn_clip: Path, capsys: pytest.CaptureFixture[str]) -> R
     """`run("--json", video=..., question=..., engine=...)`: status, stdout, stderr of the command in this process."""
 
     def call(
-        *words: str, video: Path = drawn_clip, question: str = QUESTION, engine: Path | None = engine
+        *words: str, video: Path | str = drawn_clip, question: str = QUESTION, engine: Path | None = engine
     ) -> tuple[int, str, str]:
         capsys.readouterr()
         folder = () if engine is None else ("--engine", str(engine))
@@ -188,52 +187,29 @@ def test_the_newest_engine_is_the_default(
 # What it refuses
 
 
-def test_good_input_is_not_refused(run: Run) -> None:
-    """Negative control of everything below."""
-    assert run()[0] == 0
+@pytest.mark.parametrize(
+    ("video", "says"),
+    [
+        ("none.mp4", "does not exist"),
+        ("", "video '' does not exist"),
+        ("https://a.org/b.mp4", "'https://a.org/b.mp4' is an address; download it"),
+        (".", "is not a file"),
+        ("empty.mp4", "empty (0 bytes)"),
+        ("text.mp4", "cannot be read as a video"),
+    ],
+)
+def test_a_video_that_is_none(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, video: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.mp4").touch()
+    Path("text.mp4").write_text("no video at all\n" * 100)
+    assert says in refused(video=video)
 
 
-def test_no_such_video(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "does not exist" in refused(video=tmp_path / "none.mp4")
-
-
-def test_an_address_is_no_path(refused: Callable[..., str], run: Run, engine: Path) -> None:
-    assert "'https://a.org/b.mp4' is an address; download it" in refused(video="https://a.org/b.mp4")
-    assert "video '' does not exist" in refused(video="")
-
-
-def test_a_text_file_called_mp4(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
-    assert "cannot be read as a video" in refused(video=tmp_path / "text.mp4")
-
-
-def test_a_clip_of_one_frame(refused: Callable[..., str], tmp_path: Path) -> None:
-    import av
-
-    with av.open(str(tmp_path / "one.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
-        container.mux(stream.encode(None))
-    assert "1 frame" in refused(video=tmp_path / "one.mp4")
-
-
-def test_an_empty_file(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "empty.mp4").touch()
-    assert "empty (0 bytes)" in refused(video=tmp_path / "empty.mp4")
-
-
-def test_a_folder(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "is not a file" in refused(video=tmp_path)
-
-
-@pytest.mark.parametrize("question", ["", "   ", "\n"])
-def test_an_empty_question(refused: Callable[..., str], question: str) -> None:
-    assert "question is empty" in refused(question=question)
-
-
-def test_a_question_that_spells_a_control_token(refused: Callable[..., str]) -> None:
-    assert "'<video>'" in refused(question="what is <video>?")
+@pytest.mark.parametrize(("question", "says"), [(" \n", "question is empty"), ("what is <video>?", "'<video>'")])
+def test_a_question_that_cannot_be_asked(refused: Callable[..., str], question: str, says: str) -> None:
+    assert says in refused(question=question)
 
 
 @pytest.mark.parametrize(
@@ -292,18 +268,6 @@ def test_not_an_engine_folder(refused: Callable[..., str], tmp_path: Path, drawn
     assert "is not a folder" in refused(engine=drawn_clip)
 
 
-@pytest.mark.parametrize("name", ["vision.onnx", "manifest.json"])
-def test_a_flipped_byte(refused: Callable[..., str], engine: Path, tmp_path: Path, name: str) -> None:
-    shutil.copytree(engine, tmp_path / "copy")
-    path = tmp_path / "copy" / name
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 3] ^= 4
-    path.write_bytes(damaged)
-    line = refused(engine=tmp_path / "copy")
-    assert name in line or "manifest" in line
-    assert "--force" in line
-
-
 @pytest.fixture
 def compiled(engine: Path, tmp_path: Path) -> Callable[[str, str], Path]:
     """A copy of the engine that says it was compiled by a flavour and its version."""
@@ -348,11 +312,6 @@ def test_a_compiled_engine_without_a_gpu(
     folder = compiled("tensorrt-rtx", versions["tensorrt-rtx"])
     assert "use --backend onnxruntime" in refused("--backend", "tensorrt-rtx", engine=folder)
     assert run("--backend", "onnxruntime", engine=folder)[0] == 0  # the remedy works
-
-
-def test_a_gpu_that_is_not_there(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cpu" in refused("--device", "cuda")
 
 
 def test_what_needs_no_model_is_refused_before_one_is_loaded(

@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.family import Family
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.llava_onevision import canonical_name
+from earlytom.families.qwen2 import QWEN2_7B, QWEN2_SMALL
 from earlytom.families.tokens import END, START, STOP, VIDEO
 from earlytom.families.vision import VisionModules
 from earlytom.numbers import shown
@@ -124,6 +124,7 @@ class InternVL(Family):
             llm_width=config.text_config.hidden_size,
             heads=vision.num_attention_heads,
             inner=vision.intermediate_size,
+            projector=(vision.hidden_size * _SIDE**2, config.text_config.hidden_size, config.text_config.hidden_size),
             prefix=1,
             rms=vision.norm_type == "rms_norm",
         )
@@ -178,37 +179,16 @@ class InternVL(Family):
     def canonical_name(self, name: str) -> str:
         return canonical_name(name)
 
-    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
-        # The 24 layers of InternViT-300M at 448 pixels come to 724 GFLOP a frame.
-        frame, vision = self.geometry(config), config.vision_config
-        tower = flops.vision_encoder(
-            vision, frame.patches, frames_per_stage, merge_layers, frame.depth, prefix=frame.prefix
-        )
-        return tower + self.projector_flops(config, frames_per_stage[-1])
-
-    def projector_flops(self, config: Any, frames: int) -> int:
-        frame = self.geometry(config)
-        wide = frame.width * _SIDE**2
-        return 2 * frames * frame.tokens_per_frame * frame.llm_width * (wide + frame.llm_width)
-
-    def vision_weights(self, config: Any) -> int:
-        frame, vision = self.geometry(config), config.vision_config
-        width, inner = frame.width, frame.inner
-        norm = (2 if vision.norm_type == "layer_norm" else 1) * width
-        attention = 4 * width * width + width + 3 * width * vision.attention_bias + 2 * width * vision.use_qk_norm
-        layer = attention + 2 * width * inner + width + inner + 2 * norm + 2 * width  # MLP, norms, layer scales
-        # Patches, class token, positions of both, and a token that stands for hidden patches in training.
-        embeddings = width * (3 * frame.patch**2 + 1 + 1 + 1 + frame.patches + vision.use_mask_token)
-        last = 0 if vision.use_mean_pooling else 2 * width
-        return frame.depth * layer + embeddings + last + self.projector_weights(config)
-
-    def projector_rows(self, config: Any) -> int:
-        return self.geometry(config).tokens_per_frame
-
     def projector_weights(self, config: Any) -> int:
-        frame = self.geometry(config)
-        wide, out = frame.width * _SIDE**2, frame.llm_width
-        return 2 * wide + out * (wide + 1) + out * (out + 1)
+        return super().projector_weights(config) + 2 * self.geometry(config).projector[0]  # and a norm before it
+
+    def other_weights(self, config: Any) -> int:
+        frame, vision = self.geometry(config), config.vision_config
+        scales = 2 + 2 * vision.use_qk_norm - 3 * (not vision.attention_bias)  # of a layer, and norms or biases
+        # Patches, class token, positions of both, and a token that stands for hidden patches in training.
+        embeddings = 3 * frame.patch**2 + 1 + 1 + 1 + frame.patches + vision.use_mask_token
+        last = 0 if vision.use_mean_pooling else 2
+        return frame.width * (frame.depth * scales + embeddings + last)
 
     def video_token_id(self, config: Any) -> int:
         return config.image_token_id
@@ -243,20 +223,8 @@ class InternVL(Family):
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:
         return {
-            "internvl3-1b": lambda: _published(
-                hidden_size=896,
-                intermediate_size=4864,
-                num_hidden_layers=24,
-                num_attention_heads=14,
-                num_key_value_heads=2,
-            ),
-            "internvl3-8b": lambda: _published(
-                hidden_size=3584,
-                intermediate_size=18944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
-            ),
+            "internvl3-1b": lambda: _published(**QWEN2_SMALL),
+            "internvl3-8b": lambda: _published(**QWEN2_7B),
         }
 
 

@@ -58,9 +58,8 @@ class InternVLVision(Vision):
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         joined = pixel_shuffle(self.tower.model.layernorm(hidden), self.grid, self.side)  # [F', P, r * r * D]
         features = self.projector(joined)
-        relevance = None if received is None else self.pool(received[:, :, None])[:, :, 0]
         rows, columns = self.grid
-        return Features(features, relevance, features, (rows // self.side, columns // self.side))
+        return Features(features, self.relevance(received), features, (rows // self.side, columns // self.side))
 
     def pool(self, values: Tensor) -> Tensor:
         return mean_pool(values, self.grid, self.side)

@@ -76,9 +76,6 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The content of an original config.json as that of a `LlavaVideoConfig`; one in that form is returned as it is.
 
     Values are passed on as they are, but for those that decide what is done here.
-
-    Raises:
-        UserError: a setting for which there is no code, or a tower whose sizes are not known.
     """
     for name, (values, usual) in _FIXED.items():
         if "text_config" not in raw and not any(_same(raw.get(name, usual), value) for value in values):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from earlytom.families.frames import Geometry
+from earlytom.families.qwen2 import QWEN2_7B
 from earlytom.families.qwen2_5_vl.windows import pairs
 from earlytom.families.qwen3_vl import CLOSE, OPEN, TOWER_SETTINGS, VISUAL, Qwen3Vl
 from earlytom.families.qwen3_vl.grid import SIDE, STEP
@@ -102,11 +103,9 @@ class Qwen25Vl(Qwen3Vl):
         found = super().canonical_name(name)  # the first releases had `model.layers` and `visual` side by side
         return f"language_model.{found}" if found.startswith(("layers.", "embed_tokens.", "norm.")) else found
 
-    def vision_weights(self, config: Any) -> int:
+    def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        width, inner = frame.width, frame.inner
-        layer = 4 * width * width + 4 * width + 3 * width * inner + 2 * inner + width + 2 * width
-        return frame.depth * layer + width * 3 * STEP * frame.patch**2 + self.projector_weights(config)
+        return frame.width * 3 * STEP * frame.patch**2
 
     def projector_weights(self, config: Any) -> int:
         return super().projector_weights(config) - self.geometry(config).width  # its norm has no bias
@@ -140,11 +139,7 @@ class Qwen25Vl(Qwen3Vl):
                 tie_word_embeddings=True,
             ),
             "qwen2.5-vl-7b": lambda: _published(
-                hidden_size=3584,
-                intermediate_size=18944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
+                **QWEN2_7B,
                 vocab_size=152064,
                 tie_word_embeddings=False,
             ),

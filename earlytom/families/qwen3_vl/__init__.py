@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.family import SIZES, Family, ShortPrompt
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
@@ -167,6 +166,7 @@ class Qwen3Vl(Family):
             llm_width=text.hidden_size,
             heads=vision.num_heads,
             inner=vision.intermediate_size,
+            projector=(wide := vision.hidden_size * SIDE**2, wide, text.hidden_size),
             streams=len(streams),
         )
 
@@ -225,40 +225,13 @@ class Qwen3Vl(Family):
     def canonical_name(self, name: str) -> str:
         return canonical_name(name)
 
-    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
-        frame = self.geometry(config)
-        tower = flops.vision_encoder(
-            config.vision_config,
-            frame.patches,
-            frames_per_stage,
-            merge_layers,
-            frame.depth,
-            pairs=frame.pairs,
-            gated=frame.gated,
-        )
-        more = 2 * frames_per_stage[0] * (STEP - 1) * frame.patches * 3 * frame.patch**2 * frame.width  # pictures
-        return tower + more + self.projector_flops(config, frames_per_stage[-1])
-
-    def projector_flops(self, config: Any, frames: int) -> int:
-        frame = self.geometry(config)
-        wide = frame.width * SIDE**2
-        return 2 * frames * frame.tokens_per_frame * wide * (wide + frame.llm_width) * (1 + frame.streams)
-
-    def vision_weights(self, config: Any) -> int:
-        frame = self.geometry(config)
-        width, inner = frame.width, frame.inner
-        layer = 4 * width * width + 4 * width + 2 * width * inner + width + inner + 4 * width
-        patches = width * (3 * STEP * frame.patch**2 + 1) + config.vision_config.num_position_embeddings * width
-        return frame.depth * layer + patches + self.projector_weights(config)
-
-    def projector_rows(self, config: Any) -> int:
-        return self.geometry(config).tokens_per_frame
-
     def projector_weights(self, config: Any) -> int:
+        frame, products = self.geometry(config), super().projector_weights(config)
+        return products + 2 * frame.width + frame.streams * (products + 2 * frame.projector[0])  # and norms before them
+
+    def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        wide, out = frame.width * SIDE**2, frame.llm_width
-        products = wide * (wide + 1) + out * (wide + 1)
-        return products + 2 * frame.width + frame.streams * (products + 2 * wide)
+        return frame.width * (3 * STEP * frame.patch**2 + 1 + config.vision_config.num_position_embeddings)
 
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id

@@ -139,9 +139,8 @@ class Qwen3VlVision(Vision):
         states = (last, *(earlier or [last] * len(self.projector.deepstack)))
         made = [merger(state.contiguous()) for merger, state in zip(mergers, states, strict=True)]
         features = torch.cat(made, dim=-1).unflatten(0, (len(hidden), -1))
-        relevance = None if received is None else self.pool(received[:, :, None])[:, :, 0]
         rows, columns = self._grid_of.grid
-        return Features(features, relevance, features, (rows // SIDE, columns // SIDE))
+        return Features(features, self.relevance(received), features, (rows // SIDE, columns // SIDE))
 
     def pool(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (-1, SIDE**2)).mean(2)

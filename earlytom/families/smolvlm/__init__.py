@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from earlytom import flops
 from earlytom.errors import UserError
 from earlytom.families.frames import FrameTimes, Geometry
 from earlytom.families.internvl import InternVL
@@ -102,6 +101,7 @@ class SmolVlm(InternVL):
             llm_width=config.text_config.hidden_size,
             heads=vision.num_attention_heads,
             inner=vision.intermediate_size,
+            projector=(vision.hidden_size * factor**2, config.text_config.hidden_size),
         )
 
     def tower(self, tower: nn.Module) -> SmolVlmTower:  # type: ignore[override]
@@ -143,24 +143,12 @@ class SmolVlm(InternVL):
         found: Tensor = model.model.get_image_features(pixels[None]).pooler_output[0]
         return found
 
-    def vision_flops(self, config: Any, frames_per_stage: Sequence[int], merge_layers: Sequence[int]) -> int:
-        frame = self.geometry(config)
-        tower = flops.vision_encoder(config.vision_config, frame.patches, frames_per_stage, merge_layers, frame.depth)
-        return tower + self.projector_flops(config, frames_per_stage[-1])
-
-    def projector_flops(self, config: Any, frames: int) -> int:
-        return 2 * frames * self.geometry(config).tokens_per_frame * self.projector_weights(config)
-
     def projector_weights(self, config: Any) -> int:
-        frame = self.geometry(config)
-        return frame.width * config.scale_factor**2 * frame.llm_width
+        return math.prod(self.geometry(config).projector)  # it has no bias
 
-    def vision_weights(self, config: Any) -> int:
+    def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        width, inner = frame.width, frame.inner
-        layer = 4 * width * width + 2 * width * inner + 9 * width + inner  # products, biases, two layer norms
-        embeddings = width * (3 * frame.patch**2 + 1 + frame.patches)
-        return frame.depth * layer + embeddings + 2 * width + self.projector_weights(config)
+        return frame.width * (3 * frame.patch**2 + 1 + frame.patches + 2)  # and the last norm
 
     def chat_template(self) -> str:
         from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE

@@ -41,8 +41,7 @@ class SmolVlmVision(Vision):
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         joined = pixel_shuffle(self.norm(hidden), self.grid, self.side)
         features = self.projector.modality_projection(joined)
-        relevance = None if received is None else self.pool(received[:, :, None])[:, :, 0]
-        return Features(features, relevance, features, (self.grid[0] // self.side,) * 2)
+        return Features(features, self.relevance(received), features, (self.grid[0] // self.side,) * 2)
 
     def pool(self, values: Tensor) -> Tensor:
         return mean_pool(values, self.grid, self.side)

@@ -60,9 +60,6 @@ def labelled_clip(
         times: which frames to draw; all by default. Their sensor noise depends on which they are, what happens in them
             does not.
         length: frames of the whole clip; another length is another clip.
-
-    Raises:
-        UserError: no such split, a negative index, or fewer than `FRAMES` frames.
     """
     scene, asked, random = draw(split, index, seed=seed, length=length)
     frames, owner = render(scene, random, np.arange(length) if times is None else times)

@@ -36,7 +36,7 @@ from earlytom.errors import UserError
 from earlytom.families import FrameSampling
 from earlytom.numbers import real, whole
 from runtime.serve.decoding.child import write
-from runtime.serve.errors import ServeError
+from runtime.serve.errors import ServeError, no_room
 from runtime.serve.media import TakenVideo
 from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
@@ -68,6 +68,7 @@ class Decoders:
         for worker in self._workers:
             self._free.put_nowait(worker)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     @property
     def processes(self) -> list[int]:
@@ -122,14 +123,14 @@ class Decoders:
             _log.warning("a video has ended its decoder: %s", error)
             raise _invalid("the video cannot be decoded: it ends the decoder; re-encode it") from error
         except OSError as error:  # of this process: no memory, no descriptor
-            raise ServeError(
-                503, "overloaded", "there is no room for the video; try again later", retry_after=5
-            ) from error
+            raise no_room() from error
         finally:
-            self._begin(self._release(worker))
+            if not self._closed:
+                self._begin(self._release(worker))
 
     async def close(self) -> None:
-        """End all decoders."""
+        """End all decoders. A video that comes later is nobody's."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

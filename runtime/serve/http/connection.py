@@ -58,6 +58,10 @@ class Connection(HttpToolsProtocol):
         if self._awaiting and self._head > self.max_header:
             self._end(ServeError(431, "request_too_large", f"the headers have more than {self.max_header} bytes"))
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._awaiting:  # those behind a body are nobody's business, and may be without end
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._stop()
         self._awaiting, self._head = False, 0

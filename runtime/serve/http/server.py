@@ -53,8 +53,8 @@ def serve(settings: Settings, trace: Trace, behind: Behind | None = None) -> Non
             trace.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")
         app = create_app(backend, settings, keys)
         stack.enter_context(contextlib.closing(app))
-        run(app, decoding, listening, lambda url: trace.line(f"serving {settings.name} on {url}/v1"))
-    trace.line("stopped: all that was asked is answered")
+        all_answered = run(app, decoding, listening, lambda url: trace.line(f"serving {settings.name} on {url}/v1"))
+    trace.line("stopped: all that was asked is answered" if all_answered else "stopped at once, by a second signal")
 
 
 @contextlib.contextmanager
@@ -87,8 +87,8 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(app: ServerApp, decoding: Decoders, listening: socket.socket, started: Callable[[str], object]) -> None:
-    """Serve on a bound socket until a signal has been followed by a drain.
+def run(app: ServerApp, decoding: Decoders, listening: socket.socket, started: Callable[[str], object]) -> bool:
+    """Serve on a bound socket until a signal has been followed by a drain; False where a second one has cut that short.
 
     started: told the address once clients are answered.
     """
@@ -113,6 +113,7 @@ def run(app: ServerApp, decoding: Decoders, listening: socket.socket, started: C
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(serve())
+    return not server.force_exit
 
 
 class DrainingServer(uvicorn.Server):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -20,12 +19,12 @@ class Uploads:
         self._files = files
 
     async def create(self, request: Request) -> Response:
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ServeError(400, "invalid_request", "upload a file as multipart/form-data with the field file")
         try:
             form = await request.form(max_files=1, max_fields=_MOST_FIELDS)
-        except MultiPartException as error:
-            raise ServeError(400, "invalid_request", f"the form cannot be read: {error.message}") from None
+        except UnicodeError as error:  # what else is wrong with a form the framework refuses itself
+            raise ServeError(400, "invalid_request", f"the form cannot be read: {error}") from None
         try:
             file = form.get("file")
             if not isinstance(file, UploadFile):
@@ -35,7 +34,11 @@ class Uploads:
                     raise ServeError(
                         400, "unsupported_parameter", f"{name[:60]}: this server does not support it", param=name[:60]
                     )
-            stored = await self._files.put(file.read, name=file.filename or "video", key=_key(request))
+            purpose = form.get("purpose") or "user_data"
+            if not isinstance(purpose, str):
+                raise ServeError(400, "invalid_request", "purpose: give a text such as user_data", param="purpose")
+            name = file.filename or "video"
+            stored = await self._files.put(file.read, name=name, key=_key(request), purpose=purpose)
         finally:
             await form.close()
         return JSONResponse(stored.as_dict())

@@ -23,6 +23,8 @@ from builder.compile.engine import compile_engine
 from builder.export import functions
 from builder.gate import accuracy
 from builder.gate.batches import fill, split, stack
+from builder.gate.limits import GATES
+from builder.gate.report import Report
 from builder.settings.arguments import parse
 from builder.settings.options import MAX_BATCH
 from earlytom.errors import UserError
@@ -170,7 +172,7 @@ def run_gate(made: Exported, several: dict[str, Tensor], path: Path, edit: Calla
     return accuracy.verify(path, made.reference, several, made.config.dtype, batch=B)[0]
 
 
-def failed(report: accuracy.Report) -> set[str]:
+def failed(report: Report) -> set[str]:
     return {check.what for check in report.checks if not check.passed}
 
 
@@ -355,7 +357,7 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     assert verify.main([str(folder), "--layers", "--json"]) == 0
     taps = json.loads(capsys.readouterr().out)["taps"]
     assert {tap["tap"] for tap in taps} >= {f"hidden_{n}" for n in range(4)} | {"tokens"}
-    assert all(tap["cosine"] > accuracy.GATES["fp16"].cosine for tap in taps)
+    assert all(tap["cosine"] > GATES["fp16"].cosine for tap in taps)
 
 
 @needs_rtx

@@ -27,6 +27,7 @@ from builder.export.vision import ExportedGraph, vision_graph
 from builder.gate import drift
 from builder.gate.kept_reference import COMPARE_FILE, keep_reference
 from builder.inspection.comparison import compare
+from builder.record import StagesDone, write_report
 from builder.settings.arguments import parse
 from builder.settings.config import BuildConfig
 from earlytom.budget import frames_per_stage, token_count
@@ -452,10 +453,10 @@ def test_every_count_gets_an_engine_and_a_layer_list_of_its_own(
     assert asked == [(f"vision.f{n}.onnx", f"vision.f{n}.engine", f"layers.f{n}.json") for n in COUNTS]
     assert shares == [one.half_share for one in config.each]
     assert shares[0] != shares[1]
-    stages.write_report(tmp_path / layout.REPORT_FILE, config, None, reports, {}, {})
-    record = json.loads((tmp_path / layout.REPORT_FILE).read_text())
-    assert [one["frames"] for one in record["compile"]] == list(COUNTS)
-    assert [one["plugins"] for one in record["compile"]] == [
+    write_report(tmp_path / layout.REPORT_FILE, StagesDone(config, reports, {}, {}), {})
+    written = json.loads((tmp_path / layout.REPORT_FILE).read_text())
+    assert [one["frames"] for one in written["compile"]] == list(COUNTS)
+    assert [one["plugins"] for one in written["compile"]] == [
         [{**msgspec.structs.asdict(PLUGIN), "grid": [1, 1, 1]}]
     ] * 2
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from builder.export import functions
 from builder.gate import accuracy
-from builder.gate.accuracy import GATES, STEPS, Report
+from builder.gate.limits import GATES, PLAN_TOLERANCE, STEPS
 from builder.gate.next_tokens import NextTokens, SeenTokens
+from builder.gate.report import Report
 from earlytom.errors import UserError
 from runtime.checkpoint import describe
 from runtime.engine import layout
@@ -254,7 +255,7 @@ def test_weights_that_are_wrong_but_plausible_fail(gate: Callable[..., Report]) 
     constants = {"axis": np.array([1], np.int64), "tilt": np.linspace(1, 2, 9, dtype=np.float32)}
     report = gate(after("weights_2", *steps, constants=constants))
     assert values(report)["overlap of kept frames"] == 1
-    assert values(report)["frame plans repeated: largest difference"] > accuracy.PLAN_TOLERANCE
+    assert values(report)["frame plans repeated: largest difference"] > PLAN_TOLERANCE
     assert failed(report) == {"decisions"}
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's own: windows of every size and their order, times on the axis of time, released files, refusals."""
+"""Qwen2.5-VL's own: windows of every size and their order, times of merged frames, refusals."""
 
 from __future__ import annotations
 
@@ -6,32 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_window_index
 
 from earlytom import EarlyTomConfig, UserError, apply_earlytom
-from earlytom.cells.config import CellsConfig
 from earlytom.encoder import encode
 from earlytom.families import geometry
 from earlytom.families.qwen2_5_vl import QWEN2_5_VL
 from earlytom.families.qwen2_5_vl.tower import Qwen25VlTower, Qwen25VlVision
 from earlytom.families.qwen2_5_vl.windows import bands, order, pairs
 from earlytom.families.qwen3_vl.pixels import packed
-from earlytom.families.qwen3_vl.reading import positions_of
 from earlytom.families.qwen3_vl.tower import parted
 from earlytom.methods import method_of
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.methods.published.tempme import ToMe
-from tests.earlytom.tiny import VIDEO_TOKEN, made_video, randomise, tiny_qwen2_5_vl
+from tests.earlytom.families.test_on_axes import CELLS, GRID, OFF, batch
+from tests.earlytom.tiny import made_video, randomise, tiny_qwen2_5_vl
 
-OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 ON = EarlyTomConfig(retention_ratio=0.4, merge_layers=(0, 2), schedule="budget")
-CELLS = CellsConfig(retention_ratio=0.4, merge_layers=(0, 1))
 # In windows of two cells on a side: whole ones alone, a rest on the right, below, both, and nothing but rests.
 GRIDS = ((8, 12), (8, 10), (6, 8), (10, 6), (2, 2), (2, 10))
-GRID = (4, 6)
 
 
 def visual(full: tuple[int, ...] = (2, 4)) -> Any:
@@ -45,22 +40,6 @@ def visual(full: tuple[int, ...] = (2, 4)) -> Any:
 def vision(model: Any) -> Qwen25VlVision:
     trunk, projector = parted(model)
     return Qwen25VlVision(Qwen25VlTower(trunk), projector)
-
-
-def batch(*videos: Tensor, seconds: tuple[float, ...] | None = (1.3, 0.4)) -> dict[str, Any]:
-    """What `generate` is given of a prompt about each video, padded on the left."""
-    given = [packed(video, 4) for video in videos]
-    texts = [[1, 2, 124, *[VIDEO_TOKEN] * (len(patches) // 4), 125, 50, 4] for patches, _ in given]
-    longest = max(map(len, texts))
-    ids = torch.tensor([[0] * (longest - len(one)) + one for one in texts])
-    found = {
-        "input_ids": ids,
-        "attention_mask": torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in texts]),
-        "pixel_values_videos": torch.cat([patches for patches, _ in given]),
-        "video_grid_thw": torch.cat([grid for _, grid in given]),
-        "mm_token_type_ids": (ids == VIDEO_TOKEN).int() * 2,
-    }
-    return found if seconds is None else found | {"second_per_grid_ts": torch.tensor(seconds[: len(videos)])}
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -104,52 +83,8 @@ def test_a_still_video_keeps_its_own_tokens_in_their_cells(config: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seconds", [(1.3, 0.4), (0.1, 7.0), None])
-def test_positions_of_a_whole_prompt_are_transformers_own(seconds: tuple[float, ...] | None) -> None:
-    model = tiny_qwen2_5_vl(grid=GRID)
-    given = batch(made_video("scenes", 10, grid=GRID), made_video("scenes", 4, grid=(2, 4)), seconds=seconds)
-    wanted, delta = model.model.get_rope_index(
-        **{name: value for name, value in given.items() if name != "pixel_values_videos"}
-    )
-    with apply_earlytom(model, OFF) as applied:
-        ids, mask = given.pop("input_ids"), given.pop("attention_mask")
-        prompt, _ = applied._shortened(ids, mask, given.pop("pixel_values_videos"), given)
-        with applied._announced(prompt):
-            model._prepare_position_ids_for_generation(prompt.ids, {"attention_mask": mask})
-            assert torch.equal(model.model.rope_deltas, delta)  # the answer begins behind all of them
-    assert torch.equal(positions_of(prompt), wanted)
-    assert not torch.equal(positions_of(prompt._replace(time=prompt.time * 0)), wanted)  # negative control
-
-
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
-def test_a_batch_answers_as_transformers_do_and_each_as_if_alone(how: dict[str, Any]) -> None:
-    model = tiny_qwen2_5_vl(grid=GRID)
-    videos = [made_video("scenes", 10, grid=GRID, seed=1), made_video("scenes", 4, grid=(8, 4), seed=2)]
-    how = {"max_new_tokens": 6, "do_sample": False, **how}
-    wanted = model.generate(**batch(*videos, seconds=(7.0, 0.4)), **how)
-    with apply_earlytom(model, OFF):
-        assert torch.equal(model.generate(**batch(*videos, seconds=(7.0, 0.4)), **how), wanted)
-    with apply_earlytom(model, ON):
-        both = model.generate(**batch(*videos, seconds=(7.0, 0.4)), **how)
-        for row, video, seconds in zip(both, videos, (7.0, 0.4), strict=True):
-            alone = model.generate(**batch(video, seconds=(seconds,)), **how)[0]
-            assert torch.equal(row[-6:], alone[-6:])
-    assert not torch.equal(both, wanted)  # negative control: it sees less
-
-
-@torch.no_grad()
-def test_a_forward_pass_is_the_models_own() -> None:
-    model, given = tiny_qwen2_5_vl(grid=GRID), batch(made_video("scenes", 6, grid=GRID))
-    wanted = model(**given).logits
-    with apply_earlytom(model, OFF):
-        assert torch.equal(model(**given).logits, wanted)
-    with apply_earlytom(model, ON):
-        assert model(**given).logits.shape[1] < wanted.shape[1]
-
-
-@torch.no_grad()
 def test_a_merged_frame_keeps_the_time_of_its_largest_share() -> None:
-    model, given = tiny_qwen2_5_vl(grid=GRID), batch(made_video("scenes", 12, grid=GRID))
+    model, given = tiny_qwen2_5_vl(grid=GRID), batch("qwen2_5_vl", made_video("scenes", 12, grid=GRID), seconds=(1.3,))
     with apply_earlytom(model, ON) as applied:
         seen = applied.encode(made_video("scenes", 12, grid=GRID))
         ids, mask = given.pop("input_ids"), given.pop("attention_mask")

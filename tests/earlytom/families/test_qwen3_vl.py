@@ -1,8 +1,7 @@
-"""Qwen3-VL's own: frames of two pictures and any shape, states of earlier layers, positions on three axes, batches."""
+"""Qwen3-VL's own: frames of two pictures and any shape, states of earlier layers, rows and columns."""
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -10,50 +9,24 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from earlytom import EarlyTomConfig, UserError, apply_earlytom
-from earlytom.cells.config import CellsConfig
+from earlytom import UserError, apply_earlytom
 from earlytom.encoder import encode
-from earlytom.families import FAMILIES, geometry
+from earlytom.families import geometry
 from earlytom.families.qwen3_vl import QWEN3_VL
 from earlytom.families.qwen3_vl.pixels import packed, unpacked
-from earlytom.families.qwen3_vl.reading import axes_of, positions_of
+from earlytom.families.qwen3_vl.reading import axes_of
 from earlytom.merge import apply_weights
 from earlytom.methods import method_of
 from earlytom.methods.controls import EvenFrames, TopK
 from earlytom.methods.earlytom import EarlyTom
-from tests.earlytom.tiny import VIDEO_TOKEN, made_video, tiny_qwen3_vl
+from tests.earlytom.families.test_on_axes import CELLS, GRID, OFF, ON, batch
+from tests.earlytom.tiny import made_video, tiny_qwen3_vl
 
-OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
-ON = EarlyTomConfig(retention_ratio=0.4, merge_layers=(0, 1), schedule="budget")
-CELLS = CellsConfig(retention_ratio=0.4, merge_layers=(0, 1))
-GRID = (4, 6)
 E = 32
 
 
 def model_of(**how: Any) -> Any:
     return tiny_qwen3_vl(grid=GRID, layers=3, **how)
-
-
-def text(frames: int, cells: int, first: int = 50) -> list[int]:
-    """A prompt of a video of so many frames, frame n after `first + n`."""
-    spans = [[first + number, 124, *[VIDEO_TOKEN] * cells, 125] for number in range(frames)]
-    return [1, 2, *chain(*spans), 4]
-
-
-def batch(*videos: Tensor) -> dict[str, Any]:
-    """What `generate` is given of a prompt about each video, padded on the left."""
-    given = [packed(video, 4) for video in videos]
-    texts = [text(len(video) // 2, video[0, 0].numel() // 64) for video in videos]
-    longest = max(map(len, texts))
-    ids = torch.tensor([[0] * (longest - len(one)) + one for one in texts])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in texts])
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values_videos": torch.cat([patches for patches, _ in given]),
-        "video_grid_thw": torch.cat([grid for _, grid in given]),
-        "mm_token_type_ids": (ids == VIDEO_TOKEN).int() * 2,
-    }
 
 
 def test_patches_are_the_processors_there_and_back() -> None:
@@ -103,52 +76,10 @@ def test_states_of_earlier_layers_are_merged_and_kept_as_their_tokens_are(config
     assert alone.bias.equal(seen.bias)
 
 
-@torch.no_grad()
-def test_positions_of_a_whole_prompt_are_transformers_own() -> None:
-    model = model_of()
-    videos = [made_video("scenes", 6, grid=GRID), made_video("scenes", 4, grid=(2, 4))]
-    given = batch(*videos)
-    wanted, _ = model.model.get_rope_index(
-        given["input_ids"], given["mm_token_type_ids"], None, given["video_grid_thw"], given["attention_mask"]
-    )
-    with apply_earlytom(model, OFF) as applied:
-        ids, mask = given.pop("input_ids"), given.pop("attention_mask")
-        prompt, _ = applied._shortened(ids, mask, given.pop("pixel_values_videos"), given)
-    assert torch.equal(positions_of(prompt), wanted)
-    assert not torch.equal(positions_of(prompt._replace(cells=prompt.cells.roll(1))), wanted)  # negative control
-
-
 def test_a_token_that_is_left_keeps_its_row_and_column() -> None:
     visual = [False, True, True, False, True, False]
     found = axes_of(visual, torch.tensor([1, 5, 2]), torch.tensor([[2, 3]] * 3), torch.tensor([0, 0, 0]))
     assert found.tolist() == [[0, 1, 1, 4, 5, 8], [0, 1, 2, 4, 5, 8], [0, 2, 3, 4, 7, 8]]
-
-
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
-def test_a_batch_answers_as_transformers_do_and_each_as_if_alone(how: dict[str, Any]) -> None:
-    model = model_of()
-    videos = [made_video("scenes", 6, grid=GRID, seed=1), made_video("scenes", 4, grid=(8, 4), seed=2)]
-    how = {"max_new_tokens": 6, "do_sample": False, **how}
-    wanted = model.generate(**batch(*videos), **how)
-    with apply_earlytom(model, OFF):
-        assert torch.equal(model.generate(**batch(*videos), **how), wanted)
-    with apply_earlytom(model, ON):
-        both = model.generate(**batch(*videos), **how)
-        for row, video in zip(both, videos, strict=True):
-            alone = model.generate(**batch(video), **how)[0]
-            assert torch.equal(row[-6:], alone[-6:])
-    assert not torch.equal(both, wanted)  # negative control: it sees less
-    assert torch.equal(model.generate(**batch(*videos), **how), wanted)
-
-
-@torch.no_grad()
-def test_a_forward_pass_is_the_models_own() -> None:
-    model, given = model_of(), batch(made_video("scenes", 6, grid=GRID))
-    wanted = model(**given).logits
-    with apply_earlytom(model, OFF):
-        assert torch.equal(model(**given).logits, wanted)
-    with apply_earlytom(model, ON):
-        assert model(**given).logits.shape[1] < wanted.shape[1]
 
 
 @torch.no_grad()
@@ -209,7 +140,9 @@ def test_other_towers_are_refused(change: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("frames", "prompt"), [((6,), (4,)), ((6, 4), (6,))])
 def test_pixels_that_do_not_fit_the_prompt_are_refused(frames: tuple[int, ...], prompt: tuple[int, ...]) -> None:
-    shown, asked = (batch(*(made_video("noise", n, grid=GRID) for n in counts)) for counts in (frames, prompt))
+    shown, asked = (
+        batch("qwen3_vl", *(made_video("noise", n, grid=GRID) for n in counts)) for counts in (frames, prompt)
+    )
     ids, mask = asked["input_ids"], asked["attention_mask"]
     pixels, grid = shown["pixel_values_videos"], shown["video_grid_thw"]
     with apply_earlytom(model_of(), ON) as applied:
@@ -217,7 +150,3 @@ def test_pixels_that_do_not_fit_the_prompt_are_refused(frames: tuple[int, ...], 
             applied.shorten(ids, mask, pixels, video_grid_thw=grid)
         with pytest.raises(UserError, match="need video_grid_thw beside them"):
             applied.shorten(ids, mask, pixels)
-
-
-def test_it_is_a_family() -> None:
-    assert FAMILIES["qwen3_vl"] is QWEN3_VL

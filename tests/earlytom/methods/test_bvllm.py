@@ -7,7 +7,6 @@ runs the cases of another folder that is laid out as `tests/golden/bvllm`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,14 @@ from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import by_name
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
-from tests.golden_vectors import HOME, folder_of, parametrize
+from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
 
 TOLERANCE: dict[str, float] = {"atol": 5e-5, "rtol": 0}
 HEADS = 4
 
 
-def index(config: pytest.Config) -> dict[str, Any]:
-    path = folder_of(config, "bvllm") / "index.json"
-    if not path.is_file():
-        raise pytest.UsageError(f"{path}: no such file; --golden names the folder of the vectors of 'bvllm'")
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    listed = index(metafunc.config)
+    listed = read_cases(metafunc.config, "bvllm", "index.json")
     parametrize(metafunc, "case", [one | {"case": one["name"]} for one in listed["cases"]])
     for name, key in (("temporal", "unit_threshold"), ("spatial", "unit_multi")):
         parametrize(metafunc, name, [{"case": n} for n in range(listed.get(key, 0))])
@@ -62,7 +53,7 @@ def arrays(path: Path) -> dict[str, Tensor]:
 
 
 def test_every_vector_is_listed(request: pytest.FixtureRequest, folder: Path) -> None:
-    named = {one["name"] for one in index(request.config)["cases"]}
+    named = {one["name"] for one in read_cases(request.config, "bvllm", "index.json")["cases"]}
     assert {path.stem for path in folder.glob("*.npz")} - {"weights", "unit_merge"} == named
 
 
@@ -247,16 +238,3 @@ def test_the_likeness_merges_frames_that_are_alike() -> None:
     assert len({n // 9 for n in noise.positions.tolist()}) > 8
     lax = seen({"retention_ratio": 0.3, "threshold": 0.0}, "noise")
     assert len({n // 9 for n in lax.positions.tolist()}) == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"threshold": 2}, r"threshold must be in \[0, 1\], got 2"),
-        ({"sharpness": -1}, "sharpness must be at least 0, got -1"),
-        ({"queries": 3}, "unknown setting 'queries' of method 'bvllm-style'"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        by_name("bvllm-style", settings)

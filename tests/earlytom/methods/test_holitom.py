@@ -337,20 +337,3 @@ def test_a_whole_model_generates_with_both_parts() -> None:
             out = model.generate(**given_, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
         texts.append(out.logits[0])
     assert not torch.allclose(*texts)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"retention_ratio": 0}, r"retention_ratio must be in \(0, 1\], got 0"),
-        ({"tau": 2}, r"tau must be in \[-1, 1\], got 2"),
-        ({"beta": -0.1}, r"beta must be in \[0, 1\], got -0.1"),
-        ({"neighbours": 0}, "neighbours must be a whole number of at least 1, got 0"),
-        ({"inner_ratio": 1}, r"inner_ratio must be in \[0, 1\), got 1"),
-        ({"faithful": "yes"}, "faithful must be true or false, got 'yes'"),
-        ({"k": 7}, "unknown setting 'k' of method 'holitom': the settings are retention_ratio, faithful, tau, beta,"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        by_name("holitom", settings)

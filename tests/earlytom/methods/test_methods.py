@@ -99,8 +99,66 @@ def test_every_method_is_tested_here() -> None:
 def test_settings_there_and_back(name: str) -> None:
     method = by_name(name, SETTINGS[name])
     assert (method.name, method.to_dict()) == (name, SETTINGS[name])
-    with pytest.raises(UserError, match="unknown setting 'nonsense'"):
+    with pytest.raises(UserError, match=f"unknown setting 'nonsense' of method '{name}'"):
         by_name(name, SETTINGS[name] | {"nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("holitom", {"retention_ratio": 0}, r"retention_ratio must be in \(0, 1\], got 0"),
+        ("holitom", {"tau": 2}, r"tau must be in \[-1, 1\], got 2"),
+        ("holitom", {"beta": -0.1}, r"beta must be in \[0, 1\], got -0.1"),
+        ("holitom", {"neighbours": 0}, "neighbours must be a whole number of at least 1, got 0"),
+        ("holitom", {"inner_ratio": 1}, r"inner_ratio must be in \[0, 1\), got 1"),
+        ("holitom", {"faithful": "yes"}, "faithful must be true or false, got 'yes'"),
+        (
+            "holitom",
+            {"k": 7},
+            "unknown setting 'k' of method 'holitom': the settings are retention_ratio, faithful, tau, beta,",
+        ),
+        ("cells", {"retention_ratio": 0}, r"retention_ratio must be in \(0, 1\], got 0"),
+        ("cells", {"power": -1}, r"power must be in \[0, 64\], got -1"),
+        ("cells", {"power": float("nan")}, r"power must be in \[0, 64\], got nan"),
+        ("cells", {"rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
+        ("cells", {"rounds": 2.5}, "rounds must be a whole number of at least 1"),
+        ("cells", {"merge_layers": (3, 1)}, "merge_layers must be different and ascending"),
+        ("cells", {"frame_budget": (4, 2)}, "frame_budget names 2 frame counts for 3 merge layers"),
+        ("cells", {"schedule": "none"}, "schedule must be one of adaptive, budget, got 'none'"),
+        ("cells", {"threshold": -0.1}, r"threshold must be in \[0, 3\], got -0.1"),
+        ("cells", {"threshold": float("nan")}, r"threshold must be in \[0, 3\], got nan"),
+        ("random", {"tokens": 0}, "tokens must be"),
+        ("top-k", {"tokens": 3, "layer": -1}, "layer must be"),
+        ("frames", {"keep": 2.5}, "keep must be"),
+        (
+            "tempme",
+            {"depth": 4},
+            r"merge_layers must be between 1 and 3 to act inside a tower of 4 layers, got \[8, 14",
+        ),
+        ("tome", {"depth": 0}, "depth must be a whole number of at least 1, got 0"),
+        ("vqtoken", {"clusters": 0}, "clusters must be a whole number of at least 1, got 0"),
+        ("vqtoken", {"clusters": "many"}, "clusters must be one of adaptive, got 'many'"),
+        ("vqtoken", {"most": 13}, "most must be a whole number of at least 14, got 13"),
+        ("vqtoken", {"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ("unicomp", {"faithful": True}, "unicomp has no released form here"),
+        ("unicomp", {"near": 3}, r"near must be in \[0, 2\], got 3"),
+        ("unicomp", {"most": 0.5}, "most must be at least 1, got 0.5"),
+        ("bvllm-style", {"threshold": 2}, r"threshold must be in \[0, 1\], got 2"),
+        ("bvllm-style", {"sharpness": -1}, "sharpness must be at least 0, got -1"),
+        ("fastvid", {"context": 2}, r"context must be in \[0, 1\], got 2"),
+        ("fastvid", {"tau": -2}, r"tau must be in \[-1, 1\], got -2"),
+        ("fastvid", {"every": 0}, "every must be a whole number of at least 1, got 0"),
+        ("unified", {"faithful": True}, "unified follows a description and has no released form"),
+        ("unified", {"alike": 2}, r"alike must be in \[-1, 1\], got 2"),
+        ("unified", {"clustered": -1}, r"clustered must be in \[0, 1\], got -1"),
+        ("flashvid", {"diverse": 2}, r"diverse must be in \[0, 1\], got 2"),
+        ("flashvid", {"linked": 2}, r"linked must be in \[-1, 1\], got 2"),
+        ("flashvid", {"least": 0}, "least must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        by_name(name, settings)
 
 
 @every

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from earlytom import UserError
-from earlytom.methods import by_name
 from earlytom.pooled import pooled, take_unlike
 
 
@@ -62,19 +59,6 @@ def test_what_is_not_taken_is_in_the_means() -> None:
     tokens, positions = pooled(x, torch.tensor([[3.0, 1, 1, 5, 5, 5, 5]]), 6, clustered=0.0)
     assert positions.tolist() == [0, 1, 3, 4, 5, 6]
     torch.testing.assert_close(tokens[1], x[0, 0])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"faithful": True}, "unified follows a description and has no released form"),
-        ({"alike": 2}, r"alike must be in \[-1, 1\], got 2"),
-        ({"clustered": -1}, r"clustered must be in \[0, 1\], got -1"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        by_name("unified", settings)
 
 
 def test_a_count_that_makes_no_sense_is_refused() -> None:

@@ -7,7 +7,6 @@ runs the cases of another folder that is laid out as `tests/golden/tempme`.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,13 @@ from earlytom.bipartite import Matching, match, set_sizes, sides
 from earlytom.tempme.block import BlockForm, block
 from earlytom.tempme.clip import EPS, LAYER_WEIGHTS, TempMeVideo, quick_gelu
 from earlytom.tempme.schedule import LayerMerge, TempMeSchedule
-from tests.golden_vectors import HOME, folder_of, parametrize
+from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
 
 TOLERANCE: dict[str, float] = {"atol": 2e-5, "rtol": 0}
 
 
-def index(config: pytest.Config) -> dict[str, Any]:
-    path = folder_of(config, "tempme") / "index.json"
-    if not path.is_file():
-        raise pytest.UsageError(f"{path}: no such file; --golden names the folder of the vectors of 'tempme'")
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    listed = index(metafunc.config)
+    listed = read_cases(metafunc.config, "tempme", "index.json")
     parametrize(metafunc, "case", [one | {"case": one["name"]} for one in listed["cases"]])
     for name, key in (("unit", "unit_merge"), ("alone", "blocks")):
         parametrize(metafunc, name, [{"case": n} for n in range(listed.get(key, 0))])
@@ -60,7 +51,7 @@ def arrays(path: Path) -> dict[str, Tensor]:
 
 
 def test_every_vector_is_listed(request: pytest.FixtureRequest, folder: Path) -> None:
-    named = {one["name"] for one in index(request.config)["cases"]}
+    named = {one["name"] for one in read_cases(request.config, "tempme", "index.json")["cases"]}
     others = {"weights", "unit_merge", "blocks_without_cls"}
     assert {path.stem for path in folder.glob("*.npz")} - others == named
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from earlytom import UserError
 from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import by_name
@@ -95,16 +91,3 @@ def test_around_a_vision_part() -> None:
     noise = encode(vision, made_video("noise", 8), by_name("unicomp", {"retention_ratio": 0.5}))
     assert {n // 9 for n in still.positions.tolist()} == {0}
     assert {n // 9 for n in noise.positions.tolist()} == set(range(8))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"faithful": True}, "unicomp has no released form here"),
-        ({"near": 3}, r"near must be in \[0, 2\], got 3"),
-        ({"most": 0.5}, "most must be at least 1, got 0.5"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        by_name("unicomp", settings)

@@ -7,7 +7,6 @@ runs the cases of another folder that is laid out as `tests/golden/vqtoken`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +40,14 @@ from earlytom.vqtoken.codebook import (
     seed_rows,
 )
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
-from tests.golden_vectors import HOME, folder_of, parametrize
+from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
 
 CODES: dict[str, float] = {"atol": 2e-6, "rtol": 0}
 ATTENTION: dict[str, float] = {"atol": 1e-5, "rtol": 0}
 
 
-def index(config: pytest.Config) -> dict[str, Any]:
-    path = folder_of(config, "vqtoken") / "index.json"
-    if not path.is_file():
-        raise pytest.UsageError(f"{path}: no such file; --golden names the folder of the vectors of 'vqtoken'")
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    listed = index(metafunc.config)
+    listed = read_cases(metafunc.config, "vqtoken", "index.json")
     cases = [one | {"case": one["name"]} for one in listed["cases"]]
     parametrize(metafunc, "case", cases)
     parametrize(metafunc, "attended", [{"case": n} for n in range(len(listed.get("attention", [])))])
@@ -78,7 +69,7 @@ def arrays(path: Path) -> dict[str, Tensor]:
 
 
 def test_every_vector_is_listed(request: pytest.FixtureRequest, folder: Path) -> None:
-    named = {one["name"] for one in index(request.config)["cases"]}
+    named = {one["name"] for one in read_cases(request.config, "vqtoken", "index.json")["cases"]}
     assert {path.stem for path in folder.glob("*.npz")} - {"attention", "attention_weights"} == named
 
 
@@ -287,18 +278,3 @@ def test_the_seed_is_all_that_is_random() -> None:
     one, again, other = (seen({"clusters": 9, "seed": seed}) for seed in (1, 1, 2))
     assert torch.equal(one.tokens, again.tokens)
     assert not torch.equal(one.tokens, other.tokens)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"clusters": 0}, "clusters must be a whole number of at least 1, got 0"),
-        ({"clusters": "many"}, "clusters must be one of adaptive, got 'many'"),
-        ({"most": 13}, "most must be a whole number of at least 14, got 13"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"k": 3}, "unknown setting 'k' of method 'vqtoken'"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        by_name("vqtoken", settings)

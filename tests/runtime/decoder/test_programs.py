@@ -17,7 +17,7 @@ from runtime.decoder.programs import (
     export_program,
     weights_digest,
 )
-from tests.runtime.decoder.tiny_decoder import WIDTH, make_qwen
+from tests.runtime.decoder.tiny_decoder import WIDTH, make_qwen, prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PREFILL, DECODE = ProgramSize(cache=24, tokens=16), ProgramSize(cache=24, tokens=1)
@@ -40,10 +40,6 @@ def exported(qwen: Any) -> dict[str, ExportedProgram]:
 @pytest.fixture(scope="module")
 def programs(exported: dict[str, ExportedProgram]) -> dict[str, Any]:
     return {kind: program.module() for kind, program in exported.items()}
-
-
-def prompt(length: int) -> Tensor:
-    return torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(length))
 
 
 def padded(embeds: Tensor, value: float = 0.0) -> Tensor:

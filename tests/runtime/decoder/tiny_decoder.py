@@ -31,8 +31,8 @@ TEXT = {
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # in the second of the two layers
 
 
-def make_qwen(**changes: object) -> Any:
-    torch.manual_seed(0)
+def make_qwen(seed: int = 0, **changes: object) -> Any:
+    torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**(TEXT | changes))).eval()
 
 

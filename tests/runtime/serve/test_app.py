@@ -316,18 +316,22 @@ def test_addresses_are_closed_by_default(app: ServerApp) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
+    ("method", "path", "status", "code", "allow"),
     [
-        ("GET", CHAT, 405, "method_not_allowed"),
-        ("GET", "/nothing", 404, "not_found"),
-        ("GET", "/v1/models/gpt", 404, "model_not_found"),
-        ("GET", "/v1/files/file-1", 404, "file_not_found"),
-        ("POST", "/health", 405, "method_not_allowed"),
+        ("GET", CHAT, 405, "method_not_allowed", "POST"),
+        ("GET", "/nothing", 404, "not_found", None),
+        ("GET", "/v1/models/gpt", 404, "model_not_found", None),
+        ("GET", "/v1/files/file-1", 404, "file_not_found", None),
+        ("POST", "/health", 405, "method_not_allowed", "GET, HEAD"),
+        ("PUT", "/v1/files", 405, "method_not_allowed", "GET, HEAD, POST"),
     ],
 )
-def test_paths_that_are_not_there(app: ServerApp, method: str, path: str, status: int, code: str) -> None:
+def test_paths_that_are_not_there(
+    app: ServerApp, method: str, path: str, status: int, code: str, allow: str | None
+) -> None:
     (response,) = talk(app, lambda client: client.request(method, path))
     assert refusal(response) == (status, code)
+    assert response.headers.get("allow") == allow
 
 
 def test_a_key_is_asked_for_under_v1_alone(app: ServerApp, url: str) -> None:
@@ -434,9 +438,10 @@ def test_questions_that_come_together_decode_once(app: ServerApp, url: str, deco
 def test_a_video_is_uploaded_once_and_asked_about(app: ServerApp, drawn_clip: Path, wanted: dict[str, str]) -> None:
     async def use(client: Client) -> None:
         content = drawn_clip.read_bytes()
-        sent = await client.post("/v1/files", files={"file": ("a.mp4", content)}, data={"purpose": "user_data"})
+        sent = await client.post("/v1/files", files={"file": ("a.mp4", content)}, data={"purpose": "vision"})
         assert sent.status_code == 200
         stored = sent.json()
+        assert stored["purpose"] == "vision"
         assert (stored["object"], stored["bytes"], stored["filename"]) == ("file", len(content), "a.mp4")
         assert [one["id"] for one in (await client.get("/v1/files")).json()["data"]] == [stored["id"]]
         assert (await client.get(f"/v1/files/{stored['id']}")).json() == stored
@@ -466,6 +471,10 @@ def test_a_video_is_uploaded_once_and_asked_about(app: ServerApp, drawn_clip: Pa
         {"files": {"file": ("a.mp4", b"x")}, "data": {"expires_after": "3"}},
         {"content": b"--x\r\nnonsense", "headers": {"content-type": "multipart/form-data; boundary=x"}},
         {"content": b"nonsense", "headers": {"content-type": "multipart/form-data"}},
+        {
+            "content": b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--x--',
+            "headers": {"content-type": "multipart/form-data; boundary=x; charset=undefined"},
+        },
     ],
 )
 def test_what_is_no_upload_is_refused(app: ServerApp, how: dict[str, Any]) -> None:

@@ -57,6 +57,8 @@ def test_what_a_client_is_to_do_is_in_the_headers() -> None:
         (Overloaded("8 wait"), 429, "overloaded"),
         (DeadlineExceeded("late"), 504, "deadline_exceeded"),
         (Closed("closed"), 503, "draining"),
+        (OSError(28, "No space left on device: /srv"), 503, "overloaded"),
+        (OSError(13, "Permission denied: /srv"), 500, "internal_error"),
         (Cancelled("gone"), 499, "cancelled"),
         (EngineError("/srv/engine is broken"), 500, "internal_error"),
         (RuntimeError("secret"), 500, "internal_error"),

@@ -37,6 +37,7 @@ class Echo:
         self.hold: threading.Event | None = None
         self.fails: BaseException | None = None
         self.answers = b""
+        self.names: set[str] = set()  # of the last request's headers, as they are when it is answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -49,6 +50,7 @@ class Echo:
         while more:
             message = await receive()
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        self.names = {name.decode() for name, _ in scope["headers"]}
         while self.hold is not None and scope["method"] == "POST" and not self.hold.is_set():
             await asyncio.sleep(0.01)
         content = self.answers or json.dumps({"bytes": size, "key": scope["state"]["key"]}).encode()
@@ -205,10 +207,11 @@ def test_a_body_of_the_limit_passes_and_one_byte_more_does_not(door: Served, ech
 
 
 @pytest.mark.parametrize("path", [CHAT, FILES])
-def test_a_body_without_a_length_is_counted(door: Served, path: str) -> None:
+def test_a_body_without_a_length_is_counted(door: Served, echo: Echo, path: str) -> None:
     head = request(path=path, **BEARER).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     part = b"64\r\n" + b"x" * 100 + b"\r\n"
-    assert json.loads(door.ask(head, part * 10, b"0\r\n\r\n")[2])["bytes"] == 1000
+    assert json.loads(door.ask(head, part * 10, b"0\r\nX-Trailer: y\r\n\r\n")[2])["bytes"] == 1000
+    assert "x-trailer" not in echo.names  # they may be without end, and nobody has looked at them
     assert door.refusal(head, part * 11) == (413, "request_too_large")  # and the end never comes
 
 
@@ -226,6 +229,12 @@ def test_odd_lengths_are_refused(door: Served, echo: Echo, length: str) -> None:
     assert status in (400, 413)
     assert error_of(content)["message"]
     assert not echo.seen
+
+
+def test_a_body_that_is_packed_is_refused(door: Served, echo: Echo) -> None:
+    assert door.refusal(request(body=b"x", Content_Encoding="gzip", **BEARER)) == (400, "invalid_request")
+    assert door.ask(request(body=b"x", Content_Encoding="identity", **BEARER))[0] == 200
+    assert echo.seen == [CHAT]
 
 
 def test_a_client_that_sends_on_hears_why_it_was_refused(door: Served) -> None:
@@ -371,11 +380,12 @@ def test_a_full_line_and_a_server_that_shuts_down(door: Served, echo: Echo, stat
     [
         (RuntimeError("secret"), 500, "internal_error"),
         (ServeError(404, "model_not_found", "no"), 404, "model_not_found"),
+        (asyncio.CancelledError(), 503, "draining"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models"])
 def test_what_the_application_raises(
-    door: Served, echo: Echo, path: str, fails: Exception, status: int, code: str
+    door: Served, echo: Echo, path: str, fails: BaseException, status: int, code: str
 ) -> None:
     echo.fails = fails
     got, _, content = door.ask(request(path=path, **BEARER))
@@ -401,8 +411,10 @@ def test_an_application_that_hides_a_refusal_does_not() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": FILES, "headers": [(b"transfer-encoding", b"chunked")]}
-    asyncio.run(Door(framework, max_body=5)(scope, receive, send))
+    counted: list[int] = []
+    asyncio.run(Door(framework, max_body=5, refused=counted.append)(scope, receive, send))
     assert next(message.get("status") for message in sent) == 413
+    assert counted == [413]
 
 
 # Other origins
@@ -410,7 +422,7 @@ def test_an_application_that_hides_a_refusal_does_not() -> None:
 
 @with_settings(cors=("https://ours.example",))
 def test_pages_of_allowed_origins_may_call(door: Served, echo: Echo) -> None:
-    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization, x-stainless-os"}
     status, headers, _ = door.ask(request("OPTIONS", Origin="https://ours.example", **asks))
     assert (status, headers["access-control-allow-origin"]) == (200, "https://ours.example")
     status, headers, _ = door.ask(request(Origin="https://ours.example"))  # without a key

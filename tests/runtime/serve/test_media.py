@@ -75,6 +75,7 @@ def _nothing_is_left() -> Iterator[None]:
             "data:video/x-matroska;base64,",
         ),
         *("data:video/quicktime;base64,", 'data:video/mp4;codecs="avc1";base64,', "data:video/mp4;a=b;c=d;base64,"),
+        *("data:video/webm;codecs=vp8,opus;base64,", 'data:video/mp4; codecs="avc1, mp4a"; base64,'),
     ],
 )
 def test_a_data_url_becomes_a_private_file(start: str) -> None:
@@ -135,7 +136,6 @@ def test_what_is_decoded_is_what_python_decodes_strictly(text: str, pieces: int)
         ("data:,AAAA", "does not begin"),
         ("data:;base64,AAAA", "does not begin"),
         ("data:mp4;base64,AAAA", "does not begin"),
-        ("data:video/mp4;base64;base64,AAAA", "does not begin"),
         ("data:video/mp4 ;base64,AAAA", "does not begin"),
         ("data:video/mp4;" + "x=y;" * 1000 + "base64,AAAA", "does not begin"),
         ("data:image/png;base64,AAAA", "image/png"),
@@ -323,7 +323,7 @@ def test_a_full_share_lets_go_of_ones_own_oldest(store: FileStore) -> None:
     first, second = put(store, b"x" * 400, "one"), put(store, b"y" * 400, "one")
     store.take(first, "one").close()  # the second is now the one not used for the longest
     third = put(store, b"z" * 300, "one")
-    assert {one.id for one in store.of("one")} == {first, third}
+    assert [one.id for one in store.of("one")] == [third, first]  # the newest first
     for _ in range(5):
         put(store, b"w", "one")
     assert len(store.of("one")) == 3

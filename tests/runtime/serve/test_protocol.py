@@ -68,6 +68,9 @@ def test_every_field_that_is_supported_arrives() -> None:
         {"max_tokens": 5, "max_completion_tokens": 5},
         {"stream_options": {}, "media_io_kwargs": {"video": {}}},
         {"temperature": 1},
+        {"tool_choice": "auto", "parallel_tool_calls": True, "metadata": {"a": "b"}, "prompt_cache_key": "c"},
+        {"min_p": 0.0, "best_of": 1, "ignore_eos": False, "chat_template_kwargs": {}, "skip_special_tokens": True},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
     ],
 )
 def test_what_happens_anyway_may_be_asked_for(more: dict[str, Any]) -> None:
@@ -85,6 +88,10 @@ def test_what_happens_anyway_may_be_asked_for(more: dict[str, Any]) -> None:
         ({"logit_bias": {"1": 2}}, "logit_bias", "unsupported_parameter"),
         ({"presence_penalty": 0.1}, "presence_penalty", "unsupported_parameter"),
         ({"nonsense": 1}, "nonsense", "unsupported_parameter"),
+        ({"nonsense\n\ud800": 1}, "nonsense", "unsupported_parameter"),
+        ({"min_p": 0.1}, "min_p", "unsupported_parameter"),
+        ({"ignore_eos": True}, "ignore_eos", "unsupported_parameter"),
+        ({"store": True}, "store", "unsupported_parameter"),
         ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "unsupported_parameter"),
         ({"media_io_kwargs": {"image": {}}}, "media_io_kwargs.image", "unsupported_parameter"),
         ({"media_io_kwargs": {"video": {"fps": 2}}}, "video.fps", "unsupported_parameter"),
@@ -146,6 +153,7 @@ def test_the_engine_s_frame_counts_are_listed() -> None:
         b'{"a":' * 100_000,
         b'{"seed": ' + b"1" * 5000 + b"}",
         "{}".encode("utf-16"),
+        b'{"a": [' + b"[]," * 200_001 + b"0]}",
     ],
 )
 def test_what_is_no_json_object_is_refused(content: bytes) -> None:

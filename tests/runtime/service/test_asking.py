@@ -86,11 +86,6 @@ def test_what_was_said_before_is_part_of_the_prompt(pipeline: Pipeline, clip: Cl
     assert "".join(delta.text for delta in pipeline.stream(clip, TALK, max_new_tokens=TOKENS)) == later.text
 
 
-def test_a_system_message_beside_messages_is_refused(pipeline: Pipeline, clip: Clip) -> None:
-    with pytest.raises(UserError, match="stands beside messages"):
-        pipeline.submit(clip, TALK, system="Be brief.")
-
-
 # Counts of tokens
 
 
@@ -117,17 +112,6 @@ def test_what_is_remembered_is_read_by_the_first_question(pipeline: Pipeline, cl
     assert first.tokens == second.tokens == answer.tokens
     assert (first.cached_tokens, first.timings.vision > 0) == (0, True)
     assert (second.cached_tokens > answer.visual_tokens, second.timings.vision) == (True, 0)
-
-
-def test_questions_that_come_together_read_it_once(
-    pipeline: Pipeline, clip: Clip, answer: Answer, held: threading.Event
-) -> None:
-    with pipeline.remember(clip) as watched:
-        asked = [watched.submit(QUESTION, max_new_tokens=TOKENS) for _ in range(4)]
-        held.set()
-        found = [one.result(LONG) for one in asked]
-    assert {one.tokens for one in found} == {answer.tokens}
-    assert [one.cached_tokens > 0 for one in found] == [False, True, True, True]
 
 
 def test_a_remembered_video_can_stand_later_in_a_conversation(pipeline: Pipeline, clip: Clip) -> None:

@@ -9,7 +9,6 @@ import pytest
 from torch import Tensor
 
 from earlytom import UserError
-from runtime.errors import EngineError
 from runtime.pipeline import Pipeline
 from runtime.video import load_clip
 
@@ -71,14 +70,6 @@ def test_a_video_that_ends_early(pipeline: Pipeline, frames: Tensor) -> None:
         assert video.ask(QUESTION, max_new_tokens=TOKENS).tokens
         with pytest.raises(RuntimeError, match="finished or closed"):
             video.push(frames[0])
-
-
-def test_an_engine_for_whole_clips(engine: Path) -> None:
-    with (
-        Pipeline.load(engine, device="cpu") as pipeline,
-        pytest.raises(EngineError, match=r"whole clips: build one .* with python -m builder\.build --chunk"),
-    ):
-        pipeline.open_stream()
 
 
 def test_after_it_was_closed(pipeline: Pipeline, frames: Tensor) -> None:

@@ -31,6 +31,7 @@ from runtime.video import Clip
 from runtime.vision import Encoded, VisionBackend
 from tests import warm
 from tests.processes import HANG_SECONDS as LONG
+from tests.runtime.service.callers import Caller
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,28 +111,6 @@ def gate(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made = Gate(opened, monkeypatch)
     yield made
     made.go.set()
-
-
-class Caller(threading.Thread):
-    """A call in a thread of its own: its result or its error."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._outcome: Any = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome = self._call()
-        except BaseException as error:
-            self._outcome = error
-
-    def outcome(self) -> Any:
-        """The result; an error is returned, too."""
-        self.join(LONG)
-        assert not self.is_alive()
-        return self._outcome
 
 
 def workers() -> list[threading.Thread]:
@@ -285,11 +264,6 @@ def test_a_bad_question_is_refused_before_it_takes_a_place(
         opened.submit(clip, QUESTION)
 
 
-def test_a_line_that_makes_no_sense_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(UserError, match="waiting must be a whole number of at least 0, got -1"):
-        Pipeline.load("no/such/engine", waiting=-1)
-
-
 def test_the_worker_computes_on_the_decoder_s_gpu(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The current device is one of each thread, and a new one has the first."""
     chosen: list[torch.device] = []
@@ -326,12 +300,6 @@ def test_a_deadline(opened: Pipeline, clip: Clip, gate: Gate) -> None:
         late.result()
     gate.go.set()
     assert len(list(first)) == 2
-
-
-def test_the_frame_count_may_be_named(pipeline: Pipeline, drawn_clip: Path, answer: Answer) -> None:
-    """It is the only one here; engines with several: test_frame_counts.py."""
-    frames = pipeline.manifest.frames
-    assert pipeline.ask(drawn_clip, QUESTION, max_new_tokens=TOKENS, frames=frames).tokens == answer.tokens
 
 
 # Requests that nobody wants any more

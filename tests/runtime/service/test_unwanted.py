@@ -19,7 +19,6 @@ import av
 import numpy as np
 import pytest
 
-from earlytom.errors import UserError
 from runtime.errors import Cancelled, Closed, DeadlineExceeded
 from runtime.pipeline import Pipeline
 from runtime.service import answering
@@ -210,10 +209,3 @@ def test_ctrl_c_while_a_video_is_read(engine: Path, long_group: Path) -> None:
         _, err = child.communicate(timeout=LONG)
     assert child.returncode != 0
     assert "KeyboardInterrupt" in err
-
-
-def test_a_bad_file_is_still_an_error_of_its_own(opened: Pipeline, reading: Reading, tmp_path: Path) -> None:
-    path = tmp_path / "text.mp4"
-    path.write_text("no video")
-    with pytest.raises(UserError, match=r"text\.mp4"):
-        opened.ask(path, QUESTION)
