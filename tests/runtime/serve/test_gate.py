@@ -380,11 +380,12 @@ def test_a_full_line_and_a_server_that_shuts_down(door: Served, echo: Echo, stat
     [
         (RuntimeError("secret"), 500, "internal_error"),
         (ServeError(404, "model_not_found", "no"), 404, "model_not_found"),
+        (asyncio.CancelledError(), 503, "draining"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models"])
 def test_what_the_application_raises(
-    door: Served, echo: Echo, path: str, fails: Exception, status: int, code: str
+    door: Served, echo: Echo, path: str, fails: BaseException, status: int, code: str
 ) -> None:
     echo.fails = fails
     got, _, content = door.ask(request(path=path, **BEARER))
