@@ -97,7 +97,7 @@ class Tower:
         return parts.attention, parts.attention_norm(hidden)
 
     def received(self, layer: Any, hidden: Tensor) -> Tensor:
-        """Received attention [F, S] fp32 of the patch tokens in a layer with input `hidden [F, T, D]`, without its run."""
+        """Received attention [F, S] fp32 of the patch tokens in a layer with input `hidden [F, T, D]`."""
         module, entering = self.attention_input(layer, hidden)
         return self._received(*self.compared(module, entering), module.head_dim**-0.5)
 
@@ -140,7 +140,7 @@ class Tower:
         return by_head(module, self.query(module, entering)), by_head(module, self.key(module, entering))
 
     def _received(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Received attention [F, S] of the patch tokens: by our operator on a GPU, else by operators of any exporter."""
+        """Received attention [F, S] of the patch tokens: by our operator on a GPU, else by standard operators."""
         means = ops.received_attention if query.is_cuda else lambda *given: column_means(self._matrix(*given))
         return means(query, key, scale)[:, self.prefix :]
 
