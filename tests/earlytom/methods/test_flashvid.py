@@ -83,6 +83,8 @@ def test_clusters(rows: int, count: int, seed: int) -> None:
     assert len(tokens) == len(which) == min(rows, count)
     if count >= rows:
         torch.testing.assert_close(tokens, x)
+    copies = x[:1].expand(rows, 4)  # each centre is its own, though another is as near
+    torch.testing.assert_close(cluster(copies, count, 7)[0], copies[: len(which)])
 
 
 @given(videos(), st.floats(0.05, 1), st.floats(1, 1.5))

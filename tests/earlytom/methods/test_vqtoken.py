@@ -267,10 +267,15 @@ def seen(settings: dict[str, Any], trace: dict[str, Tensor] | None = None, kind:
 def test_as_many_tokens_as_clusters(faithful: bool, kind: str) -> None:
     out = seen({"clusters": 9, "faithful": faithful}, kind=kind)
     assert out.tokens.shape == (9, 24)
-    assert bool(out.tokens.any(1).all()) or faithful  # a cluster that nothing belongs to is no token of zeros
     assert by_name("vqtoken", {"clusters": 9}).counts(8, 9) == Counts((8,), 9)
     assert by_name("vqtoken", {"retention_ratio": 0.25}).counts(8, 9) == Counts((8,), 18)
     assert by_name("vqtoken", {"clusters": 99}).counts(8, 9) == Counts((8,), 72)
+
+
+def test_a_cluster_that_nothing_belongs_to_is_no_token_of_zeros() -> None:
+    out, released = (seen({"clusters": 12, "faithful": form}, kind="still") for form in (False, True))
+    assert bool(out.tokens.any(1).all())
+    assert int(released.tokens.any(1).sum()) == 9  # as published it is one; a frame has no more than 9 tokens
 
 
 def test_the_default_has_the_scale_of_tokens_and_their_order_in_time() -> None:
