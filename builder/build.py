@@ -7,9 +7,9 @@ or, from Python,
     from builder.build import build_engine
     folder = build_engine(config, Path("engines"))     # a `builder.settings.config.BuildConfig`
 
-Refuses what makes no sense; reads the checkpoint's settings, decides what is built and its key; returns at once if that
-engine is there already; else runs the stages (`builder.stages`) and publishes the folder in one step. What is not
-verified is not published, unless --no-verify says so.
+The command checks its options, reads the checkpoint's settings and derives the cache key. If an engine with that key is
+in the folder already, it is used; else the stages (`builder.stages`) run and the folder is published atomically. An
+unverified engine is published only with --no-verify.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine folder that is there: made now, or found made already."""
+    """An engine folder, built now or (`cached`) before."""
 
     folder: Path
     manifest: Manifest
@@ -51,17 +51,17 @@ def build_engine(
     force: bool = False,
     say: Callable[[str], object] = print,
 ) -> Path:
-    """The engine folder under `out` that `config` asks for: found there, or built and published in one step.
+    """The engine folder under `out` for `config`: found there, or built and published atomically.
 
     Args:
-        verify: run the accuracy gate; an engine that was built without counts as missing.
-        verify_text: run the gate's last step, which loads the decoder; by default where that is small.
-        force: build it even if it is there.
-        say: told what happens, line by line.
+        verify: run the accuracy gate; a cached engine that was built without it is built again.
+        verify_text: run the gate's last step, which loads the decoder; default: where the decoder is small.
+        force: build even if the engine is there.
+        say: called with each line of progress.
 
     Raises:
-        UserError: the model cannot be asked, the target cannot be built for here, the graph does not pass the gate, or
-            `out` cannot be written. Nothing half-written stays behind, nor does it after Ctrl-C.
+        UserError: the model cannot answer questions, the target cannot be built for here, the graph does not pass the
+            gate, or `out` cannot be written. Nothing half-written stays behind, not even after Ctrl-C.
     """
     from builder.source import check_answers
 
@@ -83,7 +83,7 @@ def obtain(
     force: bool,
     kept: FramesKept | None = None,
 ) -> Built:
-    """`build_engine` of a config that was checked; `kept` as in `builder.stages.build`."""
+    """`build_engine` for a checked config; `kept` as in `builder.stages.build`."""
     from builder import cache
 
     key = config.key()
@@ -107,7 +107,7 @@ def obtain(
         cache.publish(place, folder)
         try:
             leave(folder)
-        except OSError as error:  # the engine is there, and this can be made again
+        except OSError as error:  # not fatal: the engine is published, and the page can be made later
             trace.line(
                 f"note: there is no {REPORT_PAGE} ({error.strerror}): python -m builder.inspect {folder} --html FILE"
             )
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.result(plan.to_dict())
         return 0
     show_plan(screen, config)
-    if config.backend != "onnx" and not (options.dry_run and config.backend == "tensorrt"):  # plans need no GPU
+    if config.backend != "onnx" and not (options.dry_run and config.backend == "tensorrt"):  # a dry run needs no GPU
         check_target(config.backend, config.target, config.hardware_compatible)
     if options.dry_run:
         if config.dtype != "fp32":

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
 
 SCALE_CLIPS, GATE_CLIPS = 24, 8  # of the bundled model's own task
+_DRAWN: dict[int, bytes] = {}  # the mp4 of each seed: to draw one takes a second, and every frame count asks for it
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,12 @@ def _of_task(config: BuildConfig, indices: range, frames: int) -> dict[str, Tens
 
 def _drawn(config: BuildConfig, place: Path, seed: int) -> Tensor:
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        return _frames(config, draw_clip(Path(folder) / "drawn.mp4", seed=seed))
+        path = Path(folder) / "drawn.mp4"
+        if seed in _DRAWN:
+            path.write_bytes(_DRAWN[seed])
+        else:
+            _DRAWN[seed] = draw_clip(path, seed=seed).read_bytes()
+        return _frames(config, path)
 
 
 def _frames(config: BuildConfig, path: Path) -> Tensor:

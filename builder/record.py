@@ -1,4 +1,4 @@
-"""What a build leaves in words: the manifest, which makes the folder an engine, and report.json."""
+"""A build's records: the manifest, which makes the folder an engine, and report.json."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from runtime.engine.records import PreprocessingRecord
 
 @dataclass(frozen=True)
 class StagesDone:
-    """What the stages of a build made and measured.
+    """Results of a build's stages.
 
     Attributes:
-        compiled: of each graph; none where ONNX Runtime runs it.
-        reports: the gate's, of every frame count; none where it did not run.
+        compiled: compile report of each graph; empty for backend "onnx".
+        reports: the gate's report for each frame count; empty where it did not run.
         figures: seconds, bytes and flops by name.
-        kept: how many frames the adaptive schedule keeps of the clips, or what the frame budget was taken from.
+        kept: frames that the adaptive schedule keeps of the calibration clips, measured for that schedule or for an
+            automatic frame budget.
     """
 
     config: BuildConfig
@@ -42,12 +43,12 @@ class StagesDone:
 
     @property
     def verified(self) -> Report | None:
-        """The gate's reports as one."""
+        """The gate's reports joined into one; None where it did not run."""
         return joined(self.reports) if self.config.frame_counts else self.reports.get(self.config.frames)
 
 
 def describe(done: StagesDone, key: str, name: str, place: Path) -> Manifest:
-    """The manifest of what `place` holds."""
+    """The manifest of the staging folder `place`."""
     config = done.config
     checkpoint, frame = config.checkpoint, config.geometry
     height, width = frame.size
@@ -96,8 +97,8 @@ def describe(done: StagesDone, key: str, name: str, place: Path) -> Manifest:
 
 
 def _polygraphy(done: StagesDone) -> str:
-    """The command line that repeats the comparison, "" where there is none that would work everywhere: ONNX Runtime
-    cannot run bf16 graphs on a CPU, and Polygraphy runs no chain."""
+    """The command line that repeats the gate's comparison; "" where there is none: ONNX Runtime cannot run bf16 graphs
+    on a CPU, and Polygraphy cannot run a chain."""
     config = done.config
     if not done.reports or config.dtype == "bf16" or config.in_stages:
         return ""
@@ -106,9 +107,9 @@ def _polygraphy(done: StagesDone) -> str:
 
 
 def write_report(path: Path, done: StagesDone, key_parts: dict[str, Any]) -> None:
-    """report.json: the gate's checks, the compiler's report (of a chain or of several frame counts a list of them), the
-    figures of the build, what its key is made of and, where that was measured, how many frames the adaptive schedule
-    keeps and what int8 costs."""
+    """Write report.json: the gate's checks, the compile report (a list of them for several graphs), the build's
+    figures, the parts of its cache key and, where measured, the frames that the adaptive schedule keeps and the cost of
+    int8."""
     config, report = done.config, done.verified
     compiled = [one.to_dict() for one in done.compiled]
     if config.frame_counts:

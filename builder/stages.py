@@ -1,7 +1,7 @@
-"""The stages of a build: export to ONNX, compile, check the graph against the PyTorch reference, describe it all.
+"""The stages of a build: calibrate, export to ONNX, compile, verify against the PyTorch reference, write the manifest.
 
-Compiling comes before checking: it is quick and the more likely to fail. What fails the gate has no manifest, and so is
-no engine.
+Compilation precedes verification: it is quicker and more likely to fail. A folder that fails the gate gets no manifest,
+and so is no engine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from runtime.trace import Trace
 
 
 class Stages:
-    """Progress for who watches and seconds for the manifest: one line when a stage starts, one when it is done."""
+    """Runs the stages: a progress line when one starts and ends, and its seconds for the manifest."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -56,7 +56,7 @@ class Stages:
         return result
 
     def note(self, text: str) -> None:
-        """A line inside the stage that runs."""
+        """A progress line inside the current stage."""
         self.trace.line(f"  {text}")
 
 
@@ -74,9 +74,8 @@ def build(
     """Fill the staging folder `place`; returns the manifest, already written there.
 
     Args:
-        verify: run the gate.
-        verify_text: run its last step, which loads the decoder; by default where that is small.
-        kept: what the frame budget was taken from, if it was measured.
+        verify, verify_text: as in `builder.build.build_engine`.
+        kept: the measurement behind an automatic frame budget.
     """
     stages, key_parts = Stages(trace), config.key_parts()
     # First, so that a clip that cannot be read costs nothing.
@@ -103,7 +102,7 @@ def build(
     if config.backend != "onnx":
         what = f"{config.backend} {config.backend_version} for compute capability {'.'.join(map(str, config.target))}"
         compiled = stages.run("compile", what, lambda: compile_graphs(config, graphs, place, kept, trace, int8))
-    peak = peak_bytes(compiled)  # now: the gate loads more than a build needs
+    peak = peak_bytes(compiled)  # before the gate, which needs more memory than the build itself
     reports: dict[int, Report] = {}
     if verify:
         paths = [graph.path for graph in graphs]
@@ -126,7 +125,7 @@ def build(
 
 
 def flops(config: BuildConfig, kept: FramesKept | None) -> dict[str, int]:
-    """Arithmetic of a clip by part; where the video decides how many frames stay, of the median clip."""
+    """Flops of one clip by part; in the adaptive schedule those of the median frame counts."""
     if not config.adaptive or kept is None:
         return config.flops
     usual = tuple(median for _, median, _ in kept.ranges)
@@ -134,7 +133,7 @@ def flops(config: BuildConfig, kept: FramesKept | None) -> dict[str, int]:
 
 
 def export_graphs(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
-    """The export stage: one graph, that of every frame count, or that of every stage."""
+    """The export stage: a single graph, one for each frame count, or one for each stage."""
     if config.in_stages:
         return export_stages(config, place, int8)
     return (export(config, place, int8),) if config.frame_counts is None else export_counts(config, place, int8)
@@ -157,7 +156,7 @@ def export_counts(config: BuildConfig, place: Path, int8: Int8Plan | None = None
 
 
 def export_stages(config: BuildConfig, place: Path, int8: Int8Plan | None = None) -> tuple[ExportedGraph, ...]:
-    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive schedule's chain, or what chunks run through."""
+    """`vision.0.onnx`, `vision.1.onnx`, ... in `place`: the adaptive chain, or the two graphs of a chunked engine."""
     graph, size = vision_graph(config, DTYPES[config.dtype], int8), config.checkpoint.preprocessing.size
     if config.chunk is not None:
         return export_chunks(graph, config.frames, config.chunk, size, place)
@@ -165,12 +164,12 @@ def export_stages(config: BuildConfig, place: Path, int8: Int8Plan | None = None
 
 
 def calibrate(config: BuildConfig, clips: dict[str, Tensor]) -> FramesKept:
-    """Frames that the adaptive schedule keeps of each clip, with the settings of `config`."""
+    """How many frames the adaptive schedule keeps of each clip, with the settings of `config`."""
     return frames_kept(vision_graph(config, torch.float32), clips)
 
 
 def plan_int8(config: BuildConfig, clips: dict[str, Tensor]) -> Int8Plan:
-    """How int8 is done: scales from the clips, and which products stay wider (as asked for, or as the clips say)."""
+    """Quantisation scales from the clips, and the products kept wider (as asked for, or found on the clips)."""
     found = calibration(config, clips)
     auto = config.int8 == (products.AUTO,)
     plan = found.search() if auto else found.plan(set(config.may_be_int8) - set(config.narrow()))
@@ -185,7 +184,7 @@ def measure_int8(config: BuildConfig) -> Int8Plan:
 
 
 def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:
-    """The products that int8 may have, measured on the clips, evenly of all their frames."""
+    """Measure the products that may be int8 on frames taken evenly from all clips."""
     graph = vision_graph(config, torch.float32)
     frames = torch.cat(list(clips.values()))
     most = max(1, MOST_ROWS // config.geometry.patches)
@@ -194,7 +193,7 @@ def calibration(config: BuildConfig, clips: dict[str, Tensor]) -> Calibration:
 
 
 def auto_budget(config: BuildConfig, trace: Trace) -> tuple[BuildConfig, FramesKept]:
-    """`config` with the frame budget that the calibration clips suggest, and what was measured."""
+    """`config` with a frame budget from the calibration clips, and the measurement behind it."""
     with tempfile.TemporaryDirectory() as folder:
         clips = calibration_clips(config, Path(folder))
     kept = calibrate(config, clips)
@@ -247,6 +246,6 @@ def compile_graphs(
 
 
 def peak_bytes(compiled: Sequence[CompileReport]) -> float:
-    """Peak resident memory so far, of this process or of the one that compiled, whichever is larger."""
+    """Peak resident memory so far in bytes: the larger of this process's and the compile processes'."""
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return float(max([own, *(one.peak_rss_bytes for one in compiled)]))

@@ -2,12 +2,14 @@
 
 Nothing but words and numbers, so that a command line knows them without importing what they are about.
 `METHOD_OPTIONS` is the one table of the options that set a method, by the names of the settings: what they are called,
-what help says of them, and how their words are read.
+what help says of them, and how their words are read. The other options of a command may be the fields of its settings
+(`option`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,3 +158,42 @@ def given_settings(options: Any, *settings: str) -> dict[str, Any]:
 def in_options(error: UserError) -> UserError:
     """The error with options in the place of the settings that it names."""
     return UserError(_SETTING.sub(lambda match: METHOD_OPTIONS[match[0]].flag, str(error)))
+
+
+def option(default: Any, help: str, metavar: str | None = None, *, group: str = "", **how: Any) -> Any:
+    """A field that an option sets; `default` where it is not given.
+
+    Args:
+        group: its part of the help text.
+        how: what argparse takes beside the help text.
+    """
+    given = {"default": list(default) if isinstance(default, tuple) else default, "help": help, **how}
+    if metavar is not None:
+        given["metavar"] = metavar
+    return dataclasses.field(default=default, metadata={"group": group, "how": given})
+
+
+def method_option(group: str) -> Any:
+    """A field that one of `METHOD_OPTIONS` sets."""
+    return dataclasses.field(default=None, metadata={"group": group})
+
+
+def flag(name: str) -> str:
+    """How a field's option is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type, *names: str) -> None:
+    """The options of the fields of `settings` that have one; of those named, if any are."""
+    groups: dict[str | None, Any] = {group.title: group for group in parser._action_groups}
+    for field in dataclasses.fields(settings):
+        if not field.metadata or (names and field.name not in names):
+            continue
+        title = field.metadata["group"]
+        if title and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        place = groups[title] if title else parser
+        if "how" in field.metadata:
+            place.add_argument(flag(field.name), **field.metadata["how"])
+        else:
+            add_method_options(place, next(name for name, one in METHOD_OPTIONS.items() if one.name == field.name))

@@ -1,15 +1,14 @@
-"""What an engine is made of, read from the text TensorRT prints about it, and whether that is what was asked for.
+"""Parses an engine's layers from the text TensorRT prints, and checks that the engine has the precision asked for.
 
-With DETAILED profiling verbosity the verbose build log ends in one record a layer (name, type, tensors with shapes and
-dtypes, tactic, ONNX nodes it came from). That needs no GPU. The engine inspector prints the same records, so one parser
-serves both. `signal` and `wait` records are synchronisation between streams and have no tensors.
+With DETAILED profiling verbosity the verbose build log ends in one record per layer (name, type, tensors with shapes
+and dtypes, tactic, ONNX nodes it came from). That needs no GPU. The engine inspector prints the same records, so one
+parser serves both. `signal` and `wait` records are synchronisation between streams and have no tensors.
 
-**Precision.** An engine is half precision when its arithmetic is: the half share is the share of multiply-adds, over
-all matrix products (matrix multiplication, convolution, fused attention), whose operands are fp16 (or bf16), and the
-int8 share is that of those whose operands are int8. Flops come from the recorded shapes, 2 a multiply-add.
-Normalisation, softmax and other element-wise work moves bytes but does no matrix product, so an fp32 layer norm does
-not count, while a weight that is stored in half but multiplied in fp32 does. A dynamic dimension counts as 1, which
-leaves the shares right when only the number of frames is dynamic.
+**Precision.** The half share is the share of the flops of all matrix products (matrix multiplication, convolution,
+fused attention) whose operands are fp16 or bf16; the int8 share likewise. Flops come from the recorded shapes, 2 per
+multiply-add. Normalisation, softmax and other element-wise work is no matrix product: an fp32 layer norm does not lower
+the half share, a weight stored in half but multiplied in fp32 does. A dynamic dimension counts as 1, which leaves the
+shares right when only the number of frames is dynamic.
 
 This module knows text and numbers only; it imports neither TensorRT nor ONNX.
 """
@@ -24,12 +23,12 @@ from typing import Any
 
 from earlytom.errors import UserError
 
-# The dtypes of the records, by the names used in flags and manifests. Older data centre releases write sentences
-# ("Row major linear FP16 format"), newer ones words.
+# TensorRT's dtype names -> those of flags and manifests. Older data centre releases write sentences ("Row major linear
+# FP16 format"), newer ones words.
 _DTYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Double": "fp64", "FP8": "fp8"}
 _SENTENCE_DTYPES = {"FP16": "fp16", "FP32": "fp32", "BF16": "bf16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
 BYTES = {"int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
-"""The dtypes that matrix products are done in, narrow to wide, with the bytes of an element."""
+"""Operand dtypes of matrix products, narrow to wide, with the bytes of an element."""
 _COUNTED = tuple(BYTES)
 
 _RECORD = re.compile(r"^Name: (?P<name>.+?), LayerType: (?P<kind>[^,]+),(?P<rest>.*)$", re.MULTILINE)
@@ -66,10 +65,10 @@ class Layer:
     """One layer of an engine.
 
     Attributes:
-        kind: the library's own word for it (gemm, correlation, kgen, runtime_fusion, signal, ...).
-        work: "attention", "convolution", "product" for the three kinds of matrix products, else "other".
-        precision: dtype of the operands of the matrix product, else the widest floating dtype it touches, else "".
-        flops: of the matrix product, 0 for other work (or where the record does not say enough).
+        kind: TensorRT's layer type (gemm, correlation, kgen, runtime_fusion, signal, ...).
+        work: "attention", "convolution" or "product" (the three kinds of matrix products), else "other".
+        precision: widest operand dtype of the matrix product, else the widest of `BYTES` among its tensors, else "".
+        flops: of the matrix product; 0 for other work, or where the record is incomplete.
         onnx: names of the ONNX nodes it came from; a node inside a local function reads "node | caller (Function)".
     """
 
@@ -92,12 +91,12 @@ class LayerSummary:
     Attributes:
         layers: number of layers, synchronisation records left out.
         attention_fused: names of the layers that are a fused attention kernel.
-        attention_unfused: ONNX Attention nodes that ended in no such layer.
+        attention_unfused: ONNX Attention nodes that became no such layer.
         flop_shares: share of the matrix-product flops by operand dtype, such as {"fp16": 0.99, "fp32": 0.01}.
         weight_shares: share of the bytes of the constants by dtype.
         matrix_flops: flops of all matrix products of one inference.
-        unsized: matrix products whose record does not say enough to count their flops.
-        unplaced: ONNX matrix nodes that ended in no recognised matrix product (folded away, or a kernel we misread).
+        unsized: matrix products whose flops cannot be counted, the record being incomplete.
+        unplaced: ONNX matrix nodes that became no recognised matrix product (folded away, or a misread kernel).
     """
 
     layers: int
@@ -214,10 +213,10 @@ def _convolution(
 
 
 def _product(inputs: Sequence[LayerTensor], constants: Sequence[LayerTensor], outputs: Sequence[LayerTensor]) -> _Sized:
-    """Find which two tensors [.., M, K] x [.., K, N] were multiplied into an output [.., M, N].
+    """Find the two tensors [.., M, K] x [.., K, N] whose product is an output [.., M, N].
 
-    |A| |B| / |C| is K squared (times a shared batch), whatever way round each is stored, so a pair is accepted where
-    that is a square whose root is a dimension of both. Weights are tried first: a fused residual is an input too.
+    With |X| the elements of X, |A| |B| / |C| is K squared (times a shared batch) however each is transposed, so a pair
+    is accepted if that is a square whose root is a dimension of both. Weights first: a fused residual is an input, too.
     """
     weights = sorted((t for t in constants if _is_matrix(t)), key=elements, reverse=True)
     activations = [t for t in inputs if _is_matrix(t)]
@@ -250,7 +249,7 @@ def _widest(tensors: Iterable[LayerTensor]) -> str:
 def summarise(
     layers: Sequence[Layer], attention_nodes: Sequence[str] = (), matrix_nodes: Sequence[str] = ()
 ) -> LayerSummary:
-    """Add the layers up.
+    """Sum up the layers.
 
     Args:
         layers: from `parse_layers`.
@@ -280,14 +279,10 @@ def summarise(
 
 
 def of_one_frame(layers: Sequence[Layer], rows: int, heads: int) -> tuple[Layer, ...]:
-    """The layers with the flops of one frame where TensorRT has folded the dynamic number of frames with another size.
+    """Correct the flops of layers in which TensorRT has folded the dynamic number of frames n with another dimension.
 
-    It makes one matrix [n T, K] of what enters a product in int8, and one batch [n H, T, d] of attention's heads, fused
-    or written out; such a size counts as 1 like any dynamic one.
-
-    Args:
-        rows: T.
-        heads: H.
+    An int8 product's input becomes one matrix [n T, K] and attention's heads one batch [n H, T, d]. A folded dimension
+    is dynamic and so counts as 1; its T (`rows`) or H (`heads`) is multiplied in here.
     """
     return tuple(replace(layer, flops=layer.flops * _folded(layer, rows, heads)) for layer in layers)
 
@@ -303,7 +298,7 @@ def _folded(layer: Layer, rows: int, heads: int) -> int:
 
 
 def _missing(nodes: Sequence[str], layers: Sequence[Layer]) -> tuple[str, ...]:
-    # Inside a local function the record reads "node | caller (Function)": the node is what comes before the bar.
+    # Inside a local function the record reads "node | caller (Function)".
     placed = {name.split(" | ")[0] for layer in layers for name in layer.onnx}
     return tuple(node for node in nodes if node and node not in placed)
 
@@ -316,15 +311,15 @@ def _shares(amounts: dict[str, int]) -> dict[str, float]:
 def check_precision(
     summary: LayerSummary, asked: str, *, expected: float = 1.0, int8: float = 0.0, slack: float = 0.1
 ) -> None:
-    """Refuse an engine whose arithmetic is not in the precision that was asked for.
+    """Refuse an engine whose arithmetic is not in the precision asked for.
 
     Args:
         summary: from `summarise`.
         asked: "fp16", "bf16" or "fp32".
-        expected: share of the matrix-product flops that should be in it; the rest are the fp32 islands.
-        int8: share that should be in int8. It is held within `INT8_SLACK`: nothing but a product that fell back to
-            another precision moves it.
-        slack: how far off the engine may be, either way: an island that is not fp32 is not what was asked for.
+        expected: share of the matrix-product flops that should be in `asked`; the rest are the fp32 islands.
+        int8: share that should be in int8, within `INT8_SLACK`: only a product that fell back to another precision
+            changes it.
+        slack: largest deviation from `expected`, in either direction (an island that is not fp32 is an error, too).
     """
     flags = f"--int8 --{asked}" if int8 else f"--{asked}"
     if not summary.flop_shares:

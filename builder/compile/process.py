@@ -1,9 +1,9 @@
-"""The process in which `builder.compile.engine` lets TensorRT build: one request in, progress and one answer out.
+"""The process in which `builder.compile.engine` runs TensorRT's builder: one request in, progress and one answer out.
 
 Reads a `CompileRequest` as a line of JSON from stdin and writes JSON lines to stdout: any number of `{"phase", "done",
-"steps"}`, then one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (a traceback of
-ours). Writes the engine and the layer list to the temporary paths of the request; removing or publishing them is the
-caller's business. The caller keeps its end of a pipe to stdin open: where that closes, this process ends.
+"steps"}`, then one of `{"result"}`, `{"error", "kind"}` (a `UserError`), `{"oserror"}`, `{"defect"}` (our own
+traceback). Writes the engine and the layer list to the temporary paths of the request; the caller publishes or removes
+them. The caller keeps its end of the stdin pipe open; this process ends when it closes.
 
     python -c "import sys; from builder.compile.process import serve; sys.exit(serve())" < request.json
 """
@@ -40,7 +40,7 @@ Say = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What the build process is told. Plain types only: it crosses a pipe as JSON."""
+    """The request to the build process. Plain types only: it crosses a pipe as JSON."""
 
     onnx: str
     engine: str
@@ -60,10 +60,10 @@ class CompileRequest:
 def serve() -> int:
     """Read a request from stdin, write progress and one answer as JSON lines. Returns the exit status."""
     request = CompileRequest(**json.loads(sys.stdin.readline()))
-    # The library may print; the channel is for us alone, so whatever is written to stdout goes to stderr.
+    # TensorRT may print to stdout: that goes to stderr, so that the channel carries our messages alone.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # Ctrl-C reaches this process too: end at once instead of raising inside a callback. The same when the caller dies.
+    # Ctrl-C reaches this process, too: end at once instead of raising inside a callback. Likewise if the caller dies.
     for number in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(sys.stdin.fileno())
@@ -79,7 +79,7 @@ def serve() -> int:
         say({"error": str(error), "kind": type(error).__name__})
         return 2
     except OSError as error:
-        # The caller knows no partial files: name the folder that they are in.
+        # The user does not know the temporary files: name their folder.
         ours = error.filename in (None, request.engine, request.layers)
         name = str(Path(request.engine).parent) if ours else str(error.filename)
         say({"oserror": [error.errno, error.strerror, name]})
@@ -137,7 +137,7 @@ def _build(request: CompileRequest, say: Say) -> dict[str, Any]:
 
 
 def _register_plugins(trt: Any, request: CompileRequest) -> Plugins | None:
-    """The compression stage's plugins in TensorRT's registry, if this engine is to have them."""
+    """Register the compression stage's plugins with TensorRT, if the request asks for them."""
     if request.compression != "plugin":
         return None
     from builder.plugins.registry import register
@@ -157,10 +157,7 @@ def _network_flags(trt: Any, plugins: Plugins | None) -> int:
 
 
 def _parse(trt: Any, network: Any, logger: Any, path: str, plugins: Plugins | None) -> int:
-    """Fill the network from the file, whose external data lies beside it; every parser error is one in the message.
-
-    Returns the number of plugin layers.
-    """
+    """Parse the file, whose external data lies beside it, into the network; returns the number of plugin layers."""
     parser = trt.OnnxParser(network, logger)
     calls = 0
     if plugins is None:
@@ -180,7 +177,7 @@ def _parse(trt: Any, network: Any, logger: Any, path: str, plugins: Plugins | No
 
 
 def _dynamic_inputs(network: Any, request: CompileRequest) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every input of which the first size is -1."""
+    """Name and shape of every input whose first dimension is dynamic (-1)."""
     found = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -198,8 +195,7 @@ def _dynamic_inputs(network: Any, request: CompileRequest) -> dict[str, tuple[in
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attention in fp32 be taken apart: there are no fused kernels for it, and with dynamic shapes the library asks
-    (with fixed ones it does so by itself)."""
+    """Allow decomposing fp32 attention, which has no fused kernels; with static shapes TensorRT does so unasked."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.float32:
@@ -208,7 +204,7 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
 
 
 def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]], request: CompileRequest) -> None:
-    """Tell the builder between which sizes the first dimension of the dynamic inputs will be."""
+    """Add an optimisation profile: least, usual and largest first dimension of the dynamic inputs."""
     if not dynamic or request.profile is None:
         return
     profile = builder.create_optimization_profile()
@@ -219,7 +215,7 @@ def _add_profile(builder: Any, config: Any, dynamic: dict[str, tuple[int, ...]],
 
 
 def _with_plugin_calls(trt: Any, path: Path) -> tuple[bytes, int]:
-    """The file's graph with plugin nodes for the compression stage, as bytes, and their number."""
+    """The file's graph, serialised, with plugin nodes for the compression stage, and their number."""
     import onnx
 
     from builder.plugins.graph import as_plugin_calls
@@ -233,7 +229,7 @@ def _with_plugin_calls(trt: Any, path: Path) -> tuple[bytes, int]:
 
 
 def _check_network(trt: Any, network: Any, calls: int) -> None:
-    """Refuse a parsed network that does not hold one plugin layer for every call."""
+    """Refuse a parsed network that has not one plugin layer per call."""
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
     layers = kinds.count(trt.LayerType.PLUGIN_V3)
     if layers != calls:
@@ -246,12 +242,12 @@ def _configure(trt: Any, builder: Any, request: CompileRequest) -> Any:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     if request.flavour == "tensorrt-rtx":
-        # No timing cache, STRIP_PLAN or REFIT: each of them looks for a GPU.
+        # No timing cache, STRIP_PLAN or REFIT: each needs a GPU.
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, "SM{}{}".format(*request.target))
         if not config.set_compute_capability(capability, 0):
             raise EngineError(f"tensorrt-rtx refused compute capability {request.target}: choose another --target")
-        # A CUDA graph holds addresses: memory that the library took while running could be somewhere else next time.
+        # A CUDA graph holds addresses: memory that the library allocates during a run may move at the next run.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     elif request.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -265,7 +261,7 @@ def _refusal(trt: Any, logger: Any, request: CompileRequest) -> str:
 
 
 def _throttled(say: Say, interval: float = 0.1) -> Callable[[str, int, int], None]:
-    """Every change of phase, and steps at most every `interval` seconds: there are thousands, of microseconds each."""
+    """Report each change of phase, but steps at most every `interval` seconds: there are thousands of short ones."""
     last = ("", 0.0)
 
     def report(phase: str, done: int, steps: int) -> None:
@@ -296,7 +292,7 @@ def _save_layers(trt: Any, logger: Any, request: CompileRequest, nodes: OnnxNode
 
 
 def _inspect(trt: Any, logger: Any, engine_path: str) -> str:
-    """The engine inspector's own list, where the log has none. Needs a GPU; not run so far on one."""
+    """The engine inspector's layer list, for a log without one. Needs a GPU; untested on one so far."""
     engine = trt.Runtime(logger).deserialize_cuda_engine(Path(engine_path).read_bytes())
     if engine is None:
         return ""
@@ -304,7 +300,7 @@ def _inspect(trt: Any, logger: Any, engine_path: str) -> str:
 
 
 def _peak_rss() -> int:
-    """Peak resident bytes of this process. Not `getrusage`: its maximum is inherited from the process that forked."""
+    """Peak resident bytes of this process. Not from `getrusage`, whose maximum is inherited across fork."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -316,7 +312,7 @@ def _peak_rss() -> int:
 
 @dataclass(frozen=True)
 class OnnxNodes:
-    """Names of the nodes, bodies of local functions included, that end in fused attention or in a matrix product."""
+    """Names of Attention nodes and of all nodes with matrix products (Attention included), function bodies included."""
 
     attention: tuple[str, ...]
     matrix: tuple[str, ...]
@@ -325,8 +321,8 @@ class OnnxNodes:
 def check_nodes(path: Path) -> OnnxNodes:
     """Refuse a file with a node that is neither a standard ONNX operator nor a call of one of its own functions.
 
-    Done before TensorRT sees the file: its parser looks at the operator name alone, takes any other node for a plugin,
-    and aborts the process for some kinds of them.
+    Needed before TensorRT parses the file: its parser goes by the operator name alone, takes any unknown node for a
+    plugin, and aborts the process for some of them.
     """
     import onnx
 
@@ -368,5 +364,5 @@ def _walk(model: Any) -> Iterator[Any]:
 
 
 def _is_warning(message: seam.Message) -> bool:
-    """Not among them: that the nodes of a function called several times share their names, once for every node."""
+    """Leaves out the warning, one per node, that nodes of a function called several times share their names."""
     return message.severity == "WARNING" and "already exists, the output tensors" not in message.text

@@ -15,7 +15,7 @@ from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from earlytom.numbers import whole
 from runtime import cli
-from runtime.choices import GREEDY, MIN_FRAMES, add_method_options
+from runtime.choices import GREEDY, MIN_FRAMES, add_options, flag, method_option, option
 from runtime.engine.manifest import Manifest
 from runtime.show.figure import require_matplotlib
 
@@ -60,54 +60,130 @@ The exit status is 0 when everything was measured, 2 when something asked for ca
 """
 
 
+_METHODS, _ENGINE, _OUTPUT = "the methods' settings", "engine", "work and output"
+_CORES = len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured and what is kept of it: the options by their names, checked.
+    """What is measured and what is kept of it: the options by their names, checked; None where nothing is asked for.
 
-    Attributes:
-        model: a source, None for the bundled one.
-        ratios: as they were given.
-        tau, merge_layers, frame_budget, power, rounds, threshold: the methods', None for the defaults.
-        budgets: more merge layers and frames, as they were given. bias, positions: what the decoder is told; None for
-            what each row is about.
-        coverage: videos to measure instead of the task's clips; none: the task. frames: of each video or clip, None for
-            as many as the model is meant to be shown.
-        engine: a folder, `AUTO` for one that is built under `engines`, None for none.
-        table, table_plot: files to write of the field's methods beside ours: Markdown, and accuracy against time.
-        only_times: ask nothing, and measure times alone.
-        plot, json: files to write. json_only: show nothing but the JSON line.
+    Ratios, methods' settings and budgets are as they were given. json_only: show nothing but the JSON line.
     """
 
-    model: str | None
-    clips: int
-    split: str
-    seed: int
-    methods: tuple[str, ...]
-    ratios: tuple[float, ...]
-    tau: float | None
-    merge_layers: str | None
-    frame_budget: str | None
-    power: float | None
-    rounds: str | None
-    threshold: float | None
-    budgets: tuple[str, ...]
-    bias: bool | None
-    positions: str | None
-    faithful: bool
-    coverage: tuple[Path, ...]
-    frames: int | None
-    engine: str | None
-    engines: Path
-    workers: int
-    timed_clips: int
-    text_clips: int
-    plot: Path | None
-    table: Path | None
-    table_plot: Path | None
-    json: Path | None
-    json_only: bool
-    record: bool
-    only_times: bool
+    model: str | None = option(None, "a model trained on the task (default: the bundled one)", "SOURCE")
+    clips: int = option(CLIPS, f"default: {CLIPS}", "N", type=int)
+    split: str = option(
+        "test",
+        "test: the figures to report (default); validation: the clips to choose settings by",
+        choices=("test", "validation"),
+    )
+    frames: int | None = option(
+        None,
+        f"frames of a clip (default: {FRAMES}; more: it is longer, what is brief in it as brief), or of a video "
+        "of --coverage (default: as many as the model is meant for)",
+        "N",
+        type=int,
+    )
+    seed: int = option(0, "other clips, other random tokens (default: 0)", "N", type=int)
+    methods: tuple[str, ...] = option(("all",), "what to measure (default: all)", "NAME", nargs="+")
+    ratios: tuple[float, ...] = option(
+        None,
+        f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))}; coverage: {MAIN_RATIO})",
+        "R",
+        nargs="+",
+        type=float,
+    )
+    tau: float | None = method_option(_METHODS)
+    merge_layers: str | None = method_option(_METHODS)
+    frame_budget: str | None = method_option(_METHODS)
+    power: float | None = method_option(_METHODS)
+    rounds: str | None = method_option(_METHODS)
+    threshold: float | None = method_option(_METHODS)
+    budgets: tuple[str, ...] = option(
+        (),
+        "merge layers and frames (counts, or a share) to measure both methods with, too",
+        "L,L:N,N",
+        group=_METHODS,
+        nargs="+",
+    )
+    bias: bool | None = option(
+        None,
+        "tell the decoder of every method how many tokens each one stands for (default: as the method is meant)",
+        group=_METHODS,
+        action=argparse.BooleanOptionalAction,
+    )
+    positions: str | None = option(
+        None,
+        "where the decoder of every method takes tokens to be (default: as the method is meant)",
+        group=_METHODS,
+        choices=("original", "consecutive"),
+    )
+    faithful: bool = option(
+        False,
+        "the field's methods in their released form, quirks included, instead of the corrected one: never both in "
+        "one table, and never in a record",
+        group=_METHODS,
+        action="store_true",
+    )
+    coverage: tuple[Path, ...] = option(
+        (),
+        "measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
+        "VIDEO",
+        group="coverage of your own videos",
+        nargs="+",
+        type=Path,
+    )
+    engine: str | None = option(
+        None,
+        "measure this engine folder too, in ONNX Runtime, and compare its answers with PyTorch's at its setting; "
+        f"{AUTO} builds one in fp16 at the ratio nearest to {MAIN_RATIO}, or finds it built",
+        "DIR|auto",
+        group=_ENGINE,
+    )
+    engines: Path = option(Path("engines"), f"where {AUTO} builds (default: engines/)", "DIR", group=_ENGINE, type=Path)
+    workers: int = option(_CORES, f"processes (default: one a core, here {_CORES})", "N", group=_OUTPUT, type=int)
+    timed_clips: int = option(8, "clips to measure times on, 0 for none (default: 8)", "N", group=_OUTPUT, type=int)
+    text_clips: int = option(
+        20_000,
+        "training clips to learn guessing without video from, 0 leaves that row out (default: 20000)",
+        "N",
+        group=_OUTPUT,
+        type=int,
+    )
+    only_times: bool = option(
+        False,
+        "ask no questions, and measure times alone: with --record they become the record's, all of one run",
+        group=_OUTPUT,
+        action="store_true",
+    )
+    table: Path | None = option(
+        None,
+        "write the field's methods beside ours and the controls: accuracy, costs, times, what papers claim; with "
+        "--record that of the whole record",
+        "FILE.md",
+        group=_OUTPUT,
+        type=Path,
+    )
+    table_plot: Path | None = option(
+        None, "draw that table: accuracy against time to the first token", "FILE.png", group=_OUTPUT, type=Path
+    )
+    plot: Path | None = option(None, "draw accuracy against tokens, or coverage", "FILE.png", group=_OUTPUT, type=Path)
+    json: Path | None = option(
+        None,
+        "with FILE: write every figure there; alone: print nothing but the JSON line at the end",
+        "FILE",
+        group=_OUTPUT,
+        nargs="?",
+        const="-",
+    )
+    record: bool = option(
+        False,
+        "make this the bundled model's record, which the tests hold it to; a part of the table is put into it",
+        group=_OUTPUT,
+        action="store_true",
+    )
+    json_only: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -134,138 +210,15 @@ def parser() -> argparse.ArgumentParser:
         "visual tokens, and show accuracy with 95 % intervals beside what each way costs.",
         epilog=EXAMPLES,
     )
-    p.add_argument("--model", metavar="SOURCE", help="a model trained on the task (default: the bundled one)")
-    p.add_argument("--clips", type=int, default=CLIPS, metavar="N", help=f"default: {CLIPS}")
-    p.add_argument(
-        "--split",
-        choices=("test", "validation"),
-        default="test",
-        help="test: the figures to report (default); validation: the clips to choose settings by",
-    )
-    p.add_argument(
-        "--frames",
-        type=int,
-        metavar="N",
-        help=f"frames of a clip (default: {FRAMES}; more: it is longer, what is brief in it as brief), or of a video "
-        "of --coverage (default: as many as the model is meant for)",
-    )
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="other clips, other random tokens (default: 0)")
-    p.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help="what to measure (default: all)")
-    p.add_argument(
-        "--ratios",
-        nargs="+",
-        type=float,
-        metavar="R",
-        help=f"shares of the visual tokens KEPT, in (0, 1] (default: {' '.join(map(str, RATIOS))}; coverage: "
-        f"{MAIN_RATIO})",
-    )
-    _method_options(p)
-    coverage = p.add_argument_group("coverage of your own videos")
-    coverage.add_argument(
-        "--coverage",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="VIDEO",
-        help="measure how well the tokens that are kept of these videos stand for all of them, instead of the task",
-    )
-    engine = p.add_argument_group("engine")
-    engine.add_argument(
-        "--engine",
-        metavar="DIR|auto",
-        help="measure this engine folder too, in ONNX Runtime, and compare its answers with PyTorch's at its setting; "
-        f"{AUTO} builds one in fp16 at the ratio nearest to {MAIN_RATIO}, or finds it built",
-    )
-    engine.add_argument(
-        "--engines", type=Path, default=Path("engines"), metavar="DIR", help=f"where {AUTO} builds (default: engines/)"
-    )
-    _output_options(p)
+    add_options(p, EvaluationSettings)
     return p
-
-
-def _method_options(p: argparse.ArgumentParser) -> None:
-    method = p.add_argument_group("the methods' settings")
-    add_method_options(method, "tau", "merge_layers", "frame_budget", "power", "rounds", "threshold")
-    method.add_argument(
-        "--budgets",
-        nargs="+",
-        default=[],
-        metavar="L,L:N,N",
-        help="merge layers and frames (counts, or a share) to measure both methods with, too",
-    )
-    method.add_argument(
-        "--bias",
-        action=argparse.BooleanOptionalAction,
-        help="tell the decoder of every method how many tokens each one stands for (default: as the method is meant)",
-    )
-    method.add_argument(
-        "--positions",
-        choices=("original", "consecutive"),
-        help="where the decoder of every method takes tokens to be (default: as the method is meant)",
-    )
-    method.add_argument(
-        "--faithful",
-        action="store_true",
-        help="the field's methods in their released form, quirks included, instead of the corrected one: never both in "
-        "one table, and never in a record",
-    )
-
-
-def _output_options(p: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
-    work = p.add_argument_group("work and output")
-    work.add_argument(
-        "--workers",
-        type=int,
-        default=cores,
-        metavar="N",
-        help=f"processes (default: one a core, here {cores})",
-    )
-    work.add_argument(
-        "--timed-clips", type=int, default=8, metavar="N", help="clips to measure times on, 0 for none (default: 8)"
-    )
-    work.add_argument(
-        "--text-clips",
-        type=int,
-        default=20_000,
-        metavar="N",
-        help="training clips to learn guessing without video from, 0 leaves that row out (default: 20000)",
-    )
-    work.add_argument(
-        "--only-times",
-        action="store_true",
-        help="ask no questions, and measure times alone: with --record they become the record's, all of one run",
-    )
-    work.add_argument(
-        "--table",
-        type=Path,
-        metavar="FILE.md",
-        help="write the field's methods beside ours and the controls: accuracy, costs, times, what papers claim; with "
-        "--record that of the whole record",
-    )
-    work.add_argument(
-        "--table-plot", type=Path, metavar="FILE.png", help="draw that table: accuracy against time to the first token"
-    )
-    work.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against tokens, or coverage")
-    work.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="with FILE: write every figure there; alone: print nothing but the JSON line at the end",
-    )
-    work.add_argument(
-        "--record",
-        action="store_true",
-        help="make this the bundled model's record, which the tests hold it to; a part of the table is put into it",
-    )
 
 
 def check(asked: EvaluationSettings) -> None:
     """Refuse what makes no sense whatever the model."""
     for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
         if (value := getattr(asked, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
     for ratio in asked.ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--ratios must be in (0, 1], got {ratio}")

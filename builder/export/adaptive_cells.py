@@ -10,8 +10,8 @@
     AdaptiveCellStanding(affine fp32 [M, M], time int64 [n, P], size fp32 [n, P], positions int64 [N])
             -> place int64 [N], bias fp32 [N]
 
-How many tokens are taken, and how many in each round, follows from n alone, by arithmetic in double; the bodies look it
-up in tables of n. N is then a size that hangs on the shapes of what comes in, not on values, as compilers want it.
+How many tokens are taken, and how many in each round, follows from n alone, in double precision; the bodies look it up
+in tables indexed by n. So N depends on input shapes only, not on values, as compilers require.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def adaptive_take_cells(*, frames: int, per_frame: int, ratio: float, rounds: in
         taken = in_rounds(b, salient, alike, [b.Squeeze(b.Gather(table, left), [0]) for table in tables])
     positions = places_of(b, taken, index_of(b, b.Squeeze(count)))
     tokens = b.Gather(b.Reshape(features, b.Concat([-1], b.Shape(features, start=2), axis=0)), positions, axis=0)
-    # Counted rather than looked up: what follows from shapes alone a compiler may want to return on the host.
+    # Counted, not looked up: a compiler may place an output that depends on shapes alone on the host.
     number = b.Cast(b.ReduceSum(b.number(taken), [0], keepdims=1), to=INT64)
     tokens.name, positions.name, number.name = "tokens", "positions", "count"
     attributes = [
@@ -85,7 +85,7 @@ def adaptive_cell_standing(*, per_frame: int, opset: int) -> ir.Function:
     count = b.Squeeze(b.Shape(positions))
     index = index_of(b, count)
     best = b.Equal(mine, b.ReduceMax(mine, [1], keepdims=1))
-    first = b.Where(best, b.row(index), b.Cast(count, to=FLOAT))  # of equal ones
+    first = b.Where(best, b.row(index), b.Cast(count, to=FLOAT))  # ties: the first
     owner = b.ReduceMin(first, [1], keepdims=0)
     belongs = b.number(b.Equal(b.column(owner), b.row(index)))  # [M, N]
     sizes = b.Squeeze(b.MatMul(b.Reshape(size, [1, -1]), belongs), [0])

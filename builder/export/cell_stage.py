@@ -4,7 +4,7 @@
     stage 1, ...   hidden states -> layers up to the next merge -> plan -> merge
     last stage     hidden states -> the remaining layers -> projector -> pooling -> tokens, as many as n frames give
 
-Sizes and times of the cells, and what each is made of, go along. No attention is received by anything here.
+Each stage also passes on the cells' sizes, times and source weights. Received attention is not used.
 
 Notation: F frames, n frames that arrive at a stage, S cells a frame inside the tower, T = S + prefix tokens, P after
 pooling, M = n P.
@@ -76,7 +76,7 @@ class CellStage(StageGraph):
         )
 
     def _untouched(self, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sizes, times and shares of cells that no merge has touched."""
+        """Sizes [F, S], times [F, S] and source weights [F, S, F] of cells before any merge."""
         eye = torch.eye(self.frames)
         time = torch.arange(self.frames, dtype=torch.float32)
         return (

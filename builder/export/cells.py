@@ -8,13 +8,13 @@
         attribute count (unrolled)
 
 The bodies are the tensor programs of `earlytom.cells`, operator by operator, and decide the same, in fp32 whatever the
-graph is in. The first two have ordinary operators alone (no NonZero, no Loop, no scatter). Greedy selection is a Loop:
-it runs anywhere, but where speed counts the plugin of the same name stands in its place, or the rounds do.
+dtype of the graph. The first two use no NonZero, Loop or scatter. Greedy selection is a Loop, which runs anywhere; for
+speed the plugin of the same name replaces it, or SelectRounds is used.
 
 The adaptive schedule has functions of its own, which are made of the same parts: `builder.export.adaptive_cells`.
 
-Everything else of the method (applying the weights, sizes, times, biases) is ordinary tensor arithmetic, which the
-exporter writes from `earlytom.methods.cells`.
+The rest of the method (applying the weights, sizes, times, biases) is ordinary tensor arithmetic, traced from
+`earlytom.methods.cells`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SELECT_ROUNDS = "SelectRounds"
 SELECT_GREEDY = "SelectGreedy"
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-_END = 2**31 - 1  # of a slice that goes on to the end
+_END = 2**31 - 1  # end of an open-ended slice
 
 
 class SymbolicCells(Cells):
-    """Calls of the ONNX functions in place of the computation."""
+    """The method with calls of the ONNX functions in place of its decisions."""
 
     def plan(self, hidden: Tensor, frames_out: int | None, prefix: int) -> CellPlan:
         assert frames_out is not None  # the adaptive schedule is refused before tracing
@@ -97,10 +97,11 @@ def cell_plan(*, prefix: int, opset: int) -> ir.Function:
 
 @dataclass(frozen=True)
 class View:
-    """What a plan goes by.
+    """Inputs of a plan, all fp32.
 
     Attributes:
-        frames: F, fp32 scalar; index: 0, 1, ... [F]; step: the change of each frame [F]; novel: [F, T].
+        frames: F, scalar; index: 0, 1, ... [F]; step [F]: each frame's change from the one before; novel [F, T]: each
+            token's distance from the clip's mean.
     """
 
     frames: ir.Value
@@ -110,7 +111,7 @@ class View:
 
 
 def look(b: Body, hidden: ir.Value, prefix: int) -> View:
-    """How the frames of `hidden [F, T, D]` change, and how far each cell is from the clip's mean."""
+    """The `View` of `hidden [F, T, D]`."""
     size = b.Squeeze(b.Shape(hidden, start=0, end=1))  # int64 scalar F
     index = index_of(b, size)
     normal = _normalised(b, b.Cast(hidden, to=FLOAT))
@@ -121,12 +122,12 @@ def look(b: Body, hidden: ir.Value, prefix: int) -> View:
 
 
 def weigh(b: Body, view: View, starts: ir.Value, slot: ir.Value, *, padded: bool = False) -> list[ir.Value]:
-    """The outputs of a plan.
+    """The outputs of a plan: weights, member, taken.
 
     Args:
-        starts: [F] bool, who starts a group.
+        starts: [F] bool, frames that start a group.
         slot: 0, 1, ... for each row of the plan.
-        padded: there may be more rows than groups; those have no member, weights of 0 and take the last frame.
+        padded: there may be more rows than groups; the extra rows have no member, weights of 0 and take the last frame.
     """
     power = b.attribute("power", ir.AttributeType.FLOAT)
     group = b.Sub(b.CumSum(b.number(starts), [0]), 1.0)
@@ -134,10 +135,10 @@ def weigh(b: Body, view: View, starts: ir.Value, slot: ir.Value, *, padded: bool
     own = b.Mul(member, b.Unsqueeze(b.Transpose(view.novel, perm=[1, 0]), [1]))  # [T, F', F]
     peak = b.ReduceMax(own, [-1], keepdims=1)
     if padded:
-        peak = b.Max(peak, NOVELTY_FLOOR)  # which all members have
+        peak = b.Max(peak, NOVELTY_FLOOR)  # no change for real groups: `novel` is at least that
     share = b.Mul(member, b.Pow(b.Div(own, peak), power))
     total = b.ReduceSum(share, [-1], keepdims=1)
-    weights = b.Div(share, b.Max(total, 0.5) if padded else total)  # the share of the largest is 1
+    weights = b.Div(share, b.Max(total, 0.5) if padded else total)  # a real group's total is at least 1
     last = b.Sub(view.frames, 1.0) if padded else view.frames
     most = b.GreaterOrEqual(own, b.Max(b.Sub(peak, NOVELTY_NOISE), NOVELTY_FLOOR))
     first = b.ReduceMin(b.Where(most, view.index, last), [-1], keepdims=0)  # [T, F']
@@ -156,7 +157,7 @@ def _unit(b: Body, x: ir.Value) -> ir.Value:
 
 
 def _change(b: Body, direction: ir.Value, index: ir.Value, prefix: int) -> ir.Value:
-    """[F, T, D] to how much each frame differs from the one before it, [F]."""
+    """Change of each frame from the one before, [F], from unit vectors [F, T, D]."""
     cells = b.Slice(direction, [prefix], [_END], [1]) if prefix else direction
     before = b.Gather(cells, b.Cast(b.Max(b.Sub(index, 1.0), 0.0), to=INT64), axis=0)  # no slice is empty for one frame
     step = b.Sub(1.0, b.ReduceMean(b.ReduceSum(b.Mul(cells, before), [-1], keepdims=0), [-1], keepdims=0))
@@ -165,7 +166,7 @@ def _change(b: Body, direction: ir.Value, index: ir.Value, prefix: int) -> ir.Va
 
 
 def _group_starts(b: Body, step: ir.Value, index: ir.Value, frames_out: ir.Value) -> ir.Value:
-    """[F] bool."""
+    """[F] bool: the `frames_out` frames with the largest change start a group."""
     rank = b.ReduceSum(b.number(_beats(b, step, _earlier(b, index))), [0], keepdims=0)
     return b.Less(rank, b.Cast(frames_out, to=FLOAT))
 
@@ -225,19 +226,20 @@ def one_by_one(b: Body, salient: ir.Value, alike: ir.Value, count: ir.Value) -> 
 
 
 def _greedy_step(salient: ir.Value, alike: ir.Value, index: ir.Value) -> ir.Graph:
-    """One turn of the loop: the best token is taken, and all that resemble it lose value."""
+    """One iteration: take the best token, and lower the value of those that resemble it."""
     b = Body()
     turn, going, far, left = (ir.Value(name=name) for name in ("turn", "going", "far", "left"))
     for value, dtype, shape in ((turn, INT64, []), (going, BOOL, []), (far, FLOAT, ["M"]), (left, BOOL, ["M"])):
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
     value = b.Where(left, b.Mul(salient, far), -1.0)
-    first = b.Where(b.Equal(value, b.ReduceMax(value, [0], keepdims=1)), index, float(_END))  # no ArgMax: of equal ones
-    best = b.Cast(b.ReduceMin(first, [0], keepdims=1), to=INT64)  # another backend's may be any
+    # Not ArgMax: which of equal values it returns differs between backends.
+    first = b.Where(b.Equal(value, b.ReduceMax(value, [0], keepdims=1)), index, float(_END))
+    best = b.Cast(b.ReduceMin(first, [0], keepdims=1), to=INT64)
     nearer = b.Sub(1.0, b.Squeeze(b.Gather(alike, best, axis=0), [0]))
     outputs = b.constant(True, BOOL), b.Min(far, nearer), b.And(left, b.Not(b.Equal(index, b.Cast(best, to=FLOAT))))
     for name, value, dtype in zip(("goes_on", "far_out", "left_out"), outputs, (BOOL, FLOAT, BOOL), strict=True):
         value.name, value.type = name, ir.TensorType(dtype)
-    for n, node in enumerate(b.tape.nodes):  # names of the function around it would come again
+    for n, node in enumerate(b.tape.nodes):  # default names would repeat those of the enclosing function
         for value in node.outputs:
             value.name = value.name or f"step_{n}"
     return ir.Graph([turn, going, far, left], outputs, nodes=b.tape.nodes, name="step")
@@ -249,7 +251,7 @@ def _earlier(b: Body, index: ir.Value) -> ir.Value:
 
 
 def _beats(b: Body, value: ir.Value, earlier: ir.Value) -> ir.Value:
-    """[n, n] bool: whether the one of the row goes before that of the column: its value is larger, or it is earlier."""
+    """[n, n] bool: whether the row's element ranks before the column's: a larger value, or an equal one and earlier."""
     other, mine = b.column(value), b.row(value)
     return b.Or(b.Greater(other, mine), b.And(b.Equal(other, mine), earlier))
 
@@ -272,4 +274,4 @@ BODIES: dict[str, Callable[..., ir.Function]] = {
     SELECT_ROUNDS: select_rounds,
     SELECT_GREEDY: select_greedy,
 }
-"""What writes each function's body."""
+"""The builder of each function's body."""

@@ -1,19 +1,19 @@
 """The adaptive schedule as a chain of graphs, cut after each merge layer.
 
-How many frames a merge leaves is for the video to say, so what follows it has a dynamic first dimension. Within one
-graph that would be a shape that depends on data, which TensorRT-RTX does not have; between two graphs it is a number
-that the runtime reads. Each graph holds its own layers, so no weight is there twice; files and tensors are named in
-`runtime.engine.layout`, the decisions are calls of the functions `builder.export.functions` has for this schedule.
+The video decides how many frames a merge leaves, so the layers after it have a dynamic first dimension. Within one
+graph that would be a data-dependent shape, which TensorRT-RTX does not support; between two graphs the runtime reads
+the count. Each graph holds its own layers, so no weight is stored twice. `runtime.engine.layout` names files and
+tensors; the decisions are calls of the adaptive functions of `builder.export.functions`.
 
     stage 0        frames -> layers up to the first merge -> similarity -> plan -> merge
     stage 1, ...   hidden states -> layers up to the next merge -> similarity -> plan -> merge
     last stage     hidden states -> segments; the remaining layers -> projector -> pooling -> selection
 
-What the frames are made of goes along: each merge multiplies it by its weights. That is EarlyTom; the stages of
-"cells", which take other things along, are in `builder.export.cell_stage`.
+Each stage passes on `sources`, multiplied by its merge's weights. These are the stages of EarlyTom; those of "cells",
+which pass on other tensors, are in `builder.export.cell_stage`.
 
-A merge writes its n rows all the same, those past the count being zero: their weights are. With merging off there is
-one stage, which is first and last.
+A merge always writes n rows; those past the count have zero weights and so are zero. With merging off there is one
+stage, both first and last.
 
 Notation: F frames, n frames that arrive at a stage, T = S + prefix tokens a frame inside the tower, P after pooling.
 """
@@ -40,7 +40,7 @@ from earlytom.merge import apply_weights, frame_similarity
 from earlytom.methods.earlytom import EarlyTom
 from runtime.engine import layout
 
-# Frames of the example that is traced: not 1, which exporters take for a constant.
+# Frames of the traced example: not 1, which the exporter would specialise to a constant.
 EXAMPLE_FRAMES = 2
 
 
@@ -72,7 +72,7 @@ class EarlyTomStage(StageGraph):
         )
         if not self.last:
             return values | self._merge(hidden, column, made_of)
-        if static is None:  # merging is off: nothing came before
+        if static is None:  # merging is off: this is the only stage
             received, static = column, self._plan(self._similarity(hidden))[1]
         assert received is not None
         values["static"] = static
@@ -81,7 +81,7 @@ class EarlyTomStage(StageGraph):
         )
         assert seen.relevance is not None
         tokens, positions, count = self._select(seen.features, seen.relevance, static)
-        sources = torch.eye(self.frames) if made_of is None else made_of.clone()  # an output is no input
+        sources = torch.eye(self.frames) if made_of is None else made_of.clone()  # an output must not be an input
         place, bias = self._standing(seen.features, positions, sources, count)
         outputs = (tokens.to(self.whole.dtype), positions, sources, place, bias, count)
         return values | dict(zip((*layout.OUTPUTS, layout.COUNT), outputs, strict=True))
@@ -103,7 +103,7 @@ class EarlyTomStage(StageGraph):
         similarity = self._similarity(hidden)
         weights, _, count = self._plan(similarity)
         values = {f"similarity_{layer}": similarity, f"weights_{layer}": weights}
-        # A product with the identity too: the exporter must not make one value of two that have names of their own.
+        # Multiply even by the identity: else the exporter would merge two named values into one.
         sources = weights @ (torch.eye(self.frames) if made_of is None else made_of)
         values |= {layout.MERGED_HIDDEN: apply_weights(weights, hidden), layout.SOURCES: sources, layout.COUNT: count}
         return values if column is None else values | {layout.MERGED_RECEIVED: apply_weights(weights, column)}
@@ -152,7 +152,7 @@ class EarlyTomStage(StageGraph):
 
 
 def export_chain(graph: VisionGraph, frames: int, size: tuple[int, int], folder: Path) -> tuple[ExportedGraph, ...]:
-    """Write one ONNX file per stage (and, where its weights are large, a file of them beside it).
+    """Write one ONNX file per stage, with a weights file beside it where its weights are large.
 
     Args:
         graph: from `VisionGraph`, in the precision of the engine.
@@ -196,8 +196,8 @@ def _export_stage(module: StageGraph, examples: dict[str, Tensor], folder: Path)
 
 
 def _name_rows(model: ir.Model, of_tokens: Sequence[str]) -> None:
-    """Give what the functions `of_tokens` say of the selected tokens M rows, a number that the exporter has no name
-    for."""
+    """Name the first dimension M in the token outputs of the functions `of_tokens` and of the graph: the exporter has
+    no symbol for it."""
     chosen = [value for node in model.graph if node.op_type in of_tokens for value in node.outputs[:2]]
     for value in (*chosen, *model.graph.outputs):
         if value in chosen or value.name in layout.OF_TOKENS:
@@ -206,4 +206,4 @@ def _name_rows(model: ir.Model, of_tokens: Sequence[str]) -> None:
 
 
 STAGES: dict[str, type[StageGraph]] = {EarlyTomConfig.method: EarlyTomStage, CellsConfig.method: CellStage}
-"""The stages of each method that can be a chain."""
+"""The stage class of each method that has the adaptive schedule."""

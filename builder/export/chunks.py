@@ -1,11 +1,11 @@
-"""The budget schedule as two graphs, cut at the first merge, for clips whose frames come one after the other.
+"""The budget schedule as two graphs, cut at the first merge, for clips whose frames arrive one by one.
 
     head    frames [C, 3, H, W] -> the layers up to the first merge -> hidden [C, T, D]
-    rest    hidden [F, T, D] -> the merge, the remaining layers, projector, pooling, selection -> tokens, positions
+    rest    hidden [F, T, D] -> the merge, the remaining layers, projector, pooling, selection -> the engine's outputs
 
-A clip of F frames runs the head F / C times and the rest once. Where the first merge is the last, or there is none, the
-head also takes received attention [C, S]. Each graph holds its own layers, so no weight is there twice; both have
-static shapes. Files and tensors are named in `runtime.engine.layout`; values keep the names of the encoder's trace.
+A clip of F frames runs the head F / C times and the rest once. With at most one merge the head also returns received
+attention [C, S], for methods that use it. Each graph holds its own layers, so no weight is stored twice; both have
+static shapes. `runtime.engine.layout` names files and tensors; values keep the names of the encoder's trace.
 
 Notation: F frames, C frames of a chunk, T = S + prefix tokens a frame inside the tower, D its width.
 """
@@ -26,7 +26,7 @@ from runtime.engine import layout
 
 
 class HeadGraph(nn.Module):
-    """For the exporter: uint8 frames [C, 3, H, W] to the values of the head by name; `part` is its layout."""
+    """The head, for the exporter: uint8 frames [C, 3, H, W] to its values by name; `part` is its layout."""
 
     def __init__(self, whole: VisionGraph, part: layout.Graph) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class HeadGraph(nn.Module):
 
 
 class RestGraph(nn.Module):
-    """For the exporter: what the head made of all F frames to the other values of the encoder's trace.
+    """The rest, for the exporter: the head's outputs for all F frames to the other values of the encoder's trace.
 
     `names` are the keys of what `forward` returns, in its order.
     """
@@ -82,7 +82,7 @@ class RestGraph(nn.Module):
 def export_chunks(
     graph: VisionGraph, frames: int, chunk: int, size: tuple[int, int], folder: Path
 ) -> tuple[ExportedGraph, ExportedGraph]:
-    """Write the head and the rest (and, where its weights are large, a file of them beside each).
+    """Write the head and the rest, each with a weights file beside it where its weights are large.
 
     Args:
         graph: from `VisionGraph`, in the precision of the engine.
@@ -109,7 +109,7 @@ def export_chunks(
 
 
 def _name_output(model: ir.Model, value: str, name: str) -> None:
-    """Return a value of the graph under another name, so that it also keeps its own."""
+    """Return a graph output under the additional name `name`."""
     (found,) = (output for output in model.graph.outputs if output.name == value)
     node = ir.node("Identity", [found])
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, found.type, found.shape

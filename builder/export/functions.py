@@ -1,16 +1,16 @@
 """The data-dependent operations as ONNX functions of domain `earlytom`, with bodies of ordinary operators.
 
 A graph that calls `earlytom::FramePlan` and `earlytom::SelectTokens` runs anywhere: ONNX Runtime and TensorRT-RTX run
-the bodies below, and TensorRT can put a plugin of the same name in their place. The bodies are the tensor programs of
+the bodies below, and TensorRT can replace them by plugins of the same names. The bodies are the tensor programs of
 `earlytom.merge` and `earlytom.select`, operator by operator, and decide the same. (One number differs in its last bit:
-`1 - ema` is taken in fp32 here and in double there.)
+`1 - ema` is computed in fp32 here and in double there.)
 
     FramePlan(similarity fp32 [F, F]) -> weights fp32 [frames_out, F], static bool [F]
         attributes frames_out, tau, ema (read by the body), max_window, trailing (unrolled into the body)
     SelectTokens(features [F', P, E], received fp32 [F', P], static bool [F']) -> tokens [F'*places, E], positions int64
         attribute places (read by the body)
 
-and for the adaptive schedule, where n <= F frames arrive, a number that only the run will tell:
+and for the adaptive schedule, where n <= F frames arrive, n known only at run time:
 
     AdaptiveFramePlan(similarity fp32 [n, n]) -> weights fp32 [n, n], static bool [n], count int64 [1]
         attributes tau, ema (read by the body), max_window, trailing (unrolled); rows from count on are zero
@@ -18,11 +18,10 @@ and for the adaptive schedule, where n <= F frames arrive, a number that only th
             -> tokens [M, E], positions int64 [M], count int64 [1]
         attributes frames (F), ratio (unrolled); M = n * places, of which the first `count` rows are the answer
 
-How many tokens a frame keeps follows from n alone, by arithmetic in double; the body looks it up in tables of n. What
-is in the rows from count on is no answer (a repeated token): TensorRT-RTX has no NonZero, whose outputs would end
-there.
+How many tokens a frame keeps follows from n alone, in double precision; the body looks it up in tables indexed by n.
+Rows from `count` on are padding (a repeated token): TensorRT-RTX has no NonZero, which would give N rows.
 
-Inside, frame and cell numbers are fp32: they are small integers, exact, and every backend has all operators for them.
+Frame and cell indices inside are fp32: small integers are exact, and every backend has all operators for fp32.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ class Body:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the scan of the frames decides, see `earlytom.merge._adaptive_decisions`; all [F] but `frames`.
+    """Decisions of the scan over the frames, see `earlytom.merge._adaptive_decisions`; all [F] but `frames`.
 
     Attributes:
         index: 0, 1, ...; frames: F, a scalar.
@@ -151,7 +150,7 @@ def _plan_attributes() -> list[ir.Attr]:
 
 
 def _scan(b: Body, similarity: ir.Value, max_frames: int, max_window: int, trailing: str) -> _Scan:
-    """Segments, and what becomes of the middle frames of each."""
+    """The segments, and which of their middle frames are paired or kept."""
     tau, ema = (b.attribute(name, ir.AttributeType.FLOAT) for name in ("tau", "ema"))
     size = b.Squeeze(b.Shape(similarity, start=0, end=1))  # int64 scalar F
     index = _range(b, size)  # [F]
@@ -188,14 +187,14 @@ def _ahead(b: Body, similarity: ir.Value, index: ir.Value, frames: ir.Value, k: 
 
 
 def _shift(b: Body, x: ir.Value, index: ir.Value, frames: ir.Value) -> ir.Value:
-    """x[i + 1], and 0 for the last."""
+    """x[i + 1], and 0 for the last i."""
     target = b.Add(index, 1.0)
     following = b.Gather(x, b.Cast(b.Min(target, b.Sub(frames, 1.0)), to=ir.DataType.INT64))
     return b.Where(b.Less(target, frames), following, 0.0)
 
 
 def _orbit(b: Body, following: ir.Value, index: ir.Value, max_frames: int) -> ir.Value:
-    """Which frames the walk 0 -> following[0] -> ... visits, [F] bool."""
+    """[F] bool: the frames that the walk 0 -> following[0] -> ... visits."""
     step = b.Equal(b.column(following), b.row(index))
     reach = b.number(b.Or(step, b.Equal(b.column(index), b.row(index))))
     for _ in range((max_frames - 1).bit_length()):
@@ -263,7 +262,7 @@ def _budget_weights(b: Body, similarity: ir.Value, scan: _Scan, frames_out: ir.V
     stays = b.GreaterOrEqual(rank, b.Sub(frames, wanted))
     gone = b.Not(stays)
 
-    # Rows of kept pairs: frame i, or its mixture with i + 1 when that one goes.
+    # Rows of kept pairs: frame i, mixed with i + 1 where i + 1 is removed.
     second_gone = b.Greater(_shift(b, b.number(gone), index, frames), 0.0)
     rows = _pair_rows(b, scan, b.And(scan.paired, second_gone))
 
@@ -312,7 +311,7 @@ def adaptive_select_tokens(*, frames: int, per_frame: int, ratio: float, opset: 
     cell = _kept_cells(b, received, static, window, limit, k, per_frame)  # [n, places], of which a frame fills `kept`
     kept = b.Where(static, b.Cast(b.Gather(b.constant(windows), size), to=ir.DataType.FLOAT), places)  # [n]
 
-    # Output row j belongs to the frame before whose end it lies, and is the cell so many places after its beginning.
+    # Output row j belongs to the frame with begin <= j < end, and is that frame's kept cell number j - begin.
     end = b.CumSum(kept, [0])  # [n]
     row = _range(b, b.Squeeze(b.Mul(size, k)))  # [M]
     passed = b.number(b.GreaterOrEqual(b.column(row), b.row(end)))  # [M, n]
@@ -334,8 +333,8 @@ def adaptive_select_tokens(*, frames: int, per_frame: int, ratio: float, opset: 
 def _kept_cells(
     b: Body, received: ir.Value, static: ir.Value, window: ir.Value, limit: ir.Value, k: ir.Value, per_frame: int
 ) -> ir.Value:
-    """The cells of each frame of which fewer than `limit [F']` rivals have more attention, in raster order, before the
-    others: the first k, int64 [F', k]. See `earlytom.select.keep_mask`."""
+    """The first k cells of each frame, int64 [F', k]: in raster order those with fewer than `limit [F']` rivals of more
+    attention, then the others. See `earlytom.select.keep_mask`."""
     index = b.constant([float(cell) for cell in range(per_frame)], ir.DataType.FLOAT)  # [P]
     same_window = b.Equal(b.column(window), b.row(window))  # [P, P]: may q (row) compete with p (column)
     mine, other = b.Unsqueeze(received, [1]), b.Unsqueeze(received, [2])  # [F', 1, P], [F', P, 1]
@@ -345,14 +344,14 @@ def _kept_cells(
     rank = b.ReduceSum(b.number(b.And(beats, rivals)), [1], keepdims=0)  # [F', P]
     mask = b.Less(rank, b.column(limit))
 
-    # All keys differ, so no top-k can order them otherwise.
+    # All keys differ, so that every backend's TopK returns the same order.
     key = b.Where(mask, b.Sub(float(per_frame), index), b.Sub(-1.0, index))
     _, cell = b.tape.op_multi_out("TopK", [key, k], {"axis": 1, "largest": 1, "sorted": 1}, num_outputs=2)
     return cell
 
 
 def _rows(b: Body, features: ir.Value, positions: ir.Value) -> ir.Value:
-    """[F', P, E] to the tokens at `positions`."""
+    """The tokens of features [F', P, E] at `positions`."""
     rows = b.Reshape(features, b.Concat([-1], b.Shape(features, start=2), axis=0))
     return b.Gather(rows, positions, axis=0)
 

@@ -1,14 +1,12 @@
 """One file of weights for several graphs.
 
-Graphs of one model for several frame counts hold the same weights. The first graph's go into one file beside it, and
-every later one points to the place there of each tensor that it has, too; what only it has (a table for its own number
-of frames) stays inside of it. Tensors are the same if dtype, shape and bytes are, whatever they are called. Places are
-relative, so that a folder can be moved, and aligned, so that they can be mapped.
+Graphs of one model for several frame counts have the same weights. Those of the first graph go into one file beside it;
+each later graph refers to that file for every tensor it shares, and keeps its other tensors (tables for its own frame
+count) inside. Tensors are shared if dtype, shape and bytes are equal, whatever their names. The path is relative, so
+that the folder can be moved; offsets are page-aligned, so that the file can be mapped.
 
-That is the ONNX files. A TensorRT engine of static shapes holds its own weights: letting several of them share some
-takes stripped plans and a GPU to refit them on, so a compiled folder has them once for each frame count.
-
-Knows tensors and files; nothing of what a graph computes.
+This covers the ONNX files. A TensorRT engine holds its own weights (sharing needs stripped plans and a GPU to refit
+them), so a compiled folder has them once for each frame count. Knows tensors and files, not what a graph computes.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ ALIGNMENT = 4096  # of a page
 
 
 class SharedWeights:
-    """The file, at first not there. `move` takes the graphs one after the other."""
+    """The file, which the first `move` creates. Call `move` for each graph in turn."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,7 +30,7 @@ class SharedWeights:
         self._filled = False
 
     def move(self, model: ir.Model) -> None:
-        """Let the weights of `model` point into the file, which the first model fills."""
+        """Make the weights of `model` refer to the file, which the first model fills."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < LEAST_BYTES:
@@ -56,7 +54,7 @@ class SharedWeights:
         self._filled = True
 
     def _append(self, content: bytes) -> int:
-        """Write at the next aligned place; returns where."""
+        """Write at the next aligned offset; returns that offset."""
         with open(self.path, "ab") as file:
             offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
             file.write(bytes(offset - file.tell()) + content)

@@ -1,4 +1,4 @@
-"""What the stages of a chain have in common, whichever method they are of; see `builder.export.chain`."""
+"""The base class of a chain's stages, for every method; see `builder.export.chain`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.engine import layout
 
 
 class StageGraph(nn.Module):
-    """One stage, for the exporter: its inputs to all its values by name, those of the encoder's trace included.
+    """One stage, for the exporter: maps its inputs to all its values by name, the encoder's trace included.
 
     Args:
         whole: the vision part.
@@ -21,7 +21,7 @@ class StageGraph(nn.Module):
         frames: F.
 
     Attributes:
-        of_tokens: names of the functions that it calls whose first two outputs have a row for each token.
+        of_tokens: ONNX functions it calls whose first two outputs have a row for each token.
     """
 
     of_tokens: ClassVar[tuple[str, ...]]
@@ -47,7 +47,7 @@ class StageGraph(nn.Module):
         return [*graph.taps, *(tensor.name for tensor in graph.outputs if tensor.name not in graph.taps)]
 
     def enter(self, entering: Tensor) -> Tensor:
-        """The hidden states that arrive: those of the stage before, or of frames as they are."""
+        """The hidden states to start from: the previous stage's, or the embeddings of frames."""
         return entering if self.stage else embed(self.whole.tower, self.whole.pixels(entering))
 
     def body(self, node: ir.Node) -> ir.Function:
@@ -56,5 +56,5 @@ class StageGraph(nn.Module):
 
 
 def layout_of(graph: VisionGraph, frames: int) -> layout.Layout:
-    """The layout of a chain, as far as its graphs go by it."""
+    """The layout of a chain, as far as its graphs need it."""
     return layout.Layout(graph.config, frames, sizes=layout.Sizes(layers=graph.layers))

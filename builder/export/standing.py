@@ -1,11 +1,10 @@
-"""What kept tokens stand for, in the last stage of a chain, as an ONNX function with a body of ordinary operators.
+"""Place and bias of kept tokens, in the last stage of a chain, as an ONNX function with a body of ordinary operators.
 
     AdaptiveStanding(features [n, P, E], positions int64 [M], sources fp32 [n, F], count int64 [1])
             -> place int64 [M], bias fp32 [M]
 
-Mirrors `earlytom.standing`, for a number of rows M that the exporter has no name for; those from count on are no
-answer, and no token belongs to them. Graphs of static shapes need no such function: there the exporter writes the same
-operators itself.
+Mirrors `earlytom.standing` for M rows, a size that the exporter cannot express; rows from `count` on are padding, to
+which no token belongs. Static graphs need no such function: there `earlytom.standing` itself is traced.
 """
 
 from __future__ import annotations
@@ -49,5 +48,5 @@ def adaptive_standing(*, per_frame: int, opset: int) -> ir.Function:
 
 
 def _of_cells(b: Body, values: ir.Value, per_frame: int) -> ir.Value:
-    """[n] to [n * P], each as often as a frame has tokens."""
+    """[n] to [n * P]: each value repeated P times."""
     return b.Reshape(b.Tile(b.column(values), [1, per_frame]), [-1])

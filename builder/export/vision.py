@@ -1,10 +1,10 @@
-"""Stage one of a build: the vision part with EarlyTom inside, as one portable ONNX graph with static shapes.
+"""The export stage of a build: the vision tower with the method inside, as one portable ONNX graph of static shapes.
 
-In: uint8 frames [F, 3, H, W]. Out: tokens [N, E] and positions [N] (names in `runtime.engine.layout`). Of B videos all
-three have a leading B; inside, their frames are [B * F, ...], and each video has calls of its own. Normalisation is in
-the graph. The two decisions are calls of ONNX functions (`builder.export.functions`), so nothing forks the graph per
-backend. Values that the accuracy gate and the drift table look at keep the names of the encoder's trace ("hidden_6",
-"weights_6", "features", ...).
+In: uint8 frames [F, 3, H, W]. Out: the tensors of `runtime.engine.layout.OUTPUTS`. For B videos all of them have a
+leading B; inside, frames are [B * F, ...], and the decisions are called once for each video. Normalisation is in the
+graph. Decisions are calls of ONNX functions (`builder.export.functions`), so that one graph serves all backends. Values
+that the accuracy gate and the drift table compare keep the names of the encoder's trace ("hidden_6", "weights_6",
+"features", ...).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from runtime.engine import layout
 if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
 
-# Attention is one operator from opset 23 on; before, it is decomposed with a half-precision softmax.
+# Opset 23 has attention as one operator; earlier ones decompose it, with a half-precision softmax.
 OPSET = 23
-# Weights beside the graph from this size on: protobuf ends at 2 GB, and a copy of the bytes is spared.
+# From this size on weights go into a file beside the graph: protobuf is limited to 2 GB, and a copy is saved.
 EXTERNAL_DATA_BYTES = 256 * 2**20
 
 
 class SymbolicDecisions(EarlyTom):
-    """Calls of the ONNX functions in place of the computation; the similarity is standard operators."""
+    """EarlyTom with calls of the ONNX functions in place of its decisions; the similarity is standard operators."""
 
     def __init__(self, config: EarlyTomConfig, similarity_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config)
@@ -99,7 +99,7 @@ class SymbolicDecisions(EarlyTom):
 
 
 class VisionGraph(nn.Module):
-    """What is exported: uint8 frames to every named value of the encoder.
+    """The module to export: maps uint8 frames to every named value of the encoder.
 
     Args:
         vision_tower, projector: Hugging Face modules, already in the precision of the graph
@@ -107,12 +107,12 @@ class VisionGraph(nn.Module):
         config: the method's settings.
         mean, std: the model's normalisation, per channel, for pixels in [0, 1].
         depth: encoder layers to run.
-        dtype: of the graph; that of the projector by default.
-        islands: what is fp32 in it; here for the values that have no weights to take a dtype from.
+        dtype: of the graph; default: that of the projector.
+        islands: what is fp32 in it; used here for values without weights, which have no dtype of their own.
         family: of the model.
 
     Attributes:
-        decisions: who decides; the reference in PyTorch unless set otherwise.
+        decisions: the method that decides; the PyTorch reference unless replaced.
         every_layer: whether `forward` returns the values of every layer, not only those of the merge layers.
     """
 
@@ -153,7 +153,7 @@ class VisionGraph(nn.Module):
 
     @property
     def vision(self) -> Vision:
-        """The vision part as the encoder runs it, in the precision of the graph."""
+        """Tower and projector as `earlytom.encoder` takes them, in the precision of the graph."""
         vision = self.family.vision(self.vision_tower, self.projector)
         vision.tower.residual_dtype = self._island("residual")
         vision.tower.matrix_dtype = torch.float32 if "softmax" in self.islands else None
@@ -162,7 +162,7 @@ class VisionGraph(nn.Module):
 
     @property
     def tower(self) -> Tower:
-        """The adapter of the vision tower, in the precision of the graph."""
+        """The vision tower's adapter, in the precision of the graph."""
         return self.vision.tower
 
     @property
@@ -172,7 +172,7 @@ class VisionGraph(nn.Module):
 
     @property
     def similarity_dtype(self) -> torch.dtype:
-        """Of the products that compare frames."""
+        """The dtype of the matrix product that compares frames."""
         return self._island("similarity")
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
@@ -197,16 +197,16 @@ class VisionGraph(nn.Module):
 
 
 def vision_graph(config: BuildConfig, dtype: torch.dtype, int8: Int8Plan | None = None) -> VisionGraph:
-    """The vision part of the checkpoint with EarlyTom inside, in `dtype` (the islands in fp32, products in `int8`).
+    """The checkpoint's vision tower with the method inside, in `dtype` (islands in fp32, products as `int8` says).
 
-    Weights are read in fp32, so that islands keep theirs and one that `dtype` cannot hold is noticed.
+    Weights are read in fp32, so that islands keep full precision and an overflow in `dtype` is noticed.
     """
     part = load_vision(config.checkpoint, torch.float32)
     preprocessing = config.checkpoint.preprocessing
     family = family_of(config.model)
     if int8 is not None:
         layers = list(family.vision(part.vision_tower, part.projector).tower.layers)
-        # TensorRT takes int8 alone; ONNX Runtime multiplies whole numbers beside fp32 only.
+        # TensorRT has signed int8 only; ONNX Runtime multiplies integers only in a graph that is otherwise fp32.
         unsigned = config.backend == "onnx" and dtype == torch.float32
         put_in(layers, part.projector, int8, dtype, unsigned=unsigned)
     set_vision_precision(part.vision_tower, part.projector, dtype, config.islands, family)
@@ -228,7 +228,7 @@ class Form:
     """How a method is exported.
 
     Attributes:
-        calls: of a graph: its method with calls of ONNX functions for the steps that depend on the video.
+        calls: maps a graph to its method with ONNX function calls in place of data-dependent steps.
         body: the body of the function that a node calls, given the method's settings and F.
     """
 
@@ -237,7 +237,7 @@ class Form:
 
 
 def form_of(method: Method) -> Form:
-    """Raises UserError for a method that has no form in ONNX."""
+    """Raises UserError for a method that cannot be exported."""
     if method.name not in FORMS:
         raise UserError(f"method {method.name!r} cannot be built into an engine: only {', '.join(FORMS)} can")
     return FORMS[method.name]
@@ -260,16 +260,15 @@ def export_onnx(
     batch: int = 1,
     shared: SharedWeights | None = None,
 ) -> ExportedGraph:
-    """Write the ONNX file (and, for large models, one file of weights beside it).
+    """Write the ONNX file, with a weights file beside it for large models.
 
     Args:
-        graph: from `VisionGraph`, in the precision of the engine; calls stand in for its decisions while it is
-            exported.
+        graph: in the precision of the engine; its decisions are replaced by function calls during the export.
         frames: F, pictures of a clip.
         size: (H, W) of a frame.
         path: the .onnx file to write.
         batch: B, videos at once.
-        shared: where weights go that other graphs have, too.
+        shared: the weights file of several graphs.
     """
     if graph.config.schedule != "budget":
         raise UserError(
@@ -292,11 +291,11 @@ def export_onnx(
 def trace(
     graph: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic_shapes: Any = None
 ) -> ir.Model:
-    """torch.onnx.export without the chatter of its passes.
+    """`torch.onnx.export` without its log messages.
 
     Args:
         graph: returns values by name.
-        inputs: example inputs, by the names that they will have.
+        inputs: example inputs by name.
         outputs: the names of what `graph` returns, in its order.
         dynamic_shapes: as `torch.export.export` takes them.
     """
@@ -334,16 +333,16 @@ def save(
     """Finish a traced model and write it, large weights beside it.
 
     Args:
-        outputs: which of its outputs the graph returns; the others only keep their names.
-        body_of: the body of the function that a node of our domain calls.
-        shared: where weights go that other graphs have, too; else large ones have a file of their own.
+        outputs: the outputs that the graph keeps; the other traced values stay inside under their names.
+        body_of: makes the body of the function that a node of domain `earlytom` calls.
+        shared: the weights file of several graphs; without it, large weights get a file of their own.
     """
     for node in model.graph:
         if node.domain == functions.DOMAIN and (node.domain, node.op_type, "") not in model.functions:
             body = body_of(node)
             model.functions[body.identifier()] = body
     model.graph.outputs[:] = [value for value in model.graph.outputs if value.name in outputs]
-    # The exporter notes the Python source of every node: file names of this machine, and other bytes at every export.
+    # The exporter records the Python source of every node: local file names, and different bytes at every export.
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "earlytom-engine-builder", None
     data = None
@@ -373,7 +372,7 @@ def budget_body(node: ir.Node, config: EarlyTomConfig, frames: int) -> ir.Functi
 
 
 def tokens_per_frame(node: ir.Node) -> int:
-    """P, as the features [F', P, E] that a selection takes have it."""
+    """P, from the shape of the features [F', P, E], a selection's first input."""
     features = node.inputs[0]
     assert features is not None
     assert features.shape is not None
@@ -383,7 +382,7 @@ def tokens_per_frame(node: ir.Node) -> int:
 
 
 def no_body(node: ir.Node, config: MethodSettings, frames: int) -> ir.Function:
-    """Of a method whose steps are ordinary operators: its graph calls nothing."""
+    """For a method of ordinary operators only, whose graph calls no function."""
     raise AssertionError(f"the graph of {config.method} calls {node.op_type}")
 
 

@@ -1,8 +1,8 @@
-"""The accuracy gate: is the exported graph the model it came from?
+"""The accuracy gate: does the exported graph compute what its model computes?
 
-`accuracy` measures one graph against the reference, `limits` says what it must reach, `stage` is the verify stage of a
-build, which runs the gate for every frame count.
+`accuracy` measures one graph against the PyTorch reference, `limits` has the limits, `stage` is a build's verify stage,
+which runs the gate for every frame count.
 """
 
 COMPARE_FILE = "compare.sh"
-"""The script beside a kept reference, which compares a graph with it (`builder.gate.kept_reference`)."""
+"""The script that compares a graph with the kept reference beside it (`builder.gate.kept_reference`)."""

@@ -1,24 +1,22 @@
-"""The accuracy gate: is the exported graph the model it came from?
+"""The measurements of the accuracy gate: an exported graph against the model it came from.
 
-Polygraphy runs the graph in ONNX Runtime and the fp32 PyTorch reference on the same real frames. Two of the graph's
-steps are discrete choices that half precision may take otherwise without harm, so a plain comparison of outputs would
-say little. Hence four steps:
+Polygraphy runs the graph in ONNX Runtime and the fp32 PyTorch reference on the same real frames. Merging and token
+selection are discrete decisions; half precision may decide near-ties differently without harm, and then all later
+outputs differ. So there are four steps:
 
 1. hidden:    the hidden states that each decision is taken from (cosine, mean error), with equal decisions before them
-2. decisions: the frames and tokens kept, against what the reference keeps on its own (overlap of the two sets)
-              and, exactly, that the graph's own values put through the reference's rule give the graph's decisions
-3. tokens:    the output, element by element, against the reference with the graph's decisions forced on it; positions
+2. decisions: overlap of the frames and tokens kept with those that the reference keeps by itself; and, exactly, that
+              the reference's rule applied to the graph's own values gives the graph's decisions
+3. tokens:    the outputs, element by element, against the reference with the graph's decisions forced on it; positions
               exactly
-4. text:      the decoder's next tokens along the reference's answer (where the decoder is at hand)
+4. text:      the decoder's next tokens along the reference's answer (where the decoder is loaded)
 
-Half graphs are run operator by operator: fp32 arithmetic, every result rounded (`builder.precision.rounding`). As they
-are, ONNX Runtime leaves out roundings of fp16 on a CPU, and with them the overflows of a GPU, and has no bf16 kernels
-at all.
+Half graphs are run with fp32 arithmetic and every result rounded (`builder.precision.rounding`): ONNX Runtime on a CPU
+leaves out roundings of fp16, and with them the overflows of a GPU, and has no bf16 kernels.
 
-The graph's outputs are compared with what `builder.gate.runners` returns, and every step's limits are those of the
-graph's precision in `builder.gate.limits`. Nothing is printed and nothing stays in the folder: the report says what was
-measured, and `builder.gate.kept_reference` saves the reference's outputs and makes the command line that repeats step 3
-in CI.
+`builder.gate.runners` runs the reference; `builder.gate.limits` has each precision's limits. Nothing is printed and
+nothing stays in the folder: the report has the measurements, and `builder.gate.kept_reference` saves the reference's
+outputs and makes the command line that repeats step 3 in CI.
 """
 
 from __future__ import annotations
@@ -67,14 +65,12 @@ def verify(
         reference: the same vision part in fp32.
         clips: name to uint8 frames [F, 3, H, W]; real frames, never noise (on noise all decisions are near-ties).
         dtype: of the graph.
-        precision: which of `builder.gate.limits.GATES` it is held against; default that of its dtype.
-        batch: videos that the graph takes at once; `clips` are then those of whole batches
-            (`builder.gate.batches.fill`).
-        text: given engine tokens and reference tokens [N, E] of a clip, the share of next tokens that agree; None skips
-            the step and says so.
-        text_with_equal_decisions: compare with the reference under the graph's decisions, not with its own. For
-            decoders that are not trained: they are chaotic, and one token of many chosen otherwise changes half of
-            the text.
+        precision: which of `builder.gate.limits.GATES` applies; default: that of `dtype`.
+        batch: B of the graph; `clips` must then fill whole batches (`builder.gate.batches.fill`).
+        text: maps the engine's and the reference's tokens of a clip to the share of next tokens that agree; None skips
+            the step, which the report notes.
+        text_with_equal_decisions: compare with the reference under the graph's decisions, not its own. For untrained
+            decoders, which are chaotic: one differently chosen token changes half of the text.
         say: progress, one line at a time.
 
     Returns:
@@ -111,7 +107,7 @@ def verify(
         share = gate.of_clips([text(_seen(out), _seen(ref)) for out, ref in zip(outputs, against, strict=True)])
         found.append(Check.at_least("text", "share of next tokens that agree", share, gate.text))
     if dtype == "fp16" and isinstance(onnx_path, Path):
-        # Polygraphy's command line will run the graph as it is, which rounds less and may take near-ties otherwise.
+        # Polygraphy's command line will run the graph without added rounding, which may decide near-ties differently.
         say("running the graph in ONNX Runtime as it is")
         plain = _values(run_tapped(onnx_path, names, feeds[:batch], rounded=False, batch=batch))
         if not _same(rule, plain, outputs[:batch]):
@@ -123,14 +119,14 @@ def verify(
 
 
 def _run_reference(reference: VisionGraph, decisions: Sequence[Method], feeds: list[Arrays]) -> RunResults:
-    """The PyTorch model on every clip, with a method that decides for each."""
+    """Run the PyTorch model on every clip; `decisions` has the deciding method of each."""
     runner = TorchRunner(reference, decisions, feeds[0][layout.FRAMES].shape, "reference")
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
         return Comparator.run([runner], data_loader=feeds)
 
 
 def _values(run: RunResults) -> list[Arrays]:
-    """What a run of one runner returned for each clip."""
+    """The values of a single runner's run, for each clip."""
     return [{name: np.asarray(iteration[name]) for name in iteration} for iteration in run[0][1]]
 
 

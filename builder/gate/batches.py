@@ -1,8 +1,8 @@
-"""Clips of one video each, for graphs that take several at once.
+"""Batches of single-video clips, for graphs that take several videos at once.
 
-`fill` makes as many clips as whole batches need, all of them different: where two videos of a batch were alike, a graph
-that mixes them up would look right. `stack` puts clips together for the graph, `split` takes its values apart, so that
-everything between sees single clips.
+`fill` adds clips to make whole batches, all different: a graph that confuses the videos of a batch would go unnoticed
+if two were equal. `stack` makes the graph's input, `split` separates its values by video, so that all other code sees
+single clips.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from runtime.engine import layout
 
 
 def fill(clips: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """The clips, and as many others made of them as whole batches of `batch` need.
-
-    Args:
-        clips: name to uint8 frames [F, 3, H, W], at least one.
+    """Add variants of the clips (uint8 [F, 3, H, W], by name) until they fill whole batches.
 
     Returns:
         the same clips, then those reversed in time, mirrored, both, and so on; no two are equal.
@@ -56,14 +53,14 @@ def _variants(clips: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def stack(clips: Sequence[NDArray[np.uint8]], batch: int) -> list[NDArray[np.uint8]]:
-    """[F, 3, H, W] each to [B, F, 3, H, W] each, in order; `fill` has seen to it that they fill whole batches."""
+    """Clips [F, 3, H, W] to batches [B, F, 3, H, W], in order; the clips must fill whole batches (`fill`)."""
     return [np.stack(clips[first : first + batch]) for first in range(0, len(clips), batch)]
 
 
 def split(values: Mapping[str, NDArray[Any]], batch: int) -> list[dict[str, NDArray[Any]]]:
-    """What a graph of `batch` videos returned, as graphs of one video each would have.
+    """Split the values of a graph of `batch` videos into those of each video.
 
-    Decisions and outputs have a leading B, everything else has the rows of one video after those of the other.
+    Decisions and outputs have a leading B; all other values have the videos' rows one after the other.
     """
     return [{name: _of_video(name, value, batch, video) for name, value in values.items()} for video in range(batch)]
 

@@ -1,6 +1,6 @@
-"""Each step's checks of the gate: two runs on the same clips in, what is to be held of them out.
+"""The checks of each step of the gate (`builder.gate.accuracy`), from two runs on the same clips.
 
-The steps and why they are these: `builder.gate.accuracy`. Values are those of `builder.gate.runs`, a dict a clip.
+Values are those of `builder.gate.runs`, one dict per clip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.engine import layout
 
 
 def compare_counts(rule: Rule, got: list[Arrays], own: list[Arrays], gate: Gate, *, exact: bool) -> list[Check]:
-    """Step 2, adaptive schedule: how many frames each merge leaves, where fp32 (`exact`) has no excuse."""
+    """Step 2, adaptive schedule: how many frames each merge leaves; with `exact` (fp32) the counts must be equal."""
     layers = [f"{rule.decisions[0]}_{layer}" for layer in rule.layers]
     pairs = [(a[name], b[name]) for a, b in zip(got, own, strict=True) for name in layers]
     difference = max((abs(len(a) - len(b)) for a, b in pairs), default=0)
@@ -75,7 +75,7 @@ def _finite(value: float, otherwise: float) -> float:
 
 
 def compare_decisions(rule: Rule, got: list[Arrays], own: list[Arrays], gate: Gate) -> list[Check]:
-    """Step 2: how many of the frames and tokens that the reference keeps does the graph keep."""
+    """Step 2: the share of the reference's kept frames and tokens that the graph keeps, too."""
     frames, tokens = [], []
     for a, b in zip(got, own, strict=True):
         kept_a, kept_b = set(rule.kept_frames(a)), set(rule.kept_frames(b))
@@ -90,9 +90,9 @@ def compare_decisions(rule: Rule, got: list[Arrays], own: list[Arrays], gate: Ga
 
 
 def repeat_decisions(rule: Rule, got: list[Arrays], frames: int, vision: Vision) -> list[Check]:
-    """Step 2, exactly: from the graph's own values the reference decides the same.
+    """Step 2, exactly: the reference's rule on the graph's own values gives the graph's decisions.
 
-    The other steps take the graph's decisions as given, and would let pass one that is wrong but plausible.
+    The other steps take the graph's decisions as given, so a wrong but plausible one would pass them.
     """
     worst, places = max([0.0, *(rule.repeat_plans(out, vision) for out in got)]), []
     for out in got:
@@ -107,10 +107,10 @@ def repeat_decisions(rule: Rule, got: list[Arrays], frames: int, vision: Vision)
 
 
 def compare_videos(rule: Rule, got: list[Arrays], wanted: list[Arrays], batch: int) -> list[Check]:
-    """Step 2, several videos at once: is what each video's plans are made from its own?
+    """Step 2, several videos at once: are each video's plans computed from its own values?
 
-    A graph that compares the frames of another video decides rightly from what it sees, and by chance much the same.
-    So the error against the reference's values is held against the one against any other video's of its batch.
+    A graph that confuses videos decides consistently with the wrong values, and often alike. So each video's error
+    against its own reference must be small relative to its error against the other videos' references of the batch.
     """
     worst = 0.0
     for layer in rule.layers:

@@ -1,20 +1,19 @@
 """Where a graph drifts from the model: a table of every tap, for `python -m builder.verify ENGINE --layers`.
 
-A tap is a value of the graph: the hidden states after every encoder layer, and at a merge layer before the frames are
-merged; the projector's output; pooled features, relevance (pooled received attention) and the tokens. The graph runs as
-in the gate, a half one with every result rounded, and the reference in fp32 with the graph's decisions forced on it, so
-that frames and tokens are the same ones. For each tap:
+A tap is a value inside the graph: the hidden states after every encoder layer (at a merge layer before the merge), the
+projector's output, pooled features, relevance (pooled received attention) and the tokens. The graph runs as in the
+gate, in half precision with every result rounded; the reference runs in fp32 with the graph's decisions forced on it,
+so that both have the same frames and tokens. For each tap:
 
-    cosine         of all its values with the reference's. Few large values decide it: where a tower has outlier
-                   channels, it stays near 1 whatever happens to the others.
-    channel error  root mean square error over standard deviation, of the median channel: what the others lost.
+    cosine         of all its values with the reference's. Large values dominate it: in a tower with outlier channels it
+                   stays near 1 whatever happens to the other channels.
+    channel error  root mean square error over standard deviation, of the median channel, which outliers do not hide.
     max error      the largest difference.
     ranges         smallest and largest value of the reference and of the graph.
-    share          the graph's largest magnitude over the largest number of its dtype. Near 1 it is about to overflow.
+    share          the graph's largest magnitude over the largest number of its dtype; near 1 it is about to overflow.
 
-The graph is that of the engine folder, read and not changed; a copy with more outputs lies beside it while it runs. The
-values of all taps are held, twice in fp32: 6 GB for 32 frames of the largest published tower. Of an engine for several
-videos at once the values are those of all of them, and as many more.
+The engine folder's graph is not changed; a copy with more outputs lies beside it during the run. All taps are held in
+memory, twice in fp32: 6 GB for 32 frames of the largest published tower, and B times that for B videos at once.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ class Tap:
     """One row of the table; see the top of the module.
 
     Attributes:
-        nonfinite: how many of the graph's values are infinite or NaN. Where there are any, the cosine and the errors
-            are NaN, and `graph` is the range of the others.
+        nonfinite: number of infinite or NaN values of the graph. If there are any, the cosine and the errors are NaN,
+            and `graph` is the range of the finite values.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Tap:
     nonfinite: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; what is NaN becomes null."""
+        """Plain JSON types; NaN becomes null."""
         numbers = {"cosine": self.cosine, "channel_error": self.channel_error, "max_error": self.max_error}
         return {
             "tap": self.name,
@@ -93,7 +92,7 @@ class Tap:
 def measure(
     onnx_path: Path | Sequence[Path], reference: VisionGraph, frames: Tensor, dtype: str, *, rounded: bool = True
 ) -> list[Tap]:
-    """Run graph and reference on a clip, or on those of a graph for several videos at once.
+    """Run graph and reference on one clip, or on one batch of clips.
 
     Args:
         onnx_path: an exported graph, or those of a chain.
@@ -113,7 +112,7 @@ def measure(
         each: list[Arrays] = [{name: np.asarray(one[name]) for name in names} for one in iterations]
         found: list[dict[str, Tensor]] = []
         for clip, one in zip(clips, each, strict=True):
-            # Decisions taken from NaN are none; then the reference takes its own.
+            # Decisions taken from NaN cannot be forced: the reference takes its own.
             sane = all(np.isfinite(one[f"weights_{layer}"]).all() for layer in rule.layers)
             reference.decisions = rule.forced(one) if sane else rule.own()
             found.append(reference(clip))
@@ -138,7 +137,7 @@ def _compare(name: str, got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any],
     nonfinite = int(finite.size - finite.sum())
     cosine = channel_error = max_error = math.nan
     if not nonfinite:
-        # Values near the limit of fp32 have squares beyond it.
+        # In fp64: the squares of large fp32 values overflow fp32.
         a, b = (x.astype(np.float64).reshape(-1, 1 if name == "relevance" else x.shape[-1]) for x in (got, wanted))
         norms = float(np.linalg.norm(a) * np.linalg.norm(b))
         cosine = float(np.vdot(a, b)) / norms if norms else float(np.array_equal(a, b))
@@ -156,8 +155,8 @@ def _compare(name: str, got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any],
 
 
 def first_bad(taps: Iterable[Tap], precision: str) -> Tap | None:
-    """The first tap, in the order of computation, that is not finite, below the gate's cosine, or as far off in the
-    median channel: an error of e standard deviations, unrelated to the values, leaves a cosine of 1 - e**2 / 2."""
+    """The first tap, in the order of computation, that is not finite, below the gate's cosine c, or whose channel error
+    is above sqrt(2 (1 - c)): an independent error of e standard deviations gives a cosine of about 1 - e**2 / 2."""
     least, most = _limits(precision)
     return next((t for t in taps if t.nonfinite or not t.cosine >= least or t.channel_error > most), None)
 
@@ -170,12 +169,12 @@ def _limits(precision: str) -> tuple[float, float]:
 def report(
     engine: Path, trace: Trace, *, frames: int | None = None, video: Path | None = None, model: str | None = None
 ) -> dict[str, Any]:
-    """Show the table of an engine folder; the record of the JSON line.
+    """Show the table of an engine folder; returns the record of the JSON line.
 
     Args:
-        frames: which of its frame counts; default the most.
-        video: the clip; default the one that the engine was verified on, else a drawn one.
-        model: where its checkpoint is, if not where it was.
+        frames: which of its frame counts; default: the largest.
+        video: the clip; default: the one that the engine was verified on, else a drawn one.
+        model: where the checkpoint is; default: the recorded source.
     """
     manifest = Manifest.read(engine)
     manifest = manifest.at(manifest.frames if frames is None else frames)
@@ -198,12 +197,7 @@ def report(
 
 
 def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph:
-    """The vision part that an engine was built from, in fp32.
-
-    Args:
-        manifest: of the engine.
-        source: where the checkpoint is, if not where it was.
-    """
+    """The vision tower that an engine was built from, in fp32; `source` is where the checkpoint is, if it has moved."""
     checkpoint = describe(source_of(manifest, source))
     if checkpoint.family.any_size:
         checkpoint = checkpoint.sized(manifest.model.preprocessing.size)
@@ -225,9 +219,10 @@ def load_reference(manifest: Manifest, source: str | None = None) -> VisionGraph
 
 
 def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> tuple[Tensor, str]:
-    """Frames as an engine takes them, of `video` or its own, and what they are.
+    """Input frames for an engine, of `video` or of the clip it was verified on, and a description of them.
 
-    uint8 [F, 3, H, W]; of B videos at once [B, F, 3, H, W], all but the first made of it (`builder.gate.batches.fill`).
+    uint8 [F, 3, H, W]; for B videos [B, F, 3, H, W], all but the first being its variants
+    (`builder.gate.batches.fill`).
     """
     size, sampling = manifest.model.preprocessing.size, manifest.model.preprocessing.sampling
     saved = engine / manifest.file(layout.REFERENCE_INPUTS_FILE)
@@ -246,7 +241,7 @@ def frames_for(engine: Path, manifest: Manifest, video: Path | None = None) -> t
 
 
 def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The frames in a file of `kept_reference.save_reference`."""
+    """The frames saved by `kept_reference.save_reference`."""
     most = 2 * math.prod(shape) + MIB  # base64 has four characters for three bytes
     with open_plain(path, REBUILD) as file:
         size = os.fstat(file.fileno()).st_size
@@ -264,7 +259,7 @@ def _saved_frames(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def show(trace: Trace, taps: list[Tap], dtype: str, precision: str | None = None) -> None:
-    """The table, and what to look at first; `precision` as in `builder.gate.accuracy.verify`."""
+    """Show the table, and a hint at what to keep wider; `precision` as in `builder.gate.accuracy.verify`."""
     rows = []
     for tap in taps:
         values = (f"{tap.cosine:.6f}", f"{tap.channel_error:.3%}", f"{tap.max_error:.3g}")
@@ -284,13 +279,13 @@ def show(trace: Trace, taps: list[Tap], dtype: str, precision: str | None = None
 
 
 def _products(tap: str) -> str:
-    """The products that a tap's values come through."""
+    """The products nearest before a tap."""
     layer = tap.removeprefix("hidden_")
     return ", ".join(f"{name}:{layer}" if layer.isdigit() else name for name in products.nearest(layer.isdigit()))
 
 
 def _near(tap: str) -> str:
-    """The islands that a tap's values come through."""
+    """The islands nearest before a tap."""
     layer = tap.removeprefix("hidden_")
     if not layer.isdigit():
         return "projector, residual"

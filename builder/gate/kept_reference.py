@@ -1,8 +1,8 @@
-"""The reference of a verified engine: saved beside its graph, and kept apart for comparisons in CI.
+"""The reference of a verified engine: saved in its folder, and copied out for regression tests in CI.
 
 `save_reference` writes the inputs and outputs that the gate (`builder.gate`) measured against, `polygraphy_command`
-makes the line that compares a graph with them, `keep_reference` copies them out of an engine folder with that line as a
-script and leaves the folder as it is. This module runs neither the graph nor the model.
+makes the command that compares a graph with them, `keep_reference` copies them out of an engine folder together with
+that command as a script. This module runs neither the graph nor the model.
 
 **Polygraphy in CI.** Inputs and reference outputs of step 3 (first clip) are saved in Polygraphy's format, and the
 manifest holds the `polygraphy run` line that repeats the step. The gate of a build compares the graph and the
@@ -71,12 +71,12 @@ def save_reference(inputs: Path, outputs: Path, clips: Sequence[Tensor], wanted:
 
 
 def polygraphy_command(tolerance: float, bias: float, file: Callable[[str], str] = str) -> str:
-    """The line that repeats step 3 when pasted in the engine's folder.
+    """The command that repeats the gate's step 3 in the engine's folder.
 
     Args:
-        tolerance: largest error of a token.
+        tolerance: largest absolute error of a token's element.
         bias: mean error of the tokens' bias.
-        file: gives the names of its files there.
+        file: maps a file name to that of the frame count.
     """
     words = ["polygraphy", "run", file(layout.ONNX_FILE), "--onnxrt"]
     words += ["--onnx-outputs", *layout.OUTPUTS]  # or an output that the graph lost would silently not be compared
@@ -93,7 +93,7 @@ def polygraphy_command(tolerance: float, bias: float, file: Callable[[str], str]
 def keep_reference(engine: Path, place: Path, frames: int | None = None) -> Path:
     """Copy an engine's reference to `place`, with a script that compares any graph with it; returns the script.
 
-    `frames`: of which frame count, where the engine has several; default the most.
+    `frames` chooses one of several frame counts; default: the largest.
     """
     manifest = Manifest.read(engine)
     manifest = manifest.at(manifest.frames if frames is None else frames)

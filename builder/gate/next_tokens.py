@@ -1,8 +1,8 @@
-"""The gate's last step: does the decoder say the same after the engine's tokens as after the reference's?
+"""The gate's last step: does the decoder predict the same with the engine's tokens as with the reference's?
 
-The reference's greedy answer is written first; then both sets of visual tokens are put before that same answer and the
-most likely next token is compared at every place. Free-running texts would not do: one near-tie flips a token, and
-everything after it differs for no fault of the engine.
+The reference's greedy answer is generated first; then the most likely next token at each of its positions is computed
+for both sets of visual tokens (teacher forcing). Free-running answers cannot be compared: one near-tie flips a token,
+and everything after it differs through no fault of the engine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from runtime.text.prompt import build_prompt, splice
 
 QUESTION = "What happens in the video?"
 ANSWER_TOKENS = 24
-# Decoders up to this many parameters are loaded for the gate without being asked to (2 GB in fp32).
+# By default the gate loads decoders of up to this many parameters (2 GB in fp32).
 SMALL_DECODER = 600_000_000
 
 
 def decoder_parameters(text: Any) -> int:
-    """Weights of the matrices of a Qwen2-like text config, embeddings and head included (norms and biases are few)."""
+    """Matrix parameters of a Qwen2-like text config, embeddings and head included, norms and biases left out."""
     width, keys = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     layer = 2 * width * width + 2 * width * keys + 3 * width * text.intermediate_size
     tables = 1 if text.tie_word_embeddings else 2
@@ -34,7 +34,7 @@ def decoder_parameters(text: Any) -> int:
 
 
 class SeenTokens(NamedTuple):
-    """A video's visual tokens [N, E] fp32, and where they come from as in `runtime.vision.Encoded`."""
+    """A video's visual tokens [N, E] fp32, with positions and sources as in `runtime.vision.Encoded`."""
 
     tokens: Tensor
     positions: Tensor
@@ -42,7 +42,7 @@ class SeenTokens(NamedTuple):
 
 
 class ToldPrompt(NamedTuple):
-    """A prompt: embeddings [1, L, E], and where they are not all, what else the decoder is told."""
+    """A prompt: embeddings [1, L, E], and where the family needs them, position ids and states."""
 
     embeds: Tensor
     told: Told | None = None
@@ -63,7 +63,7 @@ class NextTokens:
         self.prompt = build_prompt(load_tokenizer(checkpoint), QUESTION, family=self.family)
 
     def __call__(self, engine: SeenTokens, reference: SeenTokens) -> float:
-        """Share of places at which the most likely next token agrees."""
+        """Share of the answer's positions at which the most likely next token agrees."""
         mine, theirs = self._prompt(engine), self._prompt(reference)
         told: dict[str, Any] = {} if theirs.told is None else dict(theirs.told.how)
         stream = self.decoder.stream(theirs.embeds, max_new_tokens=ANSWER_TOKENS, stop_ids=(), **told)
@@ -86,7 +86,7 @@ class NextTokens:
         return ToldPrompt(embeds, told)
 
     def _following(self, prompt: ToldPrompt, answer: Tensor) -> Tensor:
-        """[len(answer)]: the most likely token at each place of the answer."""
+        """[len(answer)]: the most likely token at each position of the answer."""
         more, states = len(answer) - 1, None
         how: dict[str, Tensor] = {}
         if prompt.told is not None:

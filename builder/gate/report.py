@@ -1,4 +1,4 @@
-"""What the gate found: a line for each check, and of all of them the report."""
+"""The gate's result: a line for each check, and the report of all of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from earlytom.errors import UserError
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: what was measured, what it was held against, whether that was reached (NaN never is)."""
+    """One line of the report: the measured value, its limit, and whether it passed (NaN never does)."""
 
     step: str
     what: str
     value: float
     limit: float
     passed: bool
-    frames: int | None = None  # of which frame count, where the engine has several
+    frames: int | None = None  # the frame count, where the engine has several
 
     @classmethod
     def at_least(cls, step: str, what: str, value: float, limit: float) -> Check:
@@ -55,7 +55,7 @@ class Report:
         return {"passed": self.passed, "clips": list(self.clips), "notes": list(self.notes), "steps": steps}
 
     def require(self) -> None:
-        """Raise UserError with the first failed check, unless all passed."""
+        """Raise UserError for the first failed check, if any."""
         for check in self.checks:
             if not check.passed:
                 raise UserError(
@@ -67,7 +67,7 @@ class Report:
 
 
 def joined(reports: Mapping[int, Report]) -> Report | None:
-    """The reports of several frame counts as one, whose checks and notes say of which count they are."""
+    """The reports of several frame counts as one; its checks and notes name their count."""
     if not reports:
         return None
     checks = [replace(check, frames=frames) for frames, report in reports.items() for check in report.checks]

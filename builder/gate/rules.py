@@ -1,8 +1,8 @@
-"""What the gate asks of a method: which decisions a graph took, whether two runs took the same, and whether the
-method's own rule takes them again from the graph's own values.
+"""How the gate checks a method's decisions: which ones a graph took, whether two runs took the same, and whether the
+method's rule repeats them from the graph's own values.
 
-`rule_of` gives the `Rule` of settings. A rule knows the values that its method notes (`earlytom.spans.trace_names`);
-the limits are in `builder.gate.limits`.
+`rule_of` gives the `Rule` for some settings. A rule reads the values of its method's trace
+(`earlytom.spans.trace_names`); the limits are in `builder.gate.limits`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from runtime.engine import layout
 
 
 class Rule(ABC):
-    """One method.
+    """One method's decisions.
 
     Attributes:
-        decisions: names of the values that are its decisions at merges, without the layer; of the first, [F', F].
-        videos, videos_called: of those that tell videos apart, likewise; what the report calls them.
-        same_tokens: share of token choices that must come out again; below 1 where one choice hangs on another.
-        same_plans: how far the weights at merges may be from those that come out again.
+        decisions: names (without the layer) of the traced values that are its decisions at a merge; the first has
+            shape [F', F].
+        videos, videos_called: name of the value that tells videos apart, likewise; the report's word for it.
+        same_tokens: least share of token choices to be repeated; below 1 where choices depend on each other.
+        same_plans: largest difference of the repeated merge weights.
     """
 
     decisions: tuple[str, ...]
@@ -53,7 +54,7 @@ class Rule(ABC):
 
     @abstractmethod
     def own(self) -> Method:
-        """The method as it decides by itself."""
+        """The method, deciding by itself."""
 
     @abstractmethod
     def forced(self, taken: Arrays) -> Method:
@@ -61,15 +62,15 @@ class Rule(ABC):
 
     @abstractmethod
     def kept_frames(self, out: Arrays) -> list[int]:
-        """Which frame of the clip each remaining frame is: the first that it is made of."""
+        """For each remaining frame, the first of the clip's frames that it is made of."""
 
     @abstractmethod
     def repeat_plans(self, out: Arrays, vision: Vision) -> float:
-        """The largest difference between the graph's weights at merges and those of the rule; 1 if shapes differ."""
+        """The largest difference between the graph's merge weights and the rule's; 1 if shapes differ."""
 
     @abstractmethod
     def repeat_tokens(self, out: Arrays, frames: int, vision: Vision) -> Tensor:
-        """The positions that the rule chooses of the graph's features [N]; `frames`: of the clip."""
+        """The positions [N] that the rule chooses from the graph's features; `frames`: of the clip."""
 
     def same(self, a: Arrays, b: Arrays) -> bool:
         """Whether two runs took the same decisions."""
@@ -81,7 +82,7 @@ class Rule(ABC):
         return alike and all(np.array_equal(a[name], b[name]) for name in others)
 
     def kept_tokens(self, out: Arrays) -> set[tuple[int, int]]:
-        """(frame of the clip, cell) of every token that is kept."""
+        """(frame of the clip, cell) of every kept token."""
         kept, per_frame = self.kept_frames(out), out["features"].shape[1]
         positions = out[layout.POSITIONS].tolist()
         return {(kept[p // per_frame], p % per_frame) for p in positions if 0 <= p // per_frame < len(kept)}
@@ -151,13 +152,12 @@ class ForcedDecisions(EarlyTom):
 
 
 class CellsRule(Rule):
-    """See `Rule`. Weights that differ in the last bits are the same decision: they come of differences of near 1."""
+    """See `Rule`. Weights that differ in the last bits are the same decision: they depend on 1 - cosine near 0."""
 
     decisions = ("member", "taken")
     videos, videos_called = "weights", "weights"
-    same_tokens = 0.9  # each choice hangs on those before it, and one near-tie changes what follows
-    # A weight moves by about 1e-7, what fp32 leaves of 1 - cosine, over that difference, and still cells differ by
-    # 1e-4: two that are as much alike as that may be weighed as the sum happens to be rounded.
+    same_tokens = 0.9  # each choice depends on those before it, so one near-tie changes what follows
+    # The relative error of a weight is that of 1 - cosine, about 1e-7 over its value, which is 1e-4 for still cells.
     same_plans = 1e-3
 
     def __init__(self, config: CellsConfig) -> None:
@@ -206,7 +206,7 @@ class ForcedCells(Cells):
         plans = [
             CellPlan(*(torch.from_numpy(taken[f"{name}_{layer}"]) for name in names)) for layer in config.merge_layers
         ]
-        # In the budget schedule nobody asks where all frames stay: see `Cells.after_layer`.
+        # In the budget schedule `Cells.after_layer` does not call `plan` where all frames stay.
         self.plans = [p for p in plans if config.schedule == "adaptive" or p.member.shape[0] < p.member.shape[1]]
         self.positions = torch.from_numpy(taken[layout.POSITIONS])
 
@@ -222,7 +222,7 @@ class ForcedCells(Cells):
 
 
 class UntouchedRule(Rule):
-    """See `Rule`: nothing is merged inside the tower, and the tokens follow from features, and attention if any."""
+    """See `Rule`: nothing is merged inside the tower; tokens are chosen from features and, if used, attention."""
 
     decisions = ()
     videos, videos_called = "features", "features"
@@ -231,7 +231,7 @@ class UntouchedRule(Rule):
         super().__init__(())
         self.config = config
         if isinstance(config, ToMeConfig):
-            self.same_tokens = 0.9  # what is merged hangs on what was merged before it, as with `CellsRule`
+            self.same_tokens = 0.9  # each merge depends on those before it, as with `CellsRule`
 
     def own(self) -> Method:
         return method_of(self.config)
@@ -253,17 +253,17 @@ class UntouchedRule(Rule):
 
     def _method(self) -> Exported:
         method = method_of(self.config)
-        assert isinstance(method, Exported)  # whatever has such settings
+        assert isinstance(method, Exported)  # true of every method with an `UntouchedConfig`
         return method
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForcedUntouched(Exported):
-    """Chooses, and joins, by the features and the attention that a run of the graph had: its decisions, own tokens.
+    """Takes the graph's decisions, chosen from the graph's features and attention, but applies them to its own tokens.
 
     Attributes:
-        method: whose decisions they are.
-        metric, attention: [F, P, E] and [F, P] of that run; no attention for a method that does not go by it.
+        method: the method that decides.
+        metric, attention: [F, P, E] and [F, P] of the graph's run; None for a method without attention.
     """
 
     method: Exported
@@ -285,7 +285,7 @@ class ForcedUntouched(Exported):
 
 
 def _seen(out: Arrays) -> tuple[Tensor, Tensor | None]:
-    """The features and the attention that a run had."""
+    """The features and, if any, the attention of a run."""
     return torch.from_numpy(out["features"]), torch.from_numpy(out["relevance"]) if "relevance" in out else None
 
 

@@ -1,8 +1,7 @@
-"""Run the model that a graph came from, so that it returns every value that is compared.
+"""Runs the PyTorch reference so that it returns every value that the gate compares.
 
-`TorchRunner` runs the PyTorch model in fp32 and returns the names that `builder.gate.runs` gives for the graph, with
-the decisions of a method or those that a run of the graph took (`builder.gate.rules`).
-What the values must be like is not known here: `builder.gate` and `builder.gate.drift` judge them.
+`TorchRunner` runs the model in fp32 and returns the values that `builder.gate.runs` returns for the graph, with the
+method's own decisions or with those of a run of the graph (`builder.gate.rules`). It judges nothing.
 """
 
 from __future__ import annotations

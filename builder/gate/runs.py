@@ -1,10 +1,9 @@
-"""Run the graphs of an engine in ONNX Runtime so that they return every value that is compared.
+"""Runs the graphs of an engine in ONNX Runtime so that they return every value that the gate compares.
 
-A clip's graphs run one after the other: each takes what the one before it returned (`runtime.engine.layout`), and the
-values of all of them are put together as if one graph had them. A graph for chunks runs on every chunk of a clip, and
-its values are joined; values that a stage of the adaptive schedule pads to the frames that arrived are cut to those
-that it kept. A graph is loaded, run on every clip and let go before the next one, so that no more than one is in
-memory. What the values must be like is not known here.
+A clip's graphs run one after the other, each on the outputs of the one before it (`runtime.engine.layout`), and their
+values are put together as if one graph had them. The head of a chunked engine runs on every chunk of a clip, and its
+values are joined; an adaptive stage pads its values to the frames that arrived, and they are cut to the frames kept.
+Each graph is loaded, run on every clip and freed before the next one is loaded. Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from runtime.engine import layout
 from runtime.files.partial import temporary
 
 Arrays = dict[str, NDArray[Any]]
-PLANS = ("weights", "member", "taken")  # what methods note of a merge that has a row for each group
+PLANS = ("weights", "member", "taken")  # traced values of a merge that have a row for each group
 
 
 def run_tapped(
     onnx_path: Path | Sequence[Path], names: Sequence[str], feeds: list[Arrays], *, rounded: bool, batch: int = 1
 ) -> RunResults:
-    """Outputs and the values `names` of the graph, or of several in order, for every feed; see `write_tapped`.
+    """The outputs and the values `names` of a graph, or of several in order, for every feed; see `write_tapped`.
 
-    Feeds are of one clip each, and so are the results: a graph of `batch` videos gets as many at once, in their order.
+    Feeds and results are of one clip each; a graph of `batch` videos runs on that many feeds at once.
     """
     if not isinstance(onnx_path, Path):
         results = run_stages(onnx_path, names, feeds, rounded=rounded)
@@ -50,13 +49,13 @@ def run_tapped(
 
 
 def run_stages(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arrays], *, rounded: bool) -> list[Arrays]:
-    """The outputs and the values `names` of graphs that a clip runs through, for every feed.
+    """The outputs and the values `names` of an engine's graphs, run in order, for every feed.
 
     Args:
         paths: the graphs in order; a temporary copy of each with more outputs is written beside it.
         names: values of any of them.
         feeds: frames by the name in `runtime.engine.layout`.
-        rounded: as `builder.precision.rounding` has it.
+        rounded: round every result (`builder.precision.rounding`).
     """
     graphs = [onnx.load(str(path), load_external_data=False).graph for path in paths]
     results: list[Arrays] = [{} for _ in feeds]
@@ -76,7 +75,7 @@ def run_stages(paths: Sequence[Path], names: Sequence[str], feeds: Sequence[Arra
 
 
 def _parts(values: Arrays, rows: int) -> list[Arrays]:
-    """What enters a graph of so many rows, a chunk of them after the other."""
+    """Split a graph's inputs into chunks of `rows` frames; 0: no split."""
     every = len(next(iter(values.values())))
     if not rows or rows == every:
         return [values]
@@ -84,18 +83,18 @@ def _parts(values: Arrays, rows: int) -> list[Arrays]:
 
 
 def _joined(parts: Sequence[Arrays]) -> Arrays:
-    """The values of a clip's chunks, frame after frame."""
+    """Join the values of a clip's chunks along the frames."""
     return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _entering(out: Arrays, name: str) -> NDArray[Any]:
-    """The input `name` of a graph, from what the one before it returned."""
+    """The input `name` of a graph, from the outputs of the one before it."""
     merged = layout.BETWEEN[name]
     return out[merged] if merged in out else out[name]
 
 
 def _cut(out: Arrays, stage: int, arrived: int) -> None:
-    """Cut in place what a stage padded."""
+    """Cut a stage's padded values in place."""
     count, last = int(out[layout.COUNT][0]), layout.TOKENS in out
     limit = len(out[layout.TOKENS]) if last else arrived
     if not 1 <= count <= limit:
@@ -109,7 +108,7 @@ def _cut(out: Arrays, stage: int, arrived: int) -> None:
 
 def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, rounded: bool) -> list[Arrays]:
     """The outputs and the values `names` of one graph for every feed."""
-    onnxruntime.set_default_logger_severity(3)  # its notes on constants it will not fold are not for users
+    onnxruntime.set_default_logger_severity(3)  # hides its notes on constants that it does not fold
     with temporary(onnx_path) as tapped:
         write_tapped(onnx_path, names, rounded=rounded, path=tapped)
         with (
@@ -120,7 +119,7 @@ def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, 
 
 
 def values_of(paths: Sequence[Path], graphs: Sequence[Any], names: Sequence[str]) -> list[list[str]]:
-    """Of graphs that run one after the other, and their files: which of the values `names` each of them has."""
+    """Which of the values `names` each of several graphs has; `paths` are their files."""
     had = [{value.name for value in (*graph.output, *graph.value_info)} for graph in graphs]
     missing = [name for name in names if not any(name in one for one in had)]
     if missing:
@@ -132,11 +131,9 @@ def values_of(paths: Sequence[Path], graphs: Sequence[Any], names: Sequence[str]
 
 
 def write_tapped(onnx_path: Path, names: Sequence[str], *, rounded: bool, path: Path | None = None) -> Path:
-    """Write a copy of the graph that also returns the values `names`, to `path` or a file beside it.
+    """Write a copy of the graph that also returns the values `names`; with `rounded`, see `builder.precision.rounding`.
 
-    The folder is the graph's in any case, as its external data is there.
-
-    `rounded`: as `builder.precision.rounding` has it.
+    `path` must be in the graph's folder, where its external data is; default: a hidden file there.
     """
     model = onnx.load(str(onnx_path), load_external_data=False)
     have = {value.name for value in model.graph.output}

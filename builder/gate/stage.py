@@ -1,7 +1,7 @@
 """The verify stage of a build: the gate (`builder.gate.accuracy`) for every frame count, on real frames.
 
-What it leaves in the folder is the reference, in Polygraphy's format, beside each graph. Whether a build goes on is for
-the caller to say: here is only measured.
+It leaves the reference of each frame count in the folder, in Polygraphy's format. It only measures; the caller decides
+whether the build goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_each(
         reference: the vision part in fp32.
         paths: the graph of each frame count, or those of the chain.
         clips: of each frame count, by name.
-        with_text: whether to run the last step, which loads the decoder; default where that is small.
+        with_text: whether to run the last step, which loads the decoder; default: if the decoder is small.
     """
     if with_text is None:
         with_text = decoder_parameters(config.model.text_config) <= SMALL_DECODER
@@ -59,10 +59,7 @@ def check(
     text: NextTokens | None,
     trace: Trace,
 ) -> Report:
-    """Run the gate for one frame count and show what it measured; leaves the reference beside the graph.
-
-    `graph`: the file, or those of a chain.
-    """
+    """Run the gate for one frame count, show its measurements and save the reference beside the graph (or graphs)."""
     clips = fill(clips, config.batch)
     report, wanted = accuracy.verify(
         graph,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from earlytom.families import FAMILIES, LLAVA_ONEVISION
+from earlytom.families.qwen2 import QWEN2_7B, QWEN2_SMALL
 from earlytom.families.tokens import END, IMAGE, SPECIAL_TOKENS, STOP, VIDEO
 
 _FIRST_SPECIAL_ID = 151643  # of the tokenizer of Qwen2
@@ -37,6 +38,7 @@ def _published(**text: Any) -> Any:
             "bos_token_id": ids[END],
             "eos_token_id": ids[STOP],
             "pad_token_id": ids[END],
+            "max_window_layers": text["num_hidden_layers"],
             **text,
         },
         image_token_index=ids[IMAGE],
@@ -48,22 +50,12 @@ def _published(**text: Any) -> Any:
 # The vocabularies are those of Qwen2 (151936 and 152064) and two tokens more, rounded up to a multiple of 64.
 _LLAVA_ONEVISION: dict[str, Callable[[], Any]] = {
     "llava-onevision-qwen2-0.5b-ov": lambda: _published(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_window_layers=24,
+        **QWEN2_SMALL,
         vocab_size=152000,
         tie_word_embeddings=True,
     ),
     "llava-onevision-qwen2-7b-ov": lambda: _published(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_window_layers=28,
+        **QWEN2_7B,
         vocab_size=152128,
         tie_word_embeddings=False,
     ),

@@ -1,6 +1,6 @@
-"""What the fields of a manifest say of each other, and of themselves beyond what their types do.
+"""Checks of a manifest's fields that their types cannot make: single values, and fields against each other.
 
-Everything wrong is an `EngineError` of one line that names the field.
+Every failure is an `EngineError` of one line that names the field.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def check_agreement(manifest: Manifest) -> None:
-    """Raise EngineError for a field that makes no sense, or for two that contradict each other."""
+    """Raise EngineError for an invalid field, or for two that contradict each other."""
     _values(manifest)
     _counts(manifest)
     _kinds(manifest)
 
 
 def _values(manifest: Manifest) -> None:
-    """What a type does not say of one field."""
+    """Check single fields."""
     counts, kept, verified = manifest.frame_counts, manifest.frames_kept or (), manifest.verification
     passed = verified is None or isinstance(verified.get("passed"), bool)
     rules = [
@@ -45,7 +45,7 @@ def _values(manifest: Manifest) -> None:
 
 
 def _counts(manifest: Manifest) -> None:
-    """The counts must be those that the layout gives for the recorded settings."""
+    """Check that the recorded counts are those that the layout derives from the recorded settings."""
     try:
         config, layout = manifest.settings, manifest.layout
         expected: dict[str, Any] = {"tokens_full": layout.tokens_full}
@@ -90,7 +90,7 @@ def _counts(manifest: Manifest) -> None:
 
 
 def _kinds(manifest: Manifest) -> None:
-    """Plugins are TensorRT's."""
+    """Only TensorRT has plugins."""
     if manifest.compression == "plugin" and manifest.backend != "tensorrt":
         raise _contradiction(f"compression is plugin, {manifest.backend} has none")
     if manifest.plugins and manifest.compression != "plugin":

@@ -69,12 +69,12 @@ class Manifest(Record, frozen=True, kw_only=True):
         key: cache key (hex) of everything that changes the artefact.
         project_version, created: version of this project; ISO 8601 time of the build.
         method: its name. earlytom: the settings of the method (`earlytom.settings`), whichever it is.
-        frames: `F`, pictures the engine takes, which are as many frames but where the model's tower takes several for
-            one (`Layout.steps`); where it takes one of several counts, the most, which the rest is about.
-        frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, which is `F`.
+        frames: `F`, pictures per clip; the tower makes one frame of `step` pictures (usually 1), see `Layout.steps`.
+            With several frame counts the largest, and all other counts are those for it.
+        frames_per_stage: frames before the first merge and after each one; adaptive schedule: the most, `Layout.steps`.
         tokens: `N`, tokens the engine returns; adaptive schedule: the most that any video gives.
         tokens_per_frame: `P`, tokens of one whole frame.
-        tokens_full: `F * P`, what the uncompressed model would send to the LLM.
+        tokens_full: `Layout.steps * P`, what the uncompressed model would send to the LLM.
         dim: `D`, width of a token.
         dtype: "fp16", "bf16" or "fp32", the dtype of the graph and of the tokens.
         target: compute capability, for example "8.0".
@@ -85,18 +85,18 @@ class Manifest(Record, frozen=True, kw_only=True):
         plugins: the kernels that plugins put into the engine; none where the stage is native.
         figures: measurements of the build (seconds, bytes, flops); names are free, values are finite numbers.
         verification: {"passed": bool, ...steps}, or None where it was switched off.
-        polygraphy: command line that compares the folder's files with the saved reference, to be pasted in the folder;
-            of several frame counts one after the other.
-        islands: what is fp32 in a half graph, in words of `--islands`; None (and not written) for the usual ones.
+        polygraphy: command line, to be run in the folder, that compares its files with the saved reference; one for
+            each frame count, joined by `AND`.
+        islands: what is fp32 in a half graph, in words of `--islands`; None (and not written) for the default.
         int8: the products that are int8, in words of `--int8-keep`; None (and not written) for an engine without.
         frames_kept: adaptive schedule: least, median and most frames before the first merge and after each one, on the
             clips that the engine was calibrated on; None (and not written) in the budget schedule.
-        batch: `B`, videos that the engine takes at once; all counts are of one. 1 is not written.
-        frame_counts: the frame counts it takes, ascending, each with files of its own (`at`); None (and not written)
-            for one count. What `at` returns has that count alone.
-        chunk: `C`, frames of a chunk where clips come in chunks; None (and not written) where they come whole.
-        programs: the compiled programs of the decoder that runtimes have added, by the names of their folders; none
-            (and not written) when the engine is built.
+        batch: `B`, videos per call; all counts are those of one video. 1 is not written.
+        frame_counts: the frame counts, ascending, each with its own files (`at`); None (and not written) for one count.
+            The manifest that `at` returns has that count alone.
+        chunk: `C`, frames of a chunk; None (and not written) for an engine that takes whole clips.
+        programs: the decoder's compiled programs that a runtime added, by the names of their folders; none (and not
+            written) when the engine is built.
     """
 
     name: Name
@@ -140,11 +140,11 @@ class Manifest(Record, frozen=True, kw_only=True):
             if name not in self.files:
                 raise EngineError(f"manifest lists no {name}, which {self.backend} needs: {REBUILD}")
         for frames in self.counts[:-1]:
-            self.at(frames)  # checks that count as this did the most
+            self.at(frames)  # this constructor checked the largest count; `at` checks the others
 
     @property
     def settings(self) -> MethodSettings:
-        """Those of the method."""
+        """The method's settings."""
         return settings_of(self.method, self.earlytom)
 
     @property
@@ -157,18 +157,18 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     @property
     def closings(self) -> Closings:
-        """Where what closes visual tokens stands among them."""
+        """Where the family's closing tokens stand among the visual tokens."""
         family, (height, width) = family_named(self.model.family), self.model.preprocessing.size
         return family.closings(family.cells((height // self.model.patch_size, width // self.model.patch_size)))
 
     @property
     def precision(self) -> str:
-        """What the accuracy gate's limits went by: "int8" or the dtype."""
+        """The precision whose limits the accuracy gate applied: "int8" or the dtype."""
         return self.dtype if self.int8 is None else "int8"
 
     @property
     def adaptive(self) -> bool:
-        """Whether this is a chain of stages, of which the video decides how many frames each keeps."""
+        """Whether the video decides how many frames each merge keeps, so that the engine is a chain of stages."""
         return self.layout.adaptive
 
     @property
@@ -206,21 +206,18 @@ class Manifest(Record, frozen=True, kw_only=True):
         )
 
     def _offer(self, frames: object) -> str:
-        """What whoever wanted `frames` may do."""
+        """The remedy for a caller who asked for `frames`."""
         given = "leave the number out" if len(self.counts) == 1 else "give one of them"
         if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
             return given
         return f"{given}, or {BUILD} --frames {','.join(map(str, sorted({*self.counts, frames})))}"
 
     def file(self, name: str) -> str:
-        """The name that a file has in this folder: `name`, with the frame count in it where there are several."""
+        """A file's name in this folder: `name`, with the frame count in it where there are several."""
         return name if self.frame_counts is None else count_file(name, self.frames)
 
     def stage_files(self, name: str) -> tuple[str, ...]:
-        """That file (of the most frames, where there are several counts), or where there are stages that of each.
-
-        The files of another count are those of `at`.
-        """
+        """The names of file `name` for each graph of the largest frame count; those of another count: `at(count)`."""
         return tuple(graph.file(name) for graph in self.layout.graphs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,7 +253,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         """Write `manifest.json` into `folder`, all of it or nothing, and return its path.
 
         Raises:
-            EngineError: this is the manifest of one count of several (`at`), of which there is no folder.
+            EngineError: this is the manifest of a single one of several counts (`at`), which has no folder.
             OSError: no space, read-only, no permission; no temporary file is left behind.
         """
         if len(self.frame_counts or ()) == 1:
@@ -287,7 +284,7 @@ class Manifest(Record, frozen=True, kw_only=True):
             verify_files: also compare every listed file's size and SHA-256 (about a second per gigabyte).
 
         Raises:
-            EngineError: no engine folder, or one that is not what was built.
+            EngineError: no engine folder, or one that changed since it was built.
         """
         path = Path(folder)
         if not path.is_dir():
@@ -342,7 +339,7 @@ def describe_file(path: Path) -> FileRecord:
 
 
 def _sha256(path: Path) -> str:
-    """Digest of a plain file as far as it reached when it was opened, and of a byte more if it grows."""
+    """Digest of a plain file up to its size at opening, plus one byte if it has grown, so that growth changes it."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     with open_plain(path, REBUILD) as file:
         left = os.fstat(file.fileno()).st_size + 1
@@ -353,10 +350,10 @@ def _sha256(path: Path) -> str:
 
 
 def _seal(values: Mapping[str, Any]) -> str:
-    """Digest of the content, whatever the order and layout of the file."""
+    """Digest of the content, independent of key order and white space."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _builtin(value: object) -> str | int | float:
-    """A text or number of a library's own kind, as torch's version is, in Python's."""
+    """A subclass of str, int or float (such as torch's version) as the plain type."""
     return next(kind(value) for kind in (str, int, float) if isinstance(value, kind))

@@ -1,7 +1,7 @@
-"""The checkpoint behind an engine: the one it was built from, at the same commit, or another that is the same model.
+"""Finds the checkpoint behind an engine and checks that it is the model the engine was built from.
 
-An engine holds the vision part. Decoder, tokenizer and templates come from the checkpoint when it is asked, and answers
-are the model's own only if they are of one model. So both are compared with what the builder recorded.
+An engine holds the vision part only; decoder, tokenizer and templates come from the checkpoint at load time. Answers
+are the model's own only if both are of one model, so both are compared with the digests that the builder recorded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from runtime.errors import EngineError
 
 
 def checkpoint_of(manifest: Manifest, model: Source = None) -> Checkpoint:
-    """The checkpoint that answers with an engine.
+    """The checkpoint whose decoder answers with an engine.
 
     Args:
-        manifest: of the engine.
         model: where the checkpoint is; None for where it was when the engine was built.
 
     Raises:
-        EngineError: it is not there any more, or another model.
+        EngineError: it is not there any more, or is another model.
         UserError: it cannot be read.
     """
     record, checkpoint = manifest.model, describe(source_of(manifest, model))
@@ -46,10 +45,9 @@ def checkpoint_of(manifest: Manifest, model: Source = None) -> Checkpoint:
 
 
 def source_of(manifest: Manifest, model: Source = None) -> Source:
-    """Where the checkpoint is: `model`, by default where it was; a hub repository at the commit that it had then.
+    """Where the checkpoint is: `model`, by default the recorded source; a hub repository at the recorded commit.
 
-    Raises:
-        EngineError: it is not there any more.
+    Raises EngineError if the recorded folder is gone.
     """
     record = manifest.model
     if model is None and Path(record.source).is_absolute() and not Path(record.source).is_dir():

@@ -1,8 +1,7 @@
-"""The parts of a manifest: each record checks itself when it is made, whether a builder made it or a file on disk.
+"""The parts of a manifest. Each record checks itself when it is made, whether by a builder or from a file.
 
-What a field may be is its type (msgspec holds values to it, without taking one type for another); what fields say of
-each other is in `__post_init__`. A wrong value is an `EngineError` that names the path to it.
-`runtime.engine.manifest` puts the records together.
+msgspec checks each field against its type, without conversion; `__post_init__` checks fields against each other. A
+wrong value is an `EngineError` that names the path to it. `runtime.engine.manifest` puts the records together.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from runtime.engine.layout import MANIFEST_FILE
 from runtime.errors import EngineError
 
 REBUILD = "rebuild it with python -m builder.build --force"
-MOST_FRAMES = 100_000  # a video has fewer, and what is counted for each is counted quickly
+MOST_FRAMES = 100_000  # more than any video has, and few enough to derive all counts quickly
 MOST_COUNTS = 256  # frame counts of one engine
-_WORDS = 200  # characters of another message
+_WORDS = 200  # characters kept of another library's message
 
 _TEXT = r"\A[^\0]+\Z"
 
@@ -34,14 +33,14 @@ Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]+\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=0, le=2**53)]
-# Height and width, beside a whole number. No `tuple[Count, Count]`: msgspec 0.22 crashes where a type is a bounded
-# number or a tuple of fixed length.
+# (height, width), in a union with `Count`. No `tuple[Count, Count]`: msgspec 0.22 crashes on a union of a bounded
+# number and a tuple of fixed length.
 Sides = Annotated[tuple[Count, ...], Meta(min_length=2, max_length=2)]
 Real = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # finite
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Fields that are of their types: lists become tuples. A field that has its default is not written."""
+    """A struct that checks its fields' types (lists become tuples). A field with its default value is not written."""
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(self):
@@ -65,8 +64,8 @@ class FileRecord(Record, frozen=True):
 
 
 class PreprocessingRecord(Record, frozen=True):
-    """How frames become pixels: `size` (H, W) to resize to; `mean` and `std` (RGB) of the engine's normalisation; which
-    frames of a video are shown, see `runtime.video.sample_indices` ("ends" is not written)."""
+    """How frames become pixels: `size` (H, W) to resize to; `mean` and `std` (RGB) of the engine's normalisation; how
+    frames are sampled, see `runtime.video.sample_indices` ("ends" is not written)."""
 
     size: tuple[Count, Count]
     mean: tuple[Real, Real, Real]
@@ -75,12 +74,12 @@ class PreprocessingRecord(Record, frozen=True):
 
 
 class ModelRecord(Record, frozen=True):
-    """The model the engine was made from.
+    """The model the engine was built from.
 
-    `digest` identifies the weights that are in the engine; `trained` is False for random weights. `answers` identifies
-    everything else that answers depend on, decoder and tokenizer; `commit` that of a hub repository. Manifests of
-    earlier versions have neither, and None is not written. `image_size` is the side of a square frame in pixels, or
-    (height, width).
+    `digest` identifies the weights in the engine; `trained` is False for random weights. `answers` identifies all else
+    that answers depend on (decoder, tokenizer, templates); `commit` is that of a hub repository. Manifests of earlier
+    versions have neither, and None is not written. `image_size` is the side of a square frame in pixels, or (height,
+    width).
     """
 
     source: Text
@@ -110,9 +109,9 @@ class PluginRecord(Record, frozen=True):
         name, version: of the plugin in TensorRT's registry, such as "earlytom::FramePlan" and "1".
         kernel: its entry function.
         tensors: types and shapes of its inputs and outputs, such as "fp32 [32, 32] -> fp32 [24, 32], bool [32]".
-        ptx_sha256: digest of the PTX that is embedded.
-        grid, threads: programs in x, y and z, and threads of each.
-        registers: of a thread; `shared_bytes` of a block; `spill_bytes` that registers spill to memory.
+        ptx_sha256: digest of the embedded PTX.
+        grid, threads: blocks in x, y and z, and threads per block.
+        registers: per thread; `shared_bytes`: shared memory per block; `spill_bytes`: of registers, to local memory.
     """
 
     name: Text
@@ -136,11 +135,11 @@ class ProgramRecord(Record, frozen=True):
 
 
 def refusal(where: str, error: msgspec.ValidationError, value: Any) -> EngineError:
-    """What msgspec found in `value`, which is called `where`, in one line: the path, what was expected and got."""
-    if isinstance(error.__cause__, EngineError):  # what a record inside says of its fields
+    """msgspec's complaint about `value`, called `where`, in one line: the path, what was expected and what was got."""
+    if isinstance(error.__cause__, EngineError):  # raised by a nested record's own check
         return error.__cause__
     what, _, path = str(error).partition(" - at `$")
-    if " got " not in what and "field" not in what and "..." not in path:  # it tells types apart, and no values
+    if " got " not in what and "field" not in what and "..." not in path:  # msgspec names types, not values
         for step in re.findall(r"\w+", path):
             value = value[int(step) if isinstance(value, list | tuple) else step]
         what += f", got {shown(value)}"
@@ -148,13 +147,13 @@ def refusal(where: str, error: msgspec.ValidationError, value: Any) -> EngineErr
 
 
 def cut(text: object) -> str:
-    """Words of another message in one of ours: one line, and no more of a long value than tells what it is."""
+    """Another library's message for one of ours: one line of at most `_WORDS` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= _WORDS else line[: _WORDS - 3] + "..."
 
 
 def one_of(*names: str) -> Meta:
-    """The constraint of a text that is one of these."""
+    """The constraint of a field that is one of `names`."""
     return Meta(pattern=rf"\A(?:{'|'.join(map(re.escape, names))})\Z")
 
 

@@ -12,7 +12,7 @@ from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 from earlytom.settings import FIELD
 from runtime import cli
-from runtime.choices import MIN_FRAMES, NARROW_DTYPES, add_method_options, given_settings
+from runtime.choices import MIN_FRAMES, NARROW_DTYPES, add_options, flag, given_settings, method_option, option
 from runtime.engine.folder import ENGINES, newest_engine
 from runtime.engine.layout import DTYPE_NAMES
 from runtime.engine.manifest import Manifest
@@ -52,6 +52,56 @@ examples:
 # What only the comparison knows, of the options that are None where they were not given.
 _COMPARISON = ("frames", "merge_layers", "scale_frames", "scale_ratios", "plot")
 N = TypeVar("N", int, float)
+S = TypeVar("S", str, int, float)
+_WHAT, _HOW, _ALONE, _OUTPUT = (
+    "what is measured",
+    "how",
+    "instead of all that: one engine, as a service uses it",
+    "output",
+)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A list of variants."""
+    found = _split(text, str)
+    for name in found:
+        if name == "fastv":
+            raise argparse.ArgumentTypeError(
+                "fastv acts inside the language model: python -m builder.evaluate --methods fastv measures it"
+            )
+        if name not in VARIANTS and name not in FIELD:
+            of = f"{', '.join(VARIANTS)} (or none), nor of the field: {', '.join(sorted(FIELD))}"
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {of}")
+    return found
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers from 1 on."""
+    return _numbers(text, int, lambda n: n >= 1, "whole numbers of at least 1")
+
+
+def ratios(text: str) -> tuple[float, ...]:
+    """Numbers in (0, 1]."""
+    return _numbers(text, float, lambda n: 0 < n <= 1, "ratios in (0, 1]")
+
+
+def _numbers(text: str, kind: type[N], good: Callable[[N], bool], expected: str) -> tuple[N, ...]:
+    try:
+        found = _split(text, kind)
+        wrong = not all(map(good, found))
+    except ValueError:
+        found, wrong = (), True
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}, separated by commas, or none")
+    return found
+
+
+def _split(text: str, kind: type[S]) -> tuple[S, ...]:
+    """What commas separate, each once, in order; nothing for "none"."""
+    if text == NONE:
+        return ()
+    parts: Sequence[S] = [kind(part) for part in text.split(",")]
+    return tuple(dict.fromkeys(parts))
 
 
 @dataclass(frozen=True)
@@ -62,39 +112,74 @@ class BenchSettings:
         model: a source, None for the bundled one. video: None for one that is drawn. frames: None for as many as the
             model is meant to be shown. merge_layers: None for those of the tower.
         engine: folders, of which --service and --soak measure one: the newest, if there is none.
-        device: "cpu" or "cuda". dtype: None for what the model fits in. decoder_dtype: "int8" for the decoder's
-            weights, None for dtype's.
-        vision_only: the engines' vision parts and nothing else.
+        device: "cpu" or "cuda". dtype: None for what the model fits in.
         soak: requests whose memory is watched; None to measure something else.
     """
 
-    model: str | None
-    video: Path | None
-    question: str
-    frames: int | None
-    ratio: float
-    merge_layers: tuple[int, ...] | None
-    tau: float
-    variants: tuple[str, ...]
-    engine: tuple[Path, ...]
-    device: str
-    dtype: str | None
-    decoder_dtype: str | None
-    threads: int | None
-    warmup: int
-    repeats: int
-    max_new_tokens: int
-    concurrency: tuple[int, ...]
-    requests: int
-    scale_frames: tuple[int, ...]
-    scale_ratios: tuple[float, ...]
-    scale_repeats: int
-    vision_only: bool
-    service: bool
-    soak: int | None
-    soak_clients: int
-    plot: Path | None
-    json: bool
+    model: str | None = option(
+        None, "checkpoint folder, hub id or random:NAME (default: bundled)", "SOURCE", group=_WHAT
+    )
+    video: Path | None = option(
+        None, "default: a clip that is drawn; with --serve: or a folder of videos", "FILE", group=_WHAT, type=Path
+    )
+    question: str = option(None, f"default: {QUESTION} (with --serve: those of the test clips)", "TEXT", group=_WHAT)
+    frames: int | None = option(None, "default: as many as the model is meant to be shown", "F", group=_WHAT, type=int)
+    ratio: float = method_option(_WHAT)
+    merge_layers: tuple[int, ...] | None = method_option(_WHAT)
+    tau: float = method_option(_WHAT)
+    variants: tuple[str, ...] = option(
+        None, f"default: {','.join(VARIANTS)}; or of the field", "LIST", group=_WHAT, type=names
+    )
+    engine: tuple[Path, ...] = option(
+        (), "an engine folder; may be repeated", "DIR", group=_WHAT, type=Path, action="append"
+    )
+    device: str = option(None, "default: the GPU if there is one", group=_HOW, choices=("cpu", "cuda"))
+    dtype: str | None = option(
+        None,
+        "of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in where "
+        "fp32 does not fit into memory)",
+        group=_HOW,
+        choices=DTYPE_NAMES,
+    )
+    decoder_dtype: str | None = option(
+        None,
+        "the decoder's weights in int8, of all variants, on a CPU; the model is in bf16 then",
+        group=_HOW,
+        choices=NARROW_DTYPES,
+    )
+    threads: int | None = option(None, "on the CPU (default: PyTorch's)", "N", group=_HOW, type=int)
+    warmup: int = option(2, "requests not counted (default: 2)", "N", group=_HOW, type=int)
+    repeats: int = option(10, "requests of each variant (default: 10)", "N", group=_HOW, type=int)
+    max_new_tokens: int = option(
+        None, "of every answer, at least 2 (default: 16, with --soak 2)", "N", group=_HOW, type=int
+    )
+    concurrency: tuple[int, ...] = option(None, "clients, or none (default: 1,2,4,8)", "LIST", group=_HOW, type=counts)
+    requests: int = option(None, "at each concurrency, at least (default: 8), or rate (100)", "N", group=_HOW, type=int)
+    scale_frames: tuple[int, ...] = option(
+        None, "or none (default: 8,16,32 with the bundled model)", "LIST", group=_HOW, type=counts
+    )
+    scale_ratios: tuple[float, ...] = option(
+        None, "or none (default: 0.05,0.1,0.3,1 with the bundled model)", "LIST", group=_HOW, type=ratios
+    )
+    scale_repeats: int = option(3, "requests of each point (default: 3)", "N", group=_HOW, type=int)
+    vision_only: bool = option(
+        False,
+        "the vision parts of the --engine folders alone, in turns: no model is loaded",
+        group=_WHAT,
+        action="store_true",
+    )
+    service: bool = option(
+        False,
+        "first token of fresh, watched and live videos, and many callers (default: the newest under engines/)",
+        group=_ALONE,
+        action="store_true",
+    )
+    soak: int | None = option(
+        None, "memory over N requests (default: the newest under engines/)", "N", group=_ALONE, type=int
+    )
+    soak_clients: int = option(4, "that ask at a time (default: 4)", "N", group=_ALONE, type=int)
+    plot: Path | None = option(None, "draw there, as PNG (needs matplotlib)", "DIR", group=_OUTPUT, type=Path)
+    json: bool = option(False, "print the JSON line alone", group=_OUTPUT, action="store_true")
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -123,67 +208,10 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the time to the first token, stage by stage, of EarlyTom and of what it is compared with.",
         epilog=EXAMPLES,
     )
-    what = p.add_argument_group("what is measured")
-    what.add_argument("--model", metavar="SOURCE", help="checkpoint folder, hub id or random:NAME (default: bundled)")
-    what.add_argument(
-        "--video", type=Path, metavar="FILE", help="default: a clip that is drawn; with --serve: or a folder of videos"
-    )
-    what.add_argument("--question", metavar="TEXT", help=f"default: {QUESTION} (with --serve: those of the test clips)")
-    what.add_argument("--frames", type=int, metavar="F", help="default: as many as the model is meant to be shown")
-    add_method_options(what, "retention_ratio", "merge_layers", "tau")
-    what.add_argument("--variants", type=names, metavar="LIST", help=f"default: {','.join(VARIANTS)}; or of the field")
-    what.add_argument(
-        "--engine", type=Path, action="append", default=[], metavar="DIR", help="an engine folder; may be repeated"
-    )
-    how = p.add_argument_group("how")
-    how.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    how.add_argument(
-        "--dtype",
-        choices=DTYPE_NAMES,
-        help="of the model in PyTorch (default: bf16 on a GPU; on a CPU fp32, or what the checkpoint is stored in "
-        "where fp32 does not fit into memory)",
-    )
-    how.add_argument(
-        "--decoder-dtype",
-        choices=NARROW_DTYPES,
-        help="the decoder's weights in int8, of all variants, on a CPU; the model is in bf16 then",
-    )
-    how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: PyTorch's)")
-    how.add_argument("--warmup", type=int, default=2, metavar="N", help="requests not counted (default: 2)")
-    how.add_argument("--repeats", type=int, default=10, metavar="N", help="requests of each variant (default: 10)")
-    how.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="of every answer, at least 2 (default: 16, with --soak 2)"
-    )
-    how.add_argument("--concurrency", type=counts, metavar="LIST", help="clients, or none (default: 1,2,4,8)")
-    how.add_argument(
-        "--requests", type=int, metavar="N", help="at each concurrency, at least (default: 8), or rate (100)"
-    )
-    how.add_argument(
-        "--scale-frames", type=counts, metavar="LIST", help="or none (default: 8,16,32 with the bundled model)"
-    )
-    how.add_argument(
-        "--scale-ratios", type=ratios, metavar="LIST", help="or none (default: 0.05,0.1,0.3,1 with the bundled model)"
-    )
-    how.add_argument("--scale-repeats", type=int, default=3, metavar="N", help="requests of each point (default: 3)")
-    what.add_argument(
-        "--vision-only",
-        action="store_true",
-        help="the vision parts of the --engine folders alone, in turns: no model is loaded",
-    )
-    soak = p.add_argument_group("instead of all that: one engine, as a service uses it")
-    soak.add_argument(
-        "--service",
-        action="store_true",
-        help="first token of fresh, watched and live videos, and many callers (default: the newest under engines/)",
-    )
-    soak.add_argument(
-        "--soak", type=int, metavar="N", help="memory over N requests (default: the newest under engines/)"
-    )
-    soak.add_argument("--soak-clients", type=int, default=4, metavar="N", help="that ask at a time (default: 4)")
+    *measured, plot, json = (field.name for field in fields(BenchSettings))
+    add_options(p, BenchSettings, *measured)
     serving.add(p)
-    out = p.add_argument_group("output")
-    out.add_argument("--plot", type=Path, metavar="DIR", help="draw there, as PNG (needs matplotlib)")
-    out.add_argument("--json", action="store_true", help="print the JSON line alone")
+    add_options(p, BenchSettings, plot, json)
     return p
 
 
@@ -195,7 +223,7 @@ def check(options: argparse.Namespace) -> None:
     ):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            raise UserError(f"{flag(name)} must be at least {least}, got {value}")
     given = given_settings(options, "merge_layers", "tau")
     options.merge_layers, options.tau = given.get("merge_layers"), given.get("tau", EarlyTomConfig.tau)
     serving.check(options)
@@ -223,7 +251,7 @@ def check(options: argparse.Namespace) -> None:
     if options.soak is not None or options.service:
         ignored = [name for name in _COMPARISON if getattr(options, name) is not None]
         if ignored:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            flags = ", ".join(map(flag, ignored))
             what = "--service" if options.service else "--soak"
             raise UserError(f"{what} measures one engine, as it was built, and draws nothing: leave out {flags}")
     if options.vision_only:
@@ -252,7 +280,7 @@ def _check_vision_only(options: argparse.Namespace) -> None:
     given = [name for name in ("plot", "merge_layers", "scale_frames", "scale_ratios") if getattr(options, name)]
     given += [name for name in ("service", "soak") if getattr(options, name)]
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = ", ".join(map(flag, given))
         raise UserError(f"--vision-only measures engines as they were built, and nothing else: leave out {flags}")
 
 
@@ -289,51 +317,3 @@ def method(ratio: float, merge_layers: tuple[int, ...], tau: float) -> EarlyTomC
         return EarlyTomConfig(retention_ratio=ratio, merge_layers=merge_layers, tau=tau, schedule="budget")
     except UserError as error:
         raise UserError(f"{error} (--ratio, --merge-layers, --tau)") from error
-
-
-def names(text: str) -> tuple[str, ...]:
-    """A list of variants."""
-    found = _split(text, str)
-    for name in found:
-        if name == "fastv":
-            raise argparse.ArgumentTypeError(
-                "fastv acts inside the language model: python -m builder.evaluate --methods fastv measures it"
-            )
-        if name not in VARIANTS and name not in FIELD:
-            of = f"{', '.join(VARIANTS)} (or none), nor of the field: {', '.join(sorted(FIELD))}"
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {of}")
-    return found
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """Numbers from 1 on."""
-    return _numbers(text, int, lambda n: n >= 1, "whole numbers of at least 1")
-
-
-def ratios(text: str) -> tuple[float, ...]:
-    """Numbers in (0, 1]."""
-    return _numbers(text, float, lambda n: 0 < n <= 1, "ratios in (0, 1]")
-
-
-def _numbers(text: str, kind: type[N], good: Callable[[N], bool], expected: str) -> tuple[N, ...]:
-    try:
-        found = _split(text, kind)
-    except ValueError:
-        found = ()
-        good_all = False
-    else:
-        good_all = all(map(good, found))
-    if not good_all:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}, separated by commas, or none")
-    return found
-
-
-S = TypeVar("S", str, int, float)
-
-
-def _split(text: str, kind: type[S]) -> tuple[S, ...]:
-    """What commas separate, each once, in order; nothing for "none"."""
-    if text == NONE:
-        return ()
-    parts: Sequence[S] = [kind(part) for part in text.split(",")]
-    return tuple(dict.fromkeys(parts))

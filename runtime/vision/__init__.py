@@ -1,8 +1,8 @@
-"""Vision backends: everything that turns the frames of one clip into visual tokens, behind one small protocol.
+"""Vision backends: they turn the frames of one clip into visual tokens, behind one small protocol.
 
-How one graph runs is known to `onnxruntime` and `tensorrt` (either flavour), in which order to `whole`, `adaptive` and
-`chunked`, which also takes the frames of a clip as they come; `by_frames` has one for each of several frame counts.
-`torch` runs the checkpoint's own vision part, the reference.
+`onnxruntime` and `tensorrt` (either flavour) run one graph; `whole`, `adaptive` and `chunked` run an engine's graphs in
+their order, `chunked` also on frames as they arrive; `by_frames` holds one backend per frame count. `torch` runs the
+checkpoint's own vision tower, the reference.
 """
 
 from runtime.vision.open import choose_backend, open_backend

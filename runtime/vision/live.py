@@ -1,24 +1,24 @@
-"""A clip whose frames come one by one, from a camera or a download: it is encoded while it comes.
+"""A clip whose frames arrive one by one, from a camera or a download, and are encoded as they arrive.
 
     with LiveClip(vision, total=300) as clip:
         for frame in source:
             clip.push(frame)
         encoded, timings = clip.finish()
 
-What comes out is exactly what `runtime.video.clip_from_frames` of all frames and the backend's `encode` give. Frames
-are resized where they are pushed; as soon as there are enough for a chunk that are certain to be in the sample, a
-thread of this clip's own runs the layers up to the first merge on them (`runtime.vision.chunked`). What is left after
-the last frame is the last chunk and the rest of the encoder.
+The result equals that of `runtime.video.clip_from_frames` on all frames followed by the backend's `encode`. `push`
+resizes frames in the caller's thread; once a chunk of frames is sure to be in the sample, the clip's worker thread runs
+the layers up to the first merge on it (`runtime.vision.chunked`). After the last frame only the last chunk and the rest
+of the encoder remain to be run.
 
-A source of known length (`total`) has a known sample: no other frame is looked at. Of one that may end at any time all
-frames have to be kept. Its first F are encoded as they come, for if no more follow they are the sample; if more do,
-those that the sample has are used as they are, and the others of the sample are encoded at the end.
+A source of known length (`total`) has a known sample, and other frames are skipped. Of a source that may end at any
+time all frames are kept. Its first F are encoded as they arrive: they are the sample if no more follow. If more do,
+those of them that are in the final sample are reused, and its other frames are encoded at the end.
 
-On a GPU frames are resized on one stream and encoded on another, both shared by all clips: on the stream that threads
-have by default a push would wait for the encoder, and the encoder for whatever else is asked of the GPU. Frames go from
-one thread to the other when they are there, so that no stream has to wait for another.
+On a GPU frames are resized on one stream and encoded on another, both shared by all clips: on the default stream a push
+would wait for the encoder, and the encoder for other work of the GPU. A thread hands frames over once they are written,
+so no stream waits for another.
 
-This module knows sampling and resizing (`runtime.video`), not what encodes.
+This module knows sampling and resizing (`runtime.video`), not the encoder.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from runtime.vision.chunked import CHUNK, ChunkedVision
 from runtime.vision.protocol import Encoded
 
 _CLOSED = "this live clip was finished or closed: open another one"
-MOST = 10**9  # frames of a clip: a year, so that a number that is no count is told from one
-LIMIT = 4  # times F: how many frames a clip of unknown length may have, if nothing else is asked for
+MOST = 10**9  # frames of a clip, a year of video: a larger `total` or `limit` is a mistake
+LIMIT = 4  # times F: default limit of frames of a clip of unknown length
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class LiveTimings:
 
     Attributes:
         after_last_frame: from the push of the last frame to the tokens, the caller's time before `finish` included:
-            what somebody waits who asked while the clip was still coming.
-        before: that the head ran before then.
-        share: of the head's work on the sampled frames, what was done before then; between 0 and 1.
+            the wait of a question that was asked before the clip ended.
+        before: run time of the head before that push.
+        share: fraction (0 to 1) of the sampled frames that the head had encoded before that push.
     """
 
     after_last_frame: float
@@ -73,18 +73,18 @@ class LiveTimings:
 
 
 class LiveClip:
-    """One clip that is still coming. A context manager that closes.
+    """One clip that is still arriving. A context manager that closes.
 
     Args:
         vision: a backend that takes chunks.
-        total: how many frames will come; None where that is not known.
-        limit: the most frames that may come where that is not known, 4 F by default; all are kept, resized.
+        total: number of frames that will arrive; None if unknown.
+        limit: the most frames that may arrive where `total` is unknown, default 4 F; all are kept, resized.
         device: where frames are resized.
-        sampling: which frames are shown, see `runtime.video.sample_indices`.
+        sampling: how frames are sampled, see `runtime.video.sample_indices`.
 
     Raises:
         EngineError: a backend that takes whole clips only.
-        UserError: a total or limit that makes no sense.
+        UserError: an invalid total or limit.
         RuntimeError: the backend is closed.
     """
 
@@ -107,7 +107,7 @@ class LiveClip:
         self.total = total = None if total is None else whole("total", total, MIN_FRAMES, MOST)
         self.limit = LIMIT * self.frames if limit is None else whole("limit", limit, MIN_FRAMES, MOST)
         self._device, self._sampling = torch.device(device), sampling
-        # How often the sample has each frame of the source; where that may end at any time, the first F once each.
+        # How often each frame of the source is in the sample; with unknown length, the first F once each.
         self._times = Counter(
             range(self.frames) if total is None else sample_indices(total, self.frames, sampling).tolist()
         )
@@ -116,28 +116,27 @@ class LiveClip:
         self._arrived = 0
         self._kept: list[Tensor] = []  # each [3, H, W]; without a total all frames, so that any sample can be made
         self._waiting: list[Tensor] = []  # for the next chunk
-        self._seconds = 0.0  # that the worker ran the head
-        self._before = (0, 0.0, 0.0)  # when the last frame came: frames encoded, these seconds, the clock
+        self._seconds = 0.0  # run time of the head
+        self._before = (0, 0.0, 0.0)  # at the last push: frames encoded, run time of the head, the clock
         self._error: BaseException | None = None  # of the worker
         self._home = Home("this live clip")
         self._lock = threading.Lock()
         self._clip = vision.begin()
         self._resizing, self._encoding = _stream(self._device, "resize"), _stream(self._clip.device, "encode")
-        if self._encoding is not None:  # the clip's memory is being cleared on this thread's stream
+        if self._encoding is not None:  # this thread's stream may still be zeroing the clip's memory
             self._encoding.wait_stream(torch.cuda.current_stream(self._clip.device))
         self._worker: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="live-clip")
 
     def push(self, frames: Tensor | NDArray[Any]) -> None:
-        """Take the next frames; returns without waiting for the encoder.
+        """Add the next frames; returns without waiting for the encoder.
 
         Args:
-            frames: uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit), or one frame of them,
-                in time order, of any size; or a list of single frames or of PIL images, or one of these. They are
-                copied.
+            frames: uint8 RGB [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit) in time order, of any
+                size, or a single frame without n; or a PIL image, or a list of single frames or PIL images. Copied.
 
         Raises:
-            UserError: anything else, or more frames than `total` or `limit`, of which none is taken then.
-            Exception: what the worker failed with, on frames pushed before.
+            UserError: anything else, or more frames than `total` or `limit`: then none of them is added.
+            Exception: the encoder's error on earlier frames.
             RuntimeError: the clip was finished or closed.
         """
         came = time.perf_counter()
@@ -161,13 +160,13 @@ class LiveClip:
                 worker.submit(self._encode, _take(self._waiting, self._chunk))
 
     def finish(self) -> tuple[Encoded, LiveTimings]:
-        """No more frames will come: the clip's visual tokens and how long it took. Closes the clip.
+        """End the clip and close it; returns its visual tokens and timings.
 
         On a GPU it waits for the tokens, which can then be read on any stream.
 
         Raises:
-            UserError: fewer frames came than `total`, or than a video has; more may be pushed then.
-            Exception: what the worker failed with.
+            UserError: fewer frames than `total`, or than a video must have; then more may be pushed.
+            Exception: the encoder's error.
             RuntimeError: the clip was finished or closed.
         """
         self._home.check()
@@ -190,8 +189,8 @@ class LiveClip:
         return encoded, timings
 
     def close(self) -> None:
-        """Drop what is not encoded yet, wait for the chunk that is, free the memory; a second call does nothing, nor
-        does one in a fork of the process."""
+        """Drop frames that are not encoded, wait for the current chunk, free the memory. Does nothing a second time or
+        in a fork of the process."""
         if self._home.left:
             return
         worker, self._worker = self._worker, None
@@ -226,8 +225,8 @@ class LiveClip:
             )
 
     def _resize(self, planar: Tensor, rows: Sequence[int]) -> Tensor:
-        """These rows of [n, 3, h, w], as [r, 3, H, W] on which the caller has no hold."""
-        if self._resizing is not None and planar.is_cuda:  # they may still be being made
+        """The frames `rows` of [n, 3, h, w], copied and resized to [r, 3, H, W]."""
+        if self._resizing is not None and planar.is_cuda:  # the caller's stream may still be writing them
             self._resizing.wait_stream(torch.cuda.current_stream(planar.device))
         with _on(self._resizing):
             copied = planar[to_device(torch.tensor(rows), planar.device)]
@@ -236,25 +235,25 @@ class LiveClip:
         return resized
 
     def _wanted(self) -> bool:
-        """Whether anybody waits: not once it is closed, nor when the interpreter waits at its exit for this thread."""
+        """False once closed, or when the interpreter waits at its exit for the worker."""
         return self._worker is not None and threading.main_thread().is_alive()
 
-    # What the worker does, one call after the other, asking before each whether it is still wanted.
+    # In the worker thread, one call after the other; each checks `_wanted` first.
 
     def _encode(self, frames: list[Tensor]) -> None:
-        if self._error is not None or not self._wanted():  # of an earlier chunk
+        if self._error is not None or not self._wanted():  # an earlier chunk failed
             return
         started = time.perf_counter()
         try:
             with _on(self._encoding):
                 self._clip.push(torch.stack(frames))
-                _wait(self._clip.device)  # before `frames` are let go
+                _wait(self._clip.device)  # before `frames` are freed
         except BaseException as error:  # for the caller's thread, which raises it
             self._error = error
         self._seconds += time.perf_counter() - started
 
     def _complete(self) -> tuple[Encoded, LiveTimings]:
-        """Encode what is missing of the sample, and the rest."""
+        """Encode the missing frames of the sample, then run the rest of the encoder."""
         if self._error is not None:
             raise self._error
         plan = self._plan()
@@ -269,20 +268,20 @@ class LiveClip:
             found = Encoded(*(value.clone() for value in self._clip.finish()))
             _wait(found.tokens.device)
         for value in found:
-            if value.is_cuda:  # where they are likely to be read when they are let go
+            if value.is_cuda:  # the stream that probably still reads them when they are freed
                 value.record_stream(torch.cuda.default_stream(value.device))
         encoded, seconds, came = self._before
         return found, LiveTimings(time.perf_counter() - came, seconds, plan.ahead(encoded) / self.frames)
 
     @property
     def times(self) -> FrameTimes:
-        """When the frames of the sample were, as nothing says when they came."""
+        """Times of the sampled frames at the default frame rate, as pushed frames bring no times."""
         return times_of_sample(self._arrived, self.frames, self._sampling)
 
     def _plan(self) -> Completion:
-        """How the sample comes of what is encoded."""
+        """How the sample is completed from the encoded frames."""
         encoded = self._clip.encoded
-        if self.total is not None:  # what is encoded is the beginning of the sample
+        if self.total is not None:  # the encoded frames are the beginning of the sample
             return Completion(range(encoded), range(encoded, self.frames), range(self.frames))
         sample = sample_indices(self._arrived, self.frames, self._sampling).tolist()
         return completion(sample, encoded, self._chunk if not self._reuse else None)
@@ -290,12 +289,12 @@ class LiveClip:
 
 @dataclass(frozen=True)
 class Completion:
-    """How a sample comes of frames of which the first are encoded.
+    """How a sample is completed once the first frames of a clip are encoded.
 
     Attributes:
-        keep: encoded frames that stay, ascending.
-        add: frames to encode then.
-        rows: the sample, as places in `keep` and `add` together; ascending.
+        keep: encoded frames to reuse, ascending.
+        add: frames still to encode.
+        rows: the sample as indices into `keep` followed by `add`; ascending.
     """
 
     keep: Sequence[int]
@@ -303,15 +302,15 @@ class Completion:
     rows: Sequence[int]
 
     def ahead(self, encoded: int) -> int:
-        """Places of the sample that are done once the first `encoded` frames are encoded."""
+        """Number of the sample's rows that come from the first `encoded` frames of the clip."""
         return sum(row < len(self.keep) and self.keep[row] < encoded for row in self.rows)
 
 
 def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Completion:
-    """How `sample`, ascending, comes of the frames 0 to `encoded` - 1.
+    """How `sample`, ascending, is completed once frames 0 to `encoded` - 1 are encoded.
 
-    `chunk`: None where a frame is encoded alike in every chunk, so that no frame need be encoded twice. Else the frames
-    of a chunk: only chunks that a whole clip has as they are stay, and each of the others is encoded as it is there.
+    `chunk` is None where a frame's encoding does not depend on its chunk, so that every encoded frame can be reused.
+    Else it is the frames of a chunk: only leading chunks that are also chunks of the sample are reused.
     """
     if chunk is None:
         distinct = sorted(set(sample))
@@ -325,7 +324,7 @@ def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Comple
 
 
 def _planar(frames: Any) -> Tensor:
-    """What was pushed as uint8 [n, 3, h, w]. Raises UserError for what cannot be that."""
+    """Pushed frames as uint8 [n, 3, h, w]. Raises UserError for anything that is no frames."""
     if isinstance(frames, list | tuple) or hasattr(frames, "getbands"):  # the latter is PIL's, which is not needed here
         return stack_frames(frames if isinstance(frames, list | tuple) else [frames])
     plain = getattr(frames, "layout", torch.strided) is torch.strided and not getattr(frames, "is_nested", False)
@@ -334,7 +333,7 @@ def _planar(frames: Any) -> Tensor:
 
 
 def _take(frames: list[Tensor], chunk: int) -> list[Tensor]:
-    """The first `chunk` of `frames`; they are removed."""
+    """Remove and return the first `chunk` of `frames`."""
     taken = frames[:chunk]
     del frames[:chunk]
     return taken
@@ -342,16 +341,16 @@ def _take(frames: list[Tensor], chunk: int) -> list[Tensor]:
 
 @functools.cache
 def _stream(device: torch.device, purpose: str) -> Any:
-    """The stream of a GPU for this purpose; None on a CPU. One for all clips, as torch keeps memory for each stream."""
+    """A GPU's stream for this purpose; None on a CPU. One for all clips, as torch caches memory per stream."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _on(stream: Any) -> AbstractContextManager[Any]:
-    """Within the block what this thread asks of the GPU goes on that stream, if there is one."""
+    """Within the block `stream` is this thread's current stream; no-op for None."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _wait(device: torch.device) -> None:
-    """Until the GPU has done what this thread asked of it."""
+    """Wait for this thread's current stream."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -1,6 +1,6 @@
-"""Which backend runs an engine folder here, and the folder opened with it.
+"""Chooses the backend that runs an engine folder on this machine, and opens the folder with it.
 
-No library is imported but that of the backend that is opened.
+Only the opened backend's library is imported.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from runtime.vision.whole import Whole
 def choose_backend(asked: str, manifest: Manifest) -> str:
     """Which of `BACKENDS` (but "auto") runs this engine here.
 
-    "auto" takes the compiled engine where there is a GPU that torch can use, else ONNX Runtime; graphs in bf16, for
-    which that has no kernels on a CPU, run in PyTorch there. A backend asked for by name is never exchanged for
-    another.
+    "auto" takes the compiled engine where torch can use a GPU (or the folder has no ONNX graph), else ONNX Runtime, or
+    PyTorch for bf16 graphs, for which ONNX Runtime has no CPU kernels. A backend named explicitly is used or refused.
 
     Raises:
         EngineError: an unknown name, or the folder has no file for it.
@@ -65,17 +64,16 @@ def open_backend(
 ) -> VisionBackend:
     """Load the engine of a folder whose manifest was read (and thereby checked).
 
-    Of several frame counts all are loaded, and each call runs the one that its frames fit
-    (`runtime.vision.by_frames`).
+    Every frame count is loaded; each call runs the one that its frames fit (`runtime.vision.by_frames`).
 
     Args:
         asked: "auto" or one of `ENGINE_BACKENDS` ("torch" needs a checkpoint: `runtime.vision.torch`).
-        threads: of onnxruntime; torch's number by default.
-        frames: load only these of the frame counts (default: all).
+        threads: of onnxruntime; default: torch's number.
+        frames: load only these frame counts; default: all.
 
     Raises:
-        EngineError: see `choose_backend`; that is "torch"; the library is missing or of another version than the
-            engine's; the file cannot be loaded.
+        EngineError: as `choose_backend`; the choice is "torch"; the library is missing or not the version that built
+            the engine; the file cannot be loaded.
     """
     name = choose_backend(asked, manifest)
     if name == "torch":

@@ -1,4 +1,4 @@
-"""What every vision backend can do, whichever library runs it and in whatever order."""
+"""The interface of all vision backends, and what they return."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class Encoded(NamedTuple):
-    """What an engine makes of a clip; names as in `runtime.engine.layout`, of several videos all with a leading B.
+    """An engine's outputs for one clip; for B videos, each with a leading B.
 
     Attributes:
         tokens: [N, D] in the dtype of the graph.
-        positions: [N] int64, `f * P + cell`, f counted among the F' frames that are left.
-        sources: [F', F] fp32, what each of these is made of.
+        positions: [N] int64, `f * P + cell`, f among the F' frames left after merging.
+        sources: [F', F] fp32, the weight of each of the clip's frames in each frame left.
         place: [N] int64, `frame of the video * P + cell`.
-        bias: [N] fp32, the logarithm of how many of the video's tokens each stands for.
+        bias: [N] fp32, log of the number of the video's tokens that each stands for.
     """
 
     tokens: Tensor
@@ -27,19 +27,18 @@ class Encoded(NamedTuple):
     bias: Tensor
 
     def each(self) -> list[Encoded]:
-        """Of several videos, those of each."""
+        """The outputs of each video of a batch."""
         return [Encoded(*values) for values in zip(*(value.unbind() for value in self), strict=True)]
 
 
 class VisionBackend(Protocol):
     """One loaded vision engine; tensors as in `runtime.engine.layout`.
 
-    `batch` is B, the videos that it takes at once; where that is more than 1 it is a `BatchedVision`. Frames may be on
-    the CPU, or on `device`, where it runs.
+    `batch` is B, the videos of one call; with B > 1 the backend is a `BatchedVision`. Frames may be on the CPU or on
+    `device`, where the backend runs.
 
-    The tensors that `encode` returns belong to the backend: they are valid until the next `encode` or `close`, which
-    writes over them. Splice them into the prompt (a copy anyway) or clone them before that. One call at a time: a
-    backend refuses a second one while the first is under way with RuntimeError.
+    The tensors that `encode` returns belong to the backend: the next `encode` or `close` overwrites them. Splice them
+    into the prompt (a copy anyway) or clone them before. A second call while one is under way raises RuntimeError.
     """
 
     name: str
@@ -58,7 +57,7 @@ class VisionBackend(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the backend holds; it cannot be used afterwards. A second call does nothing."""
+        """Free the backend, which cannot be used afterwards. A second call does nothing."""
         ...
 
 
@@ -66,9 +65,7 @@ class BatchedVision(VisionBackend, Protocol):
     """A backend for several videos at once."""
 
     def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
-        """Visual tokens of each of 1 to `batch` clips uint8 [F, 3, H, W], in one run.
-
-        They are valid as long as those of `encode`, all together.
+        """Visual tokens of 1 to `batch` clips uint8 [F, 3, H, W] each, in one run; valid as those of `encode`.
 
         Raises:
             EngineError: too many clips or none, frames of another shape or dtype.
@@ -77,7 +74,7 @@ class BatchedVision(VisionBackend, Protocol):
 
 
 def encode_one(vision: VisionBackend, frames: Tensor) -> Encoded:
-    """Visual tokens of one clip uint8 [F, 3, H, W], however many videos the backend takes at once."""
+    """Visual tokens of one clip uint8 [F, 3, H, W], whatever the backend's batch."""
     if vision.batch == 1:
         return vision.encode(frames)
     return cast(BatchedVision, vision).encode_several([frames])[0]

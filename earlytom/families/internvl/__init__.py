@@ -18,6 +18,7 @@ from earlytom.errors import UserError
 from earlytom.families.family import Family
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.llava_onevision import canonical_name
+from earlytom.families.qwen2 import QWEN2_7B, QWEN2_SMALL
 from earlytom.families.tokens import END, START, STOP, VIDEO
 from earlytom.families.vision import VisionModules
 from earlytom.numbers import shown
@@ -222,20 +223,8 @@ class InternVL(Family):
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:
         return {
-            "internvl3-1b": lambda: _published(
-                hidden_size=896,
-                intermediate_size=4864,
-                num_hidden_layers=24,
-                num_attention_heads=14,
-                num_key_value_heads=2,
-            ),
-            "internvl3-8b": lambda: _published(
-                hidden_size=3584,
-                intermediate_size=18944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
-            ),
+            "internvl3-1b": lambda: _published(**QWEN2_SMALL),
+            "internvl3-8b": lambda: _published(**QWEN2_7B),
         }
 
 

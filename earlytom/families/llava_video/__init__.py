@@ -14,6 +14,7 @@ from earlytom.families.family import Family
 from earlytom.families.frames import FrameTimes
 from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
 from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
+from earlytom.families.qwen2 import QWEN2_7B
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
 from earlytom.families.vision import Features, Vision
 
@@ -179,11 +180,7 @@ def _published() -> Any:
                 "mm_patch_merge_type": "spatial_unpad",
                 "mm_newline_position": "grid",
                 "mm_spatial_pool_mode": "bilinear",
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
+                **QWEN2_7B,
                 "max_position_embeddings": 32768,
                 "max_window_layers": 28,
                 "rms_norm_eps": 1e-6,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from earlytom.errors import UserError
 from earlytom.families.frames import Geometry
+from earlytom.families.qwen2 import QWEN2_7B
 from earlytom.families.qwen2_5_vl.windows import pairs
 from earlytom.families.qwen3_vl import CLOSE, OPEN, TOWER_SETTINGS, VISUAL, Qwen3Vl
 from earlytom.families.qwen3_vl.grid import SIDE, STEP
@@ -138,11 +139,7 @@ class Qwen25Vl(Qwen3Vl):
                 tie_word_embeddings=True,
             ),
             "qwen2.5-vl-7b": lambda: _published(
-                hidden_size=3584,
-                intermediate_size=18944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
+                **QWEN2_7B,
                 vocab_size=152064,
                 tie_word_embeddings=False,
             ),

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
+from runtime.choices import flag
 
 _SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
 # Given without --serve they would be ignored, and so would these with it.
@@ -152,7 +153,3 @@ def objective(text: str) -> tuple[str, float]:
         known = ", ".join(OBJECTIVES)
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {known} with milliseconds, as ttft:500")
     return name, value / 1000
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -22,7 +22,6 @@ from earlytom.cells.merge import CellPlan, merge_marks, plan_cells
 from earlytom.cells.select import affinity, likeness, saliency, select_greedy, select_rounds, token_sizes
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.methods import METHODS
 from earlytom.methods.cells import Cells, EachCells
 from earlytom.methods.earlytom import EarlyTom
 from earlytom.micro.data import labelled_clip
@@ -265,27 +264,6 @@ def test_settings_there_and_back(
 def test_what_was_recorded_before_there_was_a_threshold_is_still_written() -> None:
     assert "threshold" not in CellsConfig().to_dict()
     assert CellsConfig(schedule="adaptive").to_dict()["threshold"] == CellsConfig.threshold
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"retention_ratio": 0}, r"retention_ratio must be in \(0, 1\], got 0"),
-        ({"power": -1}, r"power must be in \[0, 64\], got -1"),
-        ({"power": float("nan")}, r"power must be in \[0, 64\], got nan"),
-        ({"rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
-        ({"rounds": 2.5}, "rounds must be a whole number of at least 1"),
-        ({"merge_layers": (3, 1)}, "merge_layers must be different and ascending"),
-        ({"frame_budget": (4, 2)}, "frame_budget names 2 frame counts for 3 merge layers"),
-        ({"schedule": "none"}, "schedule must be one of adaptive, budget, got 'none'"),
-        ({"threshold": -0.1}, r"threshold must be in \[0, 3\], got -0.1"),
-        ({"threshold": float("nan")}, r"threshold must be in \[0, 3\], got nan"),
-        ({"tau": 0.8}, "unknown setting 'tau' of method 'cells': the settings are retention_ratio, merge_layers,"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        METHODS["cells"].from_dict(settings)
 
 
 def test_a_layer_that_the_tower_lacks_is_refused() -> None:
