@@ -165,7 +165,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
             self._unheard = True
 
     def _check(self, job: Job[Item]) -> Callable[[], None]:
-        """A job's `check`: raises `UnwantedError` once nobody waits for it. Called at every packet, so takes no lock."""
+        """A job's `check`: raises `UnwantedError` once nobody waits for it. Called per packet, so without a lock."""
         clock, limit = self._clock, job._submitted + job._deadline
         found = weakref.ref(job)  # avoids a cycle: the job's error holds stack frames that hold this function
 
