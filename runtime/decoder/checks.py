@@ -31,6 +31,15 @@ def refuse_prefix(*, merging: bool) -> None:
         )
 
 
+def refuse_long_prefix(length: int, limit: int) -> None:
+    """Raise UserError for the beginning of a prompt with which no question and no answer fit in `limit` positions."""
+    if length > limit - 2:
+        raise UserError(
+            f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's {limit} "
+            "positions: use an engine with fewer frames or tokens"
+        )
+
+
 def refuse_places(placed: Placed, config: Any, *, merging: bool) -> None:
     """Refuse a prompt that cannot be placed like that.
 

@@ -39,7 +39,14 @@ from earlytom.errors import UserError
 from earlytom.inner_decoder import InnerPrompt, apply_inner
 from earlytom.numbers import real, whole
 from earlytom.transfers import to_device
-from runtime.decoder.checks import broken_prompt, checked_length, overflow, refuse_places, refuse_prefix
+from runtime.decoder.checks import (
+    broken_prompt,
+    checked_length,
+    overflow,
+    refuse_long_prefix,
+    refuse_places,
+    refuse_prefix,
+)
 from runtime.decoder.picking import Picker, pick_best
 from runtime.decoder.placing import Placed, PromptPass
 from runtime.decoder.prefix import Prefix
@@ -189,11 +196,7 @@ class Decoder:
         length = checked_length(inputs_embeds, self._width)
         refuse_prefix(merging=self._merges(visual))
         placed = self._placed(length, positions, bias, states=states)
-        if length > self.limit - 2:
-            raise UserError(
-                f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
-                f"{self.limit} positions: use an engine with fewer frames or tokens"
-            )
+        refuse_long_prefix(length, self.limit)
         with self._alone(), torch.inference_mode():
             cache = self._cleared_cache(length, placed)
             self._hidden(inputs_embeds.to(self.device, self.dtype), cache, None, 0, placed)

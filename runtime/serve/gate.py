@@ -144,6 +144,10 @@ class Door:
                 refusal = await self._serve(scope, body, answer)
         except ServeError as error:
             refusal = error
+        except asyncio.CancelledError:  # by a server that is told to end at once
+            if answer.started:
+                raise
+            body.complete, refusal = True, self._ending()  # what still comes of it is not waited for
         if refusal is not None:
             await answer.refuse(refusal)
 
@@ -189,13 +193,15 @@ class Door:
 
     def _check_place(self, path: str) -> None:
         if self._draining():
-            raise ServeError(
-                503, "draining", "the server is shutting down; ask another one", retry_after=self._retry_after
-            )
+            raise self._ending()
         most = self._most[path]
         if (most is not None and self._inside[path] >= most) or (path in LINE and not self._room()):
             what = "as many requests wait as may wait" if path in LINE else "as many uploads run as may run"
             raise ServeError(429, "overloaded", f"{what}; try again later", retry_after=self._retry_after)
+
+    def _ending(self) -> ServeError:
+        what = "the server is shutting down; ask another one"
+        return ServeError(503, "draining", what, retry_after=self._retry_after)
 
 
 class _Body:

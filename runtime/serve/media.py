@@ -231,7 +231,7 @@ class StoredFile:
     id: str
     name: str  # as the client calls it
     key: str  # id of the key of who has uploaded it
-    created: int  # seconds since 1970
+    created: float  # seconds since 1970
     content: PrivateFile = field(repr=False)
     purpose: str = "user_data"  # as the client calls that
 
@@ -241,7 +241,7 @@ class StoredFile:
             "id": self.id,
             "object": "file",
             "bytes": self.content.size,
-            "created_at": self.created,
+            "created_at": int(self.created),
             "filename": self.name,
             "purpose": self.purpose,
             "status": "processed",
@@ -284,7 +284,7 @@ class FileStore:
             content.close()
             raise
         told = [one_line(text)[:200] for text in (name, purpose)]
-        stored = StoredFile("file-" + secrets.token_hex(12), told[0], key, int(time.time()), content, told[1])
+        stored = StoredFile("file-" + secrets.token_hex(12), told[0], key, time.time(), content, told[1])
         self._make_room(key, content.size)
         self._files[stored.id] = stored
         return stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from runtime.engine.origin import checkpoint_of
 from runtime.parts import placing_of
 from runtime.text.places import Placing
 from runtime.video import load_clip
-from runtime.vision import encode_one, open_backend
+from runtime.vision import Encoded, encode_one, open_backend
 from runtime.vision.torch import open_torch
 from tests.builder.conftest import FRAMES, SMALL
 
@@ -70,6 +70,33 @@ def built(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path, vide
     return make
 
 
+def both_say(folder: Path, manifest: Manifest, videos: tuple[Path, ...]) -> Iterator[tuple[Encoded, Encoded]]:
+    """Of each video: what the engine gives, and what PyTorch does."""
+    reference = open_torch(describe(manifest.model.source), manifest, device=torch.device("cpu"), dtype=torch.float32)
+    engine = open_backend("onnxruntime", folder, manifest)
+    for video in videos[:2]:
+        frames = load_clip(video, manifest.frames, manifest.model.preprocessing.size).frames
+        wanted = Encoded(*(value.clone() for value in encode_one(reference, frames)))
+        yield encode_one(engine, frames), wanted
+    engine.close()
+
+
+def assert_alike(found: Encoded, wanted: Encoded) -> None:
+    for name, mine, theirs in zip(layout.OUTPUTS, found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3, err_msg=name)
+
+
+def said(folder: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The answers of its backends."""
+    capsys.readouterr()
+    answers = set()
+    for backend in ("auto", "torch"):
+        words = [str(video), "What happens?", "--engine", str(folder), "--max-new-tokens", "2", "--json"]
+        assert cli.run(ask.main, [*words, "--backend", backend, "--device", "cpu"]) == 0
+        answers.add(json.loads(capsys.readouterr().out)["answer"])
+    return answers
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_engine_says_what_pytorch_says(built: Build, videos: tuple[Path, ...], mode: str) -> None:
     folder = built(mode)
@@ -78,20 +105,13 @@ def test_an_engine_says_what_pytorch_says(built: Build, videos: tuple[Path, ...]
     assert "-cells-" in folder.name
     assert manifest.verification is not None
     assert manifest.verification["passed"]
-    reference = open_torch(describe(manifest.model.source), manifest, device=torch.device("cpu"), dtype=torch.float32)
-    engine = open_backend("onnxruntime", folder, manifest)
-    for video in videos[:2]:
-        frames = load_clip(video, manifest.frames, manifest.model.preprocessing.size).frames
-        wanted = [value.clone() for value in encode_one(reference, frames)]
-        found = encode_one(engine, frames)
+    for found, wanted in both_say(folder, manifest, videos):
         assert found.sources.shape == (manifest.frames_per_stage[-1], manifest.frames)
         assert len(found.tokens) == manifest.tokens
         if mode == "half":  # near-ties may fall otherwise
-            assert len(set(found.place.tolist()) & set(wanted[3].tolist())) > 0.85 * manifest.tokens
-            continue
-        for name, mine, theirs in zip(layout.OUTPUTS, found, wanted, strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3, err_msg=name)
-    engine.close()
+            assert len(set(found.place.tolist()) & set(wanted.place.tolist())) > 0.85 * manifest.tokens
+        else:
+            assert_alike(found, wanted)
 
 
 def test_no_attention_is_written_out(built: Build) -> None:
@@ -107,13 +127,8 @@ def test_no_attention_is_written_out(built: Build) -> None:
 def test_the_folder_answers_and_is_found_again(
     built: Build, small_checkpoint: Path, videos: tuple[Path, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, answers = built("whole"), set()
-    capsys.readouterr()
-    for backend in ("auto", "torch"):
-        words = [str(videos[0]), "What happens?", "--engine", str(folder), "--max-new-tokens", "2", "--json"]
-        assert cli.run(ask.main, [*words, "--backend", backend, "--device", "cpu"]) == 0
-        answers.add(json.loads(capsys.readouterr().out)["answer"])
-    assert len(answers) == 1
+    folder = built("whole")
+    assert len(said(folder, videos[0], capsys)) == 1
     words = ["--ratio", "0.2", "--frames", str(FRAMES), "--fp32", "--no-verify-text", "--method", "cells"]
     clips = ["--calibration", *map(str, videos[:2]), "--backend", "onnx", "--json", "--out", str(folder.parent)]
     build.main(["--model", str(small_checkpoint), *words, *clips])
@@ -136,23 +151,10 @@ def test_the_adaptive_schedule_from_the_command_line(
     assert manifest.frames_kept[-1][2] < FRAMES
     assert manifest.verification is not None
     assert manifest.verification["passed"]
-    reference = open_torch(describe(manifest.model.source), manifest, device=torch.device("cpu"), dtype=torch.float32)
-    engine = open_backend("onnxruntime", folder, manifest)
-    for video in videos[:2]:
-        frames = load_clip(video, manifest.frames, manifest.model.preprocessing.size).frames
-        wanted = [value.clone() for value in encode_one(reference, frames)]
-        found = encode_one(engine, frames)
+    for found, wanted in both_say(folder, manifest, videos):
         assert len(found.tokens) == manifest.layout.tokens_of(len(found.sources)) < manifest.tokens
-        for name, mine, theirs in zip(layout.OUTPUTS, found, wanted, strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3, err_msg=name)
-    engine.close()
-    capsys.readouterr()
-    answers = set()
-    for backend in ("auto", "torch"):
-        words = [str(videos[0]), "What happens?", "--engine", str(folder), "--max-new-tokens", "2", "--json"]
-        assert cli.run(ask.main, [*words, "--backend", backend, "--device", "cpu"]) == 0
-        answers.add(json.loads(capsys.readouterr().out)["answer"])
-    assert len(answers) == 1
+        assert_alike(found, wanted)
+    assert len(said(folder, videos[0], capsys)) == 1
     assert verify.main([str(folder), "--layers", "--json"]) == 0
     assert {tap["tap"] for tap in json.loads(capsys.readouterr().out)["taps"]} >= {f"hidden_{n}" for n in range(4)}
     assert inspect.main([str(folder), "--json"]) == 0

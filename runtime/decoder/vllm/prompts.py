@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from earlytom.errors import UserError
 from earlytom.numbers import whole
 from earlytom.transfers import to_device
-from runtime.decoder.checks import broken_prompt, checked_length
+from runtime.decoder.checks import broken_prompt, checked_length, refuse_long_prefix
 from runtime.decoder.eager import Finish
 from runtime.decoder.naming import PLACES
 from runtime.decoder.sampling import GREEDY, Sampling
@@ -88,11 +88,7 @@ class VllmDecoder(ABC):
         """Keep the beginning [1, L, D] of a prompt. vLLM reads it with the first question."""
         length = checked_length(inputs_embeds, self._width)
         _refuse_places(positions, bias)
-        if length > self.limit - 2:
-            raise UserError(
-                f"a prefix of {length} tokens leaves no room for a question and an answer in the decoder's "
-                f"{self.limit} positions: use an engine with fewer frames or tokens"
-            )
+        refuse_long_prefix(length, self.limit)
         _refuse_broken(inputs_embeds)
         return EmbeddedPrompt(inputs_embeds.to(self.device, self.dtype, copy=True), self)
 

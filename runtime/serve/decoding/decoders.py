@@ -68,6 +68,7 @@ class Decoders:
         for worker in self._workers:
             self._free.put_nowait(worker)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     @property
     def processes(self) -> list[int]:
@@ -124,10 +125,12 @@ class Decoders:
         except OSError as error:  # of this process: no memory, no descriptor
             raise no_room() from error
         finally:
-            self._begin(self._release(worker))
+            if not self._closed:
+                self._begin(self._release(worker))
 
     async def close(self) -> None:
-        """End all decoders."""
+        """End all decoders. A video that comes later is nobody's."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from earlytom.numbers import real, whole
 from runtime.serve.errors import ServeError, encoded
 
+_MOST_AHEAD = 32  # requests sent before the answer to the first; uvicorn keeps each of them, kilobytes for a line
 # Some clients offer HTTP/2 with every request (Upgrade: h2c). An offer may be ignored, but httptools 0.9 takes it for
 # the end of HTTP and drops the body. Delete this where `test_an_offer_of_http_2_is_ignored` passes without it.
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
@@ -66,6 +67,10 @@ class Connection(HttpToolsProtocol):
         self._stop()
         self._awaiting, self._head = False, 0
         super().on_headers_complete()
+        if len(self.pipeline) > _MOST_AHEAD:
+            error = ServeError(400, "invalid_request", f"more than {_MOST_AHEAD} requests came before an answer")
+            self._end(error)
+            raise error  # or the parser goes on with what it has
 
     def on_message_complete(self) -> None:
         self._awaiting = True

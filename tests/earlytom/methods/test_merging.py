@@ -14,7 +14,6 @@ from earlytom import UserError
 from earlytom.bipartite import match, reduce
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.methods import by_name
 from earlytom.methods.published.tempme import TempMe, ToMe
 from tests.earlytom.tiny import FAMILIES, made_video, tiny_projector, tiny_tower
 
@@ -144,25 +143,6 @@ def test_methods_that_run_alike_up_to_the_choice_say_so() -> None:
     assert TempMe(0.1, **INSIDE).tower_key() == TempMe(0.2, **INSIDE).tower_key()
     assert TempMe(0.1, **INSIDE).tower_key() != TempMe(0.1, **(INSIDE | {"within": 5})).tower_key()
     assert ToMe(0.1).tower_key() == TempMe(0.2).tower_key() != ToMe(0.1, depth=4, each=1).tower_key()
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        (
-            "tempme",
-            {"depth": 4},
-            r"merge_layers must be between 1 and 3 to act inside a tower of 4 layers, got \[8, 14",
-        ),
-        ("tempme", {"groups": [2]}, "groups names 1 sizes for 3 merge layers"),
-        ("tome", {"each": -1}, "each must be a whole number of at least 0, got -1"),
-        ("tome", {"depth": 0}, "depth must be a whole number of at least 1, got 0"),
-        ("tome", {"groups": [2]}, "unknown setting 'groups' of method 'tome'"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        by_name(name, settings)
 
 
 def test_another_depth_than_the_towers_is_refused() -> None:

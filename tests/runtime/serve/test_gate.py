@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -380,11 +381,12 @@ def test_a_full_line_and_a_server_that_shuts_down(door: Served, echo: Echo, stat
     [
         (RuntimeError("secret"), 500, "internal_error"),
         (ServeError(404, "model_not_found", "no"), 404, "model_not_found"),
+        (asyncio.CancelledError(), 503, "draining"),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/models"])
 def test_what_the_application_raises(
-    door: Served, echo: Echo, path: str, fails: Exception, status: int, code: str
+    door: Served, echo: Echo, path: str, fails: BaseException, status: int, code: str
 ) -> None:
     echo.fails = fails
     got, _, content = door.ask(request(path=path, **BEARER))
@@ -540,6 +542,15 @@ def test_what_is_no_http_is_told_so(door: Served, sent: bytes) -> None:
         content = received(client)
     assert b" 400 " in content
     assert error_of(content.partition(b"\r\n\r\n")[2])
+
+
+def test_requests_before_an_answer_have_a_limit(door: Served, echo: Echo) -> None:
+    """Each would take kilobytes for its forty bytes, and be read on while others are answered."""
+    for many, statuses in ((30, {b"200"}), (5000, {b"200", b"400"})):
+        with connected(door.port) as client:
+            client.sendall(request("GET", "/") * many + request("GET", "/", Connection="close"))
+            assert set(re.findall(rb"HTTP/1.1 (\d+)", received(client))) | {b"200"} == statuses
+    assert len(echo.seen) < 1000
 
 
 @pytest.mark.parametrize("setting", [{"header_seconds": 0}, {"most": 0}, {"max_header": 0.5}, {"write_seconds": None}])

@@ -31,6 +31,7 @@ from runtime.video import Clip
 from runtime.vision import Encoded, VisionBackend
 from tests import warm
 from tests.processes import HANG_SECONDS as LONG
+from tests.runtime.service.callers import Caller
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,28 +111,6 @@ def gate(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made = Gate(opened, monkeypatch)
     yield made
     made.go.set()
-
-
-class Caller(threading.Thread):
-    """A call in a thread of its own: its result or its error."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._outcome: Any = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome = self._call()
-        except BaseException as error:
-            self._outcome = error
-
-    def outcome(self) -> Any:
-        """The result; an error is returned, too."""
-        self.join(LONG)
-        assert not self.is_alive()
-        return self._outcome
 
 
 def workers() -> list[threading.Thread]:

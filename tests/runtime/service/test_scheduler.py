@@ -17,6 +17,7 @@ from runtime.errors import Cancelled, Closed, DeadlineExceeded, Overloaded
 from runtime.service.job import Job
 from runtime.service.scheduler import Scheduler, Turn
 from tests.processes import HANG_SECONDS as LONG
+from tests.runtime.service.callers import Caller
 
 
 class Clock:
@@ -148,29 +149,6 @@ def bench() -> Iterator[Bench]:
     for scheduler in made.made:
         scheduler.abort(LONG)
         assert not any(worker.is_alive() for worker in scheduler._workers)
-
-
-class Caller(threading.Thread):
-    """A call in a thread of its own: its result or its error."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def outcome(self) -> Any:
-        """The result; an error is returned, too."""
-        self.join(LONG)
-        assert not self.is_alive()
-        return self._result if self._error is None else self._error
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from earlytom.errors import UserError
 from runtime.checkpoint import VisionPart, load_model, load_tokenizer
+from runtime.text.messages import ChatMessage
 from runtime.text.prompt import (
     Prompt,
     _refuse_long,
@@ -25,9 +25,10 @@ from runtime.text.prompt import (
     splice,
     stop_token_ids,
 )
+from tests.runtime.text.test_messages import processor_ids
 
 QUESTION = "What colour is the big circle?"
-FRAMES, GRID, CELLS = 3, 9, 25
+FRAMES, CELLS = 3, 25
 VISUAL = FRAMES * CELLS + 1
 
 
@@ -50,17 +51,6 @@ def pixels(seed: int = 0) -> torch.Tensor:
     return torch.rand(1, FRAMES, 3, 72, 72, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def processor_ids(tokenizer: Any, question: str, system: str | None = None) -> list[int]:
-    """What transformers' processor does, in its order: render, repeat the placeholder in the text, tokenize."""
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    processor: Any = SimpleNamespace(num_image_tokens=GRID * GRID, video_token="<video>")
-    video = LlavaOnevisionProcessor.replace_video_token(processor, {"pixel_values_videos": pixels()}, 0)
-    return tokenizer(text.replace("<video>", video))["input_ids"]
-
-
 @pytest.mark.parametrize(
     "question",
     [
@@ -76,7 +66,8 @@ def processor_ids(tokenizer: Any, question: str, system: str | None = None) -> l
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_the_ids_are_those_of_the_processor(tokenizer: Any, question: str, system: str | None) -> None:
     prompt = build_prompt(tokenizer, question, system=system)
-    expected = processor_ids(tokenizer, question, system)
+    before = [] if system is None else [ChatMessage("system", system)]
+    expected = processor_ids([*before, ChatMessage("user", question)], -1)
     assert prompt.input_ids(VISUAL).tolist() == [expected]
     assert prompt.length(VISUAL) == len(expected)
     assert prompt.input_ids(VISUAL - 1).tolist() != [expected]
