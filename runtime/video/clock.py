@@ -46,6 +46,9 @@ def _even(count: int, step: float) -> tuple[NDArray[np.float64], float]:
 def _joined(ticks: NDArray[np.int64], jump: float, step: int) -> NDArray[np.int64]:
     """The times of recordings that were joined, as of one, `step` from each to the next."""
     ticks = ticks.copy()
+    for at in (np.flatnonzero(np.diff(ticks) < 0)).tolist():  # one rotten time among sound ones is no joint
+        if at > 0 and ticks[at - 1] < ticks[at + 1] <= ticks[at - 1] + 4 * step:
+            ticks[at] = (ticks[at - 1] + ticks[at + 1]) // 2
     steps = np.diff(ticks)
     for at in (np.flatnonzero((steps < 0) | (steps > jump)) + 1).tolist():
         before = ticks[:at].max() if at else 0

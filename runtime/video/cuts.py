@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -18,9 +19,20 @@ from runtime.video.opening import Opened
 from runtime.video.source import Spooled
 
 _SHOWS_IN_LAST_PACKET = {"avi", "flv", "matroska", "mov"}
+# How the content of a whole picture ends where the file says nothing of its size; something else may follow.
+_LAST_BYTES = {"gif": (b"\0", b"\0;"), "mjpeg": (b"\xff\xd9", b"\xff\xd9")}
 _SEGMENT = 0x18538067  # the id of the Matroska element that holds all others
 _HEADER = 12  # bytes of a Matroska element's id and size at most
 _METADATA = 8192  # bytes at the beginning of an FLV file, in which its metadata is
+
+
+def ends_early(packet: Any, kinds: frozenset[str]) -> bool:
+    """Whether the last packet of a file is not there in full, as far as the file shows it."""
+    for kind in kinds & _LAST_BYTES.keys():
+        at_end, within = _LAST_BYTES[kind]
+        content = bytes(packet)
+        return not content.endswith(at_end) and within not in content
+    return bool(packet.is_corrupt)
 
 
 def is_cut_off(opened: Opened, read: int, end: float, torn: bool) -> bool:

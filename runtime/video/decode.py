@@ -30,11 +30,13 @@ _UNREFERENCED_IS_MARKED = {"h264"}
 # FFmpeg's decoder of VP9 ends the process where it decodes frames side by side, was flushed, and then gets a keyframe
 # that is broken and frames that lean on it (seen with FFmpeg 8.1). It then works on the parts of one frame instead.
 _FRAME_BY_FRAME = {"vp9"}
+_BARE = {"h264", "hevc", "m4v", "mpegvideo"}  # without times: FFmpeg counts frames from where reading begins
 # Nothing in files of these kinds tells whether their last picture is there in full.
-_OPEN_ENDED = {"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"}
+_OPEN_ENDED = _BARE | {"mpeg", "mpegts"}
 _HELD_BACK = 4  # frames among which the last one in the file may be shown, where no times tell which it is
 
 Put = Callable[[int, av.VideoFrame], bool]
+See = Callable[[av.VideoFrame], None]  # of every frame, before it may be put
 
 
 class _ContradictionError(Exception):
@@ -50,7 +52,9 @@ def decode(
     sampling: FrameSampling = "ends",
 ) -> tuple[Sample, list[int | None]]:
     """The sampled frames and the times (pts) of all frames of the video, sampled or not."""
-    if packets.kinds & _OPEN_ENDED and len(packets.pts) > MIN_FRAMES and _last_is_torn(opener, packets):
+    if len(packets.pts) > MIN_FRAMES and (
+        _last_is_torn(opener, packets) if packets.kinds & _OPEN_ENDED else packets.torn
+    ):
         packets.drop_last()
     count = sum(packets.shown)
     if count >= MIN_FRAMES:
@@ -59,27 +63,28 @@ def decode(
         if spans is not None:
             sample = Sample(len(chosen), size, device)
             try:
-                decode_spans(opener, packets, spans, sample.put)
+                decode_spans(opener, packets, spans, sample.put, sample.see)
                 if not sample.missing:
                     shown = [pts or 0 for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
                     return sample, [*sorted(shown)]
             except _ContradictionError:
                 pass  # decode everything and believe only what comes out
-    for _ in range(2):  # once more if the packets were no measure of the frames
+    for _ in range(3):  # again if the packets were no measure of the frames
         chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames), sampling))
         sample = Sample(len(chosen), size, device)
         rows = {index: row for row, index in enumerate(chosen.tolist())}
-        pts = decode_all(opener, len(packets.pts), rows, sample.put)
-        if len(pts) < MIN_FRAMES:
+        pts = decode_all(opener, len(packets.pts), rows, sample.put, sample.see)
+        if len(pts) < MIN_FRAMES and (len(pts) == count or not opener.side_by_side):
             what = "1 frame" if pts else "no frame that can be decoded"
             raise VideoError(f"{opener.label} has {what}; give a video of at least {MIN_FRAMES} frames")
         if len(pts) == count and not sample.missing:
             return sample, pts
         count = len(pts)
+        opener.side_by_side = False  # a broken packet at the end costs all frames that are on their way
     raise VideoError(f"{opener.label} decodes to another number of frames each time; re-encode it")
 
 
-def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put) -> None:
+def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put, see: See) -> None:
     """Decode the spans only, checking all that the decoder returns. Raises _ContradictionError."""
     times = packets.times() or []
     may_skip = packets.codec in _UNREFERENCED_IS_MARKED
@@ -101,6 +106,7 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put) 
                     raise _ContradictionError  # the container calls it a keyframe, the decoder does not
                 seen.append(frame.pts)
                 opener.check_pixels(frame.width, frame.height)
+                see(frame)
                 if frame.pts in rows and not put(rows[frame.pts], frame):
                     raise _ContradictionError  # twice
 
@@ -137,7 +143,9 @@ def _frames_or_contradiction(decoder: Any, packet: Any) -> list[av.VideoFrame]:
         raise _ContradictionError from error
 
 
-def decode_all(opener: Opener, packets: int, rows: dict[int, int], put: Put) -> list[int | None]:
+def decode_all(
+    opener: Opener, packets: int, rows: dict[int, int], put: Put, see: See = lambda frame: None
+) -> list[int | None]:
     """Decode that many packets, hand on the frames whose index is in `rows`, return the pts of all.
 
     Broken packets are skipped.
@@ -147,6 +155,7 @@ def decode_all(opener: Opener, packets: int, rows: dict[int, int], put: Put) -> 
         for frame in _all_frames(opener, opened, packets):
             opened.ask()
             opener.check_pixels(frame.width, frame.height)
+            see(frame)
             if len(pts) in rows:
                 put(rows[len(pts)], frame)
             pts.append(frame.pts)
@@ -192,7 +201,7 @@ def _last_is_torn(opener: Opener, packets: Packets) -> bool:
     The last group is decoded for that without decoding frames side by side, where the decoder returns the last one
     before it knows. Where the group cannot be found alone nothing is left out.
     """
-    last, torn = packets.pts[-1], []
+    last, came = None if packets.kinds & _BARE else packets.pts[-1], []
     may_skip = packets.codec in _UNREFERENCED_IS_MARKED
     with opener() as opened:
         opened.stream.thread_type = "SLICE"
@@ -207,5 +216,6 @@ def _last_is_torn(opener: Opener, packets: Packets) -> bool:
             except av.error.FFmpegError as error:
                 _explain(opener, decoder, error)
                 continue
-            torn += [frame.is_corrupt for frame in decoded if last is None or frame.pts == last]
-    return any(torn[-1 if last is not None else -_HELD_BACK :])
+            came += [(frame.pts, frame.is_corrupt) for frame in decoded]
+    named = [torn for pts, torn in came if pts is not None and pts == last]
+    return named[-1] if named else any(torn for _, torn in came[-_HELD_BACK:])

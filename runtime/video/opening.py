@@ -34,6 +34,8 @@ _NO_DECODING = {"codec_whitelist": "none"}
 _LOOK_FURTHER = {"probesize": str(64 << 20), "analyzeduration": str(10 * 60 * 1_000_000)}
 # FFmpeg counts the pixels of a frame's memory, whose rows are longer than the picture's, so it gets a little more.
 _PADDING = 1 << 20
+_MOST_EDITED = 20_000_000  # samples for each entry of an edit list: 0.5 GB of FFmpeg's, and ten seconds
+_DEFAULT = 5_000_000  # pixels by which FFmpeg's command takes a stream for larger that the file calls its default
 _TIMEOUT = 8.0  # seconds to open, and to read a packet: a guard against formats that wait, far above what a disk needs
 # Tags are not used, so any encoding will do; before version 19 PyAV has to be told.
 _TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -91,9 +93,9 @@ class Opened:
             except av.error.ExitError as error:
                 label = label_of(self.source)
                 raise VideoError(f"{label} takes longer than {_TIMEOUT:g} s to read on; copy it to a disk") from error
-            except (av.error.InvalidDataError, IndexError) as error:
+            except (av.error.FFmpegError, IndexError) as error:
                 # An IndexError is PyAV's own where a stream came to light that was not there at the beginning.
-                if not some and isinstance(error, av.error.FFmpegError):
+                if isinstance(error, av.error.FFmpegError) and (not some or isinstance(error, OSError | MemoryError)):
                     raise
                 return
             if packet is None:
@@ -111,6 +113,7 @@ class Opener:
         self.label = label_of(source)
         pixels = limits.max_pixels
         self._bound = {} if pixels is None else {"max_pixels": str(min(pixels + _PADDING, 2**31 - 1))}  # of a decoder
+        self.side_by_side = True  # several frames may be decoded at the same time
         self._options: dict[str, str] | None = None  # how FFmpeg looks for the streams; None until the format is known
 
     @contextmanager
@@ -125,7 +128,8 @@ class Opener:
             context = stream.codec_context
             self.check_pixels(context.width, context.height)
             context.options = self._bound
-            stream.thread_type = "AUTO"
+            context.flags |= av.codec.context.Flags.unaligned.value  # else what is cropped on the left stays, in part
+            stream.thread_type = "AUTO" if self.side_by_side else "SLICE"
             yield Opened(container, stream, kinds, self.source, self.check)
 
     def check_pixels(self, width: int, height: int) -> None:
@@ -150,14 +154,20 @@ class Opener:
         """Raises VideoError if the file says it has more samples than it can hold, or than may be."""
         path = self._path()
         try:
-            (said, pictures), size = samples(path), path.stat().st_size
+            said, size = samples(path), path.stat().st_size
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise VideoError(f"{self.label} cannot be read ({reason}); give a file that this user may read") from error
         most = self.limits.max_frames
-        if said > size:
-            raise VideoError(f"{self.label} says that it has {said} samples, in {size} bytes; copy it again in full")
-        if most is not None and pictures > most:
+        if said.cut:
+            raise VideoError(f"{self.label} is cut off: it ends before its index; copy it again in full")
+        if said.total > size:
+            raise VideoError(
+                f"{self.label} says that it has {said.total} samples, in {size} bytes; copy it again in full"
+            )
+        if said.edited > _MOST_EDITED:
+            raise VideoError(f"{self.label} has an edit list of too many entries; convert it to MP4 without one")
+        if most is not None and said.pictures > most:
             raise VideoError(f"{self.label} has more than {most} frames (max_frames); {remedy('max_frames')}")
 
     def _path(self) -> Path:
@@ -203,7 +213,10 @@ class Opener:
                     f"{self.label} is {what}, which is not followed; give the video file itself, or the segments "
                     "joined into one file"
                 ) from error
-        if head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+        if webp and head[12:16] == b"VP8X" and head[20] & 2:
+            raise VideoError(f"{self.label} is an animated WebP, which is not read here; convert it to MP4") from error
+        if head.startswith(_PICTURES) or webp:
             raise VideoError(f"{self.label} is a picture, 1 frame; give a video of at least 2 frames") from error
         if b"\0" not in head and sum(byte < 9 or 13 < byte < 32 for byte in head) == 0:
             raise VideoError(
@@ -223,6 +236,13 @@ class Opener:
 
 
 def _main_stream(container: Any) -> Any:
-    stream = container.streams.best("video")
-    cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic  # of a song
-    return None if cover else stream
+    """The stream of the largest pictures, as FFmpeg's own command takes it, but no cover of a song; None if none is."""
+    kinds = av.stream.Disposition
+
+    def rank(stream: Any) -> tuple[bool, bool, int]:
+        context = stream.codec_context  # None where nothing decodes it
+        pixels = 0 if context is None else context.width * context.height
+        return context is not None, stream.frames != 1, pixels + _DEFAULT * bool(stream.disposition & kinds.default)
+
+    moving = [stream for stream in container.streams.video if not stream.disposition & kinds.attached_pic]
+    return max(moving, key=rank, default=None)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import VideoError
-from runtime.video.cuts import is_cut_off
+from runtime.video.cuts import ends_early, is_cut_off
 from runtime.video.limits import Limits, remedy
 from runtime.video.opening import Opened, Opener
 
@@ -25,6 +25,7 @@ _REORDERED = 16  # frames that an encoder holds back at most, so by how many pla
 # Seconds without a frame, above which recordings were joined there or the clock jumped: FFmpeg's own measure where the
 # format allows it, and elsewhere, where still pictures may stand for hours, what no frame rate explains.
 _JUMP_AT_JOINTS, _JUMP = 10.0, 6 * 3600.0
+_FASTEST = 10_000  # frames per second; above it FFmpeg's guess is the unit of the times
 _JOINTS = {"flv", "kux", "live_flv"}  # formats that are joined without FFmpeg saying so
 
 
@@ -44,6 +45,7 @@ class Packets:
     steady: bool = True  # the times of decoding never step back
     seconds: float = 0.0  # by the times of decoding, without the jumps at joints
     decode_times: bool = False  # the format has no times of showing, so its pts are those of decoding
+    torn: bool = False  # the last one is not there in full, as far as the file shows it
     read: int = 0  # with the empty ones, which are frames that the file leaves out
 
     def drop_last(self) -> None:
@@ -76,27 +78,26 @@ def read_packets(opener: Opener) -> Packets:
     with opener() as opened:
         stream = opened.stream
         joints = opened.container.format.flags & av.format.Flags.ts_discont.value or opened.kinds & _JOINTS
-        # 25 frames per second is FFmpeg's own guess for a bare stream
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate and rate <= _FASTEST]
         table = Packets(
             stream.codec_context.codec.canonical_name,
-            rate,
+            rates[0] if rates else 25.0,  # FFmpeg's own guess for a bare stream
             float(stream.time_base or 0),
             jump=_JUMP_AT_JOINTS if joints else _JUMP,
             kinds=opened.kinds,
         )
-        ends, torn = _fill(table, opened, limits, opener.label)
+        ends = _fill(table, opened, limits, opener.label)
         table.decode_times = "avi" in opened.kinds
-        if is_cut_off(opened, table.read, ends, torn):
+        if is_cut_off(opened, table.read, ends, table.torn):
             raise VideoError(f"{opener.label} is cut off: it ends before its length; copy it again in full")
     return table
 
 
-def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> tuple[float, bool]:
-    """Read all packets. Returns the second at which the last ends, and whether the video's last is torn."""
+def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> float:
+    """Read all packets. Returns the second at which the last ends."""
     bases = [float(stream.time_base or 0) for stream in opened.container.streams]
     ends = [0] * len(bases)  # pts; the sound may outlast the picture
-    index, torn, before = opened.stream.index, False, None
+    index, last, before = opened.stream.index, None, None
     longest, most = limits.max_seconds, limits.max_frames
     for packet in opened.packets():
         at = packet.stream_index
@@ -112,7 +113,9 @@ def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> tuple[f
         table.shown.append(not packet.is_discard)
         if packet.is_keyframe:
             table.last_group = packet.pos
-        torn = packet.is_corrupt
+            if hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info"):  # since PyAV 16
+                raise VideoError(f"{label} is encrypted; give a copy without protection")
+        last = packet
         dts = packet.dts
         if dts is not None:
             step = 0.0 if before is None else (dts - before) * table.tick
@@ -123,7 +126,8 @@ def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> tuple[f
             raise VideoError(f"{label} has more than {most} frames (max_frames); {remedy('max_frames')}")
         if longest is not None and table.seconds > longest:
             raise VideoError(f"{label} is longer than {longest:g} seconds (max_seconds); {remedy('max_seconds')}")
-    return max((end * base for end, base in zip(ends, bases, strict=True)), default=0.0), torn
+    table.torn = last is not None and ends_early(last, opened.kinds)
+    return max((end * base for end, base in zip(ends, bases, strict=True)), default=0.0)
 
 
 def plan(packets: Packets, chosen: NDArray[np.int64]) -> list[Span] | None:

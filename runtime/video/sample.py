@@ -92,6 +92,16 @@ class Sample:
         self._rotation: int | None = None  # degrees
         self._matrix: NDArray[np.int32] | None = None
 
+    def see(self, frame: av.VideoFrame) -> None:
+        """Note how it is turned: as it says, or the last that said so. Every decoded frame has to pass here."""
+        # A frame whose side data was looked at is in a reference cycle and lives until the next garbage collection, so
+        # the matrix is read again only where the rotation changes.
+        if self._rotation is None or frame.rotation not in (0, self._rotation):
+            side_data: Any = frame.side_data
+            matrix = side_data.get("DISPLAYMATRIX")
+            self._rotation = frame.rotation
+            self._matrix = None if matrix is None else np.frombuffer(matrix, np.int32).copy()
+
     def put(self, row: int, frame: av.VideoFrame) -> bool:
         """Write a row. False, and nothing else, where it was written before."""
         if row not in self.missing:
@@ -101,13 +111,7 @@ class Sample:
         plane: Any = rgb.planes[0]
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
         image: NDArray[np.uint8] = np.ndarray(shape, np.uint8, buffer=plane, strides=strides)
-        # A frame whose side data was looked at is in a reference cycle and lives until the next garbage collection, so
-        # the matrix is read again only where the rotation changes.
-        if frame.rotation != self._rotation:
-            side_data: Any = frame.side_data
-            matrix = side_data.get("DISPLAYMATRIX")
-            self._rotation = frame.rotation
-            self._matrix = None if matrix is None else np.frombuffer(matrix, np.int32).copy()
+        self.see(frame)
         if self._matrix is not None:
             image = apply_display_matrix(image, self._matrix)
         upright = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)  # [3, h, w]

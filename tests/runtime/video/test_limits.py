@@ -223,6 +223,15 @@ def test_a_list_of_samples_that_a_few_bytes_ask_for(tmp_path: Path, count: int) 
         load_clip(path, 4, SIZE)
 
 
+def test_an_edit_list_that_shows_everything_a_million_times(tmp_path: Path) -> None:
+    data = bytearray(clip(tmp_path / "a.mp4", 50).read_bytes())
+    at = data.index(b"elst") + 8
+    data[at : at + 4] = struct.pack(">I", 1_000_000)
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(VideoError, match="edit list of too many entries"):
+        load_clip(tmp_path / "a.mp4", 4, SIZE)
+
+
 def test_boxes_in_boxes_in_boxes(tmp_path: Path) -> None:
     path = tmp_path / "deep.mp4"
     path.write_bytes(b"".join(struct.pack(">I4s", 8 * (20_000 - level), b"moov") for level in range(20_000)))
