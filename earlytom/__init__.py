@@ -6,7 +6,7 @@
 
 The method: *EarlyTom: Early Token Compression Completes Fast Video Understanding* (CVPR 2026, arXiv 2605.30010).
 
-A name is imported when it is first asked for: settings and errors need no PyTorch, whose import takes over a second.
+Names are imported at first use: settings and errors need no PyTorch, whose import takes over a second.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Attention that says what every token received.
+"""Explicit attention, and the attention that every token receives.
 
-Only the last merge layer needs it, so only there attention is formed explicitly (see `earlytom.towers`).
+Only the layer whose received attention a method uses needs the explicit matrix (see `earlytom.towers`).
 
 Notation: F frames, H heads, T tokens a frame, d width of a head.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 def attention_matrix(query: Tensor, key: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """`query, key [F, H, T, d]` to softmax(scale q k^T) in `dtype`, [F, H, T, T].
 
-    The query is scaled before the product, which leaves half precision more room.
+    The query is scaled before the product, so that half precision overflows later.
     """
     logits = (query * scale) @ key.transpose(2, 3)
     # Not softmax(dtype=...): the ONNX exporter turns that into a half-precision softmax and a cast.
@@ -22,5 +22,5 @@ def attention_matrix(query: Tensor, key: Tensor, scale: float, dtype: torch.dtyp
 
 
 def column_means(attention: Tensor) -> Tensor:
-    """`attention [F, H, T, T]` to what each token receives, the mean over heads and queries, [F, T] fp32."""
+    """`attention [F, H, T, T]` to received attention, the mean over heads and queries, [F, T] fp32."""
     return attention.mean(2).mean(1).float()

@@ -1,7 +1,7 @@
-"""Counts: the only code that turns frames and a ratio into numbers of frames and tokens.
+"""Frame and token counts: the only code that derives them from frames and a retention ratio.
 
-Everything here is integer and double arithmetic on Python numbers; nothing looks at a video. `F` are the frames of the
-input video, `F'` the frames left after merging, `P` the tokens a frame has after projector and pooling.
+Integer and double arithmetic on Python numbers. `F` are the frames of the input video, `F'` the frames left after
+merging, `P` the tokens of a frame after projector and pooling.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from earlytom.errors import UserError
 def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequence[int] = 0.75) -> tuple[int, ...]:
     """Budget schedule: frames before the first merge and after each one, for example (32, 24, 18, 14).
 
-    A share keeps `round(share * frames)` at each merge layer, never fewer than one; explicit counts are taken as they
-    are and must not exceed the frames that arrive.
+    A share keeps `max(1, round(share * frames))` at each merge layer; explicit counts are used as given and must not
+    exceed the frames that arrive.
 
     Raises:
-        UserError: fewer than one frame, a share outside (0, 1], not one count per merge, or a count that is not
-            between 1 and what arrives.
+        UserError: fewer than one frame, a share outside (0, 1], not one count per merge, or a count outside 1 to the
+            frames that arrive.
     """
     _at_least_one("the number of frames", frames, "--frames")
     counts = [frames]
@@ -48,21 +48,22 @@ def frames_per_stage(frames: int, *, merges: int = 3, frame_budget: float | Sequ
 
 
 def effective_ratio(ratio: float, frames_in: int, frames_out: int) -> float:
-    """Share of each remaining frame's tokens to keep so that `ratio` of the whole video's tokens stays, `r F / F'`.
+    """Share r' of a remaining frame's tokens so that `ratio` r of the whole video's tokens stays: `min(r F / F', 1)`.
 
-    Divided twice, as released: where that many tokens are a whole number, doubles decide whether one more is kept. And
-    where no frame was merged it is `ratio` itself: 0.2 * 12 / 12 is more than 0.2.
+    Divided twice, as in the release: if P * r' is a whole number, rounding in double decides whether one more token is
+    kept. And without merging the result must be `ratio` itself: 0.2 * 12 / 12 is more than 0.2.
     """
     return min(ratio / (frames_out / frames_in), 1.0)
 
 
 def dynamic_tokens(tokens_per_frame: int, effective: float) -> int:
-    """Tokens kept of a frame that changes: `ceil(P * r')`."""
+    """Tokens kept of a changing frame: `ceil(P * r')`, at most P."""
     return min(tokens_per_frame, math.ceil(tokens_per_frame * effective))
 
 
 def static_tokens(tokens_per_frame: int, effective: float) -> int:
-    """Tokens kept of a frame inside a static segment, adaptive schedule: one per window, half-even rounding."""
+    """Tokens kept of a frame inside a static segment, adaptive schedule: one per window, `round(P * r')`, half-even, at
+    least 1."""
     return max(1, round(tokens_per_frame * effective))
 
 
@@ -85,13 +86,12 @@ def token_count(
         ratio: retention ratio in (0, 1].
         schedule: "budget" (a pure function of the arguments) or "adaptive".
         merges, frame_budget: budget schedule: number of merge layers and share (or counts) kept at each.
-        frames_out: frames left after merging. Adaptive schedule: known only once the video has been seen. Budget
-            schedule: default from `merges` and `frame_budget`.
-        static_frames: adaptive schedule: how many of those are static.
+        frames_out: frames left after merging. Adaptive schedule: required, and known only once the video has been seen.
+            Budget schedule: default from `merges` and `frame_budget`.
+        static_frames: adaptive schedule: how many of those are static; required.
 
     Raises:
-        UserError: a ratio outside (0, 1], a count that makes no sense, or the adaptive schedule without the two
-            counts it depends on.
+        UserError: a ratio outside (0, 1], an invalid count, or the adaptive schedule without the two required counts.
     """
     _at_least_one("the number of frames", frames, "--frames")
     _at_least_one("the number of tokens a frame has", tokens_per_frame)
@@ -121,7 +121,7 @@ def token_count(
 def most_tokens(frames: int, tokens_per_frame: int, ratio: float, *, merges: int = 3) -> int:
     """The most tokens that the adaptive schedule gives for any video of `frames` frames; arguments as in `token_count`.
 
-    A frame that changes keeps at least as many as one that does not, so no frame is static in the worst case.
+    A changing frame keeps at least as many tokens as a static one, so the worst case has no static frame.
     """
     left = range(1, frames + 1) if merges else [frames]
     return max(token_count(frames, tokens_per_frame, ratio, "adaptive", frames_out=n, static_frames=0) for n in left)

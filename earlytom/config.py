@@ -1,8 +1,8 @@
-"""What a user may choose about the method, and nothing else.
+"""The settings of EarlyTom.
 
-`EarlyTomConfig` is frozen and validates itself: a value that makes no sense is refused when the object is made, with
-one line that says what is accepted. It knows no tensors and no model; checks that need a model (is there a layer 20?)
-are made where the model is known, by `EarlyTomConfig.check_layers`.
+`EarlyTomConfig` is frozen and validates itself: an invalid value is refused when the object is made, with one line that
+says what is accepted. It knows no tensors and no model; where the model is known, `EarlyTomConfig.check_layers` checks
+that the merge layers exist.
 
 Released settings and their source: *EarlyTom: Early Token Compression Completes Fast Video Understanding*
 (CVPR 2026, arXiv 2605.30010) and the scripts published with it.
@@ -64,20 +64,21 @@ class EarlyTomConfig:
     Attributes:
         retention_ratio: share of the `F * P` visual tokens that should reach the LLM, in (0, 1]; 1 keeps all.
         merge_layers: 0-based encoder layers after which frames are merged, ascending; empty turns merging off.
-        tau: a new segment starts where the smoothed similarity to its first frame falls below this, in [-1, 1].
+        tau: a new segment starts where the smoothed similarity to the segment's first frame falls below this, in
+            [-1, 1].
         max_window: a segment holds at most `max(1, max_window - 1)` frames.
         ema: weight of the newest similarity in the running one, in (0, 1].
-        trailing: what becomes of the last middle frame of a segment that no pair took: "released" drops it (as the
-            published numbers do), "keep" keeps it (as the paper's text says).
-        schedule: "adaptive" lets the video decide how many frames stay; "budget" fixes the number beforehand, so that
-            every shape is static.
+        trailing: an unpaired last middle frame of a segment is dropped ("released", as for the published numbers) or
+            kept ("keep", as in the paper's text).
+        schedule: "adaptive": the number of remaining frames depends on the video; "budget": it is fixed beforehand, so
+            that every shape is static.
         frame_budget: budget schedule only: the share of frames that stays at each merge layer, in (0, 1], or one
             number of frames per merge layer.
-        inner_layer: layer of the language model, from 1 on, before which visual tokens are merged on prefill (18 is
-            the released one); None turns that off.
-        inner_ratio: share of the visual tokens that is folded away there, in [0, 1); 0 changes nothing.
+        inner_layer: layer of the language model, from 1 on, before which visual tokens are merged during prefill (18 in
+            the release); None turns that off.
+        inner_ratio: share of the visual tokens that is merged away there, in [0, 1); 0 changes nothing.
 
-    `method`, `bias` and `original_positions` are no settings: see `earlytom.settings`.
+    The class variables are no settings: see `earlytom.settings`.
     """
 
     method: ClassVar[str] = "earlytom"
@@ -155,8 +156,7 @@ class EarlyTomConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse.
 
-        Without inner merging its settings are left out, so that what was recorded and keyed before there was any is
-        still found.
+        Without inner merging its settings are left out, so that older manifests and cache keys still match.
         """
         values = dataclasses.asdict(self)
         if self.inner_layer is None:

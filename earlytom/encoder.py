@@ -1,19 +1,19 @@
 """The vision encoder with a method inside: pixels of a video in, the tokens that reach the LLM out.
 
-`encode` runs a model's vision part (`earlytom.families.Vision`) and asks a `Method` which frames and which tokens stay.
-PyTorch and the exported graph both run it; what differs between them is how the method's steps are computed.
+`encode` runs a model's vision tower and projector (`earlytom.families.Vision`) and asks a `Method` which frames and
+which tokens stay. PyTorch and the exported graph both run it; they differ in how the method's steps are computed.
 
-It has two parts. Up to the first layer at which the method acts no frame knows of another, so `head` can run on any of
-a clip's frames as they come; `rest` needs them all. Both also take the frames of several videos, one video after the
-other: the layers run on all of them at once, and the method decides about each.
+It has two parts. Up to the method's first layer frames do not interact, so `head` can run on any of a clip's frames as
+they arrive; `rest` needs them all. Both also take the frames of several videos, one video after the other: the layers
+run on all of them at once, and the method decides for each.
 
-Some towers give the LLM states of earlier layers, too (`Tower.streams`). Between spans they stand behind the hidden
-states, so that D is a multiple of the tower's width there, and whatever becomes of frames becomes of them; after the
-projector they stand behind the token that they belong to, in E.
+Some towers also give the LLM states of earlier layers (`Tower.streams`). Between spans these are concatenated to the
+hidden states along D, so that they are merged with their frames; after the projector they are concatenated to their
+token, along E.
 
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens
-after pooling, D tower width, E width of a token, which is that of the LLM unless there are such states, N tokens kept.
-A frame is what the tower takes for one: `Tower.step` pictures.
+after pooling, D tower width, E width of a token (the LLM's, or a multiple with such states), N tokens kept. A frame is
+`Tower.step` pictures.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from earlytom.towers import Tower
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """A video as the LLM will see it (without the closing newline).
+    """A video's visual tokens for the LLM (without what closes them).
 
     Attributes:
         tokens: [N, E] projected tokens, in the method's order: time, then raster order within a frame.
         positions: [N] int64, `frame * P + cell`, frame counted among the F' frames.
-        hidden: [F', S, D] patch hidden states after the last layer run.
-        received: [F', S] fp32 received attention of the layer that the method watches, merged like the frames; [F', 0]
-            if it watches none.
+        hidden: [F', S, D] patch hidden states after the last layer that runs.
+        received: [F', S] fp32 received attention of the watched layer, merged like the frames; [F', 0] if the method
+            watches none.
         segment_start: [F'] int64, first frame of each remaining frame's final segment.
         frames_per_stage: frames before the first merge and after each one.
-        sources: [F', F] fp32, what each remaining frame is made of; rows sum to one.
-        place: [N] int64, `frame of the video * P + cell`, of the frame that has the largest share in the token's.
-        bias: [N] fp32, logarithm of how many of the video's tokens each stands for (`earlytom.standing`).
+        sources: [F', F] fp32, weight of each input frame in each remaining frame; rows sum to one.
+        place: [N] int64, `frame of the video * P + cell`, with the frame that has the largest share in the token.
+        bias: [N] fp32, log of the number of the video's tokens that each stands for (`earlytom.standing`).
     """
 
     tokens: Tensor
@@ -74,20 +74,20 @@ def encode(
     trace: dict[str, Tensor] | None = None,
     every_layer: bool = False,
 ) -> VisualTokens:
-    """One video through a model's vision part, as a method has it.
+    """Encode one video with a method.
 
     Args:
         vision: from `earlytom.families.Family.vision`.
-        pixels: [F * step, 3, H, W] normalised pixels in the tower's dtype. Of B videos that the method decides about at
-            once [B * F * step, 3, H, W], one after the other; tokens, positions, sources, place and bias then have a
-            leading B.
-        method: who decides.
-        depth: how many layers to run; default all (the post layer norm is never applied).
+        pixels: [F * step, 3, H, W] normalised pixels in the tower's dtype. For the B videos of a batched method
+            [B * F * step, 3, H, W], one after the other; tokens, positions, sources, place and bias then have a leading
+            B.
+        method: decides which frames and tokens stay.
+        depth: number of layers to run; default: all (the post layer norm is never applied).
         trace: filled with the intermediate tensors by name, hidden states of every layer if `every_layer` is set.
 
     Raises:
-        UserError: no frames, not four dimensions, pictures that do not fill a frame, a depth or a layer of the method's
-            that the tower does not have, or a method that knows nothing of states of earlier layers.
+        UserError: no frames, not four dimensions, pictures that do not fill a frame, a depth or a method's layer that
+            the tower does not have, or a method that does not support states of earlier layers.
     """
     if pixels.dim() != 4 or pixels.shape[0] < 1:
         raise UserError(f"pixels must be [frames, 3, height, width] with a frame, got {list(pixels.shape)}")
@@ -110,7 +110,7 @@ def encode(
 
 
 def checked_depth(tower: Tower, method: Method, depth: int | None) -> int:
-    """How many layers run, default all; UserError where tower and method do not go together."""
+    """The number of layers to run, default all; UserError if tower and method are incompatible."""
     if tower.streams and not method.streams:
         raise UserError(
             f"method {method.name!r} knows nothing of the states of earlier layers that this model's LLM is given: use "
@@ -138,13 +138,12 @@ def head(
     note: Note = lambda **_: None,
     every_layer: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The layers up to the method's first, on any frames: pixels [n * step, 3, H, W] to what `run_span` returns of
-    them."""
+    """The layers up to the method's first, on any n frames: pixels [n * step, 3, H, W] to `run_span`'s result."""
     hidden = embed(tower, pixels)
     if method.layers:
-        # A convolution leaves them channels first, and sums keep the layout of their first term: every layer up to the
-        # first merge would stride through memory, and comparing frames took 36 times as long. With merging off the
-        # layers stay those of the untouched tower to the last bit.
+        # The patch convolution's output is not contiguous, and sums keep the layout of their first term: all layers up
+        # to the first merge would run on strided memory, and comparing frames took 36 times as long. With merging off
+        # nothing is changed, so that results equal the original tower's to the last bit.
         hidden = hidden.contiguous()
     return run_span(tower, layer_spans(method.layers, depth)[0], hidden, method, depth, note, every_layer)
 
@@ -160,8 +159,9 @@ def rest(
     *,
     entering: Tensor | None = None,
 ) -> VisualTokens:
-    """Everything from the method's first layer on: what `head` made of all frames, [F, T, D] and [F, S], to visual
-    tokens. `entering`: which of the video's frames these are, as rows of the identity; default all."""
+    """Everything after the method's first layer: hidden states [F, T, D] and received attention [F, S] from `head`, of
+    all frames, to visual tokens. `entering`: which of the video's frames these are, as rows of the identity; default:
+    all."""
     tower = vision.tower
     state = method.begin(vision, hidden.shape[0] // method.videos, hidden.device)
     if entering is not None:
@@ -213,10 +213,10 @@ def run_span(
     note: Note = lambda **_: None,
     every_layer: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One of `layer_spans` on `hidden [F, T, D]`, without what the method does at its end.
+    """Run one of `layer_spans` on `hidden [F, T, D]`, without the method's `after_layer` at its end.
 
-    Returns the new hidden states, those of `Tower.streams` behind them, and, if the method watches a layer of this
-    span, its received attention [F, S].
+    Returns the new hidden states, with those of `Tower.streams` concatenated, and the received attention [F, S] if the
+    watched layer is in this span, else None.
     """
     received, watched = None, method.watched(depth)
     along = [hidden[..., tower.width :]] if tower.streams else []
@@ -225,7 +225,7 @@ def run_span(
         layer = tower.layers[index]
         inside = index == watched and index in method.layers
         if index == watched and not inside:
-            # Beside the layer rather than within, so that where nothing is merged it runs as in the untouched tower.
+            # Computed beside the layer, not within, so that without a merge the layer runs as in the original tower.
             received = tower.received(layer, hidden)
         hidden, column = tower.run_layer(layer, hidden, receive=inside)
         received = received if column is None else column

@@ -1,4 +1,4 @@
-"""How much arithmetic a video costs, with and without compression: exact counts from shapes, nothing measured.
+"""Flops of a video, with and without compression: exact counts from shapes, nothing measured.
 
 A multiply-add is two floating-point operations. Counted are the matrix products (patches, projections, attention, MLP,
 LLM prefill; a projector is counted by its family, see `earlytom.families`); norms, softmax and the compression itself
@@ -73,13 +73,13 @@ def prefill(
     Args:
         config: a Hugging Face text config (hidden_size, num_attention_heads, ...).
         tokens: of the prompt.
-        visual: how many of them are visual; default all.
-        inner_layer, inner_ratio: see `EarlyTomConfig`: from that layer on, fewer visual tokens are left.
+        visual: number of visual tokens among them; default: all.
+        inner_layer, inner_ratio: see `EarlyTomConfig`; from that layer on there are fewer visual tokens.
     """
     if inner_layer is None:
         linear = list(getattr(config, "layer_types", None) or ()).count("linear_attention")
         layers = (config.num_hidden_layers - linear) * decoder_layer(config, tokens)
-        if linear:  # where there are such layers, the others have a gate as wide as their queries
+        if linear:  # in such models the other layers have a gate as wide as their queries
             layers += linear * linear_layer(config, tokens)
             gate = 2 * tokens * config.hidden_size * config.num_attention_heads * config.head_dim
             layers += (config.num_hidden_layers - linear) * gate
@@ -102,12 +102,12 @@ def decoder_layer(config: Any, tokens: int) -> int:
 
 
 def linear_layer(config: Any, tokens: int) -> int:
-    """One layer with a gated delta rule, token by token: per head two products with the state, and what is added."""
+    """One layer with a gated delta rule, token by token: per head two products with the state and one update of it."""
     width, inner = config.hidden_size, config.intermediate_size
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     heads = config.linear_num_value_heads
     values = heads * config.linear_value_head_dim
-    # Queries and keys; values, their gate and what goes out; two numbers a head.
+    # Queries and keys; values, their gate and the output; two numbers per head.
     projections = 2 * width * (2 * keys + 3 * values + 2 * heads)
     convolution = 2 * config.linear_conv_kernel_dim * (2 * keys + values)
     state = 6 * values * config.linear_key_head_dim

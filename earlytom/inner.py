@@ -1,11 +1,10 @@
-"""Merging visual tokens inside the LLM: which stay, and where the others go (optional part of the method).
+"""Merges visual tokens inside the LLM (optional part of the method).
 
-On prefill, before layer k, visual tokens are ranked by the attention that the last prompt token pays them in layer
-k-1; the best-ranked stay, and each of the others is folded into the one of them that is most like it. Text is never
-touched. `plan_inner` decides, `InnerPlan.apply` merges; `earlytom.inner_decoder` puts both into a decoder.
+During prefill, before layer k, visual tokens are ranked by their attention from the last prompt token in layer k-1; the
+best-ranked stay, and each of the others is folded into the most similar of those. Text is never touched. `plan_inner`
+decides, `InnerPlan.apply` merges; `earlytom.inner_decoder` puts both into a decoder.
 
-Tensors only: no loop over tokens and no host sync, and all shapes follow from the lengths of prompt and video and the
-ratio.
+Tensors only: no loop over tokens, no host sync; all shapes follow from the lengths of prompt and video and the ratio.
 
 Notation: T tokens a prompt, L of them visual, of which K stay and R are folded; M = T - R tokens are left; D width.
 """
@@ -21,20 +20,19 @@ from torch.nn import functional as F
 
 from earlytom.errors import UserError
 
-# Cosines as near as this are equal: kernels sum in different orders, and copies of a token would else be told apart by
-# rounding.
+# Cosines that differ by less count as equal: kernels sum in different orders, so copies of a token differ by rounding.
 TIE = 1e-6
 
 
 class InnerSettings(NamedTuple):
-    """What is done inside a language model.
+    """Settings of the merging inside a language model.
 
     Attributes:
         layer: k.
-        ratio: share of the visual tokens that does not stay.
-        fold: it is merged into what stays; else it is left out.
-        causal: layer k-1 stays causal; else every token of a prompt sees in it what the last one sees. One published
-            method loses the mask there, its released form only.
+        ratio: share of the visual tokens to remove.
+        fold: whether removed tokens are merged into remaining ones; else they are dropped.
+        causal: whether layer k-1 stays causal; else every prompt token sees in it what the last one sees. One published
+            method loses the mask there, in its released form only.
     """
 
     layer: int
@@ -50,8 +48,8 @@ class InnerPlan:
     Attributes:
         kept: [M] int64, positions of all tokens that stay, ascending.
         targets: [K] int64, positions of the visual ones among them, ascending.
-        folded: [R] int64, positions of the visual tokens that do not stay, ascending.
-        into: [R] int64, which of the targets each of them is folded into (an index into `targets`).
+        folded: [R] int64, positions of the removed visual tokens, ascending.
+        into: [R] int64, index into `targets` of the token that each removed one is folded into.
     """
 
     kept: Tensor
@@ -60,7 +58,7 @@ class InnerPlan:
     into: Tensor
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """What the merged targets are made of, fp32: of themselves [K], and of the folded tokens [K, R].
+        """Weights of the merged targets, fp32: of the targets themselves [K], and of the folded tokens [K, R].
 
         Folding i_1 < .. < i_m into h one after the other, each time `h <- (h + h_i) / 2`, leaves `2^-m` of h and
         `2^-(m-l+1)` of i_l: a half for each member from the l-th on.
@@ -71,8 +69,8 @@ class InnerPlan:
         return torch.exp2(-member.sum(1)), member * torch.exp2(-halvings)
 
     def apply(self, hidden: Tensor, *, fold: bool = True) -> Tensor:
-        """Merge `hidden [T, D]` to [M, D]: computed in fp32, returned in the dtype of `hidden`. Without `fold`
-        what does not stay is left out."""
+        """Merge `hidden [T, D]` to [M, D]: computed in fp32, returned in the dtype of `hidden`. Without `fold` removed
+        tokens are dropped."""
         if not fold:
             return hidden.index_select(0, self.kept)
         own, shares = self.weights()
@@ -81,11 +79,11 @@ class InnerPlan:
 
 
 def plan_inner(hidden: Tensor, received: Tensor, visual: Tensor, keep: int) -> InnerPlan:
-    """Decide which visual tokens of one prompt stay, and where the others go.
+    """Decide which visual tokens of one prompt stay, and which of them the others are folded into.
 
     Args:
         hidden: [T, D] output of layer k-1, any float dtype; similarities (cosines) are computed in fp32.
-        received: [T] attention that the last prompt token pays each token in layer k-1, mean over heads.
+        received: [T] attention of the last prompt token to each token in layer k-1, mean over heads.
         visual: [L] int64, positions of the visual tokens, ascending.
         keep: K, see `kept_tokens`. Ties go to the lower position.
     """
@@ -104,6 +102,6 @@ def plan_inner(hidden: Tensor, received: Tensor, visual: Tensor, keep: int) -> I
         alike = F.normalize(hidden[folded].float(), dim=-1) @ F.normalize(hidden[targets].float(), dim=-1).T  # [R, K]
         into = (alike >= alike.amax(1, keepdim=True) - TIE).byte().argmax(1)  # the first of the best
     gone = torch.zeros(len(hidden), dtype=torch.uint8, device=hidden.device).index_fill(0, folded, 1)
-    # A stable sort rather than `nonzero`: as many stay as the shapes say, so the host need not ask.
+    # A stable sort, not `nonzero`, which would make the host wait for a number that the shapes tell.
     kept = gone.argsort(stable=True)[: len(hidden) - len(folded)]
     return InnerPlan(kept, targets, folded, into)

@@ -1,9 +1,9 @@
 """Inner merging in a transformers Qwen2 decoder: layers from the k-th on run the prefill on fewer visual tokens.
 
-`apply_inner` wraps layers k-1 and later, undoably, so that `generate` works, and tells by the key/value cache whether a
-pass reads a prompt or continues one. Later layers see fewer tokens, at their original positions, and keep a shorter
-cache. Attention stays causal everywhere, layer k-1 included, and only the one row of attention that ranks is ever
-computed explicitly. What is decided is `earlytom.inner`'s business.
+`apply_inner` wraps layers k-1 and later, undoably, so that `generate` works; the KV cache tells whether a pass is the
+prefill of a prompt or continues one. Later layers see fewer tokens, at their original positions, and keep a shorter KV
+cache. Attention stays causal everywhere (unless `InnerSettings.causal` is off), and only the one row of attention that
+ranks tokens is computed explicitly. `earlytom.inner` decides.
 
 Notation: B prompts, T tokens a prompt, M tokens of it in the later layers, D width.
 """
@@ -33,10 +33,10 @@ class InnerPrompt:
     """A prompt to be announced with `AppliedInner.prompt`.
 
     Attributes:
-        visual: positions of its visual tokens, row by row, ascending; on the host.
+        visual: positions of the visual tokens of each row, ascending; on the host.
         length: tokens of a row, padding included.
-        last: [B] int64, position of the last token of each row; None: the last there is.
-        unread: no pass has read it yet.
+        last: [B] int64, position of the last token of each row; None: `length` - 1.
+        unread: no pass has prefilled it yet.
     """
 
     visual: list[Tensor]
@@ -46,7 +46,7 @@ class InnerPrompt:
 
     @classmethod
     def of(cls, visual: Tensor, last: Tensor | None = None) -> Self:
-        """From a mask [B, T] bool, True for visual tokens. Raises UserError if it is something else."""
+        """From a mask [B, T] bool, True for visual tokens. Raises UserError for another shape or dtype."""
         if visual.dim() != 2 or visual.dtype != torch.bool:
             raise UserError(f"visual must be bool [B, T], got {visual.dtype} {list(visual.shape)}")
         return cls([row.nonzero().flatten() for row in visual.cpu()], visual.shape[1], last)
@@ -54,10 +54,10 @@ class InnerPrompt:
 
 @dataclass(frozen=True)
 class Held:
-    """What the caches of the later layers hold of a prompt of `length` tokens.
+    """What the later layers' KV caches hold of a prompt of `length` tokens.
 
     Attributes:
-        kept: [B, M] int64, which of the prompt's tokens, ascending; shorter rows are padded on the left.
+        kept: [B, M] int64, the prompt's tokens that are kept, ascending; shorter rows are padded on the left.
         real: [B, M] bool, False for that padding; None if there is none.
     """
 
@@ -71,9 +71,9 @@ class _Pass:
     """One forward pass, from layer k-1 on.
 
     Attributes:
-        of: the prompt that it reads, or what the later caches hold of the prompt that it continues.
-        received: [B, T] attention that ranks, if it reads; see `_received`.
-        later: arguments that layers k and later get instead of the earlier layers'.
+        of: the prompt that it prefills, or what the later caches hold of the prompt that it continues.
+        received: [B, T] attention that ranks tokens, in a prefill; see `_received`.
+        later: arguments that replace those of the earlier layers in layers k and later.
     """
 
     of: InnerPrompt | Held
@@ -95,17 +95,17 @@ class AppliedInner(Restorable):
 
     @contextlib.contextmanager
     def prompt(self, visual: Tensor | InnerPrompt, *, last: Tensor | None = None) -> Iterator[None]:
-        """Announce a prompt: the next pass of this thread reads it and merges; passes with its cache then continue it.
+        """Announce a prompt: this thread's next pass prefills and merges it; passes with its KV cache continue it.
 
-        Several generations in one block each read the prompt anew, every one into an empty cache (a static one must
-        have been reset: whether it was is not looked up, as the host would wait). A cache that holds a merged prompt
-        may be continued outside the block; with a static cache on a GPU that waits for the device in every pass, so a
-        loop that leaves the block between two steps should enter it again with the same `InnerPrompt`.
+        Each generation in the block prefills the prompt anew, into an empty cache (a static cache must have been reset;
+        this is not checked, as the host would wait). A cache that holds a merged prompt may be continued outside the
+        block; with a static cache on a GPU every such pass waits for the device, so a loop that leaves the block
+        between two steps should enter it again with the same `InnerPrompt`.
 
         Args:
-            visual: [B, T] bool, True for visual tokens. On the host it costs no synchronisation. Or an `InnerPrompt`.
-            last: [B] int64, position of the last token of each prompt where prompts are padded on the right (to a
-                bucket, say); default T - 1.
+            visual: [B, T] bool, True for visual tokens (on the host it costs no synchronisation), or an `InnerPrompt`.
+            last: [B] int64, position of the last token of each prompt if prompts are padded on the right; default
+                T - 1.
         """
         prompt = visual if isinstance(visual, InnerPrompt) else InnerPrompt.of(visual, last)
         outer, self._local.prompt = self._announced, prompt
@@ -143,7 +143,7 @@ class AppliedInner(Restorable):
             self.replace(layers[index], "forward", self._later(layers[index], index, index + 1 == len(layers)))
 
     def _ranking(self, layer: Any) -> Any:
-        """Layer k-1: what kind of pass is this? If it reads a prompt, its visual tokens are ranked."""
+        """Wrap layer k-1: find out which kind of pass this is, and in a prefill rank the visual tokens."""
         own = layer.forward
 
         @functools.wraps(own)
@@ -158,7 +158,7 @@ class AppliedInner(Restorable):
         return forward
 
     def _later(self, layer: Any, index: int, final: bool) -> Any:
-        """Layers k and later: merged tokens, their positions and the mask that fits them."""
+        """Wrap layers k and later: merged tokens, their positions and the matching mask."""
         own = layer.forward
 
         @functools.wraps(own)
@@ -175,10 +175,10 @@ class AppliedInner(Restorable):
         return forward
 
     def _begin(self, hidden: Tensor, cache: Any) -> _Pass | None:
-        """Does this pass read the announced prompt, continue one that was merged, or is it none of our business?"""
+        """The pass if it prefills the announced prompt or continues a merged one; None for any other."""
         prompt, length = self._announced, hidden.shape[1]
         held: Held | None = getattr(cache, "_earlytom_inner", None)
-        # Whether a cache is empty is asked last: a static one answers with a tensor, so the host would wait for it.
+        # Whether the cache is empty is checked last: a static one answers with a tensor, for which the host would wait.
         if prompt is None:
             if held is not None and self._seen(cache) == 0:  # it was reset
                 held = cache._earlytom_inner = None
@@ -200,9 +200,9 @@ class AppliedInner(Restorable):
         return 0 if cache is None else cache.get_seq_length(self.layer - 1)
 
     def _enter(self, run: _Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Before layer k: merge if this pass reads a prompt, and work out what the later layers get.
+        """Before layer k: merge in a prefill, and prepare the later layers' arguments in `run.later`.
 
-        Returns hidden states: [B, M, D] if so, else as they came.
+        Returns the hidden states: [B, M, D] in a prefill, else unchanged.
         """
         cache, held, reads = kwargs.get("past_key_values"), run.of, isinstance(run.of, InnerPrompt)
         if isinstance(held, InnerPrompt):
@@ -214,8 +214,8 @@ class AppliedInner(Restorable):
                 x.expand(len(hidden), -1, -1).take_along_dim(held.kept[..., None], 1)
                 for x in kwargs["position_embeddings"]
             )
-            # The original positions are in the rotary embedding. The ids have gaps now, which flash attention would
-            # take for the borders of packed sequences.
+            # The rotary embedding has the original positions. Ids with gaps would look to flash attention like packed
+            # sequences, so there are none.
             run.later |= {"position_embeddings": (cos, sin), "position_ids": None}
         tokens = hidden.shape[1]
         columns = tokens if cache is None else cache.get_mask_sizes(tokens, self.layer)[0]
@@ -225,8 +225,8 @@ class AppliedInner(Restorable):
         return hidden
 
     def _merge(self, prompt: InnerPrompt, received: Tensor, hidden: Tensor) -> tuple[Tensor, Held]:
-        """[B, T, D] to [B, M, D], M of the row that keeps most; row by row, as their numbers of tokens may differ."""
-        copies = len(hidden) // len(prompt.visual)  # beams, say: generate repeats each prompt
+        """[B, T, D] to [B, M, D], M of the row that keeps most; row by row, as rows may differ in length."""
+        copies = len(hidden) // len(prompt.visual)  # `generate` repeats each prompt for its beams
         plans = []
         for row, tokens in enumerate(hidden):
             visual = to_device(prompt.visual[row // copies], hidden.device)
@@ -246,15 +246,15 @@ class AppliedInner(Restorable):
 def later_mask(
     mask: Tensor | None, held: Held, queries: int, columns: int, *, reads: bool, flat: bool = False
 ) -> Tensor | None:
-    """The attention mask of layers k and later, from the one that the earlier layers got.
+    """The attention mask of layers k and later, from that of the earlier layers.
 
     Args:
-        mask: None, [B, 1, q, c] (bool, or added to the scores), or [B, c] (flash attention: padding only).
+        mask: None, [B, 1, q, c] (bool, or additive), or [B, c] (flash attention: padding only).
         held: the prompt's tokens in the later layers.
         queries: tokens of this pass in the later layers.
-        columns: keys of the later layers, those of this pass included; a static cache has more than it uses.
-        reads: this pass reads the prompt, so queries were left out, too.
-        flat: with neither padding nor mask the attention in use would take [B, c].
+        columns: keys of the later layers, this pass included; a static cache has more than it uses.
+        reads: this pass is the prefill, so queries were removed, too.
+        flat: the attention in use takes masks [B, c] (flash attention).
     """
     if mask is None:
         if held.real is None:
@@ -283,8 +283,8 @@ def later_mask(
 
 
 def open_mask(mask: Tensor | None, prompt: InnerPrompt, hidden: Tensor) -> Tensor:
-    """The mask of a layer in which every token of a prompt sees what its last one sees: [B, 1, T, c], from the mask
-    that the layer got (None: causal by shape). `hidden` [B, T, D] is the layer's input."""
+    """The mask [B, 1, T, c] with which every prompt token sees what the last one sees, from the layer's own mask (None:
+    causal by shape). `hidden` [B, T, D] is the layer's input."""
     batch, length = hidden.shape[:2]
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
@@ -311,9 +311,10 @@ def _received(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention that the last prompt token pays each token in this Qwen2 layer, mean over heads, in fp32: [B, T].
+    """Attention of the last prompt token to each token in this Qwen2 layer, mean over heads, fp32 [B, T].
 
-    One row of it, so the layer itself may use any attention kernel. `hidden` [B, T, D] is the layer's input.
+    Only this row is computed, so the layer itself may use any attention kernel. `hidden` [B, T, D] is the layer's
+    input.
     """
     attention = layer.self_attn
     batch, length = hidden.shape[:2]
@@ -344,7 +345,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _decoder(model: Any) -> Any:
-    """The Qwen2 decoder of a model, or the model if it is one."""
+    """The Qwen2 decoder of a model, or the model itself if it is one."""
     decoder = model if hasattr(model, "layers") else getattr(model, "get_decoder", lambda: model)()
     family = getattr(getattr(decoder, "config", None), "model_type", type(model).__name__)
     if family != "qwen2" or not hasattr(decoder, "layers"):
@@ -363,12 +364,12 @@ def apply_inner(
             model.generate(inputs_embeds=embeds, ...)
 
     Works as a plain call (`restore()` on the result undoes it) and as a context manager. Prompts that are not announced
-    are left alone. `earlytom.apply_earlytom` does all this for a whole video model.
+    are not changed. `earlytom.apply_earlytom` does all this for a whole video model.
 
     Args:
         model: a Qwen2 decoder, or a model that has one (`Qwen2ForCausalLM`, a video model).
         layer: k, the first layer that sees fewer tokens, from 1 on.
-        ratio: share of the visual tokens that does not stay, in [0, 1); 0 changes nothing.
+        ratio: share of the visual tokens to remove, in [0, 1); 0 changes nothing.
         fold, causal: see `InnerSettings`.
 
     Raises:

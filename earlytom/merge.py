@@ -1,9 +1,9 @@
-"""Stage I: which frames say the same, and how they are merged.
+"""Stage I: finds redundant frames and merges them.
 
-Decide once, apply many: the decision is a row-stochastic matrix `W [F', F]`, and merging anything that has one entry a
-frame (hidden states, received attention) is `W @ x`. Everything is decided from the `F x F` similarity matrix, in fp32,
-by a fixed tensor program: no loop over frames, no host sync (but for the adaptive schedule's output size, which only
-the video knows). `builder.export.functions` writes the same program in ONNX operators.
+Decide once, apply many: the decision is a row-stochastic matrix `W [F', F]`, and merging anything with one entry per
+frame (hidden states, received attention) is `W @ x`. All decisions are taken from the `F x F` similarity matrix, in
+fp32, by a fixed tensor program: no loop over frames, and no host sync except for the adaptive schedule's output size,
+which depends on the video. `builder.export.functions` writes the same program in ONNX operators.
 
 Two schedules, see `plan_frames`. Notation: F frames, S tokens a frame, D width, G segments.
 """
@@ -19,8 +19,8 @@ from earlytom.budget import frames_per_stage
 from earlytom.config import SCHEDULES, TRAILINGS
 from earlytom.errors import UserError
 
-# Similarities are rounded to this grid (2^-20, about 1e-6) before anything is decided. Kernels sum in different orders,
-# so two copies of one frame would otherwise differ in the last bits, and "more similar than" would be decided by noise.
+# Similarities are rounded to this grid (2^-20, about 1e-6) before any decision. Kernels sum in different orders, so
+# copies of one frame would otherwise differ in the last bits, and noise would decide which is "more similar".
 SIMILARITY_STEPS = 2.0**20
 
 
@@ -29,8 +29,8 @@ class FramePlan:
     """A decision about F frames.
 
     Attributes:
-        weights: [F', F] fp32, rows sum to one; row i says what kept frame i is made of. A zero column is a dropped
-            frame.
+        weights: [F', F] fp32, rows sum to one: row i has the weights of all frames in remaining frame i. A zero column
+            is a dropped frame.
         segment_start: [F] int64, first frame of each frame's segment.
     """
 
@@ -60,13 +60,14 @@ def frame_similarity(hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 
     Args:
         hidden: [F, S, D], any float dtype.
-        dtype: of the Gram product; everything after it is fp32. Half loses frames that are much alike, or overflows.
+        dtype: of the Gram product; everything after it is fp32. Half cannot tell very similar frames apart, and may
+            overflow.
 
     Returns:
         [F, F] fp32, symmetric, on the grid of `SIMILARITY_STEPS`.
 
-    One Gram product per token, batched over tokens: frames flattened to [F, S*D] would be the same number, but
-    TensorRT-RTX then materialises [F, S, S*D]. The norms are the diagonal of the Gram matrix, so x is read once.
+    One Gram product per token, batched over tokens: for frames flattened to [F, S*D] the result is the same, but
+    TensorRT-RTX would materialise [F, S, S*D]. The norms are the diagonal of the Gram matrix, so x is read once.
     """
     x = hidden.to(dtype).transpose(0, 1)  # [S, F, D]
     gram = (x @ x.transpose(1, 2)).float()  # [S, F, F]
@@ -121,7 +122,7 @@ def plan_frames(
     Args:
         hidden: [F, S, D] hidden states of one video after a merge layer.
         tau, max_window, ema, trailing: see `EarlyTomConfig`.
-        schedule: "adaptive": the video decides how many frames stay. "budget": exactly `frames_out` stay.
+        schedule: "adaptive": the number of remaining frames depends on the video. "budget": it is `frames_out`.
         frames_out: budget schedule only; default `round(0.75 * F)`.
 
     Raises:
@@ -148,7 +149,7 @@ def plan_frames(
 def plan_similarity(
     similarity: Tensor, frames_out: int | None, *, tau: float, max_window: int, ema: float, trailing: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The plan from the similarity matrix alone.
+    """The plan, from the similarity matrix.
 
     Args:
         similarity: [F, F] fp32 from `frame_similarity`.
@@ -172,9 +173,9 @@ def plan_similarity(
 def segment_bounds(similarity: Tensor, *, tau: float, max_window: int, ema: float) -> tuple[Tensor, Tensor]:
     """First and last frame of each frame's segment, both [F] int64.
 
-    For every possible first frame at once the recurrence `q <- ema * c(a, a+k) + (1 - ema) * q` runs for the few k that
-    the window allows; the segment's length is the number of k before the first `q < tau`. The true first frames are the
-    orbit of frame 0 under "next segment".
+    For every possible first frame a in parallel, the recurrence `q <- ema * c(a, a+k) + (1 - ema) * q` runs over the
+    few k that the window allows; the segment's length is the number of k (from 0) before the first `q < tau`. The
+    actual first frames are the orbit of frame 0 under "next segment".
     """
     frames = similarity.shape[0]
     index = torch.arange(frames, device=similarity.device)
@@ -194,7 +195,7 @@ def segment_bounds(similarity: Tensor, *, tau: float, max_window: int, ema: floa
 
 
 def _orbit(following: Tensor) -> Tensor:
-    """Which frames the walk 0 -> following[0] -> ... visits ([F] bool); `following[i] > i`, F or more ends the walk.
+    """[F] bool: the frames that the walk 0 -> following[0] -> ... visits; `following[i] > i`, F or more ends the walk.
 
     Reachability by squaring the F x F matrix `I + [following(a) = j]` ceil(log2 F) times.
     """
@@ -207,10 +208,10 @@ def _orbit(following: Tensor) -> Tensor:
 
 
 def _adaptive_decisions(similarity: Tensor, start: Tensor, end: Tensor, trailing: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What the scan over the middle frames of each segment decides.
+    """Decisions of the scan over the middle frames of each segment.
 
-    Returns, all [F]: `pair_weight` fp32 (weight of frame i when it is merged with i + 1), `paired` bool (it is merged),
-    `kept` bool (frame i gives a row of the adaptive plan).
+    Returns, all [F]: `pair_weight` fp32 (weight of frame i if merged with i + 1), `paired` bool (whether it is merged),
+    `kept` bool (whether frame i gives a row of the adaptive plan).
     """
     frames = similarity.shape[0]
     index = torch.arange(frames, device=similarity.device)
@@ -226,14 +227,14 @@ def _adaptive_decisions(similarity: Tensor, start: Tensor, end: Tensor, trailing
     kept = visited
     if trailing == "released":
         kept = kept & ~((index == last_middle) & (last_middle - start >= 2))
-    # Similarities below zero carry no weight, so that a merged frame is always between the two it is made of.
+    # Negative similarities count as 0, so that a merged frame is a convex combination of its two.
     near, far = step.clamp_min(0), next_step.clamp_min(0)
     share = torch.where(near > 0, near / (near + far).clamp_min(1e-6), 1.0)
     return torch.where(pair_is_last, 1.0, share), paired, kept
 
 
 def _pair_rows(pair_weight: Tensor, paired: Tensor) -> Tensor:
-    """[F, F]: row i is frame i itself, or its mixture with frame i + 1 where they are merged."""
+    """[F, F]: row i is frame i, or its mixture with frame i + 1 where the two are merged."""
     frames = paired.shape[0]
     index = torch.arange(frames, device=paired.device)
     own = torch.where(paired, pair_weight, 1.0)
@@ -245,9 +246,9 @@ def _pair_rows(pair_weight: Tensor, paired: Tensor) -> Tensor:
 def _budget_weights(similarity: Tensor, pair_weight: Tensor, paired: Tensor, kept: Tensor, frames_out: int) -> Tensor:
     """[frames_out, F] weights of the budget schedule.
 
-    The adaptive plan gives the ranking: frames it removes go first, then the others, each group by similarity to the
-    frame before, ties to the earlier frame. A removed frame that the adaptive plan would have kept is folded into the
-    nearest kept frame before it, weighted by their similarity against 1 for that frame itself.
+    Frames are removed in this order: first those that the adaptive plan removes, then the others, each group by falling
+    similarity to the frame before, ties to the earlier frame. A removed frame that the adaptive plan keeps is folded
+    into the nearest kept frame before it, with their similarity as weight against 1 for that frame itself.
     """
     frames = similarity.shape[0]
     index = torch.arange(frames, device=similarity.device)

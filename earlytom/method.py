@@ -1,6 +1,6 @@
-"""What a method is: who decides which frames and which tokens of a video the LLM sees.
+"""The interface of a method, which decides which frames and which tokens of a video the LLM sees.
 
-`earlytom.encoder` runs a vision part around a `Method` and calls its hooks; `earlytom.methods` has them all by name.
+`earlytom.encoder` runs the vision tower and calls a `Method`'s hooks; `earlytom.methods` has all methods by name.
 
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, S patch tokens, P tokens
 after pooling, E LLM width, N tokens kept.
@@ -21,13 +21,13 @@ from earlytom.inner import InnerSettings
 from earlytom.standing import frame_times, places, size_bias, token_sizes
 
 Note = Callable[..., None]
-"""Told intermediate tensors by name."""
+"""A callback that takes intermediate tensors by name."""
 SEVERAL_NEED_BUDGET = "several videos at once keep equal numbers of frames, so the schedule must be budget, not {}"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is known of a video's tokens before it is seen.
+    """Frame and token counts that are known before the video is seen.
 
     Attributes:
         stages: frames before the first merge and after each one.
@@ -40,17 +40,17 @@ class Counts:
 
 @dataclass
 class State:
-    """What has become of one run's frames so far. A method that has to remember more extends it.
+    """The state of one run. A method that must remember more extends it.
 
     Attributes:
-        vision: the vision part that runs.
+        vision: the vision tower and projector that run.
         stages: frames of a video before the first merge and after each one so far.
-        sources: [F', F] fp32, what each frame left is made of.
-        cells: (rows, columns) of the tokens of a frame; known from the projector on.
+        sources: [F', F] fp32, weight of each input frame in each remaining frame.
+        cells: (rows, columns) of a frame's tokens; set after the projector.
         start: [F'] int64, first frame of each remaining frame's final segment; None for a method without segments.
         static: [F'] bool, the frames strictly inside their segment; None likewise.
-        time, size: [F', P] int64 and fp32, of a method that merges cell by cell: the frame of the video that a token is
-            taken to be, and of how many tokens it is made; None where `sources` say it of whole frames.
+        time, size: [F', P] int64 and fp32, for a method that merges cell by cell: the frame of the video that each
+            token stands for, and the number of tokens merged into it; None where `sources` holds for whole frames.
     """
 
     vision: Vision
@@ -64,29 +64,28 @@ class State:
 
     @property
     def frames(self) -> int:
-        """F, that entered the tower."""
+        """F, the frames that entered the tower."""
         return self.stages[0]
 
     @property
     def ran(self) -> tuple[tuple[int, int], ...]:
-        """Of a method that merges tokens inside the tower: sequences, and tokens of each, that every layer ran on."""
+        """(sequences, tokens of each) of every layer, for a method that merges tokens inside the tower; else empty."""
         return ()
 
 
 class Method(ABC):
-    """Who decides which frames and which tokens of a video the LLM sees.
+    """Decides which frames and which tokens of a video the LLM sees.
 
-    A method is made of frozen settings and holds nothing of a video; `begin` gives the state that its hooks are handed.
-    The hooks, in the order in which `encode` calls them: `frames` before the tower, `after_layer` behind each of
-    `layers`, `look` once received attention is known, `choose` after the projector. By default none does anything but
-    `choose`, which every method must have.
+    A method holds frozen settings only; `begin` makes the per-run state that its hooks get. The hooks in the order in
+    which `encode` calls them: `frames` before the tower, `after_layer` after each of `layers`, `look` once received
+    attention is known, `choose` after the projector. Only `choose` must be defined; the others do nothing by default.
 
     Attributes:
         name: in `earlytom.methods.METHODS`.
         layers: the encoder layers, ascending, after which `after_layer` is called.
-        videos: B, about how many videos at once it decides.
-        streams: whether it decides by hidden states and tokens alone where others are taken along (`Tower.streams`).
-        inner: what is done to visual tokens inside the language model (see `earlytom.inner`); None leaves it alone.
+        videos: B, the videos of one run, one decision each.
+        streams: whether it works on a tower whose hidden states carry earlier layers' states (`Tower.streams`).
+        inner: merging of visual tokens inside the language model (see `earlytom.inner`); None for none.
     """
 
     name: ClassVar[str]
@@ -98,7 +97,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """The method with these settings. Raises UserError for what is no setting of it, or makes no sense."""
+        """The method with these settings. Raises UserError for an unknown or invalid setting."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -106,21 +105,21 @@ class Method(ABC):
 
     @abstractmethod
     def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
-        """What it keeps of a video of `frames` frames; None if only the video tells."""
+        """Frames and tokens kept of a video of `frames` frames; None if they depend on the video."""
 
     @abstractmethod
     def tower_key(self) -> Hashable:
         """Equal for two methods that do the same up to `choose`, so that one pass over a video serves both."""
 
     def check(self, depth: int) -> None:  # noqa: B027  (a hook)
-        """Raise UserError if it cannot act in a tower of which `depth` layers run."""
+        """Raise UserError if the method cannot run in a tower of which `depth` layers run."""
 
     def watched(self, depth: int) -> int | None:
-        """The layer, of `depth` that run, whose received attention it needs; None if it needs none."""
+        """The layer whose received attention the method needs, of `depth` that run; None for none."""
         return None
 
     def frames(self, count: int) -> Sequence[int]:
-        """Before the tower: which of a video's `count` frames enter it, ascending."""
+        """Before the tower: which of a video's `count` frames enter it; indices, ascending."""
         return range(count)
 
     def begin(self, vision: Vision, frames: int, device: torch.device) -> State:
@@ -133,25 +132,25 @@ class Method(ABC):
         """Inside the tower, after one of `layers`: merge frames.
 
         Args:
-            hidden: [F', T, D] of all frames left.
-            received: [F', S] fp32 received attention, once the layer that is watched has run.
-            state: of the run; brought up to date.
-            note: told what it decides by.
+            hidden: [F', T, D] of all remaining frames.
+            received: [F', S] fp32 received attention; None until the watched layer has run.
+            state: of the run; updated in place.
+            note: gets the values that the decision is based on.
 
         Returns:
-            What is left of both.
+            both after merging.
         """
         return hidden, received
 
     def look(self, hidden: Tensor, state: State) -> None:  # noqa: B027  (a hook)
-        """Once, behind the layer that is watched and what the method does there: `hidden [F', T, D]` of the frames."""
+        """Called once, after the watched layer and its `after_layer`, with the frames' `hidden [F', T, D]`."""
 
     @abstractmethod
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         """After the projector: `features [F', P, E]` and `relevance [F', P]` to tokens [N, E] and positions [N]."""
 
     def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """What the tokens at `positions [N]` of `features [F', P, E]` stand for: place [N] int64, bias [N] fp32."""
+        """Place [N] int64 and bias [N] fp32 of the kept tokens at `positions [N]` of `features [F', P, E]`."""
         time, size = frame_times(state.sources)
         time, size = (time if state.time is None else state.time), (size if state.size is None else state.size)
         sizes = token_sizes(state.vision.own(features), positions, time, size, state.sources.shape[-1])

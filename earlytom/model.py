@@ -1,9 +1,9 @@
-"""EarlyTom on a whole Hugging Face model: `model.generate(...)` with compressed visual tokens, and back again.
+"""EarlyTom on a whole Hugging Face model: `model.generate(...)` with compressed visual tokens, undoably.
 
-The processor expands a video to placeholder tokens, as many as it has visual tokens; after compression there are fewer,
-and everything that counts positions (mask, cache, rotary positions) must see the shorter prompt. So the prompt is
-shortened and the visual tokens are put in before generation starts, and the ids that `generate` returns begin with the
-prompt that was passed in. Only instance attributes are set; `restore()` (or leaving the `with` block) removes them.
+The processor expands a video to one placeholder per visual token; after compression there are fewer, and everything
+that counts positions (mask, KV cache, rotary positions) must see the shorter prompt. So the prompt is shortened and the
+visual tokens are inserted before generation starts; the ids that `generate` returns begin with the prompt as passed in.
+Only instance attributes are set; `restore()` (or leaving the `with` block) removes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from earlytom.standing import frame_spans
 
 
 class _Shown(NamedTuple):
-    """A video of a prompt: its configuration and geometry, its pictures, and what became of them."""
+    """A video of a prompt: its configuration and geometry, the number of its pictures, and its visual tokens."""
 
     config: Any
     frame: Geometry
@@ -49,12 +49,12 @@ class AppliedEarlyTom(Restorable):
         self.depth = frame.depth
         method.check(self.depth)
         check_watched(method.watched(self.depth), frame.full)
-        self.family.vision_of(self.inner)  # refuses a tower without an adapter now, not at the first video
+        self.family.vision_of(self.inner)  # refuses a tower without an adapter here, not at the first video
         self._merging: AppliedInner | None = None
         self._install()
 
     def restore(self) -> None:
-        """Give the model back as it was. Calling it twice does nothing."""
+        """Restore the original model. A second call does nothing."""
         super().restore()
         if self._merging is not None:
             self._merging.restore()
@@ -65,24 +65,24 @@ class AppliedEarlyTom(Restorable):
         return self.model.model
 
     def encode(self, pixels: Tensor) -> VisualTokens:
-        """One video, [F * step, 3, H, W] normalised pixels."""
+        """Encode one video, [F * step, 3, H, W] normalised pixels."""
         return encode(self.family.vision_of(self.inner), pixels, self.method, depth=self.depth)
 
     def features(self, videos: Iterable[Tensor]) -> list[Tensor]:
-        """Visual tokens of each video [F * step, 3, H, W], with R that close them: [N + R, E]."""
+        """Visual tokens of each video [F * step, 3, H, W], with the R closing tokens: [N + R, E]."""
         return [self._closed(self._shown(pixels)) for pixels in videos]
 
     def shorten(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values_videos: Tensor, **beside: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompt with as many placeholders as there are visual tokens left; where every frame has a span of its
-        own, without the spans of frames of which nothing is left and the text that names them.
+        """Shorten a prompt to one placeholder per visual token left; where each frame has its own span, frames without
+        any token lose their span and the text that names it.
 
         Args:
             input_ids: [B, L] with the placeholders of each video.
             attention_mask: [B, L] or None.
-            pixel_values_videos: of the videos in the order of their placeholders, as the model's processor makes them.
-            beside: what it returns beside them, of `Family.beside_pixels`.
+            pixel_values_videos: the processor's output for the videos, in the order of their placeholders.
+            beside: the processor's further outputs, see `Family.beside_pixels`.
 
         Returns:
             input_ids [B, L'], attention_mask [B, L'] and inputs_embeds [B, L', E]; shorter rows are padded on the left.
@@ -135,10 +135,10 @@ class AppliedEarlyTom(Restorable):
         return closings.closed(video.encoded.tokens, video.encoded.positions, self.family.closing(self.inner))
 
     def _stays(self, placeholder: Sequence[bool], videos: Sequence[_Shown]) -> list[int]:
-        """Which places of a prompt with these videos stay, in their new order."""
+        """The prompt positions that stay, in their new order."""
         spots = [at for at, is_one in enumerate(placeholder) if is_one]
         stays: list[int] = []
-        text = done = 0  # the first place that is not looked at yet, and how many placeholders are
+        text = done = 0  # the first position not handled yet, and the number of placeholders handled
         for one in videos:
             spans = self.family.spans(one.config, one.pictures)
             ends = [done + sum(spans[: number + 1]) for number in range(len(spans))]
@@ -153,7 +153,7 @@ class AppliedEarlyTom(Restorable):
         return [*stays, *range(text, len(placeholder))]
 
     def _spans(self, video: _Shown) -> Sequence[tuple[int, int]]:
-        """Of each span of a video that is left: its number among all, and how many placeholders it keeps."""
+        """(number, placeholders kept) of each remaining span of a video."""
         found = video.encoded
         if not self.family.span_a_frame:
             return [(0, len(self._closed(video)))]
@@ -166,8 +166,8 @@ class AppliedEarlyTom(Restorable):
     def _for_shorter_prompt(self, removed: int, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The options of `generate` for a prompt with `removed` tokens less; `given` is a GenerationConfig or None.
 
-        `max_length` and `min_length` count the prompt that the caller passed in. Assisted decoding drafts from ids
-        before the embeddings have been read, which transformers gets wrong without a word.
+        `max_length` and `min_length` count the prompt as passed in. Assisted decoding is refused: it drafts from ids
+        before the embeddings are prefilled, which transformers silently gets wrong.
         """
 
         def asked(name: str) -> Any:
@@ -182,8 +182,8 @@ class AppliedEarlyTom(Restorable):
 
     @contextmanager
     def _announced(self, prompt: ShortPrompt) -> Iterator[dict[str, Any]]:
-        """Tell the language model of a shortened prompt: which tokens are visual, if it is to merge them, and what its
-        family wants to know, of which some is given to the forward pass."""
+        """Announce a shortened prompt to the language model: its visual tokens, for inner merging, and what its family
+        needs, such as position ids; yields further arguments of the forward pass."""
         visual = (prompt.ids == self._video_token_id) & prompt.mask.bool()
         merging: AbstractContextManager[None] = nullcontext()
         if self._merging is not None:
@@ -248,7 +248,7 @@ class AppliedEarlyTom(Restorable):
 def _with_prompt(out: Any, prompt: Tensor, shortened: int) -> Any:
     """Replace the shortened prompt in what `generate` returned by the one that the caller passed in."""
     sequences = out if isinstance(out, Tensor) else out.sequences
-    rows = sequences.shape[0] // prompt.shape[0]  # several sequences a prompt with num_return_sequences
+    rows = sequences.shape[0] // prompt.shape[0]  # num_return_sequences
     restored = torch.cat([prompt.repeat_interleave(rows, 0), sequences[:, shortened:]], dim=1)
     if isinstance(out, Tensor):
         return restored
@@ -270,10 +270,10 @@ def encode_video(
     Args:
         vision_model: a Hugging Face vision tower with an adapter in `earlytom.families.adapters`.
         projector: maps [F', S, D] to [F', S, E].
-        pixels: [F, 3, H, W] normalised pixels in the tower's dtype.
+        pixels: [F * step, 3, H, W] normalised pixels in the tower's dtype.
         config: EarlyTom's settings, or another method (`earlytom.methods`).
-        depth: how many layers to run; default all (the post layer norm is never applied).
-        family: says how projector and pooling go together.
+        depth: number of layers to run; default: all (the post layer norm is never applied).
+        family: determines the order of projector and pooling.
 
     Raises:
         UserError: no frames, not four dimensions, or a depth or merge layer that the tower does not have.
@@ -289,8 +289,8 @@ def apply_earlytom(model: nn.Module, config: EarlyTomConfig | Method) -> Applied
     Works as a plain call (`restore()` on the result undoes it) and as a context manager. With retention ratio 1 and no
     merge layers the result is bit-identical to the untouched model (with its default attention, sdpa).
 
-    With an `inner_layer` the language model merges visual tokens, too (see `earlytom.inner`); a forward pass then has
-    logits for the tokens that are left.
+    With an `inner_layer` the language model merges visual tokens, too (see `earlytom.inner`); a forward pass then
+    returns logits for the remaining tokens.
 
     Raises:
         UserError: another model family, a merge layer the tower lacks, an inner layer the language model lacks, or

@@ -1,9 +1,9 @@
 """The compression stage as PyTorch operators: `torch.ops.earlytom.*`.
 
-On a CPU they are the reference (`earlytom.merge`, `earlytom.select`, `earlytom.attention`, `earlytom.cells`), on CUDA
-the Triton kernels of `earlytom.kernels`. Each has a schema and a function that tells its shapes, so a model that calls
-them can be traced, exported and compiled as one graph. None waits for the device, and all shapes follow from the
-arguments (the adaptive schedule gives F rows and a count), so a CUDA graph can hold them.
+On a CPU they run the reference (`earlytom.merge`, `earlytom.select`, `earlytom.attention`, `earlytom.cells`), on CUDA
+the Triton kernels of `earlytom.kernels`. Each has a schema and a fake (shape) function, so a model that calls them can
+be traced, exported and compiled as one graph. None waits for the device, and all shapes follow from the arguments (the
+adaptive schedule gives F rows and a count), so a CUDA graph can capture them.
 
 Notation: F frames, F' frames left, S tokens a frame, D width, P tokens after pooling, E LLM width, k places a frame,
 H heads, T tokens, d width of a head.
@@ -23,7 +23,7 @@ NAMESPACE = "earlytom"
 
 @torch.library.custom_op(f"{NAMESPACE}::frame_similarity", mutates_args=())
 def frame_similarity(hidden: Tensor) -> Tensor:
-    """`hidden [F, S, D]` to the similarity of its frames, [F, F] fp32; see `merge.frame_similarity`."""
+    """`hidden [F, S, D]` to the frames' similarities, [F, F] fp32; see `merge.frame_similarity`."""
     return merge.frame_similarity(hidden)
 
 
@@ -37,8 +37,8 @@ def frame_plan(
         frames_out: frames to keep, or None for the adaptive schedule.
 
     Returns:
-        weights [frames_out or F, F] fp32, of which `count` rows count and the others are zero; static [F] bool; start
-        [F] int64, the first frame of each frame's segment; count [] int64.
+        weights [frames_out or F, F] fp32, whose rows from `count` on are zero; static [F] bool; start [F] int64, the
+        first frame of each frame's segment; count [] int64.
     """
     weights, start, end = merge.plan_similarity(
         similarity, frames_out, tau=tau, max_window=max_window, ema=ema, trailing=trailing
@@ -70,7 +70,7 @@ def select_greedy(salient: Tensor, alike: Tensor, count: int) -> Tensor:
     return diverse.select_greedy(salient, alike, count)
 
 
-# Each kernel is imported when it is first needed: Triton is there wherever PyTorch has CUDA, and nowhere else.
+# Kernels are imported at first use: Triton is installed only where PyTorch has CUDA.
 
 
 @frame_similarity.register_kernel("cuda")

@@ -1,12 +1,12 @@
-"""Stage II: which tokens of each frame reach the LLM.
+"""Stage II: selects the tokens of each frame that reach the LLM.
 
-A frame that changes ("dynamic") keeps its tokens of highest received attention; a frame inside a static segment keeps
-the best token of each of n windows of the raster order, because a few tokens that soak up attention would otherwise
-take all places. Tokens stay in raster order, frames in time order.
+A changing ("dynamic") frame keeps its tokens of highest received attention; a frame inside a static segment keeps the
+best token of each of n windows of the raster order, because a few attention sinks would otherwise take all places.
+Tokens stay in raster order, frames in time order.
 
-Both rules are one: a token's rank is the number of tokens it competes with (all of its frame, or those of its window)
-that beat it; it stays if the rank is below the number of places (k, or 1). Ties go to the lower index, on every
-backend, since nothing here relies on the order in which a top-k operator returns equal values.
+Both rules are one: a token's rank is the number of its rivals (all tokens of its frame, or of its window) that beat it;
+it stays if the rank is below the number of places (k, or 1). Ties go to the lower index on every backend, since nothing
+here relies on the order in which a top-k operator returns equal values.
 
 Notation: F' frames (after merging), P tokens a frame, D width, N tokens kept.
 """
@@ -30,7 +30,8 @@ def select_tokens(
     ratio: float,
     schedule: str = "adaptive",
 ) -> tuple[Tensor, Tensor]:
-    """Keep the tokens that matter.
+    """Select the tokens of highest received attention.
+
 
     Args:
         features: [F', P, D] after projector and pooling.
@@ -38,8 +39,8 @@ def select_tokens(
         segments: [G, 2] final segments of the F' frames (inclusive).
         frames_in: frames of the input video, before any merging.
         ratio: retention ratio in (0, 1].
-        schedule: "adaptive": static frames keep `round(P * r')` tokens; "budget": all frames keep `ceil(P * r')`,
-            so N is known beforehand.
+        schedule: "adaptive": static frames keep `round(P * r')` tokens (at least 1), the others `ceil(P * r')`;
+            "budget": all frames keep `ceil(P * r')`, so N is known beforehand. r' is `budget.effective_ratio`.
 
     Returns:
         tokens [N, D] in the dtype of the features, and positions [N] int64, `frame * P + cell`.
@@ -89,7 +90,7 @@ def select_fixed(features: Tensor, received: Tensor, static: Tensor, places: int
 def select_varying(
     features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
 ) -> tuple[Tensor, Tensor]:
-    """Keep `places` tokens of a dynamic frame and `windows` of a static one; on a GPU the host waits for how many.
+    """Keep `places` tokens of a dynamic frame and `windows` of a static one; on a GPU the host waits for their number.
 
     Args:
         features: [F', P, D]; received: [F', P]; static: [F'] bool.
@@ -121,7 +122,7 @@ def keep_mask(received: Tensor, static: Tensor, places: int, windows: int) -> Te
 
 def window_of_cell(per_frame: int, windows: int, device: torch.device | None = None) -> Tensor:
     """[P] int64: the window of each cell. Windows are contiguous in raster order and as even as possible; the first
-    `P mod windows` are one longer. Made on `device`, so that nothing is copied there (a CUDA graph allows no copy)."""
+    `P mod windows` are one longer. Computed on `device`: a CUDA graph allows no copy from the host."""
     size, longer = divmod(per_frame, windows)
     cell = torch.arange(per_frame, device=device)
     in_longer = longer * (size + 1)  # cells that lie in the longer windows

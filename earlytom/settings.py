@@ -1,9 +1,9 @@
 """The settings of methods that can be built into an engine, by the name of the method. Needs no PyTorch.
 
-What an engine and its builder ask of settings, whatever the method: `method`, its name; `retention_ratio`,
-`merge_layers`, `frame_budget`, `schedule`; `check_layers`; `watches`, whether it goes by received attention;
-`inner_layer` and `merges_inside`; `bias` and `original_positions`, whether the decoder is told, unless its user says
-otherwise, how much a token stands for and where it was; `replace`, `to_dict`, `from_dict`.
+The interface that an engine and its builder need of every method's settings: `method`, its name; `retention_ratio`,
+`merge_layers`, `frame_budget`, `schedule`; `check_layers`; `watches`, whether it uses received attention; `inner_layer`
+and `merges_inside`; `bias` and `original_positions`, whether by default the decoder gets a bias for the number of
+tokens that each stands for, and positions in the video; `replace`, `to_dict`, `from_dict`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ NOT_BUILT: dict[str, str] = {
     "vqtoken": "its seeds are drawn by sums in double precision, which TensorRT does not have",
     "fastv": "it acts inside the language model, and an engine holds the vision part",
 }
-"""Methods of the field that run in PyTorch and are no engine, and why."""
+"""Published methods that run in PyTorch only, and why they cannot be built into an engine."""
 FIELD = (*(kind.method for kind in UNTOUCHED), *NOT_BUILT)
-"""The names of all methods of the field."""
+"""The names of all published comparison methods."""
 
 
 def settings_of(method: str, values: Mapping[str, Any]) -> MethodSettings:
-    """The settings of a method from plain values. Raises UserError for a method or a setting that there is not."""
+    """The settings of a method from plain values. Raises UserError for an unknown method or setting."""
     if method not in SETTINGS:
         raise UserError(f"method must be one of {', '.join(SETTINGS)}, got {method!r} (--method)")
     return SETTINGS[method].from_dict(values)

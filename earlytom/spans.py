@@ -1,5 +1,5 @@
-"""Where the layers of a method cut a tower, which one it may watch, and what the values between them are called. Needs
-no PyTorch."""
+"""Layer spans between a method's layers, the names of traced values, and a check of the watched layer. Needs no
+PyTorch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from earlytom.settings import MethodSettings
 
 
 def layer_spans(layers: Sequence[int], depth: int) -> list[range]:
-    """The layers between those of a method, in a tower of which `depth` run: all spans but the last end with one."""
+    """Split `depth` layers after each of the method's `layers`: every span but the last ends with one of them."""
     return [range(*edges) for edges in pairwise((0, *(layer + 1 for layer in layers), depth))]
 
 
 OF_MERGES = ("similarity", "weights", "member", "taken")
-"""What methods note at a merge layer: "weights_6" and so on."""
+"""Values that methods note at a merge layer, as "weights_6" and so on."""
 _NOTED = {
     "earlytom": (("similarity", "weights"), ("static",), ("relevance",)),
     "cells": (("weights", "member", "taken"), (), ()),
 }
-"""Of each method: what it notes at a merge, behind the layers, and of features."""
+"""What each method notes at a merge, after the layers, and with the features."""
 _UNTOUCHED = {False: ((), (), ()), True: ((), (), ("relevance",))}
-"""Of one that leaves the tower as it is, by whether it goes by received attention."""
+"""The same for methods that do not change the tower, by whether they use received attention."""
 
 
 def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
@@ -31,7 +31,7 @@ def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
 
     Args:
         config: settings of the method.
-        layers: how many run, for the trace of every layer; None for that of the merge layers.
+        layers: number of layers that run, for the trace of every layer; None: of the merge layers only.
     """
     at_merges, behind, of_features = _NOTED.get(config.method, _UNTOUCHED[config.watches])
     names: list[str] = []
@@ -46,7 +46,7 @@ def trace_names(config: MethodSettings, layers: int | None = None) -> list[str]:
 
 
 def check_watched(layer: int | None, full: Sequence[int] | None) -> None:
-    """Raise UserError if a method needs received attention of a layer that is not among the `full` ones (None: all)."""
+    """Raise UserError if the watched layer has no full attention; `full` lists those that have (None: all)."""
     if layer is None or full is None or layer in full:
         return
     raise UserError(

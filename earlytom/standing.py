@@ -1,12 +1,12 @@
-"""What a kept token stands for: its place in the video, and how many of the video's tokens it speaks for.
+"""Place and bias of kept tokens: where each is in the video, and how many of the video's tokens it stands for.
 
-Tokens that are left out give their share of attention to whatever stays, the text first of all. So a decoder may be
-told, for each visual token, the logarithm of the number of tokens that it stands for: for m identical keys softmax
-attention equals that of one key with log m added to its logit. It may also be told where the token was in the video
-rather than where it is among those kept.
+Without the removed tokens, their share of attention goes to whatever stays, above all to the text. The bias corrects
+this: softmax attention over m identical keys equals that over one key with log m added to its logit, so a decoder may
+get, for each visual token, log of the number of tokens that it stands for. It may also get the token's position in the
+video instead of that among the kept tokens.
 
-Decided in fp32 by a fixed tensor program without host sync. Notation: F frames of the video, F' frames left, P tokens a
-frame after pooling, E width, N tokens kept.
+Computed in fp32 by a fixed tensor program without host sync. Notation: F frames of the video, F' frames left, P tokens
+a frame after pooling, E width, N tokens kept.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 SMALLEST = 0.1
-"""Of the tokens that one stands for: one that nothing belongs to keeps a little attention."""
-
-
+"""Least size of a token: one that no token belongs to keeps a little attention."""
 SHARE_NOISE = 5e-5
-"""Shares that differ by less are equal: those of copies differ by what rounding left of them."""
+"""Shares that differ by less count as equal: those of copied frames differ by rounding."""
 
 
 def frame_times(sources: Tensor) -> tuple[Tensor, Tensor]:
-    """Of frames made of others: the frame that has the largest share in each, the first of equals, and how many have
-    any. `sources [F', F]` to int64 [F'] and fp32 [F']."""
+    """From `sources [F', F]`: for each remaining frame the source frame with the largest share, the first of equals,
+    int64 [F'], and the number of source frames, fp32 [F']."""
     largest = sources >= sources.amax(dim=-1, keepdim=True) - SHARE_NOISE
     return largest.float().argmax(dim=-1), (sources > 0).sum(dim=-1).float()
 
@@ -36,7 +34,7 @@ def places(time: Tensor, positions: Tensor, per_frame: int) -> Tensor:
     """Places in the video: `frame of the video * P + cell` [N] int64.
 
     Args:
-        time: [F'] or [F', P] int64, the frame of the video that a frame, or each of its tokens, is taken to be.
+        time: [F'] or [F', P] int64, the frame of the video that a remaining frame, or each of its tokens, stands for.
         positions: [N] int64, `frame * P + cell`, frame counted among the F'.
     """
     slot = torch.div(positions, per_frame, rounding_mode="trunc")
@@ -45,11 +43,11 @@ def places(time: Tensor, positions: Tensor, per_frame: int) -> Tensor:
 
 
 class FrameSpan(NamedTuple):
-    """Kept tokens of one frame that follow one another.
+    """Consecutive kept tokens of one frame.
 
     Attributes:
-        number: the frame of the video that it is taken to be, from 0.
-        tokens: how many.
+        number: the frame of the video that it stands for, from 0.
+        tokens: their number.
     """
 
     number: int
@@ -57,10 +55,10 @@ class FrameSpan(NamedTuple):
 
 
 def frame_spans(positions: Tensor, sources: Tensor, per_frame: int) -> tuple[FrameSpan, ...]:
-    """Kept tokens by frames, in their order; waits for the device.
+    """Group kept tokens by frame, in their order; waits for the device.
 
-    A frame made of others is taken to be the one that has the largest share in it (`frame_times`); the first span, and
-    no other, is always frame 0, whose name a prompt begins with.
+    A merged frame stands for the source frame with the largest share (`frame_times`). The first span, and no other, is
+    always numbered 0, as a prompt begins with the name of frame 0.
 
     Args:
         positions: [N] int64, `frame * P + cell`, frame counted among the F'.
@@ -74,14 +72,14 @@ def frame_spans(positions: Tensor, sources: Tensor, per_frame: int) -> tuple[Fra
 
 
 def token_sizes(features: Tensor, positions: Tensor, time: Tensor, size: Tensor, frames: int) -> Tensor:
-    """How many of the video's tokens each kept one stands for, fp32 [N]: every token belongs to the kept one that it is
-    most alike, near ones being preferred; ties go to the first.
+    """How many of the video's tokens each kept one stands for, fp32 [N]: every token belongs to the most similar kept
+    one, with similarity decaying over time; ties go to the first.
 
     Args:
         features: [F', P, E] after projector and pooling.
         positions: [N] int64, `frame * P + cell`.
         time: [F'] or [F', P] as in `places`.
-        size: [F'] or [F', P] fp32, how many tokens of the video each token is made of.
+        size: [F'] or [F', P] fp32, number of the video's tokens merged into each token.
         frames: F.
     """
     kept, per_frame = features.shape[:2]
@@ -95,12 +93,12 @@ def token_sizes(features: Tensor, positions: Tensor, time: Tensor, size: Tensor,
 
 
 def owned_sizes(alike: Tensor, count: Tensor) -> Tensor:
-    """Sizes of what belongs to each of N tokens: `alike [N, M]` and the sizes `count [M]` of all to fp32 [N], which add
-    up to theirs. Of equally alike ones the first is the owner."""
+    """Total size of the tokens that belong to each kept one, fp32 [N], from `alike [N, M]` and all sizes `count [M]`. A
+    token belongs to the kept one it is most alike, ties to the first, so the total is preserved."""
     belongs = alike.argmax(dim=0)[None] == torch.arange(len(alike), device=alike.device)[:, None]
     return belongs.to(count.dtype) @ count
 
 
 def size_bias(sizes: Tensor) -> Tensor:
-    """What is added to the attention logits of tokens that stand for so many: fp32 [N]."""
+    """The bias of tokens of these sizes, added to their attention logits: log of the size, fp32 [N]."""
     return sizes.clamp(min=SMALLEST).log()

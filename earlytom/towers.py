@@ -1,8 +1,8 @@
 """Adapters: what the encoder must know about a Hugging Face vision tower, and nothing more.
 
-A tower says how pixels become tokens, which modules are its layers, how many leading tokens are not patches, and how
-one layer runs around a given attention. The merge hook in `earlytom.encoder` is written against `Tower` alone, so a new
-kind of tower is one small class, in `earlytom.families.adapters`.
+A `Tower` maps pixels to tokens, lists its layers, knows how many leading tokens are not patches, and runs one layer,
+with received attention if asked for. `earlytom.encoder` uses `Tower` alone, so a new kind of tower is one small class,
+in `earlytom.families.adapters`.
 
 Notation: F frames, S = g*g patch tokens, T = S + prefix tokens, D width, H heads.
 """
@@ -29,23 +29,23 @@ class LayerParts(NamedTuple):
 
 
 class Tower:
-    """One vision tower seen as patches, layers and attention.
+    """A vision tower as patches, layers and attention.
 
     Attributes:
         layers: the encoder layers, in order.
-        embeddings: what makes patches of pixels.
+        embeddings: the module that turns pixels into patch tokens.
         prefix: number of leading tokens that are not patches (class token).
-        step: pictures that are one frame of the tower; F counts frames.
-        streams: layers whose states go to the LLM beside those of the last, ascending. `earlytom.encoder` takes them
-            along behind the hidden states, [F, T, D * (1 + those taken)], so that what merges frames merges them too.
-        full: layers whose attention sees whole frames, ascending; None: all.
-        places_patches: whether layers know where in the frame a patch is, so that none may go or move.
-        key_bias_cancels: a key's bias adds the same to all logits of a query, so that attention is the same without.
-        residual_dtype: of the hidden states between the branches, from the embeddings on.
+        step: pictures per frame; F counts frames.
+        streams: layers, ascending, whose states also go to the LLM. `earlytom.encoder` concatenates them to the hidden
+            states, [F, T, D * (1 + states so far)], so that merging frames merges them, too.
+        full: layers with full attention within a frame, ascending; None: all.
+        places_patches: whether layers use a patch's place in the frame, so that patches may not be removed or moved.
+        key_bias_cancels: whether a key's bias adds the same to all logits of a query, so that it has no effect.
+        residual_dtype: of the residual stream, from the embeddings on.
         logits_dtype: of query and key of the explicit attention matrix.
-        matrix_dtype: of that matrix, after the logits.
+        matrix_dtype: of that matrix, from the softmax on.
 
-    A dtype of None stands for that of the input.
+    A dtype of None means that of the input.
     """
 
     prefix = 0
@@ -75,7 +75,7 @@ class Tower:
         return module.q_proj(entering)
 
     def key(self, module: Any, entering: Tensor) -> Tensor:
-        """The keys, likewise."""
+        """The keys [F, T, D] of all heads in an attention module."""
         return module.k_proj(entering)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -88,16 +88,16 @@ class Tower:
         return self.model.config.hidden_size
 
     def own(self, hidden: Tensor) -> Tensor:
-        """The hidden states [F, T, D] without those that are taken along: what frames are compared by."""
+        """The hidden states [F, T, D] without the concatenated `streams`; frames are compared by these."""
         return hidden[..., : self.width] if self.streams else hidden
 
     def attention_input(self, layer: Any, hidden: Tensor) -> tuple[Any, Tensor]:
-        """The attention module of a layer and what enters it, [F, T, D]."""
+        """The attention module of a layer and its input, [F, T, D]."""
         parts = self.parts(layer)
         return parts.attention, parts.attention_norm(hidden)
 
     def received(self, layer: Any, hidden: Tensor) -> Tensor:
-        """Received attention of the patch tokens in a layer that `hidden [F, T, D]` enters, [F, S] fp32, on its own."""
+        """Received attention [F, S] fp32 of the patch tokens in a layer with input `hidden [F, T, D]`."""
         module, entering = self.attention_input(layer, hidden)
         return self._received(*self.compared(module, entering), module.head_dim**-0.5)
 
@@ -114,9 +114,9 @@ class Tower:
     def attention(self, module: Any, hidden: Tensor, receive: bool) -> tuple[Tensor, Tensor | None]:
         """Self-attention up to, not including, the output projection: [F, T, D] to [F, T, D].
 
-        `scaled_dot_product_attention` unless received attention is asked for. Then, on a CPU and in the exported graph,
-        the attention matrix is formed, once; on a GPU the output is that of the fused kernel all the same and received
-        attention has a kernel of its own, so that the matrix never goes through memory.
+        `scaled_dot_product_attention`, unless received attention is asked for on a CPU or in an export: then the
+        attention matrix is formed, once. On a GPU received attention has its own kernel, beside the fused one, so that
+        the matrix is never stored.
         """
         scale = module.head_dim**-0.5
         query, key, value = self.heads(module, hidden)
@@ -136,11 +136,11 @@ class Tower:
         return *self.compared(module, entering), by_head(module, module.v_proj(entering))
 
     def compared(self, module: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key of it, likewise."""
+        """Query and key of an attention module, [F, H, T, D/H] each."""
         return by_head(module, self.query(module, entering)), by_head(module, self.key(module, entering))
 
     def _received(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Received attention of the patch tokens: on a GPU by the operator, else in what every exporter knows."""
+        """Received attention [F, S] of the patch tokens: by our operator on a GPU, else by standard operators."""
         means = ops.received_attention if query.is_cuda else lambda *given: column_means(self._matrix(*given))
         return means(query, key, scale)[:, self.prefix :]
 
@@ -155,5 +155,5 @@ def by_head(module: Any, projected: Tensor) -> Tensor:
 
 
 def add(hidden: Tensor, branch: Tensor) -> Tensor:
-    """The residual stream keeps its dtype, whichever its branches have."""
+    """Residual addition in the dtype of the residual stream, whatever the branch's."""
     return (hidden + branch).to(hidden.dtype)

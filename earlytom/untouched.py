@@ -1,8 +1,8 @@
-"""Settings of methods that leave the vision tower as it is and can be built into an engine. Needs no PyTorch.
+"""Settings of methods that do not change the vision tower and can be built into an engine. Needs no PyTorch.
 
-They merge no frames, so that what an engine asks of settings (`earlytom.settings`) is mostly fixed, and the number of
-tokens follows from that of the frames. Each is the corrected form of a method in `earlytom.methods.published`, which
-counts as its settings do.
+They merge no frames, so most of the attributes that an engine needs (`earlytom.settings`) are constants, and the number
+of tokens follows from the number of frames. Each is the corrected form of a method in `earlytom.methods.published`,
+with the same token counts.
 
 Notation: F frames, P tokens a frame after projector and pooling.
 """
@@ -24,12 +24,12 @@ from earlytom.numbers import real
 
 @dataclass(frozen=True)
 class UntouchedConfig(ABC):
-    """What such settings share.
+    """The common base.
 
     Attributes:
         retention_ratio: share of the F * P tokens that should reach the LLM, in (0, 1]; each method rounds in its way.
 
-    The others are no settings: see `earlytom.settings`.
+    The class variables are no settings: see `earlytom.settings`.
     """
 
     method: ClassVar[str]
@@ -52,7 +52,7 @@ class UntouchedConfig(ABC):
         """How many tokens of a video reach the LLM."""
 
     def check_layers(self, depth: int) -> None:  # noqa: B027  (what other settings check)
-        """It acts in every tower."""
+        """No restriction: these methods run in every tower."""
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some values changed, validated again."""
@@ -69,7 +69,7 @@ class UntouchedConfig(ABC):
 
 
 class VisionZipConfig(UntouchedConfig):
-    """As many tokens of every frame."""
+    """The same number of tokens of every frame."""
 
     method = "visionzip"
     watches = True
@@ -89,7 +89,7 @@ class EVSConfig(UntouchedConfig):
 
 
 class VidCom2Config(UntouchedConfig):
-    """Every frame has one token at least."""
+    """Every frame keeps at least one token."""
 
     method = "vidcom2"
 
@@ -98,7 +98,7 @@ class VidCom2Config(UntouchedConfig):
 
 
 class DyCokeConfig(UntouchedConfig):
-    """One frame of every `GROUP` stays whole, and of the others equal numbers of tokens."""
+    """One frame of every `GROUP` stays whole; the others keep equal numbers of tokens."""
 
     method = "dycoke"
     GROUP: ClassVar[int] = 4
@@ -116,13 +116,13 @@ class DyCokeConfig(UntouchedConfig):
         return whole * tokens_per_frame + (frames - whole) * self.of_others(tokens_per_frame)
 
     def of_others(self, tokens_per_frame: int) -> int:
-        """How many tokens of a frame that is not whole: rounded down, but for what is lost in computing the share."""
+        """Tokens kept of a frame that is not whole: rounded down, after removing floating-point noise."""
         share = (self.GROUP * self.retention_ratio - 1) / (self.GROUP - 1)
         return min(tokens_per_frame, math.floor(round(share * tokens_per_frame, 9)))
 
 
 class ToMeConfig(UntouchedConfig):
-    """Tokens are merged behind the projector, within each clip of `CLIP` frames (or as many as divide the video)."""
+    """Tokens are merged after the projector, within clips of gcd(F, `CLIP`) frames."""
 
     method = "tome"
     CLIP: ClassVar[int] = 1
@@ -140,7 +140,7 @@ class TempMeConfig(ToMeConfig):
 
 
 def tokens_of_clip(tokens: int, ratio: float, protected: int = 0) -> int:
-    """How many of a clip's `tokens` are left of merging; more than the `protected` that take no part."""
+    """How many of a clip's `tokens` remain after merging, at least one more than the `protected` ones."""
     return max(protected + 1, round(ratio * tokens))
 
 

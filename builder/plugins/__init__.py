@@ -1,11 +1,11 @@
-"""The compression stage as TensorRT plugins, from the kernels that PyTorch runs on a GPU.
+"""The compression stage as TensorRT plugins, from the Triton kernels that PyTorch runs on a GPU.
 
-The graph calls ONNX functions (`builder.export.functions`, `builder.export.cells`). Their bodies are ordinary operators
-and run everywhere; this package puts a plugin of the same name in the place of most: `ptx` compiles a kernel ahead of
-time, `registry` tells TensorRT about the plugins, `graph` turns the function calls of an ONNX file into plugin nodes.
-The finished engine holds the PTX and needs no Python. `python -m builder.plugins` shows what the kernels cost.
+The graph calls ONNX functions (`builder.export.functions`, `builder.export.cells`), whose bodies are ordinary operators
+that run everywhere. This package replaces most of them by plugins of the same names: `ptx` compiles a kernel ahead of
+time, `registry` registers the plugins with TensorRT, `graph` turns the function calls of an ONNX file into plugin
+nodes. The finished engine holds the PTX and needs no Python. `python -m builder.plugins` shows the kernels' cost.
 
-This module decides which of the two an engine gets; it needs neither TensorRT nor Triton.
+This module chooses between plugin and function body for an engine; it needs neither TensorRT nor Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import metadata
 from earlytom.errors import UserError
 from runtime.trt import Capability
 
-# The oldest PTX version that knows a GPU, by compute capability: the GPUs that the plugins are for.
+# The oldest PTX version that supports each GPU, by compute capability; the plugins support these GPUs only.
 PTX_VERSIONS: dict[Capability, int] = {
     (8, 0): 80,
     (8, 6): 80,
@@ -36,7 +36,10 @@ INSTALL = 'pip install "earlytom-engine-builder[plugin]"'
 
 
 def kernel_target(target: Capability, hardware_compatible: bool) -> Capability:
-    """The GPU that kernels are compiled for. PTX for 8.0 runs on everything newer; from 9.0 on, on that GPU alone."""
+    """The compute capability to compile kernels for: the target's, or 8.0 if the engine is hardware-compatible.
+
+    PTX for 8.0 runs on every newer GPU, PTX for 9.0 and later on that GPU alone.
+    """
     return (8, 0) if hardware_compatible else target
 
 
@@ -51,17 +54,17 @@ class Choice:
 def choose(
     asked: str, backend: str, target: Capability, schedule: str = "budget", *, has_kernels: bool = True
 ) -> Choice:
-    """Turn `--compression` into what is built.
+    """Resolve `--compression`.
 
-    `auto` takes the plugins with tensorrt, the function bodies with any other backend. What was asked for by name is
-    never exchanged for the other.
+    "auto" takes the plugins where they can be built (tensorrt, budget schedule, a supported GPU), else the function
+    bodies. "plugin" and "native" are used or refused, never exchanged.
 
     Args:
         asked: one of `COMPRESSIONS`.
         backend: "onnx", "tensorrt" or "tensorrt-rtx".
         target: compute capability, see `kernel_target`.
         schedule: "budget" or "adaptive".
-        has_kernels: whether the method has a step that is a kernel.
+        has_kernels: whether a step of the method has a kernel.
     """
     if asked not in COMPRESSIONS:
         raise UserError(f"unknown --compression {asked!r}: expected one of {', '.join(COMPRESSIONS)}")

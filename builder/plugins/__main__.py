@@ -1,11 +1,11 @@
-"""What the plugin's kernels cost, without a GPU: registers, shared memory, spills and digest for every GPU asked for.
+"""The cost of the plugins' kernels, measured without a GPU: registers, shared memory, spills and digest per target.
 
     python -m builder.plugins                                 LLaVA-OneVision-7B with 32 frames, for 8.0 and 9.0
     python -m builder.plugins --frames 64 --ratio 0.2 --target 8.9
 
-The kernels are those that an engine of these numbers holds. Shapes are constants of a kernel, so each merge layer has
-its own, and so has the plan after the last one, which finds the final segments. With `--method cells` it is the one
-that takes tokens one after the other; that method's merging and its rounds have no kernels.
+The kernels are those of an engine with these counts. Shapes are constants of a kernel, so each merge layer has its own,
+and so has the plan after the last one, which finds the final segments. `--method cells` has one kernel, greedy token
+selection; its merging and its selection in rounds have none.
 """
 
 from __future__ import annotations

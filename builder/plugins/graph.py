@@ -1,11 +1,9 @@
-"""From calls of ONNX functions to plugin nodes.
+"""Turns calls of ONNX functions into plugin nodes.
 
-TensorRT's parser runs the body of a function it knows, unless it finds a plugin for the call. It looks for one under
-the namespace that the node's attribute `plugin_namespace` gives (the empty one without it, whatever the node's domain),
-and silently takes the body where it finds none. So every call gets the attribute, the bodies are taken out, and what
-the parser made of the calls is counted (`builder.compile.process`): an engine has the plugins or is not built.
-
-Functions that no plugin is meant for (`BODIES`) keep their bodies, which the parser runs.
+For a call, TensorRT's parser looks for a plugin in the namespace of the node's attribute `plugin_namespace` (default:
+the empty one, whatever the node's domain), and silently uses the function's body if it finds none. So every call gets
+the attribute, the bodies are removed, and the plugin layers are counted after parsing (`builder.compile.process`): an
+engine has its plugins or is not built. Functions without a plugin (`BODIES`) keep their bodies.
 """
 
 from __future__ import annotations
@@ -24,13 +22,13 @@ def as_plugin_calls(model: Any, name: str, plugins: Collection[str], version: st
     """Turn the calls of the `earlytom` functions in an ONNX model into plugin nodes, in place.
 
     Args:
-        model: an `onnx.ModelProto`; weights may lie outside.
-        name: of its file, for messages.
-        plugins: operator names that TensorRT has a plugin for.
+        model: an `onnx.ModelProto`; its weights may be external.
+        name: file name, for messages.
+        plugins: operator names with a registered plugin.
         version: of those plugins.
 
     Returns:
-        how many plugin nodes there are.
+        the number of plugin nodes.
     """
     calls = [node for node in model.graph.node if node.domain == functions.DOMAIN and node.op_type not in BODIES]
     missing = [f"{node.name!r} ({node.domain}::{node.op_type})" for node in calls if node.op_type not in plugins]

@@ -1,19 +1,16 @@
-"""A kernel's start, compiled ahead of time to PTX that TensorRT can embed: no GPU needed, no Python left in the engine.
+"""Compiles a kernel launch ahead of time to PTX that TensorRT can embed; needs no GPU, and the engine no Python.
 
-Triton's PTX is not what a plugin may hand over as it is:
+Triton's PTX must be changed and checked before a plugin may hand it over:
+* Triton adds hidden pointer parameters (scratch memory) after the kernel's own. TensorRT passes the tensors alone, so a
+  hidden parameter would be undefined. They are removed, after a check that the kernel never reads one.
+* TensorRT leaves the PTX to the driver, which may fuse a product and a sum into one instruction with one rounding; then
+  "more similar than" could be decided differently from PyTorch. So every sum, difference and product of floats must
+  state its rounding, which forbids fusion, and no quotient may be approximate.
+* File names and line numbers of the compiling machine are removed: equal kernels have equal digests everywhere.
 
-* Triton adds hidden pointer parameters after the kernel's own (scratch memory). TensorRT launches with the tensors
-  alone, so a hidden parameter would be read from memory that nobody set. They are removed, after a check that the
-  kernel never reads one.
-* TensorRT leaves the PTX to the driver, which may contract a product and a sum into one instruction with one rounding.
-  Then "more similar than" would be decided otherwise than in PyTorch. So every sum, difference and product of floats
-  must say how it rounds, which forbids that, and no quotient may be approximate.
-* File names and line numbers of the machine that compiled are cut out: equal kernels give equal digests everywhere.
-
-What is left goes through the assembler that ships with Triton, which says whether it is valid for the GPU and what it
-costs: registers, shared memory, spills. Nothing is assumed about how TensorRT aligns a plugin's tensors beyond their
-elements. The PTX version is pinned to the oldest that knows the GPU (8.0 is CUDA 12.0), as drivers refuse newer PTX
-than their own.
+The result goes through the assembler that ships with Triton, which validates it for the GPU and reports registers,
+shared memory and spills. A plugin's tensors are assumed to be aligned to their elements only. The PTX version is pinned
+to the oldest that supports the GPU (8.0 is CUDA 12.0), as drivers refuse PTX newer than their own.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from runtime.trt import Capability
 if TYPE_CHECKING:
     from earlytom.kernels.launch import Launch
 
-# What a kernel may use without asking the driver for more, which TensorRT does not do.
+# Shared memory in bytes that a kernel gets without an opt-in at the driver, which TensorRT does not make.
 SHARED_LIMIT = 48 * 1024
 
 _ENTRY = re.compile(r"\.visible \.entry (?P<name>\w+)\((?P<parameters>[^)]*)\)(?P<body>.*)", re.DOTALL)
@@ -54,16 +51,16 @@ _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel as TensorRT gets it, and what it costs.
+    """A kernel as TensorRT gets it, and its cost.
 
     Attributes:
         name: of the entry function in `ptx`.
-        parameters: its pointers, in the order of the tensors, such as ("*fp32", "*i1").
-        grid: programs in x, y and z.
-        threads: threads of a block (x; y and z are 1).
-        shared_bytes: shared memory of a block, asked for at the launch.
-        registers: of a thread.
-        spill_bytes: stores and loads of registers that found no place.
+        parameters: types of its pointers, in the order of the tensors, such as ("*fp32", "*i1").
+        grid: blocks in x, y and z.
+        threads: threads per block (x; y and z are 1).
+        shared_bytes: dynamic shared memory per block, requested at the launch.
+        registers: per thread.
+        spill_bytes: register spill stores and loads.
     """
 
     name: str
@@ -82,7 +79,7 @@ class CompiledKernel:
 
 
 def compile_launch(launch: Launch, pointers: Sequence[str], target: Capability) -> CompiledKernel:
-    """Compile one start of a kernel for a GPU.
+    """Compile a kernel launch for a GPU.
 
     Args:
         launch: from a module of `earlytom.kernels`.
@@ -130,7 +127,7 @@ def compile_launch(launch: Launch, pointers: Sequence[str], target: Capability) 
 
 
 def _source(triton: Any, launch: Launch, pointers: Sequence[str]) -> Any:
-    """The kernel with its types and constants, as Triton's compiler takes it."""
+    """The kernel with its types and constants, as input of Triton's compiler."""
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     if len(names) != len(pointers):
         raise ValueError(f"the kernel takes {len(names)} tensors ({', '.join(names)}), got {len(pointers)} types")
@@ -143,7 +140,7 @@ def _source(triton: Any, launch: Launch, pointers: Sequence[str]) -> Any:
 
 
 def load_triton() -> Any:
-    """Triton, able to compile."""
+    """Import Triton; UserError if it is missing or set to interpret kernels."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set, so Triton compiles nothing: unset it")
     try:
@@ -158,7 +155,7 @@ def load_triton() -> Any:
 
 
 def _check_launchable(metadata: Any) -> None:
-    """Refuse what a plain launch does not give: scratch memory, clusters, cooperative or dependent grids."""
+    """Refuse a kernel that needs more than a plain launch: scratch memory, clusters, cooperative or dependent grids."""
     extras = {
         "scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
         "a cluster of blocks": metadata.num_ctas != 1,
@@ -171,7 +168,7 @@ def _check_launchable(metadata: Any) -> None:
 
 
 def embeddable(ptx: str, name: str, parameters: int) -> str:
-    """Triton's PTX with the kernel's own `parameters` alone, and without traces of the machine it was compiled on."""
+    """Triton's PTX with the kernel's first `parameters` parameters only, without traces of the compiling machine."""
     ptx = _LINES.sub("", _DEBUG.sub("", _COMMENT.sub("", ptx)))
     entry = _ENTRY.search(ptx)
     if entry is None or ptx.count(".entry") != 1 or entry["name"] != name:
@@ -194,10 +191,10 @@ def embeddable(ptx: str, name: str, parameters: int) -> str:
 
 
 def assemble(ptx: str, arch: int) -> tuple[int, int, int]:
-    """Put PTX through the assembler that ships with Triton.
+    """Assemble PTX with the assembler that ships with Triton.
 
     Returns:
-        registers of a thread, bytes of static shared memory of a block, bytes of spill stores and loads.
+        registers per thread, bytes of static shared memory per block, bytes of spill stores and loads.
     """
     backend = importlib.import_module("triton.backends.nvidia.compiler")
     name = backend.sm_arch_from_capability(arch)

@@ -1,4 +1,4 @@
-"""The plugins, and how TensorRT is told about them.
+"""The plugins, and their registration with TensorRT.
 
     earlytom::FramePlan     similarity fp32 [F, F] -> weights fp32 [frames_out, F], static bool [F]
     earlytom::SelectTokens  features [F', P, E], received fp32 [F', P], static bool [F'] -> tokens, positions int64
@@ -8,12 +8,11 @@ with the inputs, outputs and attributes of the ONNX functions of those names. Th
 an implementation compiled ahead of time: `register` describes the outputs, `autotune` names the type combinations, and
 `aot_impl` answers with PTX, the launch and no further arguments, since every shape is a constant of the kernel.
 
-Seen with the bindings of 11.4 and in the parser's sources, and heeded here:
-
-* an attribute arrives as its node's type says: a float in fp32 (so 0.8 is 0.800000012 until the shortest decimal of
-  the same fp32 number is taken again), and a text with the C string's final zero byte;
-* all attributes are handed over by position, in the order of registration;
-* an exception inside a callback may not reach whoever builds, so the first one is kept in `Plugins.error`.
+Observed with the bindings of 11.4 and in the parser's sources, and handled here:
+* a float attribute arrives in fp32 (0.8 as 0.800000012, so the shortest decimal of that fp32 number is taken), a string
+  with the C string's final zero byte;
+* all attributes are passed by position, in the order of registration;
+* an exception inside a callback may not propagate to the builder's caller, so the first is kept in `Plugins.error`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 VERSION = "1"  # tensorrt.plugin gives every plugin this one
 FLOATS = ("FP32", "FP16", "BF16")
-# TensorRT's words for types, as autotune takes them: the member of DataType, the type in Triton, the name in records.
+# TensorRT's type names, as autotune takes them -> member of DataType, Triton's type, name in records.
 TYPES = {
     "FP32": ("FLOAT", "*fp32", "fp32"),
     "FP16": ("HALF", "*fp16", "fp16"),
@@ -57,10 +56,10 @@ class Plugin:
     """One plugin.
 
     Attributes:
-        inputs, outputs: tensor names to the types they may have. Several types are one choice for all such tensors.
+        inputs, outputs: tensor names to their allowed types. Tensors with the same allowed types have the same type.
         attributes: names to Python types, in the order of registration.
         output_shapes: (input shapes, attributes) to the output shapes. Dimensions may be symbols: * and + only.
-        launch: (input shapes, attributes) to the start of the kernel.
+        launch: (input shapes, attributes) to the kernel's launch.
     """
 
     name: str
@@ -125,11 +124,11 @@ PLUGINS = {plugin.name: plugin for plugin in (FRAME_PLAN, SELECT_TOKENS, SELECT_
 
 @dataclass
 class Plugins:
-    """What became of the registered plugins while an engine was built.
+    """The registered plugins' state during the build of an engine.
 
     Attributes:
         target: compute capability that kernels are compiled for.
-        kernels: the compiled kernels, by everything they were compiled for.
+        kernels: the compiled kernels, by plugin, types, shapes and attributes.
         error: the first exception in a callback.
     """
 
@@ -139,21 +138,21 @@ class Plugins:
 
     @property
     def records(self) -> tuple[PluginRecord, ...]:
-        """One record a kernel, in the order in which they were asked for."""
+        """One record per kernel, in the order of compilation."""
         return tuple(record for _, record in self.kernels.values())
 
     def check(self) -> None:
-        """Raise what went wrong inside TensorRT's callbacks."""
+        """Raise the first error inside TensorRT's callbacks, if any."""
         if self.error is not None:
             raise self.error
 
     def kernel(
         self, plugin: Plugin, types: Sequence[str], shapes: Sequence[Shape], attributes: Mapping[str, Any]
     ) -> CompiledKernel:
-        """The kernel of one call, compiled when it is first asked for.
+        """The kernel of one plugin call, compiled at first use.
 
         Args:
-            types: TensorRT's words for the types of the inputs and outputs.
+            types: TensorRT's names of the input and output types.
             shapes: of the inputs.
         """
         for name, shape in zip(plugin.inputs, shapes, strict=True):
@@ -175,7 +174,7 @@ def record(
     attributes: Mapping[str, Any],
     made: CompiledKernel,
 ) -> PluginRecord:
-    """What the manifest says of a compiled kernel; arguments as in `Plugins.kernel`."""
+    """The manifest's record of a compiled kernel; arguments as in `Plugins.kernel`."""
     every = [*shapes, *plugin.output_shapes(shapes, attributes)]
     tensors = [f"{TYPES[word][2]} {list(shape)}" for word, shape in zip(types, every, strict=True)]
     inputs = len(plugin.inputs)
@@ -287,7 +286,7 @@ def _signed(
 
 
 def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes as they were written in the graph, from what TensorRT hands over (see above)."""
+    """Attributes as written in the graph, from those that TensorRT passes (see the module's docstring)."""
 
     def value(given: Any) -> Any:
         if isinstance(given, str):
@@ -298,5 +297,5 @@ def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shortest_decimal(number: float) -> float:
-    """The decimal with the fewest digits that is the same fp32 number: 0.800000011920929 to 0.8."""
+    """The shortest decimal with the same fp32 value: 0.800000011920929 to 0.8."""
     return float(str(np.float32(number))) if math.isfinite(number) else number

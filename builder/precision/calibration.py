@@ -1,13 +1,13 @@
-"""Calibration of int8: from real frames to the scales of every product, its smoothing, and what stays wider.
+"""int8 calibration: from real frames to each product's quantisation scale and smoothing, and the products kept wider.
 
-The tower runs once, in fp32, layer by layer on all frames; no frames are merged, so that every product sees whole
-frames. For each product the strength of its smoothing and the magnitude at which what enters is cut off are those that
-change its result least, among a few (`STRENGTHS`, `PERCENTILES`), on a sample of rows. What is large is rare, and a
-sample has less of it than other clips have: so something is cut off only where that is better by `DOUBT`. Then each
-product alone is run in int8, on frames of all clips, and what that changes behind its layer is its noise.
+A product is a matrix product that may be int8. The tower runs once, in fp32, layer by layer on all frames, without
+merging. For each product, smoothing strength and clipping limit of its input are those that change its output least on
+a sample of rows, among `STRENGTHS` and `PERCENTILES`. Outliers are rare, and other clips may have more of them than the
+sample: clipping is chosen only if its error is smaller by the factor `DOUBT`. Then each product alone is run in int8 on
+frames of all clips; the change of its layer's output is the product's noise.
 
-`auto` keeps products wider until the features of the whole, everything else in int8, are within `MOST_ERROR` of what
-they were: those with the most noise for the arithmetic that they cost, as few as do (by halving).
+"auto" keeps products wider, those with the most noise per weight first, and as few as are needed (by bisection) for the
+features, with all other products in int8, to be within `MOST_ERROR` of their fp32 values.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from earlytom.families import Vision
 
 STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
 PERCENTILES = (99.9, 99.99, 100.0)  # of magnitudes
-MOST_ERROR = 0.05  # of features, root mean square against theirs
-DOUBT = 2.0  # times less error: from there on cutting off is better on other clips, too
-MOST_ROWS = 2**16  # patches that are calibrated on, at most: 89 frames of 729
-_AT_ONCE = 8  # frames, which bounds the memory
-_FEW = 8  # frames that noise and error are measured on
-_ROWS = 256  # of a product's sample
-_LEAST = 1e-6  # of a channel's largest magnitude, as a share of the largest
+MOST_ERROR = 0.05  # root mean square error of the features, relative to their root mean square
+DOUBT = 2.0  # clipping must reduce the error by this factor, so that it is better on other clips, too
+MOST_ROWS = 2**16  # most patches to calibrate on: 89 frames of 729
+_AT_ONCE = 8  # frames per run of a layer, which bounds memory
+_FEW = 8  # frames to measure noise and error on
+_ROWS = 256  # rows of a product's sample
+_LEAST = 1e-6  # floor of a channel's largest magnitude, relative to the largest channel's
 
 
 @dataclass(frozen=True)
 class Site:
-    """What int8 needs to know of a product.
+    """One product's calibration.
 
     Attributes:
-        limit: largest magnitude of what enters, smoothed, that is not cut off.
-        smooth: fp32 [K], what each channel that enters is divided by; None for nothing.
-        noise: mean square of what int8 in this product alone changes behind its layer, over the variance there.
+        limit: magnitude at which the smoothed input is clipped.
+        smooth: fp32 [K], divisor of each input channel; None for no smoothing.
+        noise: mean square error of the layer's output with only this product in int8, over the output's variance.
     """
 
     limit: float
@@ -55,13 +55,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Int8Plan:
-    """Which products are int8, and how.
+    """Which products are int8, and their calibration.
 
     Attributes:
-        sites: of every product that could be, in the order in which they run.
-        kept: which of them stay wider.
-        error: root mean square of what int8 changes in the features, over theirs.
-        clips: the names of those that it was measured on.
+        sites: calibration of every product that may be int8, in the order in which they run.
+        kept: the products that stay wider.
+        error: root mean square error of the features, relative to their root mean square.
+        clips: names of the calibration clips.
     """
 
     sites: dict[Product, Site]
@@ -70,7 +70,7 @@ class Int8Plan:
     clips: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: what stays wider, every product with its figures, and the clips."""
+        """Plain JSON types: the products kept wider, every product's figures, and the clips."""
         rows = {
             str(product): {"limit": site.limit, "smoothed": site.smooth is not None, "noise": site.noise}
             for product, site in self.sites.items()
@@ -86,15 +86,15 @@ class Int8Plan:
 def put_in(
     layers: Sequence[Any], projector: nn.Module, plan: Int8Plan, dtype: torch.dtype, *, unsigned: bool = False
 ) -> None:
-    """Put int8 into a vision part in fp32, in place; `dtype` is that of the graph around the products.
+    """Replace the chosen products of an fp32 vision tower and projector by int8 layers, in place.
 
-    `layers`: of its tower. `unsigned`: as `Int8Linear` has it.
+    `layers`: the tower's; `dtype`: of the rest of the graph; `unsigned`: see `Int8Linear`.
     """
     for product in plan.chosen:
         smooth = plan.sites[product].smooth
         if smooth is not None and folds(product):
             fold(layers, projector, product, smooth)
-    for product in plan.chosen:  # now: folding one product's changes another's weights
+    for product in plan.chosen:  # after all folding, which also changes weights of other products
         for place, module in zip(
             places(layers, projector, product),
             narrow(layers, projector, product, plan.sites[product], dtype, unsigned=unsigned),
@@ -112,7 +112,7 @@ def narrow(
     *,
     unsigned: bool = False,
 ) -> list[Int8Linear]:
-    """The product's linear layers in int8, after what can be folded is."""
+    """The product's linear layers in int8; smoothing that can be folded must have been."""
     smooth = None if folds(product) else site.smooth
     linears = [place.linear for place in places(layers, projector, product)]
     return [
@@ -124,10 +124,10 @@ def narrow(
 
 
 class Calibration:
-    """The run, and what it found.
+    """Runs the calibration, and holds its results.
 
     Args:
-        vision, projector: in fp32; smoothed in place, which leaves their function.
+        vision, projector: in fp32; smoothed in place, which does not change their function.
         pixels: normalised frames [n, 3, H, W].
         depth: layers that run.
         products: in the order in which they run (`builder.precision.products.every`).
@@ -150,11 +150,11 @@ class Calibration:
         self.exact = self._features(())
 
     def plan(self, kept: Collection[Product] = ()) -> Int8Plan:
-        """With `kept` wider."""
+        """The plan that keeps the products `kept` wider."""
         return Int8Plan(self.sites, frozenset(kept), self.error(kept))
 
     def search(self, most: float = MOST_ERROR) -> Int8Plan:
-        """With as few products wider as the features need to be within `most`, if all of them are enough."""
+        """The plan with the fewest products kept wider for a feature error of at most `most`; at worst with all."""
         order = sorted(self.products, key=lambda p: self.sites[p].noise / _cost(self.modules[p]), reverse=True)
         few, many = -1, len(order)  # too few, enough
         if (error := self.error(())) <= most:
@@ -167,7 +167,7 @@ class Calibration:
 
     @torch.no_grad()
     def error(self, kept: Collection[Product]) -> float:
-        """Root mean square of what int8 in all products but `kept` changes in the features, over theirs."""
+        """Relative root mean square error of the features with all products but `kept` in int8."""
         changed = self._features([product for product in self.products if product not in kept])
         return float(((changed - self.exact).square().mean() / self.exact.square().mean()).sqrt())
 
@@ -180,7 +180,7 @@ class Calibration:
 
     @contextmanager
     def _replaced(self, products: Collection[Product]) -> Iterator[None]:
-        """The products in int8, as long as it lasts."""
+        """Within the block the products are int8."""
         found = [place for product in products for place in self._places(product)]
         wide = [place.linear for place in found]
         try:
@@ -196,10 +196,10 @@ class Calibration:
         return places(self.layers, self.projector, product)
 
     def _layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Settle the products of a layer that `hidden` enters; returns what leaves it."""
+        """Calibrate the products of a layer on its input `hidden`; returns its fp32 output."""
         layer, tower = self.layers[index], self.vision.tower
         ours = [product for product in self.products if product.layer == index]
-        # Attention's output first: its smoothing changes the values' projection.
+        # Attention's output first: its smoothing changes the weights of the value projection.
         ours.sort(key=lambda product: product.name != "out")
         with self._watched(ours) as seen:
             after = torch.cat([tower.run_layer(layer, part)[0] for part in hidden.split(_AT_ONCE)])
@@ -209,7 +209,7 @@ class Calibration:
         return after
 
     def _project(self, hidden: Tensor) -> None:
-        """Settle the products of the projector, which `hidden` without its prefix enters."""
+        """Calibrate the products of the projector on its input `hidden` (without prefix tokens)."""
         ours = [product for product in self.products if product.name not in LAYERED]
         with self._watched(ours) as seen:
             for part in hidden.split(_AT_ONCE):
@@ -220,7 +220,7 @@ class Calibration:
 
     @contextmanager
     def _watched(self, products: Sequence[Product]) -> Iterator[dict[Product, Entered]]:
-        """What enters each product, as long as it lasts."""
+        """Within the block, record the input of each product."""
         seen = {product: Entered() for product in products}
         hooks = [
             self._places(product)[0].linear.register_forward_pre_hook(lambda _, given, to=found: to.add(given[0]))
@@ -243,7 +243,7 @@ class Calibration:
             self.modules[product] = narrow(self.layers, self.projector, product, site, torch.float32)
 
     def _measure(self, products: Sequence[Product], run: Callable[[], Tensor]) -> None:
-        """The noise of each product, by what `run` returns."""
+        """Measure the noise of each product, with `run` giving the layer's output."""
         exact = run()
         variance = exact.var()
         for product in products:
@@ -253,12 +253,12 @@ class Calibration:
 
 
 def few_of(frames: Tensor) -> Tensor:
-    """`_FEW` frames at most, evenly of all: those of one clip do not have what others have."""
+    """At most `_FEW` frames, spread evenly over all clips, which differ."""
     return frames[:: -(-len(frames) // _FEW)]
 
 
 class Entered:
-    """What entered a product: the largest magnitude of every channel [K], and a sample of rows [R, K]."""
+    """Statistics of a product's input: the largest magnitude of every channel [K], and a sample of rows [R, K]."""
 
     def __init__(self) -> None:
         self.largest: Tensor | None = None
@@ -272,16 +272,16 @@ class Entered:
 
     @property
     def rows(self) -> Tensor:
-        """Evenly of all frames."""
+        """The sample, spread evenly over all frames."""
         every = torch.cat(self.samples)
         return every[:: -(-len(every) // _ROWS)]
 
 
 def settle(seen: Entered, weights: Sequence[Tensor]) -> Site:
-    """The smoothing and the limit that change a product least.
+    """The smoothing and the clipping limit with the least error of a product's output.
 
     Args:
-        seen: what entered it.
+        seen: statistics of its input.
         weights: of its linear layers, [N, K] each.
     """
     rows, largest = seen.rows, seen.largest
@@ -308,8 +308,8 @@ def settle(seen: Entered, weights: Sequence[Tensor]) -> Site:
 
 
 def smoothing(largest: Tensor, weights: Sequence[Tensor], strength: float) -> Tensor:
-    """What each channel is divided by, [K], of geometric mean 1: with strength 1 all channels become equally loud, with
-    0 they stay as they are."""
+    """Divisor of each channel, [K], of geometric mean 1: strength 1 gives all channels the same largest magnitude, 0
+    leaves them unchanged."""
     if strength == 0:
         return torch.ones_like(largest)
     columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
@@ -319,13 +319,13 @@ def smoothing(largest: Tensor, weights: Sequence[Tensor], strength: float) -> Te
 
 
 def limits(entering: Tensor, largest: float) -> list[float]:
-    """Where magnitudes may be cut off: `PERCENTILES` of the sample's, 100 standing for the largest of all."""
+    """Candidate clipping limits: `PERCENTILES` of the sample's magnitudes, 100 standing for `largest`."""
     magnitudes = entering.abs().flatten()
     found = []
     for percentile in PERCENTILES:
         place = max(1, math.ceil(len(magnitudes) * percentile / 100))
         found.append(largest if percentile == 100 else float(magnitudes.kthvalue(place).values))
-    return [limit for limit in found if limit > 0] or [1.0]  # nothing entered but zeros
+    return [limit for limit in found if limit > 0] or [1.0]  # an all-zero input
 
 
 def _rounded(values: Tensor, scale: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
-"""Products in int8: weights and what enters them are whole numbers from -127 to 127, everything else stays as it is.
+"""int8 matrix products: weights and inputs are quantised to -127..127, everything else keeps its dtype.
 
     y = (Q(x) s) @ (W c) r + b          Q(x) = round(x / s), int8;  W int8 [K, N];  r [N]
 
-s is one number a product (activations), c r one a column (weights). In the exported graph these are QuantizeLinear and
-DequantizeLinear around a MatMul, which compilers make one int8 product of. W is stored as int8.
+The input scale s is per tensor, the weight scale c r per column. In the exported graph these are QuantizeLinear and
+DequantizeLinear around a MatMul, which compilers fuse into one int8 product. W is stored as int8.
 
-Two things about that pattern were found out the hard way. Where the graph is half, DequantizeLinear of the weights has
-the one number c and the columns' r are multiplied afterwards: with a scale a column tensorrt-rtx 1.7.1 lets the product
-write its sums, whole numbers of up to K 127^2, as half, which ends at 65504, and scales them afterwards; with one
-number it scales before. Where the graph is fp32, DequantizeLinear has a number a column, as sums fit and ONNX Runtime
-saves a pass. What enters is uint8 around 128 in graphs that ONNX Runtime alone runs (`unsigned`): its integer products
-on x86 take no int8 there, and where several products have one QuantizeLinear, as queries, keys and values do, it does
-not convert that, but widens their weights at every run. And the bias is no vector but [1, 1, N]: ONNX Runtime 1.31
-makes a Gemm of a MatMul and the Add of a vector, which it cannot run in int8.
+The pattern works around limits of the backends:
+* Half graphs dequantise the weights with the single scale c and multiply by r after the product: with per-column scales
+  tensorrt-rtx 1.7.1 writes the integer sums (up to K 127^2) as half, whose largest number is 65504, and scales them
+  afterwards; with one scale it scales first. fp32 graphs use per-column scales, which saves ONNX Runtime a pass.
+* In graphs for ONNX Runtime alone the input is uint8 with zero point 128 (`unsigned`): its integer products on x86 take
+  no int8 input, and where several products share one QuantizeLinear (query, key, value) it does not convert it, but
+  widens their weights at every run.
+* The bias is [1, 1, N], not a vector: ONNX Runtime 1.31 fuses a MatMul and a vector Add into a Gemm, which it cannot
+  run in int8.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer in int8, [F, T, K] to [F, T, N]. Outside of an export it rounds its operands as the graph does.
+    """A linear layer in int8, [F, T, K] to [F, T, N]. Outside an export it rounds its operands as the graph does.
 
     Args:
-        weight: fp32 [N, K], as a linear layer has it.
+        weight: fp32 [N, K], as in `nn.Linear`.
         bias: fp32 [N], or None.
-        limit: largest magnitude of what enters (after `smooth`) that is not cut off.
+        limit: magnitude at which the input (after `smooth`) is clipped.
         dtype: of the graph around it.
-        smooth: fp32 [K], what every channel that enters is divided by here, and its weights multiplied; None for
-            nothing.
-        unsigned: what enters is uint8 around 128 in the graph; the numbers are the same.
+        smooth: fp32 [K], divisor of each input channel, by which the weights are multiplied; None for no smoothing.
+        unsigned: quantise the input to uint8 with zero point 128 in the graph; the values are the same.
     """
 
     factor: Tensor | None

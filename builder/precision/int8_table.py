@@ -1,4 +1,4 @@
-"""What int8 does in a build, for people."""
+"""Shows the user which products of a build are int8, and at what cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def note(trace: Trace, config: BuildConfig, plan: Int8Plan) -> None:
-    """What stays wider than int8, and how much the rest changes the features."""
+    """Show the products kept wider than int8, and the feature error of the others."""
     trace.line(
         f"  int8: {config.int8_share(plan.kept):.1%} of the matrix products; the features change by {plan.error:.2%}; "
         f"wider stay: {', '.join(products.words(plan.kept)) or 'none of them'} ({products.OPTION} chooses)"
@@ -22,7 +22,7 @@ def note(trace: Trace, config: BuildConfig, plan: Int8Plan) -> None:
 
 
 def show(trace: Trace, config: BuildConfig, plan: Int8Plan) -> None:
-    """Every product with what int8 does there, and what it costs to leave it wider."""
+    """Show every product's noise in int8, and the cost of keeping it wider."""
     costs, kept, rows = Costs(config), plan.kept, []
     for product, site in plan.sites.items():
         flops, wider = products.flops_of(costs, product), products.elements_of(costs, product)

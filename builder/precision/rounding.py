@@ -1,12 +1,12 @@
-"""Half precision made visible on a CPU: every operator in fp32, every result rounded to the dtype that it has.
+"""Emulates half precision on a CPU: every operator in fp32, every result rounded to its own dtype.
 
-ONNX Runtime's CPU has few half kernels. It runs most operators of an fp16 graph in fp32 and, where one feeds another,
-leaves out the rounding between them: a product that overflows half and is scaled down afterwards comes out right, so
-that a graph which is all NaN on a GPU passes. bf16 it does not run at all. `round_results` rewrites a half graph into
-one that both have to be true to: fp32 arithmetic with explicit casts, which ONNX Runtime keeps.
+ONNX Runtime has few half kernels for CPUs. It runs most operators of an fp16 graph in fp32 and leaves out the rounding
+between them: a product that overflows half and is scaled down afterwards comes out right, so that a graph which is all
+NaN on a GPU passes. It does not run bf16 at all. `round_results` rewrites a half graph into fp32 operators with
+explicit casts, which ONNX Runtime keeps.
 
-That is the arithmetic of a GPU's matrix products, which accumulate in fp32 and round once. A compiler that fuses
-operators rounds less often. Inside a fused attention node nothing is rounded.
+A GPU's matrix products do the same: they accumulate in fp32 and round once. A compiler that fuses operators rounds less
+often. Inside a fused attention node nothing is rounded.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-# They move values, which were rounded when they were made.
+# These only move values that are rounded already.
 _MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat", "Gather", "Expand", "Identity")
 
 
 def round_results(model: onnx.ModelProto) -> None:
-    """Rewrite a graph in place: values keep their names, those of half precision become fp32 values that half holds.
+    """Rewrite a graph in place: values keep their names, half values become fp32 values rounded to half.
 
-    Weights stay as they are stored and are widened when they are read. Local functions are called with fp32 values; the
-    operators in their bodies are not rounded.
+    Weights stay stored in half and are cast to fp32. Local functions are called with fp32 values; the operators in
+    their bodies are not rounded.
     """
     graph = model.graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
@@ -46,7 +46,7 @@ def round_results(model: onnx.ModelProto) -> None:
                 node.output[index] = exact
                 nodes.append(_cast(exact, rounded, kinds[name]))
             nodes.append(_cast(rounded, name, TensorProto.FLOAT))
-    for value in [*graph.input, *graph.value_info, *graph.output]:  # an input comes from a graph that rounded it
+    for value in [*graph.input, *graph.value_info, *graph.output]:  # a half input was rounded by the graph before
         if value.type.tensor_type.elem_type in NARROW:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     del graph.node[:]

@@ -1,11 +1,11 @@
-"""Where the products of a vision part are, and how outliers are moved out of what enters them and into their weights.
+"""Locates the products in a vision tower and projector, and smooths them: moves outliers from inputs to weights.
 
-A product in int8 has one scale for everything that enters it, so one loud channel leaves the others no digits. Dividing
-what enters by a number a channel, and multiplying the columns of the weights by it, changes nothing but that. (The idea
-is SmoothQuant's, Xiao et al. 2023.) The division is folded into what comes before where that is linear: the layer norm
-of queries, keys, values and of an MLP's first product, the values' projection of attention's output. Before an MLP's
-second product and in the projector there is none, so the division stays in the graph, where compilers fuse it with the
-activation before or the quantising behind.
+An int8 product has one scale for its whole input, so one outlier channel costs the others their precision. Dividing
+each input channel by a number and multiplying its weights by the same number leaves the product unchanged (SmoothQuant,
+Xiao et al. 2023). The division is folded into the preceding module where that is linear: the layer norm before queries,
+keys and values and before an MLP's first product; the value projection before attention's output projection. An MLP's
+second product and the projector have none, so the division stays in the graph, where compilers fuse it with the
+activation before it or the quantisation after it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from builder.precision.products import Product
 
 
 class LinearPlace(NamedTuple):
-    """A linear layer in a model: the module that has it, and its name there."""
+    """A linear layer's place in a model: its parent module, and its name there."""
 
     parent: nn.Module
     name: str
@@ -30,7 +30,7 @@ class LinearPlace(NamedTuple):
 
 
 def places(layers: Sequence[Any], projector: nn.Module, product: Product) -> list[LinearPlace]:
-    """The linear layers of a product, which all take the same input."""
+    """The linear layers of a product, all with the same input."""
     if product.layer < 0:
         return [LinearPlace(projector, {"projector-in": "linear_1", "projector-out": "linear_2"}[product.name])]
     layer = layers[product.layer]
@@ -42,13 +42,13 @@ def places(layers: Sequence[Any], projector: nn.Module, product: Product) -> lis
 
 
 def folds(product: Product) -> bool:
-    """Whether what comes before the product can do the division."""
+    """Whether the product's smoothing can be folded into the module before it."""
     return product.name in ("qkv", "out", "fc1")
 
 
 def fold(layers: Sequence[Any], projector: nn.Module, product: Product, smooth: Tensor) -> None:
-    """Divide what enters a product that `folds` by `smooth` [K] and multiply its weights by it, in place; the function
-    stays."""
+    """Fold `smooth` [K] into the module before a product that `folds` and into the product's weights, in place; the
+    function stays the same."""
     for place in places(layers, projector, product):
         place.linear.weight.data = place.linear.weight.data * smooth
     layer = layers[product.layer]

@@ -1,2 +1,2 @@
-"""The method "cells" as pure functions: frames merged cell by cell (`merge`), diverse tokens (`select`), and the
-settings of both (`config`, which needs no PyTorch). `earlytom.methods.cells` is the method made of them."""
+"""The method "cells" as pure functions: merging of frames cell by cell (`merge`), selection of diverse tokens
+(`select`), and their settings (`config`, which needs no PyTorch). `earlytom.methods.cells` is the method itself."""

@@ -1,4 +1,4 @@
-"""What a user may choose about "cells", and nothing else. Like `earlytom.config` it knows no tensors and no model."""
+"""The settings of "cells". Like `earlytom.config` it knows no tensors and no model."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""Stage II of "cells": the tokens that reach the LLM are salient and unlike each other.
+"""Stage II of "cells": selects tokens that are salient and unlike each other.
 
-The best token is taken, all that resemble it lose value, the next best is taken, and so on (`select_greedy`). In rounds
-many are taken at a time, and each of a round loses value by those better than it (`select_rounds`); with as many rounds
-as tokens that is the same choice. Tokens left out are not lost to the decoder: each counts for the taken one that it
-resembles most (see `earlytom.standing` for what comes of that).
+Greedy selection takes the best token, lowers the value of all that resemble it, takes the next best, and so on
+(`select_greedy`). In rounds many are taken at a time, each candidate's value being lowered by better ones of the round
+(`select_rounds`); with as many rounds as tokens the result is the same. Removed tokens still count for the decoder:
+each adds to the bias of the taken one that it resembles most (`earlytom.standing`).
 
-All decisions are taken in fp32 from `saliency [M]` and `likeness [M, M]`; of equal values the lower index goes first,
-on every backend, as nothing here relies on the order in which a top-k operator returns them. Nothing waits for the
-device.
+All decisions are taken in fp32 from `saliency [M]` and `likeness [M, M]`; ties go to the lower index on every backend,
+as nothing here relies on the order in which a top-k operator returns equal values. Nothing waits for the device.
 
 Notation: M = F' P tokens of a video after projector and pooling, N of them taken, E LLM width.
 """
@@ -25,13 +24,13 @@ from earlytom.standing import owned_sizes
 
 
 def saliency(features: Tensor) -> Tensor:
-    """How much each token differs from the mean of all, `features [M, E]` to [M] fp32, 0 or more."""
+    """1 - cosine of each token with the mean of all, `features [M, E]` to [M] fp32, at least 0."""
     x = features.float()
     return (1 - (unit(x) * unit(x.mean(0))).sum(-1)).clamp_min(0)
 
 
 def affinity(features: Tensor, time: Tensor, frames: int) -> Tensor:
-    """How much tokens resemble each other, [M, M] fp32, from -1 to 1.
+    """Similarity of tokens, decaying with their distance in time, [M, M] fp32, from -1 to 1.
 
     Args:
         features: [M, E]; time: [M] fp32, the frame of the video that each shows; frames: of the video.
@@ -43,7 +42,7 @@ def affinity(features: Tensor, time: Tensor, frames: int) -> Tensor:
 
 
 def likeness(affine: Tensor) -> Tensor:
-    """What a token loses of its value when another is taken, 0 to 1."""
+    """The share of its value that a token loses when another is taken, [M, M], 0 to 1."""
     return affine.clamp(0, 1)
 
 
@@ -66,7 +65,7 @@ def select_greedy(salient: Tensor, alike: Tensor, count: int) -> Tensor:
     far = torch.ones_like(salient)
     left = torch.ones_like(salient, dtype=torch.bool)
     for _ in range(count):
-        best = torch.where(left, salient * far, -1.0).argmax(keepdim=True)  # of equal ones the first
+        best = torch.where(left, salient * far, -1.0).argmax(keepdim=True)  # ties to the first
         left.index_fill_(0, best, False)
         far = torch.minimum(far, 1 - alike.index_select(0, best)[0])
     return _places(~left, count)
@@ -80,7 +79,7 @@ def round_sizes(count: int, rounds: int) -> list[int]:
 
 
 def select_rounds(salient: Tensor, alike: Tensor, count: int, rounds: int) -> Tensor:
-    """Take `count` tokens in `rounds` rounds; arguments and what is returned as in `select_greedy`."""
+    """Take `count` tokens in `rounds` rounds; other arguments and the result as in `select_greedy`."""
     check_count(len(salient), count)
     far = torch.ones_like(salient)
     taken = torch.zeros_like(salient, dtype=torch.bool)
@@ -96,7 +95,7 @@ def select_rounds(salient: Tensor, alike: Tensor, count: int, rounds: int) -> Te
 
 
 def _best_first(value: Tensor) -> Tensor:
-    """[M] int64: the indices by falling value, of equal ones the lower first."""
+    """[M] int64: the indices by falling value, ties to the lower index."""
     return value.argsort(descending=True, stable=True)
 
 
@@ -106,7 +105,7 @@ def _places(taken: Tensor, count: int) -> Tensor:
 
 
 def token_sizes(affine: Tensor, size: Tensor, taken: Tensor) -> Tensor:
-    """How much each token taken stands for: the sizes of the tokens that resemble it most, itself among them.
+    """The size that each taken token stands for: the sum over the tokens that resemble it most, itself included.
 
     Args:
         affine: [M, M] fp32; size: [M] fp32; taken: [N] int64.

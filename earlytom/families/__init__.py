@@ -1,7 +1,7 @@
 """Model families, by the `model_type` of their configurations. A new one is a module here and a line in `FAMILIES`.
 
-What is one family's stands in its module, its checkpoints' configurations in `published` and `bundled`; all other rooms
-ask.
+All that is specific to a family is in its module, its checkpoints' configurations in `published` and `bundled`; all
+other code goes through `Family`.
 """
 
 from __future__ import annotations
@@ -50,31 +50,25 @@ FAMILIES: dict[str, Family] = {
 """The supported families by model type."""
 
 NAMED: dict[str, Family] = {form.name: form for family in FAMILIES.values() for form in family.forms}
-"""Each form that their models take, by its name."""
-
+"""Every form (variant) of the families, by its name."""
 DEFAULT_FAMILY: Family = LLAVA_ONEVISION
-"""That of modules which come without a configuration to tell it by, and of the bundled checkpoint."""
-
+"""The family of modules given without a configuration, and of the bundled checkpoint."""
 TITLES = " or ".join(family.title for family in FAMILIES.values())
-"""What people call them."""
+"""The families' usual names, for messages."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a Hugging Face configuration.
-
-    Raises:
-        UserError: it is not supported.
-    """
+    """The family of a Hugging Face configuration. Raises UserError if it is not supported."""
     return family_named(getattr(config, "model_type", None)).of(config)
 
 
 def family_named(name: object) -> Family:
-    """The family by its model type, or a form of it by its name. Raises UserError where it is not supported."""
+    """A family by its model type, or a form by its name. Raises UserError if it is not supported."""
     if not isinstance(name, str) or name not in FAMILIES | NAMED:
         raise UserError(f"model family {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[name] if name in FAMILIES else NAMED[name]
 
 
 def geometry(config: Any) -> Geometry:
-    """Frames of the model that `config` describes. Raises UserError as `family_of` and `Family.geometry` do."""
+    """The frame geometry of a configuration's model. Raises UserError as `family_of` and `Family.geometry`."""
     return family_of(config).geometry(config)

@@ -1,10 +1,10 @@
-"""Where the vector that closes visual tokens stands: behind every row of a frame's cells, behind every frame, or once,
-behind all tokens of a video.
+"""Inserts closing tokens (newline or end vectors): after every row of a frame's cells, after every frame, or once after
+all tokens of a video.
 
-Of a video of which not all tokens are left, a row or a frame is closed if any token of it is. So how many closing ones
-there are is known only with the tokens; where all are left, it is the model's own number.
+In a compressed video a row or a frame is closed if any token of it is kept, so the number of closing tokens depends on
+the tokens; in an uncompressed video it is the model's own.
 
-Notation: F' frames left, P = rows * columns cells a frame, N tokens, R closing ones, E width.
+Notation: F' frames left, P = rows * columns cells a frame, N tokens, R closing tokens, E width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ Closes = Literal["row", "frame", "video"]
 
 
 class Closings(NamedTuple):
-    """
+    """A model's closing tokens.
+
     Attributes:
         closes: what each closing token closes; None: there are none.
         cells: (rows, columns) of a frame.
@@ -29,26 +30,26 @@ class Closings(NamedTuple):
 
     @property
     def behind(self) -> int:
-        """How many stand behind all tokens whatever is left of them, and close the video."""
+        """Number of closing tokens after the whole video: 1 or 0."""
         return int(self.closes == "video")
 
     def most(self, tokens: int, frames: int) -> int:
-        """The most that there can be of N tokens of F' frames; exact where all tokens are left."""
+        """The largest possible R for N tokens of F' frames; exact if all tokens are kept."""
         if self.closes is None or self.closes == "video":
             return self.behind
         return min(tokens, frames * (self.cells[0] if self.closes == "row" else 1))
 
     def span(self, frames: int) -> int:
-        """Tokens of as many frames where all are left, with what closes rows and frames."""
+        """Tokens of so many uncompressed frames, with the closing tokens of rows and frames."""
         tokens = frames * self.cells[0] * self.cells[1]
         return tokens + self.most(tokens, frames) - self.behind
 
     def closed(self, tokens: Tensor, positions: Tensor | None, closing: Tensor | None) -> Tensor:
-        """Visual tokens with what closes them.
+        """Visual tokens with closing tokens inserted.
 
         Args:
             tokens: [N, E], in the order of their positions.
-            positions: [N] int64, `frame * P + cell`; needed where rows or frames are closed. Waits for their device.
+            positions: [N] int64, `frame * P + cell`; needed if rows or frames are closed, and waits for their device.
             closing: [E]; None where there are none.
 
         Returns:
@@ -66,7 +67,7 @@ class Closings(NamedTuple):
         return torch.cat([tokens, row.expand(len(ends), -1)]).index_select(0, _order(len(tokens), ends))
 
     def placed(self, place: Tensor, bias: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the tokens of `closed` are in the video and how much they stand for; but one that closes the video.
+        """Place and bias of the tokens of `closed`, without one that closes the video.
 
         Args:
             place: [N] int64, `frame of the video * P + cell`.
@@ -74,8 +75,8 @@ class Closings(NamedTuple):
             positions: [N], as in `closed`.
 
         Returns:
-            place: [N + R] int64, counted with what closes rows and frames, below `span` of all frames.
-            bias: [N + R], 0 for what closes.
+            place: [N + R] int64, counting closing tokens of rows and frames, below `span` of all frames.
+            bias: [N + R], 0 for closing tokens.
         """
         import torch
 
@@ -95,7 +96,7 @@ class Closings(NamedTuple):
         return columns if self.closes == "row" else rows * columns
 
     def _ends(self, positions: Tensor) -> Tensor:
-        """[R] int64: behind how many tokens each closing one stands."""
+        """[R] int64: the number of tokens before each closing one."""
         import torch
 
         runs = torch.div(positions, self._run, rounding_mode="trunc")
@@ -103,7 +104,7 @@ class Closings(NamedTuple):
 
 
 def _order(tokens: int, ends: Tensor) -> Tensor:
-    """[N + R]: what puts R rows that follow N others behind so many of them."""
+    """[N + R]: the permutation that moves R rows, stored after N others, to behind the first `ends` of those."""
     import torch
 
     return torch.cat([2 * torch.arange(tokens, device=ends.device), 2 * ends - 1]).argsort()

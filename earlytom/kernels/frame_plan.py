@@ -1,18 +1,16 @@
-"""Stage I's decision in one program: from the similarity matrix to the rows of the merge.
+"""Stage I's decision in a single program: from the similarity matrix to the merge weights.
 
-What `earlytom.merge.plan_similarity` decides, from the same fp32 matrix and bit for bit the same; weights may differ in
-the last bits, where a row's sum is taken in another order. It knows nothing of hidden states, and decides for 1 to
-`MAX_FRAMES` frames.
+Decisions are those of `earlytom.merge.plan_similarity` from the same fp32 matrix, bit for bit; weights may differ in
+the last bits, where a row is summed in another order. Takes 1 to `MAX_FRAMES` frames.
 
-A similarity that is not a number compares as false, as in PyTorch. If the budget makes frames go, a matrix with a NaN
-(or +inf) anywhere gives weights that are all NaN, as the reference's matrix products do: a broken tower shows.
+A NaN similarity compares as false, as in PyTorch. If the budget removes frames, a NaN (or +inf) anywhere in the matrix
+makes all weights NaN, as the reference's matrix products do, so that a broken tower shows.
 
 Cost. It must move 4 F F + 4 R F + F bytes (F frames in, R rows out): 7.2 kB for F = 32, R = 24, which takes 4 ns at the
-A100-80GB's published 2.0 TB/s (to be replaced by a measured figure). So bytes are nothing, and what it takes is a chain
-of latencies: the matrix from L2, then 20 to 30 exchanges between threads; some 630 instructions a warp at F = 32 and
-2,650 at F = 128. That makes an estimated 2 us and 4 us, launch not counted. To keep the chain short, neither walk along
-the frames (from segment to segment, from pair to pair) goes from frame to frame, and only the ranking, the sums of the
-rows and the result are F x F.
+A100-80GB's published 2.0 TB/s (to be replaced by a measured figure). So it is bound by a chain of latencies: the matrix
+from L2, then 20 to 30 exchanges between threads; some 630 instructions per warp at F = 32 and 2,650 at F = 128: an
+estimated 2 us and 4 us, launch not counted. To keep the chain short, neither walk (over segments, over pairs) is
+sequential in the frames, and only the ranking, the row sums and the result are F x F.
 """
 
 from __future__ import annotations
@@ -36,16 +34,16 @@ def _larger(a, b):
 
 @triton.jit
 def _diagonal(similarity, index, k, past_end, F: tl.constexpr):
-    """c(i, i + k) of every frame of `index`; `past_end` where one of the two is no frame."""
+    """c(i, i + k) for every frame i of `index`; `past_end` where i or i + k is out of range."""
     return tl.load(similarity + index * (F + 1) + k, mask=(index >= 0) & (index + k < F), other=past_end)
 
 
 @triton.jit
 def _last_visited(jump, index, LEVELS: tl.constexpr):
-    """For each frame the last one up to it that the walk 0 -> jump[0] -> ... visits. `jump[i] > i` everywhere.
+    """For each frame i the last frame <= i that the walk 0 -> jump[0] -> ... visits; `jump[i] > i` everywhere.
 
-    Binary lifting: the recursion doubles the jump, and on its way back every jump that does not overshoot is taken, the
-    longest first. LEVELS of them reach 2^LEVELS - 1 steps far, which must be as far as the last frame.
+    Binary lifting: the recursion doubles the jump, and on its return takes every jump that does not overshoot, longest
+    first. LEVELS of them reach 2^LEVELS - 1 steps, which must include the last frame.
     """
     if LEVELS == 0:
         at = tl.zeros_like(index)
@@ -69,7 +67,7 @@ def _segment_bounds(
     EMA: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """First and last frame of each frame's segment. Every frame is tried as the first of one; then the walk."""
+    """First and last frame of each frame's segment: segment lengths for every possible first frame, then the walk."""
     running = tl.full(index.shape, 1.0, tl.float32)
     alive = index < F
     following = index + 1
@@ -83,10 +81,10 @@ def _segment_bounds(
 
 @triton.jit
 def _adaptive_decisions(similarity, index, first, last, F: tl.constexpr, KEEP_TRAILING: tl.constexpr):
-    """What the scan over the middle frames of each segment decides.
+    """Decisions of the scan over the middle frames of each segment.
 
-    Returns `own` fp32, the weight of each frame in its own row (the rest is the next frame's), and `kept`, whether the
-    adaptive plan has a row for it.
+    Returns `own` fp32, each frame's weight in its own row (the next frame has the rest), and `kept`, whether the
+    adaptive plan has a row for the frame.
     """
     step = _diagonal(similarity, index, 1, 0.0, F)  # s_i = c(i, i + 1)
     next_step = _diagonal(similarity, index + 1, 1, 0.0, F)  # s_{i+1}
@@ -95,9 +93,9 @@ def _adaptive_decisions(similarity, index, first, last, F: tl.constexpr, KEEP_TR
     pair_is_last = index + 1 == last_middle
     mergeable = (first < index) & (index < last_middle) & (step > theta) & (pair_is_last | (step > next_step))
 
-    # The scan passes over a frame if and only if it pairs it with the one before: that one is mergeable and not passed
-    # over itself. So in a run of mergeable frames every other one is visited, counted from the last frame that follows
-    # no mergeable one. (Frame 0 is none: it is no middle frame.)
+    # The scan skips a frame if and only if it is paired with the frame before, which is then mergeable and not skipped.
+    # So in a run of mergeable frames every other one is visited, counted from the last frame that does not follow a
+    # mergeable one. (Frame 0 is not mergeable: it is no middle frame.)
     follows = tl.gather(mergeable.to(tl.int32), tl.maximum(index - 1, 0), 0)
     run = tl.associative_scan(tl.where(follows != 0, 0, index), 0, _larger)
     visited = ((index - run) & 1) == 0
@@ -112,10 +110,10 @@ def _adaptive_decisions(similarity, index, first, last, F: tl.constexpr, KEEP_TR
 
 @triton.jit
 def _budget_ranking(similarity, index, kept, F: tl.constexpr, R: tl.constexpr):
-    """Which R frames stay: those the adaptive plan removes go first, then the most similar to the frame before."""
+    """Which R frames stay: first the adaptive plan's removals go, then frames most similar to the frame before."""
     step = _diagonal(similarity, index - 1, 1, 0.0, F)  # c(i - 1, i)
     group = tl.where(index == 0, -1, tl.where(kept, 0, 1))  # frame 0 always stays
-    group = tl.where(index < F, group, -2)  # no frame: goes before nobody
+    group = tl.where(index < F, group, -2)  # padding: goes before no frame
     group_other, group_mine = group[:, None], group[None, :]
     other, mine = step[:, None], step[None, :]
     stronger = (other > mine) | ((other == mine) & (index[:, None] < index[None, :]))
@@ -125,7 +123,7 @@ def _budget_ranking(similarity, index, kept, F: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _budget_parts(similarity, index, stays, place, kept, F: tl.constexpr):
-    """Each frame's part in row `place`: its own row, or where it goes, that of the nearest frame before that stays."""
+    """Each frame's weight in row `place`: its own row or, if removed, that of the nearest remaining frame before it."""
     taker = tl.associative_scan(tl.where(stays, index, 0), 0, _larger)
     folded = kept & ~stays
     likeness = tl.load(similarity + taker * F + index, mask=folded, other=0.0)
@@ -168,7 +166,7 @@ def frame_plan_kernel(
     index = tl.arange(0, BLOCK)
     row, column = tl.arange(0, ROWS)[:, None], index[None, :]
     if BUDGET and R < F:
-        sound = _is_sound(similarity, F, CHUNK)  # before anything waits: its reads fetch what the others need
+        sound = _is_sound(similarity, F, CHUNK)  # first: its reads prefetch the matrix for the steps below
     first, last = _segment_bounds(similarity, index, F, LEVELS, REACH, TAU, EMA, REST)
     if BUDGET and R == F:
         out = (row == column).to(tl.float32)
@@ -182,14 +180,14 @@ def frame_plan_kernel(
             own = tl.where(second_stays != 0, 1.0, own)
         place = tl.cumsum(stays.to(tl.int32), 0) - 1
         part = _budget_parts(similarity, index, stays, place, kept, F) if BUDGET else stays.to(tl.float32)
-        # What a frame does not keep of its part goes to the frame after it, which then has no row of its own. (So it is
-        # the same row; and frame 0, which has none before it, keeps all of its part.)
+        # The rest of a frame's weight goes to the next frame, which then has no row of its own, so it is the same row.
+        # (Frame 0 receives nothing: the gather below clamps to frame 0 itself, which keeps all of its weight.)
         lent = tl.gather(part * (1.0 - own), tl.maximum(index - 1, 0), 0)
         out = tl.where(place[None, :] == row, (part * own + lent)[None, :], 0.0)
         if BUDGET:
             out = tl.where(sound, out, float("nan"))
 
-    # All stores come last, because no load is moved up over a store.
+    # All stores come last, as the compiler moves no load above a store.
     tl.store(weights + row * F + column, out, mask=(row < R) & (column < F))
     tl.store(static + index, (first < index) & (index < last), mask=index < F)
     if start is not None:
@@ -201,12 +199,12 @@ def frame_plan_kernel(
 def launch(
     frames: int, frames_out: int | None, *, tau: float, ema: float, max_window: int, trailing: str, bounds: bool
 ) -> Launch:
-    """How the kernel is started for `frames` frames.
+    """The kernel's launch for `frames` frames.
 
     Args:
         frames_out: frames to keep (budget schedule), or None for the adaptive one, whose rows are padded to `frames`.
         tau, ema, max_window, trailing: see `EarlyTomConfig`.
-        bounds: whether `start` and `count` are written too; else the tensors are similarity, weights and static.
+        bounds: whether `start` and `count` are written, too; else the tensors are similarity, weights and static.
 
     Raises:
         UserError: `frames` is not in 1..128, `frames_out` not in 1..frames, or an unknown `trailing`.
@@ -247,9 +245,9 @@ def frame_plan(
         frames_out, tau, ema, max_window, trailing: see `launch`.
 
     Returns:
-        weights [R, F] fp32 (R is `frames_out`, or F in the adaptive schedule, where only the first `count` rows are a
-        plan and the others are zero), static [F] bool (strictly inside a segment), start [F] int64 (first frame of each
-        frame's segment) and count [] int64.
+        weights [R, F] fp32 (R is `frames_out`, or F in the adaptive schedule, where rows from `count` on are zero),
+        static [F] bool (strictly inside a segment), start [F] int64 (first frame of each frame's segment) and count []
+        int64.
 
     Raises:
         UserError: as `launch`, or `similarity` is not [F, F] fp32.

@@ -1,9 +1,9 @@
 """Frame similarity: mean over tokens of the cosine between the same token of two frames, in one pass over the input.
 
-A program takes a few tokens. For each it multiplies the F vectors with each other, block of the width by block: the
-Gram matrix [F, F] stays in registers, its diagonal holds the norms, and the cosines are added up. So normalising costs
-no pass of its own and each element is read once. A second, tiny kernel adds the programs' sums in a fixed order, takes
-the mean and rounds it to the grid of `merge.SIMILARITY_STEPS`.
+A program takes a few tokens. For each it forms the Gram matrix [F, F] of the F vectors in registers, block by block
+along the width; the diagonal holds the norms, and the cosines are summed. So normalising needs no pass of its own and
+each element is read once. A second, small kernel adds the programs' sums in a fixed order, takes the mean and rounds it
+to the grid of `merge.SIMILARITY_STEPS`.
 
 Cost for F frames of S tokens of width D (F=32, S=729, D=1152, halves), at the published 2.0 TB/s and 312 TFLOP/s of an
 A100-80GB, to be replaced by measured ones:
@@ -12,15 +12,14 @@ A100-80GB, to be replaced by measured ones:
     partials    2 * (4 F^2 programs)       2.0 MB      0.001 ms    243 programs, written and read, mostly in L2
     products    2 F^2 S D                  1.7 GFLOP   0.006 ms    FP32, which has no tensor core: 0.09 ms
 
-A plain GEMM of normalised vectors, [F, S D] by [S D, F], is the same number and loses: a prologue that normalises reads
-x and writes it before the GEMM reads it, 3 x 53.7 MB and 0.081 ms; one that keeps only the norms, which the GEMM then
-applies as it loads, still reads x twice, 0.054 ms. L2 holds 40 MB, so the second read is not free; with 32 x 32 outputs
-and S D = 840 thousand to add up, such a GEMM is cut along S D anyway, and then has the partial sums that this has.
+A plain GEMM of normalised vectors, [F, S D] by [S D, F], gives the same result but is slower: a prologue that
+normalises reads and writes x before the GEMM reads it, 3 x 53.7 MB and 0.081 ms; one that keeps only the norms still
+reads x twice, 0.054 ms (L2 holds 40 MB, so the second read is not free). With 32 x 32 outputs and a reduction over S D
+= 840 thousand, such a GEMM is split along S D anyway, and has the same partial sums.
 
-How many tokens a program takes: as few as let all programs run at once, so that all get the same share of the
-bandwidth and no SM starts a second round. Three programs fit an SM up to 64 frames, one beyond: 729 tokens are 243
-programs of 3 (128 frames: 105 of 7). One token each would be 729 programs, 6 MB of partial sums and a ragged last
-round.
+Tokens per program: as few as let all programs run at once, so that no SM starts a second round. Three programs fit an
+SM up to 64 frames, one beyond: 729 tokens are 243 programs of 3 (128 frames: 105 of 7). One token each would be 729
+programs, 6 MB of partial sums and a ragged last round.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ SMS = 108  # of an A100
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _SMALLEST_NORM = tl.constexpr(1e-6)  # as in merge.frame_similarity
-# Added to and taken from a number of magnitude below 2^22, this leaves it rounded to an integer, half to even: at this
-# size the spacing of fp32 is one.
+# Adding and subtracting this rounds a number of magnitude below 2^22 to an integer, half to even: near this constant
+# fp32 numbers are 1 apart.
 _TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
 
 
@@ -60,7 +59,7 @@ def partial_kernel(
 ):
     """partial[p] = sum over the TOKENS_EACH tokens of program p of the cosines between frames, fp32 [FRAMES, FRAMES].
 
-    Tokens and blocks of the width are one loop, so that the loads of a token are under way while the last one ends.
+    Tokens and blocks of the width are one loop, so that loads of the next token overlap the end of the current one.
     """
     program = tl.program_id(0)
     frame = tl.arange(0, BLOCK_F)
@@ -110,17 +109,17 @@ def mean_kernel(
 
 
 def launches(hidden: Tensor) -> tuple[Launch, Launch]:
-    """How the two kernels are started. Only shape, strides and dtype of `hidden [F, S, D]` are read."""
+    """The launches of the two kernels, from shape, strides and dtype of `hidden [F, S, D]`."""
     frames, tokens, width = hidden.shape
     block_f = max(16, triton.next_power_of_2(frames))
     large = block_f > 64
-    # Tiles of 2 to 16 KB, of which three are under way. fp32 is not for tensor cores: there a thread holds its operands
-    # for the whole of BLOCK_D as well as its sums.
+    # Tiles of 2 to 16 KB, three of them in flight. fp32 does not run on tensor cores: a thread holds its operands for
+    # the whole of BLOCK_D in registers, beside its sums.
     if hidden.dtype == torch.float32:
         block_d, warps = (16 if large else 32), (8 if block_f >= 64 else 4)
     else:
         block_d, warps = (64, 8) if large else (128, 4)
-    beside = 1 if large else 3  # programs on an SM at a time
+    beside = 1 if large else 3  # concurrent programs per SM
     tokens_each = triton.cdiv(tokens, SMS * beside)
     programs = triton.cdiv(tokens, tokens_each)
     partial = Launch(
@@ -157,7 +156,7 @@ def launches(hidden: Tensor) -> tuple[Launch, Launch]:
 
 
 def frame_similarity(hidden: Tensor) -> Tensor:
-    """What `merge.frame_similarity` computes, up to the last bits of its sums.
+    """The same as `merge.frame_similarity`, up to the last bits of its sums.
 
     Args:
         hidden: [F, S, D] fp16, bf16 or fp32, of any strides: a slice without class tokens is read in place. Copied

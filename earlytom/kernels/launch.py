@@ -1,7 +1,7 @@
-"""How a kernel is started: everything but the tensors.
+"""A kernel launch: everything but the tensors.
 
-PyTorch starts it through Triton; the TensorRT plugin compiles it ahead of time with the same constants and gives
-TensorRT the same grid. So both run the same code on the same blocks.
+PyTorch launches through Triton; the TensorRT plugin compiles ahead of time with the same constants and the same grid.
+So both run the same code on the same blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a kernel for fixed shapes.
+    """One launch of a kernel for fixed shapes.
 
     Attributes:
         kernel: the `triton.jit` function. Its parameters are the tensors (inputs, then outputs), then the constants.
@@ -32,9 +32,9 @@ class Launch:
     num_stages: int = 1
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Start it on tensors of one device, in the order of the kernel's parameters, strided as its constants say.
+        """Launch on tensors of one device, in the order of the kernel's parameters, with the strides of its constants.
 
-        No fused multiply-add: decisions compare sums of products, and must come out as they do in PyTorch.
+        Without fused multiply-adds: decisions compare sums of products, and must be the same as in PyTorch.
         """
         with torch.cuda.device_of(tensors[0]):
             self.kernel[self.grid](

@@ -1,9 +1,9 @@
-"""Received attention: what each token gets of its frame's attention, without the attention matrix.
+"""Received attention: the mean attention each token receives within its frame, without storing the attention matrix.
 
-`received[f, k]` is the mean over heads h and queries q of `softmax(scale * Q K^T)[f, h, q, k]`. A row of the softmax is
-known only when all its logits are, so the logits are computed twice: once for the logarithm of each row's sum (online:
-the sum is rescaled when a larger logit comes), once to add up columns. Each pass keeps one tile of logits in registers.
-Every output belongs to one program, which adds in a fixed order: no atomics, the same bits every time.
+`received[f, k]` is the mean over heads h and queries q of `softmax(scale * Q K^T)[f, h, q, k]`. A softmax row needs all
+its logits, so the logits are computed twice: once for the logarithm of each row's sum (online softmax), once to add up
+columns. Each pass keeps one tile of logits in registers. Every output is written by one program, which adds in a fixed
+order: no atomics, so results are reproducible bit for bit.
 
 Cost for F frames of T tokens, H heads of d (F=32, T=729, H=16, d=72, halves), at the published figures of an A100-80GB
 (2.0 TB/s, 312 TFLOP/s dense, 16 exponentials a clock for each of 108 SMs at 1.41 GHz), to be replaced by measured ones:
@@ -12,14 +12,14 @@ Cost for F frames of T tokens, H heads of d (F=32, T=729, H=16, d=72, halves), a
     products       4 F H T^2 d    78 GFLOP      0.25 ms    0.28 ms with the 80 columns that are multiplied
     exponentials   2 F H T^2      544 million   0.22 ms
 
-So the tensor cores bound it, at 0.25 ms, and exponentials can hide behind them. Between the passes 4 F H T = 1.5 MB are
+So it is bound by the tensor cores, at 0.25 ms, and exponentials can overlap. Between the passes 4 F H T = 1.5 MB are
 kept; the matrix itself would be 1.1 GB.
 
-A head whose width is no power of two is covered by two blocks where that is less: 72 by 64 + 16 = 80 columns rather
-than 128, which would take 0.45 ms.
+A head whose width is no power of two is covered by two blocks if that is narrower: 72 by 64 + 16 = 80 columns instead
+of 128, which would take 0.45 ms.
 
-A row's sum is one fp32 logarithm. Where logits are around 1e4 its last bit is 2^-10, so shares are off by up to 4e-4 of
-themselves, no more than by the rounding of the logits; under 100, by 6e-6.
+A row's sum is stored as an fp32 logarithm. For logits around 1e4 its last bit is 2^-10, a relative error of up to 4e-4
+of the weights, no more than from rounding the logits; below 100 it is 6e-6.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def column_kernel(
 ):
     """received[f, k] = mean over h and q of 2^(SCALE * q.k + normaliser[f, h, q]), fp32 [F, TOKENS].
 
-    A program is a block of keys of one frame, for all heads and queries. Keys are the rows of its tile, so that a
-    column's sum stays within a warp.
+    A program takes a block of keys of one frame, for all heads and queries. Keys are the rows of its tile, so that the
+    sum over queries stays within a warp.
     """
     frame = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -143,7 +143,7 @@ def column_kernel(
             if BLOCK_TAIL:
                 q_tail = _vectors(queries, inside, BLOCK_D, BLOCK_TAIL, HEAD_DIM)
                 logits = tl.dot(k_tail, tl.trans(q_tail), logits, input_precision="ieee")
-            # Queries past the end have -inf here: they add 0.
+            # Padded queries have -inf here, so they add 0.
             log_share = tl.load(log_shares)
             total += tl.sum(tl.exp2(tl.fma(logits, SCALE, log_share[None, :])), 1)
             queries += BLOCK_Q * QUERY_TOKEN
@@ -152,9 +152,9 @@ def column_kernel(
 
 
 def width_blocks(head_dim: int) -> tuple[int, int]:
-    """Powers of two of at least 16, what a tensor core takes, that cover a head: one block, or a block and a tail.
+    """Powers of two, at least 16 for tensor cores, that cover a head: one block, or a block and a tail if narrower.
 
-    Two where that is less to multiply: 72 is (64, 16), while 48 + 8 = 56 is (64, 0) like 64.
+    72 gives (64, 16); 56 gives (64, 0), as 32 + 32 is no narrower.
     """
     whole = max(16, triton.next_power_of_2(head_dim))
     block = whole // 2
@@ -165,11 +165,11 @@ def width_blocks(head_dim: int) -> tuple[int, int]:
 
 
 def launches(query: Tensor, key: Tensor, scale: float) -> tuple[Launch, Launch]:
-    """How the row kernel and the column kernel are started. Only shapes, strides and dtype of the tensors are read."""
+    """The launches of row kernel and column kernel, from shapes, strides and dtype of the tensors."""
     frames, heads, tokens, head_dim = query.shape
     block_d, block_tail = width_blocks(head_dim)
-    # Rows: 32 queries a warp, so that keys from shared memory meet two tiles of queries. Columns: 16 keys a warp, as
-    # only F * T / BLOCK_K programs share the work. FP32 is not for tensor cores: what fits in registers.
+    # Rows: 32 queries per warp, so that keys in shared memory serve two tiles of queries. Columns: 16 keys per warp, as
+    # there are only F * T / BLOCK_K programs. FP32 does not run on tensor cores: tiles that fit in registers.
     row_q, row_k, column_q, column_k = (32, 32, 32, 32) if query.dtype == torch.float32 else (128, 64, 64, 64)
     row_programs = triton.cdiv(tokens, row_q)
     constants: dict[str, Any] = {

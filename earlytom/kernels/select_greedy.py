@@ -1,20 +1,20 @@
-"""Stage II of "cells": N diverse tokens taken one after the other, by one program.
+"""Stage II of "cells": N diverse tokens taken one after the other, by a single program.
 
-The outputs of `earlytom.cells.select.select_greedy`, exactly: every product, difference and minimum is rounded as
-there, of equal values the lower index goes first, -0 equals +0, and NaN is more than any number. A value below zero
-counts as zero (saliency has none).
+Exactly the outputs of `earlytom.cells.select.select_greedy`: every product, difference and minimum is rounded as there,
+ties go to the lower index, -0 equals +0, and NaN is larger than any number. A negative value counts as zero (saliency
+has none).
 
-What a step needs of the step before is one index, so nothing but latency counts: the program keeps saliency and
-distance of all M tokens in registers, finds the largest of M values, and reads one row of `alike`, which says how much
-every token resembles the one taken. Value and index are compared as one 64-bit number, so that a step has one
-reduction. The tokens taken are marked in registers too; their indices are written once, in order, at the end.
+A step depends on the step before by one index only, so latency is all that counts: the program keeps saliency and
+distance of all M tokens in registers, finds the largest of M values, and reads one row of `alike`, the similarity of
+every token to the one taken. Value and index are compared as one 64-bit number, so that a step has one reduction. Taken
+tokens are marked in registers; their indices are written once, in order, at the end.
 
 Cost. It must move 4 M N bytes of `alike`, 4 M of saliency and 8 N of indices. For M = 14 x 196, N = 630 that is 6.9 MB,
-read by one multiprocessor: at 64 bytes a clock from the second-level cache (where the 30 MB of `alike` stay that the
-product before wrote, on an A100 with its 40 MB) 77 us at 1.41 GHz. A step cannot be shorter than the latency of such
-a read, some 200 clocks, which makes 90 us. With the reduction (5 exchanges between lanes, one between warps through
-shared memory, two barriers) and 11 values a thread it is an estimated 600 to 700 clocks a step, 0.3 ms in all; none of
-these figures is measured. Rounds (`select_rounds`) take M M comparisons each, spread over the whole GPU.
+read by one multiprocessor: at 64 bytes per clock from L2 (40 MB on an A100, which still holds the 30 MB of `alike` from
+the product before) 77 us at 1.41 GHz. A step is no shorter than the latency of such a read, some 200 clocks, or 90 us
+in all. With the reduction (5 exchanges between lanes, one between warps through shared memory, two barriers) and 11
+values per thread it is an estimated 600 to 700 clocks per step, 0.3 ms in all; none of these figures is measured.
+Rounds (`select_rounds`) take M M comparisons each, spread over the whole GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 from earlytom.errors import UserError
 from earlytom.kernels.launch import Launch
 
-MAX_TOKENS = 8192  # 16 values of each kind a thread; twice as many no longer find room in the registers
+MAX_TOKENS = 8192  # 16 values of each kind per thread; twice as many do not fit in registers
 
 
 @triton.jit
 def _key(value):
-    """A value of 0 or more, or NaN, as int32 of the same order; both zeros are one, NaN is the largest."""
+    """A value as int32 of the same order: negative values and both zeros become 0, NaN the largest."""
     bits = tl.maximum(value, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.where(value == value, bits, 0x7FFFFFFF)
 
@@ -50,7 +50,7 @@ def select_greedy_kernel(
     real = token < M
     value = tl.load(salient + token, mask=real, other=0.0)
     far = tl.full([BLOCK], 1.0, tl.float32)
-    order = (BLOCK - 1 - token).to(tl.int64)  # the lower index is the larger number
+    order = (BLOCK - 1 - token).to(tl.int64)  # ties: the lower index is the larger number
     left = real
     for _ in range(N):
         key = tl.where(left, _key(value * far), -1)
@@ -64,7 +64,7 @@ def select_greedy_kernel(
 
 
 def launch(tokens: int, count: int) -> Launch:
-    """How the kernel is started to take `count` of `tokens` tokens.
+    """The kernel's launch to take `count` of `tokens` tokens.
 
     Raises:
         UserError: `tokens` is not in 1..8192, or `count` not in 1..tokens.
@@ -76,7 +76,7 @@ def launch(tokens: int, count: int) -> Launch:
     if not 1 <= count <= tokens:
         raise UserError(f"count must be between 1 and {tokens} (the tokens of the video), got {count}")
     block = triton.next_power_of_2(tokens)
-    warps = max(1, block // (16 * 32))  # the fewest that hold all values: more of them would wait for each other
+    warps = max(1, block // (16 * 32))  # the fewest that hold all values: more would wait for each other
     return Launch(select_greedy_kernel, (1, 1, 1), {"M": tokens, "N": count, "BLOCK": block}, num_warps=warps)
 
 

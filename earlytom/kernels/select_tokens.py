@@ -1,21 +1,21 @@
-"""Stage II with a fixed number of places: which tokens of each frame stay, and their copy, in one launch.
+"""Stage II with a fixed number of places: selects the tokens of each frame and copies them, in one launch.
 
-The outputs of `earlytom.select.select_fixed`, exactly: the k tokens of highest received attention of a frame that
-changes, the best token of each of k windows of a static one, ties to the lower index, in raster order. -0 equals +0. As
-there, NaN beats no token and is beaten by none: every NaN token stays, and if that makes more than k, the first k do.
+Exactly the outputs of `earlytom.select.select_fixed`: the k tokens of highest received attention of a changing frame,
+the best token of each of k windows of a static one, ties to the lower index, in raster order. -0 equals +0. As there,
+NaN beats no token and is beaten by none: every NaN token stays, or the first k if there are more.
 
-A program makes the choice of its whole frame and copies the tokens of a few places, all columns of them. That repeats
-the choice, but needs no second launch, and what a program writes belongs to it alone.
+A program selects for its whole frame and copies the tokens of a few places, all columns of them. So the selection is
+repeated by the programs of a frame, but needs no second launch, and programs write disjoint outputs.
 
-The choice of k of P is no sort: the k-th largest value is found from its highest bits down, two at a time, by counting
-how many values reach each of three candidates. That takes 3 P comparisons a round rather than P * P of them; 16 rounds
-at most, and 7 to 9 on average for values that differ, as it ends when exactly k of them reach a candidate.
+Selecting k of P needs no sort: the k-th largest value is found from its highest bits down, two at a time, by counting
+how many values reach each of three candidates. That takes 3 P comparisons per round instead of P * P; at most 16
+rounds, and 7 to 9 on average for distinct values, as it ends when exactly k of them reach a candidate.
 
 Cost. It must move 2 F' k E s bytes of tokens (s bytes a number), 4 F' P of received attention, F' flags and 8 F' k of
 positions. For 32 frames merged to F' = 14, P = 196, E = 3584, k = 45 (ratio 0.1), s = 2 that is 9.0 MB: 4.5 us at the
-A100-80GB's published 2.0 TB/s (to be replaced by a measured figure). The choice comes before the copy and is latency:
-rounds of about 100 instructions and three sums over the lanes of a warp (some 170 cycles), then 400 instructions for
-the places; an estimated 2 us.
+A100-80GB's published 2.0 TB/s (to be replaced by a measured figure). The selection precedes the copy and is bound by
+latency: rounds of about 100 instructions and three sums over the lanes of a warp (some 170 cycles), then 400
+instructions for the places; an estimated 2 us.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from earlytom.kernels.launch import Launch
 
 MAX_TOKENS = 1024
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Programs that a launch aims at: a warp for each of the 4 schedulers of an A100's 108 multiprocessors. With more, they
-# wait for each other's choices; with fewer, there are not enough reads under way.
+# Target number of programs: a warp for each of the 4 schedulers of an A100's 108 multiprocessors. More would wait for
+# each other's selections; fewer would have too few reads in flight.
 PROGRAMS = 432
 
 
 @triton.jit
 def _sortable(x):
-    """Floats as uint32 of the same order: both zeros are one value, NaN is 0 and anything else is larger."""
+    """Floats as uint32 of the same order: both zeros are one value, NaN is 0, below every number."""
     x = x.to(tl.float32)
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats are the smaller the larger their bits are
@@ -46,9 +46,9 @@ def _sortable(x):
 
 @triton.jit
 def _best_of_frame(key, K: tl.constexpr):
-    """The K largest keys, of equal ones the first."""
-    threshold = tl.full([], 0, tl.uint32)  # the largest number found so far that K keys or more reach
-    reached = tl.full([], key.shape[0] + 1, tl.int32)  # how many do: more than K until a round has found out
+    """Mask of the K largest keys, ties to the first."""
+    threshold = tl.full([], 0, tl.uint32)  # the largest number found so far that at least K keys reach
+    reached = tl.full([], key.shape[0] + 1, tl.int32)  # how many reach it; more than K before the first round
     step = tl.full([], 1 << 30, tl.uint32)
     while (reached != K) & (step > 0):
         one = tl.sum((key >= threshold + step).to(tl.int32), 0)
@@ -65,7 +65,7 @@ def _best_of_frame(key, K: tl.constexpr):
 
 @triton.jit
 def _best_of_windows(received, cell, P: tl.constexpr, K: tl.constexpr, WINDOWS: tl.constexpr, WIDEST: tl.constexpr):
-    """The largest of each of K windows (see `earlytom.select.window_of_cell`), of equal ones the first."""
+    """Mask of the largest in each of K windows (see `earlytom.select.window_of_cell`), ties to the first."""
     size: tl.constexpr = P // K
     longer: tl.constexpr = P % K
     window = tl.arange(0, WINDOWS)
@@ -123,8 +123,9 @@ def select_tokens_kernel(
     tl.store(positions + frame * K + row, frame * P + source, mask=row < K)
     features += frame * P * E
     tokens += frame * K * E
-    # Words of 8 bytes where addresses allow it: who promises nothing about them (a plugin) would copy number by number.
-    NUMBERS: tl.constexpr = 64 // features.dtype.element_ty.primitive_bitwidth  # in a word
+    # Copy 8-byte words if the addresses are aligned: where alignment is unknown at compile time (in a plugin), the
+    # compiler would copy element by element.
+    NUMBERS: tl.constexpr = 64 // features.dtype.element_ty.primitive_bitwidth  # elements per word
     word = tl.pointer_type(tl.int64)
     if E % NUMBERS == 0 and (features.to(tl.int64) | tokens.to(tl.int64)) % 8 == 0:
         _copy(features.to(word), tokens.to(word), source, row, E // NUMBERS, K, COLUMNS)
@@ -133,7 +134,7 @@ def select_tokens_kernel(
 
 
 def launch(frames: int, per_frame: int, width: int, places: int) -> Launch:
-    """How the kernel is started for features [frames, per_frame, width], of which `places` a frame stay.
+    """The kernel's launch for features [frames, per_frame, width], of which `places` tokens per frame stay.
 
     Raises:
         UserError: `per_frame` is not in 1..1024, `places` not in 1..per_frame, or there is no frame or no width.
@@ -146,7 +147,7 @@ def launch(frames: int, per_frame: int, width: int, places: int) -> Launch:
     if not 1 <= places <= per_frame:
         raise UserError(f"places must be between 1 and {per_frame} (the tokens of a frame), got {places}")
     columns = triton.next_power_of_2(width)
-    # One warp needs no barrier in its rounds; from 512 cells on, it would have too many comparisons to make.
+    # A single warp needs no barrier in its rounds; from 512 cells on it would have too many comparisons.
     warps = min(max(1, triton.next_power_of_2(per_frame) // 256), 4)
     # Short tokens: at least 256 numbers, 16 bytes of fp16 for each lane of a warp.
     rows = min(max(triton.next_power_of_2(-(-frames * places // PROGRAMS)), 256 // columns), 8)
@@ -167,7 +168,7 @@ def select_tokens(features: Tensor, received: Tensor, static: Tensor, places: in
     """Keep exactly `places` tokens of every frame.
 
     Args:
-        features: [F', P, E]; received: [F', P]; both fp32, fp16 or bf16, each its own. static: [F'] bool.
+        features: [F', P, E]; received: [F', P]; each fp32, fp16 or bf16. static: [F'] bool.
 
     Returns:
         tokens [F' * places, E] in the dtype of the features, and positions [F' * places] int64, `frame * P + cell`.

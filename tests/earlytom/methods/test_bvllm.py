@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from earlytom.bvllm.path import BVLLMPath
 from earlytom.encoder import VisualTokens, encode
 from earlytom.families import LLAVA_ONEVISION
 from earlytom.methods import by_name
+from earlytom.methods.controls import even_frames
 from tests.earlytom.tiny import made_video, tiny_projector, tiny_tower
 from tests.golden_vectors import HOME, folder_of, parametrize, read_cases
 
@@ -173,6 +175,7 @@ def test_who_survives(made: tuple[Tensor, Tensor], faithful: bool) -> None:
     assert merged.shape == (int(found.survives.sum()), 3, 2)
     padded, which = found.padded(values, faithful=faithful)
     assert torch.equal(padded[: len(merged)], merged)
+    assert bool(torch.isfinite(padded).all())
     assert which.tolist() == sorted(which.tolist(), reverse=True)
 
 
@@ -236,5 +239,9 @@ def test_the_likeness_merges_frames_that_are_alike() -> None:
     scenes, noise = (seen({"retention_ratio": 0.3}, kind) for kind in ("still", "noise"))
     assert len({n // 9 for n in scenes.positions.tolist()}) == 1
     assert len({n // 9 for n in noise.positions.tolist()}) > 8
+    features = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0)).repeat_interleave(10, 0)
+    _, positions = by_name("bvllm-style", {"retention_ratio": 0.3}).choose(features, None, Mock())
+    anchors = even_frames(20, 16)
+    assert {n // 9 for n in positions.tolist()} == {0, min(n for n in anchors if n >= 10)}  # the first of each scene
     lax = seen({"retention_ratio": 0.3, "threshold": 0.0}, "noise")
     assert len({n // 9 for n in lax.positions.tolist()}) == 1

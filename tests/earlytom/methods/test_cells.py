@@ -142,13 +142,22 @@ def test_each_merge_is_that_of_the_reference(family: str) -> None:
     assert out.frames_per_stage == (8, 6, 4)
     prefix = 1 if family in ("clip", "dinov2") else 0
     made = torch.eye(8)
+    size, time = torch.ones(8, 25), torch.arange(8.0)[:, None].expand(8, 25)
     for layer, left in ((0, 6), (2, 4)):
         hidden = trace[f"hidden_{layer}"]
         plan = plan_cells(hidden, left, CONFIG.power, prefix)
         assert torch.equal(trace[f"weights_{layer}"], plan.weights)
         assert torch.equal(plan.member, plan_cells(hidden[:, prefix:], left, CONFIG.power).member)
         made = plan.weights @ made
+        size, time = plan.member @ size, time.gather(0, plan.taken[:, prefix:])
     torch.testing.assert_close(out.sources, made[prefix:].mean(0))
+    size, time = LLAVA_ONEVISION.pool(torch.stack([size, time], -1)).unbind(-1)
+    tokens, time = trace["features"].flatten(0, 1), time.round()
+    affine = affinity(tokens, time.flatten(), 8)  # of the video's frames, not of those left
+    taken = select_rounds(saliency(tokens), likeness(affine), len(out.tokens), 7)
+    assert torch.equal(out.positions, taken)
+    assert torch.equal(out.place, places(time.long(), taken, 9))
+    torch.testing.assert_close(out.bias, size_bias(token_sizes(affine, size.flatten(), taken)))
 
 
 @pytest.mark.parametrize("rounds", [None, 1, 7])

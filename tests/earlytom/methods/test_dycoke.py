@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from earlytom import UserError
 from earlytom.dycoke import dycoke, whole_frames
 from earlytom.methods import by_name
+from earlytom.untouched import DyCokeConfig
 
 
 @given(st.integers(1, 11), st.integers(1, 12), st.integers(0, 12), st.booleans(), st.integers(0, 2**31))
@@ -40,6 +41,8 @@ def test_published_counts() -> None:
     assert counts[True] is not None
     assert counts[False].tokens == 8 * 196 + 24 * 58
     assert counts[True].tokens == 9 * 196 + 23 * 58
+    assert DyCokeConfig(0.475).tokens(33, 196) == 9 * 196 + 24 * 58
+    assert DyCokeConfig(0.295).of_others(100) == 6  # in doubles the share of 0.06 is less
     assert math.isclose(counts[True].tokens / 32 / 196, 0.49, abs_tol=0.01)
 
 

@@ -69,6 +69,11 @@ def test_vidcom2_takes_the_least_alike_of_every_frame(x: Tensor, ratio: float) -
     kept = chosen("vidcom2", x, ratio)
     assert len(kept) == max(frames, round(ratio * frames * places))
     video = x.mean((0, 1))
+    unlike = torch.stack([-cosine_similarity(one, video[None]).mean() for one in x]) / 0.01
+    share, mine = 1 - 1 / frames + unlike.softmax(0), torch.bincount(torch.tensor(kept) // places, minlength=frames)
+    last = ((mine - 0.5) / share)[mine > 1]  # the seats that were given last, and those that would be next
+    following = ((mine + 0.5) / share)[mine < places]
+    assert not len(last) or not len(following) or last.max() <= following.min() + 1e-3
     for frame in range(frames):
         means = torch.stack([video, x[frame].mean(0)])
         score = [-float(cosine_similarity(token[None], means).sum()) for token in x[frame]]

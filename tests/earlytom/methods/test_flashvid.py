@@ -83,6 +83,8 @@ def test_clusters(rows: int, count: int, seed: int) -> None:
     assert len(tokens) == len(which) == min(rows, count)
     if count >= rows:
         torch.testing.assert_close(tokens, x)
+    copies = x[:1].expand(rows, 4)  # each centre is its own, though another is as near
+    torch.testing.assert_close(cluster(copies, count, 7)[0], copies[: len(which)])
 
 
 @given(videos(), st.floats(0.05, 1), st.floats(1, 1.5))
@@ -94,9 +96,16 @@ def test_counts_and_order(video: tuple[Tensor, Tensor], ratio: float, expansion:
     assert len(tokens) == len(positions) <= len(x) * count
     assert positions.tolist() == sorted(set(positions.tolist()))
     context = math.floor((1 - settings.diverse) * count)
+    unit, at = normalize(x, dim=-1), dict(zip(positions.tolist(), tokens, strict=True))
     for a, b in scene_bounds(frame_means(x), settings.tau, settings.least):
+        scene, means = unit[a : b + 1], normalize(unit[a : b + 1].mean(1), dim=-1)
+        likes = (scene @ means.T).mean(-1).clamp_min(0)
+        taken = spread_tokens(scene, attention[a : b + 1] * likes, count - context)
+        roots = {root for root, own in zip(follow(scene, taken, 0.8).tolist(), taken.flatten(), strict=True) if not own}
         inside = (positions >= a * x.shape[1]) & (positions < (b + 1) * x.shape[1])
-        assert (b - a + 1) * (count - context) <= int(inside.sum()) <= (b - a + 1) * count
+        assert int(inside.sum()) == int(taken.sum()) + min(len(roots), (b - a + 1) * context)
+        for f, p in taken.nonzero().tolist():
+            assert torch.equal(at[(a + f) * x.shape[1] + p], x[a + f, p])
     assert torch.equal(tokens, flashvid(x, attention, settings)[0])
 
 

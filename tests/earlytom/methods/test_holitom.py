@@ -24,8 +24,8 @@ from earlytom.budget import kept_tokens
 from earlytom.density import by_peak, first_of, spacing
 from earlytom.encoder import encode
 from earlytom.families import LLAVA_ONEVISION
-from earlytom.holitom.compress import HoliTomSettings, HoliTomTokens, compress, fold
-from earlytom.holitom.segments import best_cuts, segment, similarity
+from earlytom.holitom.compress import HoliTomSettings, HoliTomTokens, compress, counts, fold
+from earlytom.holitom.segments import Segmentation, best_cuts, segment, similarity
 from earlytom.inner import InnerSettings, plan_inner
 from earlytom.methods import by_name
 from tests.earlytom.tiny import made_video, tiny_llava, tiny_projector, tiny_tower, video_prompt
@@ -283,8 +283,27 @@ def test_of_equally_good_cuts_the_last_segment_is_the_shorter() -> None:
     assert best_cuts(np.zeros((3, 3), dtype=np.int64), 3) == [(0, 0), (1, 1), (2, 2)]
 
 
+def test_counts_of_tokens_round_to_the_even_number_or_up() -> None:
+    found = Segmentation(np.zeros((3, 2), np.int64), np.array([1, 3, 5]), 0, torch.zeros(3, 9, dtype=torch.bool))
+    centres, dynamic = counts(found, 0.5, 9, True)
+    assert (centres.tolist(), dynamic.tolist()) == ([0, 2, 2], [4, 3, 2])
+    assert counts(found, 0.5, 9, False)[0].tolist() == [1, 2, 2]
+
+
+def test_a_position_as_alike_as_tau_is_not_static() -> None:
+    x = torch.eye(4)[:, None].repeat(1, 3, 1)  # cosines of exactly 0
+    for tau, saved in ((0.0, 0), (-0.1, 9)):
+        assert compress(x, torch.ones(4, 3), HoliTomSettings(0.5, tau)).segmentation.saved == saved
+
+
 def test_the_released_form_compares_in_the_features_dtype() -> None:
     x = torch.randn(4, 50, 64, generator=torch.Generator().manual_seed(0)).half()
+    half, single = (similarity(x[:2], dtype=dtype)[0].float() for dtype in (None, torch.float32))
+    where = int((single - half).argmax())
+    between = float(single[where] + half[where]) / 2
+    settings = (HoliTomSettings(0.5, between, faithful=faithful) for faithful in (True, False))
+    static = [compress(x[:2], torch.ones(2, 50), one).segmentation.static[0, where] for one in settings]
+    assert static == [False, True]
     assert similarity(x, dtype=None).dtype == torch.float16
     assert similarity(x).dtype == torch.float32
     torch.testing.assert_close(similarity(x, dtype=None).float(), similarity(x), atol=2e-3, rtol=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from earlytom import encode_video
 from earlytom.encoder import VisualTokens
+from earlytom.inner import InnerSettings
 from earlytom.methods import METHODS, by_name
 from earlytom.methods.published.compressing import Compressing
 from earlytom.micro.data import labelled_clip
@@ -56,6 +57,15 @@ def test_about_as_many_tokens_as_asked_for(clip: Tensor, name: str) -> None:
         assert out.tokens.isfinite().all()
         assert out.bias.isfinite().all()
         assert bool((out.place < tokens).all())
+
+
+def test_fastv_leaves_out_and_folds_nothing() -> None:
+    assert by_name("fastv", {"retention_ratio": 0.75}).inner == InnerSettings(2, 0.25, fold=False)
+
+
+@every
+def test_attention_is_read_off_the_last_layer(name: str) -> None:
+    assert by_name(name, SETTINGS.get(name, {})).watched(DEPTH) in (None, DEPTH - 1)
 
 
 @every

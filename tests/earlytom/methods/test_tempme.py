@@ -270,7 +270,8 @@ def test_a_plan_never_merges_more_than_there_is(
 
 def test_the_released_form_counts_as_if_a_lone_clip_had_merged_before() -> None:
     settings: dict[str, Any] = {"each": 0, "merge_layers": (0,), "groups": (1,)}
-    assert TempMeSchedule(**settings, faithful=True).plan(4, 20, 1)[0].within == int((20 - 6) * 0.1)
+    (released,) = TempMeSchedule(**settings, faithful=True).plan(4, 20, 1)
+    assert (released.across, released.within, released.tokens) == (0, int((20 - 6) * 0.1), 19)
     assert TempMeSchedule(**settings).plan(4, 20, 1)[0].within == 2
 
 

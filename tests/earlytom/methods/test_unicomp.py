@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +45,11 @@ def test_budgets(x: Tensor, ratio: float, most: float) -> None:
     assert bool(((budget >= 1) & (budget <= x.shape[1])).all())
     assert bool((budget <= max(1, most * tokens / len(x) + 0.5)).all())
     assert int(budget.sum()) <= tokens + len(x)
+    means = normalize(x.mean(1), dim=-1)
+    alike = (means @ means.T).mean(1)
+    share = torch.softmax(math.sqrt(len(x)) * (alike.mean() - alike), 0)
+    wanted = (share * tokens).clamp_max(most * tokens / len(x)).clamp(1, x.shape[1])
+    assert bool(((budget - wanted).abs() <= 0.5 + 1e-3).all())
 
 
 def test_a_frame_unlike_the_others_has_more() -> None:

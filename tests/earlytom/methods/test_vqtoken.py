@@ -210,6 +210,27 @@ def test_seeds_are_spread() -> None:
     assert len({a for a, _ in rows}) > 20
 
 
+def test_copies_are_drawn_like_any_other() -> None:
+    rows = seed_rows(directions(torch.ones(4, 6)), torch.tensor([0.5, 0.25, 0.6, 0.99], dtype=torch.float64))
+    assert rows.tolist() == [2, 1, 2, 3]  # a draw of exactly a cumulative probability exceeds it at the next row
+
+
+@pytest.mark.parametrize(("angle", "clusters", "rounds"), [(1e-4, 1, 1), (1.6e-4, 1, 1), (1.6e-4, 2, 2)])
+def test_a_fit_whose_means_hardly_move_ends_before_they_do(angle: float, clusters: int, rounds: int) -> None:
+    """Means move by half the angle; of two clusters together by 1.13e-4."""
+    pairs = [torch.tensor([[1.0, 0.0, 0.0], [1.0, angle, 0.0]]), torch.tensor([[0.0, 0.0, 1.0], [0.0, angle, 1.0]])]
+    unit = directions(torch.cat(pairs[:clusters]))
+    found = fit(unit, torch.tensor([0, 2][:clusters]))
+    assert int(found.rounds) == rounds
+    assert torch.equal(found.centres, unit[[0, 2][:clusters]]) == (rounds == 1)
+
+
+def test_a_medoid_is_a_member_though_another_is_nearer() -> None:
+    unit = directions(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
+    found = Fit(torch.tensor([0, 1]), torch.tensor([0, 1, 0]), unit[:2], torch.tensor(1))
+    assert medoids(unit, found).tolist() == [0, 1]
+
+
 def test_a_choice_takes_three_points_and_enough_draws() -> None:
     unit, plenty = directions(torch.randn(40, 6)), torch.rand(draws_needed(14), dtype=torch.float64)
     assert len(fit_adaptive(unit, plenty, 14, "intended")) == 4
@@ -249,6 +270,12 @@ def test_as_many_tokens_as_clusters(faithful: bool, kind: str) -> None:
     assert by_name("vqtoken", {"clusters": 9}).counts(8, 9) == Counts((8,), 9)
     assert by_name("vqtoken", {"retention_ratio": 0.25}).counts(8, 9) == Counts((8,), 18)
     assert by_name("vqtoken", {"clusters": 99}).counts(8, 9) == Counts((8,), 72)
+
+
+def test_a_cluster_that_nothing_belongs_to_is_no_token_of_zeros() -> None:
+    out, released = (seen({"clusters": 12, "faithful": form}, kind="still") for form in (False, True))
+    assert bool(out.tokens.any(1).all())
+    assert int(released.tokens.any(1).sum()) == 9  # as published it is one; a frame has no more than 9 tokens
 
 
 def test_the_default_has_the_scale_of_tokens_and_their_order_in_time() -> None:

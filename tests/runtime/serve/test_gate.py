@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Echo:
     def __init__(self) -> None:
         self.seen: list[str] = []  # paths
         self.entered = threading.Event()
+        self.left = threading.Event()  # the client of /wait
         self.hold: threading.Event | None = None
         self.fails: BaseException | None = None
         self.answers = b""
@@ -50,6 +52,9 @@ class Echo:
         while more:
             message = await receive()
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        while scope["path"] == "/wait" and not self.left.is_set():
+            if (await receive())["type"] == "http.disconnect":
+                self.left.set()
         self.names = {name.decode() for name, _ in scope["headers"]}
         while self.hold is not None and scope["method"] == "POST" and not self.hold.is_set():
             await asyncio.sleep(0.01)
@@ -541,6 +546,22 @@ def test_what_is_no_http_is_told_so(door: Served, sent: bytes) -> None:
         content = received(client)
     assert b" 400 " in content
     assert error_of(content.partition(b"\r\n\r\n")[2])
+
+
+def test_a_client_that_leaves_with_another_request_sent_is_noticed(door: Served, echo: Echo) -> None:
+    with connected(door.port) as client:
+        client.sendall(request(path="/wait") + request("GET", "/"))
+        assert echo.entered.wait(HANG_SECONDS)
+    assert echo.left.wait(HANG_SECONDS)
+
+
+def test_requests_before_an_answer_have_a_limit(door: Served, echo: Echo) -> None:
+    """Each would take kilobytes for its forty bytes, and be read on while others are answered."""
+    for many, statuses in ((30, {b"200"}), (5000, {b"200", b"400"})):
+        with connected(door.port) as client:
+            client.sendall(request("GET", "/") * many + request("GET", "/", Connection="close"))
+            assert set(re.findall(rb"HTTP/1.1 (\d+)", received(client))) | {b"200"} == statuses
+    assert len(echo.seen) < 1000
 
 
 @pytest.mark.parametrize("setting", [{"header_seconds": 0}, {"most": 0}, {"max_header": 0.5}, {"write_seconds": None}])
