@@ -55,6 +55,10 @@ PRESETS: dict[str, dict[float, tuple[float, tuple[int, ...]]]] = {
         0.25: (0.7, (10, 21, 23)),
     },
 }
+# model_type -> those that were released for it alone
+_OF_FAMILY: dict[str, dict[tuple[str, float], tuple[float, tuple[int, ...]]]] = {
+    "llava_qwen": {("videomme", 0.25): (0.6, (10, 21, 23)), ("longvideobench", 0.25): (0.8, (6, 21, 23))}
+}
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,11 @@ class EarlyTomConfig:
         set_(self, "inner_ratio", real("inner_ratio", self.inner_ratio, 0, 1, high_open=True))
 
     @classmethod
-    def preset(cls, benchmark: str, retention_ratio: float, **changes: Any) -> EarlyTomConfig:
-        """The released settings for a benchmark and a retention ratio.
+    def preset(
+        cls, benchmark: str, retention_ratio: float, *, family: str | None = None, **changes: Any
+    ) -> EarlyTomConfig:
+        """The released settings for a benchmark and a retention ratio. Two are others for LLaVA-Video: `family` is the
+        `model_type` of a model's configuration, its own "llava_qwen".
 
         Raises:
             UserError: there is no such benchmark, or it was not released at this ratio.
@@ -129,7 +136,7 @@ class EarlyTomConfig:
                 f"preset {benchmark!r} was not released at retention ratio {wanted}: choose one of "
                 f"{', '.join(map(str, released))}, or give --merge-layers and --tau without a preset"
             )
-        tau, layers = released[ratio]
+        tau, layers = _OF_FAMILY.get(family or "", {}).get((name, ratio), released[ratio])
         settings: dict[str, Any] = {"retention_ratio": ratio, "tau": tau, "merge_layers": layers}
         return cls(**(settings | changes))
 

@@ -127,7 +127,7 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
         checkpoint = checkpoint.sized(parse_size(options.size))
     kernel = kernel_target(target, options.hardware_compatible)
     frame = geometry(checkpoint.config)
-    method = _method(options, frame)
+    method = _method(options, frame, checkpoint.config.model_type)
     kernels = choose(options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(method))
     counts = _counts(options.frames, checkpoint.frames)
     return BuildConfig(
@@ -157,8 +157,9 @@ def _has_kernels(method: MethodSettings) -> bool:
     return isinstance(method, EarlyTomConfig) or (isinstance(method, CellsConfig) and method.rounds is None)
 
 
-def _method(options: argparse.Namespace, frame: Geometry | None) -> MethodSettings:
-    """The method's settings: a preset's, changed by what was given explicitly; `frame` is None while not known."""
+def _method(options: argparse.Namespace, frame: Geometry | None, family: str | None = None) -> MethodSettings:
+    """The method's settings: a preset's, changed by what was given explicitly; `frame` and `family`, the model's
+    `model_type`, are None while not known."""
     kind = SETTINGS[options.method]
     own = {option.name: option.method for option in METHOD_OPTIONS.values() if option.method is not None}
     for name, method in (own | {"preset": EarlyTomConfig.method}).items():
@@ -184,7 +185,7 @@ def _method(options: argparse.Namespace, frame: Geometry | None) -> MethodSettin
     defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": layers}
     try:
         if options.preset is not None:
-            return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
+            return EarlyTomConfig.preset(options.preset, options.ratio, family=family, **changes)
         if issubclass(kind, UntouchedConfig):
             return kind(options.ratio)
         return kind(**(defaults | changes))
