@@ -1,8 +1,8 @@
-"""What a `Pipeline` is made of: an engine, the decoder of its model, and what the decoder is told of tokens.
+"""Loads the parts of a `Pipeline`: the engine, the decoder of its model, and the placing of visual tokens.
 
     parts = load_parts(WantedParts.checked("engines/...", decoder="torch"))
 
-What is wanted is checked before anything is loaded, and what can be refused without the weights is refused before them.
+Arguments are checked before anything is loaded, and all that can be refused without the weights before they are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DECODER_FOLDER = "decoder"  # in the engine's folder: compiled programs of the d
 
 @dataclass(frozen=True)
 class WantedParts:
-    """What is to be loaded: the arguments of `Pipeline.load` by their names, checked."""
+    """The arguments of `Pipeline.load`, checked."""
 
     engine: Path
     model: Source
@@ -73,7 +73,7 @@ class WantedParts:
         decoder_key: str | None = None,
         decoder_dtype: str | None = None,
     ) -> WantedParts:
-        """Raises UserError or EngineError for an argument that makes no sense."""
+        """Raises UserError or EngineError for an invalid argument."""
         found = cls(
             engine_folder(engine),
             model_source(model),
@@ -105,7 +105,7 @@ class WantedParts:
 
 
 class TextParts(NamedTuple):
-    """A decoder, what closes visual tokens ([E], if anything does), the tokenizer, and the ids that end an answer."""
+    """A decoder, the closing token's embedding ([E] or None), the tokenizer, and the ids that end an answer."""
 
     decoder: TextDecoder
     closing: Tensor | None
@@ -114,7 +114,7 @@ class TextParts(NamedTuple):
 
 
 class PipelineParts(NamedTuple):
-    """What was loaded. `notes` are lines about answers that may not be expected."""
+    """The loaded parts; `notes` as in `Pipeline`."""
 
     manifest: Manifest
     vision: VisionBackend
@@ -124,9 +124,9 @@ class PipelineParts(NamedTuple):
 
 
 def load_parts(wanted: WantedParts) -> PipelineParts:
-    """Load them; whoever gets them closes them."""
+    """Load the parts, which the caller must close; errors as `Pipeline.load`."""
     folder, device, decoder = wanted.engine, wanted.device, wanted.decoder
-    compiler = _compiler(decoder, device)  # first: it wants to, and refuses before anything large is loaded
+    compiler = _compiler(decoder, device)  # first: it must be imported before TensorRT, and may refuse
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"no GPU that torch {torch.__version__} can use for --device {device}: use --device cpu")
     manifest = Manifest.read(folder)
@@ -165,7 +165,7 @@ def load_parts(wanted: WantedParts) -> PipelineParts:
 
 
 def placing_of(manifest: Manifest, checkpoint: Checkpoint, bias: bool | None, positions: str | None) -> Placing:
-    """What the decoder is told of an engine's tokens; None as its method has it."""
+    """The placing of an engine's visual tokens; for None the default of its method."""
     settings = manifest.settings
     original = settings.original_positions if positions is None else positions == POSITIONS[0]
     most = manifest.closings.span(checkpoint.frames)
@@ -184,7 +184,7 @@ def _vision(
 
 
 def _compiler(decoder: str, device: torch.device) -> Compiler | None:
-    """The compiler of a decoder, None for one that needs none."""
+    """The compiler of a decoder; None for one that is not compiled."""
     if decoder != "torch-tensorrt":
         return None
     from runtime.decoder.compiler import TorchTensorRT
@@ -202,9 +202,9 @@ def _decoder(
     model: Any,
     tokenizer: Any,
 ) -> Decoder:
-    """The decoder of a model, whose layers go to the device, or into compiled programs there."""
+    """The decoder of a model, with its layers moved to the device or compiled into programs there."""
     if placing.bias:
-        refuse_bias(model.get_decoder().config)  # now, and not at every question
+        refuse_bias(model.get_decoder().config)  # here, not at every question
     if compiler is None:
         torch.nn.Module.to(model, device)
         return Decoder.from_model(model, inner=inner)
@@ -220,7 +220,7 @@ def _decoder(
 
 
 def _by_vllm(name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, key: str | None) -> TextParts:
-    """A decoder elsewhere; of the decoder's weights only the embeddings are loaded."""
+    """A vLLM decoder; of its weights only the embeddings are loaded here."""
     from runtime.decoder.vllm import open_decoder
 
     tokenizer = load_tokenizer(checkpoint)
@@ -235,7 +235,7 @@ def _loaded(
     narrow: bool,
     make: Callable[[Any, Any], Decoder],
 ) -> TextParts:
-    """A decoder whose weights are here. The checkpoint's own vision tower is not loaded."""
+    """A decoder in this process. The checkpoint's own vision tower is not loaded."""
     tokenizer = load_tokenizer(checkpoint)
     model: Any = load_decoder(checkpoint, dtype, int8=narrow)
     stops = stop_token_ids(model.generation_config, tokenizer)

@@ -25,6 +25,12 @@ from builder.export.vision import ExportedGraph
 from builder.settings.config import BuildConfig
 from tests.shared import Shared, name_of
 
+# Parts of a build's key that no graph depends on.
+OF_OTHER_STAGES = (
+    *("answers", "calibration", "target", "backend", "backend_version"),
+    *("hardware_compatible", "workspace_gib", "compression", "triton"),
+)
+
 
 def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
     """`export`, one of `builder.stages`, that does the work of equal settings once."""
@@ -40,7 +46,7 @@ def once(shared: Shared, export: Callable[..., Any]) -> Callable[..., Any]:
             record = {"one": made is graphs[0], "files": [graph.files for graph in graphs]}
             folder.with_suffix(".export").write_text(json.dumps(record))
 
-        parts = {name: part for name, part in config.key_parts().items() if name not in ("answers", "calibration")}
+        parts = {name: part for name, part in config.key_parts().items() if name not in OF_OTHER_STAGES}
         folder = shared(name_of("export", [json.dumps(parts, sort_keys=True)]), make)
         record = json.loads(folder.with_suffix(".export").read_text())
         for file in folder.iterdir():

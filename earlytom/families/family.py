@@ -68,10 +68,11 @@ class Family(ABC):
     Attributes:
         model_type: what such a configuration calls the family.
         title, tower_title: what people call the family and its tower.
-        model_class: transformers' class of the whole model.
+        model_class, config_class: transformers' classes of the whole model and of its configuration.
         towers: model types of the vision towers that its checkpoints may have.
         frames: how many of a video a checkpoint is shown that does not say.
-        vision_names, decoder_names: what the canonical names of the tensors of either part begin with.
+        vision_names, decoder_names: what the canonical names of the tensors of either part begin with; in most families
+            two modules are the vision part, first the tower, then the projector.
         unused_names: tensors of neither part, that only pictures need.
         closing_name, embeddings_name, head_name: canonical names of three tensors: what closes the visual tokens (None
             where nothing does), the decoder's embeddings, its output layer.
@@ -99,19 +100,22 @@ class Family(ABC):
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
-            tokens, and the one that says which states are taken, such as the encoder layer.
+            tokens, the last that of a visual one, and the one that says which states are taken, such as the encoder
+            layer.
+        roles: what `earlytom.micro.weights` knows tensors by whose canonical names end so, where that is another name.
     """
 
     model_type: ClassVar[str]
     title: ClassVar[str]
     tower_title: ClassVar[str]
     model_class: ClassVar[str]
+    config_class: ClassVar[str]
     towers: ClassVar[tuple[str, ...]]
     frames: ClassVar[int]
     vision_names: ClassVar[tuple[str, ...]]
     decoder_names: ClassVar[tuple[str, ...]]
     unused_names: ClassVar[tuple[str, ...]] = ()
-    closing_name: ClassVar[str | None]
+    closing_name: ClassVar[str | None] = None
     embeddings_name: ClassVar[str]
     head_name: ClassVar[str]
     video_token: ClassVar[str]
@@ -141,6 +145,7 @@ class Family(ABC):
     activations: ClassVar[tuple[str, ...]]
     token_ids: ClassVar[tuple[str, ...]]
     layer_setting: ClassVar[str]
+    roles: ClassVar[Mapping[str, str]] = {}
 
     @property
     def name(self) -> str:
@@ -176,9 +181,11 @@ class Family(ABC):
             UserError: there is one.
         """
 
-    @abstractmethod
     def config(self, raw: dict[str, Any]) -> Any:
         """transformers' configuration of the content of a config.json; it raises what that raises."""
+        import transformers
+
+        return getattr(transformers, self.config_class).from_dict(raw)
 
     def prepares(self, config: Any) -> Mapping[str, Any] | None:
         """A preprocessing file for checkpoints that have none; None where they must have one."""
@@ -227,9 +234,10 @@ class Family(ABC):
         """The vision part of a whole transformers model (without its language-model head); nothing is copied."""
         return self.vision(*self.modules(model)[:2])
 
-    @abstractmethod
     def modules(self, model: Any) -> VisionModules:
         """The same as modules."""
+        tower, projector = (getattr(model, name.removesuffix(".")) for name in self.vision_names[:2])
+        return VisionModules(tower, projector, self.closing(model))
 
     @abstractmethod
     def new_modules(self, config: Any) -> VisionModules:
@@ -245,18 +253,22 @@ class Family(ABC):
 
         return getattr(transformers, self.model_class)
 
-    @abstractmethod
     def drop_vision(self, model: Any) -> None:
         """Take tower and projector out of a whole model (with its head), in place; `closing` stays."""
+        for name in self.vision_names:
+            if name != self.closing_name:
+                delattr(model.model, name.removesuffix("."))
 
-    @abstractmethod
     def restore_buffers(self, tower: nn.Module) -> None:
-        """Make the buffers of a tower that are stored nowhere, after its weights were loaded."""
+        """Make the buffers of a tower that are stored nowhere, after its weights were loaded; most have none."""
+        return
 
-    @abstractmethod
     def module_name(self, name: str) -> str:
         """Where a tensor of the vision part stands in `VisionModules`, by canonical name: "vision_tower.x",
         "projector.x" or "closing"."""
+        tower, projector = self.vision_names[:2]
+        own = name.replace(tower, "vision_tower.", 1).replace(projector, "projector.", 1)
+        return "closing" if name == self.closing_name else own
 
     @abstractmethod
     def vision_settings(self, config: Any) -> dict[str, Any]:
@@ -269,9 +281,18 @@ class Family(ABC):
         `model` is a whole transformers model with its head, `pixels` are [F, 3, H, W].
         """
 
-    @abstractmethod
     def canonical_name(self, name: str) -> str:
-        """The name of a tensor without the prefixes in which the releases of transformers differ."""
+        """The name of a tensor without the prefixes in which the releases of transformers differ.
+
+        `model.vision_tower.vision_model.encoder`, `model.vision_tower.encoder` and `vision_tower.vision_model.encoder`
+        are all `vision_tower.encoder`; `model.image_newline` is `image_newline`; `language_model.model.layers` is
+        `language_model.layers`, as `model.language_model.layers` is; `language_model.lm_head` is `lm_head`.
+        """
+        name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
+        for old, new in (("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
     def spare_names(self, config: Any) -> tuple[str, ...]:
         """What the canonical names of tensors begin with that may be stored and that the model does without."""
@@ -310,13 +331,13 @@ class Family(ABC):
     def other_weights(self, config: Any) -> int:
         """How many of them are neither `Geometry.layer_weights` nor the projector's."""
 
-    @abstractmethod
     def video_token_id(self, config: Any) -> int:
         """The id that stands for one visual token in a prompt."""
+        return getattr(config, self.token_ids[-1])
 
-    @abstractmethod
     def closing(self, model: Any) -> nn.Parameter | None:
         """What closes visual tokens, [E]; None where nothing does. `model` as in `vision_of`."""
+        return None if self.closing_name is None else getattr(model, self.closing_name)
 
     def closings(self, cells: tuple[int, int]) -> Closings:
         """Where that stands among visual tokens, for frames of `cells` (rows, columns)."""
@@ -423,4 +444,4 @@ class Family(ABC):
 
     def weight_role(self, name: str) -> str:
         """A tensor's canonical name, as `earlytom.micro.weights` knows tensors of its kind."""
-        return name
+        return next((role for end, role in self.roles.items() if name.endswith(end)), name)

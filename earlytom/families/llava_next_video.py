@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom.errors import UserError
 from earlytom.families.frames import Geometry
@@ -16,17 +16,11 @@ from earlytom.numbers import shown
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from earlytom.towers import Tower
-
 _STRIDE = 2
 
 
 class LlavaNextVideoVision(Vision):
     """Pooling first, then the projector."""
-
-    def __init__(self, tower: Tower, projector: nn.Module) -> None:
-        super().__init__(tower)
-        self.projector = projector
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         features = self.projector(average_pool(hidden))
@@ -41,12 +35,13 @@ class LlavaNextVideo(LlavaOnevision):
 
     model_type = "llava_next_video"
     title, tower_title = "LLaVA-NeXT-Video", "CLIP"
-    model_class = "LlavaNextVideoForConditionalGeneration"
+    model_class, config_class = "LlavaNextVideoForConditionalGeneration", "LlavaNextVideoConfig"
     towers = ("clip_vision_model",)
     frames = 16
     released = False
     vision_names, unused_names = LlavaOnevision.vision_names[:2], LlavaOnevision.vision_names[2:]
     closing_name = None
+    roles: ClassVar[Mapping[str, str]] = {"class_embedding": "position_embedding.weight"}
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def check(self, raw: Mapping[str, Any]) -> None:
@@ -55,11 +50,6 @@ class LlavaNextVideo(LlavaOnevision):
         if (mode, stride) != ("average", _STRIDE):
             got = f"{shown(mode)} and {shown(stride)}"
             raise UserError(f"spatial_pool_mode must be average and spatial_pool_stride {_STRIDE}, got {got}")
-
-    def config(self, raw: dict[str, Any]) -> Any:
-        from transformers import LlavaNextVideoConfig
-
-        return LlavaNextVideoConfig.from_dict(raw)
 
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
@@ -73,9 +63,6 @@ class LlavaNextVideo(LlavaOnevision):
 
     def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaNextVideoVision:  # type: ignore[override]
         return LlavaNextVideoVision(self.tower(tower), projector)
-
-    def modules(self, model: Any) -> VisionModules:
-        return VisionModules(model.vision_tower, model.multi_modal_projector, None)
 
     def new_modules(self, config: Any) -> VisionModules:
         from transformers import AutoModel
@@ -100,12 +87,6 @@ class LlavaNextVideo(LlavaOnevision):
     def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
         return frame.width * (3 * frame.patch**2 + 1 + 1 + frame.patches + 2)  # and the norm behind them
-
-    def closing(self, model: Any) -> None:  # type: ignore[override]
-        return None
-
-    def weight_role(self, name: str) -> str:
-        return "position_embedding.weight" if name.endswith("class_embedding") else name
 
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from earlytom.towers import Tower
 
-_TOWER, _PROJECTOR, _CLOSING = "vision_tower.", "multi_modal_projector.", "image_newline"
 TOWER_SETTINGS = (
     "hidden_size",
     "intermediate_size",
@@ -38,10 +37,6 @@ TOWER_SETTINGS = (
 class LlavaOnevisionVision(Vision):
     """Projector first, then pooling."""
 
-    def __init__(self, tower: Tower, projector: nn.Module) -> None:
-        super().__init__(tower)
-        self.projector = projector
-
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         projected = self.projector(hidden)  # [F', S, E]
         features = pool(projected)
@@ -56,13 +51,13 @@ class LlavaOnevision(Family):
 
     model_type = "llava_onevision"
     title, tower_title = "LLaVA-OneVision", "SigLIP"
-    model_class = "LlavaOnevisionForConditionalGeneration"
+    model_class, config_class = "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig"
     towers = ("siglip_vision_model",)
     frames = 32
     released = True
-    vision_names: ClassVar[tuple[str, ...]] = (_TOWER, _PROJECTOR, _CLOSING)
+    vision_names: ClassVar[tuple[str, ...]] = ("vision_tower.", "multi_modal_projector.", "image_newline")
     decoder_names = ("language_model.", "lm_head.")
-    closing_name: ClassVar[str | None] = _CLOSING
+    closing_name: ClassVar[str | None] = "image_newline"
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
     video_token = visual_token = VIDEO
     activations = ("projector_hidden_act",)
@@ -75,11 +70,6 @@ class LlavaOnevision(Family):
             raise UserError(
                 f"vision_feature_layer must be one layer, got {shown(layer)}; several layers are not supported"
             )
-
-    def config(self, raw: dict[str, Any]) -> Any:
-        from transformers import LlavaOnevisionConfig
-
-        return LlavaOnevisionConfig.from_dict(raw)
 
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
@@ -114,9 +104,6 @@ class LlavaOnevision(Family):
     def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaOnevisionVision:
         return LlavaOnevisionVision(self.tower(tower), projector)
 
-    def modules(self, model: Any) -> VisionModules:
-        return VisionModules(model.vision_tower, model.multi_modal_projector, model.image_newline)
-
     def new_modules(self, config: Any) -> VisionModules:
         import torch
         from transformers import AutoModel
@@ -126,17 +113,11 @@ class LlavaOnevision(Family):
         tower = AutoModel.from_config(config.vision_config)
         return VisionModules(tower, LlavaOnevisionMultiModalProjector(config), newline)
 
-    def drop_vision(self, model: Any) -> None:
-        del model.model.vision_tower, model.model.multi_modal_projector
-
     def restore_buffers(self, tower: nn.Module) -> None:
         import torch
 
         embeddings: Any = tower.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
-
-    def module_name(self, name: str) -> str:
-        return "closing" if name == _CLOSING else name.removeprefix("multi_modal_")
 
     def vision_settings(self, config: Any) -> dict[str, Any]:
         return {
@@ -153,18 +134,9 @@ class LlavaOnevision(Family):
         )
         return out.pooler_output.flatten(0, -2)
 
-    def canonical_name(self, name: str) -> str:
-        return canonical_name(name)
-
     def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
         return frame.width * (3 * frame.patch**2 + 1 + frame.patches)
-
-    def video_token_id(self, config: Any) -> int:
-        return config.video_token_id
-
-    def closing(self, model: Any) -> nn.Parameter:
-        return model.image_newline
 
     def videos(self, config: Any, pixels: Tensor, placeholders: Sequence[int]) -> list[list[Tensor]]:
         if pixels.dim() != 5:
@@ -187,20 +159,6 @@ class LlavaOnevision(Family):
 
 
 LLAVA_ONEVISION = LlavaOnevision()
-
-
-def canonical_name(name: str) -> str:
-    """The name of a tensor without the prefixes in which the releases of transformers differ.
-
-    `model.vision_tower.vision_model.encoder`, `model.vision_tower.encoder` and `vision_tower.vision_model.encoder`
-    are all `vision_tower.encoder`; `model.image_newline` is `image_newline`; `language_model.model.layers` is
-    `language_model.layers`, as `model.language_model.layers` is; `language_model.lm_head` is `lm_head`.
-    """
-    name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
-    for old, new in (("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 def feature_depth(config: Any) -> int:

@@ -6,7 +6,7 @@ Notation as in `earlytom.families.family`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,10 +49,11 @@ class Vision(ABC):
 
     Attributes:
         tower: how pixels become hidden states, layer by layer.
+        projector: the model's own, how those become tokens.
     """
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
+    def __init__(self, tower: Tower, projector: Any) -> None:
+        self.tower, self.projector = tower, projector
 
     @abstractmethod
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:

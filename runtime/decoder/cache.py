@@ -1,7 +1,7 @@
-"""The decoder's key/value cache: transformers' static one, which a `Prefix` can be taken from and put into.
+"""The decoder's KV cache: transformers' static cache, from which a `Prefix` can be copied and into which it can be put.
 
 Everything that depends on how transformers' layers keep their keys and values is here. The cache counts its tokens on
-the device; `reading` tells it what the host knows anyway, so that no prefill waits for the device to be told.
+the device; `reading` gives it the numbers that the host knows, so that no prefill waits for the device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from runtime.decoder.prefix import Prefix
 
 
 class DecoderCache(StaticCache):
-    """Room for the keys and values of `bucket` tokens; allocated by the first pass, or by `restore`.
+    """Keys and values of up to `bucket` tokens; allocated by the first pass, or by `restore`.
 
     Attributes:
-        bucket: tokens that it holds at most.
-        steps: what the decode steps of the request under way read beside their token; None for nothing.
+        bucket: capacity in tokens.
+        steps: position and bias buffers of the current request's decode steps; None for none.
     """
 
     def __init__(self, config: Any, bucket: int) -> None:
@@ -38,10 +38,10 @@ class DecoderCache(StaticCache):
 
     @property
     def on_device(self) -> bool:
-        """Whether a decode step is the same work on the device whatever the cache holds.
+        """Whether a decode step is the same work on the device whatever the cache holds, as a CUDA graph needs.
 
-        Not so with sliding windows: their layers count on the host, and do other things once a window is full. Nor
-        with linear attention, whose layers know on the host whether they have a state.
+        Not so with sliding windows, whose layers count on the host and change once a window is full, nor with linear
+        attention, whose layers track on the host whether they have a state.
         """
         return all(type(layer) is StaticLayer for layer in self.layers)
 
@@ -55,18 +55,18 @@ class DecoderCache(StaticCache):
 
     @property
     def key(self) -> Hashable:
-        """By which a graph of the decode step is known: it reads these buffers."""
+        """The key of the decode step's CUDA graph, which reads these buffers."""
         return self.bucket if self.steps is None else (self.bucket, self.steps.kind)
 
     def reset(self) -> None:
-        """Empty it. Zeroed, and not only rewound: masked positions have weight 0, but 0 times a stale NaN is NaN."""
+        """Empty the cache. It is zeroed: masked positions have weight 0, but 0 times a stale NaN is NaN."""
         super().reset()
         if self.steps is not None:
             self.steps.begin(None)
-        self._earlytom_inner = None  # of a merged prompt, see `earlytom.inner_decoder`: it is gone, too
+        self._earlytom_inner = None  # the record of a merged prompt, see `earlytom.inner_decoder`
 
     def prepare_steps(self, placed: Placed | None, dtype: torch.dtype, device: torch.device) -> None:
-        """Choose `steps` for a prompt, which is yet to be read; its buffers stay where they are."""
+        """Choose `steps` for the next prompt; buffers are reused, so their addresses stay the same."""
         if placed is None:
             self.steps = None
             return
@@ -77,9 +77,8 @@ class DecoderCache(StaticCache):
 
     @contextlib.contextmanager
     def reading(self, offset: int | None, columns: int | None = None) -> Iterator[None]:
-        """Within the block a pass reads tokens into slots from `offset` on; None: the device alone knows.
-
-        It attends to the first `columns` slots; None: to all. Not to be used with layers that are no `on_device`.
+        """Within the block a pass writes tokens to slots from `offset` on (None: only the device knows) and attends to
+        the first `columns` slots (None: all). Not for layers that are not `on_device`.
         """
         self._offset, self._columns = offset, columns
         try:
@@ -90,18 +89,18 @@ class DecoderCache(StaticCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values of a pass in a layer: those to attend to."""
+        """Store a pass's keys and values of one layer; returns those to attend to."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._columns is None:
             return keys, values
         return keys[:, :, : self._columns], values[:, :, : self._columns]
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """Where the tokens of this pass begin; transformers' masks ask."""
+        """The first slot of this pass, as transformers' mask functions need it."""
         return super().get_query_offset(layer_idx) if self._offset is None else self._offset
 
     def take(self, length: int, maker: object, placed: Placed | None = None) -> Prefix:
-        """A copy of the `length` tokens that were read since the last `reset`, placed as they were."""
+        """A copy of the keys and values of the `length` tokens since the last `reset`; `placed` is their placing."""
         for layer in self.layers:
             if type(layer) not in (StaticLayer, StaticSlidingWindowLayer, LinearAttentionLayer):
                 raise UserError(
@@ -116,7 +115,7 @@ class DecoderCache(StaticCache):
         return Prefix(keys, values, length, maker, position, bias, ends)
 
     def restore(self, prefix: Prefix) -> None:
-        """Put a prefix into the empty cache, which must have room for it: as if its tokens had just been read."""
+        """Put a prefix into the empty cache, which must have room for it, as if it had just been prefilled."""
         for layer, (conv, state) in zip(self._linear, prefix.ends, strict=True):
             if not layer.is_conv_states_initialized[0]:
                 layer.lazy_initialization(conv_states=conv, recurrent_states=state)
@@ -135,5 +134,5 @@ class DecoderCache(StaticCache):
 
 
 def _copied(tensor: Tensor, length: int) -> Tensor:
-    """The first `length` tokens of [1, H, C, d], or all C: a sliding window that is full is in order from 0 on."""
+    """A copy of the first `length` tokens of [1, H, C, d], or of all C: a full sliding window is in order from 0 on."""
     return tensor[:, :, :length].clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Which of the engine folders that a builder wrote is meant where none is named."""
+"""Finds the newest engine folder, the default where none is named."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
 
-ENGINES = Path("engines")  # where the builder puts them, if it is not told where
+ENGINES = Path("engines")  # the builder's default output folder
 
 
 def newest_engine(root: Path) -> Path:
-    """The engine folder under `root` that was built last, of those whose manifest can be read."""
+    """The engine folder under `root` with the latest build time, of those with a valid manifest."""
     folders = [path.parent for path in root.glob("*/manifest.json") if not path.parent.name.startswith(".")]
     if not folders:
         raise EngineError(

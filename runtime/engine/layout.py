@@ -1,52 +1,52 @@
-"""What an engine is, which the builder and the runtime agree on: its graphs, tensors, counts, and files of its folder.
+"""The layout of an engine, shared by builder and runtime: its graphs, tensors, counts, and the files of its folder.
 
-An engine maps one clip to the visual tokens that reach the LLM, with static shapes:
+An engine maps one clip to the visual tokens that reach the LLM; in the budget schedule all shapes are static:
 
     frames     uint8 [F, 3, H, W]   RGB at the model's resolution; scaling and normalising happen inside the engine
     tokens     dtype [N, D]         D is the width of the LLM; dtype is that of the graph
     positions  int64 [N]            ascending; position = f * P + cell, f the index among the F' frames that are left
-    sources    fp32 [F', F]         what each frame that is left is made of
+    sources    fp32 [F', F]         weight of each frame of the clip in each frame that is left
     place      int64 [N]            where a token is in the video: frame of the video * P + cell
-    bias       fp32 [N]             the logarithm of how many of the video's tokens it stands for
+    bias       fp32 [N]             log of the number of the video's tokens that it stands for
 
-A model whose tower takes several pictures for one frame (`Sizes.step`) has F pictures in `frames` and F / step frames
-in all that follows. One whose language model is given states of earlier layers, too, has each behind its token, so
-that D is a multiple of the LLM's width there.
+For a model whose tower makes one frame of several pictures (`Sizes.step`), `frames` has F pictures and all else F /
+step frames. For one whose LLM also gets states of earlier layers, these are concatenated to each token, so that D is a
+multiple of the LLM's width.
 
-An engine for B > 1 videos at once has a leading B in all of them: frames [B, F, 3, H, W], tokens [B, N, D], positions
-[B, N], ...; every video is treated as if it were alone.
+An engine for B > 1 videos has a leading B everywhere: frames [B, F, 3, H, W], tokens [B, N, D], positions [B, N], ...;
+each video is processed as if it were alone.
 
-That is one graph, `vision.onnx` or `vision.engine`, in the budget schedule. A folder for several frame counts has a
-graph for each, `vision.f8.onnx`, `vision.f16.onnx`, ..., so do its other files; ONNX weights of all of them are in
-`vision.data`. In the adaptive one it is a chain of them,
-`vision.0.onnx`, `vision.1.onnx`, ..., each with the layers up to a merge and the merge itself; n <= F frames arrive:
+The budget schedule is one graph, `vision.onnx` or `vision.engine`. A folder for several frame counts has a graph for
+each, `vision.f8.onnx`, `vision.f16.onnx`, ..., and likewise its other files; their ONNX weights share `vision.data`.
+The adaptive schedule is a chain of graphs, `vision.0.onnx`, `vision.1.onnx`, ..., each with the layers up to a merge
+and the merge itself; n <= F frames arrive:
 
-    hidden           [n, T, D]       all stages but the first: what the stage before merged
-    received         fp32 [n, S]     the last stage: received attention
-    made_of          fp32 [n, F]     all stages but the first: `sources` of the stage before
-    sources          fp32 [n, F]     all stages: what the frames are made of after its merge; rows from `count` on are
-                                     zero
-    merged_hidden    [n, T, D]       all stages but the last; rows from `count` on are zero
-    merged_received  fp32 [n, S]     the last stage but one; likewise
-    count            int64 [1]       frames left; of the last stage, the tokens that count: [M, D] come, of which the
-                                     first N are the answer, M = `places` * n being what n frames have room for; so
-                                     it is with positions, place and bias [M]
+    hidden           [n, T, D]       input of all stages but the first: `merged_hidden` of the stage before
+    received         fp32 [n, S]     input of the last stage: received attention
+    made_of          fp32 [n, F]     input of all stages but the first: `sources` of the stage before
+    sources          fp32 [n, F]     output of all stages: as above, after its merge; rows from `count` on are zero
+    merged_hidden    [n, T, D]       output of all stages but the last; rows from `count` on are zero
+    merged_received  fp32 [n, S]     output of the last stage but one; likewise
+    count            int64 [1]       frames left; from the last stage the number of tokens N: tokens, positions, place
+                                     and bias have M = `places` * n rows, the most for n frames, of which the first N
+                                     count
 
-A method that merges cell by cell takes other things along than `received` and `made_of`; all stages but the first take
-them and all but the last make them (as `merged_cell_size`, ...), and `sources` come of the last stage alone:
+A method that merges cell by cell passes on other tensors than `received` and `made_of`: inputs of all stages but the
+first, outputs of all but the last (as `merged_cell_size`, ...); only the last stage has `sources`:
 
-    cell_size        fp32 [n, S]      of how many of the video's cells each is made
+    cell_size        fp32 [n, S]      number of the video's cells merged into each
     cell_time        fp32 [n, S]      the frame of the video that it shows
-    cell_made_of     fp32 [n, S, F]   what it is made of
+    cell_made_of     fp32 [n, S, F]   weight of each frame of the clip in it
 
-An engine whose clips come in chunks of C frames (budget schedule, C divides F) is two graphs, `vision.0.onnx` with the
-layers up to the first merge, which runs once for each chunk, and `vision.1.onnx` with everything from there on:
+An engine for chunks of C frames (budget schedule, C divides F) is two graphs, `vision.0.onnx` with the layers up to the
+first merge, which runs once for each chunk, and `vision.1.onnx` with everything after them:
 
-    hidden           [C, T, D], [F, T, D]     what the one returns of a chunk and the other takes of a clip
-    received         fp32 [C, S], [F, S]      where the first merge is the last, or there is none: received attention
+    hidden           [C, T, D], [F, T, D]     output of the first for a chunk, input of the second for a clip
+    received         fp32 [C, S], [F, S]      likewise, with at most one merge: received attention
 
-What closes a video's tokens in a prompt is not among them: the runtime appends it. Nothing else may spell these names.
-A `Layout` has the graphs of one engine in their order, and derives every count from the settings. Needs no PyTorch.
+What closes a video's tokens in a prompt is not part of an engine: the runtime appends it. These names are spelt here
+and nowhere else. A `Layout` has the graphs of one engine in their order, and derives every count from the settings.
+Needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ SOURCES = "sources"
 PLACE = "place"
 BIAS = "bias"
 OUTPUTS = (TOKENS, POSITIONS, SOURCES, PLACE, BIAS)
-OF_TOKENS = (TOKENS, POSITIONS, PLACE, BIAS)  # those with a row for each token
+OF_TOKENS = (TOKENS, POSITIONS, PLACE, BIAS)  # the outputs with a row for each token
 HIDDEN, RECEIVED = "hidden", "received"
 MERGED_HIDDEN, MERGED_RECEIVED = "merged_hidden", "merged_received"
 MADE_OF = "made_of"
 CELL_SIZE, CELL_TIME, CELL_MADE_OF = "cell_size", "cell_time", "cell_made_of"
 COUNT = "count"
 
-# What a stage of a chain takes, and which output of the stage before that is.
+# Input of a stage of a chain -> the output of the stage before it.
 BETWEEN = {HIDDEN: MERGED_HIDDEN, RECEIVED: MERGED_RECEIVED, MADE_OF: SOURCES}
 BETWEEN |= {name: f"merged_{name}" for name in (CELL_SIZE, CELL_TIME, CELL_MADE_OF)}
 
-# The dtypes of a graph, by their names in folder names, manifests and flags (--fp16, --bf16, --fp32): tokens and hidden
-# states may have any of them. `runtime.engine.dtypes` has the libraries' own.
+# The dtypes of a graph, of its tokens and hidden states, as named in folder names, manifests and flags (--fp16, --bf16,
+# --fp32). `runtime.engine.dtypes` has the libraries' own names.
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
 
 MANIFEST_FILE = "manifest.json"
@@ -91,7 +91,7 @@ DATA_FILE = "vision.data"
 REFERENCE_INPUTS_FILE = "reference_inputs.json"
 REFERENCE_OUTPUTS_FILE = "reference_outputs.json"
 
-VARIES = -1  # a size that only the video tells
+VARIES = -1  # a dimension that depends on the video
 Mode = Literal["whole", "adaptive", "chunked"]
 
 
@@ -112,8 +112,8 @@ class Tensor:
     """An input or output of a graph.
 
     Attributes:
-        shape: a size that only the video tells is `VARIES`; one that the layout does not know is None.
-        dtypes: names of those that it may have.
+        shape: `VARIES` for a dimension that depends on the video, None for one that the layout does not know.
+        dtypes: names of the allowed dtypes.
     """
 
     name: str
@@ -126,12 +126,12 @@ class Graph:
     """One graph of an engine.
 
     Attributes:
-        stage: its place among several, from 0; None of a graph that a clip runs through alone.
-        span: encoder layers that it has; None where their number is not known.
+        stage: its index among several graphs; None for an engine's single graph.
+        span: its encoder layers; None where their number is not known.
         inputs, outputs: in their order.
-        calls: how often it runs for one clip.
-        taps: values that are compared with PyTorch's, in the order of computation.
-        count: the number of frames in its files' names, where the folder has graphs for several.
+        calls: runs for one clip.
+        taps: values inside that are compared with PyTorch's, in the order of computation.
+        count: the frame count in its files' names, where the folder has graphs for several.
     """
 
     stage: int | None
@@ -148,7 +148,7 @@ class Graph:
         return frozenset(tensor.name for tensor in (*self.inputs, *self.outputs))
 
     def file(self, name: str) -> str:
-        """Its file: of "vision.onnx" that, "vision.2.onnx" of a stage, "vision.f8.onnx" of one of several counts."""
+        """Its file `name`: "vision.onnx", or "vision.2.onnx" for a stage, "vision.f8.onnx" for a frame count."""
         if self.stage is not None:
             return stage_file(name, self.stage)
         return name if self.count is None else count_file(name, self.count)
@@ -156,14 +156,14 @@ class Graph:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the model fixes; None where whoever asks does not know.
+    """Sizes fixed by the model; None where they are not known.
 
     Attributes:
         tokens_per_frame: P, tokens of a whole frame after pooling.
         image: (H, W) of a frame.
         width: D, width of a token.
         layers: encoder layers that run.
-        step: pictures that the tower takes for one frame.
+        step: pictures per frame of the tower.
     """
 
     tokens_per_frame: int | None = None
@@ -179,12 +179,12 @@ class Layout:
 
     Attributes:
         earlytom: the method's settings.
-        frames: F, pictures of a clip, of which the tower takes `sizes.step` for a frame; where the engine takes one of
-            several counts, the most, which the rest is about.
-        batch: B, videos at once; counts and tokens are those of one.
-        chunk: C, frames of a chunk where clips come in chunks.
+        frames: F, pictures of a clip, `sizes.step` of them per frame. With several frame counts the largest, and all
+            other counts are those for it.
+        batch: B, videos per call; counts and tokens are those of one video.
+        chunk: C, frames of a chunk; None for an engine that takes whole clips.
         dtype: "fp16", "bf16" or "fp32".
-        frame_counts: the frame counts, ascending, where there are several; what `at` returns has one of them.
+        frame_counts: the frame counts, ascending, where there are several; the result of `at` has one of them.
     """
 
     earlytom: MethodSettings
@@ -197,14 +197,14 @@ class Layout:
 
     @property
     def mode(self) -> Mode:
-        """In which order the graphs run: one for a whole clip, a chain of stages, or one for each chunk and a rest."""
+        """How the graphs run: one for a whole clip, a chain of stages, or one for each chunk and one for the rest."""
         if self.earlytom.schedule == "adaptive":
             return "adaptive"
         return "whole" if self.chunk is None else "chunked"
 
     @property
     def adaptive(self) -> bool:
-        """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
+        """Whether the number of remaining frames depends on the video, so that the engine is a chain of stages."""
         return self.mode == "adaptive"
 
     @property
@@ -223,7 +223,7 @@ class Layout:
 
     @property
     def steps(self) -> int:
-        """Frames of a clip as the tower takes them."""
+        """Frames of a clip in the tower, `frames / step`."""
         return self.frames // self.sizes.step
 
     @property
@@ -232,7 +232,7 @@ class Layout:
 
     @property
     def watches(self) -> bool:
-        """Whether the method goes by received attention."""
+        """Whether the method uses received attention."""
         return self.earlytom.watches
 
     @property
@@ -262,16 +262,15 @@ class Layout:
         return self.steps * self.tokens_per_frame
 
     def tokens_of(self, frames_left: int) -> int:
-        """Tokens of so many frames, none of them static: the rows that a chain's last stage writes for them."""
+        """Tokens of `frames_left` frames, none of them static: the rows that a chain's last stage writes for them."""
         if isinstance(self.earlytom, UntouchedConfig):  # all frames are left
             return self.earlytom.tokens(self.steps, self.tokens_per_frame)
         return token_count(self.steps, self.tokens_per_frame, self.earlytom.retention_ratio, frames_out=frames_left)
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Values inside the graphs that are compared with PyTorch's, in the order of computation.
-
-        Of every layer where their number is known, else of the merge layers.
+        """Values inside the graphs that are compared with PyTorch's, in the order of computation: those of every layer
+        if the number of layers is known, else of the merge layers.
         """
         return tuple(trace_names(self.earlytom, self.sizes.layers))
 
@@ -344,7 +343,7 @@ class Layout:
         return range(spans[0].stop, self.sizes.layers) if stage else spans[0]
 
     def _taps(self, stage: int | None) -> tuple[str, ...]:
-        """Those of `taps` that one graph has."""
+        """The `taps` of one graph."""
         span = self._span(stage)
         if span is None or self.mode == "whole":
             return self.taps
@@ -368,7 +367,7 @@ def _stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str,
 
 
 def _cell_stage_tensors(stage: int, stages: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The same of a method that merges cell by cell."""
+    """The same for a method that merges cell by cell."""
     between = (HIDDEN, CELL_SIZE, CELL_TIME, CELL_MADE_OF)
     inputs = between if stage else (FRAMES,)
     if stage == stages - 1:

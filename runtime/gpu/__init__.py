@@ -1,1 +1,1 @@
-"""Work on a GPU: streams, CUDA graphs, frames on their way there. Nothing here knows of models."""
+"""Work on a GPU: streams, CUDA graphs, staging of frames. Nothing here knows of models."""

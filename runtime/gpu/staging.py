@@ -1,11 +1,11 @@
-"""Frames on their way to a GPU, while the request before theirs computes.
+"""Copies frames to a GPU while the previous request computes.
 
     upload = Upload(device)
     arriving = upload(clip.frames)   # in the thread that prepares: copies to pinned memory, queues the copy to the GPU
     frames = arriving.take()         # in the thread that serves: its stream waits for that copy, the host does not
 
-Pinned memory is allocated once for each shape; the frames on the device come from torch's cache of device memory, which
-asks the driver for more only until as many requests are under way as ever will be. On a CPU frames stay as they are.
+Pinned memory is allocated once for each shape; device memory comes from torch's caching allocator, which stops
+allocating once the peak number of concurrent requests is reached. On a CPU frames stay as they are.
 
 Written for a GPU and unverified without one.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Arriving:
-    """Frames that may still be being copied or made: where they will be, and the event of that, if any."""
+    """Frames that may still be being written, and the event that they are (None: they are ready)."""
 
     frames: Tensor
     done: Any = None
@@ -32,12 +32,12 @@ class Arriving:
         if self.done is not None:
             stream = torch.cuda.current_stream(self.frames.device)
             stream.wait_event(self.done)
-            self.frames.record_stream(stream)  # they were allocated on another one
+            self.frames.record_stream(stream)  # allocated on another stream
         return self.frames
 
 
 def as_of_now(frames: Tensor) -> Arriving | None:
-    """Frames on a GPU that somebody gave, which the current stream may still be making; None on a CPU."""
+    """A caller's frames on a GPU, which the current stream may still be writing; None for frames on a CPU."""
     if not frames.is_cuda:
         return None
     made = torch.cuda.Event()
@@ -56,11 +56,11 @@ class Upload:
             self._copied = torch.cuda.Event()
 
     def working(self) -> AbstractContextManager[Any]:
-        """Within the block what this thread asks of the device goes on that stream, and not behind what computes."""
+        """Within the block the copy stream is current, so that this thread's work does not queue behind computation."""
         return torch.cuda.stream(self._stream) if self._device.type == "cuda" else nullcontext()
 
     def __call__(self, frames: Tensor) -> Arriving:
-        """Start to copy frames of any shape; they may be written over at once. Frames on the device stay theirs."""
+        """Start copying frames of any shape, which may be overwritten at once; frames on the device are not copied."""
         if self._device.type != "cuda":
             return Arriving(frames)
         arrived = torch.cuda.Event()
@@ -70,7 +70,7 @@ class Upload:
         pinned = self._pinned.get(frames.shape)
         if pinned is None:
             pinned = self._pinned[frames.shape] = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-        self._copied.synchronize()  # the copy before this one, out of the same memory
+        self._copied.synchronize()  # wait for the previous copy out of the same pinned memory
         pinned.copy_(frames)
         with torch.cuda.stream(self._stream):
             there = pinned.to(self._device, non_blocking=True)

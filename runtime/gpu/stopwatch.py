@@ -1,4 +1,4 @@
-"""Seconds of work on a device, without a wait for it."""
+"""Measures seconds of work on a device without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds between its creation and `stop`: on a GPU by events on the stream, which waits for nothing. Without a
-    device, and without `stop`, they are none."""
+    """Seconds between its creation and `stop`; on a GPU by events on the stream. Without a `stop` on a CPU it is 0."""
 
     def __init__(self, device: torch.device | None) -> None:
         self.events: list[Any] = []
@@ -25,7 +24,7 @@ class Stopwatch:
             self.events[1].record()
 
     def seconds(self) -> float:
-        """Valid once the host has waited for the device, as it does for every token."""
+        """The seconds; on a GPU valid once the host has waited for the device, as it does for every token."""
         if self.events:
             return self.events[0].elapsed_time(self.events[1]) / 1000
         return self.stopped - self.started

@@ -1,9 +1,9 @@
-"""Where work is queued: on the caller's stream, or on a stream of its own between what the caller's has and will get.
+"""Streams for an engine's work: the caller's (`Here`), or its own, ordered with the caller's by events (`Lane`).
 
     caller's stream ──wait──> own stream: copy frames in, run ──event──> caller's stream goes on
 
-`Here` and `Lane` have the same methods, so that what runs in one need not know which it is. A `Lane` is written for a
-GPU and unverified without one: what a test on a CPU can reach is the order of the calls.
+`Here` and `Lane` have the same interface. A `Lane` is written for a GPU and unverified without one: what a test on a
+CPU can reach is the order of the calls.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from runtime.errors import EngineError
 
 
 class Here:
-    """The caller's stream, or a CPU, where frames are read where they are.
+    """Work on the caller's stream, or on a CPU; a single clip's frames are read in place.
 
     Args:
         device: where the work is done.
         shape: of the uint8 frames of one call.
-        kept: whether the frames of a call are copied to memory of the lane's own.
+        kept: whether to allocate a buffer for frames.
 
     Attributes:
-        frames: that memory, uint8 of `shape`; None where there is none.
+        frames: that buffer, uint8 of `shape`; None without `kept`.
     """
 
     def __init__(self, device: torch.device | str, shape: Sequence[int], *, kept: bool = False) -> None:
@@ -36,11 +36,11 @@ class Here:
         self._worked = torch.cuda.Event() if self.device.type == "cuda" else None
 
     def check(self, frames: Tensor) -> None:
-        """Frames may be anywhere."""
+        """Accept frames on any device."""
 
     @contextmanager
     def bringing(self, clips: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Frames for what the block queues: the only clip as it is, or all of them one after the other in `frames`."""
+        """Yield the frames to run on: a single clip itself, or several clips stacked in `frames`."""
         if len(clips) == 1:
             yield clips[0].to(self.device).contiguous()  # both are no-ops for frames as `runtime.video` gives them
             return
@@ -51,7 +51,7 @@ class Here:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Around work on memory that calls share: in the order of the calls, whatever streams they are on."""
+        """Order the block's work on shared memory after that of earlier calls, whatever streams they used."""
         if self._worked is None:
             yield
             return
@@ -63,30 +63,30 @@ class Here:
             self._worked.record(stream)
 
     def fill(self, frames: Tensor) -> Tensor:
-        """Copy frames [c, ...] to `frames` [C, ...], the last one as often as it takes to fill it; returns that."""
+        """Copy frames [c, ...] to the buffer `frames` [C, ...], repeating the last one; returns the buffer."""
         assert self.frames is not None
         _fill(self.frames, frames)
         return self.frames
 
     def read(self, number: Tensor) -> int:
-        """A number that the work before wrote; waits for it."""
+        """The value of `number` after the work queued so far; waits for it."""
         return int(number)
 
     def own(self, buffers: Sequence[Tensor]) -> None:
-        """Memory just made on the caller's stream is for the work of this one."""
+        """Take over memory that was just allocated on the caller's stream; nothing to do on that stream."""
 
     def hand_over(self, outputs: Sequence[Tensor]) -> None:
-        """The caller reads these."""
+        """Give outputs to the caller's stream; nothing to do on that stream."""
 
     def warm_up(self, run: Callable[[Tensor], Any], shape: Sequence[int]) -> None:
-        """What takes long in a first call would be done here."""
+        """Nothing to warm up."""
 
     def drain(self) -> None:
-        """Wait for everything that was queued."""
+        """Wait for all queued work; there is none of its own."""
 
 
 class Lane(Here):
-    """A stream of its own on an NVIDIA GPU, with the pinned memory and the buffer that frames come through.
+    """Work on its own stream of an NVIDIA GPU; frames are copied through pinned memory to the buffer `frames`.
 
     Args:
         device: as `Here`; the current device.
@@ -112,12 +112,12 @@ class Lane(Here):
 
     @contextmanager
     def bringing(self, clips: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Copy the clips to `frames`; the block queues on the same stream what reads them."""
+        """Copy the clips to `frames`; the block queues the work that reads them on the same stream."""
         several = len(clips) > 1
         pinned = self._staging.unbind() if several else [self._staging]
         entering = self.frames.unbind() if several else [self.frames]
         if not self.waits and any(clip.device.type == "cpu" for clip in clips):
-            # Waits for the previous call's copy out of the pinned buffer, which comes before that call's run.
+            # Waits only for the previous call's copy out of the pinned buffer, not for its run.
             self._staged.synchronize()
         staged = [
             place.copy_(clip) if clip.device.type == "cpu" else clip for place, clip in zip(pinned, clips, strict=True)
@@ -131,15 +131,16 @@ class Lane(Here):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Within the block work is queued on this stream, in the order of the calls."""
+        """Within the block work is queued on this stream."""
         with self._between():
             yield
 
     @contextmanager
     def _between(self, read: Sequence[Tensor] = ()) -> Iterator[None]:
-        """The block's work comes between what the caller's stream has and will get; `read`: frames that it reads."""
+        """Order the block's work after that queued on the caller's stream and before later work there. `read`: frames
+        that it reads."""
         caller = torch.cuda.current_stream(self.device)
-        # Frames may still be being made on the caller's stream, and the last outputs may still be being read there.
+        # The caller's stream may still write the frames, or read the last outputs.
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
             yield
@@ -155,7 +156,7 @@ class Lane(Here):
     def fill(self, frames: Tensor) -> Tensor:
         """As `Here.fill`, within `working`; frames on the CPU go through the pinned memory."""
         if frames.device.type == "cpu":
-            self._staged.synchronize()  # the copy out of the pinned buffer of the call before
+            self._staged.synchronize()  # wait for the previous call's copy out of the pinned buffer
             _fill(self._staging, frames)
             self.frames.copy_(self._staging, non_blocking=True)
             self._staged.record(self.stream)
@@ -166,26 +167,26 @@ class Lane(Here):
         return self.frames
 
     def read(self, number: Tensor) -> int:
-        """A number int64 [1] that the work before wrote, by eight bytes of pinned memory; waits for it."""
+        """The value of `number`, int64 [1], after the work queued so far, through pinned memory; waits for it."""
         assert self._number is not None
         self._number.copy_(number, non_blocking=True)
         self.stream.synchronize()
         return int(self._number)
 
     def own(self, buffers: Sequence[Tensor]) -> None:
-        """Memory just made on the caller's stream is for the work of this one."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # it is being cleared there
+        """Take over memory that was just allocated on the caller's stream."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still be zeroing it
         for buffer in buffers:
-            buffer.record_stream(self.stream)  # it may be let go while work on it is under way
+            buffer.record_stream(self.stream)  # it may be freed while this stream uses it
 
     def hand_over(self, outputs: Sequence[Tensor]) -> None:
-        """The caller's stream reads these, and may be doing so when they are let go."""
+        """Give outputs to the caller's stream, which may still read them when they are freed."""
         caller = torch.cuda.current_stream(self.device)
         for output in outputs:
             output.record_stream(caller)
 
     def warm_up(self, run: Callable[[Tensor], Any], shape: Sequence[int]) -> None:
-        """Run once on frames of `shape`, which takes the library's own set-up out of the first request."""
+        """Run once on frames of `shape`, so that the first request does not pay for the library's initialisation."""
         run(torch.zeros(tuple(shape), dtype=torch.uint8))
         if not self.waits:
             torch.cuda.synchronize(self.device)

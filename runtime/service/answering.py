@@ -1,14 +1,13 @@
-"""From a video and a question to an answer: what a `Pipeline` does when it is a request's turn.
+"""Answers a request of a `Pipeline`: from a video and a question to the answer.
 
     core = Answering(manifest, vision, decoder, closing, tokenizer, stops)
     question = core.question("What happens?", max_new_tokens=64)
     for delta in core.answer(Ready(core.prepare("clip.mp4"), question)): ...
 
 The stages: decode and resize the frames (`prepare`), run the vision engine, splice its tokens into the prompt, prefill,
-decode token by token (`answer`). Nothing here knows of lines. The buffers of the engine and the decoder are used again
-by every answer, so one has to end before the next begins, unless the decoder takes several at a time (`lanes`): then
-answers may be generated in as many threads, and wait for each other only to have their videos encoded. `question` and
-`prepare` may run at any time.
+decode token by token (`answer`). Queueing is not done here. Answers share the buffers of engine and decoder, so one
+must end before the next begins, unless the decoder runs several concurrently (`lanes`): then that many threads may
+generate answers, and take turns only at encoding their videos. `question` and `prepare` may run at any time.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ from runtime.video.limits import DEFAULT_LIMITS
 from runtime.vision import BatchedVision, Encoded, VisionBackend, encode_one
 
 CONSECUTIVE = Placing()
-WATCH_BYTES = 2 << 30  # for videos that were read, if nothing else is asked for
+WATCH_BYTES = 2 << 30  # default limit of the prefix cache
 _log = logging.getLogger(__name__)
 READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
@@ -78,15 +77,15 @@ class Answering:
     """One engine and one decoder.
 
     Args:
-        watch_bytes: what videos that were read, to be asked more than once, may take together.
+        watch_bytes: limit of the prefix cache of watched videos.
         limits: the largest video that is read.
-        placing: what the decoder is told of visual tokens besides themselves.
+        placing: which positions and bias the visual tokens get.
 
     Attributes:
-        lanes: answers that may be generated at a time.
-        batch: videos that the engine encodes at once; with several lanes one.
+        lanes: answers that may be generated concurrently.
+        batch: videos that the engine encodes in one call; 1 with several lanes.
         decoder: None once closed.
-        watched: videos that were read.
+        watched: the prefix cache of watched videos.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Answering:
         self.lanes = decoder.concurrent
         self.batch = vision.batch if self.lanes == 1 else 1
         self.decoder: TextDecoder | None = decoder
-        self._turn = threading.Lock()  # to use the engine, until what it gave was copied
+        self._turn = threading.Lock()  # held while the engine runs, until its outputs are copied
         self.tokenizer = tokenizer
         self.stops = stops
         self._family = family_named(manifest.model.family)
@@ -117,12 +116,12 @@ class Answering:
         self.splicing = Splicing(manifest, closing, placing)
         self._bytes_per_token = bytes_per_token(tokenizer)
         self.watched: PrefixCache[Remembered, Seen] = PrefixCache(watch_bytes)
-        # Where the engine takes frames from its GPU, they are on their way there while it computes.
+        # Copies the next request's frames to the engine's GPU while the engine computes.
         self._upload = Upload(vision.device)
 
     @property
     def context(self) -> int:
-        """Positions that a prompt and its answer may take together."""
+        """Context length in tokens, prompt and answer together."""
         return self._open_decoder().limit
 
     def question(
@@ -136,7 +135,7 @@ class Answering:
         stop: Sequence[str] = (),
         kept: bool = False,
     ) -> CheckedQuestion:
-        """Check what can be checked of a question before its video is there; UserError for what cannot be asked."""
+        """Check all of a question that does not depend on its video's content; UserError if it is invalid."""
         context = self.context
         least = self.manifest.at(self.manifest.counts[0] if frames is None else whole("frames", frames, 1))
         new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
@@ -144,7 +143,7 @@ class Answering:
             raise UserError(f"sampling must be a Sampling, got {shown(sampling)}: give Sampling(temperature=...)")
         if not isinstance(stop, list | tuple) or not all(isinstance(one, str) and one for one in stop):
             raise UserError(f"stop must be a list of texts that are not empty, got {shown(stop)}: give stop=('.',)")
-        # A longer text has more tokens than there are positions.
+        # A longer text certainly has more tokens than the context.
         most = None if self._bytes_per_token is None else context * self._bytes_per_token
         words = build_prompt(self.tokenizer, prompt, system=system, most_bytes=most, family=self._family)
         left, all_frames = least.frames_per_stage[-1], least.layout.steps
@@ -176,11 +175,11 @@ class Answering:
         frames: int | None = None,
         check: Callable[[], None] | None = None,
     ) -> Clip:
-        """Decode and resize a video: a file, decoded frames, or a clip, which is ready. Resized where the engine runs.
+        """Decode a video and resize it on the engine's device; a `Clip` is ready as it is.
 
         Args:
-            frames: one of the engine's frame counts; by default the one that suits the video.
-            check: called again and again while a file is read; what it raises ends that.
+            frames: one of the engine's frame counts; default: the one that suits the video.
+            check: called repeatedly while a file is decoded; an exception of it ends that.
         """
         if isinstance(video, Clip):  # decoded before this request
             return dataclasses.replace(video, decode_seconds=0.0, preprocess_seconds=0.0)
@@ -193,7 +192,7 @@ class Answering:
         return clip_from_frames(video, counts, size, **how)
 
     def prepare_work(self, work: Work, check: Callable[[], None] | None = None) -> Ready:
-        """The first stage of a request, for a scheduler."""
+        """The scheduler's `prepare`: get a request's video ready."""
         remembered = work.video if isinstance(work.video, Remembered) else None
         if remembered is not None and (seen := self.watched.get(remembered)) is not None:
             return Ready(seen, work.question, read_only=work.read_only)
@@ -209,12 +208,12 @@ class Answering:
             return Ready(clip, work.question, arriving, remembered, work.read_only, work.embed)
 
     def answer_turns(self, turns: Sequence[Turn[Ready]]) -> list[Generator[Delta | Embeds, None, None]]:
-        """The second stage of some requests, for a scheduler: their answers, to be run one after another.
+        """The scheduler's `serve`: generators of the requests' answers, to be run one after another.
 
-        An engine that takes several videos at once encodes them here, together.
+        An engine with a batch encodes the requests' videos here, in one call.
         """
         if self.decoder is not None and self.decoder.device.type == "cuda":
-            torch.cuda.set_device(self.decoder.device)  # each thread has its own current one
+            torch.cuda.set_device(self.decoder.device)  # the current device is per thread
         clips = [turn.ready for turn in turns if isinstance(turn.ready.shown, Clip)]
         encoded = iter(self._encode_together(clips) if len(clips) > 1 else [])
         found = [next(encoded, None) if isinstance(turn.ready.shown, Clip) else None for turn in turns]
@@ -226,13 +225,13 @@ class Answering:
         ]
 
     def embeds(self, ready: Ready, *, encoded: Measured | None = None) -> Generator[Embeds, None, None]:
-        """The prompt with its video spliced in, for a decoder elsewhere; nothing is read or decoded.
+        """The prompt's embeddings with its video spliced in, for an external decoder; no prefill, no decoding.
 
         Args:
             ready, encoded: as in `answer`.
 
         Yields:
-            one `Embeds`, which nobody writes over and any stream may read.
+            one `Embeds`, which nothing overwrites and any stream may read.
         """
         with self._turn:
             found, _ = self._tokens(ready) if encoded is None else encoded
@@ -260,11 +259,11 @@ class Answering:
         Args:
             ready: the question and its video.
             submitted, waited: when the request came (`time.perf_counter`; default now) and how long it was in line.
-            encoded: the clip's visual tokens, and what measured that, where they are there already.
+            encoded: the clip's visual tokens and the stopwatch of their encoding, if they are encoded already.
 
         Yields:
-            a `Delta` per token, then one with `finish` and `answer`; nothing if the video is only to be read. Closing
-            the generator ends the answer.
+            a `Delta` per token, then one with `finish` and `answer`; nothing if `ready.read_only`. Closing the
+            generator ends the answer.
         """
         came = time.perf_counter()
         with self._turn:
@@ -351,7 +350,7 @@ class Answering:
         self.watched.clear()
 
     def _start(self, shown: Seen | Arrived, question: CheckedQuestion) -> tuple[int, int, Generator[int, None, Finish]]:
-        """The numbers of visual tokens and of all of the prompt's, and the answer's ids, not begun yet."""
+        """The number of visual tokens, that of all prompt tokens, and the answer's ids as a generator not started."""
         decoder, words = self._open_decoder(), question.words
         how: dict[str, Any] = {
             "max_new_tokens": question.max_new_tokens,
@@ -373,12 +372,12 @@ class Answering:
         return shown.visual_tokens, length, decoder.stream(suffix, prefix=shown.prefix, **how)
 
     def _times_of(self, shown: Clip | Seen | Arrived) -> FrameTimes:
-        """When the frames of a video that is to be read were."""
+        """The times of a video's frames."""
         assert not isinstance(shown, Seen)
         return shown.times if isinstance(shown, Arrived) else shown.times(self.manifest.model.preprocessing.sampling)
 
     def _read(self, arrived: Arrived, words: Prompt, remembered: Remembered) -> Seen:
-        """Read a video's tokens and what is before them, and keep that."""
+        """Prefill a video and the text before it, and put the prefix into the cache."""
         encoded = arrived.encoded
         before = dataclasses.replace(words, suffix_ids=(), times=None)
         decoder = self._open_decoder()
@@ -387,14 +386,14 @@ class Answering:
         seen = Seen(prefix, words.prefix_ids, len(encoded.tokens), _kept(encoded), arrived.times, spliced.after)
         held = self.watched.keys()
         for one in held:
-            if one.closed:  # let go without a word
+            if one.closed:  # by its finalizer, which takes no lock and so leaves the entry here
                 self.watched.drop(one)
         if not remembered.closed:
             self.watched.put(remembered, seen)
         return seen
 
     def _tokens(self, ready: Ready) -> Measured:
-        """A video's visual tokens, and what measured that."""
+        """A video's visual tokens, and the stopwatch of their encoding."""
         if isinstance(ready.shown, Arrived):
             return ready.shown.encoded, Stopwatch(None)
         vision = Stopwatch(self._open_decoder().device)
@@ -403,8 +402,8 @@ class Answering:
         return found, vision
 
     def _encode_together(self, clips: Sequence[Ready]) -> list[Measured]:
-        """Several clips in one call; none if it fails, as one bad clip fails it for all: each is tried by itself then,
-        and has its own error."""
+        """Encode several clips in one call. If it fails, because of one bad clip perhaps, return none: then each is
+        encoded by itself, with its own error."""
         vision = Stopwatch(self._open_decoder().device)
         try:
             found = cast(BatchedVision, self.vision).encode_several([_frames(ready) for ready in clips])
@@ -420,14 +419,14 @@ class Answering:
 
 
 def _kept(encoded: Encoded) -> Provenance:
-    """Copies on a CPU."""
+    """The provenance of an engine's outputs, copied to the CPU."""
     return Provenance(*(value.to("cpu", copy=True) for value in (encoded.positions, encoded.sources, encoded.place)))
 
 
 def _frames(ready: Ready) -> Tensor:
-    """The frames of its clip, where the engine wants them."""
+    """The clip's frames, on the engine's device if they were uploaded."""
     assert isinstance(ready.shown, Clip)
     return ready.shown.frames if ready.arriving is None else ready.arriving.take()
 
 
-Measured = tuple[Encoded, Stopwatch]  # visual tokens, and what measured the engine
+Measured = tuple[Encoded, Stopwatch]  # visual tokens, and the stopwatch of their encoding

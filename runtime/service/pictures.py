@@ -21,13 +21,13 @@ from runtime.video import Clip, clip_from_frames, load_clip
 if TYPE_CHECKING:
     from runtime.service.requests import Answer
 
-_SIDE = 240  # pixels of a frame, about
-_RATE = 8  # frames a second of a clip
-_SHORTEST, _LONGEST = 2, 16  # frames of the clip for each frame of the video
+_SIDE = 240  # approximate side of a drawn frame in pixels
+_RATE = 8  # frames per second of an .mp4
+_SHORTEST, _LONGEST = 2, 16  # frames of the .mp4 for each frame of the video
 
 
 def picture(answers: Sequence[Answer], questions: Sequence[str], path: str | os.PathLike[str], video: Any) -> Path:
-    """Draw answers about one video; the times are those of the first."""
+    """Draw answers about one video, with the times of the first; see `Answer.picture`."""
     target, first = check_picture(path, "path"), answers[0]
     if first.kept is None:
         raise UserError("the answer does not say what was kept of its video: ask with kept=True")
@@ -65,7 +65,7 @@ def picture(answers: Sequence[Answer], questions: Sequence[str], path: str | os.
 
 
 def _held(story: Story, count: int) -> Iterator[NDArray[np.uint8]]:
-    """Each frame for so many of the clip."""
+    """Repeat each frame `count` times."""
     for frame in clip_frames(story):
         for _ in range(count):
             yield frame

@@ -1,7 +1,7 @@
-"""Prefixes of watched videos, as many as fit into a number of bytes; the one not used for longest goes first.
+"""The prefix cache: least recently used eviction under a limit in bytes.
 
-It knows of its values only how large they are, so it keeps anything with `.bytes`. All methods may be called from many
-threads. Whoever holds a value keeps it: eviction forgets, it does not destroy.
+It needs only the size of its values, so it keeps anything with `.bytes`. All methods are thread-safe. Eviction drops
+the cache's reference; a value in use stays valid.
 
     cache: PrefixCache[str, Prefix] = PrefixCache(2 << 30)
     cache.put("clip.mp4", prefix)
@@ -34,12 +34,12 @@ V = TypeVar("V", bound=Sized)
 
 @dataclass(frozen=True)
 class Counters:
-    """What happened since the cache was made, and what is in it now.
+    """Counts since the cache was made, and its current content.
 
     Attributes:
-        hits, misses: values that `get` found, and did not.
-        evictions: values that had to go to make room; those that were replaced, dropped or cleared do not count.
-        entries, bytes: values that it holds, and their size.
+        hits, misses: calls of `get` that found a value, and that did not.
+        evictions: values removed to make room; those replaced, dropped or cleared do not count.
+        entries, bytes: number of values in the cache, and their total size.
     """
 
     hits: int = 0
@@ -61,11 +61,11 @@ class PrefixCache(Generic[K, V]):
         self.limit = limit
         self._home = Home("this cache of watched videos")
         self._lock = threading.Lock()
-        self._held: OrderedDict[K, tuple[V, int]] = OrderedDict()  # with the size it came with, used last at the end
+        self._held: OrderedDict[K, tuple[V, int]] = OrderedDict()  # (value, size at `put`), last used at the end
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     def get(self, key: K) -> V | None:
-        """The value of a key, which counts as used now; None if there is none (any more)."""
+        """The value of a key, marked as used; None if it is not in the cache."""
         self._home.check()
         with self._lock:
             if key not in self._held:
@@ -76,10 +76,9 @@ class PrefixCache(Generic[K, V]):
             return self._held[key][0]
 
     def put(self, key: K, value: V) -> None:
-        """Keep a value, in place of the one that the key had; others go until there is room.
+        """Store a value, replacing the key's old one; others are evicted until there is room.
 
-        Raises:
-            UserError: it is larger than the whole cache; nothing has changed then.
+        Raises UserError, and changes nothing, if it is larger than the whole cache.
         """
         self._home.check()
         size = value.bytes
@@ -88,7 +87,7 @@ class PrefixCache(Generic[K, V]):
                 f"{key!r} takes {size:,} bytes and the cache holds {self.limit:,} in all: make it larger, or use an "
                 "engine with fewer frames or tokens"
             )
-        # Let go after the lock: the end of a value may run code that comes back here.
+        # Freed after the lock is released: a value's finalizer may call this cache.
         gone: list[object] = []
         with self._lock:
             gone.append(self._remove(key))
@@ -99,14 +98,14 @@ class PrefixCache(Generic[K, V]):
             self._bytes += size
 
     def drop(self, key: K) -> bool:
-        """Forget a key; whether there was something to forget."""
+        """Remove a key; returns whether it was there."""
         self._home.check()
         with self._lock:
             gone = self._remove(key)
         return gone is not None
 
     def clear(self) -> None:
-        """Forget everything; the counters go on."""
+        """Remove everything; the counters stay."""
         self._home.check()
         with self._lock:
             gone, self._held = self._held, OrderedDict()
@@ -114,14 +113,14 @@ class PrefixCache(Generic[K, V]):
         gone.clear()
 
     def keys(self) -> tuple[K, ...]:
-        """What is in it, the next to go first."""
+        """The keys, the next to be evicted first."""
         self._home.check()
         with self._lock:
             return tuple(self._held)
 
     @property
     def counters(self) -> Counters:
-        """All of one moment."""
+        """A consistent snapshot."""
         self._home.check()
         with self._lock:
             return Counters(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
@@ -130,11 +129,11 @@ class PrefixCache(Generic[K, V]):
         return len(self._held)
 
     def __contains__(self, key: object) -> bool:
-        """Whether `get` would find it; counts as no use."""
+        """Whether `get` would find it; does not mark it as used."""
         return key in self._held
 
     def _remove(self, key: K) -> tuple[V, int] | None:
-        """Take a key out, if it is there; by the holder of the lock."""
+        """Remove a key, if it is there; call with the lock held."""
         entry = self._held.pop(key, None)
         if entry is not None:
             self._bytes -= entry[1]

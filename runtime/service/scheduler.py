@@ -1,23 +1,22 @@
-"""A bounded line of jobs and its workers: one prepares a job while another serves the one before it.
+"""A bounded queue of jobs and its worker threads: one prepares a job while another serves the one before it.
 
     scheduler = Scheduler(prepare, serve, waiting=8)
     job = scheduler.submit(given, deadline=2.0)
     for item in job: ...
 
-`prepare(given, check)` makes what a job needs, and calls `check()` as often as it likes, which raises once nobody waits
-for the job any more; `serve(turns)` takes up to `batch` prepared jobs and returns a generator of items (not None) for
-each, which are run one after another, each to its end. Jobs are served in the order in which they came; with several
-`lanes`, as many workers serve, each its own. Items are kept for their reader, so a reader that is slow, or never comes,
-holds up nobody.
+`prepare(given, check)` prepares a job and may call `check()` at any time, which raises once nobody waits for the job;
+`serve(turns)` takes up to `batch` prepared jobs and returns a generator of items (not None) for each, which are run one
+after another, each to its end. Jobs are served in the order of submission; with several `lanes`, that many workers
+serve different jobs. Items are buffered for their reader, so a slow or absent reader delays no other job.
 
-A job ends in one of five ways, and its reader gets what came before: served to the end, an error of `prepare` or
-`serve` (that very exception), `Cancelled`, `DeadlineExceeded`, `Closed`. A worker looks at a job before it prepares it,
-at each check, before it serves it and between items, and never in the midst of a call. If a worker itself fails,
-outside those calls, every job ends with `Closed`, and so does every `submit` from then on.
+A job ends in one of five ways, and its reader gets all earlier items first: served to the end, an error of `prepare` or
+`serve` (the same exception), `Cancelled`, `DeadlineExceeded`, `Closed`. Workers check for an end before `prepare`, at
+each `check()`, before serving and between items, never within a call. If a worker itself fails, outside those calls,
+every job ends with `Closed`, and every later `submit` raises it.
 
-Knows nothing of what it runs: no tensors, no models. Where jobs are and how they end is `runtime.service.line`, whose
-lock is never held while a job runs. What may be called by the garbage collector (`Job.abandon`, `Scheduler.abandon`)
-takes no lock: it may interrupt a thread that holds it.
+It knows no tensors and no models. The states of jobs are in `runtime.service.line`, whose lock is never held while a
+job runs. `Job.abandon` and `Scheduler.abandon`, which the garbage collector may call, take no lock: they may interrupt
+a thread that holds it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from runtime.errors import Closed
 from runtime.service.job import Item, Job
 from runtime.service.line import Given, Line
 
-EXIT_SECONDS = 10.0  # that the interpreter, at its exit, waits for a worker to come to the end of a call
+EXIT_SECONDS = 10.0  # longest wait at interpreter exit for a worker's current call
 
 Ready = TypeVar("Ready")
 
@@ -48,8 +47,8 @@ class Turn(Generic[Ready]):
 
     Attributes:
         ready: what `prepare` returned.
-        submitted: by the scheduler's clock.
-        waited: seconds since then in which it was not being prepared.
+        submitted: time of submission, by the scheduler's clock.
+        waited: seconds since then without those of `prepare`.
     """
 
     ready: Ready
@@ -58,21 +57,21 @@ class Turn(Generic[Ready]):
 
 
 class UnwantedError(Exception):
-    """Raised by a check: the job has ended, or is about to. Its reader is told why, and never sees this."""
+    """Raised by `check()`: the job has ended, or is about to. Its reader gets the reason instead of this."""
 
 
 class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
-    """The line and its workers, which are daemons and start at once.
+    """The queue and its workers, daemon threads that start at once.
 
     Args:
-        prepare: runs in one thread, with what was given and the job's check, which takes no lock; up to `batch` jobs
-            are prepared ahead of those that are served.
-        serve: runs in another thread, as do the generators that it returns, one for each turn. If it raises, all the
-            jobs that it was given end with that. With several lanes it is called from as many threads.
-        waiting: jobs that may wait behind those that are served.
-        batch: prepared jobs that one call of `serve` may be given: those that are ready then.
-        lanes: jobs that may be served at a time.
-        clock: seconds.
+        prepare: called in one thread with the submitted value and the job's `check`, which takes no lock; up to `batch`
+            jobs are prepared ahead of those being served.
+        serve: called in another thread, which also runs the generators that it returns, one for each turn. If it
+            raises, all its jobs end with that error. With several lanes it is called from that many threads.
+        waiting: jobs that may wait besides those being served.
+        batch: the most prepared jobs of one call of `serve`, which gets those that are ready.
+        lanes: jobs that may be served concurrently.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
         try:
             for worker in self._workers:
                 worker.start()
-        except BaseException:  # no more threads: the one that has started is not to wait for ever
+        except BaseException:  # a thread could not start: those that did must end
             self.abandon()
             raise
         _running.add(self)
@@ -103,15 +102,15 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
     def close(self, *, drain: bool = False) -> None:
         """Take no more jobs, and return when the workers have ended.
 
-        The job that is being served is served to its end; those behind it are served too with `drain`, else they end
-        with `Closed`. Any number of calls, from any thread; one without `drain` ends the line for all of them.
+        Jobs being served are served to their end; with `drain` so are all others, else they end with `Closed`. May be
+        called repeatedly, from any thread; one call without `drain` ends the queue for all of them.
         """
         if not self.home.left:
             self._shut(drain=drain, abort=False)
             self._join(None)
 
     def abort(self, timeout: float | None = None) -> None:
-        """`close`, and the job that is being served ends with `Closed` before its next item.
+        """`close`, but jobs being served end with `Closed` before their next item.
 
         Args:
             timeout: seconds to wait for each worker, which may be in a long call.
@@ -121,7 +120,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
             self._join(timeout)
 
     def abandon(self) -> None:
-        """`abort` without a lock or a wait, for a finalizer."""
+        """`abort` without taking a lock or waiting, for a finalizer."""
         self._abandoned = True
         self._ring()
 
@@ -143,11 +142,11 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
     def _work(self, loop: Callable[[SimpleQueue[None]], None], bell: SimpleQueue[None]) -> None:
         try:
             loop(bell)
-        except BaseException as error:  # of the loop itself: those of the stages are the jobs'
+        except BaseException as error:  # an error of the loop itself: those of `prepare` and `serve` end their jobs
             self._break(error)
 
     def _break(self, error: BaseException) -> None:
-        """Everybody is told that it does not go on; with nothing that may be what has failed."""
+        """End all jobs after a worker's failure, without calling anything that may have failed."""
         reason = f"a worker of this pipeline failed with {shown(error)}: load another one, and report this"
         with self._lock:
             self._closing = self._aborting = True
@@ -166,9 +165,9 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
             self._unheard = True
 
     def _check(self, job: Job[Item]) -> Callable[[], None]:
-        """What raises `UnwantedError` once nobody waits for a job; called for every packet of a video, so no lock."""
+        """A job's `check`: raises `UnwantedError` once nobody waits for it. Called per packet, so without a lock."""
         clock, limit = self._clock, job._submitted + job._deadline
-        found = weakref.ref(job)  # an error that the job keeps knows the frames that have this
+        found = weakref.ref(job)  # avoids a cycle: the job's error holds stack frames that hold this function
 
         def check() -> None:
             job = found()
@@ -182,10 +181,10 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
     def _prepare_all(self, bell: SimpleQueue[None]) -> None:
         while (job := self._next_in_line(bell)) is not None:
             self._prepare_one(job)
-            del job  # or it would be kept for as long as none follows
+            del job  # else it would be kept alive until the next one
 
     def _next_in_line(self, bell: SimpleQueue[None]) -> Job[Item] | None:
-        """The next job to prepare, waited for; None when there will be none."""
+        """Wait for the next job to prepare; None when there will be none."""
         while True:
             _hush(bell)
             with self._lock:
@@ -207,7 +206,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
         except BaseException as caught:
             error = caught
         with self._lock:
-            self._sweep()  # before its error: where it is a check's, here is why
+            self._sweep()  # first: after an `UnwantedError` this ends the job with the actual reason
             self._preparing = job._given = None
             if error is not None:
                 self._end(job, error)
@@ -216,10 +215,10 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
                 job._phase, job._since = "waiting in line", self._clock()
                 self._prepared.append(job)
         self._ring()
-        # A kept error knows its frames, and they know this one: the circle would live until a garbage collection.
+        # A job's error holds its stack frames, and they this one: the cycle would live until a garbage collection.
         del job, ready, error
 
-    # Those that serve
+    # The workers that serve
 
     def _serve_all(self, bell: SimpleQueue[None]) -> None:
         while group := self._next_prepared(bell):
@@ -227,7 +226,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
             del group
 
     def _next_prepared(self, bell: SimpleQueue[None]) -> list[Job[Item]]:
-        """The next jobs to serve, waited for; none when there will be none."""
+        """Wait for the next jobs to serve; an empty list when there will be none."""
         while True:
             _hush(bell)
             with self._lock:
@@ -243,7 +242,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
                 if self._closing and not self._line and (self._preparing is None or self._broken is not None):
                     return []
             bell.get()
-        self._ring()  # there is room for another prepared one
+        self._ring()  # another job may be prepared
         return group
 
     def _serve_group(self, group: list[Job[Item]]) -> None:
@@ -264,7 +263,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
             del group  # as in `_prepare_one`
 
     def _begin(self, group: list[Job[Item]]) -> list[Generator[Item, None, Any]]:
-        """Call `serve`; the generators hold what was prepared from here on."""
+        """Call `serve`; from here on only the generators hold the prepared values."""
         turns = [Turn(job._ready, job._submitted, job._waited) for job in group]
         for job in group:
             job._ready = None
@@ -293,14 +292,14 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
                 stream.close()
             except BaseException as caught:
                 error = caught
-        with self._lock:  # at once, so that who has the answer finds the place free
+        with self._lock:  # in one step, so that a caller with the answer finds the place free
             self._group.remove(job)
             self._serving.remove(job)
             self._end(job, None if isinstance(error, StopIteration) else error)
         del job, error
 
     def _goes_on(self, job: Job[Item], item: Item | None = None) -> bool:
-        """Whether a job is still to be served; if so, hand it the item that was made, if any."""
+        """Hand a job its new item, if any, unless the job has ended; returns whether it goes on."""
         with self._lock:
             if self._aborting or self._abandoned:
                 self._end(job, Closed("this pipeline was closed while the request was answered"))
@@ -312,7 +311,7 @@ class Scheduler(Line[Given, Item], Generic[Given, Ready, Item]):
 
 
 def _hush(bell: SimpleQueue[None]) -> None:
-    """Forget what was rung so far, before a look at what it was rung for: a busy worker would leave it to pile up."""
+    """Empty a bell's queue before looking for work: while a worker is busy, rings pile up."""
     with contextlib.suppress(Empty):
         while True:
             bell.get_nowait()
@@ -323,6 +322,6 @@ _running: weakref.WeakSet[Scheduler[Any, Any, Any]] = weakref.WeakSet()
 
 @atexit.register
 def _abort_all() -> None:
-    """A thread that is in a library's code when the interpreter is taken down can bring the process down with it."""
+    """End all workers before interpreter shutdown: a thread still in a library's code could crash the process."""
     for scheduler in list(_running):
         scheduler.abort(EXIT_SECONDS)

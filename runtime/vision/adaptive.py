@@ -1,13 +1,12 @@
-"""The adaptive schedule: a chain of graphs, one stage after the other.
+"""The adaptive schedule: a chain of graphs, run one after the other.
 
-How many frames a merge left is read by one small copy, and the next stage gets so many rows of the same memory. Every
-buffer is allocated once, for the most that any video needs; a call binds the first rows of them and allocates nothing.
-Of what every stage takes and makes there are two: a stage reads one and writes the other. As the host must know each
-count, this `encode` returns when the last stage is done, also on a GPU. What it returns can be read on any stream at
-once.
+The frame count after each merge is read by one small copy to the host; the next stage gets that many rows of the same
+memory. Every buffer is allocated once, for the largest count; a call binds its first rows and allocates nothing. Each
+tensor between stages is double-buffered: a stage reads one buffer and writes the other. As the host must know each
+count, `encode` returns only when the last stage is done, also on a GPU; its outputs can be read on any stream at once.
 
 Notation: F frames, n frames that arrive at a stage, T tokens a frame inside the tower, S patches, P after pooling, D
-tower width, E LLM width, M rows of tokens that n frames have room for, N tokens that count.
+tower width, E LLM width, M rows of tokens for n frames, N tokens that count.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from runtime.vision.frames import check_frames
 from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CallGuard, Runner, check_names, fixed
 
-# Tensors that go from one stage to the next, and the memory that they are in, by the name of who takes it. Of all but
-# `_ONCE`, which one stage makes and the next one takes, there are two: a stage reads one and writes the other.
+# Tensors between stages -> the buffer that holds them, by the input's name. All are double-buffered but `_ONCE`, which
+# only one stage writes and only the next one reads.
 _MEMORY = {name: taken for taken, made in BETWEEN.items() for name in (taken, made)}
 _ONCE = RECEIVED
 _Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Adaptive:
-    """A `VisionBackend` made of stages.
+    """A `VisionBackend` of several stages.
 
     Args:
         runners: of the stages, in their order.
@@ -40,7 +39,7 @@ class Adaptive:
 
     Attributes:
         shape: [F, 3, H, W] of the frames it takes.
-        frames_per_stage: frames before the first merge and after each one, of the last clip.
+        frames_per_stage: frames before the first merge and after each one, for the last clip.
         batch: always 1.
         device: where it runs.
     """
@@ -70,7 +69,7 @@ class Adaptive:
         self._lane.warm_up(self.encode, self.shape)
 
     def encode(self, frames: Tensor) -> Encoded:
-        """Visual tokens of frames uint8 [F, 3, H, W], valid until the next call, which writes over them."""
+        """Visual tokens of frames uint8 [F, 3, H, W], valid until the next call, which overwrites them."""
         check_frames(frames, self.shape)
         with self._turn():
             self._lane.check(frames)
@@ -83,7 +82,7 @@ class Adaptive:
             return encoded
 
     def _run(self, frames: Tensor) -> int:
-        """All stages; the number of tokens."""
+        """Run all stages; returns the number of tokens."""
         arriving, counts = self.layout.frames, [self.layout.frames]
         for stage, runner in enumerate(self.runners):
             runner.run(self._views(stage, arriving, frames))
@@ -101,11 +100,11 @@ class Adaptive:
         return arriving
 
     def _rows(self, frames_left: int) -> int:
-        """M, the rows of tokens that the last stage writes for so many frames."""
+        """M, the rows of tokens that the last stage writes for `frames_left` frames."""
         return self.layout.tokens_of(frames_left)
 
     def _views(self, stage: int, arriving: int, frames: Tensor) -> dict[str, Tensor]:
-        """The tensors of a stage for so many frames, all of them contiguous."""
+        """The tensors of a stage for `arriving` frames, all contiguous."""
         rows = dict.fromkeys(OF_TOKENS, self._rows(arriving)) | {COUNT: 1}
         buffers = {**self._buffers, FRAMES: frames}
         read, written = stage % 2, (stage + 1) % 2
@@ -118,7 +117,7 @@ class Adaptive:
         return {name: buffers[buffer_of.get(name, name)][: rows.get(name, arriving)] for name in names}
 
     def _sizes(self) -> _Buffers:
-        """Shape and dtype of every buffer, by the names `_views` uses."""
+        """Shape and dtype of every buffer, by the names that `_views` uses."""
         most, last = self.layout.tokens, self.runners[-1]
         tensors = {tensor.name: tensor for tensor in self._graphs[-1].outputs}
         wanted: _Buffers = {name: (fixed(last, tensors[name], most), last.tensors[name][1]) for name in OF_TOKENS}

@@ -1,7 +1,7 @@
-"""One backend for each of several frame counts, which a call chooses by the frames it brings.
+"""One backend for each of several frame counts, chosen by the number of frames of a call.
 
-All of them are loaded when this is made, so that no request waits for one. Each has buffers of its own: what a call
-returned is valid until the next call with as many frames.
+All are loaded up front, so that no request waits for loading. Each has its own buffers: a call's outputs are valid
+until the next call with the same number of frames.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from runtime.vision.protocol import BatchedVision, Encoded, VisionBackend
 
 
 class ByFrames:
-    """A `VisionBackend` made of others.
+    """A `VisionBackend` that dispatches to others.
 
     Args:
-        backends: by the frames of the clips that each takes; at least one, all of the same library and batch.
+        backends: by frame count; at least one, all of the same library and batch.
 
     Attributes:
         name, batch, device: those of the backends.
@@ -35,11 +35,11 @@ class ByFrames:
         self.counts = tuple(self._backends)
 
     def encode(self, frames: Tensor) -> Encoded:
-        """As the backend for that many frames has it: uint8 [F, 3, H, W], or [B, F, 3, H, W]."""
+        """`encode` of the backend for F frames: uint8 [F, 3, H, W], or [B, F, 3, H, W]."""
         return self._backend(frames).encode(frames)
 
     def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
-        """Each clip by the backend for its frames, clips of as many frames together; results in their order."""
+        """Visual tokens of each clip, in the order of the clips; clips with the same frame count run together."""
         if not 1 <= len(clips) <= self.batch:
             raise EngineError(f"this engine takes 1 to {self.batch} clips at once, got {len(clips)}")
         groups: dict[int, list[int]] = {}

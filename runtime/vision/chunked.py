@@ -1,19 +1,18 @@
-"""Vision that takes a clip in chunks, as its frames arrive: what such backends share, whichever library they run.
+"""Backends that encode a clip in chunks, as its frames arrive, whichever library runs the graphs.
 
-Up to the first merge no frame knows of another, so the layers up to there, the head, run on `chunk` frames at a time
-and need not wait for the others; the rest runs once all frames are there. A whole clip goes the same way, so that it
-makes no difference to the result when its frames came: the same calls on the same values in the same order.
+Up to the first merge frames do not interact, so the layers up to there, the head, run on `chunk` frames at a time
+without waiting for the others; the rest runs once all frames are there. A whole clip is encoded in the same way, so the
+result does not depend on when frames arrive: the same calls on the same values in the same order.
 
     clip = vision.begin()
     clip.push(frames)                        at most `chunk` frames, as often as it takes
     encoded = clip.finish()
     clip.close()
 
-Several clips may be under way at once, each with memory of its own, which is allocated for the first that needs it and
-used again; their calls take turns. A head call always has `chunk` frames, of which the last is repeated where fewer
-came. This module knows no library. `ChunkedVision` leaves open what runs the head and the rest; `Chunked` runs the two
-graphs of an engine, whose clips may come on any stream: no call waits for a GPU but for the copy out of the pinned
-buffer that the frames of the call before went through.
+Several clips may be open at once, each with its own memory, which is allocated on demand and reused; their calls take
+turns. A head call always has `chunk` frames; the last one is repeated if fewer are given. This module knows no library.
+`ChunkedVision` is abstract in how head and rest run; `Chunked` runs the two graphs of an engine. Frames may be given on
+any stream: a call never waits for the GPU, except for the previous call's copy out of the pinned staging buffer.
 
 Notation: F frames, C frames of a chunk, c <= C frames that were given, T tokens a frame inside the tower, S patches, D
 tower width, E LLM width, N tokens kept.
@@ -39,7 +38,7 @@ from runtime.vision.frames import check_frames
 from runtime.vision.protocol import Encoded
 from runtime.vision.runner import CLOSED, CallGuard, Runner, check_names, fixed
 
-CHUNK = 4  # frames of a chunk, if nothing else is asked for
+CHUNK = 4  # default frames of a chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +46,9 @@ class Room:
     """The memory of one clip.
 
     Attributes:
-        hidden: [F, T, D] what the head made of the frames so far.
-        received: [F, S] fp32 received attention, where the head has the layer it is taken from.
-        encoded: what the rest writes; None where it makes new tensors.
+        hidden: [F, T, D] hidden states of the frames so far, from the head.
+        received: [F, S] fp32 received attention, if the watched layer is in the head.
+        encoded: buffers that the rest writes; None if it allocates new tensors.
     """
 
     hidden: Tensor
@@ -58,10 +57,10 @@ class Room:
 
 
 class OpenClip:
-    """A clip under way; made by `ChunkedVision.begin`. For one thread at a time. A context manager that closes.
+    """An open clip; made by `ChunkedVision.begin`. For one thread at a time. A context manager that closes.
 
     Attributes:
-        encoded: how many frames the head has run on, or `arrange` has left.
+        encoded: number of frames that the head has run on, or that `arrange` has left.
         device: where it runs.
     """
 
@@ -95,13 +94,13 @@ class OpenClip:
         self.encoded += count
 
     def arrange(self, rows: Sequence[int]) -> None:
-        """Let the frames encoded so far be those at `rows` of them: some left out, or some several times.
+        """Replace the frames encoded so far by those at `rows` of them, dropping or repeating some.
 
         Args:
-            rows: ascending, with repeats where there are more of them than frames encoded; at most F.
+            rows: ascending, repeats allowed; at most F.
 
         Raises:
-            EngineError: rows that there are not, not ascending, or that would have to move both up and down.
+            EngineError: rows out of range or not ascending, or that would have to move both up and down.
             RuntimeError: the clip or the backend is closed.
         """
         room, places = self._open(), list(enumerate(rows))
@@ -110,7 +109,7 @@ class OpenClip:
         if list(rows) != sorted(rows) or not fits or not (forward or all(row <= place for place, row in places)):
             raise EngineError(f"{self.encoded} encoded frames cannot be arranged as {list(rows)}")
         with self._vision.turn():
-            # In place: no row is overwritten before it was read.
+            # In place, in an order in which no row is overwritten before it is read.
             for place, row in places if forward else reversed(places):
                 if place != row:
                     room.hidden[place].copy_(room.hidden[row])
@@ -136,7 +135,7 @@ class OpenClip:
         self.encoded = 0
 
     def close(self) -> None:
-        """Give the memory back, and with it what `finish` returned; a second call does nothing."""
+        """Return the memory to the backend, that of `finish`'s outputs included; a second call does nothing."""
         room, self._room = self._room, None
         if room is not None:
             self._vision.give_back(room)
@@ -162,7 +161,7 @@ class ChunkedVision:
         name: of the backend.
         shape: [F, 3, H, W] of a whole clip.
         chunk: C.
-        lane: where the head's frames are, [C, 3, H, W], and its work is queued; default: a CPU.
+        lane: makes the `Lane` (or `Here`) of the head's frames, [C, 3, H, W], and of its work; default: the CPU.
 
     Attributes:
         name, shape, chunk: as given.
@@ -187,7 +186,7 @@ class ChunkedVision:
         self._lane = (lane or _on_cpu)((chunk, *shape[1:]))
         self.device = self._lane.device
         self._turn, self._whole = threading.Lock(), CallGuard()
-        self._rooms: list[Room] = []  # that no clip has
+        self._rooms: list[Room] = []  # memory of closed clips
         self._own: OpenClip | None = None  # of `encode`
         self._closed = False
         self._alike: bool | None = None
@@ -202,7 +201,7 @@ class ChunkedVision:
     def encode(self, frames: Tensor) -> Encoded:
         """Visual tokens of a whole clip, uint8 [F, 3, H, W], chunk by chunk.
 
-        They are valid until the next call, which writes over them. Clips under way are not disturbed.
+        They are valid until the next call, which overwrites them. Open clips are not affected.
         """
         check_frames(frames, self.shape)
         with self._whole():
@@ -214,11 +213,11 @@ class ChunkedVision:
 
     @property
     def rows_alike(self) -> bool:
-        """Whether the head makes the very same of a frame wherever in a chunk it is and whatever is beside it.
+        """Whether the head's result for a frame is bit-identical wherever it is in a chunk and whatever is beside it.
 
-        Then what was encoded in one chunk may stand in for the same frame in another. Libraries promise no such thing,
-        but the order of their sums does not depend on the values, so that one frame in every place shows it. Two calls
-        of the head, once.
+        Then a frame encoded in one chunk may be reused in another. Libraries do not guarantee this, but their order of
+        summation does not depend on values, so a test with one frame in every place shows it: two calls of the head,
+        made once.
         """
         if self._alike is None:
             generator = torch.Generator().manual_seed(0)
@@ -233,7 +232,7 @@ class ChunkedVision:
         return self._alike
 
     def close(self) -> None:
-        """Free what the backend holds; a second call does nothing. A clip under way cannot go on."""
+        """Free the backend; a second call does nothing. Open clips cannot go on."""
         with self._turn:
             if not self._closed:
                 self._closed = True
@@ -244,7 +243,7 @@ class ChunkedVision:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """For `OpenClip`: this clip's turn with the library and its buffers."""
+        """For `OpenClip`: exclusive use of the library and its buffers within the block."""
         with self._turn:
             if self._closed:
                 raise RuntimeError(CLOSED)
@@ -252,15 +251,15 @@ class ChunkedVision:
                 yield
 
     def run_head(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
-        """For `OpenClip`, in its turn: [c, 3, H, W] to hidden [C, T, D] and received [C, S], valid until the next."""
+        """For `OpenClip`, within `turn`: [c, 3, H, W] to hidden [C, T, D] and received [C, S], valid until the next."""
         return self._head(self._lane.fill(frames))
 
     def run_rest(self, room: Room) -> Encoded:
-        """For `OpenClip`, in its turn: visual tokens of the clip in `room`."""
+        """For `OpenClip`, within `turn`: visual tokens of the clip in `room`."""
         return self._rest(room)
 
     def give_back(self, room: Room) -> None:
-        """For `OpenClip`: another clip may have this memory."""
+        """For `OpenClip`: another clip may use this memory."""
         with self._turn:
             if not self._closed:
                 self._rooms.append(room)
@@ -279,10 +278,10 @@ class ChunkedVision:
 
 
 class Chunked(ChunkedVision):
-    """A `ChunkedVision` made of two graphs of static shapes.
+    """A `ChunkedVision` of two graphs with static shapes.
 
-    The head writes to buffers of its own, from where a clip's memory gets it; the rest reads and writes the memory of
-    the clip. Everything is allocated once.
+    The head writes to its own buffers, which are then copied to the clip's memory; the rest reads and writes the clip's
+    memory directly. Everything is allocated once.
 
     Args:
         runners: of the head and the rest.

@@ -1,4 +1,4 @@
-"""What frames an engine takes, and the one line that refuses others."""
+"""Checks of an engine's input frames, each with one message."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
 
 
 def batch_of(shape: Sequence[int]) -> int:
-    """B of an engine whose frames have this shape: 1 for [F, 3, H, W], else the first of [B, F, 3, H, W]."""
+    """B of an engine with input frames of this shape: 1 for [F, 3, H, W], else that of [B, F, 3, H, W]."""
     return shape[0] if len(shape) == 5 else 1
 
 
 def check_clips(clips: Sequence[Tensor], shape: Sequence[int]) -> None:
-    """Refuse clips that an engine whose frames have `shape` cannot take at once."""
+    """Refuse no clips, more than an engine with frames of `shape` takes, or another shape or dtype."""
     most = batch_of(shape)
     if not 1 <= len(clips) <= most:
         raise EngineError(

@@ -1,12 +1,12 @@
 """ONNX Runtime on the CPU: runs `vision.onnx` on any machine, with no GPU and no compiled engine.
 
-A session is made once; inputs and outputs are bound to memory that others own, the frames to the caller's, so a call
+A session is made once; inputs and outputs are bound to existing memory, the frames to the caller's, so that a run
 copies and allocates nothing on our side.
 
 Session options, as measured on two cores with an exported vision tower (6 layers of width 576, 8 frames of 256 tokens,
 interleaved runs): optimiser level, memory pattern, arena and weight prepacking change nothing beyond noise, so they
-stay at their defaults. Spinning is off: it buys no time here, and worker threads that spin after a run take the cores
-from the decoder that comes next (a 1024 x 1024 matrix product in torch right after a run: 61 ms with spinning, 32 ms
+stay at their defaults. Spinning is off: it saves no time here, and worker threads that spin after a run take cores from
+the decoder that runs next (a 1024 x 1024 matrix product in torch right after a run: 61 ms with spinning, 32 ms
 without). bf16 graphs do not load: there are no CPU kernels for them.
 """
 
@@ -33,7 +33,7 @@ class OnnxRunner:
 
     Args:
         path: the graph; external data lies beside it.
-        part: what it is of the engine.
+        part: the graph's layout.
         threads: of the session.
 
     Raises:
@@ -70,7 +70,7 @@ class OnnxRunner:
             raise EngineError(f"onnxruntime failed on {self.path}: {_first_line(error)}") from error
 
     def close(self) -> None:
-        """Free the session. Tensors returned before stay readable."""
+        """Free the session. Output tensors stay readable."""
         self.session = self._binding = None
 
 
@@ -78,9 +78,8 @@ def load(paths: Sequence[Path], parts: Sequence[layout.Graph], threads: int | No
     """A runner for each graph.
 
     Args:
-        paths, parts: the files, and what they are of the engine.
-        threads: of each session; as many as torch uses by default, since the decoder follows on the same cores. No two
-            of them run at a time.
+        paths, parts: the files, and the graphs' layouts.
+        threads: of each session; default: torch's number, since the decoder runs on the same cores afterwards.
     """
     if threads is not None and threads < 1:
         raise EngineError(f"threads must be at least 1, got {threads}")
@@ -111,13 +110,13 @@ def open_session(path: Path, threads: int) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """What onnxruntime says, in one line of at most 200 characters."""
+    """onnxruntime's message, in one line of at most 200 characters."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def _whole(path: Path, session: Any, part: layout.Graph) -> Tensors:
-    """The tensors of a graph that a clip runs through alone; outputs that it need not have are left out."""
+    """The tensors of an engine's single graph, without outputs that are not in the layout."""
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     if set(inputs) != {FRAMES} or not set(OUTPUTS) <= set(outputs):
@@ -135,7 +134,7 @@ def _whole(path: Path, session: Any, part: layout.Graph) -> Tensors:
 
 
 def _stage(path: Path, session: Any) -> Tensors:
-    """The tensors of one of several graphs; a size that is not fixed is `VARIES`."""
+    """The tensors of one of an engine's several graphs; a dynamic dimension is `VARIES`."""
     allowed = sorted({*FLOATS, FRAMES_DTYPE, POSITIONS_DTYPE}, key=str)
     return {
         value.name: (

@@ -1,6 +1,6 @@
-"""How one graph of an engine runs: what the orders ask of a library, what they check first, and whose turn it is.
+"""The interface to run one graph of an engine with any library, and checks that all backends share.
 
-The orders (`whole`, `adaptive`, `chunked`) know no library; a `Runner` knows nothing of the other graphs.
+The backends (`whole`, `adaptive`, `chunked`) know no library; a `Runner` knows nothing of the other graphs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from runtime.errors import EngineError
 from runtime.gpu.streams import Here
 
 CLOSED = "this vision backend is closed"
-# Name -> shape and dtype; a size that only the video tells is `layout.VARIES`.
+# Name -> shape and dtype; a dimension that depends on the video is `layout.VARIES`.
 Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Runner(Protocol):
-    """One graph, loaded.
+    """One loaded graph.
 
     Attributes:
         name: of the backend.
@@ -41,15 +41,15 @@ class Runner(Protocol):
     device: torch.device
 
     def lane(self, shape: Sequence[int], *, kept: bool = False, waits: bool = False) -> Here:
-        """Where its work is queued; arguments as of `runtime.gpu.streams`."""
+        """The stream that its work is queued on; arguments as of `runtime.gpu.streams`."""
         ...
 
     def fix(self, tensors: Mapping[str, Tensor], lane: Here) -> None:
-        """Use these tensors in every run, which need not be given them again."""
+        """Bind these tensors for all later runs."""
         ...
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
-        """Run on these tensors, its inputs and outputs by name, contiguous; outputs are written where they are.
+        """Run on these contiguous tensors, inputs and outputs by name; outputs are written in place.
 
         Raises:
             EngineError: the library failed.
@@ -57,12 +57,12 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the graph, which must not be running."""
+        """Free the graph, which must not be running."""
         ...
 
 
 class CallGuard:
-    """One call at a time, of something that is closed once."""
+    """Allows one call at a time, until closed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -70,7 +70,7 @@ class CallGuard:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The block is a call. Raises RuntimeError while another one is under way, and once closed."""
+        """The block is a call. Raises RuntimeError while another one is under way, or once closed."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
         try:
@@ -82,7 +82,7 @@ class CallGuard:
 
     @contextmanager
     def closing(self) -> Iterator[bool]:
-        """The block closes, once the call under way is done; False where that was done before."""
+        """Wait for the current call and mark as closed; yields False if that was done before."""
         with self._lock:
             first, self._closed = not self._closed, True
             yield first
@@ -98,7 +98,7 @@ def check_names(runner: Runner, part: layout.Graph, what: str) -> None:
 
 
 def fixed(runner: Runner, tensor: layout.Tensor, first: int | None = None) -> tuple[int, ...]:
-    """The shape of a graph's tensor, with `first` in place of its first size, if that is given."""
+    """The shape of a graph's tensor, with its first dimension replaced by `first`, if given."""
     shape, dtype = runner.tensors[tensor.name]
     sizes = shape if first is None else (first, *shape[1:])
     if (

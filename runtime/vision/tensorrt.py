@@ -1,9 +1,9 @@
 """Engines on an NVIDIA GPU, through either TensorRT flavour.
 
 The caller has checked the manifest; here engines are deserialised and their contexts are made once, and a run is queued
-on the current stream (`runtime.gpu.streams` says which that is). An engine that a clip runs through alone always has
-the same shapes and addresses, so its kernels are captured as a CUDA graph and a call replays it; where that cannot be
-captured, each call launches them (`TensorRTRunner.unreplayed` says why).
+on the current stream (see `runtime.gpu.streams`). An engine of a single graph always has the same shapes and addresses,
+so its kernels are captured as a CUDA graph that a call replays; where capture is impossible, each call launches them
+(`TensorRTRunner.unreplayed` says why).
 
 Written for a GPU and unverified without one: what a test on a CPU can reach is the order of the calls and the errors.
 """
@@ -42,7 +42,7 @@ class TensorRTRunner:
         self._what = "the engine" if part.stage is None else f"stage {part.stage}"
         alone = part.stage is None
         self.tensors = engine_tensors(path, self._engine, part) if alone else all_tensors(path, self._engine)
-        # Stages of a chain leave the first size open, and are told it in each run.
+        # Stages of a chain have a dynamic first dimension, which is set in each run.
         self._told = [tensor.name for tensor in part.inputs] if layout.COUNT in part.names else []
         self._replay: Replay | None = None
         self.context: Any = None
@@ -60,11 +60,11 @@ class TensorRTRunner:
         return Lane(self.device, shape, waits=waits)
 
     def fix(self, tensors: Mapping[str, Tensor], lane: Here) -> None:
-        """Tell the engine these addresses and those of the lane's frames once, and capture its kernels."""
+        """Set these addresses and that of the lane's frames once, and capture the engine's kernels."""
         assert isinstance(lane, Lane)
         self._tell({FRAMES: lane.frames, **tensors})
         replay = Replay(lane.device)
-        # tensorrt-rtx says so beforehand, and a capture that breaks off leaves torch before 2.13 in disorder.
+        # tensorrt-rtx can tell beforehand, and a failed capture leaves torch before 2.13 in a bad state.
         capturable = getattr(self.context, "is_stream_capturable", None)
         if capturable is not None and not capturable(lane.stream.cuda_stream):
             replay.refuse(f"{self.name} says that this engine's kernels cannot be captured as a CUDA graph")
@@ -73,7 +73,7 @@ class TensorRTRunner:
 
     @property
     def unreplayed(self) -> str | None:
-        """Why the kernels are launched one by one and not as a CUDA graph; None where they are replayed."""
+        """Why kernels are launched one by one and not as a CUDA graph; None if they are replayed."""
         return "addresses differ from run to run" if self._replay is None else self._replay.reason
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
@@ -101,7 +101,7 @@ class TensorRTRunner:
             raise EngineError(f"{self.name} refused to run {self._what}: {self._complaint()}")
 
     def close(self) -> None:
-        # In this order: the graph runs the context's kernels; that must not outlive its engine, nor it its runtime.
+        # In this order: the CUDA graph uses the context, the context its engine, the engine its runtime.
         if self._replay is not None:
             self._replay.clear()
         self.context = None
@@ -118,7 +118,7 @@ def load(
     """A runner for each engine file.
 
     Args:
-        paths, parts: the files, and what they are of the engine.
+        paths, parts: the files, and the graphs' layouts.
         flavour: "tensorrt" or "tensorrt-rtx", the one they were built with.
         device: the CUDA device to run on, default the current one.
 
@@ -145,7 +145,7 @@ def load(
 
 
 def complaint(logger: Any) -> str:
-    """What the library complained about last."""
+    """The library's last error message."""
     return (seam.errors_of(logger) or ["it gave no reason"])[-1]
 
 
@@ -174,7 +174,7 @@ def require_gpu(flavour: str) -> None:
 
 
 def engine_tensors(path: Path, engine: Any, part: layout.Graph) -> Tensors:
-    """Shape and dtype of every tensor of a deserialised engine, by name."""
+    """Shape and dtype of every tensor of a single-graph engine, by name, checked against its layout."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if str(engine.get_tensor_mode(name)).endswith("INPUT")]
     if inputs != [FRAMES] or not set(OUTPUTS) <= set(names):
@@ -201,7 +201,7 @@ def engine_tensors(path: Path, engine: Any, part: layout.Graph) -> Tensors:
 
 
 def all_tensors(path: Path, engine: Any) -> Tensors:
-    """Shape (`layout.VARIES` where it is dynamic) and dtype of every tensor of an engine, by name."""
+    """Shape (`layout.VARIES` for a dynamic dimension) and dtype of every tensor of an engine, by name."""
     return {name: _tensor(path, engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
 
 

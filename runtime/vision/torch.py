@@ -1,7 +1,7 @@
-"""The reference backend: the checkpoint's own vision part in PyTorch, with the settings of the engine folder.
+"""The reference backend: the checkpoint's own vision tower in PyTorch, with the settings of the engine folder.
 
-Runs anywhere PyTorch does, in the precision of its weights. It exists to compare engines with, and for machines for
-which no engine was built. `TorchVision` takes whole clips, `TorchChunked` also the frames of a clip as they come.
+Runs anywhere PyTorch does, in the precision of its weights: as the reference for engines, and on machines for which no
+engine was built. `TorchVision` takes whole clips, `TorchChunked` also the frames of a clip as they arrive.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from runtime.vision.protocol import Encoded, VisionBackend
 
 
 class TorchVision:
-    """The vision part of a checkpoint as a backend; see `VisionBackend`.
+    """A checkpoint's vision tower and projector as a `VisionBackend`.
 
     Args:
         checkpoint: from `runtime.checkpoint.describe`.
         config: the method's settings; any schedule.
-        shape: [F, 3, H, W] of the frames it will be given, of B > 1 videos at once [B, F, 3, H, W].
+        shape: [F, 3, H, W] of its input frames; [B, F, 3, H, W] for B > 1 videos.
         device, dtype: where and in which precision it runs.
-        part: the model, if it was loaded before; default that of the checkpoint.
+        part: the model, if loaded already; default: loaded from the checkpoint.
 
     Attributes:
         batch: B.
@@ -57,7 +57,7 @@ class TorchVision:
         self.shape = shape
         self.batch = batch_of(shape)
         if self.batch > 1:
-            several(method_of(config), self.batch)  # refuses what cannot be
+            several(method_of(config), self.batch)  # refuses settings that cannot be batched
         self.family = family_of(checkpoint.config)
         self.depth = self.family.geometry(checkpoint.config).depth
         self.part: VisionPart | None = part or load_vision(checkpoint, dtype).to(device)  # None once closed
@@ -90,12 +90,12 @@ class TorchVision:
 
     @property
     def vision(self) -> Vision:
-        """The model as the encoder runs it. Raises RuntimeError once closed."""
+        """The model, as `earlytom.encoder` takes it. Raises RuntimeError once closed."""
         part = _part(self)
         return self.family.vision(part.vision_tower, part.projector)
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """uint8 [n, 3, H, W] to normalised pixels, where and in the precision in which the model runs."""
+        """uint8 [n, 3, H, W] to normalised pixels, on the model's device and in its dtype."""
         return (frames.to(self.scale.device).float() * self.scale + self.shift).to(self.dtype)
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class TorchChunked(ChunkedVision):
         super().__init__(vision.name, whole, chunk, lambda shape: Here(vision.scale.device, shape, kept=True))
         self._vision = vision
         assert self._lane.frames is not None
-        self._sample = self._head(self._lane.frames)  # the sizes of what the head returns; warms up on the way
+        self._sample = self._head(self._lane.frames)  # for the shapes of the head's outputs; also a warm-up
 
     def _make_room(self) -> Room:
         hidden, received = (
@@ -152,13 +152,12 @@ def open_torch(
     dtype: torch.dtype,
     frames: Sequence[int] | None = None,
 ) -> VisionBackend:
-    """What `runtime.vision.open_backend` is to engines: a checkpoint with the settings and shapes of an engine.
+    """Open a checkpoint's vision tower with the settings and shapes of an engine, as `open_backend` opens the engine.
 
     Args:
-        manifest: of the engine; of several frame counts each is taken, and the model is loaded once. Clips come in
-            chunks if they do there.
+        manifest: of the engine: its frame counts (the model is loaded once), batch and chunk.
         device, dtype: where and in which precision it runs.
-        frames: only for these frame counts (default: all).
+        frames: only these frame counts; default: all.
     """
     config = manifest.settings
     videos = () if manifest.batch == 1 else (manifest.batch,)

@@ -1,8 +1,8 @@
-"""An engine of one graph: a clip, or several videos at once, go through it in one run.
+"""An engine of a single graph: a clip, or a batch of videos, is encoded in one run.
 
-Outputs are allocated once, and the graph is told of them once. On a CPU it reads frames where they are. On a GPU they
-are copied to its own buffer, and `encode` returns before it has run: the tokens are ready for work that is queued on
-the caller's stream. Before the next call writes over them it waits, on the GPU, for what that stream had queued.
+Outputs are allocated and bound once. On a CPU frames are read in place. On a GPU they are copied to the engine's own
+buffer, and `encode` returns before the run is done: work queued on the caller's stream finds the tokens ready. Before
+the next call overwrites them, it waits, on the GPU, for the work queued on that stream.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from runtime.vision.runner import CallGuard, Runner
 
 
 class Whole:
-    """A `VisionBackend` around one graph (see there for who owns the returned tensors).
+    """A `VisionBackend` of one graph; it owns the returned tensors.
 
     Attributes:
-        shape: [F, 3, H, W] of the frames it takes, of B > 1 videos at once [B, F, 3, H, W].
+        shape: [F, 3, H, W] of its input frames; [B, F, 3, H, W] for B > 1 videos.
         batch: B.
         device: where it runs.
     """
@@ -57,7 +57,7 @@ class Whole:
     def encode_several(self, clips: Sequence[Tensor]) -> list[Encoded]:
         """Visual tokens of each of 1 to B clips uint8 [F, 3, H, W], in one run.
 
-        What is left of B is filled with the last clip. Places, validity and errors as those of `encode`.
+        A partial batch is filled with copies of the last clip. Devices, validity and errors as of `encode`.
         """
         check_clips(clips, self.shape)
         if self.batch == 1:
@@ -76,7 +76,7 @@ class Whole:
         return encoded
 
     def close(self) -> None:
-        """Wait for what is running and free the graph; a second call does nothing. What was returned stays readable."""
+        """Wait for the current run and free the graph; a second call does nothing. Returned tensors stay readable."""
         with self._turn.closing() as first:
             if first:
                 self._lane.drain()

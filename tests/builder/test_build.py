@@ -33,6 +33,7 @@ from runtime.engine.manifest import Manifest
 from tests.builder.conftest import FRAMES
 from tests.builder.needed import needs_rtx
 from tests.processes import HANG_SECONDS
+from tests.shared import Shared
 from tests.warm import WarmPopen
 
 ROOT = Path(build.__file__).resolve().parents[1]
@@ -86,10 +87,26 @@ def last_line(stdout: str) -> dict[str, Any]:
     return record
 
 
-def start(words: list[str], popen: type[subprocess.Popen[str]] = WarmPopen) -> subprocess.Popen[str]:
+# The command, whose graph is copied if it was exported before.
+EXPORTED = """
+import sys
+from pathlib import Path
+from builder import build, stages
+from runtime import cli
+from tests.exports import once
+from tests.shared import Shared
+stages.export = once(Shared(*map(Path, sys.argv[1:3])), stages.export)
+cli.stop_by_signal()
+sys.exit(cli.run(build.main, sys.argv[3:]))
+"""
+
+
+def start(
+    words: list[str], popen: type[subprocess.Popen[str]] = WarmPopen, how: tuple[str, ...] = ("-m", "builder.build")
+) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return popen(
-        [sys.executable, "-u", "-m", "builder.build", *words],
+        [sys.executable, "-u", *how, *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -241,7 +258,7 @@ def test_two_builds_of_one_thing_do_the_work_once(build_arguments: list[str], ou
     ],
 )
 def test_an_interrupted_build_leaves_nothing_behind(
-    build_arguments: list[str], out: Path, stage: str, number: int
+    build_arguments: list[str], out: Path, shared: Shared, stage: str, number: int
 ) -> None:
     words = [*build_arguments, "--out", str(out)]
     if stage == "calibrate":
@@ -250,7 +267,10 @@ def test_an_interrupted_build_leaves_nothing_behind(
         if importlib.util.find_spec("tensorrt_rtx") is None:
             pytest.skip("tensorrt-rtx is not installed (pip install .[rtx])")
         words[words.index("--backend") + 1] = "tensorrt-rtx"
-    process = start(words, subprocess.Popen if stage == "calibrate" else WarmPopen)  # once as a user starts it
+    if stage in ("compile", "verify"):
+        process = start(words, how=("-c", EXPORTED, str(shared.root), str(shared.own)))
+    else:
+        process = start(words, subprocess.Popen if stage == "calibrate" else WarmPopen)  # once as a user starts it
     assert process.stdout is not None
     mark = "backend:" if stage == "plan" else f"{stage}:"
     assert any(line.startswith(mark) for line in process.stdout)
@@ -360,7 +380,7 @@ def test_a_disk_that_is_really_full(build_arguments: list[str], out: Path) -> No
     ):
         pytest.skip("no file system can be mounted here (user namespaces are off)")
     script = 'mount -t tmpfs -o size=1m tmpfs "$1" && shift && "$@"; status=$?; ls -A "$OUT"; exit $status'
-    words = [sys.executable, "-m", "builder.build", *build_arguments, "--out", str(out)]
+    words = [sys.executable, "-m", "builder.build", *build_arguments, "--out", str(out), "--no-verify"]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", str(out), *words],
         cwd=ROOT,

@@ -22,7 +22,7 @@ from builder.micro.course import PERCEPTION_STEPS, SEED, STAGES, new_model
 from builder.micro.see import normalised
 from earlytom import micro
 from earlytom.families import bundled
-from earlytom.families.llava_onevision import canonical_name, pool
+from earlytom.families.llava_onevision import LLAVA_ONEVISION, pool
 from earlytom.families.tokens import SPECIAL_TOKENS
 from earlytom.micro import checkpoint
 from earlytom.micro.data import KINDS, LabelledClip, labelled_clip
@@ -163,8 +163,8 @@ def test_a_random_tensor_depends_on_its_name_and_seed_and_not_on_its_dtype() -> 
     ["model.vision_tower.vision_model.x", "model.vision_tower.x", "vision_tower.vision_model.x", "vision_tower.x"],
 )
 def test_names_of_every_release_have_one_canonical_form(name: str) -> None:
-    assert canonical_name(name) == "vision_tower.x"
-    assert canonical_name("multi_modal_projector.x") == "multi_modal_projector.x"
+    assert LLAVA_ONEVISION.canonical_name(name) == "vision_tower.x"
+    assert LLAVA_ONEVISION.canonical_name("multi_modal_projector.x") == "multi_modal_projector.x"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_names_of_every_release_have_one_canonical_form(name: str) -> None:
     ],
 )
 def test_names_of_the_decoder_have_one_canonical_form(name: str, canonical: str) -> None:
-    assert canonical_name(name) == canonical
+    assert LLAVA_ONEVISION.canonical_name(name) == canonical
 
 
 # The tokenizer

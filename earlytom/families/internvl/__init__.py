@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from earlytom.errors import UserError
 from earlytom.families.family import Family
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
-from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.qwen2 import QWEN2_7B, QWEN2_SMALL
 from earlytom.families.tokens import END, START, STOP, VIDEO
 from earlytom.families.vision import VisionModules
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     from earlytom.families.internvl.tower import InternVLTower, InternVLVision
 
-_TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
 _SIDE = 2  # patches on a side of a token, in every published model
 _OPEN, _VISUAL, _CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 _TOWER_SETTINGS = (
@@ -63,12 +61,11 @@ class InternVL(Family):
 
     model_type = "internvl"
     title, tower_title = "InternVL", "InternViT"
-    model_class = "InternVLForConditionalGeneration"
+    model_class, config_class = "InternVLForConditionalGeneration", "InternVLConfig"
     towers = ("internvl_vision",)
     frames = 32
-    vision_names = (_TOWER, _PROJECTOR)
+    vision_names = ("vision_tower.", "multi_modal_projector.")
     decoder_names = ("language_model.", "lm_head.")
-    closing_name = None
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
     video_token, visual_token = VIDEO, _VISUAL
     span_a_frame = True
@@ -79,15 +76,11 @@ class InternVL(Family):
     activations: ClassVar[tuple[str, ...]] = ("projector_hidden_act",)
     token_ids = ("image_token_id",)
     layer_setting = "vision_feature_layer"
+    roles: ClassVar[Mapping[str, str]] = _ROLES
 
     def check(self, raw: Mapping[str, Any]) -> None:
         if (ratio := raw.get("downsample_ratio", 1 / _SIDE)) != 1 / _SIDE:
             raise UserError(f"downsample_ratio must be {1 / _SIDE}, got {shown(ratio)}")
-
-    def config(self, raw: dict[str, Any]) -> Any:
-        from transformers import InternVLConfig
-
-        return InternVLConfig.from_dict(raw)
 
     def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
@@ -139,23 +132,11 @@ class InternVL(Family):
 
         return InternVLVision(self.tower(tower), projector, grid_of(tower.config))
 
-    def modules(self, model: Any) -> VisionModules:
-        return VisionModules(model.vision_tower, model.multi_modal_projector, None)
-
     def new_modules(self, config: Any) -> VisionModules:
         from transformers import AutoModel
         from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
         return VisionModules(AutoModel.from_config(config.vision_config), InternVLMultiModalProjector(config), None)
-
-    def drop_vision(self, model: Any) -> None:
-        del model.model.vision_tower, model.model.multi_modal_projector
-
-    def restore_buffers(self, tower: nn.Module) -> None:
-        pass  # every one is stored
-
-    def module_name(self, name: str) -> str:
-        return name.removeprefix("multi_modal_")
 
     def vision_settings(self, config: Any) -> dict[str, Any]:
         vision = config.vision_config
@@ -176,9 +157,6 @@ class InternVL(Family):
         )
         return out.pooler_output.flatten(0, 1)
 
-    def canonical_name(self, name: str) -> str:
-        return canonical_name(name)
-
     def projector_weights(self, config: Any) -> int:
         return super().projector_weights(config) + 2 * self.geometry(config).projector[0]  # and a norm before it
 
@@ -189,12 +167,6 @@ class InternVL(Family):
         embeddings = 3 * frame.patch**2 + 1 + 1 + 1 + frame.patches + vision.use_mask_token
         last = 0 if vision.use_mean_pooling else 2
         return frame.width * (frame.depth * scales + embeddings + last)
-
-    def video_token_id(self, config: Any) -> int:
-        return config.image_token_id
-
-    def closing(self, model: Any) -> None:
-        return None
 
     def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
         return f"Frame{number + 1}: {_OPEN}"
@@ -216,9 +188,6 @@ class InternVL(Family):
     def special_tokens(self, config: Any) -> dict[str, int]:
         first, visual = config.text_config.bos_token_id, config.image_token_id
         return {END: first, START: first + 1, STOP: first + 2, _OPEN: visual - 2, _CLOSE: visual - 1, _VISUAL: visual}
-
-    def weight_role(self, name: str) -> str:
-        return next((role for end, role in _ROLES.items() if name.endswith(end)), name)
 
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:

@@ -50,8 +50,8 @@ class InternVLVision(Vision):
     """The last norm, where the tower has one, pixel shuffle, the projector."""
 
     def __init__(self, tower: Tower, projector: Any, grid: tuple[int, int]) -> None:
-        super().__init__(tower)
-        self.projector, self.grid = projector, grid
+        super().__init__(tower, projector)
+        self.grid = grid
         joined: int = projector.layer_norm.normalized_shape[0]
         self.side = round((joined / tower.model.config.hidden_size) ** 0.5)  # patches on a side of a token
 

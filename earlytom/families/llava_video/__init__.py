@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from earlytom.families.closings import Closings
 from earlytom.families.family import Family
 from earlytom.families.frames import FrameTimes
-from earlytom.families.llava_onevision import LlavaOnevision, canonical_name, grid_side
+from earlytom.families.llava_onevision import LlavaOnevision, grid_side
 from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.qwen2 import QWEN2_7B
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
@@ -51,8 +51,7 @@ class LlavaVideoVision(Vision):
     """Projector first, then pooling."""
 
     def __init__(self, tower: Tower, projector: nn.Module, pooling: str) -> None:
-        super().__init__(tower)
-        self.projector = projector
+        super().__init__(tower, projector)
         self.pooling = pooling
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
@@ -133,7 +132,7 @@ class LlavaVideo(LlavaOnevision):
         return super().vision_settings(config) | {"pooling": self.pooling}
 
     def canonical_name(self, name: str) -> str:
-        name = canonical_name(name.replace("vision_tower.vision_tower.", "vision_tower.", 1))
+        name = super().canonical_name(name.replace("vision_tower.vision_tower.", "vision_tower.", 1))
         for old, new in _PROJECTOR.items():
             if name.startswith(old):
                 return new + name.removeprefix(old)

@@ -34,10 +34,7 @@ _OWN = (
     "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings", "transformers_version", "torch_dtype",
     "dtype", "quantization_config", "earlytom_trained",
 )  # fmt: skip
-_ROLES = {
-    "mlp.down_proj.weight": "fc2.weight",
-    "merger.ln_q.weight": "norm.weight",
-}
+_ROLES = {"mlp.down_proj.weight": "fc2.weight", "merger.ln_q.weight": "norm.weight"}
 
 
 class Qwen25Vl(Qwen3Vl):
@@ -59,6 +56,7 @@ class Qwen25Vl(Qwen3Vl):
         "window_size": 1 << 12,
         "tokens_per_second": 1 << 10,
     }
+    roles = _ROLES | Qwen3Vl.roles
 
     def translated(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         if "text_config" in raw or "hidden_size" not in raw:
@@ -122,9 +120,7 @@ class Qwen25Vl(Qwen3Vl):
         return (frames * (config.vision_config.tokens_per_second * (1 if seconds is None else seconds[video]))).long()
 
     def weight_role(self, name: str) -> str:
-        if not name.startswith(self.vision_names):
-            return name
-        return next((role for end, role in _ROLES.items() if name.endswith(end)), super().weight_role(name))
+        return super().weight_role(name) if name.startswith(self.vision_names) else name
 
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from earlytom.errors import UserError
 from earlytom.families.family import SIZES, Family, ShortPrompt
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
-from earlytom.families.llava_onevision import canonical_name
 from earlytom.families.qwen3_vl.grid import SIDE, SIZE, STEP, grid_of, streams_of
 from earlytom.families.tokens import END, START, STOP
 from earlytom.families.vision import VisionModules
@@ -77,7 +76,6 @@ class Qwen3Vl(Family):
     frames = 32
     vision_names = ("visual.",)
     decoder_names = ("language_model.", "lm_head.")
-    closing_name = None
     embeddings_name, head_name = "language_model.embed_tokens.weight", "lm_head.weight"
     video_token, visual_token = VISUAL, VISUAL
     span_a_frame = True
@@ -100,6 +98,7 @@ class Qwen3Vl(Family):
     activations = ()
     token_ids = ("video_token_id",)
     layer_setting = "vision_config"
+    roles = _ROLES
 
     def check(self, raw: Mapping[str, Any]) -> None:
         vision = raw.get("vision_config") or {}
@@ -108,9 +107,7 @@ class Qwen3Vl(Family):
                 raise UserError(f"{name} must be {wanted}, got {shown(got)}")
 
     def config(self, raw: dict[str, Any]) -> Any:
-        import transformers
-
-        config: Any = getattr(transformers, self.config_class).from_dict(raw)
+        config = super().config(raw)
         vision = config.vision_config
         # What other vision configurations say, by the names that most of them have.
         vision.image_size = list(getattr(vision, "image_size", SIZE))
@@ -192,12 +189,6 @@ class Qwen3Vl(Family):
 
         return VisionModules(*parted(AutoModel.from_config(config.vision_config)), None)
 
-    def drop_vision(self, model: Any) -> None:
-        del model.model.visual
-
-    def restore_buffers(self, tower: nn.Module) -> None:
-        pass  # there is none: what angles are made of is computed
-
     def module_name(self, name: str) -> str:
         found = next(old for old in _PARTS if name.startswith(old))
         return _PARTS[found] + name.removeprefix(found)
@@ -222,9 +213,6 @@ class Qwen3Vl(Family):
             [found.pooler_output[0], *(layer[0] for layer in getattr(found, "deepstack_features", ()))], dim=-1
         )
 
-    def canonical_name(self, name: str) -> str:
-        return canonical_name(name)
-
     def projector_weights(self, config: Any) -> int:
         frame, products = self.geometry(config), super().projector_weights(config)
         return products + 2 * frame.width + frame.streams * (products + 2 * frame.projector[0])  # and norms before them
@@ -232,12 +220,6 @@ class Qwen3Vl(Family):
     def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
         return frame.width * (3 * STEP * frame.patch**2 + 1 + config.vision_config.num_position_embeddings)
-
-    def video_token_id(self, config: Any) -> int:
-        return config.video_token_id
-
-    def closing(self, model: Any) -> None:
-        return None
 
     def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
         # The middle between the first picture of a frame and the last.
@@ -291,9 +273,6 @@ class Qwen3Vl(Family):
         names = (END, START, STOP)
         first = {name: config.text_config.bos_token_id + at for at, name in enumerate(names)}
         return first | {OPEN: config.vision_start_token_id, CLOSE: config.vision_end_token_id, VISUAL: visual}
-
-    def weight_role(self, name: str) -> str:
-        return next((role for end, role in _ROLES.items() if name.endswith(end)), name)
 
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:

@@ -129,8 +129,8 @@ class Qwen3VlVision(Vision):
     """Patches joined two by two and projected; states of earlier layers likewise, each by a projector of its own."""
 
     def __init__(self, tower: Qwen3VlTower, projector: Any) -> None:
-        super().__init__(tower)
-        self.projector, self._grid_of = projector, tower
+        super().__init__(tower, projector)
+        self._grid_of = tower
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         last, *earlier = hidden.split(self.tower.width, dim=-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom.errors import UserError
 from earlytom.families.frames import FrameTimes, Geometry
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from earlytom.families.smolvlm.tower import SmolVlmTower, SmolVlmVision
 
-_TOWER, _PROJECTOR = "vision_model.", "connector."
 _GLOBAL, _FAKE, _VISUAL, _DONE = "<global-img>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 _MOST_FRAMES, _LONGEST = 777, 24 * 3600 - 1  # the longest texts: in words, and a day of 24 hours
 _LANCZOS, _BICUBIC = 1, 3
@@ -39,10 +38,10 @@ class SmolVlm(InternVL):
 
     model_type = "smolvlm"
     title, tower_title = "SmolVLM2", "SigLIP"
-    model_class = "SmolVLMForConditionalGeneration"
+    model_class, config_class = "SmolVLMForConditionalGeneration", "SmolVLMConfig"
     towers = ("smolvlm_vision",)
     frames = 64
-    vision_names = (_TOWER, _PROJECTOR)
+    vision_names = ("vision_model.", "connector.")
     decoder_names = ("text_model.", "lm_head.")
     embeddings_name = "text_model.embed_tokens.weight"
     visual_token = _VISUAL
@@ -52,17 +51,13 @@ class SmolVlm(InternVL):
     mean = std = (0.5, 0.5, 0.5)
     activations = ()
     layer_setting = "scale_factor"
+    roles: ClassVar[Mapping[str, str]] = {}  # its names are known
 
     def check(self, raw: Mapping[str, Any]) -> None:
         vision = raw.get("vision_config")
         sides = [vision.get(name, 1) for name in ("image_size", "patch_size")] if isinstance(vision, dict) else []
         if not all(isinstance(side, int) for side in sides):
             raise UserError(f"image_size and patch_size must be one number each, got {' and '.join(map(shown, sides))}")
-
-    def config(self, raw: dict[str, Any]) -> Any:
-        from transformers import SmolVLMConfig
-
-        return SmolVLMConfig.from_dict(raw)
 
     def preparation(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         # Its processor brings every frame to a square, and takes bicubic for Lanczos where it has no Lanczos.
@@ -114,20 +109,11 @@ class SmolVlm(InternVL):
 
         return SmolVlmVision(self.tower(tower), projector)
 
-    def modules(self, model: Any) -> VisionModules:
-        return VisionModules(model.vision_model, model.connector, None)
-
     def new_modules(self, config: Any) -> VisionModules:
         from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
         tower = SmolVLMVisionTransformer._from_config(config.vision_config)
         return VisionModules(tower, SmolVLMConnector(config), None)
-
-    def drop_vision(self, model: Any) -> None:
-        del model.model.vision_model, model.model.connector
-
-    def module_name(self, name: str) -> str:
-        return name.replace(_TOWER, "vision_tower.", 1).replace(_PROJECTOR, "projector.", 1)
 
     def canonical_name(self, name: str) -> str:
         return name.removeprefix("model.")
@@ -190,9 +176,6 @@ class SmolVlm(InternVL):
     def special_tokens(self, config: Any) -> dict[str, int]:
         names = (END, START, STOP, _GLOBAL, _FAKE, _VISUAL, _DONE)
         return {name: config.image_token_id + at for at, name in enumerate(names, -names.index(_VISUAL))}
-
-    def weight_role(self, name: str) -> str:
-        return name
 
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:

@@ -33,8 +33,8 @@ class SmolVlmVision(Vision):
     """The last norm, pixel shuffle, the projector."""
 
     def __init__(self, tower: Tower, projector: Any) -> None:
-        super().__init__(tower)
-        self.projector, self.norm = projector, tower.model.post_layernorm
+        super().__init__(tower, projector)
+        self.norm = tower.model.post_layernorm
         self.side = projector.scale_factor  # patches on a side of a token
         self.grid = (tower.model.embeddings.num_patches_per_side,) * 2
 

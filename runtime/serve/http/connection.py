@@ -35,6 +35,7 @@ class Connection(HttpToolsProtocol):
     _writing: asyncio.TimerHandle | None = None
     _awaiting = True  # the headers of a request are next
     _head = 0  # bytes of them
+    _answered: Any = None  # uvicorn's cycle whose answer is made; `cycle` is that of the last request that came
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -44,6 +45,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._answered is not None:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         self._stop()
         if self._writing is not None:
             self._writing.cancel()
@@ -67,6 +71,8 @@ class Connection(HttpToolsProtocol):
         self._stop()
         self._awaiting, self._head = False, 0
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
         if len(self.pipeline) > _MOST_AHEAD:
             error = ServeError(400, "invalid_request", f"more than {_MOST_AHEAD} requests came before an answer")
             self._end(error)
@@ -90,6 +96,7 @@ class Connection(HttpToolsProtocol):
             self._writing = None
 
     def on_response_complete(self) -> None:
+        self._answered = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.transport.get_write_buffer_size():
             self._await_reader()

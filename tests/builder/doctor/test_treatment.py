@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from builder.doctor import treatment
 from builder.doctor.course import Part
 from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK
 from builder.doctor.treatment import Tried, treat
@@ -87,7 +88,7 @@ def test_what_measures_runs_alone(tmp_path: Path) -> None:
     """Negative control: the first of them waits in vain."""
     own, other = str(tmp_path / "a"), str(tmp_path / "b")
     pair = [
-        part("a", "meet", arguments={"own": own, "other": other}, seconds=5.0),
+        part("a", "meet", arguments={"own": own, "other": other}, seconds=3.0),
         part("b", "meet", arguments={"own": other, "other": own}),
     ]
     assert statuses(treat(pair, tmp_path, seconds=4 * HANG_SECONDS, told=lambda one: None, cores=8)) == {
@@ -96,9 +97,10 @@ def test_what_measures_runs_alone(tmp_path: Path) -> None:
     }
 
 
-def test_when_the_time_is_up_nothing_is_begun(tmp_path: Path) -> None:
+def test_when_the_time_is_up_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(treatment, "_LEAST", 1.0)
     parts = [part("a", "hang"), part("b", "well"), part("c", "well", engine="b"), part("d", "well", lacking="no GPU")]
-    tried = treat(parts, tmp_path, seconds=6.0, told=lambda one: None)
+    tried = treat(parts, tmp_path, seconds=2.0, told=lambda one: None)
     assert statuses(tried) == {"a": NOT_TRIED, "b": NOT_TRIED, "c": NOT_TRIED, "d": NOT_HERE}
     assert [one.outcome.why for one in tried] == [
         "the time was up before it was done (--minutes)",

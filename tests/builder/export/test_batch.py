@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +33,8 @@ from runtime.vision import encode_one, open_backend
 from runtime.vision.torch import TorchVision, open_torch
 from runtime.vision.whole import Whole
 from tests.builder.conftest import FRAMES, Exported
+from tests.builder.gate.shell import shell
 from tests.builder.needed import needs_rtx
-from tests.processes import HANG_SECONDS
 from tests.runtime.vision.opened import open_whole
 
 B = 3
@@ -334,15 +330,7 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = Manifest.read(folder).polygraphy
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-    def paste(place: Path) -> int:
-        environment = {**os.environ, "PATH": path}
-        return subprocess.run(
-            shlex.split(line), cwd=place, env=environment, capture_output=True, check=False, timeout=HANG_SECONDS
-        ).returncode
-
-    assert paste(folder) == 0
+    assert shell(line, folder, torch=False).returncode == 0
     spoiled = tmp_path / "spoiled"
     spoiled.mkdir()
     for file in folder.iterdir():
@@ -351,7 +339,7 @@ def test_polygraphy_and_the_drift_table_take_the_folder(
     positions = next(node for node in model.graph.node if layout.POSITIONS in node.output)
     positions.input[:] = [positions.input[1], positions.input[0]]  # the two videos change places
     onnx.save(model, str(spoiled / layout.ONNX_FILE))
-    assert paste(spoiled) != 0
+    assert shell(line, spoiled, torch=False).returncode != 0
 
     capsys.readouterr()
     assert verify.main([str(folder), "--layers", "--json"]) == 0

@@ -6,9 +6,6 @@ The file of weights itself: test_shared_weights.py.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +42,8 @@ from runtime.vision.by_frames import ByFrames
 from runtime.vision.torch import open_torch
 from runtime.vision.whole import Whole
 from tests.builder.conftest import TAU
+from tests.builder.gate.shell import shell
 from tests.builder.needed import needs_rtx
-from tests.processes import HANG_SECONDS
 from tests.runtime.engine.test_manifest import PLUGIN
 from tests.runtime.vision.opened import open_whole
 
@@ -325,25 +322,13 @@ def test_several_videos_of_several_counts(small_checkpoint: Path, tmp_path: Path
 
 
 def test_the_references_of_every_count(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path}
-    done = subprocess.run(
-        manifest.polygraphy,
-        shell=True,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANG_SECONDS,
-    )
+    done = shell(manifest.polygraphy, folder, torch=False)
     assert done.returncode == 0, done.stdout[-800:] + done.stderr[-800:]
     assert done.stdout.count("PASSED | Runtime") == len(COUNTS)
     for frames, graph, status in ((None, 8, 0), (4, 4, 0), (4, 8, 1)):
         script = keep_reference(folder, tmp_path / f"kept{frames}{graph}", frames)
         assert {p.name for p in script.parent.iterdir()} >= {COMPARE_FILE, f"reference_inputs.f{frames or 8}.json"}
-        words = ["sh", str(script), str(folder / f"vision.f{graph}.onnx")]
-        ran = subprocess.run(words, env=environment, capture_output=True, check=False, timeout=HANG_SECONDS)
+        ran = shell(f"sh {script} {folder / f'vision.f{graph}.onnx'}", tmp_path, torch=False)
         assert bool(ran.returncode) == bool(status)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from runtime.checkpoint import describe
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest
 from tests.builder.conftest import FRAMES, Exported
-from tests.processes import HANG_SECONDS
+from tests.builder.gate.shell import shell
 
 Make = Callable[..., Exported]
 Edit = Callable[[onnx.ModelProto], None]
@@ -319,25 +316,10 @@ def test_report_is_plain_json(exported: Make, clips: dict[str, Tensor], engine: 
     assert saved["figures"].keys() >= {"export_seconds", "verify_seconds", "build_peak_bytes", "flops_vision"}
 
 
-def paste(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line in a folder as somebody would who pasted it into a shell with the environment activated."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        line,
-        shell=True,
-        cwd=folder,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANG_SECONDS,
-    )
-
-
 def test_the_polygraphy_line_of_the_manifest_works_when_pasted(engine: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(engine)
     assert manifest.polygraphy.startswith("polygraphy run vision.onnx --onnxrt")
-    done = paste(manifest.polygraphy, engine)
+    done = shell(manifest.polygraphy, engine)
     assert done.returncode == 0, done.stdout[-800:] + done.stderr[-800:]
     Manifest.read(engine)  # and it changed nothing in the folder
 
@@ -346,7 +328,7 @@ def test_the_polygraphy_line_of_the_manifest_works_when_pasted(engine: Path, tmp
     model = onnx.load(str(spoiled / layout.ONNX_FILE))
     scale_weight("projector.linear_1.bias", 1.5)(model)
     onnx.save(model, str(spoiled / layout.ONNX_FILE))
-    assert paste(manifest.polygraphy, spoiled).returncode != 0
+    assert shell(manifest.polygraphy, spoiled).returncode != 0
 
 
 def test_saved_reference_is_what_the_reference_says(engine: Path, exported: Make) -> None:

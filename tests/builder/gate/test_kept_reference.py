@@ -4,11 +4,8 @@ damage."""
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +23,8 @@ from earlytom.budget import most_tokens
 from runtime import cli
 from runtime.engine import layout
 from runtime.engine.manifest import Manifest, describe_files
-from tests.processes import HANG_SECONDS
+from tests.builder.gate.shell import shell
 
-ROOT = Path(verify.__file__).resolve().parents[1]
 Edit = Callable[[onnx.ModelProto], None]
 
 
@@ -37,16 +33,6 @@ def recipe() -> list[str]:
     assert kept_reference.__doc__ is not None
     text = kept_reference.__doc__.split("**Polygraphy in CI.**")[1]
     return [line.strip() for line in text.splitlines() if line.startswith("    ")]
-
-
-def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line as CI would, in a shell with the environment activated."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    command = ["sh", "-ec", line]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=HANG_SECONDS
-    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +70,7 @@ def compare(place: Path, reference: Path, bundled_engine: Path) -> Callable[...,
             model = onnx.load(str(path))
             edit(model)
             onnx.save(model, str(path))
-        done = shell(recipe()[2], place)
+        done = shell(recipe()[2], place, torch=False)
         return done.returncode, done.stdout + done.stderr
 
     return run
@@ -190,7 +176,7 @@ def test_the_script_wants_one_graph(place: Path, reference: Path, words: str) ->
     """Two engines under built/, or none, are no success."""
     for name in ("a.onnx", "b.onnx"):
         (place / name).touch()
-    done = shell(f"sh reference/{COMPARE_FILE} {words}", place)
+    done = shell(f"sh reference/{COMPARE_FILE} {words}", place, torch=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: sh reference/compare.sh VISION.ONNX")
 
@@ -199,7 +185,7 @@ def test_the_script_works_from_anywhere(place: Path, reference: Path, tmp_path: 
     moved = tmp_path / "a folder"
     shutil.copytree(reference, moved)
     graph = place / "engines" / "NAME" / layout.ONNX_FILE
-    done = shell(f"sh {shlex.quote(str(moved / COMPARE_FILE))} {shlex.quote(str(graph))}", tmp_path)
+    done = shell(f"sh {shlex.quote(str(moved / COMPARE_FILE))} {shlex.quote(str(graph))}", tmp_path, torch=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
 

@@ -464,6 +464,11 @@ def test_json_prints_the_line_alone_and_lists_can_be_empty(
         (("--nonsense",), "--nonsense"),
         (("--service", "--plot", "plots", "--frames", "8"), "leave out --frames, --plot"),
         (("--soak", "5", "--scale-ratios", "0.1"), "leave out --scale-ratios"),
+        (("--soak", "0"), "--soak must be at least 1, got 0"),
+        (("--soak", "1", "--soak-clients", "0"), "--soak-clients must be at least 1, got 0"),
+        (("--soak", "1", "--engine", "x", "--engine", "y"), "--soak measures one engine, got 2"),
+        (("--service", "--engine", "x", "--engine", "y"), "--service measures one engine, got 2"),
+        (("--service", "--soak", "10"), "give one of them"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

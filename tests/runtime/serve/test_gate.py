@@ -35,6 +35,7 @@ class Echo:
     def __init__(self) -> None:
         self.seen: list[str] = []  # paths
         self.entered = threading.Event()
+        self.left = threading.Event()  # the client of /wait
         self.hold: threading.Event | None = None
         self.fails: BaseException | None = None
         self.answers = b""
@@ -51,6 +52,9 @@ class Echo:
         while more:
             message = await receive()
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        while scope["path"] == "/wait" and not self.left.is_set():
+            if (await receive())["type"] == "http.disconnect":
+                self.left.set()
         self.names = {name.decode() for name, _ in scope["headers"]}
         while self.hold is not None and scope["method"] == "POST" and not self.hold.is_set():
             await asyncio.sleep(0.01)
@@ -542,6 +546,13 @@ def test_what_is_no_http_is_told_so(door: Served, sent: bytes) -> None:
         content = received(client)
     assert b" 400 " in content
     assert error_of(content.partition(b"\r\n\r\n")[2])
+
+
+def test_a_client_that_leaves_with_another_request_sent_is_noticed(door: Served, echo: Echo) -> None:
+    with connected(door.port) as client:
+        client.sendall(request(path="/wait") + request("GET", "/"))
+        assert echo.entered.wait(HANG_SECONDS)
+    assert echo.left.wait(HANG_SECONDS)
 
 
 def test_requests_before_an_answer_have_a_limit(door: Served, echo: Echo) -> None:

@@ -63,19 +63,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_settings_by_name_are_those_of_the_command_line() -> None:
-    words = [
-        "--ray",
-        "--replicas",
-        "2",
-        "--max-body",
-        "1MiB",
-        "--allow-domain",
-        "a.org",
-        "--deadline",
-        "5",
-        "--no-page",
-    ]
-    found = settings_of(parser().parse_args(["engines/x", *words]))
+    words = "engines/x --ray --replicas 2 --max-body 1MiB --allow-domain a.org --deadline 5 --no-page"
+    found = settings_of(parser().parse_args(words.split()))
     assert settings_from(told_of(found)) == found
     named = {"engine": "engines/x", "ray": True, "replicas": "2", "max_body": "1MiB", "allow_domain": ["a.org"]}
     assert settings_from(named | {"deadline": "5", "page": False}) == found

@@ -187,7 +187,7 @@ def load_poisoned(path: Path, frames: int, value: int) -> Any:
 
 
 @given(FILES, st.sampled_from((2, 5, 8, 20, 48)))
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @example(Joined("ts", again=(1.0,)), 8)
 @example(Joined("mkv", jumps=((24, -30),)), 8)
 @example(Joined("mp4", rotten=((20, 3),)), 20)
