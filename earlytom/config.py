@@ -28,8 +28,12 @@ TRAILINGS: tuple[Trailing, ...] = ("released", "keep")
 # The depth for which the released merge layers were chosen: that of the tower they were released for.
 RELEASED_LAYERS = 26
 
-# benchmark -> retention ratio -> (tau, merge layers)
-PRESETS: dict[str, dict[float, tuple[float, tuple[int, ...]]]] = {
+Released = tuple[str, float]
+"""A benchmark and a retention ratio."""
+Settings = tuple[float, tuple[int, ...]]
+"""tau and merge layers."""
+
+PRESETS: dict[str, dict[float, Settings]] = {
     "mvbench": {
         0.10: (0.65, (8, 14, 20)),
         0.15: (0.8, (6, 14, 20)),
@@ -54,10 +58,6 @@ PRESETS: dict[str, dict[float, tuple[float, tuple[int, ...]]]] = {
         0.20: (0.6, (10, 21, 23)),
         0.25: (0.7, (10, 21, 23)),
     },
-}
-# model_type -> those that were released for it alone
-_OF_FAMILY: dict[str, dict[tuple[str, float], tuple[float, tuple[int, ...]]]] = {
-    "llava_qwen": {("videomme", 0.25): (0.6, (10, 21, 23)), ("longvideobench", 0.25): (0.8, (6, 21, 23))}
 }
 
 
@@ -117,10 +117,9 @@ class EarlyTomConfig:
 
     @classmethod
     def preset(
-        cls, benchmark: str, retention_ratio: float, *, family: str | None = None, **changes: Any
+        cls, benchmark: str, retention_ratio: float, *, own: Mapping[Released, Settings] | None = None, **changes: Any
     ) -> EarlyTomConfig:
-        """The released settings for a benchmark and a retention ratio. Two are others for LLaVA-Video: `family` is the
-        `model_type` of a model's configuration, its own "llava_qwen".
+        """The released settings for a benchmark and a retention ratio, or the family's `own` (see `Family.presets`).
 
         Raises:
             UserError: there is no such benchmark, or it was not released at this ratio.
@@ -136,7 +135,7 @@ class EarlyTomConfig:
                 f"preset {benchmark!r} was not released at retention ratio {wanted}: choose one of "
                 f"{', '.join(map(str, released))}, or give --merge-layers and --tau without a preset"
             )
-        tau, layers = _OF_FAMILY.get(family or "", {}).get((name, ratio), released[ratio])
+        tau, layers = (own or {}).get((name, ratio), released[ratio])
         settings: dict[str, Any] = {"retention_ratio": ratio, "tau": tau, "merge_layers": layers}
         return cls(**(settings | changes))
 
