@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -219,6 +220,8 @@ def open_files(label: str) -> Files:
     except OSError:  # too long to be a name
         is_folder = exists = False
     if "\0" not in label and is_folder:
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise UserError(f"--model {label}: permission denied; change the folder's permissions")
         return Files(label, path)
     if exists and "\0" not in label:
         raise UserError(f"--model {label}: it is a file; expected the folder of a checkpoint")

@@ -162,8 +162,13 @@ def first_line(error: BaseException) -> str:
 
 def some(names: list[str]) -> str:
     """The first names of a list, each cut where it is long, and how many more there are."""
-    short = [name if len(name) <= 120 else f"{name[:117]}..." for name in names[:3]]
-    return ", ".join(short) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(cut, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def cut(name: str) -> str:
+    """A name as part of a line."""
+    name = " ".join(name.split())
+    return name if len(name) <= 120 else f"{name[:117]}..."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from earlytom.families import DEFAULT_FAMILY, Family
 from earlytom.numbers import shown
-from runtime.checkpoint.files import INDEX_BYTES, Files, first_line, out_of_memory, some
+from runtime.checkpoint.files import INDEX_BYTES, Files, cut, first_line, out_of_memory, some
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -30,6 +30,7 @@ _QUANTISED = re.compile(
     r"\w*_?(weight|input|output|k|v|q)_(scale|scale_inv|zero_point|packed|shape|scales))$"
     r"|\.weight\.(absmax|quant_map|nested_\w+|quant_state\..*)$"
 )
+_SHARD = re.compile(r"[^/\\:\x00-\x1f]{0,200}\.safetensors")
 _OTHER_FORMATS = re.compile(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|npz)")
 
 
@@ -95,9 +96,9 @@ class Weights:
             if not name.startswith(prefixes) or name.endswith(_BUFFERS) or spare:
                 continue
             if _QUANTISED.search(raw):
-                raise self._quantised(f"{_cut(raw)} is a tensor of quantised weights")
+                raise self._quantised(f"{cut(raw)} is a tensor of quantised weights")
             if name in places:
-                raise self._files.error(f"{_cut(places[name].name)} and {_cut(raw)} are the same tensor; expected one")
+                raise self._files.error(f"{cut(places[name].name)} and {cut(raw)} are the same tensor; expected one")
             places[name] = Place(raw, file)
         self._check_complete(sorted({place.file for place in places.values()}))
         if missing := sorted(expected.keys() - places.keys()):
@@ -120,7 +121,7 @@ class Weights:
             return
         for raw in self._index:
             if _QUANTISED.search(raw):
-                raise self._quantised(f"{_cut(raw)} is a tensor of quantised weights")
+                raise self._quantised(f"{cut(raw)} is a tensor of quantised weights")
         self._check_complete(self.shards)
         if missing := sorted(expected.keys() - set(map(self._canonical_name, self._index))):
             raise self._files.error(f"missing tensors in {INDEX}: {some(missing)}; the checkpoint is not complete")
@@ -146,7 +147,7 @@ class Weights:
         if not isinstance(where, dict) or not where:
             raise self._files.error(f"{INDEX} has no weight_map; download it again")
         for file in where.values():
-            if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\x00]*\.safetensors", file):
+            if not isinstance(file, str) or not _SHARD.fullmatch(file):
                 raise self._files.error(
                     f"{INDEX} names {shown(file)}, expected the name of a .safetensors file beside it; download it "
                     "again, and trust it only if its origin is trusted"
@@ -185,12 +186,12 @@ class Weights:
             for name, place in places.items():
                 if place.name not in there:
                     raise self._files.error(
-                        f"{file} has no {_cut(place.name)}, which {INDEX} looks for there: its shards are not of one "
+                        f"{file} has no {cut(place.name)}, which {INDEX} looks for there: its shards are not of one "
                         "model; download it again"
                     )
                 header = tensors.get_slice(place.name)
                 if (dtype := header.get_dtype()) not in _DTYPES:
-                    raise self._quantised(f"{_cut(place.name)} is {dtype}")
+                    raise self._quantised(f"{cut(place.name)} is {dtype}")
                 got, wanted = list(header.get_shape()), list(expected[name])
                 if got == wanted:
                     continue
@@ -200,7 +201,7 @@ class Weights:
                         f"were resized and the settings were not; set vocab_size of text_config to {got[0]}"
                     )
                 raise self._files.error(
-                    f"{_cut(place.name)} has the shape {shown(got)}, and config.json asks for {wanted}"
+                    f"{cut(place.name)} has the shape {shown(got)}, and config.json asks for {wanted}"
                 )
 
     def _quantised(self, what: str) -> Exception:
@@ -229,7 +230,3 @@ class Weights:
         if out_of_memory(error):
             return self._files.no_memory()
         return self._files.error(f"{name} is truncated or broken ({first_line(error)}); download it again")
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= 120 else f"{name[:117]}..."

@@ -21,10 +21,13 @@ Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
+_TEMPLATE_STEPS = 1_000_000  # lines; a published one takes some tens for each message
 LONGEST = 99999.99  # seconds into a video
 Spans = Sequence[FrameSpan]
 Piece = tuple[tuple[int, ...], int]  # ids of text, and how many visual tokens follow them
@@ -187,14 +191,15 @@ def build_prompt(
     for what, one in messages.items():
         _refuse_unusable(tokenizer, one.text, what, family)
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                rendered(list(messages.values())),
-                chat_template=family.chat_template(),
-                tokenize=False,
-                add_generation_prompt=True,
+        with _bounded():
+            text = str(
+                tokenizer.apply_chat_template(
+                    rendered(list(messages.values())),
+                    chat_template=family.chat_template(),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
             )
-        )
     except Exception as error:  # a template is a program of the checkpoint's; it can fail in any way
         raise UserError(
             f"the chat template cannot render a video and a text ({first_line(error)}); use a template for video"
@@ -218,6 +223,28 @@ def build_prompt(
         )
     at = ids.index(visual)
     return Prompt(tuple(ids[:at]), tuple(ids[at + 1 :]), visual, names, times)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Ends a template that runs on: jinja's sandbox bounds neither loops in loops nor calls."""
+    left = _TEMPLATE_STEPS
+
+    def trace(frame: FrameType, *_: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":  # jinja's name of it
+            return None
+        left -= 1
+        if left < 0:
+            raise TimeoutError(f"it takes more than {_TEMPLATE_STEPS} steps")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

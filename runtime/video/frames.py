@@ -18,6 +18,8 @@ from earlytom.errors import UserError
 from earlytom.numbers import shown
 from runtime.choices import MIN_FRAMES
 
+_ORIENTATION = 0x0112  # tag of EXIF: how a camera was held; what follows is PIL's number of the turn that undoes it
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _WIDENED = 8  # frames that are fp32 at a time
 
 
@@ -105,11 +107,13 @@ def _single(frame: Any, index: int) -> Tensor:
         if frame.ndim != 3 or 3 not in (frame.shape[0], frame.shape[2]) or 0 in frame.shape:
             raise UserError(f"frame {index} is {_kind(frame)}; {_WANTED_FRAME}")
         return channels_first(frame[None], 1)[0]
-    convert = getattr(frame, "convert", None)  # of PIL, which need not be installed
-    if convert is None or not hasattr(frame, "getbands"):
+    if not hasattr(frame, "convert") or not hasattr(frame, "getexif"):  # of PIL, which need not be installed
         raise UserError(f"frame {index} is {shown(frame)} ({type(frame).__name__}); {_WANTED_FRAME}")
+    if frame.mode[0] in "IF":  # PIL would cut their values off at 255
+        raise UserError(f"frame {index} is an image of mode {frame.mode}, values not 0 to 255; convert it to RGB")
     try:
-        image = np.array(convert("RGB"))  # [h, w, 3]
+        turn = _TURNS.get(frame.getexif().get(_ORIENTATION))
+        image = np.array((frame if turn is None else frame.transpose(turn)).convert("RGB"))  # [h, w, 3]
     except (OSError, ValueError) as error:  # PIL reads the file only now
         raise UserError(f"frame {index} cannot be decoded ({shown(error)}); {_WANTED_FRAME}") from error
     return torch.from_numpy(image).permute(2, 0, 1)

@@ -5,6 +5,7 @@ Knows files, bytes and frames by their outside. Opens no video: `runtime.video.o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import os
@@ -167,6 +168,8 @@ def _from_file(file: IO[bytes], limits: Limits, check: Callable[[], object] | No
         raise VideoError(f"{label} is closed; give it before it is closed, or its path")
     if isinstance(file, io.TextIOBase):
         raise VideoError(f'{label} is opened as text; open it in binary mode: open(path, "rb")')
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream has no position
+        label += f" from byte {at} on" if (at := file.tell()) else ""
     spooled = Spooled(label)
     while content := _read(file, label):
         if check is not None:

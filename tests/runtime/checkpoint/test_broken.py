@@ -78,6 +78,9 @@ def test_what_is_needed_to_answer_is_looked_at_before_a_build(folder: Path) -> N
     refused(folder, "places <video> 2 times")
     (folder / "chat_template.jinja").write_text("{% for")
     refused(folder, "the chat template cannot render")
+    many = "{% for a in range(99999) %}"
+    (folder / "chat_template.jinja").write_text(f"<video>{2 * many}{2 * '{% endfor %}'}")
+    refused(folder, r"it takes more than 1000000 steps.*use a template for video")
     (folder / "chat_template.jinja").unlink()
     refused(folder, "no chat template")
     (folder / "chat_template.json").write_text('{"chat_template": 5}')
@@ -217,9 +220,10 @@ def test_cut_weights_are_refused(folder: Path, cut: int) -> None:
 
 
 HOSTILE = ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "c:\\x.safetensors", "x\0.safetensors")
+ODD_NAMES = ("x\ny.safetensors", "x" * 300 + ".safetensors")
 
 
-@pytest.mark.parametrize("file", [*HOSTILE, "model.bin", "", 5, None])
+@pytest.mark.parametrize("file", [*HOSTILE, *ODD_NAMES, "model.bin", "", 5, None])
 def test_an_index_names_files_beside_it(folder: Path, file: Any) -> None:
     in_shards(folder)
     content = json.loads(index(folder).read_text())
@@ -299,6 +303,13 @@ def test_a_missing_section_is_one_line(folder: Path, section: str) -> None:
     del config[section]
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, f"has no {section}")
+
+
+def test_a_folder_that_may_not_be_read(folder: Path) -> None:
+    folder.chmod(0)
+    if os.access(folder, os.R_OK):
+        pytest.skip("this user may read everything")
+    refused(folder, "permission denied; change the folder's permissions")
 
 
 def test_json_is_read_with_care(folder: Path) -> None:

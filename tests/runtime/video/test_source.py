@@ -184,6 +184,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "text": (lambda: io.StringIO("text"), "binary mode"),
     "a file opened as text": (lambda: open(__file__), "binary mode"),  # noqa: SIM115
     "a closed file": (Closed, "closed"),
+    "a file read in part": (
+        lambda: [f := io.BytesIO(CONTENT), f.seek(100)][0],
+        "BytesIO from byte 100 on cannot be read",
+    ),
     "an asynchronous file": (Asynchronous, "await its read"),
     "a file that does not wait": (Silent, "no bytes yet"),
     "a file that fails": (Broken, "cannot be read"),
@@ -290,6 +294,15 @@ def test_pictures_of_pillow_are_frames() -> None:
     assert np.array_equal(taken, pixels.transpose(0, 3, 1, 2))
     grey = take_video([image.fromarray(frame[..., 0]) for frame in pixels])
     assert np.array_equal(grey[:, 1], pixels[..., 0])  # type: ignore[call-overload]
+    with pytest.raises(UserError, match="frame 0 is an image of mode I;16, values not 0 to 255"):
+        take_video([image.fromarray(frame[..., 0].astype(np.uint16) * 257) for frame in pixels])
+    operations = pytest.importorskip("PIL.ImageOps", reason="Pillow is not installed")
+    for orientation in range(1, 9):  # of a camera that was held in every way
+        held = [image.fromarray(frame) for frame in pixels]
+        for one in held:
+            one.getexif()[0x0112] = orientation
+        upright = np.stack([np.asarray(operations.exif_transpose(one)) for one in held])
+        assert np.array_equal(take_video(held), upright.transpose(0, 3, 1, 2))
 
 
 def test_odd_views_of_frames_are_taken_as_they_are() -> None:
