@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom.families.closings import Closings
 from earlytom.families.family import Family
@@ -72,6 +72,7 @@ class LlavaVideo(LlavaOnevision):
     model_class = "LlavaVideoForConditionalGeneration"
     frames = 64
     known_names = False
+    presets: ClassVar = {("videomme", 0.25): (0.6, (10, 21, 23)), ("longvideobench", 0.25): (0.8, (6, 21, 23))}
     own_visual_token = True
     released = False
     video_token = visual_token = IMAGE
