@@ -28,8 +28,12 @@ TRAILINGS: tuple[Trailing, ...] = ("released", "keep")
 # The depth for which the released merge layers were chosen: that of the tower they were released for.
 RELEASED_LAYERS = 26
 
-# benchmark -> retention ratio -> (tau, merge layers)
-PRESETS: dict[str, dict[float, tuple[float, tuple[int, ...]]]] = {
+Released = tuple[str, float]
+"""A benchmark and a retention ratio."""
+Settings = tuple[float, tuple[int, ...]]
+"""tau and merge layers."""
+
+PRESETS: dict[str, dict[float, Settings]] = {
     "mvbench": {
         0.10: (0.65, (8, 14, 20)),
         0.15: (0.8, (6, 14, 20)),
@@ -112,8 +116,10 @@ class EarlyTomConfig:
         set_(self, "inner_ratio", real("inner_ratio", self.inner_ratio, 0, 1, high_open=True))
 
     @classmethod
-    def preset(cls, benchmark: str, retention_ratio: float, **changes: Any) -> EarlyTomConfig:
-        """The released settings for a benchmark and a retention ratio.
+    def preset(
+        cls, benchmark: str, retention_ratio: float, *, own: Mapping[Released, Settings] | None = None, **changes: Any
+    ) -> EarlyTomConfig:
+        """The released settings for a benchmark and a retention ratio, or the family's `own` (see `Family.presets`).
 
         Raises:
             UserError: there is no such benchmark, or it was not released at this ratio.
@@ -129,7 +135,7 @@ class EarlyTomConfig:
                 f"preset {benchmark!r} was not released at retention ratio {wanted}: choose one of "
                 f"{', '.join(map(str, released))}, or give --merge-layers and --tau without a preset"
             )
-        tau, layers = released[ratio]
+        tau, layers = (own or {}).get((name, ratio), released[ratio])
         settings: dict[str, Any] = {"retention_ratio": ratio, "tau": tau, "merge_layers": layers}
         return cls(**(settings | changes))
 

@@ -1,15 +1,15 @@
-"""Compile an ONNX file into a TensorRT engine, and prove that the engine is what was asked for.
+"""Compiles an ONNX file into a TensorRT engine, and verifies the engine's precision.
 
     report = compile_engine("vision.onnx", "vision.engine", flavour="tensorrt-rtx", target=(8, 0), dtype="fp16")
 
 writes the engine and `layers.json` beside it, or nothing. Networks are strongly typed: the precision is that of the
 graph, and `dtype` is what the finished engine is checked against. TF32 is off, so fp32 means fp32.
 
-The work runs in a process of its own, for reasons seen with tensorrt-rtx 1.7.1: a plugin node can make
-the parser abort the process it is in; a KeyboardInterrupt that arrives during a build lands in one of TensorRT's
-callbacks and is swallowed; and the peak memory of this stage is only known where nothing else runs. It costs the start
-of an interpreter. That process is `builder.compile.process`; this module starts it, shows its progress, turns its end,
-however it ends, into a report or one clear error, and moves the files into place.
+The build runs in a process of its own, for reasons seen with tensorrt-rtx 1.7.1: a plugin node can make the parser
+abort its process; a KeyboardInterrupt during a build is raised in one of TensorRT's callbacks and swallowed; and the
+stage's peak memory can only be measured in a separate process. It costs the start of an interpreter. That process is
+`builder.compile.process`; this module starts it, shows its progress, turns its end, however it ends, into a report or
+one clear error, and publishes the files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class CompileProgress:
-    """Where a build is: the library's own name of the phase, steps done of steps (0 of 0: unknown), seconds so far."""
+    """Progress of a build: the library's name of the phase, `done` of `steps` (0 of 0: unknown), seconds so far."""
 
     phase: str
     done: int
@@ -56,7 +56,7 @@ class CompileProgress:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What was built and what it cost.
+    """The result of a compilation.
 
     Attributes:
         version: of the TensorRT flavour.
@@ -64,10 +64,10 @@ class CompileReport:
         engine_bytes: size of the engine file.
         peak_rss_bytes: peak resident memory of the build process, its interpreter included.
         seconds: "parse", "build" (serialising included) and "total" with the start of the process.
-        warnings: what TensorRT warned about.
-        layers: figures of layers.json; `layers.half_share` and `layers.attention_fused` are the ones to look at.
+        warnings: TensorRT's warnings.
+        layers: figures of layers.json, above all `layers.half_share` and `layers.attention_fused`.
         compression: "native" or "plugin".
-        plugins: the kernels of the plugins, with what they cost; none where the compression stage is native.
+        plugins: the plugins' kernels and their cost; none where the compression stage is native.
     """
 
     flavour: str
@@ -108,16 +108,16 @@ def compile_engine(
 
     Args:
         flavour: "tensorrt" (needs the GPU) or "tensorrt-rtx" (needs none).
-        dtype: "fp16", "bf16" or "fp32": what the graph was exported in.
+        dtype: "fp16", "bf16" or "fp32", the dtype of the exported graph.
         target: compute capability of the GPU it will run on; (8, 0) is the A100.
         hardware_compatible: tensorrt only: kernels that run on Ampere and everything newer, at some cost in speed.
         workspace_gib: most scratch memory a layer may use on the GPU.
         compression: "plugin", "native" or "auto", see `builder.plugins.choose`.
-        expected_share: share of the flops of matrix products that the graph has in `dtype`; the rest are its islands.
-        int8_share: share of them that the graph has in int8.
+        expected_share: share of the matrix-product flops that the graph has in `dtype`; the rest are its islands.
+        int8_share: share of them in int8.
         folded: tokens of a frame and attention heads, see `builder.compile.layers.of_one_frame`.
-        profile: least, usual and largest size of the first dimension of inputs in which that is dynamic.
-        layers_path: where the layer list goes; default `layers.json` beside the engine.
+        profile: least, usual and largest first dimension of dynamic inputs.
+        layers_path: the layer list; default: `layers.json` beside the engine.
         progress: called at every phase and at least once a second, in this thread.
 
     Raises:
@@ -173,7 +173,7 @@ def compile_engine(
 
 
 def check_target(flavour: str, target: seam.Capability, hardware_compatible: bool = False) -> None:
-    """Refuse a target that `flavour` cannot build for on this machine; loads the library, builds nothing."""
+    """Refuse a target that `flavour` cannot build for on this machine; loads the library but builds nothing."""
     trt = seam.load(flavour)
     wanted = ".".join(map(str, target))
     if flavour == "tensorrt-rtx":
@@ -209,7 +209,7 @@ def check_target(flavour: str, target: seam.Capability, hardware_compatible: boo
 
 def _run(request: CompileRequest, progress: Callable[[CompileProgress], None] | None, started: float) -> dict[str, Any]:
     """Start the build process, pass its progress on, return its answer or raise its error."""
-    # Triton compiles nothing in its interpreter, which this variable would choose.
+    # This variable would select Triton's interpreter, which compiles nothing.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-c", "import sys; from builder.compile.process import serve; sys.exit(serve())"]
@@ -238,14 +238,14 @@ def _run(request: CompileRequest, progress: Callable[[CompileProgress], None] | 
 
 
 def _messages(process: subprocess.Popen[str], request: str) -> Iterator[dict[str, Any]]:
-    """What the build process says until it ends, and an empty message for every second in which it says nothing."""
+    """The build process's messages until it ends, and an empty one for every second without a message."""
     lines: queue.Queue[str | None] = queue.Queue()
     assert process.stdin is not None
     assert process.stdout is not None
     stdout = process.stdout
 
     def read() -> None:
-        with suppress(ValueError):  # whoever ends the process closes its output, perhaps in the midst of this
+        with suppress(ValueError):  # killing the process closes its output, perhaps during this read
             for line in stdout:
                 lines.put(line)
         lines.put(None)
@@ -253,8 +253,8 @@ def _messages(process: subprocess.Popen[str], request: str) -> Iterator[dict[str
     threading.Thread(target=read, daemon=True).start()
     try:
         process.stdin.write(request + "\n")
-        process.stdin.flush()  # and not closed: the child ends with us (`builder.compile.child`)
-    except BrokenPipeError:  # it died before it could read: its exit status says more than this error
+        process.stdin.flush()  # not closed, so that the child ends with this process (`builder.compile.child`)
+    except BrokenPipeError:  # it died before reading: its exit status says more than this error
         with suppress(BrokenPipeError):
             process.stdin.close()
     while True:

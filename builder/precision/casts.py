@@ -1,16 +1,16 @@
 """The precision of the exported graph: half where it is safe, fp32 islands where it is not.
 
-TensorRT 11 has no FP16 flag and every network is strongly typed, so the precision of an engine is the precision of its
-ONNX graph. Weights, matrix products and the residual stream are half. By default fp32 stay: normalising the pixels,
-norms, the softmax and the received attention of the one explicit attention layer, frame similarity, and both
-decisions; `builder.precision.islands` names them and others to choose from. (Attention layers are one fused operator
-each, whose softmax accumulates in fp32 inside the kernel.)
+TensorRT 11 has no FP16 flag and every network is strongly typed, so the precision of an engine is that of its ONNX
+graph. Weights, matrix products and the residual stream are half. In fp32 by default: pixel normalisation, norms, the
+softmax and received attention of the one explicit attention layer, frame similarity, and both decisions;
+`builder.precision.islands` names these and other islands. (Each other attention layer is one fused operator, whose
+softmax accumulates in fp32 inside the kernel.)
 
-A key's bias adds the same number to all logits of a query, which softmax does not see; trained biases can be large
-enough that half keeps little of the rest, or that the logits overflow. So half graphs are exported without it.
+A key's bias adds the same number to all logits of a query, so softmax is invariant to it; but trained biases can be so
+large that half loses the rest of the logit, or overflows. So half graphs are exported without it.
 
-Operators without a dtype of their own follow one rule: a product takes its operands in the dtype of its weights, a
-norm works in that of its weights and answers in that of the branch behind it.
+Casts follow one rule: a product takes its operands in the dtype of its weights; a norm computes in the dtype of its
+weights and returns that of the branch after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from earlytom.families import DEFAULT_FAMILY, Family
 
 
 class TypedLayerNorm(nn.LayerNorm):
-    """A layer norm in the dtype of its weights whatever the input; returns `result`, or the dtype of the input."""
+    """A layer norm in the dtype of its weights, whatever the input's; returns dtype `result`, or that of the input."""
 
     result: torch.dtype | None = None
 
@@ -37,7 +37,7 @@ class TypedLayerNorm(nn.LayerNorm):
 
 
 class TypedRMSNorm(nn.Module):
-    """The same of an RMS norm as transformers' models have it: one operator, where theirs has two dtypes in half."""
+    """The same for transformers' RMS norm: a single operator, where theirs mixes two dtypes in half precision."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -50,7 +50,7 @@ class TypedRMSNorm(nn.Module):
 
 
 class TypedLinear(nn.Linear):
-    """A linear layer that takes its input in the dtype of its weights."""
+    """A linear layer that casts its input to the dtype of its weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.to(self.weight.dtype))
@@ -73,19 +73,19 @@ class Float32(nn.Module):
 def set_precision(
     module: nn.Module, dtype: torch.dtype, *, wide: Collection[str] = (), norms: bool = True
 ) -> nn.Module:
-    """Convert `module` in place to `dtype`, products in int8 left out, which have theirs.
+    """Convert `module` in place to `dtype`, except int8 layers.
 
     Args:
         module: in fp32.
-        wide: names of submodules that stay as they are ("" is the module itself).
-        norms: whether layer norms and RMS norms stay, too.
+        wide: names of submodules that stay in fp32 ("" is the module itself).
+        norms: whether layer norms and RMS norms stay in fp32, too.
     """
     for name, child in module.named_modules():
         if isinstance(child, Int8Linear):
             continue
         if isinstance(child, nn.LayerNorm):
             child.__class__ = TypedLayerNorm
-        elif hasattr(child, "variance_epsilon"):  # each model's RMS norm is a class of its own
+        elif hasattr(child, "variance_epsilon"):  # RMS norm, a different class in each model
             child.__class__ = TypedRMSNorm
         elif type(child) is nn.Linear:
             child.__class__ = TypedLinear
@@ -107,12 +107,9 @@ def set_vision_precision(
     islands: Islands = DEFAULT,
     family: Family = DEFAULT_FAMILY,
 ) -> None:
-    """Convert a vision tower and its projector in place to `dtype` with `islands` in fp32.
-
-    `family` says which module of a layer is which.
-    """
+    """Convert a `family`'s vision tower and projector in place to `dtype`, with `islands` in fp32."""
     if dtype == torch.float32:
-        islands = DEFAULT  # there is nothing else to choose from
+        islands = DEFAULT  # all is fp32 anyway
     adapter = family.tower(tower)
     layers = [adapter.parts(layer) for layer in adapter.layers]
     for parts in layers if dtype != torch.float32 and adapter.key_bias_cancels else ():
@@ -128,12 +125,12 @@ def set_vision_precision(
     set_precision(projector, dtype, wide=[""] * ("projector" in islands))
     for index, parts in enumerate(layers):
         for norm, wide in ((parts.attention_norm, islands.attention), (parts.mlp_norm, islands.mlp)):
-            if isinstance(norm, NORMS):  # another kind answers in the dtype of what it is given
+            if isinstance(norm, NORMS):  # any other kind returns the dtype of its input
                 norm.result = torch.float32 if index in wide else dtype
 
 
 def _widen_activations(module: nn.Module) -> None:
-    """Put the functions among a module's parts, which have no weights, into fp32."""
+    """Put a module's activation functions (children without weights) into fp32."""
     for name, child in list(module.named_children()):
         if not isinstance(child, nn.Dropout | nn.Identity) and next(child.parameters(), None) is None:
             setattr(module, name, Float32(child))

@@ -2,17 +2,16 @@
 
     --islands default,residual,mlp:20-25        (also spelt --fp16-islands; the same words for fp16 and bf16)
 
-A word is an island, or one of the layered islands with a layer or a range of layers. `default` stands for the four that
-every half graph has unless told otherwise, `all` for everything, `none` for nothing. Whatever is chosen, weights are
-read in fp32 and rounded once, the frame plan and the token choice are fp32 (numbers of [F, F] and [F, P]), and fused
-attention keeps its logits and its softmax to itself.
+A word is an island, or one of the layered islands with a layer or a range of layers. `default` stands for the four
+islands of every half graph by default, `all` for everything, `none` for nothing. Independent of the choice, weights are
+read in fp32 and rounded once, the frame plan and the token selection ([F, F] and [F, P] numbers) are fp32, and logits
+and softmax of fused attention are internal to the kernel.
 
-A cost is what the island adds to a graph that has none: the arithmetic that is done in fp32, the bytes of weights that
-are stored wider, and the bytes of the results that are written wider, each counted once (a compiler that fuses writes
-fewer). Counts are exact and follow from shapes. A matrix product has 2 flops a multiply-add; element by element a layer
-norm has 7, an RMS norm 4, softmax with received attention 6, GELU 9, a gate 6 (SiLU 5, and the product), normalising a
-pixel 2, adding 1. What no shape tells: attention
-in fp32 has no fused kernel in tensorrt-rtx 1.7, so that its matrix of [F, H, T, T] goes through memory.
+A cost is what an island adds to a graph without islands: flops in fp32, extra bytes of weights, and extra bytes of
+results, each result counted once (a compiler that fuses writes fewer). Counts are exact and follow from shapes. A
+matrix product has 2 flops per multiply-add; per element a layer norm has 7, an RMS norm 4, softmax with received
+attention 6, GELU 9, a gate 6 (SiLU 5, and the product), normalising a pixel 2, adding 1. Not in these counts: fp32
+attention has no fused kernel in tensorrt-rtx 1.7, so that its matrix of [F, H, T, T] goes through memory.
 
 Notation: F frames, T tokens a frame, D width, I width inside the MLP, H heads, E LLM width, P tokens after pooling.
 """
@@ -51,16 +50,16 @@ ISLANDS = {
 }
 LAYERED = ("attention", "mlp")
 _DEFAULT = ("pixels", "norms", "softmax", "similarity")
-_NORM, _RMS, _SOFTMAX, _GELU, _GATE, _PIXEL = 7, 4, 6, 9, 6, 2  # flops an element
-_EXTRA = 2  # bytes that fp32 takes more than half, an element
+_NORM, _RMS, _SOFTMAX, _GELU, _GATE, _PIXEL = 7, 4, 6, 9, 6, 2  # flops per element
+_EXTRA = 2  # additional bytes of an fp32 element over a half one
 
 
 @dataclass(frozen=True)
 class Islands:
-    """A choice.
+    """A choice of islands.
 
     Attributes:
-        names: the chosen islands that are not a matter of layers.
+        names: the chosen islands that are not layered.
         attention, mlp: the layers in which that branch is fp32.
     """
 
@@ -73,7 +72,7 @@ class Islands:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The choice in words that `parse` takes; equal choices have equal words."""
+        """The choice as words for `parse`; equal choices have equal words."""
         plain = [name for name in ISLANDS if name in self.names]
         return (*plain, *runs_of("attention", self.attention), *runs_of("mlp", self.mlp))
 
@@ -96,7 +95,7 @@ def check(text: str) -> None:
 
 
 def parse(text: str, depth: int) -> Islands:
-    """`text` as on the command line, for a tower of which `depth` layers run."""
+    """Parse the option's `text`, for a tower of which `depth` layers run."""
     check(text)
     names: set[str] = set()
     layers: dict[str, set[int]] = {name: set() for name in LAYERED}
@@ -118,12 +117,12 @@ def parse(text: str, depth: int) -> Islands:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an island adds to a graph without islands.
+    """The cost of an island over a graph without islands.
 
     Attributes:
         products: flops of its matrix products, fp32 instead of half.
         elementwise: its other flops.
-        weight_bytes, activation_bytes: how much wider weights and results are.
+        weight_bytes, activation_bytes: additional bytes of weights and results.
     """
 
     products: int = 0
@@ -145,7 +144,7 @@ class Cost:
 
 
 class Costs:
-    """The cost of every island of a build; `stages`: frames at each, if not those of the build."""
+    """The costs of all islands of a build; `stages`: frames of each stage, if not those of the build."""
 
     def __init__(self, config: BuildConfig, stages: Sequence[int] | None = None) -> None:
         from earlytom.families import family_of
@@ -167,14 +166,14 @@ class Costs:
         self.projector_weights = family.projector_weights(config.model)
 
     def of(self, name: str) -> Cost:
-        """The cost of one island; of a layered one, in all layers."""
+        """The cost of one island; for a layered one that in all layers."""
         if name in LAYERED:
             return sum((getattr(self, f"_{name}")(layer) for layer in range(self.depth)), Cost())
         cost: Cost = getattr(self, f"_{name}")()
         return cost
 
     def total(self, islands: Islands) -> Cost:
-        """The cost of a choice; what two islands share counts once where it is a matrix product."""
+        """The cost of a choice; matrix products that two islands share count once."""
         total = sum((self.of(name) for name in islands.names), Cost())
         for name in LAYERED:
             total += sum((getattr(self, f"_{name}")(layer) for layer in getattr(islands, name)), Cost())
@@ -191,7 +190,7 @@ class Costs:
         return tuple(1 - wide / products for products, wide in self.stage_products(islands))
 
     def stage_products(self, islands: Islands) -> list[tuple[int, int]]:
-        """Flops of the matrix products of every stage of a chain: of all, and of those in fp32."""
+        """(all, fp32) flops of the matrix products of every stage of a chain."""
         return [self._stage_products(stage, islands) for stage in range(len(self.spans))]
 
     def _stage_products(self, stage: int, islands: Islands) -> tuple[int, int]:
@@ -209,7 +208,7 @@ class Costs:
         return products, wide + sum(count for chosen, count in parts if chosen)
 
     def chunk_shares(self, islands: Islands) -> tuple[float, float]:
-        """`half_share` of the head, which has the layers up to the first merge, and of the rest."""
+        """`half_share` of a chunked engine's head and rest."""
         (head, wide), (rest, rest_wide) = self.chunk_products(islands)
         return 1 - wide / head, 1 - rest_wide / rest
 
@@ -222,7 +221,7 @@ class Costs:
         return [(products, wide), (self.products - products, whole - wide)]
 
     def _layers(self, span: range, islands: Islands) -> tuple[int, int]:
-        """Flops of the matrix products of some encoder layers: of all, and of those in fp32."""
+        """(all, fp32) flops of the matrix products of some encoder layers."""
         products = wide = 0
         for name in LAYERED:
             for layer in span:
@@ -242,19 +241,19 @@ class Costs:
 
     @property
     def standing(self) -> int:
-        """Flops of the products that say what kept tokens stand for, which are fp32 in every graph."""
+        """Flops of the products for the bias of kept tokens, which are fp32 in every graph."""
         tokens = self.stages[-1] * self.pooled
-        # EarlyTom compares the tokens that it keeps with all, cells all with all before it chooses.
+        # EarlyTom compares kept tokens with all tokens, cells all with all, before selection.
         compared = self.kept if self.deciding is not None else tokens
         return 2 * tokens * (compared * self.llm + self.kept)
 
     @property
     def activation(self) -> int:
-        """Flops of an element inside an MLP, between its products."""
+        """Flops per element of an MLP's activation."""
         return _GATE if self.gated else _GELU
 
     def _hidden(self, layer: int) -> int:
-        return self.frames[layer] * self.tokens * self.width  # elements that enter the layer
+        return self.frames[layer] * self.tokens * self.width  # elements of the layer's input
 
     def _pixels(self) -> Cost:
         elements = self.stages[0] * self.step * 3 * math.prod(self.size)
@@ -328,7 +327,7 @@ class Costs:
 
 
 def record(config: BuildConfig) -> dict[str, Any]:
-    """The cost of every island, and what is chosen, in plain JSON types."""
+    """The cost of every island, and the choice, in plain JSON types."""
     costs = Costs(config)
     every = {
         name: {"what": what, "flops": cost.flops, **asdict(cost)}
@@ -339,7 +338,7 @@ def record(config: BuildConfig) -> dict[str, Any]:
 
 
 def show(trace: Trace, config: BuildConfig) -> None:
-    """Every island with its cost as a table, and what is chosen."""
+    """Show every island with its cost, and the choice."""
     costs, rows = Costs(config), []
     for name, what in ISLANDS.items():
         cost = costs.of(name)

@@ -1,4 +1,4 @@
-"""Products: what int8 can multiply, chosen by name, and what each costs where it stays wider.
+"""Products: the matrix products that may be int8, chosen by name, and the cost of keeping each wider.
 
     --int8-keep fc2:0-3,projector-out
 
@@ -35,7 +35,7 @@ _ISLAND_OF = {"qkv": "attention", "out": "attention", "fc1": "mlp", "fc2": "mlp"
 
 @dataclass(frozen=True, order=True)
 class Product:
-    """One product: its name and its layer; -1 where that is none of the tower's."""
+    """One product: its name and its layer; -1 outside the tower."""
 
     name: str
     layer: int = -1
@@ -61,7 +61,7 @@ def check(text: str) -> None:
 
 
 def parse(text: str, depth: int) -> frozenset[Product]:
-    """What `text` keeps wider than int8, for a tower of which `depth` layers run; `auto` is no answer here."""
+    """The products that `text` keeps wider than int8, for a tower of which `depth` layers run; not for `auto`."""
     check(text)
     found: set[Product] = set()
     for word in (word.strip().lower() for word in text.split(",")):
@@ -75,12 +75,12 @@ def parse(text: str, depth: int) -> frozenset[Product]:
 
 
 def choice(text: str | None, depth: int) -> tuple[str, ...]:
-    """What `text` asks for, in the same words for equal choices; ("auto",) where that is for the clips to say."""
+    """The normalised words of `text`, equal for equal choices; ("auto",) where the calibration decides."""
     return (AUTO,) if text in (None, AUTO, LIST) else words(parse(str(text), depth))
 
 
 def words(products: Collection[Product]) -> tuple[str, ...]:
-    """Products in words that `parse` takes; equal choices have equal words."""
+    """Products as words for `parse`; equal choices have equal words."""
     found: list[str] = []
     for name in PRODUCTS:
         layers = [product.layer for product in products if product.name == name]
@@ -89,7 +89,7 @@ def words(products: Collection[Product]) -> tuple[str, ...]:
 
 
 def every(depth: int, islands: Islands) -> tuple[Product, ...]:
-    """The products that int8 may have: all but those inside an fp32 island, in the order in which they run."""
+    """The products that may be int8: all but those inside an fp32 island, in the order in which they run."""
     layered = [Product(name, layer) for layer in range(depth) for name in LAYERED]
     inside = [p for p in layered if p.layer not in getattr(islands, _ISLAND_OF[p.name])]
     outside = [Product(name) for name in PRODUCTS if name not in LAYERED and "projector" not in islands]
@@ -97,12 +97,12 @@ def every(depth: int, islands: Islands) -> tuple[Product, ...]:
 
 
 def nearest(in_layer: bool) -> tuple[str, ...]:
-    """The names of the products of a layer, or of those behind the last."""
+    """The names of the products in a layer, or of those after the last."""
     return tuple(name for name in PRODUCTS if (name in LAYERED) == in_layer)
 
 
 def flops_of(costs: Costs, product: Product) -> int:
-    """Two a multiply-add."""
+    """Flops of the product, 2 per multiply-add."""
     frames = costs.stages[-1] if product.layer < 0 else costs.frames[product.layer]
     return 2 * frames * costs.tokens * elements_of(costs, product)
 

@@ -9,7 +9,7 @@ from earlytom.errors import UserError
 
 
 def layers_in(text: str, word: str, depth: int, option: str) -> range:
-    """The layers that `text`, what stands behind the colon of `word`, names in a tower of which `depth` run."""
+    """The layers named by `text`, the part of `word` after its colon, in a tower of which `depth` layers run."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < depth:

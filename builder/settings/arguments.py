@@ -24,7 +24,7 @@ from builder.settings.parser import parser
 from earlytom.cells.config import CellsConfig
 from earlytom.config import RELEASED_LAYERS, EarlyTomConfig, layers_for
 from earlytom.errors import UserError
-from earlytom.families import Geometry
+from earlytom.families import Family, Geometry
 from earlytom.settings import SETTINGS, MethodSettings
 from earlytom.untouched import UntouchedConfig
 from runtime import trt
@@ -118,7 +118,7 @@ def _check_int8(options: argparse.Namespace) -> None:
 def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
     """The build that options which `read` accepted ask for."""
     from builder.settings.config import BuildConfig
-    from earlytom.families import geometry
+    from earlytom.families import family_of, geometry
     from runtime.checkpoint import describe
 
     target = parse_target(options.target)
@@ -127,7 +127,7 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
         checkpoint = checkpoint.sized(parse_size(options.size))
     kernel = kernel_target(target, options.hardware_compatible)
     frame = geometry(checkpoint.config)
-    method = _method(options, frame)
+    method = _method(options, frame, family_of(checkpoint.config))
     kernels = choose(options.compression, choice.backend, kernel, options.schedule, has_kernels=_has_kernels(method))
     counts = _counts(options.frames, checkpoint.frames)
     return BuildConfig(
@@ -157,8 +157,8 @@ def _has_kernels(method: MethodSettings) -> bool:
     return isinstance(method, EarlyTomConfig) or (isinstance(method, CellsConfig) and method.rounds is None)
 
 
-def _method(options: argparse.Namespace, frame: Geometry | None) -> MethodSettings:
-    """The method's settings: a preset's, changed by what was given explicitly; `frame` is None while not known."""
+def _method(options: argparse.Namespace, frame: Geometry | None, family: Family | None = None) -> MethodSettings:
+    """The method's settings: a preset's, changed by what was given explicitly; `None` while the model is not known."""
     kind = SETTINGS[options.method]
     own = {option.name: option.method for option in METHOD_OPTIONS.values() if option.method is not None}
     for name, method in (own | {"preset": EarlyTomConfig.method}).items():
@@ -184,7 +184,9 @@ def _method(options: argparse.Namespace, frame: Geometry | None) -> MethodSettin
     defaults: dict[str, Any] = {"retention_ratio": options.ratio, "merge_layers": layers}
     try:
         if options.preset is not None:
-            return EarlyTomConfig.preset(options.preset, options.ratio, **changes)
+            return EarlyTomConfig.preset(
+                options.preset, options.ratio, own=family.presets if family else None, **changes
+            )
         if issubclass(kind, UntouchedConfig):
             return kind(options.ratio)
         return kind(**(defaults | changes))

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from earlytom import flops
+from earlytom.config import Released, Settings
 from earlytom.families.closings import Closings
 from earlytom.families.frames import FrameSampling, FrameTimes, Geometry
 from earlytom.families.vision import Vision, VisionModules
@@ -98,6 +99,7 @@ class Family(ABC):
         any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint says which.
         known_names: whether transformers knows the names of tensors in its checkpoints.
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
+        presets: settings of EarlyTom that were released for it alone.
         vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
         activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
             tokens, the last that of a visual one, and the one that says which states are taken, such as the encoder
@@ -137,6 +139,7 @@ class Family(ABC):
     any_size: ClassVar[bool] = False
     known_names: ClassVar[bool] = True
     released: ClassVar[bool] = False
+    presets: ClassVar[Mapping[Released, Settings]] = {}
     vision_sizes: ClassVar[Mapping[str, int]] = SIZES | {
         "image_size": 1 << 12,
         "patch_size": 1 << 10,

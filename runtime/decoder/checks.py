@@ -1,4 +1,4 @@
-"""What a decoder refuses before it reads a prompt, and what it says when its values turn out not to be finite."""
+"""Checks of a prompt before its prefill, and the errors for values that are not finite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checked_length(embeds: Tensor, width: int) -> int:
 
 
 def refuse_prefix(*, merging: bool) -> None:
-    """Raise UserError for a prompt with a prefix, if inner merging has something to merge in it."""
+    """Raise UserError for a prompt with a prefix if inner merging is on and has visual tokens to merge."""
     if merging:
         raise UserError(
             "inner merging ranks the visual tokens by the question, so they cannot be read before it: leave out "
@@ -74,7 +74,7 @@ def refuse_places(placed: Placed, config: Any, *, merging: bool) -> None:
 
 
 def refuse_bias(config: Any) -> None:
-    """Raise UserError if a language model of this `config` cannot be given an attention bias."""
+    """Raise UserError if a language model of this `config` does not support an attention bias."""
     if not _sees_all(config):
         raise UserError(
             "an attention bias needs full attention, and this language model has others (sliding windows, say): use "
@@ -83,7 +83,7 @@ def refuse_bias(config: Any) -> None:
 
 
 def broken_prompt(embeds: Tensor, placed: Placed | None) -> str | None:
-    """What is wrong with a prompt's values, if something is. The host waits for the device."""
+    """The error of a prompt with values that are not finite, else None. The host waits for the device."""
     if not bool(torch.isfinite(embeds).all()):
         return _BROKEN.format("embeddings hold")
     if placed is not None and placed.bias is not None and not bool(torch.isfinite(placed.bias).all()):
@@ -94,7 +94,7 @@ def broken_prompt(embeds: Tensor, placed: Placed | None) -> str | None:
 
 
 def overflow(dtype: torch.dtype, count: int) -> str:
-    """What is wrong if the logits of token `count` are not finite and the prompt was."""
+    """The error if the logits of token `count` are not finite although the prompt is."""
     name = str(dtype).removeprefix("torch.")
     return (
         f"the language model's logits are not finite at token {count} in {name}: its activations overflow; "
@@ -103,7 +103,7 @@ def overflow(dtype: torch.dtype, count: int) -> str:
 
 
 def _sees_all(config: Any) -> bool:
-    """Whether every layer attends to all that comes before."""
+    """Whether every layer has full causal attention."""
     from runtime.decoder.cache import DecoderCache
 
     return DecoderCache(config, 1).on_device

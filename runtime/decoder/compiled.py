@@ -1,18 +1,19 @@
-"""The LLM decoder compiled with torch-tensorrt: `runtime.decoder.eager.Decoder` with other insides.
+"""The LLM decoder compiled with torch-tensorrt: the interface of `runtime.decoder.eager.Decoder` on compiled programs.
 
 For each size (prompt bucket, cache bucket) there are two compiled programs, a prefill and a decode step (see
-`runtime.decoder.programs`). They are taken from a `ProgramStore`, or exported, compiled, compared with PyTorch and put
-there, which takes minutes; nothing is compiled after that. The programs hold the weights of the layers, each its own
-copy, so the model's are moved off the device and let go.
+`runtime.decoder.programs`). They are loaded from a `ProgramStore`, or exported, compiled, compared with PyTorch and
+stored there, which takes minutes; nothing is compiled after that. Each program holds its own copy of the layers'
+weights, so the model's are moved off the device and freed.
 
     compiler = TorchTensorRT(torch.device("cuda"))
     decoder = CompiledDecoder.compile(model, compiler, ProgramStore(folder), sizes=[Size(768, 1280)])
     for token in decoder.stream(embeds, max_new_tokens=64): ...
 
-Programs take positions and a bias only if they were made for it (`placed=True`), as these are inputs more for everyone.
+Programs take positions and a bias only if they were made with `placed=True`, as these are additional inputs of every
+call.
 
-A program is stored only if its result on an example, read back from the store's file, is that of PyTorch to within
-`TOLERANCE`: a wrong mask or a wrong slot is an error at build time and not a strange answer later.
+A program is stored only if the program loaded from its file agrees with PyTorch on an example within `TOLERANCE`: a
+wrong mask or slot is an error at compile time, not a strange answer later.
 
 Compilation itself is unverified without a GPU: tests on a CPU run the exported programs in place of compiled ones.
 """
@@ -56,7 +57,7 @@ from runtime.errors import EngineError
 
 # Largest error of a compiled program's outputs, relative to their largest value. A wrong mask or slot gives about 1.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.1}
-# Room that `default_size` leaves for text in the prompt, and for the answer.
+# Tokens that `default_size` allows for text in the prompt and for the answer; prompts are rounded up to a STEP.
 TEXT_TOKENS, ANSWER_TOKENS, STEP = 256, 512, 64
 
 _NO_PREFIX = (
@@ -76,14 +77,14 @@ _one_at_a_time = threading.Lock()  # torch exports and loads programs in one thr
 
 
 class Size(NamedTuple):
-    """The longest prompt, and the most positions that prompt and answer take together."""
+    """The longest prompt, and the capacity of the cache for prompt and answer, in tokens."""
 
     prompt: int
     cache: int
 
 
 def default_size(visual_tokens: int, context: int) -> Size:
-    """A size for prompts with that many visual tokens, within the model's context."""
+    """The default size for prompts with that many visual tokens, within the model's context."""
     prompt = -(-(visual_tokens + TEXT_TOKENS) // STEP) * STEP
     cache = min(prompt + ANSWER_TOKENS, context)
     return Size(min(prompt, cache - 1), cache)
@@ -91,13 +92,13 @@ def default_size(visual_tokens: int, context: int) -> Size:
 
 @dataclass
 class _Request:
-    """The state of one answer: slots it may take; after the prefill its size, its last slot and the caches."""
+    """The state of one answer: cache slots it may need; from the prefill on its size, last slot and caches."""
 
     slots: int
     size: Size | None = None
     last: Tensor | None = None  # int64 [1]
-    places: tuple[Tensor, ...] = ()  # where programs take them: the last position, int64 [1], and the bias, fp32 [C]
-    steps: None = None  # as in `DecoderCache`: here `places` take that part
+    places: tuple[Tensor, ...] = ()  # for `placed` programs: the last position, int64 [1], and the bias, fp32 [C]
+    steps: None = None  # the attribute of `DecoderCache`, which `places` replace here
     caches: tuple[Tensor, ...] = ()
 
 
@@ -105,8 +106,8 @@ class CompiledDecoder(Decoder):
     """A `Decoder` whose prefill and decode steps are compiled programs; made by `compile`.
 
     Attributes:
-        sizes: the sizes there are programs for, the smallest first.
-        placed: whether they take positions and a bias.
+        sizes: the sizes with programs, the smallest first.
+        placed: whether the programs take positions and a bias.
         limit, buckets: as in `Decoder`, of the caches.
     """
 
@@ -123,7 +124,7 @@ class CompiledDecoder(Decoder):
         self.sizes = tuple(sorted(set(sizes), key=lambda size: (size.cache, size.prompt)))
         super().__init__(language_model, lm_head, buckets=[size.cache for size in self.sizes])
         self._programs = dict(programs)
-        # A request starts from these: programs change nothing in place, so they stay empty.
+        # Every request starts from these: programs change nothing in place, so they stay empty.
         self._empty = {n: empty_caches(self._config, n, self.dtype, self.device) for n in self.buckets}
         self.replay.refuse("the decode steps are compiled programs")
         del self._language_model, self._lm_head  # the programs hold the weights
@@ -161,7 +162,7 @@ class CompiledDecoder(Decoder):
         with _one_at_a_time, tempfile.TemporaryDirectory(prefix="programs-") as spare:
             source = _Source(language_model, lm_head, compiler, store, ProgramStore(Path(spare)))
             files = {size: source.file(size) for size in wanted}
-            language_model.to("cpu")  # first: a large model and two copies of it may be more than the GPU holds
+            language_model.to("cpu")  # before loading: the GPU may not hold the model and its programs
             lm_head.to("cpu")
             programs = {size: compiler.load(file) for size, file in files.items()}
         language_model.get_input_embeddings().to(compiler.device)
@@ -171,14 +172,14 @@ class CompiledDecoder(Decoder):
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Run every program once, so that no request pays for what a first run sets up."""
+        """Run every program once, so that no request pays for the initialisation of a first run."""
         last = torch.zeros(1, dtype=torch.int64, device=self.device)
         for size, program in self._programs.items():
             embeds = torch.zeros(1, size.tokens, self._width, dtype=self.dtype, device=self.device)
             program(embeds, last, *self._places(size, None), *self._empty[size.cache])
 
     def _places(self, size: ProgramSize, placed: Placed | None) -> tuple[Tensor, ...]:
-        """Positions [L] and bias [C] of a prompt, padded, where programs take them."""
+        """Padded positions [L] and bias [C] of a prompt, for `placed` programs; else nothing."""
         if not self.placed:
             return ()
         positions = torch.arange(size.tokens, device=self.device) if placed is None else placed.positions
@@ -189,7 +190,7 @@ class CompiledDecoder(Decoder):
         )
 
     def warm_up(self, lengths: Iterable[int], *, positions: bool = False, bias: bool = False) -> None:
-        """Nothing is left to do: `compile` has run every program."""
+        """Nothing to do: `compile` has run every program."""
 
     def prefill(
         self,
@@ -200,7 +201,7 @@ class CompiledDecoder(Decoder):
         bias: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Prefix:
-        """Always raises UserError: the compiled prefill begins with an empty cache, so there is no use for a prefix."""
+        """Always raises UserError: the compiled prefill starts from an empty cache, so it cannot continue a prefix."""
         raise UserError(_NO_PREFIX)
 
     def stream(
@@ -216,9 +217,8 @@ class CompiledDecoder(Decoder):
         bias: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
-        """As `Decoder.stream`; a prompt that no size holds, and any prefix, is refused too, with UserError.
-
-        So are positions and a bias, if `placed` is false, states of layers, and positions on several axes.
+        """As `Decoder.stream`. Also raises UserError for a prompt that fits no size, a prefix, states of layers,
+        positions on several axes and, unless `placed`, positions or a bias.
         """
         if prefix is not None:
             raise UserError(_NO_PREFIX)
@@ -252,7 +252,7 @@ class CompiledDecoder(Decoder):
 
     @torch.inference_mode()
     def _advance(self, cache: Any, merged: InnerPrompt | None) -> None:
-        self._step(cache, merged)  # no graph: a program's caches are new tensors after each step
+        self._step(cache, merged)  # no CUDA graph: a program's caches are new tensors after each step
 
     @torch.inference_mode()
     def _forward(
@@ -274,7 +274,7 @@ class CompiledDecoder(Decoder):
             places = self._places(ProgramSize(request.size.cache, request.size.prompt), placed)
             request.places = (places[0][length - 1 : length], places[1]) if places else ()
         else:
-            request.last = request.last + 1  # on the device: nothing is copied to it in a step
+            request.last = request.last + 1  # computed on the device, without a copy from the host
             if request.places:
                 request.places = (request.places[0] + 1, request.places[1])
             places = request.places
@@ -285,9 +285,9 @@ class CompiledDecoder(Decoder):
 
 
 class _Source:
-    """Where the programs of one model come from: the store, else the compiler.
+    """Gets the programs of one model from the store, else from the compiler.
 
-    `spare`: a store for this time alone, for programs that cannot be kept.
+    `spare`: a temporary store, for programs that cannot be kept.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class _Source:
     ) -> None:
         self._language_model, self._lm_head = language_model, lm_head
         self._compiler, self._store, self._spare = compiler, store, spare
-        self._said = False  # that they cannot be kept
+        self._said = False  # whether the warning that programs are not kept was logged
         weight = next(language_model.parameters())
         self._identity: dict[str, str | int] = {
             "weights": weights_digest(language_model, lm_head),
@@ -312,9 +312,9 @@ class _Source:
         }
 
     def file(self, size: ProgramSize) -> Path:
-        """The compiled program of one size; made, checked and stored if the store does not have it."""
+        """The file of one size's compiled program; compiled, checked and stored if the store does not have it."""
         identity: Identity = {"kind": size.kind, "tokens": size.tokens, "cache": size.cache, **self._identity}
-        if size.placed:  # not said of the others, whose identity is older than this
+        if size.placed:  # left out of the others, so that older stores still match
             identity = {**identity, "placed": 1}
         if (file := self._store.find(identity)) is not None:  # without the lock: the store may be read-only
             return file
@@ -337,7 +337,7 @@ class _Source:
             return store.add(identity, lambda file: self._make(size, file))
 
     def _make(self, size: ProgramSize, file: Path) -> dict[str, float]:
-        """Write the program's file and check what can be read back from it."""
+        """Compile the program to its file, and check the program loaded from it."""
         for module in (self._language_model, self._lm_head):
             module.to(self._compiler.device)
         started = time.perf_counter()
@@ -353,7 +353,7 @@ class _Source:
 
     @torch.inference_mode()
     def _check(self, size: ProgramSize, exported: ExportedProgram, program: Program) -> float:
-        """The largest relative error of the program's outputs on an example: difference by size, of extreme values."""
+        """The largest error of the program's outputs on an example, relative to each output's largest value."""
         inputs = example_inputs(self._language_model, size)
         dtype, name = inputs[0].dtype, str(inputs[0].dtype).removeprefix("torch.")
         expected = exported.module()(*inputs)

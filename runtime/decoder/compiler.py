@@ -1,12 +1,12 @@
 """The compiler of the LLM decoder: torch_tensorrt's dynamo front end, which is imported here and nowhere else.
 
-It turns an exported program into a file and a file into something to call; it knows nothing of decoders. The library
-cannot be imported without an NVIDIA driver, so that happens when a `TorchTensorRT` is made, and everything that can be
-wrong with it ends in an `EngineError` of one line.
+It compiles an exported program to a file and loads a callable from it; it knows nothing of decoders. The library cannot
+be imported without an NVIDIA driver, so it is imported when a `TorchTensorRT` is made; every failure is an
+`EngineError` of one line.
 
-Written for a GPU and unverified without one: what a test on a CPU can reach is the errors. Seen on a CPU, by hand, with
-torch-tensorrt-rtx 2.13 and its checks for a GPU switched off: its lowering makes one engine of each program, nothing is
-left to PyTorch, and TensorRT-RTX builds both for compute capability 8.0 in fp32, fp16 and bf16.
+Written for a GPU and unverified without one: what a test on a CPU can reach is the errors. Checked by hand on a CPU,
+with torch-tensorrt-rtx 2.13 and its checks for a GPU switched off: its lowering makes one engine of each program,
+nothing is left to PyTorch, and TensorRT-RTX builds both for compute capability 8.0 in fp32, fp16 and bf16.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from runtime.errors import EngineError
 
 INSTALL = 'pip install "earlytom-engine-builder[torch-tensorrt]"'
 REMEDY = "use --decoder torch"
-_LARGE = 2 << 30  # bytes of weights; a file's pickle needs protocol 4 from 4 GiB on, and engines are written in base64
+_LARGE = 2 << 30  # bytes of weights: with base64 engines the file may reach 4 GiB, which needs pickle protocol 4
 
 
 class Compiler(Protocol):
-    """What turns an exported program into a file and a file into something to call."""
+    """Compiles an exported program to a file, and loads a callable program from it."""
 
     device: torch.device
 
@@ -59,9 +59,9 @@ class Compiler(Protocol):
 
 
 class TorchTensorRT:
-    """`Compiler` of torch_tensorrt's dynamo front end, imported here and nowhere else.
+    """The `Compiler` of torch_tensorrt's dynamo front end.
 
-    Make it before anything imports TensorRT itself: torch_tensorrt wants to be the first.
+    Make it before anything imports TensorRT itself: torch_tensorrt must be imported first.
 
     Raises:
         EngineError: no NVIDIA GPU, another device, or the package is missing or does not load.
@@ -100,21 +100,21 @@ class TorchTensorRT:
                     arg_inputs=inputs,
                     device=self.device,
                     min_block_size=1,
-                    use_fp32_acc=half,  # as PyTorch accumulates; sums of 18,944 products lose digits in float16
+                    use_fp32_acc=half,  # as in PyTorch; sums of 18,944 products lose precision in float16
                     disable_tf32=True,
                 )
-        except Exception as error:  # whatever the library's converters and TensorRT raise
+        except Exception as error:  # the library's converters and TensorRT raise any type
             raise self._error(error, "compile the decoder", REMEDY) from error
         try:
             self._library.save(compiled, str(file), arg_inputs=inputs, pickle_protocol=4 if large else 2)
         except OSError:
-            raise  # says more of the disk than we could
-        except Exception as error:  # of a full disk torch says RuntimeError
+            raise  # its own message is the best
+        except Exception as error:  # torch raises RuntimeError for a full disk
             raise self._error(error, f"write {file}", f"see that the disk has room, or {REMEDY}") from error
 
     def load(self, file: Path) -> Program:
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # it prints the traceback of what it then raises
+            with contextlib.redirect_stderr(io.StringIO()):  # it prints a traceback before it raises
                 program = self._library.load(str(file))
             return cast(Program, program.module())
         except Exception as error:
@@ -130,13 +130,13 @@ class TorchTensorRT:
 
 def _import_torch_tensorrt() -> Any:
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; stdout may be for JSON
+        with contextlib.redirect_stdout(sys.stderr):  # it prints notes; our stdout may be for JSON
             return importlib.import_module("torch_tensorrt")
     except ModuleNotFoundError as error:
         if error.name == "torch_tensorrt":
             raise EngineError(f"torch-tensorrt is not installed: {INSTALL}, or {REMEDY}") from error
         raise _broken(error) from error
-    except Exception as error:  # without its libraries it raises a bare Exception, with the wrong torch others
+    except Exception as error:  # a bare Exception without its libraries, other types with the wrong torch
         raise _broken(error) from error
 
 

@@ -1,26 +1,26 @@
 """The LLM decoder behind the vision engine: prompt embeddings in, token ids out, one at a time.
 
 It knows nothing of video, prompts or text. It drives any transformers decoder that takes `inputs_embeds` and whose
-logits are `lm_head(hidden)` (Qwen2, Llama, Mistral, ...) with a static key/value cache: one cache per length bucket,
-allocated the first time a request needs it and cleared, not reallocated, for the next one. Prefill computes logits for
-the last position only. Greedy decoding gives the tokens of `generate(inputs_embeds=..., do_sample=False)`; logits
-processors of a checkpoint's generation config (a repetition penalty, say) are not applied.
+logits are `lm_head(hidden)` (Qwen2, Llama, Mistral, ...) with a static KV cache: one per length bucket, allocated at
+first use and cleared, not reallocated, for each request. Prefill computes logits for the last position only. Greedy
+decoding gives the tokens of `generate(inputs_embeds=..., do_sample=False)`; logits processors of a checkpoint's
+generation config (such as a repetition penalty) are not applied.
 
     decoder = Decoder.from_model(model)
     for token in decoder.stream(embeds, max_new_tokens=64, stop_ids=(tokenizer.eos_token_id,)):
         ...
 
-Several questions about one video share the beginning of their prompts. It is read once:
+Several questions about one video share a prefix, which is prefilled once:
 
     prefix = decoder.prefill(embeds)
     for token in decoder.stream(question, prefix=prefix, max_new_tokens=64): ...
 
-The tokens of a prompt may have positions of their own and a bias on their keys, see `runtime.decoder.placing`.
+A prompt's tokens may have explicit positions and a bias on their keys, see `runtime.decoder.placing`.
 
-A decode step works in fixed buffers, from the token's embedding to the choice of the next one, and is a CUDA graph on
-a GPU, one for each bucket, and again one for prompts with positions or a bias: a greedy step then allocates nothing and
-the host waits for the token only. With sampling the choice is made after the graph, in memory that torch has cached.
-The prefill is no graph, as lengths differ.
+A decode step works in fixed buffers, from the token's embedding to the pick of the next one, and on a GPU is a CUDA
+graph, one per bucket and kind of prompt (plain, with positions, with a bias): a greedy step allocates nothing, and the
+host waits for the token only. With sampling the pick follows the graph, in memory cached by torch. The prefill is not
+captured, as lengths differ.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class InnerMerge:
-    """Merging of visual tokens inside the decoder: before which layer, and the share that is folded away (0 to 1)."""
+    """Merging of visual tokens inside the decoder, before `layer`; `ratio`: share of them to merge away, in [0, 1)."""
 
     layer: int
     ratio: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raises UserError for what is no number; which ones fit, the decoder knows."""
+        """Raises UserError for what is no number; the decoder checks the range."""
         object.__setattr__(self, "layer", whole("inner layer (--inner-layer)", self.layer))
         object.__setattr__(self, "ratio", real("inner ratio (--inner-ratio)", self.ratio))
 
@@ -78,17 +78,17 @@ class Decoder:
     Args:
         language_model: the transformer without its head, in the dtype and on the device to run in. Put in eval mode.
         lm_head: hidden states to logits; its first parameter has a row for each of them.
-        buckets: cache lengths, any order; a request takes the smallest that holds prompt and answer. By default powers
+        buckets: cache lengths, in any order; a request uses the smallest that holds prompt and answer. Default: powers
             of two from 512, and the model's context. The largest is the limit if it is below the context.
-        inner: merge visual tokens inside the decoder (Qwen2 only); the decoder's layers are wrapped for good.
-        replay: runs the decode steps; by default one that captures them on a GPU.
+        inner: merge visual tokens inside the decoder (Qwen2 only); the decoder's layers are wrapped permanently.
+        replay: runs the decode steps; default: captures them on a GPU.
 
     Attributes:
-        limit: the most positions that a prompt and its answer may take together.
+        limit: context length in tokens, prompt and answer together.
         device, dtype: of the model.
-        concurrent: streams at a time.
-        replay: its `reason` says why decode steps are not CUDA graphs, if they are not. To be cleared when weights
-            have moved.
+        concurrent: number of concurrent streams.
+        replay: its `reason` says why decode steps are not CUDA graphs, if they are not. Clear it when weights have
+            moved.
 
     Raises:
         ValueError: a bucket below 1.
@@ -120,8 +120,8 @@ class Decoder:
         self.replay = Replay(self.device) if replay is None else replay
         self._caches: dict[int, Any] = {}
         self._lock = threading.Lock()
-        self._mark = object()  # what prefixes are known by
-        # What a decode step reads and writes: the token last chosen, and the logits after it.
+        self._mark = object()  # marks this decoder's prefixes
+        # Read and written by a decode step: the last picked token, and the logits after it.
         self._chosen = torch.zeros((), dtype=torch.int64, device=self.device)
         self._logits = torch.empty(len(head), dtype=head.dtype, device=self.device)
         self._to_host = ToHost(self.device)
@@ -140,19 +140,18 @@ class Decoder:
         return cls(model.get_decoder(), model.get_output_embeddings(), buckets=buckets, inner=inner, replay=replay)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of token ids int64 [...]; placeholder ids for video tokens are the caller's business."""
-        with torch.no_grad():  # no inference tensors: the caller may write the video's tokens into the result
+        """Embeddings [..., D] of token ids int64 [...]; the caller replaces those of video placeholders."""
+        with torch.no_grad():  # not inference_mode: the caller may write the video's tokens into the result
             return self._embedding(to_device(ids, self.device))
 
     def close(self) -> None:
-        """Nothing is held elsewhere: its memory goes with it."""
+        """Nothing to do: no resources are held elsewhere."""
 
     def warm_up(self, lengths: Iterable[int], *, positions: bool = False, bias: bool = False) -> None:
         """Allocate caches, capture decode steps and run each once, so that no request pays for it.
 
         Args:
-            lengths: positions that prompts and their answers are going to take together, each at least 3; one for
-                each bucket that will be used is enough.
+            lengths: expected lengths of prompt and answer together, each at least 3; one per bucket is enough.
             positions, bias: whether the prompts will have them.
 
         Raises:
@@ -178,9 +177,9 @@ class Decoder:
         bias: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Prefix:
-        """Read the beginning of a prompt, for `stream` to go on from: any number of times, at the cost of a copy.
+        """Prefill a prompt's prefix, for any number of `stream` calls to continue from, each at the cost of a copy.
 
-        Logits after prefix and rest are those of the whole prompt, to rounding: their sums run in another order.
+        Logits after prefix and rest equal those of the whole prompt up to rounding, as sums run in another order.
 
         Args:
             inputs_embeds: [1, L, D]; converted as in `stream`.
@@ -201,7 +200,7 @@ class Decoder:
             cache = self._cleared_cache(length, placed)
             self._hidden(inputs_embeds.to(self.device, self.dtype), cache, None, 0, placed)
             prefix = cache.take(length, self._mark, placed)
-            # Else whoever asks would be told that the model is broken. When all is queued, since the host waits here.
+            # Checked here, so that a later question does not blame the model; last, since the host waits.
             if (broken := broken_prompt(inputs_embeds, placed)) is not None:
                 raise UserError(broken)
             return prefix
@@ -231,12 +230,12 @@ class Decoder:
             sampling: greedy by default.
             visual: positions of the prompt that inner merging may merge; of no effect without it.
             prefix: the beginning of the prompt, from `prefill`; `inputs_embeds` are what comes after it.
-            positions: int64 [L] position ids of `inputs_embeds`, any; the answer's go on from the last. [A, L] for a
-                model whose rotary embedding goes by A axes: they go on from the largest of the last. Default: one after
-                the other, from 0 or behind the prefix.
-            bias: fp32 [L], added to the attention logits of the key of each of `inputs_embeds`, in all layers. The
-                keys of a prefix have theirs, those of the answer none.
-            states: [K, L, D], added to what the first K layers make of `inputs_embeds`.
+            positions: int64 [L] position ids of `inputs_embeds`; the answer's continue from the last. [A, L] for a
+                model whose rotary embedding has A axes: the answer's continue from the largest of the last. Default:
+                consecutive, from 0 or from the prefix's end.
+            bias: fp32 [L], added to the attention logits of each token's key, in all layers. The prefix has its own
+                bias, the answer none.
+            states: [K, L, D], added to the outputs of the first K layers.
 
         Yields:
             token ids.
@@ -284,7 +283,7 @@ class Decoder:
         prefix: Prefix | None,
         placed: Placed | None,
     ) -> Generator[int, None, Finish]:
-        # Entered here and not in `stream`: nothing is undone in a generator that was never started.
+        # Entered here, not in `stream`: a generator that is never started would not release it.
         with self._alone():
             start = 0 if prefix is None else prefix.length
             cache = self._cleared_cache(start + embeds.shape[1] + max_new_tokens, placed)
@@ -293,7 +292,7 @@ class Decoder:
             for count in range(1, max_new_tokens + 1):
                 if count > 1:
                     self._advance(cache, merged)
-                if count == 1 or not pick.greedy:  # a step chooses greedily
+                if count == 1 or not pick.greedy:  # a decode step itself picks greedily
                     self._choose(pick)
                 token = self._to_host(self._chosen)  # the one wait for the device in a step
                 if token < 0:
@@ -305,7 +304,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Within the block nobody else uses the caches. Raises RuntimeError if somebody does."""
+        """Exclusive use of the caches within the block. Raises RuntimeError if they are in use."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "this decoder is already streaming an answer: finish or close that stream first, or use another Decoder"
@@ -345,10 +344,10 @@ class Decoder:
         if merged is None:
             self.replay(cache.key, step)
         else:
-            step()  # what it continues from is new in every request: the tokens that merging left
+            step()  # not a graph: the merged prompt's mask differs in every request
 
     def _step(self, cache: Any, merged: InnerPrompt | None) -> None:
-        """Append the chosen token to the cache; the logits after it go into their buffer, the best id into its."""
+        """Append the picked token to the cache; write the next logits and their best id to the fixed buffers."""
         embeds = self._embedding(self._chosen.view(1, 1))
         self._logits.copy_(self._forward(embeds, cache, merged))
         self._chosen.copy_(pick_best(self._logits))
@@ -371,11 +370,11 @@ class Decoder:
     def _hidden(
         self, embeds: Tensor, cache: Any, merged: InnerPrompt | None, start: int | None, placed: Placed | None
     ) -> Tensor:
-        """Append `embeds` [1, L, D] to the cache, from slot `start` on: hidden states of the last pass.
+        """Append `embeds` [1, L, D] to the cache, from slot `start` on; returns the hidden states of the last pass.
 
-        None for `start`: a decode step, the cache knows.
+        None for `start`: a decode step, after the cache's last token.
         """
-        # Announced at every step, or the wrapped layers would ask the cache on the device what it holds.
+        # Announced at every step, else the wrapped layers would read the cache's length from the device.
         told = contextlib.nullcontext() if merged is None or self._inner is None else self._inner.prompt(merged)
         hidden = embeds
         states = None if placed is None else placed.states
@@ -389,7 +388,7 @@ class Decoder:
         return hidden
 
     def _passes(self, cache: Any, start: int | None, placed: Placed | None) -> Iterable[PromptPass]:
-        """One after the other: of which tokens, and how."""
+        """The passes to run: several for a long prompt with a bias, else one."""
         if placed is not None:
             return placed.passes(cache.bucket, self.dtype)
         how = cache.steps.enter() if start is None and cache.steps is not None else {}
@@ -399,7 +398,7 @@ class Decoder:
     def _cleared_cache(self, length: int, placed: Placed | None = None) -> Any:
         """The cache of the smallest bucket that holds `length` positions, empty, its decode step captured.
 
-        It is cleared before use and not after, so that no way of ending a request matters.
+        It is cleared before use, not after, so that it does not matter how the last request ended.
         """
         from runtime.decoder.cache import DecoderCache
 
@@ -415,7 +414,7 @@ class Decoder:
 
         def rewind() -> None:
             cache.reset()
-            self._chosen.zero_()  # some id that exists: the last answer may have ended with -1
+            self._chosen.zero_()  # a valid id: the last answer may have ended with -1
 
         self.replay.prepare(cache.key, functools.partial(self._step, cache, None), rewind)
         cache.reset()
@@ -430,7 +429,7 @@ class Decoder:
         visual: Sequence[int] | None = None,
         states: Tensor | None = None,
     ) -> Placed | None:
-        """Where the `length` tokens of a prompt after a prefix stand. Raises UserError where they cannot."""
+        """The placing of the `length` tokens of a prompt after a prefix. Raises UserError if it is not supported."""
         if states is not None:
             states = checked_states(states, self._language_model, length, self._width).to(self.device, self.dtype)
         placed = Placed.of(length, positions, bias, prefix, self.device, states)

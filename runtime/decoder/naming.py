@@ -1,6 +1,6 @@
-"""What `--decoder` may say: torch, torch-tensorrt, vllm, vllm:FOLDER, or the address of a vLLM server.
+"""Parses `--decoder`: torch, torch-tensorrt, vllm, vllm:FOLDER, or the address of a vLLM server.
 
-Words only, so that a command line refuses what is none without importing anything slow.
+Strings only, so that a command line refuses an invalid one without slow imports.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FORMS = f"{', '.join(DECODERS)}, {INSIDE}, {INSIDE}:FOLDER or http://HOST:PORT/v
 
 @dataclass(frozen=True)
 class DecoderAddress:
-    """Where a vLLM server answers.
+    """The address of a vLLM server.
 
     Attributes:
-        url: as far as /v1, without a slash at its end.
-        model: which of its models, by name; None for the only one.
+        url: up to /v1, without a trailing slash.
+        model: name of one of its models; None for the only one.
     """
 
     url: str
@@ -38,7 +38,7 @@ class DecoderAddress:
 
 
 def decoder_named(text: object) -> str:
-    """`text`, if it names a decoder; else UserError."""
+    """Return `text` if it names a decoder, else raise UserError."""
     if isinstance(text, str) and (text in DECODERS or folder_of(text) is not None or address_of(text) is not None):
         return text
     raise UserError(f"unknown decoder {shown(text)}: expected {FORMS} (--decoder)")
@@ -56,8 +56,7 @@ def folder_of(name: str) -> str | None:
 
 
 def address_of(name: str) -> DecoderAddress | None:
-    """The address "http://HOST:PORT/v1" or "https://..."; one model of several stands behind a #. None for every other
-    decoder."""
+    """The address in "http://HOST:PORT/v1[#MODEL]" or "https://..."; None for every other decoder."""
     if not name.startswith(("http://", "https://")):
         return None
     refused = UserError(f"--decoder {shown(name)} is no address of a vLLM server: give one as http://HOST:8000/v1")

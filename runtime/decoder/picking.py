@@ -1,6 +1,6 @@
-"""Picks the next token from the decoder's logits: greedily, or drawn with temperature, top-k and top-p.
+"""Picks the next token from the decoder's logits: greedily, or sampled with temperature, top-k and top-p.
 
-Knows tensors only. Nothing here waits for the device: the id stays there until somebody reads it.
+Tensors only. Nothing here waits for the device: the id stays there until it is read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.decoder.sampling import Sampling
 
-_HOTTEST = 1e30  # all are alike then; larger ones are infinite in float32, and an id that is ruled out would be NaN
+_HOTTEST = 1e30  # uniform already; larger temperatures are infinite in float32, and would make filtered ids NaN
 
 
 class Picker:
@@ -47,21 +47,21 @@ def pick_best(logits: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits float32 [V] after temperature, top-k and top-p: `softmax` of the result is what is sampled from.
+    """Logits float32 [V] after temperature, top-k and top-p; sampling is from their `softmax`.
 
     `sampling` must not be greedy.
     """
     heat = min(sampling.temperature, _HOTTEST)
-    scaled = (logits - logits.max()) / heat  # the best one is 0, so that none grows to infinity
+    scaled = (logits - logits.max()) / heat  # the largest is 0, so that none overflows
     if 0 < sampling.top_k < scaled.shape[-1]:
         smallest = scaled.topk(sampling.top_k).values[-1]
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     if sampling.top_p < 1:
-        order = logits.sort(descending=True).indices  # as they were: in great heat the best is one of many that tie
+        order = logits.sort(descending=True).indices  # of the unscaled logits: a high temperature makes ties
         shares = scaled.gather(-1, order).softmax(-1)
-        before = shares.cumsum(-1) - shares  # what the more likely tokens have; 0 for the first, which always stays
+        before = shares.cumsum(-1) - shares  # probability of all more likely tokens
         late = before >= sampling.top_p
-        late[:1].fill_(False)  # in fp32 a sum that is tiny is 0, which is "reached" by nothing
+        late[:1].fill_(False)  # the first always stays, also for a tiny top_p that is 0 in fp32
         drop = torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, order, late)
         scaled = scaled.masked_fill(drop, -torch.inf)
     return scaled
@@ -69,5 +69,5 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def _or_none(chosen: Tensor, logits: Tensor) -> Tensor:
     """The id, or -1 if a logit is NaN or infinite, or all are minus infinity."""
-    # By the largest value, which is NaN if one is: `logits[chosen]` would ask the device for the index, and wait.
+    # max() is NaN if any logit is; indexing by `chosen` would wait for the device.
     return chosen.masked_fill(~torch.isfinite(logits.max()), -1)

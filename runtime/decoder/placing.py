@@ -1,20 +1,19 @@
-"""Where a prompt's tokens stand and what their keys weigh, if that is not one after the other and all alike.
+"""Position ids and attention bias of a prompt, where these are not the defaults 0, 1, 2, ... and 0.
 
-A prompt may have *positions*, ids for the rotary embedding with gaps and in any order (on A axes, where the model's
-embedding goes by several), and a *bias*: bias j is added to
-the attention logit of key j in every layer, for every query that may see it. Who may see whom goes by the order of the
-tokens, not by their positions. The answer's tokens stand one after the other behind the prompt's last one and have bias
-0. m identical keys weigh as much as one of them with bias log m.
+A prompt may have *positions*, ids for the rotary embedding with gaps and in any order (on A axes, if the model's rotary
+embedding has several), and a *bias*: bias j is added to the attention logit of key j in every layer, for every query
+that may attend to it. The causal order is that of the tokens, not of their positions. The answer's tokens have
+consecutive positions after the prompt's last and bias 0. m identical keys weigh as much as one with bias log m.
 
-The bias goes into attention as transformers' additive mask [1, 1, queries, keys], which any of its decoders takes and
-no function of the library has to be replaced for. A key with one more dimension (1 in the query, the bias in the key)
-would keep flash attention, but needs another attention function, heads of 136 where they had 128, and another cache.
-A mask costs memory instead: it holds `MASK_ELEMENTS` at most, as a longer prompt is read in several passes (at 8,000
-tokens in half precision 32 MB and not 128). In a decode step it is one row in a fixed buffer.
+The bias is passed as transformers' additive mask [1, 1, queries, keys], which all its decoders take without any
+function of the library being replaced. An extra key dimension (1 in the query, the bias in the key) would keep flash
+attention, but needs another attention function, heads of 136 instead of 128, and another KV cache. A mask costs memory
+instead: at most `MASK_ELEMENTS`, as a longer prompt is prefilled in several passes (at 8,000 tokens in half precision
+32 MB instead of 128). In a decode step it is one row in a fixed buffer.
 
-In half precision the bias is rounded to it, by at most 0.4 % in bfloat16.
+In half precision the bias is rounded, by at most 0.4 % in bfloat16.
 
-Notation: S tokens in a prefix, L read now, C slots in the cache.
+Notation: S tokens in a prefix, L prefilled now, C slots in the cache.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from earlytom.transfers import to_device
 from runtime.decoder.prefix import Prefix
 
 MASK_ELEMENTS = 1 << 24
-_ALIGNED = 8  # the fused kernels copy a mask whose rows do not begin at a multiple of it
+_ALIGNED = 8  # the fused kernels copy a mask whose row length is no multiple of this
 
 
 class PromptPass(NamedTuple):
     """One pass of the language model over some of a prompt's tokens.
 
     Attributes:
-        tokens: which of them.
-        columns: slots of the cache to attend to, the first ones; None for all that there are.
-        how: arguments of the language model.
+        tokens: the tokens of this pass.
+        columns: number of leading cache slots to attend to; None for all.
+        how: further arguments of the language model.
     """
 
     tokens: slice
@@ -50,11 +49,11 @@ class PromptPass(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """The part of a prompt that is read now.
+    """Positions and bias of the part of a prompt that is prefilled now.
 
     Attributes:
         positions: int64 [L] or [A, L], of its tokens.
-        bias: fp32 [S + L], of all tokens so far, a copy of what was given; None if all are 0.
+        bias: fp32 [S + L], of all tokens so far, a copy; None if all are 0.
         states: [K, L, D], see `runtime.decoder.states`; None if there are none.
     """
 
@@ -72,7 +71,7 @@ class Placed:
         device: torch.device,
         states: Tensor | None = None,
     ) -> Self | None:
-        """From what a caller gives of L = `length` tokens, and the prefix before them; None if nothing is special."""
+        """From a caller's arguments for L = `length` tokens, and the prefix before them; None if all are defaults."""
         if positions is not None and (
             positions.dtype != torch.int64 or positions.dim() > 2 or positions.shape[-1:] != (length,)
         ):
@@ -93,15 +92,15 @@ class Placed:
 
     @property
     def next(self) -> Tensor:
-        """int64 [], the position of the token after the last: on all axes behind the last one's largest."""
+        """int64 [], the position of the next token, on all axes: 1 + the largest of the last token's."""
         return self.positions[..., -1].max() + 1
 
     def ids(self, tokens: slice = slice(None)) -> Tensor:
-        """int64 [1, L], or [A, 1, L]: what the language model is given of some tokens."""
+        """int64 [1, L], or [A, 1, L]: the language model's position ids of some tokens."""
         return self.positions[..., None, tokens]
 
     def passes(self, slots: int, dtype: torch.dtype) -> Iterator[PromptPass]:
-        """How to read the tokens into a cache of that many slots, which holds the prefix."""
+        """The passes that prefill the tokens into a cache of that many slots, which holds the prefix."""
         length = self.positions.shape[-1]
         if self.bias is None:
             yield PromptPass(slice(0, length), None, {"position_ids": self.ids()})
@@ -116,12 +115,12 @@ class Placed:
 
 
 def causal_bias(bias: Tensor, queries: range, columns: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the logits of some queries: the bias of keys up to each one's own, and else the least number.
+    """The additive mask of some queries: the bias of keys up to each one's own, and the least number for later keys.
 
     Args:
         bias: fp32 [S + L].
-        queries: their tokens, none beyond the bias.
-        columns: keys.
+        queries: indices of their tokens, below S + L.
+        columns: number of keys.
 
     Returns:
         [1, 1, queries, columns] in `dtype`.
@@ -133,10 +132,10 @@ def causal_bias(bias: Tensor, queries: range, columns: int, dtype: torch.dtype) 
 
 
 class StepPlaces:
-    """What decode steps in a cache of C slots read beside their token, in fixed buffers.
+    """Position and mask row of decode steps in a cache of C slots, in fixed buffers.
 
     Attributes:
-        kind: "bias" or "positions", for the latter without a bias; with the number of axes where there are several.
+        kind: "bias" or (without a bias) "positions"; with the number of axes where there are several.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class StepPlaces:
         self.begin(None)
 
     def begin(self, placed: Placed | None) -> None:
-        """Behind a prompt that was read; None: behind none. The kind must be that of the prompt."""
+        """Start after a prefilled prompt of the same kind; None: reset."""
         if placed is None:
             self._position.zero_()
         else:
@@ -163,13 +162,13 @@ class StepPlaces:
             self._slot.fill_(length)
 
     def enter(self) -> dict[str, Any]:
-        """Arguments of the language model in a step, which sees its own token."""
+        """Arguments of the language model in a step; unmasks the step's own token."""
         if self._row is None:
             return {"position_ids": self._position}
         self._row.index_fill_(3, self._slot, 0.0)
         return {"position_ids": self._position, "attention_mask": self._row}
 
     def leave(self) -> None:
-        """After a step."""
+        """Advance to the next step."""
         self._position.add_(1)
         self._slot.add_(1)

@@ -1,11 +1,11 @@
-"""The beginning of a prompt, read once: keys and values that answers to several questions start from.
+"""A prompt's prefix, prefilled once: the keys and values that several questions continue from.
 
     prefix = decoder.prefill(embeds)  # chat template, visual tokens, newline
     for question in questions:
         for token in decoder.stream(question, prefix=prefix, max_new_tokens=64): ...
 
-It is a copy: no stream changes it, and it stays valid however the decoder's own caches are used. It belongs to the
-decoder that made it, as keys and values mean nothing to other weights. Nothing here knows of transformers.
+It is a copy: no stream changes it, and it stays valid whatever happens to the decoder's KV cache. It is valid only for
+the decoder that made it, as keys and values depend on the weights. Nothing here knows of transformers.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What a decoder holds of a prompt's first tokens; made by `Decoder.prefill`, and not to be written to.
+    """The cached state of a prompt's first tokens; made by `Decoder.prefill`, read-only.
 
     Attributes:
-        keys, values: of each layer that has them, in turn, [1, H, L, d] (H key/value heads), contiguous, on the
-            decoder's device and in its dtype. Layers with a sliding window hold the last tokens only, at most a window
-            of them.
-        length: L, positions that it takes in a prompt.
-        maker: identifies the decoder that made it, and does not keep it alive.
-        position: int64 [], of the token that comes after it; None if that is L.
+        keys, values: of each attention layer, [1, H, L, d] (H key/value heads), contiguous, on the decoder's device and
+            in its dtype. Layers with a sliding window hold at most the last window of tokens.
+        length: L, its tokens.
+        maker: identifies the decoder that made it, without keeping it alive.
+        position: int64 [], position of the next token; None if that is L.
         bias: fp32 [L], added to the attention logits of its keys; None if all are 0.
-        ends: of each layer that has no keys and values, what it keeps at the prefix's end: its convolution's last
-            inputs, and its state.
+        ends: of each linear-attention layer, its convolution's last inputs and its state at the prefix's end.
     """
 
     keys: tuple[Tensor, ...]
@@ -41,7 +39,7 @@ class Prefix:
 
     @property
     def bytes(self) -> int:
-        """Memory that its tensors take."""
+        """Size of its tensors."""
         ends = (tensor for end in self.ends for tensor in end)
         tensors = (*self.keys, *self.values, self.position, self.bias, *ends)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)

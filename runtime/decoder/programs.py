@@ -1,23 +1,23 @@
-"""A Qwen2 decoder as two pure functions of tensors, which `torch.export` takes: prefill and decode.
+"""A Qwen2 decoder as two pure functions of tensors for `torch.export`: prefill and decode.
 
-It knows torch and the modules of transformers' Qwen2, which it drives; nothing of compilers, files, prompts, sampling.
-Both programs have one signature,
+It knows torch and transformers' Qwen2 modules; nothing of compilers, files, prompts, sampling. Both programs have one
+signature,
 
     program(embeds [1, L, D], last int64 [1], *caches) -> (logits [1, V], *caches)
 
-`last` is the slot of the last token of `embeds` that counts, and the logits are those after it. A prefill puts L
-tokens into slots 0 to L - 1; those after `last` are padding, whatever they hold. A decode step (L = 1) puts its token
-into slot `last`. The caches are keys and values of each layer in turn, [1, G, C, d] (G key/value heads); they are
-inputs and outputs and nothing is changed in place.
+`last` is the slot of the last real token of `embeds`, and the logits are those after it. A prefill writes L tokens to
+slots 0 to L - 1; those after `last` are padding of any content. A decode step (L = 1) writes its token to slot `last`.
+The caches are keys and values of each layer in turn, [1, G, C, d] (G key/value heads), both inputs and outputs; nothing
+is changed in place.
 
-A slot is attended only by tokens at or after it. So a slot that padding wrote is never looked at before a decode step
-has written it again, and no mask has to tell padding from text.
+A slot is attended to only by tokens at or after it. So a slot with padding is overwritten by a decode step before it is
+attended to, and no mask has to tell padding from text.
 
-Programs for prompts with places (see `runtime.decoder.placing`) take these too, and are others:
+Programs with positions and a bias (see `runtime.decoder.placing`) are different programs with two more inputs:
 
     program(embeds, last, positions int64 [L], bias fp32 [C], *caches) -> (logits, *caches)
 
-`positions` go into the rotary embedding and nowhere else; bias j is added to the logits of the key in slot j.
+`positions` are used by the rotary embedding only; bias j is added to the attention logits of the key in slot j.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 FAMILY = "qwen2"
-# Part of what identifies a compiled program: raise it when the programs below compute something else.
+# Part of a compiled program's identity: raise it when the programs below compute something else.
 REVISION = 1
 
 _ATTENTION = "earlytom_explicit"
-_MASKED = -1e30  # added to a float32 score: its weight is exactly 0, and no row can turn into NaN as with -inf
+_MASKED = -1e30  # added to a float32 score: its weight is exactly 0, and no row becomes NaN as with -inf
 _NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 Program = Callable[..., tuple[Tensor, ...]]
@@ -47,9 +47,9 @@ Program = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, order=True)
 class ProgramSize:
-    """The static sizes of a program: slots of the caches, and tokens that it takes at once (1 for a decode step).
+    """The static sizes of a program: cache slots, and tokens per call (1 for a decode step).
 
-    `placed`: it takes positions and a bias.
+    `placed`: whether it takes positions and a bias.
     """
 
     cache: int
@@ -66,7 +66,7 @@ class ProgramSize:
 
 
 class DecoderProgram(nn.Module):
-    """The function of the module's docstring for one size; weights are shared with the given modules."""
+    """The program of one size (see the module's docstring); weights are shared with the given modules."""
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Module, size: ProgramSize) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class DecoderProgram(nn.Module):
 
 
 class _Update:
-    """What transformers' layers take for a cache: `update` returns the keys and values to attend to.
+    """A functional cache for transformers' layers: `update` returns the keys and values to attend to.
 
-    `rule(new, cache)` gives them, and what the cache becomes.
+    `rule(new, cache)` returns those and the new cache.
     """
 
     def __init__(self, caches: tuple[Tensor, ...], rule: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -121,13 +121,13 @@ class _Update:
 
 
 def _written(here: Tensor, new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """The cache with one token's keys or values [1, G, 1, d] in the slot that `here` [C, 1] marks, twice."""
+    """Rule of a decode step: the cache with a token's keys or values [1, G, 1, d] in slot `here` [C, 1], as both."""
     cache = _select(here, new, cache)
     return cache, cache
 
 
 def _prefilled(used: Tensor, new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' own keys or values [1, G, L, d], and the cache with them in front.
+    """Rule of a prefill: the tokens' own keys or values [1, G, L, d], and the cache that begins with them.
 
     Padding, where `used` [L, 1] is false, is zeroed: a masked slot has weight 0, but 0 times NaN is NaN.
     """
@@ -136,7 +136,7 @@ def _prefilled(used: Tensor, new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor
 
 
 def _select(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """`torch.where` in float32, which is exact: torch-tensorrt before 2.14 makes integers of bfloat16 tensors."""
+    """`torch.where` in float32, which is exact: torch-tensorrt before 2.14 converts bfloat16 tensors to integers."""
     return torch.where(condition, yes.float(), no.float()).to(yes.dtype)
 
 
@@ -154,11 +154,11 @@ def _attend(
     scaling: float,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention written out in matrix products and a softmax in float32; [1, H, L, d] queries, result [1, L, H, d].
+    """Attention as matrix products and a softmax in float32; queries [1, H, L, d], result [1, L, H, d].
 
-    Written out, because compilers differ in what they make of the fused operator with a mask. Queries are scaled before
-    the product, which overflows in float16 otherwise. The queries that share keys and values are rows of one product,
-    so that those are not repeated.
+    Explicit, because compilers treat the fused operator with a mask differently. Queries are scaled before the product,
+    which could overflow in float16. Queries of one group are rows of one product, so that keys and values are not
+    repeated.
     """
     (_, heads, length, width), (_, groups, slots, _) = query.shape, key.shape
     rows = (query * scaling).reshape(1, groups, -1, width)  # [1, G, H / G * L, d]
@@ -170,7 +170,7 @@ def _attend(
 
 @contextmanager
 def explicit_attention(language_model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes attention with `_attend`."""
+    """Within the block the model computes attention with `_attend`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, _attend)
@@ -191,8 +191,8 @@ def empty_caches(config: Any, slots: int, dtype: torch.dtype, device: torch.devi
 
 
 def example_inputs(language_model: nn.Module, size: ProgramSize) -> tuple[Tensor, ...]:
-    """Inputs of a program of this size, the same each time. The last quarter of a prefill is padding, and the caches
-    hold noise, also where a decode step must not look."""
+    """Deterministic inputs of a program of this size. The last quarter of a prefill is padding, and the caches hold
+    noise, also in slots that a decode step must not attend to."""
     embedding = cast(Any, language_model).get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding.shape[0], (1, size.tokens), generator=generator)
@@ -213,7 +213,7 @@ def example_inputs(language_model: nn.Module, size: ProgramSize) -> tuple[Tensor
 def export_program(language_model: nn.Module, lm_head: nn.Module, size: ProgramSize) -> ExportedProgram:
     """Export the program of one size, on the model's device and in its dtype; the weights are shared, not copied.
 
-    One export at a time in a process, and nothing else may use the model meanwhile: torch replaces its parameters.
+    One export at a time per process, with no other use of the model: torch replaces its parameters meanwhile.
     """
     program = DecoderProgram(language_model, lm_head, size).eval()
     with torch.no_grad(), explicit_attention(language_model):
@@ -221,9 +221,8 @@ def export_program(language_model: nn.Module, lm_head: nn.Module, size: ProgramS
 
 
 def weights_digest(language_model: nn.Module, lm_head: nn.Module) -> str:
-    """SHA-256 (hex) of all that the programs of a decoder compute with: settings, weights and their dtype.
-
-    The token embedding is not among them. About a second per gigabyte.
+    """SHA-256 (hex) of all that a decoder's programs depend on: settings, weights and their dtype, without the token
+    embedding. About a second per gigabyte.
     """
     settings = cast(Any, language_model.config).to_dict()
     settings = {name: value for name, value in settings.items() if name not in _NOT_COMPUTED}

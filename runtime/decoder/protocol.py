@@ -1,6 +1,6 @@
-"""What answering needs of a decoder, whoever decodes: PyTorch in this process, or vLLM here or elsewhere.
+"""The interface of a decoder: PyTorch in this process, or vLLM in this process or elsewhere.
 
-`runtime.decoder.eager.Decoder` is the first of them, and says at length what each of these does.
+`runtime.decoder.eager.Decoder` documents the methods in full.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from runtime.decoder.sampling import GREEDY, Sampling
 
 
 class ReadPrompt(Protocol):
-    """The beginning of a prompt as its decoder keeps it, to go on from."""
+    """A prefilled prefix, as its decoder keeps it."""
 
     @property
     def length(self) -> int:
-        """Tokens of it."""
+        """Its number of tokens."""
         ...
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes here."""
+        """Its memory in this process."""
         ...
 
 
@@ -34,17 +34,17 @@ class TextDecoder(Protocol):
 
     @property
     def limit(self) -> int:
-        """The most positions that a prompt and its answer may take together."""
+        """Context length in tokens, prompt and answer together."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Of embeddings."""
+        """The device of embeddings."""
         ...
 
     @property
     def concurrent(self) -> int:
-        """Streams that may be under way at a time, each in a thread of its own."""
+        """Number of concurrent streams, each in its own thread."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class TextDecoder(Protocol):
         positions: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> ReadPrompt:
-        """The beginning [1, L, D] of a prompt, for `stream` to go on from any number of times."""
+        """Prefill a prompt's prefix [1, L, D], for any number of `stream` calls to continue from."""
         ...
 
     def stream(
@@ -82,5 +82,5 @@ class TextDecoder(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what is held elsewhere. No stream may be under way; a second call does nothing."""
+        """Free resources held elsewhere. No stream may be open; a second call does nothing."""
         ...

@@ -1,7 +1,4 @@
-"""How the next token is picked: what a caller may choose. `runtime.decoder.picking` does it.
-
-Values only, so that a command line checks them without PyTorch.
-"""
+"""Sampling parameters; `runtime.decoder.picking` applies them. Needs no PyTorch, so a command line can check them."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ MIN_TEMPERATURE = 1e-6  # smaller ones are greedy in float32, or zero
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. Filters apply in this order, as in transformers.
+    """Sampling parameters. Filters apply in this order, as in transformers.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy, and the rest has no effect then.
+        temperature: divides the logits; 0 is greedy, and the others then have no effect.
         top_k: keep the k most likely tokens (and their ties); 0 keeps all.
         top_p: keep the fewest most likely tokens whose probabilities reach this sum, at least one; 1 keeps all.
-        seed: the same seed gives the same tokens on the same device; None takes a new one each time.
+        seed: the same seed gives the same tokens on the same device; None: a new one each time.
 
     Raises:
         UserError: a value that is no number, or out of range.
@@ -40,7 +37,7 @@ class Sampling:
         top_k = whole("top_k (--top-k)", self.top_k, 0)
         seed = None if self.seed is None else whole("seed (--seed)", self.seed, 0, 2**63 - 1)
         for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k), ("seed", seed)):
-            object.__setattr__(self, name, value)  # plain numbers, whatever kind came
+            object.__setattr__(self, name, value)  # as plain Python numbers
 
     @property
     def greedy(self) -> bool:

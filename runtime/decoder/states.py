@@ -1,8 +1,8 @@
-"""States that a prompt brings along for the first layers of the language model, beside its embeddings.
+"""Adds a prompt's layer states to the outputs of the language model's first layers.
 
-Some models give it what earlier layers of their vision tower made of a frame: state k of a token is added to what layer
-k makes of it. [K, L, D], zeros for text; a sum with zeros is the same to the last bit, and nothing waits for the device
-to say which tokens are visual. Decode steps have none.
+Some models also give the LLM states of earlier layers of their vision tower: state k of a token is added to the output
+of layer k. States are [K, L, D], zeros for text; adding zeros changes no bit, so nothing has to wait for the device to
+know which tokens are visual. Decode steps have none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 
 def checked_states(states: Tensor, language_model: Any, length: int, width: int) -> Tensor:
-    """`states` for a prompt of L = `length` tokens. Raises ValueError unless they are floats [K, L, D], K layers or
-    fewer."""
+    """Return `states`; ValueError unless they are floats [K, L, D] for L = `length` and K up to the model's layers."""
     layers = len(language_model.layers)
     shape = tuple(states.shape)
     if not states.is_floating_point() or states.dim() != 3 or shape[1:] != (length, width) or shape[0] > layers:
@@ -28,7 +27,7 @@ def checked_states(states: Tensor, language_model: Any, length: int, width: int)
 
 @contextlib.contextmanager
 def adding(language_model: Any, states: Tensor | None, tokens: slice) -> Iterator[None]:
-    """Within the block the language model reads these `tokens` of a prompt, whose `states` are added; None: none."""
+    """Within the block the language model prefills these `tokens` of a prompt with their `states` added; None: none."""
     with contextlib.ExitStack() as stack:
         if states is not None:
             for layer, state in zip(language_model.layers, states[:, None, tokens], strict=False):

@@ -1,14 +1,14 @@
-"""Where compiled programs live: one folder each, complete or not there, with a JSON manifest that says what made it.
+"""The store of compiled programs: a folder for each, published atomically, with a JSON manifest.
 
-A store is a folder. A program's folder holds the program's file and `manifest.json`: the *identity* (everything that
-would make another program: weights, sizes, versions, GPU), the file's size and SHA-256, and figures. The folder's name
-carries a digest of the identity, so programs for other weights, versions or GPUs stand side by side; nobody deletes
-them. A folder whose manifest or file is not what was written counts as missing, and is replaced by the next `add`.
+A program's folder holds the program's file and `manifest.json`: the *identity* (everything that the program depends on:
+weights, sizes, versions, GPU), the file's size and SHA-256, and figures. The folder's name has a digest of the
+identity, so programs for other weights, versions or GPUs coexist; nothing deletes them. A folder whose manifest or file
+has changed counts as missing, and is replaced by the next `add`.
 
-A store in an engine folder is sealed by it: the engine's own manifest, which carries a digest of itself, gets a record
-of every program that is added, and a program without one, or another than the recorded one, counts as missing too.
+A store in an engine folder is sealed by it: the engine's own manifest, which has a digest of itself, gets a record of
+every added program, and a program that does not match its record counts as missing, too.
 
-It knows nothing of programs: `add` is given a function that writes the file.
+It knows nothing of programs: `add` gets a function that writes the file.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ Identity = Mapping[str, str | int]
 
 
 class ProgramStore:
-    """The programs in `folder`, which is made when the first one is added."""
+    """The programs in `folder`, which the first `add` creates."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, identity: Identity) -> Path:
-        """The folder of the program with this identity, whether it is there or not.
-
-        `identity` has a "kind", with which the folder's name begins.
+        """The folder of the program with this identity, whether it exists or not; its name begins with the identity's
+        "kind".
         """
         return self.folder / f"{identity['kind']}-{_digest(identity)[:12]}"
 
@@ -74,7 +73,7 @@ class ProgramStore:
 
     @contextmanager
     def locked(self, identity: Identity) -> Iterator[None]:
-        """Inside, no other process looks for or adds this program: it waits, so that none is compiled twice.
+        """Within the block other processes that would add this program wait, so that none is compiled twice.
 
         Raises:
             OSError: the store cannot be written.
@@ -85,12 +84,12 @@ class ProgramStore:
             yield
 
     def add(self, identity: Identity, write: Callable[[Path], Mapping[str, float]]) -> Path:
-        """Add a program in place of whatever has its name, all of it or nothing; call it inside `locked`.
+        """Add or replace a program atomically; call it inside `locked`.
 
         Args:
-            identity: what makes the program.
-            write: writes the file of the given path and returns figures for the manifest. What it raises is passed on,
-                and the store is as it was.
+            identity: of the program.
+            write: writes the file of the given path and returns figures for the manifest. If it raises, the store is
+                unchanged.
 
         Returns:
             the program's file.
@@ -126,7 +125,7 @@ class ProgramStore:
         return engine if (engine / MANIFEST_FILE).is_file() else None
 
     def _seal(self, name: str) -> ProgramRecord | None:
-        """What the engine's manifest records of a program; None where there is no engine."""
+        """The program's record in the engine's manifest; None for a store outside an engine folder."""
         if self._engine is None:
             return None
         recorded = Manifest.read(self._engine, verify_files=False).programs.get(name)
@@ -135,7 +134,7 @@ class ProgramStore:
         return recorded
 
     def _record(self, name: str, identity: Identity, file: FileRecord) -> None:
-        """Put a program that is in its place now into the engine's manifest, and let go of those that are gone."""
+        """Record a published program in the engine's manifest, and remove records of programs that are gone."""
         if self._engine is None:
             return
         with staged.locked(self.folder / MANIFEST_FILE, _WORD):  # two programs may be added at once

@@ -3,8 +3,8 @@
     app = create_app(backend, settings)
 
 POST /v1/chat/completions, GET /v1/models[/ID], POST, GET and DELETE /v1/files, /health, /ready, /metrics, /version, and
-a page at /. Every refusal is in OpenAI's shape. `app.inside` counts questions that are not answered yet; once
-`app.draining` is set new ones are refused, and those inside go on.
+a page at /. Errors have OpenAI's format. `app.inside` counts unanswered questions; once `app.draining` is set new ones
+are refused and current ones are answered.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FORM_BYTES = 64 << 10  # of an upload, beside its file
 
 
 class ServerApp:
-    """The application and what its process needs to know of it.
+    """The ASGI application, with its state for the server process.
 
     Attributes:
         draining: no new questions are taken.
@@ -80,7 +80,7 @@ class ServerApp:
 
     @property
     def inside(self) -> int:
-        """Questions that are not answered yet."""
+        """Number of unanswered questions."""
         return self.completions.inside
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,11 +88,11 @@ class ServerApp:
 
     @property
     def busy(self) -> bool:
-        """Somebody waits for an answer, or reads one."""
+        """Whether any request waits for an answer, or is being sent one."""
         return self._door.inside > 0
 
     def close(self) -> None:
-        """Delete uploaded files and let go of videos."""
+        """Delete uploaded files and free the backend's videos."""
         if self.spans is not None:
             self.spans.close()
         self.files.close()
@@ -132,7 +132,7 @@ class ServerApp:
         return JSONResponse(body(found), found.status, headers)
 
     async def _left(self, request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=499)  # the client has disconnected
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
@@ -180,7 +180,7 @@ class ServerApp:
 def create_app(backend: Backend, settings: Settings, keys: Sequence[str] = ()) -> ServerApp:
     """The application on a backend.
 
-    keys: any of them opens the paths under /v1; none given, everyone may come in.
+    keys: API keys, any of which gives access to the paths under /v1; none: access without a key.
 
     Raises:
         UserError: a setting that makes no sense, by its flag.
@@ -198,6 +198,6 @@ def _of_the_framework(error: HTTPException, request: Request) -> ServeError:
 
 
 def _methods(request: Request) -> list[str]:
-    """What a path can be asked by, in all of its routes."""
+    """The HTTP methods of a path, over all of its routes."""
     routes = [one for one in request.app.routes if one.matches(request.scope)[0] is not Match.NONE]
     return sorted({method for one in routes for method in one.methods})

@@ -1,8 +1,7 @@
-"""Who answers: between the server, which knows of clients, and a pipeline, which knows of videos.
+"""The backend that answers questions: the interface between the server (clients) and a pipeline (videos).
 
-`Backend` is what the server needs of it, so that pipelines elsewhere can take the place of the one in this process
-(`Local`). A question goes through three calls: `check`, before its video is taken from the client; `deltas`, with the
-video; and the server reads these until they end or leaves them.
+`Local` is a pipeline in this process; other backends may use pipelines elsewhere. A question takes two calls: `check`,
+before its video is received, and `deltas` with the video, which the server reads to the end or closes.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ Decode = Callable[[TakenVideo, Sequence[int], tuple[int, int]], Awaitable[Clip]]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What clients are told of the model.
+    """Facts about the model, for clients.
 
     Attributes:
-        frames, tokens, tokens_full: numbers of frames that the engine samples, and for each the visual tokens that are
-            left and those without compression.
-        ratio: of the tokens that the engine keeps.
-        context: positions that a prompt and its answer may take together.
+        frames, tokens, tokens_full: the engine's frame counts, and for each the visual tokens with and without
+            compression.
+        ratio: retention ratio of the largest frame count.
+        context: context length in tokens, prompt and answer together.
         engine: its name.
         grid: rows and columns of a frame's cells; None where tokens are no cells of a grid.
-        lanes: questions that are answered at a time.
+        lanes: number of questions answered concurrently.
     """
 
     frames: tuple[int, ...]
@@ -53,14 +52,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of a client's.
+    """A client's question.
 
     Attributes:
-        messages, sampling, stop, frames: as `Pipeline.submit` takes them.
+        messages, sampling, stop, frames, kept: as in `Pipeline.submit`.
         max_tokens: None for as many as `most_tokens` and the context allow.
-        kept: the answer is to say which visual tokens it looked at.
-        owner: id of the client's key.
-        deadline: `time.monotonic` at which its time is up.
+        owner: id of the client's API key.
+        deadline: in `time.monotonic`.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -76,10 +74,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The video is there.
+    """The event that the video is sampled.
 
     Attributes:
-        timestamps: of its frames, in seconds after the first of the file; none where there is no clock.
+        timestamps: of its frames, in seconds after the file's first frame; none for a video without times.
     """
 
     timestamps: tuple[float, ...]
@@ -92,17 +90,17 @@ class Backend(Protocol):
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """Number of requests being answered."""
 
     @property
     def cache_usage(self) -> float:
-        """Share of the memory for videos that were read which is taken, 0 to 1."""
+        """Used share of the prefix cache, 0 to 1."""
 
     def check(self, asked: Asked) -> None:
-        """Refuse what can be refused without the video; raises as `Pipeline.check`."""
+        """Check a question without its video; raises as `Pipeline.check`."""
 
     def deltas(self, asked: Asked, taken: TakenVideo) -> AsyncGenerator[Sampled | Delta, None]:
-        """One `Sampled`, then the answer as it comes.
+        """One `Sampled`, then the answer's deltas.
 
         `taken` is closed, whatever happens; closing the generator cancels the request.
 
@@ -111,15 +109,15 @@ class Backend(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of what is held. A second call does nothing."""
+        """Free all resources. A second call does nothing."""
 
 
 class Local:
-    """A pipeline of this process, and the videos that its clients asked about.
+    """A pipeline in this process, and its clients' videos.
 
     Args:
-        decode: makes a clip of what a client gave, of one of some frame counts and of the size [H, W].
-        videos: how many are remembered.
+        decode: decodes a client's video to a clip of one of some frame counts and of size (H, W).
+        videos: number of videos to remember.
     """
 
     def __init__(self, pipeline: Pipeline, decode: Decode, *, videos: int) -> None:
@@ -175,7 +173,7 @@ class Local:
         self._videos.forget()
 
     def _question(self, asked: Asked) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """The ids before the video, and how the question is asked. Raises as `Pipeline.check`."""
+        """The token ids before the video, and the arguments of `submit`. Raises as `Pipeline.check`."""
         how: dict[str, Any] = {"sampling": asked.sampling, "stop": asked.stop, "kept": asked.kept}
         count = 1 if asked.max_tokens is None else asked.max_tokens
         words = self._pipeline.check(asked.messages, max_new_tokens=count, frames=asked.frames, **how)
@@ -190,7 +188,7 @@ class Local:
 
 
 def grid_of(manifest: Manifest) -> tuple[int, int] | None:
-    """Rows and columns of a frame's cells, as the model's family has them; None where tokens are no cells of a grid."""
+    """Rows and columns of a frame's cells, by the model's family; None where tokens are no cells of a grid."""
     height, width = manifest.model.preprocessing.size
     patch = manifest.model.patch_size
     rows, columns = family_named(manifest.model.family).cells((height // patch, width // patch))
@@ -198,11 +196,11 @@ def grid_of(manifest: Manifest) -> tuple[int, int] | None:
 
 
 def with_costs(delta: Delta, costs: Mapping[str, float], ahead: float) -> Delta:
-    """A delta whose answer, if it has one, counts what was done before its request was submitted.
+    """Add the time before a request's submission to its answer's timings, if the delta has the answer.
 
     Args:
-        costs: seconds of stages that were done there, by name.
-        ahead: seconds from the question to its submission; what no stage has of them was a wait.
+        costs: seconds of the stages before submission, by name.
+        ahead: seconds from the question to its submission; those of no stage count as waiting.
     """
     if delta.answer is None:
         return delta
@@ -218,5 +216,5 @@ def with_costs(delta: Delta, costs: Mapping[str, float], ahead: float) -> Delta:
 
 
 def out_of_time() -> ServeError:
-    """What is said when a deadline passes before the question is in line."""
+    """The error of a deadline that passes before the question is submitted."""
     return ServeError(504, "deadline_exceeded", "the deadline passed before the video was there: send a smaller one")

@@ -1,7 +1,7 @@
-"""What a client is told when it gets no answer: a status, a code, one line, in OpenAI's shape.
+"""Errors for clients: a status, a code and one line, in OpenAI's format.
 
-Everything in this room that a client can cause ends as a `ServeError`. Knows nothing of the web framework, so every
-part of the server can raise one, the one before the framework too.
+Every error of the server that a client can cause is a `ServeError`. Independent of the web framework, so that all parts
+of the server can raise one, also those below the framework.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from runtime.errors import (
 
 _LONGEST = 1000  # characters of a message
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# What the openai client's users see as `type`; every other status is the fault of the request.
+# The error's `type` in OpenAI's format; every other status is an error of the request.
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -38,10 +38,10 @@ _TYPES = {
 
 
 class ServeError(Exception):
-    """A refusal, or a failure that may be told.
+    """An error that clients may see.
 
     status: of HTTP. code: a word for programs, such as "invalid_video". message: one line for people.
-    param: the field of the request it is about. retry_after: seconds after which to ask again.
+    param: the field of the request in error. retry_after: seconds after which to try again.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ServeError(Exception):
         self.status = status
         self.code = code
         self.message = one_line(message)
-        self.param = None if param is None else one_line(param)  # a client's name of a field may hold anything
+        self.param = None if param is None else one_line(param)  # a field name from a client may hold anything
         self.retry_after = retry_after
 
 
@@ -73,7 +73,7 @@ def encoded(error: ServeError) -> tuple[bytes, list[tuple[bytes, bytes]]]:
 
 
 def from_runtime(error: BaseException, *, retry_after: int = 1) -> ServeError:
-    """What a pipeline has raised, as a client is told it. Anything unknown is a 500 without details."""
+    """The client's error for an exception of a pipeline. Anything unknown is a 500 without details."""
     if isinstance(error, ServeError):
         return error
     if isinstance(error, VideoError):
@@ -84,7 +84,7 @@ def from_runtime(error: BaseException, *, retry_after: int = 1) -> ServeError:
         return ServeError(504, "deadline_exceeded", str(error))
     if isinstance(error, Closed):
         return ServeError(503, "draining", "the server is shutting down; ask another one", retry_after=retry_after)
-    if isinstance(error, DecoderAway):  # where it is, and what it said, is nobody else's business
+    if isinstance(error, DecoderAway):  # clients do not learn its address or message
         what = "the language model's server cannot be reached or has too much to do; try again later"
         return ServeError(503, "decoder_unavailable", what, retry_after=retry_after)
     if isinstance(error, DecoderFailed):
@@ -99,17 +99,17 @@ def from_runtime(error: BaseException, *, retry_after: int = 1) -> ServeError:
 
 
 def no_room() -> ServeError:
-    """A video finds no disk, no memory or no descriptor here."""
+    """The error of a server without disk space, memory or file descriptors for a video."""
     return ServeError(503, "overloaded", "there is no room for the video; try again later", retry_after=5)
 
 
 def internal() -> ServeError:
-    """A defect of ours: the log has the details, the client has none."""
+    """The error of a defect of ours, whose details are in the log only."""
     return ServeError(500, "internal_error", "the server failed to answer; its log tells why")
 
 
 def one_line(text: str, private: Sequence[str] = ()) -> str:
-    """A message without line breaks and control characters, without the `private` words, and not without end."""
+    """A message without line breaks, control characters and the `private` words, shortened to `_LONGEST`."""
     for word in private:
         text = text.replace(word, "...")
     shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())

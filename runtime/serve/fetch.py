@@ -1,11 +1,11 @@
-"""Fetching a video from an address that a stranger names, without becoming the stranger's way into the network.
+"""Fetches a video from a client's URL, protected against requests into the server's own network (SSRF).
 
     rules = FetchRules(allow_domains=("videos.example.com", "*.cdn.example"))
     await fetch(url, rules, file)
 
-Closed unless domains are allowed. The address is read by one strict grammar and never given to another parser. Every
-address that the name has must be public, and the one that was checked is the one that is dialled: there is no second
-look-up, and TLS still verifies the name. Redirects go through all of it again. One deadline holds for everything.
+Nothing is fetched unless domains are allowed. The URL is parsed by one strict grammar and never by another parser.
+Every IP address of the host must be public, and the checked addresses are the ones connected to, without a second
+look-up; TLS still verifies the host name. Redirects go through all of this again. One deadline holds for everything.
 
 HTTP itself is httpcore2's; nothing is decompressed.
 """
@@ -39,11 +39,10 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _URL = re.compile(r"(?i)(https?)://([^/?#]*)([^#]*)(?:#.*)?")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _NAME = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a name that ends so is an address to some resolvers
-
-# What a global address is not, by the registries of special-purpose addresses (RFC 6890 and what came since), written
-# out because Python's own list differs from version to version. Of IPv6 only 2000::/3 is given out at all; addresses
-# that carry an IPv4 address (mapped, NAT64, 6to4, Teredo) are refused whatever they carry.
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # some resolvers take a name with such a last label for an address
+# Networks that are not public, from the registries of special-purpose addresses (RFC 6890 and its updates), written out
+# because Python's own list differs from version to version. Of IPv6 only 2000::/3 is allocated; addresses that embed an
+# IPv4 address (mapped, NAT64, 6to4, Teredo) are refused whatever they embed.
 _NOT_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -58,8 +57,7 @@ _NOT_PUBLIC = tuple(
     )
 )
 _GIVEN_OUT = ipaddress.ip_network("2000::/3")
-# What an intranet may use. Left out are addresses that answer any machine about itself (cloud metadata), and all that
-# is no single machine.
+# Private networks that --allow-private admits: without cloud metadata services and without addresses of no single host.
 _PRIVATE = tuple(
     map(
         ipaddress.ip_network,
@@ -67,11 +65,11 @@ _PRIVATE = tuple(
     )
 )
 _METADATA = tuple(map(ipaddress.ip_network, ("100.100.100.200/32", "fd00:ec2::/32", "fd20:ce::/32")))
-_RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve")  # a name server that hangs holds up no other thread
+_RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve")  # own threads, as a name server may hang
 
 
 class Sink(Protocol):
-    """A file to write to, as far as fetching needs one."""
+    """The part of a file's interface that `fetch` needs."""
 
     def write(self, content: bytes, /) -> object: ...
 
@@ -80,9 +78,9 @@ class Sink(Protocol):
 class FetchRules:
     """What may be fetched.
 
-    allow_domains: names, or "*.name" for all below it (not for itself). None given, nothing is fetched.
-    allow_private: addresses of the machine and of private networks, and any port, too; never link-local ones.
-    seconds: for one video, from the look-up to its last byte. max_bytes: of the video. redirects: that are followed.
+    allow_domains: host names, or "*.name" for all below a name (without itself). Empty: nothing is fetched.
+    allow_private: also allow addresses of this machine and of private networks, and any port; never link-local ones.
+    seconds: for one video, from the look-up to its last byte. max_bytes: of the video. redirects: most to follow.
 
     Raises:
         UserError: a value that makes no sense, by the name of its flag.
@@ -109,7 +107,7 @@ class FetchRules:
 
 @dataclass(frozen=True)
 class Target:
-    """Where to ask. host: a name in lower case without a dot at its end, or an address without brackets."""
+    """A parsed URL. host: a name in lower case without a trailing dot, or an IP address without brackets."""
 
     scheme: str
     host: str
@@ -123,7 +121,7 @@ class Target:
 
 
 def parse(url: str) -> Target:
-    """Read an address.
+    """Parse a URL.
 
     Raises:
         ServeError: 400 "video_not_allowed": anything but http(s)://host[:port][/path], in printable ASCII.
@@ -147,14 +145,14 @@ def parse(url: str) -> Target:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of a single machine on the open network."""
+    """Whether an IP address is that of a single host on the public internet."""
     if isinstance(address, ipaddress.IPv6Address) and address not in _GIVEN_OUT:
         return False
     return not _within(address, _NOT_PUBLIC)
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a name, as the system knows them. Raises OSError."""
+    """All IP addresses of a name from the system's resolver. Raises OSError."""
     loop = asyncio.get_running_loop()
     look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(found[4][0]) for found in await loop.run_in_executor(_RESOLVERS, look_up)))
@@ -163,9 +161,9 @@ async def resolve(host: str, port: int) -> list[str]:
 async def fetch(
     url: str, rules: FetchRules, into: Sink, *, resolve: Resolve = resolve, tls: ssl.SSLContext | None = None
 ) -> None:
-    """Write what is at `url` into a file.
+    """Download `url` into a file.
 
-    resolve: gives all addresses of a name. tls: the certificates to trust; default those of the system.
+    resolve: returns all IP addresses of a name. tls: the certificates to trust; default: the system's.
 
     Raises:
         ServeError: 400 "video_not_allowed" where the rules forbid it, 400 "video_fetch_failed" where it does not work.
@@ -190,7 +188,7 @@ async def fetch(
 async def _get(
     target: Target, rules: FetchRules, into: Sink, resolve: Resolve, tls: ssl.SSLContext | None
 ) -> str | None:
-    """One hop: the body into the file, or where it redirects to."""
+    """One request: writes the body to the file, or returns the redirect's location."""
     addresses = await _checked(target, rules, resolve)
     url = httpcore2.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
     headers: list[tuple[bytes | str, bytes | str]] = [
@@ -198,7 +196,7 @@ async def _get(
         ("Accept", "video/*, */*"),
         ("Accept-Encoding", "identity"),
     ]
-    waits = {"timeout": {"connect": rules.seconds / len(addresses)}}  # so that one that is down leaves time for another
+    waits = {"timeout": {"connect": rules.seconds / len(addresses)}}  # leaves time for the other addresses
     try:
         async with (
             httpcore2.AsyncConnectionPool(tls or _system_tls(), network_backend=_Dialer(addresses)) as pool,
@@ -243,7 +241,7 @@ def _check_headers(headers: dict[bytes, bytes], rules: FetchRules) -> None:
 
 
 async def _checked(target: Target, rules: FetchRules, resolve: Resolve) -> list[str]:
-    """The addresses to dial: those of the host, if it and all of them are allowed."""
+    """The IP addresses to connect to: the host's, if the host and all of them are allowed."""
     if not rules.allows(target.host):
         what = "that host is not one this server fetches from" if rules.allow_domains else "this server fetches none"
         raise _not_allowed(f"{what} (--allow-domain); send the video itself, as data:video/mp4;base64,...", target.host)
@@ -265,7 +263,7 @@ async def _checked(target: Target, rules: FetchRules, resolve: Resolve) -> list[
 
 
 class _Dialer(httpcore2.AsyncNetworkBackend):
-    """Connects to the addresses that were checked, whatever name it is told."""
+    """Connects to the checked addresses only, whatever host name it is given."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
@@ -286,7 +284,7 @@ def _system_tls() -> ssl.SSLContext:
 
 
 def _joined(target: Target, location: str) -> str:
-    """Where a redirect goes. What is no address by the strict grammar is refused by it, not mended here."""
+    """The URL of a redirect's location; `parse` refuses it later if it does not fit the strict grammar."""
     if not location.isascii() or not location.isprintable() or len(location) > _LONGEST:
         raise _not_allowed("the video's address redirects to what is no address", "")
     try:
@@ -296,14 +294,14 @@ def _joined(target: Target, location: str) -> str:
 
 
 def _host(text: str) -> str:
-    """A host in the one form that is compared, or a refusal."""
+    """A host in canonical form; raises ServeError if it is none."""
     host = text.lower()
     try:
         if host.startswith("["):
             return str(ipaddress.IPv6Address(host[1:-1]))
         last = host.removesuffix(".").rpartition(".")[2]
         if _NUMBER.fullmatch(last):
-            return str(ipaddress.IPv4Address(host))  # four decimal numbers without leading zeros, and no other spelling
+            return str(ipaddress.IPv4Address(host))  # only four decimal numbers without leading zeros
     except ValueError as error:
         raise _not_allowed("the video's address has an odd number for a host", text) from error
     host = host.removesuffix(".")
@@ -320,7 +318,7 @@ def _literal(host: str) -> Address | None:
 
 
 def _domain(entry: Any) -> str:
-    """An entry of the list of allowed domains, in the form that is compared."""
+    """An entry of the allowed domains, in canonical form."""
     name = entry.removeprefix("*.") if isinstance(entry, str) else ""
     try:
         authority = _AUTHORITY.fullmatch(f"[{name}]" if ":" in name else name)

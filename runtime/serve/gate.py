@@ -1,12 +1,12 @@
-"""The door of the server: who may come in, how much they may bring, and how long that may take.
+"""Admission control of the server: API keys, sizes of bodies, number of requests, and deadlines of bodies.
 
     app = Door(app, keys=load_keys(path), places=9)
 
-`Door` is ASGI around the application, and decides in this order before a byte of the body is read: the key, the size
-that the headers name, a place. The body is then read with a limit and a deadline, whatever the headers said, and the
-application gets it whole, or, for uploads, as it comes. What is below ASGI is `runtime.serve.http.connection`.
+`Door` is ASGI middleware. Before it reads the body it checks, in this order: the key, the size in the headers, a free
+place. The body is then read with a limit and a deadline, whatever the headers said; the application gets it whole or,
+for uploads, as a stream. Checks below ASGI are in `runtime.serve.http.connection`.
 
-Every refusal is in OpenAI's shape. Nothing here knows of videos or models.
+Errors have OpenAI's format. Nothing here knows of videos or models.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
-LINE = ("/v1/chat/completions",)  # whoever asks here takes a place
-UPLOADS = ("/v1/files",)  # bodies that go to a file as they come
+LINE = ("/v1/chat/completions",)  # a request to these paths takes a place
+UPLOADS = ("/v1/files",)  # bodies to these paths are streamed to a file
 _GUARDED = "v1"  # a path with this part needs a key
-# A body may take longer than its deadline as long as it comes at least this fast: a long one over a slow line.
-_LEAST_RATE = 256 << 10  # bytes a second
-# A refused client that still sends would lose the answer if the connection were closed on it.
+# A large body over a slow connection may exceed its deadline as long as it arrives at least at this rate.
+_LEAST_RATE = 256 << 10  # bytes per second
+# A refused client that is still sending would lose the response if the connection were closed at once.
 _LINGER_SECONDS = 2.0
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 _log = logging.getLogger(__name__)
 
 
 def load_keys(path: str | Path, flag: str = "--api-key-file") -> tuple[str, ...]:
-    """The keys of a file, one a line; empty lines and lines that begin with # are none. The file is read once.
+    """The keys of a file, one per line, without empty lines and lines that begin with #. The file is read once.
 
-    `flag` is what errors call it.
+    `flag` names the file in errors.
 
     Raises:
-        UserError: it cannot be read, holds no key, one twice, or one that no header can carry.
+        UserError: it cannot be read, has no key, a key twice, or one that is not valid in a header.
     """
     try:
         lines = Path(path).read_text("utf-8").splitlines()
@@ -72,24 +72,24 @@ def load_keys(path: str | Path, flag: str = "--api-key-file") -> tuple[str, ...]
 
 
 def key_id(key: str) -> str:
-    """What a key is called inside the server: the same on every replica, and not the key."""
+    """The id of a key inside the server: equal on every replica, and not the key itself."""
     return hashlib.sha256(b"key id\0" + key.encode()).hexdigest()[:16]
 
 
 class Door:
-    """ASGI application around another.
+    """ASGI middleware around an application.
 
-    keys: any of them opens paths under /v1; none given, everyone may come in. `scope["state"]["key"]` has the `key_id`.
-    max_body, max_upload: bytes of a body. body_seconds: until it is there; more for what comes fast, see above.
-    places: requests to `LINE` that may be inside at once, reading their bodies or being answered; None: any number.
+    keys: any of them gives access to paths under /v1; none: access without a key. `scope["state"]["key"]` has the
+    `key_id`.
+    max_body, max_upload: bytes of a body. body_seconds: deadline of a body, extended by `_LEAST_RATE`.
+    places: concurrent requests to `LINE`, reading their bodies or being answered; None: any number.
     uploads: the same for `UPLOADS`.
-    room: asked as well, for a line that is full for other reasons. draining: whether the server is shutting down.
-    retry_after: seconds, told to who is refused for want of a place.
-    cors: origins whose pages may call; none is the default, and "*" is all.
-    refused: told the status of every refusal, whoever refuses.
-
+    room: returns whether the application takes another request. draining: whether the server is shutting down.
+    retry_after: seconds, sent with a refusal for want of a place.
+    cors: origins whose pages may call; default none, "*" for all.
+    refused: called with the status of every refusal, whoever refuses.
     Raises:
-        UserError: a number or an origin that makes no sense, by the name of its flag.
+        UserError: an invalid number or origin, by the name of its flag.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Door:
 
     @property
     def inside(self) -> int:
-        """Requests that have a place."""
+        """Number of requests that have a place."""
         return sum(self._inside.values())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,10 +144,10 @@ class Door:
                 refusal = await self._serve(scope, body, answer)
         except ServeError as error:
             refusal = error
-        except asyncio.CancelledError:  # by a server that is told to end at once
+        except asyncio.CancelledError:  # the server was told to end at once
             if answer.started:
                 raise
-            body.complete, refusal = True, self._ending()  # what still comes of it is not waited for
+            body.complete, refusal = True, self._ending()  # do not wait for the rest of the body
         if refusal is not None:
             await answer.refuse(refusal)
 
@@ -162,7 +162,7 @@ class Door:
             self._inside[path] -= 1
 
     async def _serve(self, scope: Scope, body: _Body, answer: _Answer) -> ServeError | None:
-        """Run the application. What its body or itself has broken is returned, if no answer has begun."""
+        """Run the application; returns the error of the body or the application if no response has started."""
         try:
             await self._app(scope, body, answer)
         except Exception as error:
@@ -177,7 +177,7 @@ class Door:
         return None
 
     def _key_of(self, scope: Scope, path: str) -> str:
-        """The id of the caller's key. Every key is compared, so that the time tells nothing."""
+        """The id of the caller's key. Every key is compared, so that timing reveals nothing."""
         if not self._keys or _GUARDED not in path.lower().split("/"):
             return ""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -205,19 +205,19 @@ class Door:
 
 
 class _Body:
-    """A request's body, as the application receives it: counted, and with a deadline from the first wait on."""
+    """A request's body as ASGI `receive`, with a limit and a deadline that starts at the first read."""
 
     def __init__(self, receive: Receive, limit: int, seconds: float) -> None:
         self._receive, self._limit, self._seconds = receive, limit, seconds
-        self._begun: float | None = None  # by the loop's clock
+        self._begun: float | None = None  # time of the first read, by the loop's clock
         self._size = 0
-        self._whole: bytes | None = None  # read before the application asks
-        self.complete = False  # nothing more comes
-        self.expects = False  # the client waits to be told to send
+        self._whole: bytes | None = None  # the body, read before the application asks
+        self.complete = False  # no more is coming
+        self.expects = False  # the client waits for "100 Continue"
         self.failure: ServeError | None = None
 
     def check_length(self, scope: Scope) -> None:
-        """Raises ServeError where the headers alone say that the body is too large."""
+        """Raises ServeError for invalid headers of the body, or a size in them that is too large."""
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         self.expects = headers.get(b"expect", b"").lower() == b"100-continue"
@@ -231,7 +231,7 @@ class _Body:
             raise self._too_large()
 
     async def read(self) -> bool:
-        """Take the whole body into memory; False if the client has left meanwhile.
+        """Read the whole body into memory; False if the client disconnects meanwhile.
 
         Raises:
             ServeError: it is too large, or does not come.
@@ -254,7 +254,7 @@ class _Body:
         return await self._next()
 
     async def linger(self) -> None:
-        """Take what is still sent and throw it away, for a short while."""
+        """Read and discard the rest of the body, for a short while."""
         try:
             async with asyncio.timeout(_LINGER_SECONDS):
                 left = self._limit
@@ -269,7 +269,7 @@ class _Body:
         if self.failure is not None:
             raise self.failure
         if self.complete and self._begun is not None:
-            return await self._receive()  # of a client that leaves
+            return await self._receive()  # the client's disconnect
         loop = asyncio.get_running_loop()
         self._begun = self._begun if self._begun is not None else loop.time()
         try:
@@ -295,7 +295,7 @@ class _Body:
 
 
 class _Answer:
-    """What the application sends, until it turns out that it must be a refusal."""
+    """ASGI `send` that can replace the application's response by a refusal until it has started."""
 
     def __init__(self, body: _Body, send: Send, refused: Callable[[int], object]) -> None:
         self._body, self._send, self._refused = body, send, refused
@@ -303,12 +303,12 @@ class _Answer:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if self._body.failure is not None:  # whatever the application makes of it
+            if self._body.failure is not None:  # whatever response the application makes of it
                 raise self._body.failure
             self.started = True
             if message["status"] >= 400:
                 self._refused(message["status"])
-            if not self._body.complete:  # what still comes of the body must not pass for the next request
+            if not self._body.complete:  # the rest of the body must not be parsed as the next request
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
         elif not message.get("more_body", False) and not (self._body.complete or self._body.expects):
             await self._send({**message, "more_body": True})
@@ -317,7 +317,7 @@ class _Answer:
         await self._send(message)
 
     async def refuse(self, error: ServeError) -> None:
-        """Answer with an error; nothing was sent before."""
+        """Send an error as the response, which must not have started."""
         self._body.failure = None
         content, headers = encoded(error)
         await self({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -325,7 +325,7 @@ class _Answer:
 
 
 def _route(scope: Scope) -> str:
-    """The path as the application's routes see it."""
+    """The path without the ASGI root path, as the application's routes see it."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
@@ -342,6 +342,6 @@ def _with_cors(app: Application, origins: Sequence[str]) -> Application:
         app,
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["*"],  # OpenAI's own client sends a dozen of its own
+        allow_headers=["*"],  # OpenAI's client sends a dozen of its own
         expose_headers=["retry-after"],
     )

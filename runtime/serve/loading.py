@@ -1,4 +1,4 @@
-"""The pipeline that a server's settings ask for; of the server's process, or of a replica's."""
+"""Loads the pipeline of a server's settings, in the server's process or in a replica's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from runtime.video import Clip, Limits
 
 
 def load_pipeline(settings: Settings) -> Pipeline:
-    """Load the engine, and read a black clip as a client's video.
+    """Load the engine, and prefill a black clip as a client's video.
 
     Raises:
-        UserError: a setting that cannot be had: no room for one video, no key in the file.
+        UserError: the prefix cache is too small for one video, the key file has no key; otherwise as `Pipeline.load`.
         EngineError: as `Pipeline.load`.
     """
     pipeline = Pipeline.load(
@@ -26,7 +26,7 @@ def load_pipeline(settings: Settings) -> Pipeline:
         device=settings.device,
         dtype=None if settings.dtype is None else DTYPES[settings.dtype],
         decoder=settings.decoder,
-        # The server counts places itself; one whose answer has just been read may still be the pipeline's.
+        # The server counts places itself; a request whose answer was just read may still have one in the pipeline.
         waiting=settings.waiting + 2,
         watch_bytes=settings.watch_bytes,
         limits=limits_of(settings),
@@ -44,15 +44,14 @@ def load_pipeline(settings: Settings) -> Pipeline:
 
 
 def limits_of(settings: Settings) -> Limits:
-    """The largest video that is read."""
+    """The settings' limits of a video."""
     return Limits(settings.max_pixels, settings.max_frames, settings.max_seconds, settings.max_video)
 
 
 def check_room_for_a_video(pipeline: Pipeline) -> None:
-    """Read a black clip as a client's video, which also finds memory and threads for all later ones.
+    """Prefill a black clip as a client's video, which also allocates memory and threads for later ones.
 
-    Raises:
-        UserError: it does not fit into what --watch-bytes gives.
+    Raises UserError if its prefix does not fit into --watch-bytes.
     """
     count, size = max(pipeline.manifest.counts), pipeline.manifest.model.preprocessing.size
     black = Clip(torch.zeros(count, 3, *size, dtype=torch.uint8), (), count, 0.0, 0.0, 0.0)
@@ -63,7 +62,7 @@ def check_room_for_a_video(pipeline: Pipeline) -> None:
 
 
 def _decoder_key(settings: Settings) -> str | None:
-    """What the vLLM server asks for."""
+    """The API key of the vLLM server, if any."""
     if settings.decoder_key_file is None:
         return None
     keys = load_keys(settings.decoder_key_file, "--decoder-key-file")

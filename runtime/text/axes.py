@@ -1,13 +1,11 @@
-"""What a decoder is told of a prompt whose language model places tokens by time, row and column, and takes states of
-earlier layers of the tower.
+"""Position ids and layer states of a prompt for a language model with three position axes (time, row, column).
 
-A text token has one position on all three axes. A visual token stands at the time of its frame, and as many rows and
-columns behind its span's beginning as its cell. Where every frame has a span, the time is that beginning, too. Where a
-video has one, its frames stand at `steps` behind it, and a frame keeps its own however many are left out. A span takes
-as many positions as a frame has rows or columns, whichever are more, however few of its tokens are left and however
-long the video lasts. So where all tokens are left the positions are the model's own, as transformers' `generate` has
-them: an answer goes on behind the last text, even where frames stand later than that. Tensors only, and no wait for
-the device.
+A text token has the same position on all axes. A visual token has the time of its frame, and its cell's row and column
+added to the start of its span. Where every frame has its own span, its time is that start. Where a video has one span,
+its frames' times are `steps` after the start, and a frame keeps its time whatever frames are removed. A span takes
+max(rows, columns) of a frame positions, however few of its tokens are kept and however long the video is. So for an
+uncompressed video the positions are those of transformers' `generate`: an answer continues after the last text, even if
+frames have later times. Tensors only, and no wait for the device.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ class OnAxes(NamedTuple):
 
     Attributes:
         positions: int64 [3, L].
-        end: where more text, or the answer, begins.
+        end: position of the next text, or of the answer.
     """
 
     positions: Tensor
@@ -38,13 +36,13 @@ class OnAxes(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a decoder is told of a prompt; `end` as in `OnAxes`."""
+    """Further arguments of the decoder for a prompt; `end` as in `OnAxes`."""
 
     how: dict[str, Tensor]
     end: int
 
     def forward(self) -> dict[str, Tensor]:
-        """The positions as the language model's own forward pass takes them."""
+        """The positions as arguments of the language model's own forward pass."""
         return {"position_ids": self.how["positions"][:, None]}
 
 
@@ -59,8 +57,8 @@ def told_of(
     *,
     original: bool = False,
 ) -> Told:
-    """`positions` [3, L], and where the tokens [N, (1 + K) * D] bring some `states` [K, L, D], by the names that
-    `runtime.decoder.eager` has for them; `width` is D, the others as in `on_axes`."""
+    """`positions` [3, L] and, if tokens [N, (1 + K) * D] have K > 0, `states` [K, L, D], as arguments of
+    `runtime.decoder.eager`; `width` is D, the others as in `on_axes`."""
     positions, end = on_axes(prompt, spans, place, cells, steps, original=original)
     states = states_of(tokens, prompt.visual_span(len(place), spans), positions.shape[1], width)
     return Told({"positions": positions} | ({} if states is None else {"states": states}), end)
@@ -69,14 +67,14 @@ def told_of(
 def on_axes(
     prompt: Prompt, spans: Spans | None, place: Tensor, cells: tuple[int, int], steps: Sequence[int], *, original: bool
 ) -> OnAxes:
-    """Where the tokens of a prompt stand.
+    """The positions of a prompt's tokens.
 
     Args:
         spans: of the visual tokens, see `Prompt`.
         place: int64 [N], of each visual token in the video, frame * P + cell.
         cells: (rows, columns) of the P cells of a frame.
-        steps: of every frame of the video, from 0 on, whole: where it stands on the axis of time, behind its span.
-        original: every span stands where it would if none had been left out; else the next one follows at once.
+        steps: time of every frame of the video, relative to its span's start.
+        original: keep the positions that spans have in the uncompressed video; else spans are consecutive.
     """
     (rows, columns), extent = cells, max(cells)
     texts, sizes = zip(*((len(ids), count) for ids, count in prompt.pieces(len(place), spans)), strict=True)
@@ -106,15 +104,16 @@ def on_axes(
 
 
 def following(begin: int, length: int, device: torch.device) -> Tensor:
-    """Positions int64 [3, length] of text or an answer behind a prompt (`OnAxes.end`)."""
+    """Positions int64 [3, length] of text or an answer after a prompt; `begin` is `OnAxes.end`."""
     return _text(begin, length, device)
 
 
 def states_of(tokens: Tensor, visual: Sequence[int], length: int, width: int) -> Tensor | None:
-    """What stands behind tokens [N, (1 + K) * D], in their places of a prompt: [K, L, D], 0 for text; None if K is 0.
+    """The layer states in tokens [N, (1 + K) * D], at the tokens' places in a prompt: [K, L, D], 0 for text; None for K
+    = 0.
 
     Args:
-        visual: where the N tokens are.
+        visual: places of the N tokens in the prompt.
         length: L. width: D.
     """
     count = tokens.shape[1] // width - 1
@@ -126,7 +125,7 @@ def states_of(tokens: Tensor, visual: Sequence[int], length: int, width: int) ->
 
 
 def weights_of(prompt: Prompt, spans: Spans | None, bias: Tensor) -> Tensor:
-    """fp32 [L]: `bias [N]` of visual tokens in their places of a prompt, 0 for text."""
+    """fp32 [L]: `bias [N]` of visual tokens at their places in a prompt, 0 for text."""
     texts, sizes = zip(*((len(ids), count) for ids, count in prompt.pieces(len(bias), spans)), strict=True)
     pieces = zip(texts, bias.split(sizes), strict=True)
     parts = [part for length, own in pieces for part in (bias.new_zeros(length), own)]

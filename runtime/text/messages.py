@@ -1,8 +1,7 @@
-"""A conversation about one video: who said what, and in which message the video stands.
+"""A conversation about one video: its messages, one of which holds the video.
 
-A question that is a plain text is a conversation of one message, or two with a system message before it. What is wrong
-with a conversation is said here, before a template renders it; nothing here knows of tokens but by the names of those
-that a text must not spell out.
+A plain-text question is a conversation of one message, or of two with a system message before it. Conversations are
+checked here, before a chat template renders them. Nothing here knows of tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ class ChatMessage:
 
     Attributes:
         role: "system", "user" or "assistant".
-        text: what it says. An assistant's may be empty, and that of a user who shows the video and asks later.
-        video: the video stands in this message, before its text. At most one message has it, of a user; where none
-            has, it is the first user's.
+        text: may be empty for an assistant, and for a user's message with the video if a later one asks.
+        video: whether the video is in this message, before its text. At most one message, of a user, has it; if none
+            has, it goes into the first user's.
     """
 
     role: Role
@@ -35,11 +34,11 @@ class ChatMessage:
 
 
 def conversation(question: str | Sequence[ChatMessage], system: str | None = None) -> dict[str, ChatMessage]:
-    """The messages of a question by what an error calls them, exactly one of them with the video.
+    """Check a question; returns its messages, exactly one with the video, keyed by their names in errors.
 
     Args:
         question: a text, or messages, the last of which is a user's.
-        system: a message before a text.
+        system: a system message before a text.
 
     Raises:
         UserError: no text, no messages, a system message beside messages, an unknown role, a message without a text,
@@ -64,7 +63,7 @@ def conversation(question: str | Sequence[ChatMessage], system: str | None = Non
 
 
 def rendered(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them."""
+    """Messages in the form that chat templates take."""
     return [
         {
             "role": one.role,

@@ -1,9 +1,9 @@
 """Position ids and attention bias of a whole prompt, from those of its visual tokens.
 
-A visual token keeps the place in the prompt that it had before tokens were left out: what closes them and the text
-after it stand where they would stand behind all of them, and a text that names a frame stands before all tokens of that
-frame. A video of more frames than the model was made for is fitted into the positions of as many as that: further ones
-mean nothing to the model. Tensors only, and no wait for the device.
+With original positions every visual token has the position that it has in the uncompressed prompt, and so have closing
+tokens, the text after the video, and texts that name a frame. A video with more frames than the model was made for is
+scaled into the positions of that many, as the model does not know larger ones. Tensors only, and no wait for the
+device.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from runtime.text.prompt import Prompt, Spans
 
 @dataclass(frozen=True)
 class Placing:
-    """What a decoder is told of visual tokens besides themselves.
+    """Which positions and bias the visual tokens get.
 
     Attributes:
-        original: where they were in the video; else they stand one after the other, as if nothing had been left out.
-        bias: how many of the video's tokens each stands for.
-        most: original positions that a video may take; None: as many as it has tokens.
+        original: their positions in the uncompressed video; else consecutive ones.
+        bias: whether they get a bias for the number of tokens that each stands for.
+        most: the most original positions of a video; None: as many as it has tokens.
         per_second: as `earlytom.families.Geometry.tokens_per_second`.
     """
 
@@ -36,13 +36,13 @@ class Placing:
     per_second: float | None = None
 
     def span(self, tokens_full: int) -> int:
-        """The original positions that a video of so many tokens takes."""
+        """The number of original positions of a video of `tokens_full` tokens."""
         return tokens_full if self.most is None else min(tokens_full, self.most)
 
     def of_prompt(
         self, prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int, closing: int = 1
     ) -> dict[str, Tensor]:
-        """`positions` and `bias` of a whole prompt, see `places`; those that are not wanted are left out."""
+        """`positions` and `bias` of a whole prompt as `self` asks for them; arguments as in `places`."""
         if not (self.original or self.bias):
             return {}
         span = self.span(tokens_full)
@@ -52,15 +52,15 @@ class Placing:
     def of_frames(
         self, prompt: Prompt, place: Tensor, bias: Tensor, frames: int, per_frame: int, spans: Spans
     ) -> dict[str, Tensor]:
-        """`of_prompt` for a prompt that names frames, see `places_by_frame`."""
+        """`of_prompt` for a prompt that names frames; arguments as in `places_by_frame`."""
         if not (self.original or self.bias):
             return {}
         shown = self.span(frames * per_frame) // per_frame
         return self._wanted(places_by_frame(prompt, place, bias, frames, per_frame, spans, shown))
 
     def after(self, prompt: Prompt, frames: int, closings: Closings) -> int | None:
-        """Where text behind a video of `frames` frames stands that was read up to its end, so that a question goes on
-        as in one prompt; None: behind the last token."""
+        """Position of the text after a video of `frames` frames, so that a question after its prefix has the positions
+        of a single prompt; None: after the last token."""
         if not self.original:
             return None
         span, per_frame = self.span(closings.span(frames)), closings.span(1)
@@ -74,25 +74,25 @@ class Placing:
 
 
 def fitted(place: Tensor, tokens_full: int, span: int) -> Tensor:
-    """Places int64 [N] below `tokens_full`, moved together to lie below `span`; as they are where that is no less."""
+    """Places int64 [N] below `tokens_full`, scaled to lie below `span`; unchanged if that is no less."""
     return place if span >= tokens_full else place * span // tokens_full
 
 
 def places(
     prefix_length: int, place: Tensor, bias: Tensor, tokens_full: int, suffix_length: int, closing: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """For a prompt of text, N visual tokens, `closing` that close them, and text.
+    """Positions and bias of a prompt of text, N visual tokens, `closing` closing tokens, and text.
 
     Args:
         prefix_length: tokens before the visual ones.
         place: int64 [N], of each visual token in the video, frame * P + cell (P cells a frame).
         bias: fp32 [N], of each visual token.
-        tokens_full: F * P, visual tokens if none had been left out; above every place.
-        suffix_length: tokens after those; 0 for a prompt that is read up to there, whose rest goes on by itself.
+        tokens_full: F * P, visual tokens of the uncompressed video; above every place.
+        suffix_length: tokens after those; 0 for a prefix that ends there.
 
     Returns:
         positions: int64 [L], L = prefix_length + N + closing + suffix_length.
-        bias: fp32 [L], 0 for text and what closes.
+        bias: fp32 [L], 0 for text and closing tokens.
     """
     after = prefix_length + tokens_full
     positions = torch.cat(
@@ -106,7 +106,7 @@ def places(
 
 
 def begins_of(prompt: Prompt, frames: int, per_frame: int) -> list[int]:
-    """Where the tokens of each frame of a video begin in a prompt with a span a frame, if none is left out."""
+    """Position of each frame's first token in the uncompressed prompt, for prompts with one span per frame."""
     assert prompt.names is not None
     names = [0, *(len(prompt.names.before(number)) for number in range(1, frames))]
     return [len(prompt.prefix_ids) + text + number * per_frame for number, text in enumerate(accumulate(names))]
@@ -115,16 +115,16 @@ def begins_of(prompt: Prompt, frames: int, per_frame: int) -> list[int]:
 def places_by_frame(
     prompt: Prompt, place: Tensor, bias: Tensor, frames: int, per_frame: int, spans: Spans, shown: int
 ) -> tuple[Tensor, Tensor]:
-    """`places` for a prompt with a span a frame and nothing that closes a video.
+    """`places` for a prompt with one span per frame and no closing tokens.
 
     Args:
         frames, per_frame: F and P, of the video.
         spans: of the visual tokens, see `Prompt`.
-        shown: frames into whose positions the video is fitted, F or fewer.
+        shown: number of frames, at most F, into whose positions the video is scaled.
     """
     lead, begins = len(prompt.prefix_ids), begins_of(prompt, frames, per_frame)
     names = [0, *(begin - before - per_frame for before, begin in pairwise(begins))]
-    end, fits = (begins[last - 1] + per_frame - lead for last in (frames, shown))  # behind the first text
+    end, fits = (begins[last - 1] + per_frame - lead for last in (frames, shown))  # counted from the first text's end
     shifts = torch.tensor([begin - number * per_frame for number, begin in enumerate(begins)], dtype=torch.int64)
     frame = torch.div(place, per_frame, rounding_mode="trunc")
     sizes = [span.tokens for span in spans]

@@ -1,9 +1,9 @@
-"""Token ids into text as they come.
+"""Incremental detokenization, and stop strings.
 
-A token need not be a whole character: byte-level tokenizers split one over several tokens, and what is decoded of the
-first half is a replacement character that the next token takes back. `TextStream` holds back what may still change, so
-the deltas joined are the text that decoding all ids at once gives. `StopStrings` ends that text before the first of
-some strings, and holds back what may begin one. Neither knows of models.
+Byte-level tokenizers may split a character over several tokens; the first part alone decodes to a replacement character
+that the next token changes. `TextStream` holds back text that may still change, so that the joined deltas equal the
+text that decoding all ids at once gives. `StopStrings` ends the text before the first stop string, and holds back text
+that may begin one. Neither knows of models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TextStream:
         self._sent = 0  # characters of their text that were returned already
 
     def push(self, token: int) -> str:
-        """Take one more id; return the text that is now certain, often one word, sometimes nothing."""
+        """Add one id; returns the text that is now final, often a word, sometimes nothing."""
         self._ids.append(token)
         text = self._decode(self._ids)
         unfinished = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UNFINISHED)
@@ -42,15 +42,15 @@ class TextStream:
         return delta
 
     def finish(self) -> str:
-        """The text still held back, at the end of the answer; the stream is empty afterwards."""
+        """The text held back, at the end of the answer; resets the stream."""
         delta = self._decode(self._ids)[self._sent :]
         self._ids, self._sent = [], 0
         return delta
 
     def _forget(self) -> None:
-        """Keep only the last token, so that the cost of a token does not grow with the answer."""
+        """Keep only the last token, so that the cost per token does not grow with the answer."""
         context = self._decode(self._ids[-1:])
-        if context:  # a special token has no text and would be no context
+        if context:  # a special token has no text, so it gives no context
             self._ids, self._sent = self._ids[-1:], len(context)
 
     def _decode(self, ids: list[int]) -> str:
@@ -58,22 +58,22 @@ class TextStream:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings; joined, what it returns does not depend on how the text is cut.
+    """Ends a text before the first stop string; the joined result does not depend on how the text is split.
 
     Args:
-        stops: strings, none of them empty. The first one to be complete ends the text, of several the longest.
+        stops: non-empty strings. The first to be complete ends the text; of several, the longest.
 
     Attributes:
-        found: one has come; nothing follows.
+        found: whether a stop string was found; no text follows then.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""  # what may begin one
+        self._held = ""  # text that may begin a stop string
         self.found = False
 
     def push(self, text: str) -> str:
-        """Take some more text; return what is certain not to be part of a stop string."""
+        """Add some text; returns what is certainly not part of a stop string."""
         if self.found or not self._stops:
             return "" if self.found else text
         self._held += text
@@ -87,11 +87,11 @@ class StopStrings:
         return settled
 
     def finish(self) -> str:
-        """The text still held back, at the end of the answer."""
+        """The text held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held
 
     def _begun(self, stop: str) -> int:
-        """How many of the last characters held are the beginning of a stop string."""
+        """Length of the longest end of the held text that begins the stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from earlytom import EarlyTomConfig, UserError
+from earlytom.families import FAMILIES
 
 # The table of released settings: benchmark -> ratio -> tau, merge layers.
 RELEASED: list[tuple[str, float, float, tuple[int, int, int]]] = [
@@ -44,6 +45,9 @@ def test_the_defaults_are_the_released_ones() -> None:
 def test_presets(benchmark: str, ratio: float, tau: float, layers: tuple[int, ...]) -> None:
     want = EarlyTomConfig(retention_ratio=ratio, tau=tau, merge_layers=layers)
     assert EarlyTomConfig.preset(benchmark, ratio) == want
+    video = EarlyTomConfig.preset(benchmark, ratio, own=FAMILIES["llava_qwen"].presets)
+    others = {("videomme", 0.25): (0.6, (10, 21, 23)), ("longvideobench", 0.25): (0.8, (6, 21, 23))}
+    assert (video.tau, video.merge_layers) == others.get((benchmark, ratio), (tau, layers))
 
 
 def test_presets_take_other_spellings_and_changes() -> None:

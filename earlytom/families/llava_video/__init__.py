@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom.families.closings import Closings
 from earlytom.families.family import Family
 from earlytom.families.frames import FrameTimes
-from earlytom.families.llava_onevision import LlavaOnevision, grid_side
+from earlytom.families.llava_onevision import LlavaOnevision
 from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.qwen2 import QWEN2_7B
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
-from earlytom.families.vision import Features, Vision
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from earlytom.towers import Tower
+    from torch import Tensor
 
 _ORIGINAL = "LlavaQwenForCausalLM"
 _DECODER = ("layers.", "norm.", "embed_tokens.")
@@ -47,22 +44,6 @@ _TEMPLATE = """\
 """
 
 
-class LlavaVideoVision(Vision):
-    """Projector first, then pooling."""
-
-    def __init__(self, tower: Tower, projector: nn.Module, pooling: str) -> None:
-        super().__init__(tower, projector)
-        self.pooling = pooling
-
-    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
-        projected, relevance = self.projector(hidden), self.relevance(received)  # [F', S, E]
-        cells = (side_of(grid_side(hidden.shape[1]), self.pooling),) * 2
-        return Features(self.pool(projected), relevance, projected, cells)
-
-    def pool(self, values: Tensor) -> Tensor:
-        return pooled(values, self.pooling)
-
-
 class LlavaVideo(LlavaOnevision):
     """See `Family`. One for each way to pool, each place for newlines, and with or without a sentence that says when
     the frames were."""
@@ -72,6 +53,7 @@ class LlavaVideo(LlavaOnevision):
     model_class = "LlavaVideoForConditionalGeneration"
     frames = 64
     known_names = False
+    presets: ClassVar = {("videomme", 0.25): (0.6, (10, 21, 23)), ("longvideobench", 0.25): (0.8, (6, 21, 23))}
     own_visual_token = True
     released = False
     video_token = visual_token = IMAGE
@@ -124,9 +106,6 @@ class LlavaVideo(LlavaOnevision):
 
     def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return pooled(values, self.pooling)
-
-    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaVideoVision:  # type: ignore[override]
-        return LlavaVideoVision(self.tower(tower), projector, self.pooling)
 
     def vision_settings(self, config: Any) -> dict[str, Any]:
         return super().vision_settings(config) | {"pooling": self.pooling}

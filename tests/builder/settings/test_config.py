@@ -207,6 +207,8 @@ def test_presets_are_the_released_ones_and_what_is_given_beside_wins() -> None:
             assert (method.tau, method.merge_layers, method.schedule) == (tau, layers, "budget")
     method = parse([*words, "--preset", benchmark, "--tau", "0.25", "--merge-layers", "3,4"])[1].earlytom
     assert (method.tau, method.merge_layers) == (0.25, (3, 4))
+    video = ["--model", "random:llava-video-7b", "--backend", "onnx", "--ratio", "0.25"]  # two are its own
+    assert parse([*video, "--preset", "longvideobench"])[1].earlytom.merge_layers == (6, 21, 23)
 
 
 def test_inner_merging_is_the_runtimes_and_not_part_of_a_build(parsed: Parse) -> None:
