@@ -8,7 +8,7 @@ DEMO_CLIP := engines/demo.mp4
 VLLM ?= .venv-vllm
 RAY ?= .venv-ray
 
-.PHONY: demo serve test lint clean vllm-check ray-check
+.PHONY: demo serve test style lint clean vllm-check ray-check
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m builder.build --ratio 0.3 --fp16
@@ -20,8 +20,11 @@ serve: $(VENV)/.ready
 	$(BIN)/python -m runtime.serve engines
 
 # In the order of the folders, not by how many tests a file has: the dear files have few, and should not come last.
-test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# mypy runs beside the tests and is heard after them.
+test: style
+	$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & \
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$!; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests | types))
 
 vllm-check: $(VENV)/.ready $(VLLM)/.ready
 	$(BIN)/python -m builder.build --ratio 0.3 --fp16
@@ -32,9 +35,11 @@ vllm-check: $(VENV)/.ready $(VLLM)/.ready
 ray-check: $(VENV)/.ready $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -p no:xdist tests/runtime/serve/test_ray.py tests/runtime/serve/test_replicas.py
 
-lint: $(VENV)/.ready
+style: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 clean:

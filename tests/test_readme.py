@@ -332,7 +332,7 @@ def dry_make(target: str) -> list[Words]:
         },
         timeout=HANG_SECONDS,
     )
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", "").splitlines()]
 
 
 def test_make_demo_builds_draws_and_asks() -> None:

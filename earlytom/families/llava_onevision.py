@@ -35,15 +35,22 @@ TOWER_SETTINGS = (
 
 
 class LlavaOnevisionVision(Vision):
-    """Projector first, then pooling."""
+    """Projector first, then the family's pooling of square frames."""
+
+    def __init__(self, tower: Tower, projector: nn.Module, family: LlavaOnevision) -> None:
+        super().__init__(tower, projector)
+        self.family = family
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         projected = self.projector(hidden)  # [F', S, E]
-        features = pool(projected)
-        return Features(features, self.relevance(received), projected, (pooled_side(grid_side(hidden.shape[1])),) * 2)
+        return Features(self.pool(projected), self.relevance(received), projected, self.cells(hidden))
+
+    def cells(self, hidden: Tensor) -> tuple[int, int]:
+        """Those of frames of these patches [F', S, D]."""
+        return self.family.cells((grid_side(hidden.shape[1]),) * 2)
 
     def pool(self, values: Tensor) -> Tensor:
-        return pool(values)
+        return self.family.pool(values)
 
 
 class LlavaOnevision(Family):
@@ -102,7 +109,7 @@ class LlavaOnevision(Family):
         return tower_of(tower)
 
     def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaOnevisionVision:
-        return LlavaOnevisionVision(self.tower(tower), projector)
+        return LlavaOnevisionVision(self.tower(tower), projector, self)
 
     def new_modules(self, config: Any) -> VisionModules:
         import torch
