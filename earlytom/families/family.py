@@ -67,44 +67,42 @@ class Family(ABC):
     Canonical names are those of `canonical_name`.
 
     Attributes:
-        model_type: what such a configuration calls the family.
-        title, tower_title: what people call the family and its tower.
+        model_type: `model_type` of its configurations.
+        title, tower_title: usual names of the family and its tower.
         model_class, config_class: transformers' classes of the whole model and of its configuration.
         towers: model types of the vision towers that its checkpoints may have.
-        frames: how many of a video a checkpoint is shown that does not say.
-        vision_names, decoder_names: what the canonical names of the tensors of either part begin with; in most families
-            two modules are the vision part, first the tower, then the projector.
-        unused_names: tensors of neither part, that only pictures need.
-        closing_name, embeddings_name, head_name: canonical names of three tensors: what closes the visual tokens (None
-            where nothing does), the decoder's embeddings, its output layer.
+        frames: default number of sampled frames, for checkpoints that give none.
+        vision_names, decoder_names: prefixes of the canonical names of either part's tensors; in most families, the
+            first two of vision_names are the modules of the tower and of the projector.
+        unused_names: prefixes of tensors of neither part, which a model of videos does without.
+        closing_name, embeddings_name, head_name: canonical names of three tensors: the closing token's embedding (None
+            if there is none), the decoder's embeddings, its output layer.
         video_token: the text that stands for a video in a rendered prompt.
         visual_token: the text that stands for one visual token.
-        span_a_frame: whether every frame's visual tokens stand by themselves in a prompt, with a text that names the
-            frame (`before_frame`, `after_frame`, `between_frames`, in all `before_video`, `after_video`); else those
-            of a video are one span.
-        names_times: whether such texts say when a frame was.
-        says_times: whether the text behind a video in one span says when its frames were (`behind_video`).
-        sampling: which frames of a video are shown: "ends", from the first to the last, "nearest", the nearest to
-            those (`runtime.video.sample`), "middles", those in the middle of equal parts, or "begins", those that such
-            parts begin with.
-        mean, std: of the pixels, where a checkpoint's files do not say.
-        pixels_name, features_name: what `generate` and the model call the pixels of a video, and the model's method
-            that makes visual tokens of them.
-        beside_pixels: what they are given about a video beside them, by name.
-        step: pictures of a video that the tower takes for one frame.
-        on_axes: whether its language model places tokens by time, row and column, a span taking as many positions as
-            its frames have rows or columns, whichever are more (`runtime.text.axes`); else by their order.
-        own_visual_token: whether checkpoints' tokenizers may lack `visual_token`: it is given the id that the
-            configuration says.
-        any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint says which.
-        known_names: whether transformers knows the names of tensors in its checkpoints.
+        span_a_frame: whether each frame's visual tokens are a span of their own in a prompt, with a text that names the
+            frame (`before_frame`, `after_frame`, `between_frames`, around all `before_video`, `after_video`); else a
+            video is one span.
+        names_times: whether these texts contain the frame's time.
+        says_times: whether the text after a video in one span contains its frames' times (`behind_video`).
+        sampling: how frames are sampled, see `runtime.video.sample`.
+        mean, std: default pixel normalisation, for checkpoints that give none.
+        pixels_name, features_name: name of a video's pixels as an argument of `generate` and of the model; the model's
+            method that turns them into visual tokens.
+        beside_pixels: names of further arguments about a video.
+        step: pictures of a video per frame of the tower.
+        on_axes: whether its language model has position axes for time, row and column (`runtime.text.axes`), where a
+            span takes max(rows, columns) positions; else positions are consecutive.
+        own_visual_token: whether checkpoints' tokenizers may lack `visual_token`, which then gets the configuration's
+            id.
+        any_size: whether frames may have any size that patches fill (`sized`); else the checkpoint fixes it.
+        known_names: whether transformers knows the tensor names of its checkpoints.
         released: whether EarlyTom was first released for it, so that `runtime.measure.naive` can run.
-        presets: settings of EarlyTom that were released for it alone.
-        vision_sizes: settings of a vision configuration that are sizes, and the largest of each that is believed.
-        activations, token_ids, layer_setting: settings of a configuration: names of activation functions, ids of
-            tokens, the last that of a visual one, and the one that says which states are taken, such as the encoder
-            layer.
-        roles: what `earlytom.micro.weights` knows tensors by whose canonical names end so, where that is another name.
+        presets: settings of EarlyTom released for this family only.
+        vision_sizes: sizes in a vision configuration, and the largest accepted value of each.
+        activations, token_ids: keys of a configuration: names of activation functions; token ids, the visual token's
+            last.
+        layer_setting: the key that an error names if a configuration has no valid `geometry`.
+        roles: endings of canonical names, and the names by which `earlytom.micro.weights` knows such tensors.
     """
 
     model_type: ClassVar[str]
@@ -263,7 +261,7 @@ class Family(ABC):
                 delattr(model.model, name.removesuffix("."))
 
     def restore_buffers(self, tower: nn.Module) -> None:
-        """Make the buffers of a tower that are stored nowhere, after its weights were loaded; most have none."""
+        """Recompute a tower's non-persistent buffers after its weights were loaded; most have none."""
         return
 
     def module_name(self, name: str) -> str:

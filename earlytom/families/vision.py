@@ -45,11 +45,11 @@ class Features(NamedTuple):
 
 
 class Vision(ABC):
-    """The vision part of one model, as the encoder runs it.
+    """A model's vision tower and projector, as the encoder runs them.
 
     Attributes:
-        tower: how pixels become hidden states, layer by layer.
-        projector: the model's own, how those become tokens.
+        tower: adapter of the vision tower.
+        projector: the model's own.
     """
 
     def __init__(self, tower: Tower, projector: Any) -> None:
