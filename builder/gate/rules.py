@@ -49,20 +49,23 @@ class Rule(ABC):
     same_tokens: float = 1.0
     same_plans: float = PLAN_TOLERANCE
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        self.layers = layers
+    def __init__(self, config: MethodSettings) -> None:
+        self.config, self.layers = config, config.merge_layers
 
-    @abstractmethod
     def own(self) -> Method:
         """The method, deciding by itself."""
+        return method_of(self.config)
 
     @abstractmethod
     def forced(self, taken: Arrays) -> Method:
         """The method, made to take the decisions that a run of the graph took, in their order."""
 
-    @abstractmethod
     def kept_frames(self, out: Arrays) -> list[int]:
         """For each remaining frame, the first of the clip's frames that it is made of."""
+        first = np.arange(len(out["features"]))
+        for layer in reversed(self.layers):
+            first = (out[f"{self.decisions[0]}_{layer}"] > 0).argmax(1)[first]
+        return first.tolist()
 
     @abstractmethod
     def repeat_plans(self, out: Arrays, vision: Vision) -> float:
@@ -93,19 +96,10 @@ class EarlyTomRule(Rule):
 
     decisions = ("weights",)
     videos, videos_called = "similarity", "similarities"
-
-    def __init__(self, config: EarlyTomConfig) -> None:
-        super().__init__(config.merge_layers)
-        self.config = config
-
-    def own(self) -> Method:
-        return EarlyTom(self.config)
+    config: EarlyTomConfig
 
     def forced(self, taken: Arrays) -> Method:
         return ForcedDecisions(self.config, taken)
-
-    def kept_frames(self, out: Arrays) -> list[int]:
-        return _first_frames([out[f"weights_{layer}"] for layer in self.layers], len(out["features"]))
 
     def repeat_plans(self, out: Arrays, vision: Vision) -> float:
         rule, worst = EarlyTom(self.config), 0.0
@@ -159,19 +153,10 @@ class CellsRule(Rule):
     same_tokens = 0.9  # each choice depends on those before it, so one near-tie changes what follows
     # The relative error of a weight is that of 1 - cosine, about 1e-7 over its value, which is 1e-4 for still cells.
     same_plans = 1e-3
-
-    def __init__(self, config: CellsConfig) -> None:
-        super().__init__(config.merge_layers)
-        self.config = config
-
-    def own(self) -> Method:
-        return Cells(self.config)
+    config: CellsConfig
 
     def forced(self, taken: Arrays) -> Method:
         return ForcedCells(self.config, taken)
-
-    def kept_frames(self, out: Arrays) -> list[int]:
-        return _first_frames([out[f"member_{layer}"] for layer in self.layers], len(out["features"]))
 
     def repeat_plans(self, out: Arrays, vision: Vision) -> float:
         rule, worst = Cells(self.config), 0.0
@@ -228,21 +213,14 @@ class UntouchedRule(Rule):
     videos, videos_called = "features", "features"
 
     def __init__(self, config: UntouchedConfig) -> None:
-        super().__init__(())
-        self.config = config
+        super().__init__(config)
         if isinstance(config, ToMeConfig):
             self.same_tokens = 0.9  # each merge depends on those before it, as with `CellsRule`
-
-    def own(self) -> Method:
-        return method_of(self.config)
 
     def forced(self, taken: Arrays) -> Method:
         method = self._method()
         metric, attention = _seen(taken)
         return ForcedUntouched(method=method, metric=metric, attention=attention)
-
-    def kept_frames(self, out: Arrays) -> list[int]:
-        return list(range(len(out["features"])))
 
     def repeat_plans(self, out: Arrays, vision: Vision) -> float:
         return 0.0
@@ -294,14 +272,6 @@ def rule_of(settings: MethodSettings) -> Rule:
     if isinstance(settings, UntouchedConfig):
         return UntouchedRule(settings)
     return EarlyTomRule(settings) if isinstance(settings, EarlyTomConfig) else CellsRule(settings)
-
-
-def _first_frames(plans: list[NDArray[Any]], left: int) -> list[int]:
-    first: NDArray[Any] | None = None
-    for plan in plans:
-        here = (plan > 0).argmax(1)
-        first = here if first is None else first[here]
-    return list(range(left)) if first is None else first.tolist()
 
 
 def _pattern(a: NDArray[Any], b: NDArray[Any]) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from earlytom.errors import UserError
 from earlytom.families.frames import Geometry
-from earlytom.families.llava_onevision import TOWER_SETTINGS, LlavaOnevision, grid_side
-from earlytom.families.vision import Features, Vision, VisionModules
+from earlytom.families.llava_onevision import TOWER_SETTINGS, LlavaOnevision, LlavaOnevisionVision, grid_side
+from earlytom.families.vision import Features, VisionModules
 from earlytom.numbers import shown
 
 if TYPE_CHECKING:
@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 _STRIDE = 2
 
 
-class LlavaNextVideoVision(Vision):
+class LlavaNextVideoVision(LlavaOnevisionVision):
     """Pooling first, then the projector."""
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
-        features = self.projector(average_pool(hidden))
-        return Features(features, self.relevance(received), features, (grid_side(hidden.shape[1]) // _STRIDE,) * 2)
-
-    def pool(self, values: Tensor) -> Tensor:
-        return average_pool(values)
+        features = self.projector(self.pool(hidden))
+        return Features(features, self.relevance(received), features, self.cells(hidden))
 
 
 class LlavaNextVideo(LlavaOnevision):
@@ -61,8 +58,8 @@ class LlavaNextVideo(LlavaOnevision):
     def geometry(self, config: Any) -> Geometry:
         return replace(super().geometry(config), prefix=1, unpooled=False)
 
-    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaNextVideoVision:  # type: ignore[override]
-        return LlavaNextVideoVision(self.tower(tower), projector)
+    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaNextVideoVision:
+        return LlavaNextVideoVision(self.tower(tower), projector, self)
 
     def new_modules(self, config: Any) -> VisionModules:
         from transformers import AutoModel

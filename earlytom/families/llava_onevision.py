@@ -1,5 +1,5 @@
-"""LLaVA-OneVision: square frames, a SigLIP tower, a two-layer projector, 2x bilinear pooling, and one token that closes
-the visual tokens of a video, `image_newline`.
+"""LLaVA-OneVision: square frames, a SigLIP tower, a two-layer projector, 2x bilinear pooling, and one closing token per
+video, `image_newline`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,22 @@ TOWER_SETTINGS = (
 
 
 class LlavaOnevisionVision(Vision):
-    """Projector first, then pooling."""
+    """Projector first, then the family's pooling of square frames."""
+
+    def __init__(self, tower: Tower, projector: nn.Module, family: LlavaOnevision) -> None:
+        super().__init__(tower, projector)
+        self.family = family
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         projected = self.projector(hidden)  # [F', S, E]
-        features = pool(projected)
-        return Features(features, self.relevance(received), projected, (pooled_side(grid_side(hidden.shape[1])),) * 2)
+        return Features(self.pool(projected), self.relevance(received), projected, self.cells(hidden))
+
+    def cells(self, hidden: Tensor) -> tuple[int, int]:
+        """Those of frames of these patches [F', S, D]."""
+        return self.family.cells((grid_side(hidden.shape[1]),) * 2)
 
     def pool(self, values: Tensor) -> Tensor:
-        return pool(values)
+        return self.family.pool(values)
 
 
 class LlavaOnevision(Family):
@@ -102,7 +109,7 @@ class LlavaOnevision(Family):
         return tower_of(tower)
 
     def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaOnevisionVision:
-        return LlavaOnevisionVision(self.tower(tower), projector)
+        return LlavaOnevisionVision(self.tower(tower), projector, self)
 
     def new_modules(self, config: Any) -> VisionModules:
         import torch
@@ -162,7 +169,7 @@ LLAVA_ONEVISION = LlavaOnevision()
 
 
 def feature_depth(config: Any) -> int:
-    """How many encoder layers a LLaVA-OneVision configuration runs before the projector."""
+    """Number of encoder layers that a LLaVA-OneVision configuration runs before the projector."""
     layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer must be one layer, got {layer!r}: EarlyTom merges frames of one stream")

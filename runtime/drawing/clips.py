@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from earlytom.micro.data import Question
 
 _ENLARGED, _REPEATED = 4, 3  # sides and frames of a test clip
+_FASTEST, _LONGEST = 1000, 2_000_000  # frames per second, and in all
 _LARGEST = 8192  # pixels a side
 # The first of these that is there. x264's macroblock tree gives other bits each time even on one thread, so it is off.
 _ENCODERS = {
@@ -64,8 +65,11 @@ def draw_clip(
     cannot write, and OSError as it comes (no permission, disk full).
     """
     height, width = size
-    if not 0 < seconds < float("inf") or fps < 1 or round(seconds * fps) < 2:
-        raise UserError(f"{seconds} seconds at {fps} frames per second is no clip; give at least 2 frames in all")
+    if not 0 < seconds < float("inf") or not 1 <= fps <= _FASTEST or not 2 <= round(seconds * fps) <= _LONGEST:
+        raise UserError(
+            f"{seconds} seconds at {fps} frames per second is no clip; give at least 2 frames in all, and at most "
+            f"{_LONGEST}, {_FASTEST} per second"
+        )
     if not (16 <= height <= _LARGEST and 16 <= width <= _LARGEST) or height % 2 or width % 2:
         raise UserError(f"size is {width}x{height}; give an even width and height of 16 to {_LARGEST} pixels")
     return write_clip(path, _frames(round(seconds * fps), height, width, seed), fps, size)

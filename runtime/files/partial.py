@@ -10,6 +10,7 @@ writes next in that folder removes it. Names are `.NAME.TOKEN.partial`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -44,10 +45,14 @@ def temporary(target: Path) -> Iterator[Path]:
     """The same of a file that is removed at the end, too.
 
     Raises:
-        OSError: it cannot be made; names `target`.
+        OSError: it cannot be made, or `target` is there and no plain file; names `target`.
     """
     clear(target.parent, target.name)
     try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():  # it would be replaced: /dev/null too, for whoever may
+            raise OSError(errno.EINVAL, "Is a device or a pipe")
         path, descriptor = _make(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from error

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from runtime.engine.dtypes import DTYPES
 from runtime.engine.folder import ENGINES, newest_engine
@@ -19,6 +23,17 @@ def opened(asked: BenchSettings, *, waiting: int) -> Pipeline:
     dtype = None if asked.dtype is None else DTYPES[asked.dtype]
     how: dict[str, Any] = {"device": asked.device, "dtype": dtype, "decoder_dtype": asked.decoder_dtype}
     return Pipeline.load(folder, asked.model, waiting=waiting, **how)
+
+
+def conditions(asked: BenchSettings, pipeline: Pipeline) -> dict[str, Any]:
+    """What a record says of the engine and the machine that its figures are of."""
+    return {
+        "engine": pipeline.manifest.name,
+        "backend": pipeline.vision.name,
+        "device": asked.device,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
 
 
 @contextmanager

@@ -14,18 +14,14 @@ as fast as the encoder's first layers can take them, or they would only wait; th
 from __future__ import annotations
 
 import functools
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from runtime.measure.arguments import BenchSettings
 from runtime.measure.clock import median, percentiles, timed
-from runtime.measure.load import clients, opened
+from runtime.measure.load import clients, conditions, opened
 from runtime.pipeline import Pipeline
 from runtime.service.requests import Answer
 from runtime.trace import Trace
@@ -125,11 +121,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
             "callers": [service.callers(count, max(count, asked.requests)) for count in asked.concurrency],
             "new_tokens": asked.max_new_tokens,
             "repeats": asked.repeats,
-            "engine": manifest.name,
-            "backend": vision.name,
-            "device": asked.device,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
+            **conditions(asked, pipeline),
         }
     show(trace, record)
     return record

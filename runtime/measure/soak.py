@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
-import platform
 import threading
 import time
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import torch
 
 from runtime.measure.arguments import BenchSettings
 from runtime.measure.load import clients as asking
-from runtime.measure.load import opened
+from runtime.measure.load import conditions, opened
 from runtime.measure.memory import resident
 from runtime.pipeline import Pipeline
 from runtime.trace import Trace
@@ -130,11 +128,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
             "rss": found.memory("rss"),
             "cuda": found.memory("cuda"),
             "samples": [dataclasses.asdict(sample) for sample in found.samples],
-            "engine": manifest.name,
-            "backend": pipeline.vision.name,
-            "device": asked.device,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
+            **conditions(asked, pipeline),
         }
     trace.line(_line(record))
     return record

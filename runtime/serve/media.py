@@ -1,13 +1,14 @@
-"""The video of a request, in whatever form it is named, becomes a private file or a list of frames, and its SHA-256.
+"""Gets the video of a request, in whatever form it is given, as a private file or a list of frames, with its SHA-256.
 
     media = Media(rules, max_video, files)
     with await media.take(VideoPart(url="data:video/mp4;base64,..."), key=key) as taken:
         ...
 
-An address is fetched (`runtime.serve.fetch`), a data URL is decoded beside the event loop, the id of an uploaded file
-is looked up among the caller's own. Nothing here looks into a video.
+A URL is fetched (`runtime.serve.fetch`), a data URL is decoded outside the event loop, an uploaded file's id is looked
+up among the caller's own. Nothing here decodes a video.
 
-Files have no name where the system can do that, so nothing is left after a crash, and no one else can open them.
+Files are unnamed where the system supports it, so that nothing is left after a crash and no other process can open
+them.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from earlytom.numbers import shown, whole
 from runtime.serve.errors import ServeError, no_room, one_line
 from runtime.serve.fetch import FetchRules, Resolve, fetch, resolve
 
-# A type, parameters that mean nothing here (browsers write codecs=vp8,opus), and the mark of base64.
+# A media type, ignored parameters (browsers write codecs=vp8,opus), and ";base64".
 _DATA = re.compile(r"(?i)data:([a-z0-9.+_-]+/[a-z0-9.+_-]+)((?:;[^;]*)*?; ?base64)?,")
 _LONGEST_HEAD = 200  # characters of a data URL before its comma
-_FRAMES = ("video/jpeg", "video/png")  # frames as pictures, one behind the other, with commas between
+_FRAMES = ("video/jpeg", "video/png")  # frames as pictures, separated by commas
 _MOST_FRAMES = 4096
-_SLICE = 1 << 20  # characters decoded in one go, four of which are three bytes: other threads run in between
-_BLOCK = 1 << 20  # bytes of an upload in one go
+_SLICE = 1 << 20  # base64 characters (a multiple of 4) decoded per call, so that other threads can run in between
+_BLOCK = 1 << 20  # bytes of an upload per read
 _OPEN_FILES = Path("/proc/self/fd")
 Pictures = list[bytes]  # encoded frames as they came
 _EXAMPLE = "data:video/mp4;base64,..."
@@ -45,7 +46,7 @@ _EXAMPLE = "data:video/mp4;base64,..."
 
 @dataclass(frozen=True)
 class VideoPart:
-    """What a request says of its video; one of the two."""
+    """How a request gives its video: one of the two."""
 
     url: str = ""  # http, https, or data with a video or with frames
     file: str = ""  # id of an uploaded file
@@ -53,7 +54,7 @@ class VideoPart:
 
 @dataclass
 class TakenVideo:
-    """A video that is here: in a file or as encoded frames. To be closed, after which `path` leads nowhere."""
+    """A received video: in a file or as encoded frames. Must be closed; `path` is invalid afterwards."""
 
     sha256: str
     bytes: int
@@ -62,7 +63,7 @@ class TakenVideo:
 
     @property
     def path(self) -> Path | None:
-        """What to open, from this process."""
+        """The file's path, for this process only."""
         return None if self.file is None else self.file.path
 
     def close(self) -> None:
@@ -77,7 +78,7 @@ class TakenVideo:
 
 
 class PrivateFile:
-    """A file of mode 0600 that goes when it is closed; its length and SHA-256 as it grows.
+    """A file of mode 0600 that is deleted on close, with its length and SHA-256 so far.
 
     Raises:
         ServeError: 413 above `limit` bytes, 503 where the disk is full.
@@ -114,7 +115,7 @@ class PrivateFile:
             raise no_room() from error
 
     def again(self) -> PrivateFile:
-        """The same content as a file of its own, which needs no room and is not for writing."""
+        """A read-only handle to the same content, to be closed separately."""
         other = object.__new__(PrivateFile)
         other.__dict__.update(self.__dict__)
         if _OPEN_FILES.is_dir():
@@ -146,7 +147,7 @@ class Media:
         self._max_video = whole("--max-video", max_video, 1)
 
     async def take(self, part: VideoPart, *, key: str = "") -> TakenVideo:
-        """The video of a request by the caller of that key.
+        """Get the video of a request; `key` is the id of the caller's key.
 
         Raises:
             ServeError: 400 "video_not_allowed", "video_fetch_failed" or "invalid_video"; 404 "file_not_found"; 413.
@@ -190,7 +191,7 @@ def _decode_frames(url: str, start: int, limit: int) -> TakenVideo:
     if url.count(",", start) >= _MOST_FRAMES:
         raise _invalid(f"the frame list has more than {_MOST_FRAMES} frames; send fewer of them")
     frames: Pictures = []
-    digest, size = hashlib.sha256(b"frames\0"), 0  # lengths too: no other list, and no file, has this digest
+    digest, size = hashlib.sha256(b"frames\0"), 0  # with lengths, so that it differs from any other list or file
     while start <= len(url):
         end = url.find(",", start)
         end = len(url) if end < 0 else end
@@ -229,14 +230,14 @@ class StoredFile:
     """An uploaded video."""
 
     id: str
-    name: str  # as the client calls it
-    key: str  # id of the key of who has uploaded it
+    name: str  # from the client
+    key: str  # id of the uploader's key
     created: float  # seconds since 1970
     content: PrivateFile = field(repr=False)
-    purpose: str = "user_data"  # as the client calls that
+    purpose: str = "user_data"  # from the client
 
     def as_dict(self) -> dict[str, Any]:
-        """As OpenAI's clients read it."""
+        """OpenAI's file object."""
         return {
             "id": self.id,
             "object": "file",
@@ -249,12 +250,12 @@ class StoredFile:
 
 
 class FileStore:
-    """Uploaded videos, each for the key that has uploaded it.
+    """Uploaded videos, each visible to its uploader's key only.
 
-    Every key has the same share of files and bytes. When that is used up, the file of that key which was not asked for
-    the longest goes; nobody's upload drives out another's file. Belongs to one event loop.
+    Every key has the same share of files and bytes. When that is used up, the key's least recently used file is
+    deleted; uploads never delete another key's files. Belongs to one event loop.
 
-    max_bytes, max_files: of all together. owners: how many keys there are. max_file: bytes of one file.
+    max_bytes, max_files: of all together. owners: number of keys. max_file: bytes of one file.
     """
 
     def __init__(
@@ -269,7 +270,7 @@ class FileStore:
     async def put(
         self, read: Callable[[int], Awaitable[bytes]], *, name: str, key: str = "", purpose: str = "user_data"
     ) -> StoredFile:
-        """Store what `read(size)` gives until it gives nothing.
+        """Store the blocks of `read(size)` until it returns none.
 
         Raises:
             ServeError: 400 "invalid_video" for an empty file; 413.
@@ -290,7 +291,7 @@ class FileStore:
         return stored
 
     def get(self, file_id: str, key: str = "") -> StoredFile:
-        """Raises ServeError 404 where the caller has no such file, whoever else may."""
+        """The caller's file of this id; ServeError 404 if there is none, even if another key has it."""
         stored = self._files.get(file_id)
         if stored is None or stored.key != key:
             raise _no_file(file_id)
@@ -301,7 +302,7 @@ class FileStore:
         return sorted((one for one in self._files.values() if one.key == key), key=lambda one: -one.created)
 
     def take(self, file_id: str, key: str = "") -> TakenVideo:
-        """The video of a file, which stays until it is closed even if the file is deleted meanwhile."""
+        """The video of a file; it stays valid until closed, even if the file is deleted."""
         stored = self.get(file_id, key)
         self._files.move_to_end(file_id)
         return TakenVideo(stored.content.sha256, stored.content.size, file=stored.content.again())

@@ -1,13 +1,12 @@
-"""What the server counts and times, for Prometheus.
+"""The server's Prometheus metrics.
 
     metrics = Metrics("earlytom:", model="earlytom")
     metrics.gauges(running=..., waiting=..., cache_usage=...)
     metrics.observe(answer, seconds)
     metrics.render()
 
-Names end as vLLM's do and have its label, so that its dashboards read them with the prefix "vllm:". Times are seconds;
-prompt tokens and the prefix cache count positions of the prompt, visual tokens among them. Everything is in a registry
-of its own: two servers in one process do not mix.
+Names have vLLM's suffixes and label, so that its dashboards work with the prefix "vllm:". Times are seconds; prompt
+tokens and the prefix cache count all tokens of the prompt, visual ones included. Every server has its own registry.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from earlytom.numbers import shown
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STAGES = ("decode", "preprocess", "vision", "prefill")
 _PREFIX = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
-# From what a token costs on a GPU to what a long answer costs on a CPU.
+# Histogram buckets in seconds, from a token on a GPU to a long answer on a CPU.
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
 _HISTOGRAMS = {
@@ -44,7 +43,7 @@ _COUNTERS = {
 
 
 class AnswerTimes(Protocol):
-    """Of an answer, in seconds; `runtime.pipeline.Timings`."""
+    """The timings of an answer, in seconds; `runtime.pipeline.Timings`."""
 
     @property
     def waiting(self) -> float: ...
@@ -65,7 +64,7 @@ class AnswerTimes(Protocol):
 
 
 class Answered(Protocol):
-    """What is counted of an answer; `runtime.pipeline.Answer`."""
+    """The counted attributes of an answer; `runtime.pipeline.Answer`."""
 
     @property
     def finish(self) -> str: ...
@@ -120,9 +119,8 @@ class Metrics:
     def gauges(
         self, *, running: Callable[[], float], waiting: Callable[[], float], cache_usage: Callable[[], float]
     ) -> None:
-        """Tell what is asked at each `render`: requests being answered, those in line, the share of the cache in use.
-
-        Called once.
+        """Set, once, the functions read at each `render`: requests being answered, requests waiting, and the used share
+        of the prefix cache.
         """
         for name, about, read in (
             ("num_requests_running", "Requests that are being answered.", running),
@@ -133,10 +131,10 @@ class Metrics:
             gauge.labels(self._model).set_function(read)
 
     def observe(self, answer: Answered, seconds: float, gaps: Sequence[float] | None = None) -> None:
-        """Count an answer that has ended.
+        """Count a finished answer.
 
-        seconds: from its request's arrival to its end, which is longer than the pipeline's own total.
-        gaps: between its tokens; without them each took the mean.
+        seconds: from the request's arrival to the answer's end, longer than the pipeline's own total.
+        gaps: seconds between its tokens; default: the mean for each.
         """
         times = answer.timings
         after_first = max(0.0, times.total - times.first_token)
@@ -156,7 +154,7 @@ class Metrics:
         self.ended(answer.finish)
 
     def ended(self, reason: str) -> None:
-        """Count the end of a request: "stop", "length", or "abort" where its caller has left."""
+        """Count the end of a request: "stop", "length", or "abort" if its caller disconnected."""
         self._ended.labels(self._model, reason).inc()
 
     def refused(self, status: int) -> None:
@@ -164,7 +162,7 @@ class Metrics:
         self._refused.labels(self._model, str(status)).inc()
 
     def render(self) -> bytes:
-        """All of it as text, of `CONTENT_TYPE`."""
+        """All metrics as text, of `CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, about: str, label: str) -> Any:

@@ -1,7 +1,7 @@
-"""The page at /: upload a video, ask, watch the answer come, see which cells of the frames were kept.
+"""The page at /: upload a video, ask, read the streamed answer, see which cells of the frames were kept.
 
-One static file without anything from elsewhere, to which the colours of `runtime.show` are added. What it may do is
-written in its Content-Security-Policy: its own script and style, known by their digests, and requests to this server.
+One static file without external resources, with the colours of `runtime.show` inserted. Its Content-Security-Policy
+allows only its own script and style, by their digests, and requests to this server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def page(request: Request) -> Response:
 
 
 def policy(html: str) -> str:
-    """The Content-Security-Policy of a page with scripts and styles of its own."""
+    """The Content-Security-Policy of a page with inline scripts and styles."""
     script, style = (" ".join(_digest(part) for part in _inner(html, tag)) for tag in ("script", "style"))
     return "; ".join(
         (

@@ -1,8 +1,8 @@
-"""OpenAI's chat completions on the wire: what a request may say, and what an answer looks like.
+"""OpenAI's chat completions protocol: parses requests and makes response objects.
 
-A field that changes an answer and is not supported is refused by its name, never ignored; one that asks for what
-happens anyway (`n` 1, `logprobs` false, null for anything) is taken. Numbers are checked where they are used, by
-`earlytom.numbers`. Knows dicts; nothing of pipelines or of the web.
+An unsupported field that would change the answer is refused by its name, never ignored; a neutral value (`n` 1,
+`logprobs` false, null for anything) is accepted. Numbers are checked where they are used, by `earlytom.numbers`. Works
+on dicts; knows nothing of pipelines or of the web framework.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _MOST_COMMAS = (
 _TAKEN = {
     *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"),
     *("top_p", "top_k", "seed", "stop", "media_io_kwargs", "earlytom"),
-    *("user", "safety_identifier", "metadata", "prompt_cache_key"),  # who asks, and why, changes no answer
+    *("user", "safety_identifier", "metadata", "prompt_cache_key"),  # do not change the answer
 }
-# Fields of OpenAI's and what they may be: what happens anyway.
+# OpenAI's fields that are accepted with these neutral values only.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tools": ([],),
@@ -45,7 +45,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    # vLLM's clients write out what is its default.
+    # vLLM's clients send its defaults explicitly.
     **dict.fromkeys(("min_p", "min_tokens"), (0,)),
     **dict.fromkeys(("best_of", "length_penalty"), (1,)),
     **dict.fromkeys(("use_beam_search", "ignore_eos", "echo", "include_stop_str_in_output"), (False,)),
@@ -57,15 +57,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request, its messages not read yet.
+    """A parsed request, its messages still raw.
 
     Attributes:
-        model: as the client calls it.
-        messages: as they came.
-        sampling, stop, frames: as `Pipeline.submit` takes them.
-        max_tokens: None where the client leaves it open.
-        stream: whether the answer is sent as it comes; include_usage: and its usage after it.
-        kept: whether the answer says which visual tokens it looked at.
+        model: the client's name of it.
+        messages: raw.
+        sampling, stop, frames, kept: as in `Pipeline.submit`.
+        max_tokens: None if not given.
+        stream: whether the answer is streamed; include_usage: with a usage chunk at its end.
     """
 
     model: str
@@ -80,14 +79,11 @@ class ChatRequest:
 
 
 def parse(content: bytes, counts: Sequence[int], most_tokens: int) -> ChatRequest:
-    """Read the body of a request.
+    """Parse the body of a request; ServeError 400 if it is invalid.
 
     Args:
-        counts: numbers of frames that may be asked for.
-        most_tokens: of an answer.
-
-    Raises:
-        ServeError: 400, what is wrong with it.
+        counts: the engine's frame counts.
+        most_tokens: the most tokens of an answer.
     """
     given = _object(content)
     _check_names(given)
@@ -113,17 +109,17 @@ def parse(content: bytes, counts: Sequence[int], most_tokens: int) -> ChatReques
 
 
 def refuse(param: str, what: str, code: str = "invalid_request") -> NoReturn:
-    """Raise what is wrong with a field of the request."""
+    """Raise the error of an invalid field of the request."""
     raise ServeError(400, code, f"{param}: {what}", param=param)
 
 
 def unsupported(param: str, what: str = "this server does not support it; leave it out") -> NoReturn:
-    """Raise that a field is not supported."""
+    """Raise the error of an unsupported field."""
     refuse(param, what, "unsupported_parameter")
 
 
 def only(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Refuse fields of an object that are not known; null, false and an empty list are as good as left out."""
+    """Refuse unknown fields of an object, except with the neutral values null, false and []."""
     for name, value in given.items():
         if name not in known and value is not None and value is not False and value != []:
             unsupported(f"{where}{name}"[:200])
@@ -164,7 +160,7 @@ def _switch(given: Mapping[str, Any], name: str, where: str = "") -> bool:
 
 
 def _inner(given: Mapping[str, Any], name: str, known: set[str]) -> dict[str, Any]:
-    """An object in a field, with nothing but known fields."""
+    """The object in a field, which may have known fields only."""
     value = given.get(name)
     if value is None:
         return {}
@@ -177,7 +173,7 @@ def _inner(given: Mapping[str, Any], name: str, known: set[str]) -> dict[str, An
 def _sampling(given: Mapping[str, Any]) -> Sampling:
     found: dict[str, Any] = {name: given.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
     if found["top_k"] == -1 and not isinstance(found["top_k"], bool):
-        found["top_k"] = 0  # as vLLM's clients say that all tokens are kept
+        found["top_k"] = 0  # vLLM's clients send -1 for all tokens
     for name, value in found.items():
         try:
             Sampling(**{name: value} if value is not None else {})
@@ -196,7 +192,7 @@ def _stops(given: Any) -> tuple[str, ...]:
 
 
 def _frames(given: Mapping[str, Any], counts: Sequence[int]) -> int | None:
-    """`media_io_kwargs.video.num_frames`, which is what vLLM's clients give."""
+    """`media_io_kwargs.video.num_frames`, as vLLM's clients send it."""
     video = _inner(_inner(given, "media_io_kwargs", {"video"}), "video", {"num_frames"})
     wanted = video.get("num_frames")
     if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted not in counts):
@@ -222,25 +218,25 @@ def _max_tokens(given: Mapping[str, Any], most: int) -> int | None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the objects of one answer have in common."""
+    """The common fields of an answer's response objects."""
 
     id: str
     created: int  # seconds since 1970
     model: str
 
     def whole(self, text: str, finish: str, usage: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-        """A whole answer."""
+        """The response with a whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
         return self._object("chat.completion", [choice]) | {"usage": usage, "earlytom": more}
 
     def chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        """A piece of an answer that is sent as it comes."""
+        """A chunk of a streamed answer."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return self._object("chat.completion.chunk", [choice])
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """What follows the last piece where the client wants it."""
+        """The usage chunk after the last one, sent if the client asks for it."""
         return self._object("chat.completion.chunk", []) | {"usage": usage}
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -249,7 +245,7 @@ class Reply:
 
 
 def usage_of(prompt: int, cached: int, generated: int) -> dict[str, Any]:
-    """Tokens of an answer."""
+    """The `usage` object: token counts of an answer."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

@@ -1,7 +1,7 @@
-"""What a server is told at its start: every flag of `python -m runtime.serve`, checked.
+"""The server's settings: every flag of `python -m runtime.serve`, checked.
 
-Words and numbers only, so that a command line refuses what is wrong before anything slow is imported. The flags are
-made from the fields (`Flag` has what a field does not say by itself).
+Strings and numbers only, so that a command line refuses invalid ones before slow imports. The flags are generated from
+the fields; `Flag` adds what a field itself does not have.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Flag:
     """How a setting is given on the command line.
 
     Attributes:
-        help: a line for people.
-        metavar: what its value is called; None for a switch.
-        kind: what a value is read with; bool for a switch that has a --no- form, too.
-        choices: the only values that it has.
-        several: it may be given again.
+        help: the help text.
+        metavar: name of its value; None for a switch.
+        kind: converts the value's text; bool for a switch that has a --no- form, too.
+        choices: the allowed values.
+        several: whether it may be repeated.
     """
 
     help: str
@@ -160,10 +160,10 @@ class Settings:
 
 
 def settings_from(told: Mapping[str, Any]) -> Settings:
-    """Settings by name, as a file has them: what a command line would read is read here.
+    """Settings from names and values, as in a file; texts are converted as on the command line.
 
     Raises:
-        UserError: a name that there is none of, a value that makes no sense, no engine.
+        UserError: an unknown name, an invalid value, or no engine.
     """
     known = flags()
     values: dict[str, Any] = {}

@@ -1,13 +1,13 @@
-"""Videos that clients asked about, found again by what they are.
+"""The clients' videos, found again by their content.
 
     found = await videos.find(VideoKey(sha256, before, frames, owner), taken, messages)
     request = found.watched.submit(messages)
 
-A video is decoded once and read once for all questions that have the same text before it, the same number of frames
-and the same owner; questions that come while it is decoded wait for that (one flight a key). What one owner has sent is
-never found by another, not even by how soon the answer comes. The videos asked about least recently go first: the
-pipeline keeps as many prefixes as fit into its bytes, and here are as many videos, with their sampled frames, as were
-asked for. One whose prefix had to go is read again from those.
+A video is decoded and prefilled once for all questions with the same text before it, the same frame count and the same
+owner; questions that arrive during its decoding wait for it (single flight per key). One owner's video is never found
+by another, not even through timing. Two caches are least recently used: the pipeline's prefix cache, limited in bytes,
+and here the videos with their sampled frames, limited in number. A video whose prefix was evicted is prefilled again
+from its frames.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from runtime.video import Clip
 
 @dataclass(frozen=True)
 class VideoKey:
-    """What a video is found by.
+    """The cache key of a video.
 
     Attributes:
         sha256: of its content.
-        before: ids of the text before it.
-        frames: how many were asked for; None for as many as suit it.
-        owner: whose it is.
+        before: token ids of the text before it.
+        frames: the requested frame count; None for the one that suits it.
+        owner: id of the client's key.
     """
 
     sha256: str
@@ -42,16 +42,16 @@ class VideoKey:
 
 
 class Closable(Protocol):
-    """A video that a client gave: somebody has to close it."""
+    """A client's video, which must be closed."""
 
     def close(self) -> None:
-        """Remove what lies on the disk. A second call does nothing."""
+        """Free its file. A second call does nothing."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A video to ask about, the seconds of its frames (none where there is no clock), and what decoding and resizing it
-    cost this request, in seconds."""
+    """A video to ask about, its frames' times in seconds (none for a video without times), and the seconds that this
+    request spent on decoding and resizing it."""
 
     watched: Watched
     timestamps: tuple[float, ...] = ()
@@ -61,18 +61,14 @@ class Found:
 
 @dataclass
 class _Flight:
-    """A video that is being decoded, and how many wait for it."""
+    """A video that is being decoded, and the number of requests that wait for it."""
 
     task: asyncio.Task[Found]
     waiting: int = field(default=0)
 
 
 class Videos:
-    """The videos of one pipeline; used in one event loop.
-
-    Args:
-        most: videos that are remembered.
-    """
+    """The videos of one pipeline; used in one event loop. `most`: number of videos to remember."""
 
     def __init__(self, pipeline: Pipeline, most: int) -> None:
         self._pipeline, self._most = pipeline, most
@@ -89,15 +85,12 @@ class Videos:
         messages: Sequence[ChatMessage],
         decode: Callable[[], Awaitable[Clip]],
     ) -> Found:
-        """The video of a key, decoded if it is not known.
+        """The video of a key, decoded if it is not known; errors as `decode` and `Pipeline.remember`.
 
         Args:
-            taken: the video as it was given. It is closed here, whatever happens.
+            taken: the received video, always closed here.
             messages: a conversation with `key.before` before the video.
-            decode: makes a clip of `taken`.
-
-        Raises:
-            as `decode`, and `Pipeline.remember`.
+            decode: decodes `taken` to a clip.
         """
         if (known := self._known.get(key)) is not None:
             taken.close()
@@ -114,13 +107,13 @@ class Videos:
             found = await asyncio.shield(flight.task)
         finally:
             flight.waiting -= 1
-            if not flight.waiting and not flight.task.done():  # all who waited have left
+            if not flight.waiting and not flight.task.done():  # all waiting requests have ended
                 flight.task.cancel()
                 self._land(key, flight.task)
         return found if first else Found(found.watched, found.timestamps)
 
     def forget(self) -> None:
-        """Let go of all videos."""
+        """Forget all videos."""
         self._known.clear()
 
     def _start(
@@ -137,10 +130,10 @@ class Videos:
             return Found(watched, clip.timestamps, clip.decode_seconds, clip.preprocess_seconds)
 
         def landed(task: asyncio.Task[Found]) -> None:
-            taken.close()  # here, since a task that is cancelled early runs none of its own code
+            taken.close()  # here, since a task cancelled before it starts runs none of its own code
             self._land(key, task)
             if not task.cancelled():
-                task.exception()  # those who waited have it, if they still do
+                task.exception()  # marks it as retrieved: waiting requests, if any, have it
 
         task = asyncio.get_running_loop().create_task(make())
         task.add_done_callback(landed)
@@ -154,4 +147,4 @@ class Videos:
     def _keep(self, key: VideoKey, found: Found) -> None:
         self._known[key] = found
         while len(self._known) > self._most:
-            self._known.popitem(last=False)  # let go, not closed: somebody may be about to ask it
+            self._known.popitem(last=False)  # dropped, not closed: a request may be about to use it

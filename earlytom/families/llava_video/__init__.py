@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from earlytom.families.closings import Closings
 from earlytom.families.family import Family
 from earlytom.families.frames import FrameTimes
-from earlytom.families.llava_onevision import LlavaOnevision, grid_side
+from earlytom.families.llava_onevision import LlavaOnevision
 from earlytom.families.llava_video.layout import CLOSES, POOLINGS, pooled, side_of
 from earlytom.families.qwen2 import QWEN2_7B
 from earlytom.families.tokens import IMAGE, SPECIAL_TOKENS
-from earlytom.families.vision import Features, Vision
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from earlytom.towers import Tower
+    from torch import Tensor
 
 _ORIGINAL = "LlavaQwenForCausalLM"
 _DECODER = ("layers.", "norm.", "embed_tokens.")
@@ -45,22 +42,6 @@ _TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-
-
-class LlavaVideoVision(Vision):
-    """Projector first, then pooling."""
-
-    def __init__(self, tower: Tower, projector: nn.Module, pooling: str) -> None:
-        super().__init__(tower, projector)
-        self.pooling = pooling
-
-    def features(self, hidden: Tensor, received: Tensor | None) -> Features:
-        projected, relevance = self.projector(hidden), self.relevance(received)  # [F', S, E]
-        cells = (side_of(grid_side(hidden.shape[1]), self.pooling),) * 2
-        return Features(self.pool(projected), relevance, projected, cells)
-
-    def pool(self, values: Tensor) -> Tensor:
-        return pooled(values, self.pooling)
 
 
 class LlavaVideo(LlavaOnevision):
@@ -125,9 +106,6 @@ class LlavaVideo(LlavaOnevision):
 
     def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return pooled(values, self.pooling)
-
-    def vision(self, tower: nn.Module, projector: nn.Module) -> LlavaVideoVision:  # type: ignore[override]
-        return LlavaVideoVision(self.tower(tower), projector, self.pooling)
 
     def vision_settings(self, config: Any) -> dict[str, Any]:
         return super().vision_settings(config) | {"pooling": self.pooling}

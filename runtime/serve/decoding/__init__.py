@@ -1,4 +1,4 @@
-"""Decoding the videos of strangers, each in a process that it can break without breaking anything else."""
+"""Decodes untrusted videos, each in its own isolated process."""
 
 from runtime.serve.decoding.decoders import Decoders
 

@@ -1,12 +1,12 @@
-"""The side of a decoder that sees videos: a process that sees none, and for each video one that sees no other.
+"""The decoder process: a parent that never sees a video, and a fork of it for each video.
 
-The first has imported everything, and has a fork of itself wait for a video: a line of JSON with three open files. The
-fork says that it is ready, and leaves the common line when a video has come. On a line of its own, the third file, it
-says that it has begun, writes the frames into the second file and says what they are. It ends with the video: whatever
-a video does to it, nothing of that is left when the next one comes, for which the first process makes the next fork. A
-fork ends, too, when nobody holds the other end of its line any more, or when the first process ends.
+The parent has imported everything; its fork waits for a job: a JSON message on the shared socket, with three open
+files. The fork reports that it is ready, and closes the shared socket when it has a job. Through the third file, a
+socket of its own, it reports that it has begun, writes the frames into the second file and sends their description. It
+exits after one video, so that nothing a video does to it can affect the next one, for which the parent forks again. A
+fork also ends when the other end of its socket is closed, or when the parent ends.
 
-It believes the server and nothing of the video.
+It trusts the server, and nothing in a video.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from runtime.errors import VideoError
 from runtime.video import MIN_FRAMES, Clip, Limits, frames_for, load_clip, resize_frames, sample_indices
 from runtime.video.limits import remedy
 
-BEGUN = "begun"  # what is said before a video is opened
+BEGUN = "begun"  # the message before a video is opened
 _PICTURES = ("JPEG", "PNG")
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
-_NO_MORE = 3  # exit status: the common line is closed
-_READY, _TAKEN = b"r", b"t"  # what a fork tells the first process
+_NO_MORE = 3  # exit status: the shared socket is closed
+_READY, _TAKEN = b"r", b"t"  # a fork's messages to the parent
 _log = logging.getLogger(__name__)
 
 
 def run() -> None:
-    """Have videos decoded until the other end of the line is closed. The words: path, line, memory."""
+    """Decode videos until the other end of the socket is closed. Arguments (argv): path, socket, memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line, memory, parent = socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), os.getpid()
     _warm_up()
@@ -62,22 +62,22 @@ def run() -> None:
             return
         with os.fdopen(told, "rb") as words:
             said = words.read()
-        # A fork that was ended while it waited has not used up that one is ready.
+        # A fork that ended while waiting has reported "ready" without taking a job: the next must not report again.
         announced = said == _READY or (announced and not said)
 
 
 def _warm_up() -> None:
-    """Decode something of our own, so that no fork has to do what the first decoding of a process does."""
+    """Decode a clip of our own, so that no fork pays for the initialisation of a first decoding."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork would wait for ever for threads that it does not have
+    torch.set_num_threads(1)  # a fork would wait for ever for the parent's threads
     with contextlib.suppress(UserError, OSError), tempfile.TemporaryDirectory() as folder:  # no encoder, no disk
         load_clip(draw_clip(Path(folder, "clip.mp4"), seconds=0.5, size=(64, 64)), 4, (32, 32))
     torch.set_num_threads(threads)
 
 
 def _see_one(line: socket.socket, tell: int, memory: int, parent: int, announced: bool) -> NoReturn:
-    """Wait for a video, decode it and end: a fork is there before its video is."""
-    status = _NO_MORE  # if it cannot even wait: nobody is there any more
+    """Wait for a job, decode its video and exit; the fork is made before the job arrives."""
+    status = _NO_MORE  # unless a job arrives
     try:
         _end_with(parent)
         _bound_memory(memory)
@@ -94,19 +94,19 @@ def _see_one(line: socket.socket, tell: int, memory: int, parent: int, announced
             _tell(own, {BEGUN: True})
             _tell(own, _reply(job, given, out))
     finally:
-        os._exit(status)  # nothing of the first process is to be tidied up here
+        os._exit(status)  # without the parent's exit handlers
 
 
 def _end_with(parent: int) -> None:
-    """Let the system end this process with the one that forked it; it may be killed while this one is busy."""
+    """Have the system kill this process when its parent ends, also while it is busy."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it was already
+    if os.getppid() != parent:  # it has ended already
         os._exit(0)
 
 
 def _end_with_caller(line: socket.socket) -> None:
-    """Nobody waits for the answer any more, however busy this process is with it."""
+    """Exit when the caller closes its end of the socket, also while this process is busy."""
     poll = select.poll()
     poll.register(line.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
     poll.poll()
@@ -114,7 +114,7 @@ def _end_with_caller(line: socket.socket) -> None:
 
 
 def _bound_memory(memory: int) -> None:
-    """Bound the memory, where the system can; and if the machine runs out of it, this process goes first."""
+    """Limit this process's memory, where the system can, and make it the first to be killed when memory runs out."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("900")
     try:
@@ -157,7 +157,8 @@ def _from_pictures(
     limits: Limits,
     sampling: FrameSampling,
 ) -> Clip:
-    """Frames that came as pictures, one behind the other. Only those shown are decoded; the others must fit them."""
+    """A clip from frames as pictures, one after the other in `file`. Only sampled frames are decoded; the others' sizes
+    are checked."""
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is checked below, before anything is decoded
@@ -212,7 +213,7 @@ def _tell(line: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _hear(line: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next message and the files that came with it; None where the line is closed."""
+    """The next message and its files; None if the socket is closed."""
     head, files, _, _ = socket.recv_fds(line, 4, 3)
     content = b"" if not head else head + _rest(line, 4 - len(head))
     if len(content) < 4:
@@ -228,7 +229,7 @@ def _rest(line: socket.socket, count: int) -> bytes:
 
 
 def write(file: int, parts: Sequence[bytes | memoryview]) -> None:
-    """Write parts one behind the other, from the beginning of a file."""
+    """Write parts one after the other, from the beginning of a file."""
     at = 0
     for part in parts:
         left = memoryview(part)

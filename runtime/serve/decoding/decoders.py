@@ -1,16 +1,15 @@
-"""Each video of a stranger is decoded in a process of its own: what it breaks is that process, and one request.
+"""Decodes each untrusted video in its own process, so that a malicious one can break only that process and one request.
 
     decoding = Decoders(limits, memory=4 << 30)
     clip = await decoding.clip(taken, counts, (384, 384))
 
-A decoder is a process that is started afresh (it is no fork of this one), and that forks for each video. The fork has
-a bound on its memory, knows no name of the file that it reads, and ends with its video. What goes to it are open files
-and a line of JSON; what comes back are the bytes of the frames, through memory that both have open, and a line of JSON
-that is believed no further than its numbers make sense. So a fork that a video has taken over can show wrong pictures
-of that video and nothing more: it never sees another.
+A decoder is a new process (not a fork of this one) that forks for each video. The fork has a memory limit, does not
+know the name of the file it reads, and exits after its video. It gets open files and a JSON message; it returns the
+frames' bytes through shared memory, and a JSON message whose numbers are checked. So a compromised fork can return
+wrong pictures of its own video and nothing more: it never sees another.
 
-Whatever ends a fork, a crash, its memory, its deadline, is an invalid video to the one who sent it; the next call finds
-another. Who stops waiting ends the work.
+Whatever ends a fork (a crash, its memory limit, its deadline) is an invalid video to the client; the next call gets a
+new fork. Cancelling a call ends its fork.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from runtime.video import Clip, Limits
 from runtime.video.limits import DEFAULT_LIMITS
 
 _START_SECONDS = 300.0  # for the imports of a new process on a busy machine
-_STOP_SECONDS = 1.0  # in which a decoder that is told to stop does, or is killed
+_STOP_SECONDS = 1.0  # in which a fork must end after its video, else all is killed
 _LONGEST = 1 << 20  # bytes of a message
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.serve.decoding import child; child.run()"
@@ -51,10 +50,10 @@ _log = logging.getLogger(__name__)
 
 
 class Decoders:
-    """The decoders. Belongs to one event loop.
+    """A pool of decoders. Belongs to one event loop.
 
-    limits: how large a video may be. memory: bytes that decoding one may take, beyond what the process has at rest.
-    seconds: after which a video is given up. workers: videos decoded at a time; more wait.
+    limits: the largest video. memory: bytes that decoding one may take, beyond those of the idle process.
+    seconds: deadline of one video. workers: videos decoded concurrently; more wait.
     """
 
     def __init__(
@@ -72,17 +71,17 @@ class Decoders:
 
     @property
     def processes(self) -> list[int]:
-        """Ids of the processes that run."""
+        """Ids of the running decoder processes."""
         return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     async def start(self) -> None:
-        """Start all decoders now, so that no video waits for it. Raises ServeError 503 where they do not start."""
+        """Start all decoders now, so that no video waits for it. Raises ServeError 503 if one does not start."""
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
     async def clip(
         self, taken: TakenVideo, counts: int | Sequence[int], size: tuple[int, int], sampling: FrameSampling = "ends"
     ) -> Clip:
-        """Sample a video as `load_clip` and `clip_from_frames` do; on the CPU.
+        """Decode and sample a video as `load_clip` and `clip_from_frames` do; on the CPU.
 
         Raises:
             ServeError: 400 "invalid_video"; 503 where no decoder starts.
@@ -129,7 +128,7 @@ class Decoders:
                 self._begin(self._release(worker))
 
     async def close(self) -> None:
-        """End all decoders. A video that comes later is nobody's."""
+        """End all decoders; `clip` must not be called afterwards."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -143,34 +142,34 @@ class Decoders:
         task.add_done_callback(self._tasks.discard)
 
     async def _release(self, worker: _Decoder) -> None:
-        """Make a decoder fit for the next video: see the last one's process end, replace what is gone."""
+        """Make a decoder ready for the next video: wait for its last fork to end, and restart it if necessary."""
         try:
             await worker.rest()
-            with contextlib.suppress(ServeError):  # who asks next is told
+            with contextlib.suppress(ServeError):  # the next call raises it
                 await worker.start()
         finally:
             self._free.put_nowait(worker)
 
 
 class _DeadError(Exception):
-    """The process is gone, or says what makes no sense."""
+    """The process has ended, or sent an invalid message."""
 
 
 class _AtRestError(_DeadError):
-    """The process was gone before it saw the video, so the video is not at fault."""
+    """The process ended before it saw the video, so the video is not at fault."""
 
 
 class _Decoder:
-    """One process at a time, and this end of the line to it."""
+    """One decoder process at a time, and this end of the socket to it."""
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
-        self._busy = False  # a video's process may still run
+        self._busy = False  # a fork may still run
         self._line: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Start the process if there is none that runs. Raises ServeError 503."""
+        """Start the process unless it is running. Raises ServeError 503."""
         if self.process is not None and self.process.poll() is None:
             return
         self.kill()
@@ -187,21 +186,21 @@ class _Decoder:
             raise
 
     async def ask(self, job: dict[str, Any], files: list[int]) -> dict[str, Any]:
-        """Send a job and return what is replied to it. Raises _DeadError, _AtRestError."""
+        """Send a job and return the reply. Raises _DeadError, _AtRestError."""
         mine, theirs = socket.socketpair()
-        with mine:  # whose end ends the video's process
+        with mine:  # closing it ends the fork
             mine.setblocking(False)
             try:
                 with theirs:
                     await self._send(job, [*files, theirs.fileno()])
                 await self._receive(mine)
             except _DeadError as error:
-                # A process that is dying looks alive until its last thread is gone, so only its word tells.
+                # A dying process looks alive until its last thread ends, so only its "begun" message counts.
                 raise _AtRestError(str(error)) from error
             return await self._receive(mine)
 
     async def rest(self) -> None:
-        """Wait until the last video's process has ended and another is ready; where it does not end, end all."""
+        """Wait until the last fork has ended and another is ready; if it does not end in time, kill the decoder."""
         if not self._busy or self._line is None:
             return
         try:
@@ -222,8 +221,8 @@ class _Decoder:
             line.close()
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and the process of a video
-            process.wait()  # at once, after a kill
+                os.killpg(process.pid, signal.SIGKILL)  # its forks, too
+            process.wait()  # returns at once after the kill
 
     def _open(self) -> socket.socket:
         self._line, theirs = socket.socketpair()
@@ -235,7 +234,7 @@ class _Decoder:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is the server's, and all of it can be killed at once
+                start_new_session=True,  # Ctrl-C reaches the server only, and forks can be killed with it
             )
         return self._line
 
@@ -245,7 +244,7 @@ class _Decoder:
             raise _DeadError("it was ended")
         self._busy = True
         try:
-            # The line is empty, so this does not wait.
+            # The socket's buffer is empty, so this does not block.
             socket.send_fds(line, [len(content).to_bytes(4, "big")], files)
             await asyncio.get_running_loop().sock_sendall(line, content)
         except OSError as error:
@@ -277,7 +276,7 @@ class _Decoder:
 
 
 def _read_clip(reply: dict[str, Any], out: int, counts: list[int], size: tuple[int, int]) -> Clip:
-    """The clip in a reply, and its frames. Raises _DeadError for what a sound decoder does not say."""
+    """The clip of a reply, with its frames. Raises _DeadError for a reply that no intact decoder sends."""
     try:
         said = reply["clip"]
         count = whole("frames", said["frames"], 1)
@@ -285,7 +284,7 @@ def _read_clip(reply: dict[str, Any], out: int, counts: list[int], size: tuple[i
         if count not in counts or len(times) not in (0, count):
             raise _DeadError("it says another number of frames")
         frames = np.empty((count, 3, *size), np.uint8)
-        # Copied, not mapped: the other side may change its file, or make it shorter, at any time.
+        # Copied, not mapped: the other process may change or truncate the file at any time.
         if _read_into(out, frames) != frames.nbytes:
             raise _DeadError("it gave fewer frames than it says")
         return Clip(
@@ -309,7 +308,7 @@ def _read_into(file: int, frames: np.ndarray[Any, Any]) -> int:
 
 
 def _shared_memory() -> Any:
-    """A file in memory, or where there are none such, on the disk; without a name."""
+    """An unnamed file in memory, or on disk where the system has none."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("frames"), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)

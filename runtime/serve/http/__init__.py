@@ -1,1 +1,1 @@
-"""How the server speaks HTTP: its process, and answers that are sent as they come."""
+"""The server's HTTP side: its process, endpoints, and streamed answers."""

@@ -1,8 +1,8 @@
-"""From the messages of a request to a conversation about one video.
+"""Converts the messages of a request to a conversation about one video.
 
-A message is a text, or a list of parts: texts, and in a user's message the video (`video_url`, or `file` with the id of
-an uploaded one). Clients that repeat a video word for word in each of their messages mean one video; it stands where it
-came first, so that every later question begins with the same. Several texts of a message are joined by line breaks.
+A message's content is a text, or a list of parts: texts, and in a user's message the video (`video_url`, or `file` with
+the id of an uploaded one). A video that a client repeats verbatim in several messages is one video; it stays in the
+first of them, so that all questions share its prefix. Several texts of a message are joined by line breaks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""POST /v1/chat/completions: from the body of a request to its answer, whole or as it comes.
+"""POST /v1/chat/completions: from the body of a request to its answer, whole or streamed.
 
-A request passes: its body read and understood, the question checked, the video taken, the answer generated and sent.
-Until the first token every failure has its status; after it the events end with one that has the error. A client that
-leaves ends its request, wherever that is.
+The steps: read and parse the body, check the question, get the video, generate and send the answer. Until the first
+token an error has its HTTP status; after it the event stream ends with an error event. A client's disconnect cancels
+its request at any step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from runtime.serve.protocol import ChatRequest, Reply, parse, usage_of
 from runtime.serve.settings import Settings
 from runtime.service.requests import Answer, Delta, Provenance
 
-_LONG = 20_000  # characters that are not looked at in the event loop
+_LONG = 20_000  # longer texts (in characters) are checked outside the event loop
 _log = logging.getLogger(__name__)
 
 
@@ -41,8 +41,8 @@ class Completions:
     """The endpoint, an ASGI application.
 
     Attributes:
-        inside: questions that are not answered yet: their videos are taken or decoded, they wait, they are answered.
-        started: seconds since 1970 at which the server began.
+        inside: number of unanswered questions, at any step.
+        started: start of the server, in seconds since 1970.
     """
 
     metrics: Metrics
@@ -55,7 +55,7 @@ class Completions:
 
     @property
     def room(self) -> bool:
-        """One more question may come."""
+        """Whether another question may enter."""
         return self.inside < self._settings.waiting + self._backend.facts.lanes
 
     def check_model(self, name: str) -> None:
@@ -123,7 +123,7 @@ class Completions:
             events.stop()
 
     async def _deltas(self, asked: Asked, part: VideoPart, watch: _Watch) -> AsyncGenerator[Delta, None]:
-        """The answer's deltas, with a place in line until the last of them is there."""
+        """The answer's deltas; the question has its place until the last of them exists."""
         if not self.room:
             what = f"{self.inside} requests are unanswered, and this server takes no more; try again later"
             raise ServeError(429, "overloaded", what, retry_after=1)
@@ -140,7 +140,7 @@ class Completions:
                         delta = await anext(deltas, None)
                 while isinstance(delta, Delta):
                     watch.token(delta)
-                    if delta.answer is not None:  # its place is free before its end is read
+                    if delta.answer is not None:  # free the place before the client reads the end
                         break
                     yield delta
                     delta = await anext(deltas, None)
@@ -153,7 +153,7 @@ class Completions:
         yield delta
 
     async def _take(self, asked: Asked, part: VideoPart) -> TakenVideo:
-        """The video, once it is clear that the question can be asked."""
+        """Check the question, then get its video."""
         async with _until(asked.deadline):
             if sum(len(one.text) for one in asked.messages) > _LONG:
                 await asyncio.to_thread(self._backend.check, asked)
@@ -194,7 +194,7 @@ class Completions:
         await events.done()
 
     def _count(self, last: Delta | None, watch: _Watch) -> Answer:
-        """The answer that the last delta has, counted."""
+        """Count the last delta's answer in the metrics and return it."""
         assert last is not None  # `_deltas` has raised
         assert last.answer is not None
         seconds = time.monotonic() - watch.arrived
@@ -209,13 +209,13 @@ class Completions:
 
 
 class _Watch:
-    """When a request came and what is known of its answer by now."""
+    """A request's arrival, and what is known of its answer so far."""
 
     def __init__(self, arrived: float, traceparent: str | None = None) -> None:
         self.arrived, self.traceparent = arrived, traceparent
-        self.video = ""  # its hash
-        self.counted = False  # as an answer that has ended
-        self.timestamps: tuple[float, ...] = ()  # of its frames
+        self.video = ""  # the video's hash
+        self.counted = False  # whether the answer is counted in the metrics
+        self.timestamps: tuple[float, ...] = ()  # of the video's frames
         self.tokens: list[float] = []  # `time.monotonic` of each
 
     def token(self, delta: Delta) -> None:
@@ -230,7 +230,7 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 @asynccontextmanager
 async def _until(deadline: float) -> AsyncGenerator[None, None]:
-    """Raises ServeError, 504, for what is not done at that `time.monotonic`."""
+    """Raises ServeError 504 if the block is not done by `deadline`, in `time.monotonic`."""
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             yield
@@ -243,7 +243,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
 
 
 def _told(request: ChatRequest, answer: Answer, watch: _Watch, facts: ModelFacts) -> dict[str, Any]:
-    """The extension of an answer."""
+    """The response's own field `earlytom`."""
     times = answer.timings
     told: dict[str, Any] = {
         "video": watch.video,
@@ -259,7 +259,7 @@ def _told(request: ChatRequest, answer: Answer, watch: _Watch, facts: ModelFacts
 
 
 def _kept(kept: Provenance, facts: ModelFacts, watch: _Watch) -> dict[str, Any]:
-    """Which visual tokens the answer looked at, the cells of a frame that they are counted in, the frames' seconds."""
+    """The provenance of the visual tokens, with the grid of a frame's cells and the frames' times in seconds."""
     found = {one.name: getattr(kept, one.name) for one in dataclasses.fields(kept)}
     about = {"grid": facts.grid, "times": watch.timestamps}
     return about | {name: None if value is None else value.tolist() for name, value in found.items()}

@@ -29,6 +29,18 @@ def test_it_is_moved_there_at_the_end(tmp_path: Path) -> None:
     assert target.stat().st_mode == plain.stat().st_mode  # as if it had been opened for writing
 
 
+@pytest.mark.parametrize("name", ["pipe", "folder", "link", "."])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(OSError, match="s a d") as caught, partial(tmp_path / name):  # a directory, a device or a pipe
+        raise AssertionError
+    assert caught.value.filename == str(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_nothing_is_left_of_one_that_failed(tmp_path: Path, error: type[BaseException] | BaseException) -> None:
     def fail() -> None:
