@@ -27,7 +27,7 @@ from runtime.drawing.clips import draw_clip
 from runtime.engine.manifest import FileRecord, Manifest, describe_files
 from runtime.errors import DeadlineExceeded, EngineError
 from runtime.pipeline import Pipeline
-from runtime.service import answering
+from runtime.service import answering, writing
 from runtime.service.requests import Answer, Delta, Ready
 from runtime.text.prompt import build_prompt, splice
 from runtime.video import Clip, load_clip
@@ -267,7 +267,8 @@ def test_the_time_of_a_token_is_not_the_reader_s(
     core = pipeline._core
     clip, question = core.prepare(drawn_clip), core.question(QUESTION, max_new_tokens=4)
     now = itertools.count()
-    monkeypatch.setattr(answering, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    for module in (answering, writing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
     answer = None
     for delta in core.answer(Ready(clip, question)):
         answer = delta.answer
