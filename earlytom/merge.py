@@ -30,7 +30,7 @@ class FramePlan:
 
     Attributes:
         weights: [F', F] fp32, rows sum to one: row i has the weights of all frames in remaining frame i. A zero column
-            is a dropped frame.
+            is a dropped frame. None is below zero: similarities that are weigh nothing; the released code extrapolates.
         segment_start: [F] int64, first frame of each frame's segment.
     """
 

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
+import torch
 from numpy.typing import NDArray
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import IterationResult, RunResults
-from polygraphy.logger import G_LOGGER
 
 from builder.gate.batches import split, stack
 from builder.precision.rounding import round_results
 from earlytom.errors import UserError
 from runtime.engine import layout
 from runtime.files.partial import temporary
+from runtime.vision.onnxruntime import open_session
 
 Arrays = dict[str, NDArray[Any]]
 PLANS = ("weights", "member", "taken")  # traced values of a merge that have a row for each group
@@ -108,14 +107,11 @@ def _cut(out: Arrays, stage: int, arrived: int) -> None:
 
 def run_each(onnx_path: Path, names: Sequence[str], feeds: Iterable[Arrays], *, rounded: bool) -> list[Arrays]:
     """The outputs and the values `names` of one graph for every feed."""
-    onnxruntime.set_default_logger_severity(3)  # hides its notes on constants that it does not fold
     with temporary(onnx_path) as tapped:
         write_tapped(onnx_path, names, rounded=rounded, path=tapped)
-        with (
-            G_LOGGER.verbosity(G_LOGGER.ERROR),
-            OnnxrtRunner(SessionFromOnnx(str(tapped)), name="onnxruntime") as runner,
-        ):
-            return [{name: np.asarray(value) for name, value in runner.infer(feed).items()} for feed in feeds]
+        session = open_session(tapped, torch.get_num_threads())
+        every = [value.name for value in session.get_outputs()]
+        return [dict(zip(every, session.run(every, feed), strict=True)) for feed in feeds]
 
 
 def values_of(paths: Sequence[Path], graphs: Sequence[Any], names: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,5 @@
-"""A frame on its way to the LLM: which are shown, what their sizes are, and when each was.
+"""Sampling, geometry and times of frames.
+
 
 Notation as in `earlytom.families.family`.
 """
@@ -21,21 +22,21 @@ class Geometry:
         patch: side of a patch, in pixels.
         grid: (rows, columns) of patches, which enter the tower.
         cells: (rows, columns) of tokens, which reach the LLM.
-        step: pictures of the video that the tower takes for one frame.
+        step: pictures of the video per frame of the tower.
         depth: encoder layers that run.
         width: D; llm_width: E.
         heads, inner: attention heads of a layer, and the width inside its MLP.
-        projector: widths of the projector's layers, from what enters to what comes out.
-        unpooled: the projector runs before pooling, on all patches of a frame.
-        prefix: tokens a frame inside the tower that are not patches.
+        projector: widths of the projector's layers, from input to output.
+        unpooled: whether the projector runs before pooling, on all patches of a frame.
+        prefix: tokens per frame inside the tower that are not patches.
         streams: K.
-        full: layers whose attention sees whole frames, ascending; None: all. Of the others received attention says
-            nothing (`earlytom.spans`).
-        pairs: of each layer, how many pairs of a query and a key meet in the attention of a frame; None: all.
-        gated: whether an MLP has three products: two of its input are multiplied, one of them behind the activation.
-        rms: whether the norms of a layer are RMS norms, which shift nothing.
-        tokens_per_second: positions that a second takes on the language model's axis of time, where a video has one
-            span in a prompt (`Family.on_axes`); None where it takes none.
+        full: layers with full attention within a frame, ascending; None: all. Only these have received attention
+            (`earlytom.spans`).
+        pairs: number of query-key pairs in each layer's attention of a frame; None: all T * T.
+        gated: whether MLPs are gated: three products, the activated one multiplied by the gate.
+        rms: whether a layer's norms are RMS norms, without a shift.
+        tokens_per_second: positions per second on the language model's time axis, where a video has one span in a
+            prompt (`Family.on_axes`); None if time takes no positions.
     """
 
     size: tuple[int, int]
@@ -75,22 +76,22 @@ class Geometry:
 
     @property
     def projector_rows(self) -> int:
-        """Rows of a frame that go through the projector."""
+        """Rows of a frame in the projector."""
         return self.patches if self.unpooled else self.tokens_per_frame
 
     @property
     def layer_weights(self) -> int:
-        """How many values the weights of an encoder layer have: attention, MLP, two norms."""
+        """Parameters of an encoder layer: attention, MLP, two norms."""
         width, inner, into = self.width, self.inner, 1 + self.gated
         mlp = into * inner * (width + 1) + width * (inner + 1)
         return 4 * width * (width + 1) + mlp + (2 if self.rms else 4) * width
 
 
 class FrameTimes(NamedTuple):
-    """When the frames of a video that are shown were.
+    """The times of a video's sampled frames.
 
     Attributes:
-        seconds: of each, from its first frame.
+        seconds: of each, from the video's first frame.
         duration: of the video, in seconds.
     """
 

@@ -1,5 +1,5 @@
-"""LLaVA-OneVision: square frames, a SigLIP tower, a two-layer projector, 2x bilinear pooling, and one token that closes
-the visual tokens of a video, `image_newline`.
+"""LLaVA-OneVision: square frames, a SigLIP tower, a two-layer projector, 2x bilinear pooling, and one closing token per
+video, `image_newline`.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ LLAVA_ONEVISION = LlavaOnevision()
 
 
 def feature_depth(config: Any) -> int:
-    """How many encoder layers a LLaVA-OneVision configuration runs before the projector."""
+    """Number of encoder layers that a LLaVA-OneVision configuration runs before the projector."""
     layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer must be one layer, got {layer!r}: EarlyTom merges frames of one stream")

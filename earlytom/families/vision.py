@@ -1,4 +1,4 @@
-"""The vision part of a model: its modules, and how the encoder runs them.
+"""The vision tower and projector of a model: its modules, and the interface through which the encoder runs them.
 
 Notation as in `earlytom.families.family`.
 """
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class VisionModules(NamedTuple):
-    """The vision part of a transformers model.
+    """The vision modules of a transformers model.
 
     Attributes:
         vision_tower: [F, 3, H, W] to hidden states, of width D.
         projector: D to E.
-        closing: [E], what follows the visual tokens of a video; None where nothing does.
+        closing: [E], the embedding that closes visual tokens; None if there is none.
     """
 
     vision_tower: nn.Module
@@ -29,12 +29,12 @@ class VisionModules(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Frames as the LLM would see them before any token is left out.
+    """All visual tokens of the frames, before selection.
 
     Attributes:
-        features: [F', P, E], tokens, and behind each what else the LLM is given of it.
-        relevance: [F', P] fp32, received attention brought to the same cells; None if none was given.
-        projected: [F', S, E], what the projector gave, for those who look inside.
+        features: [F', P, E], tokens, with layer states concatenated if the LLM gets them.
+        relevance: [F', P] fp32, received attention pooled to the same cells; None without received attention.
+        projected: [F', S, E], the projector's output, for traces.
         cells: (rows, columns) of the P tokens of a frame.
     """
 
@@ -45,11 +45,11 @@ class Features(NamedTuple):
 
 
 class Vision(ABC):
-    """The vision part of one model, as the encoder runs it.
+    """A model's vision tower and projector, as the encoder runs them.
 
     Attributes:
-        tower: how pixels become hidden states, layer by layer.
-        projector: the model's own, how those become tokens.
+        tower: adapter of the vision tower.
+        projector: the model's own.
     """
 
     def __init__(self, tower: Tower, projector: Any) -> None:
@@ -65,9 +65,9 @@ class Vision(ABC):
         """As `Family.pool`."""
 
     def relevance(self, received: Tensor | None) -> Tensor | None:
-        """That of `Features`, of received attention [F', S]."""
+        """Pool received attention [F', S] to `Features.relevance`."""
         return None if received is None else self.pool(received[:, :, None])[:, :, 0]
 
     def own(self, features: Tensor) -> Tensor:
-        """Tokens [..., E] without what stands behind them: what they are compared by."""
+        """Tokens [..., E] without the concatenated layer states; tokens are compared by these."""
         return features

@@ -31,9 +31,8 @@ from runtime.serve.metrics import CONTENT_TYPE, Metrics
 from runtime.serve.page import page
 from runtime.serve.settings import Settings
 
-_PLACES_A_TURN = (
-    4  # bodies that may be read for each request that may be unanswered: slow ones are not to shut others out
-)
+# Bodies that may be read for each request that may be unanswered: slow ones are not to shut others out.
+_PLACES_A_TURN = 4
 _FORM_BYTES = 64 << 10  # of an upload, beside its file
 
 

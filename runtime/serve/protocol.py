@@ -19,9 +19,8 @@ from runtime.serve.errors import ServeError
 
 MOST_STOPS = 4
 LONGEST_STOP = 256  # characters
-_MOST_COMMAS = (
-    200_000  # of a body: millions of empty objects would take gigabytes, and seconds in which nobody is heard
-)
+# Of a body: millions of empty objects would take gigabytes, and seconds in which nobody is heard.
+_MOST_COMMAS = 200_000
 _TAKEN = {
     *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"),
     *("top_p", "top_k", "seed", "stop", "media_io_kwargs", "earlytom"),

@@ -1,17 +1,16 @@
 """Many pipelines behind one address, by Ray Serve: on one machine, or on a cluster.
 
-A front (`Replicas` in the server's own process, or the deployment `Front`) has everything that knows of clients: it
-takes and decodes videos, and puts the frames into Ray's object store once. `Answerer` is a deployment of which each
-replica has one pipeline. A video's questions go to one replica, by consistent hashing of its content and its owner, so
-that they find it read there. A replica that dies in mid-answer costs nobody an answer: the question is asked again, and
-what was sent already is left out, which needs an answer that comes out the same (greedy or seeded). Where all replicas
-are busy the front says 429.
+A front (`Replicas` in the server's own process, or the deployment `Front`) handles clients: it receives and decodes
+videos, and puts each one's frames into Ray's object store once. In the deployment `Answerer` each replica has one
+pipeline. All questions about a video go to one replica, by consistent hashing of its content and owner, so that they
+find its prefix cache there. If a replica dies in mid-answer, the question is asked again without repeating what was
+sent, which needs a deterministic answer (greedy or seeded). If all replicas are busy, the front answers 429.
 
     python -m runtime.serve ENGINE --ray --replicas 2          # the server is the front
     serve run runtime.serve.ray:application engine=/engine     # a cluster: see deploy/serve_config.yaml
 
-Ray, when it starts, asks the machine for cloud metadata and opens a socket towards 8.8.8.8 to learn its own address;
-what it would report of its use is switched off here.
+At start Ray asks the machine for cloud metadata and opens a socket towards 8.8.8.8 to learn its own address; its usage
+reports are switched off here.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ from runtime.serve.replicas.front import Replicas
 from runtime.serve.replicas.shipped import Begun, Refused, Shipped, ShippedVideo
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_PLACES_A_TURN = 4  # requests that a front reads at a time, for each that may be unanswered
-_MARGIN_SECONDS = 10.0  # beyond the deadline, for answers to end when a replica is to go
+_PLACES_A_TURN = 4  # requests that a front reads at a time, per unanswered question that the replicas may have
+_MARGIN_SECONDS = 10.0  # beyond the deadline, to finish answers when a replica is shut down
 _log = logging.getLogger(__name__)
 
 
@@ -131,12 +130,12 @@ def consistent() -> bool:
 
 
 def _lanes(settings: Settings) -> int:
-    """Questions that a replica answers at a time."""
+    """Number of questions that a replica answers at a time."""
     return CONCURRENT if by_vllm(settings.decoder) else 1
 
 
 def _gpus(settings: Settings) -> float:
-    """Of each replica."""
+    """Number of GPUs per replica."""
     if settings.device == "cpu":
         return 0
     import torch
@@ -145,9 +144,9 @@ def _gpus(settings: Settings) -> float:
 
 
 class FrontReplica:
-    """The server as a deployment: clients, videos, keys; what `Front` runs.
+    """The server as the deployment `Front`: clients, videos, keys.
 
-    told: settings by name. handle: of `Answerer`.
+    told: settings by name. handle: the deployment handle of `Answerer`.
     """
 
     def __init__(self, told: Mapping[str, Any], handle: Any) -> None:
@@ -158,7 +157,7 @@ class FrontReplica:
         self._decoding: Decoders | None = None
 
     async def answer_http(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request, as ASGI has it."""
+        """Answer one ASGI request."""
         if self._app is None:
             async with self._starting:
                 if self._app is None:
@@ -174,7 +173,7 @@ class FrontReplica:
 
 
 async def _entrance(scope: Any, receive: Any, send: Any) -> None:
-    """The ASGI application of every front, which is the one of its process."""
+    """The ASGI application of every front; it calls the front of its process."""
     if scope["type"] == "lifespan":
         while (message := await receive())["type"] != "lifespan.shutdown":
             await send({"type": message["type"] + ".complete"})
@@ -184,19 +183,19 @@ async def _entrance(scope: Any, receive: Any, send: Any) -> None:
 
 
 class _Entrance:
-    """An object, as Ray takes a function for one that makes an application."""
+    """`_entrance` as an object, as Ray would call a function as a factory of applications."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await _entrance(scope, receive, send)
 
 
 def application(told: Mapping[str, Any]) -> serve.Application:
-    """The whole of it for a cluster: fronts, and replicas behind them.
+    """Fronts and replicas as an application for a cluster.
 
-    told: settings of `runtime.serve.settings.Settings` by name; `engine` at least, `fronts` for how many of them.
+    told: settings of `runtime.serve.settings.Settings` by name, `engine` at least; `fronts`: number of fronts.
 
     Raises:
-        UserError: a setting that makes no sense.
+        UserError: a setting is invalid.
     """
     told = {"ray": True} | dict(told)
     fronts = int(told.pop("fronts", 1))
@@ -216,11 +215,7 @@ def application(told: Mapping[str, Any]) -> serve.Application:
 
 @contextlib.contextmanager
 def on_this_machine(settings: Settings, decode: Callable[..., Any], trace: Trace) -> Iterator[Replicas]:
-    """A front in this process, and its replicas in a Ray of their own on this machine.
-
-    Raises:
-        UserError: the replicas do not start.
-    """
+    """A front in this process, and its replicas in a Ray instance of their own on this machine."""
     if not consistent():
         trace.line('note: without mmh3 a video may be read by every replica: pip install -e ".[ray]"')
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # deaths of replicas are told here

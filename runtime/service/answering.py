@@ -17,9 +17,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
@@ -54,12 +53,12 @@ from runtime.service.requests import (
 )
 from runtime.service.scheduler import Turn
 from runtime.service.splicing import Splicing
+from runtime.service.writing import Writing
 from runtime.show.kept import grid_of
 from runtime.text.axes import following
 from runtime.text.messages import ChatMessage
 from runtime.text.places import Placing
 from runtime.text.prompt import Prompt, build_prompt, bytes_per_token, check_length
-from runtime.text.stream import StopStrings, TextStream
 from runtime.video import Clip, Limits, Spooled, channels_first, clip_from_frames, load_clip, take_video
 from runtime.video.limits import DEFAULT_LIMITS
 from runtime.vision import BatchedVision, Encoded, VisionBackend, encode_one
@@ -71,6 +70,26 @@ READ_AFTER_ANOTHER_TEXT = (
     "this video was read after another text than the question asks for: give the same system message, and the same "
     "messages before the video"
 )
+
+
+class Prompted(NamedTuple):
+    """An answer that is about to be decoded.
+
+    Attributes:
+        source: its token ids.
+        vision: the stopwatch of its encoding, at zero where nothing was encoded.
+        decode_seconds, preprocess_seconds: of its clip.
+    """
+
+    visual_tokens: int
+    prompt_tokens: int
+    source: Generator[int, None, Finish]
+    cached_tokens: int
+    visual_tokens_full: int
+    kept: Provenance | None
+    vision: Stopwatch
+    decode_seconds: float
+    preprocess_seconds: float
 
 
 class Answering:
@@ -268,78 +287,43 @@ class Answering:
         came = time.perf_counter()
         with self._turn:
             resumed = time.perf_counter()
-            waited += resumed - came
-            shown = ready.shown
-            costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
-            vision = Stopwatch(None)
-            if ready.remembered is not None and ready.remembered in self.watched:  # one before this one has read it
-                shown = self.watched.get(ready.remembered) or shown
-            cached = isinstance(shown, Seen)
-            if not isinstance(shown, Seen):
-                found, vision = self._tokens(ready) if encoded is None else encoded
-                shown = Arrived(found, self._times_of(shown))
-                if ready.remembered:
-                    shown = self._read(shown, ready.question.words, ready.remembered)
-                del found
-            if ready.read_only:
-                return
-            question = ready.question
-            made = shown.kept if isinstance(shown, Seen) else shown.encoded
-            full = made.sources.shape[-1] * self.manifest.tokens_per_frame
-            kept = (made if isinstance(made, Provenance) else _kept(made)) if question.kept else None
-            visual_tokens, prompt_tokens, source = self._start(shown, question)
-        cached_tokens = shown.prefix.length if cached and isinstance(shown, Seen) else 0
-        del shown, made, encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
-        text, stops = TextStream(self.tokenizer), StopStrings(question.stop)
-        ids: list[int] = []
-        parts: list[str] = []
-        steps: list[tuple[float, float]] = []  # begin and end of each; between two of them the caller has its time
-        finish: Finish = "length"
-        with closing(source):  # and not left to the garbage: a traceback would keep it, and so the decoder busy
-            while not stops.found:
-                begun = time.perf_counter()
-                try:
-                    token = next(source)
-                except StopIteration as end:
-                    finish = end.value
-                    break
-                finally:
-                    steps.append((begun, time.perf_counter()))
-                ids.append(token)
-                parts.append(stops.push(text.push(token)))
-                yield Delta(parts[-1], token)
-        parts.append(stops.push(text.finish()) + stops.finish())
-        if stops.found:
-            finish = "stop"
-        first, further = steps[0][1], steps[1 : len(ids)]
-        submitted = resumed if submitted is None else submitted
+            prompted = self._begin(ready, encoded)
+        if prompted is None:
+            return
+        writing = Writing(self.tokenizer, ready.question.stop)
+        del encoded, ready  # frames and the engine's buffers are not needed while the decoder goes on
+        yield from writing.deltas(prompted.source)
+        vision = prompted.vision
         seen = vision.started + vision.seconds()  # before `resumed` where others of its group were answered since then
+        submitted = resumed if submitted is None else submitted
         timings = Timings(
-            waiting=waited + max(0.0, resumed - seen),
-            decode=costs[0],
-            preprocess=costs[1],
+            waiting=waited + resumed - came + max(0.0, resumed - seen),
+            decode=prompted.decode_seconds,
+            preprocess=prompted.preprocess_seconds,
             vision=vision.seconds(),
-            prefill=first - max(resumed, seen),
-            first_token=first - submitted,
-            per_token=sum(end - begun for begun, end in further) / len(further) if further else 0.0,
+            prefill=writing.first - max(resumed, seen),
+            first_token=writing.first - submitted,
+            per_token=writing.per_token,
             total=time.perf_counter() - submitted,
         )
         answer = Answer(
-            text="".join(parts),
-            tokens=tuple(ids),
-            finish=finish,
+            text="".join(writing.parts),
+            tokens=tuple(writing.ids),
+            finish=writing.finish,
             timings=timings,
-            visual_tokens=visual_tokens,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=cached_tokens,
-            kept=kept,
+            visual_tokens=prompted.visual_tokens,
+            prompt_tokens=prompted.prompt_tokens,
+            cached_tokens=prompted.cached_tokens,
+            kept=prompted.kept,
             grid=self._grid,
             sampling=self.manifest.model.preprocessing.sampling,
             step=self._family.step,
-            visual_tokens_full=full,
+            visual_tokens_full=prompted.visual_tokens_full,
         )
-        _log.debug("answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, visual_tokens, finish)
-        yield Delta(parts[-1], None, finish, answer)
+        _log.debug(
+            "answered in %.1f ms, %d visual tokens, %s", 1000 * timings.total, prompted.visual_tokens, writing.finish
+        )
+        yield Delta(writing.parts[-1], None, writing.finish, answer)
 
     def close(self) -> None:
         """Free the engine and the decoder. A second call does nothing."""
@@ -348,6 +332,25 @@ class Answering:
         if decoder is not None:
             decoder.close()
         self.watched.clear()
+
+    def _begin(self, ready: Ready, encoded: Measured | None) -> Prompted | None:
+        """Encode a video unless that is done, and put the question behind it; None if it is only to be read."""
+        shown, vision = ready.shown, Stopwatch(None)
+        costs = (shown.decode_seconds, shown.preprocess_seconds) if isinstance(shown, Clip) else (0.0, 0.0)
+        if ready.remembered is not None and ready.remembered in self.watched:  # one before this one has read it
+            shown = self.watched.get(ready.remembered) or shown
+        cached = shown.prefix.length if isinstance(shown, Seen) else 0
+        if not isinstance(shown, Seen):
+            found, vision = self._tokens(ready) if encoded is None else encoded
+            shown = Arrived(found, self._times_of(shown))
+            if ready.remembered:
+                shown = self._read(shown, ready.question.words, ready.remembered)
+        if ready.read_only:
+            return None
+        made = shown.kept if isinstance(shown, Seen) else shown.encoded
+        full = made.sources.shape[-1] * self.manifest.tokens_per_frame
+        kept = (made if isinstance(made, Provenance) else _kept(made)) if ready.question.kept else None
+        return Prompted(*self._start(shown, ready.question), cached, full, kept, vision, *costs)
 
     def _start(self, shown: Seen | Arrived, question: CheckedQuestion) -> tuple[int, int, Generator[int, None, Finish]]:
         """The number of visual tokens, that of all prompt tokens, and the answer's ids as a generator not started."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Generator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
 from runtime.options import Options
@@ -96,19 +95,15 @@ class Request:
     def __enter__(self) -> Request:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if not self._pipeline.forked:  # `cancel` would raise in a fork, and hide the error under way
             self.cancel()
 
     async def __aenter__(self) -> Request:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.__exit__(kind, error, where)
+    async def __aexit__(self, *raised: object) -> None:
+        self.__exit__()
 
     def __del__(self) -> None:
         self._job.abandon()  # no lock: the garbage collector may call this anywhere

@@ -15,7 +15,6 @@ An answer equals that of a fresh `Pipeline.ask` up to rounding: the prefill runs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
 from runtime.errors import Closed
@@ -62,9 +61,7 @@ class Watched(Askable):
     def __enter__(self) -> Watched:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def __del__(self) -> None:

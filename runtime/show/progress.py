@@ -5,7 +5,6 @@ It is gone when that is done. What is printed meanwhile stands above it.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -45,9 +44,7 @@ class LiveLine:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
 

@@ -1,19 +1,17 @@
-"""The text around a video: chat template, tokens before and after it, and where the visual tokens go.
+"""Builds the prompt around a video: chat template, token ids before and after the video, and its visual tokens' places.
 
-A prompt is built as the processor of the model's family in transformers builds it for one video and a conversation: the
-checkpoint's chat template renders its messages, mostly one of a user with the video and the question; the video
-placeholder in it stands for n visual tokens. The processor repeats the placeholder n times before it tokenizes. The
-placeholder is a special token, which splits the text, so the tokens before and after it are the same for every n: they
-are computed once here, and n is chosen later. Hence `Prompt.input_ids(n)` equals the processor's `input_ids` for n
-visual tokens, and `splice` gives the embeddings that the model makes of them. n counts the tokens that close a video or
-parts of it, where the family has such (`earlytom.families.closings`), as the processor does.
+The prompt equals that of the family's processor in transformers for one video and a conversation. The checkpoint's chat
+template renders the messages with one video placeholder, which the processor repeats n times, for n visual tokens,
+before it tokenizes. The placeholder is a special token, which splits the text, so the ids before and after it do not
+depend on n: they are computed once here, and n is chosen later. So `Prompt.input_ids(n)` equals the processor's
+`input_ids` for n visual tokens, and `splice` gives the embeddings that the model computes from them. n includes closing
+tokens, where the family has them (`earlytom.families.closings`), as in the processor.
 
-Some families have a span of visual tokens for every frame, with a text before it that names the frame (`FrameNames`).
-Which frames are left, and how many tokens of each, is then part of what makes the prompt: its `spans`, from
-`earlytom.standing.frame_spans`. A frame keeps the name that it had in the whole video, so that the model is told when
-what is left of the video was.
+Some families have one span of visual tokens per frame, each after a text that names the frame (`FrameNames`). The
+prompt then depends on the remaining frames and the tokens of each: its `spans`, from `earlytom.standing.frame_spans`. A
+frame keeps the name that it has in the whole video, so that the model knows its time.
 
-Others say when the frames were in the text behind the video (`VideoTimes`).
+Other families give the frames' times in the text after the video (`VideoTimes`).
 
 Knows the tokenizer and tensors; nothing about engines, frames or decoding.
 """
@@ -45,19 +43,19 @@ if TYPE_CHECKING:
 
 
 _TEMPLATE_STEPS = 1_000_000  # lines; a published one takes some tens for each message
-LONGEST = 99999.99  # seconds into a video
+LONGEST = 99999.99  # seconds into a video, with the longest text
 Spans = Sequence[FrameSpan]
 Piece = tuple[tuple[int, ...], int]  # ids of text, and how many visual tokens follow them
 
 
 class FrameNames:
-    """The text between the visual tokens of one frame and those of another, as ids: it names the other.
+    """The ids of the text before each frame's visual tokens, which names the frame.
 
-    Special tokens are around each such text, so that it is tokenized by itself.
+    Special tokens surround each such text, so that it is tokenized by itself.
 
     Args:
         lead: the text before the video.
-        times: when its frames were. Without, texts that say it are as long as they can be.
+        times: of its frames. Without them, texts with times have their greatest length.
     """
 
     def __init__(
@@ -67,16 +65,16 @@ class FrameNames:
         self._known: dict[int, tuple[int, ...]] = {}
 
     def at(self, times: FrameTimes) -> FrameNames:
-        """Those of a video whose frames were at such times."""
+        """The names for a video with these frame times."""
         return FrameNames(self._tokenizer, self._family, self._lead, times) if self._family.names_times else self
 
     @property
     def first(self) -> str:
-        """The text before the visual tokens of the first frame, from the beginning of the video's."""
+        """The video's text before the visual tokens of its first frame."""
         return self._family.before_video(self._times) + self._family.before_frame(0, self._times)
 
     def prefix(self) -> tuple[int, ...]:
-        """Ids before them, from the beginning of the prompt."""
+        """Ids of the prompt before the visual tokens of the first frame."""
         return tuple(self._tokenizer(self._lead + self.first, verbose=False)["input_ids"])
 
     def before(self, number: int) -> tuple[int, ...]:
@@ -89,21 +87,21 @@ class FrameNames:
 
 
 class VideoTimes:
-    """The text behind a video as ids, where it begins with when the frames were.
+    """The ids of the text after a video, which begins with the frames' times.
 
     Args:
-        rest: the text behind that.
+        rest: the text after the times.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family, rest: str) -> None:
         self._tokenizer, self._family, self._rest = tokenizer, family, rest
 
     def at(self, times: FrameTimes) -> tuple[int, ...]:
-        """Of a video whose frames were at such times."""
+        """The ids for a video with these frame times."""
         return tuple(self._tokenizer(self._family.behind_video(times) + self._rest, verbose=False)["input_ids"])
 
     def most(self, frames: int) -> int:
-        """The most that there can be for a video of so many frames."""
+        """The largest number of ids for a video of so many frames."""
         return len(self.at(FrameTimes((LONGEST,) * frames, LONGEST)))
 
 
@@ -112,9 +110,9 @@ class Prompt:
     """The token ids before and after the visual tokens, and the id of the placeholder between them.
 
     Attributes:
-        names: of frames, where each has a span of its own; `prefix_ids` then end with the name of the first. The
-            methods need `spans` then, and ignore them otherwise.
-        times: of frames, where the text behind a video says them; `suffix_ids` are without until `at`.
+        names: frame names, if each frame has its own span; `prefix_ids` then end with the first name, and the methods
+            need `spans`, which they ignore otherwise.
+        times: the text with frame times, if it follows the video; `suffix_ids` lack it until `at`.
     """
 
     prefix_ids: tuple[int, ...]
@@ -124,7 +122,7 @@ class Prompt:
     times: VideoTimes | None = field(default=None, repr=False, compare=False)
 
     def at(self, times: FrameTimes) -> Prompt:
-        """The prompt of a video whose frames were at such times, where its texts say that; else the same one."""
+        """The prompt for a video with these frame times; the same one if its texts have no times."""
         if self.times is not None:
             return replace(self, suffix_ids=self.behind(times), times=None)
         if self.names is None or (names := self.names.at(times)) is self.names:
@@ -132,11 +130,11 @@ class Prompt:
         return replace(self, prefix_ids=names.prefix(), names=names)
 
     def behind(self, times: FrameTimes) -> tuple[int, ...]:
-        """Ids behind a video whose frames were at such times."""
+        """Ids after a video with these frame times."""
         return self.suffix_ids if self.times is None else self.times.at(times)
 
     def pieces(self, visual_tokens: int, spans: Spans | None = None) -> list[Piece]:
-        """The prompt up to the last visual token."""
+        """The prompt up to the last visual token, as (text ids, number of visual tokens after them)."""
         if self.names is None:
             return [(self.prefix_ids, visual_tokens)]
         assert spans is not None
@@ -145,12 +143,12 @@ class Prompt:
         return list(zip(ids, [span.tokens for span in spans] or [0], strict=True))
 
     def input_ids(self, visual_tokens: int, spans: Spans | None = None) -> Tensor:
-        """[1, L] int64: the placeholder repeated `visual_tokens` times in the prompt, as `model.generate` takes it."""
+        """[1, L] int64: the prompt with `visual_tokens` placeholders, as `model.generate` takes it."""
         before = [(*ids, *(self.video_token_id,) * count) for ids, count in self.pieces(visual_tokens, spans)]
         return torch.tensor([[*chain(*before), *self.suffix_ids]], dtype=torch.int64)
 
     def visual_span(self, visual_tokens: int, spans: Spans | None = None) -> Sequence[int]:
-        """Where the visual tokens are in the prompt."""
+        """The places of the visual tokens in the prompt."""
         places: list[range] = []
         at = 0
         for ids, count in self.pieces(visual_tokens, spans):
@@ -158,11 +156,11 @@ class Prompt:
         return places[0] if len(places) == 1 else [*chain(*places)]
 
     def length(self, visual_tokens: int, spans: Spans | None = None) -> int:
-        """Number of tokens that the decoder sees."""
+        """L, the number of tokens of the prompt."""
         return sum(len(ids) + count for ids, count in self.pieces(visual_tokens, spans)) + len(self.suffix_ids)
 
     def room(self, visual_tokens: int, left: int, frames: int) -> int:
-        """The most that `length` can be where `left` of a video's `frames` frames are left; exact where all are."""
+        """The largest possible `length` if `left` of a video's `frames` frames remain; exact if all do."""
         suffix = len(self.suffix_ids) if self.times is None else self.times.most(frames)
         most = len(self.prefix_ids) + visual_tokens + suffix
         if self.names is None:
@@ -211,11 +209,11 @@ def build_prompt(
         lead, _, rest = text.partition(family.video_token)
         names = FrameNames(tokenizer, family, lead)
         text = lead + names.first + family.visual_token + family.after_frame + family.after_video() + rest
-    visual = tokenizer.get_added_vocab().get(family.visual_token)  # the whole vocabulary is copied when asked for
+    visual = tokenizer.get_added_vocab().get(family.visual_token)  # `get_vocab` would copy the whole vocabulary
     times = None
     if family.says_times:
         times = VideoTimes(tokenizer, family, text.partition(family.video_token)[2])
-    ids = list(tokenizer(text, verbose=False)["input_ids"])  # `check_length` says it when that is too many
+    ids = list(tokenizer(text, verbose=False)["input_ids"])  # not verbose: `check_length` reports too many
     if visual is None or ids.count(visual) != 1 or (family.span_a_frame and names is None):
         count = 0 if visual is None else text.count(family.video_token) or ids.count(visual)
         raise UserError(
@@ -248,11 +246,11 @@ def _bounded() -> Iterator[None]:
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The most bytes of a normalised text that one token can stand for; None where there may be no such number.
+    """The most bytes of normalised text per token; None for a tokenizer without such a bound.
 
-    A byte-level BPE loses nothing: each byte is a symbol of its vocabulary, so a token stands for as many bytes as its
-    name has symbols, and a text of more than n times the longest has more than n tokens. Other tokenizers may drop
-    what they split at, or make one token of all that they do not know; of those nothing is promised.
+    A byte-level BPE loses nothing: each byte is a symbol of its vocabulary, so a token covers as many bytes as its name
+    has symbols, and a text of more than n times the longest has more than n tokens. Other tokenizers may drop
+    separators, or make one token of any unknown text, so there is no bound.
     """
     from tokenizers import pre_tokenizers
 
@@ -299,9 +297,9 @@ def splice(
 
     Args:
         prompt: from `build_prompt`.
-        visual: [N, D] visual tokens with those that close them; what stands behind them in D is left out
-            (`runtime.text.axes.states_of`).
-        embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; it is given ids on the device of `visual`.
+        visual: [N, D] visual tokens with closing tokens; layer states concatenated along D are ignored (see
+            `runtime.text.axes.states_of`).
+        embed: the decoder's token embedding, [1, L] int64 ids to [1, L, D]; called with ids on the device of `visual`.
         spans: of the visual tokens, see `Prompt`.
 
     Returns:
@@ -317,7 +315,7 @@ def splice(
 
 
 def stop_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end an answer: those of the generation settings, as `model.generate` does, else the tokenizer's.
+    """The ids that end an answer: those of the generation config, as in `model.generate`, else the tokenizer's.
 
     `generation` is `model.generation_config`. Raises `UserError` if neither names one.
     """
@@ -330,7 +328,7 @@ def stop_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTok
 
 
 def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, text: str, what: str, family: Family) -> None:
-    """Refuse a text that no tokenizer takes, and one that spells a control token out."""
+    """Refuse a text that is no valid Unicode, or that contains a control token."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # undecodable bytes on a command line arrive as lone surrogates
@@ -342,12 +340,12 @@ def _refuse_unusable(tokenizer: PreTrainedTokenizerBase, text: str, what: str, f
 
 
 def _refuse_long(tokenizer: PreTrainedTokenizerBase, text: str, most_bytes: int, texts: dict[str, str]) -> None:
-    """Refuse a rendered text that is too long for certain, in less time than tokenizing it would take."""
+    """Refuse a rendered text that is certainly too long, faster than by tokenizing it."""
     if len(text) * 4 <= most_bytes:
         return
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is not None and not (text.isascii() and json.loads(normalizer.__getstate__())["type"] == "NFC"):
-        text = normalizer.normalize_str(text)  # it may make a text shorter: the tokens stand for what it leaves
+        text = normalizer.normalize_str(text)  # may shorten the text, and the bound holds for the normalised text
     if (size := len(text.encode())) > most_bytes:
         what = max(texts, key=lambda name: len(texts[name]))
         argument = "system" if what == "system message" else "prompt"

@@ -25,9 +25,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[
-            int
-        ] = []  # a last settled token, for tokenizers whose spaces depend on it, and what is unsettled
+        # A last settled token, for tokenizers whose spaces depend on it, and what is unsettled.
+        self._ids: list[int] = []
         self._sent = 0  # characters of their text that were returned already
 
     def push(self, token: int) -> str:

@@ -1,12 +1,12 @@
-"""A video, in whatever form a caller has it, becomes the engine's input: uint8 RGB frames at its resolution.
+"""Turns a video in any form into the engine's input: uint8 RGB frames at its resolution.
 
-Knows FFmpeg (through PyAV, and nothing else does) and sampling. Knows nothing of models, tokens or engines.
+The only package that uses FFmpeg (through PyAV); knows sampling, but no models, tokens or engines.
 
-`source` is what callers hand over, `opening` the one place that opens a container, `packets` the pass over the packets
-and the plan, `cuts` whether a file is whole, `decode` the decoding, `clock` the times, `sample` which frames are shown
-and their way to the model's size, `frames` frames as tensors, `clip` the result, `load` all of it.
+`source` checks what callers give, `opening` opens containers, `packets` reads the packets and plans the decoding,
+`cuts` finds truncated files, `decode` decodes, `clock` computes times, `sample` samples and resizes, `frames` has
+frames as tensors, `clip` the result, `load` all steps.
 
-A name is imported when it is first asked for: a command line knows the limits without loading FFmpeg and PyTorch.
+Names are imported at first use: a command line knows the limits without loading FFmpeg and PyTorch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How many samples an MP4 or QuickTime file says that it has, and whether it ends before it says so.
+"""Reads from an MP4 or QuickTime file's boxes how many samples it declares, and whether it ends before its index.
 
-FFmpeg builds a list of that many before it reads one, 24 bytes each, and again for every entry of an edit list; a few
-bytes of a file can say hundreds of millions. So the boxes that say it are looked at first.
+FFmpeg allocates a list of that length, 24 bytes per sample, before it reads any, and again for every entry of an edit
+list; a few bytes of a file can declare hundreds of millions. So the boxes are checked first.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import BinaryIO, NamedTuple
 
 _FIRST = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"sidx", b"uuid"}
 _OUTER = {b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"moof", b"traf"}
-_INDICES = {b"moov", b"moof", b"meta"}  # of a film, of a piece of one, of a picture
-_USUAL_EDITS = 100  # what a cutter's file may have; then only the samples count
-_MOST = 500_000  # boxes: fragments of two seconds for three days
+_INDICES = {b"moov", b"moof", b"meta"}  # index boxes of a film, a fragment, a picture
+_USUAL_EDITS = 100  # edit lists of up to this length are usual, and not counted
+_MOST = 500_000  # boxes to read: fragments of two seconds for three days
 
 
 class Samples(NamedTuple):
-    """What a file says; all zero for files of other kinds.
+    """The counts that a file declares; all zero for other formats.
 
     Attributes:
         total: samples of all tracks.
-        pictures: the most that one list of pictures has.
-        edited: the most that the entries of an edit list, each of which may show all samples of its track, come to.
-        cut: the file ends before its index does.
+        pictures: the most samples of one video track.
+        edited: the most samples that a long edit list may show, entries times samples of its track.
+        cut: whether the file ends before its index.
     """
 
     total: int = 0
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
 
 
 def samples(path: Path) -> Samples:
-    """Of the file, from its boxes."""
+    """The declared samples of a file."""
     total = pictures = edited = edits = 0
     moving = indexed = False
     with path.open("rb") as file:
@@ -49,7 +49,7 @@ def samples(path: Path) -> Samples:
             file.seek(start)
             if kind == b"trak":
                 edits = 0
-            elif kind == b"elst":  # before the samples of its track, as is what kind of track it is
+            elif kind == b"elst":  # like hdlr, it precedes the samples of its track
                 edits = int.from_bytes(file.read(8)[4:])
             elif kind == b"hdlr":
                 moving = file.read(12)[8:] == b"vide"
@@ -63,7 +63,7 @@ def samples(path: Path) -> Samples:
 
 
 def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each box, where its content begins and where it ends, those inside others after them."""
+    """(kind, start, end of the content) of each box; inner boxes follow their outer one."""
     while start + 8 <= end:
         file.seek(start)
         head = file.read(16)

@@ -1,4 +1,4 @@
-"""A clip: the sampled frames of a video and what is known of where they come from; made here of frames in memory."""
+"""A clip: the sampled frames of a video with their times; made here from frames in memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from runtime.video.sample import check_request, frames_for, sample_indices, time
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """The sampled frames of a video, ready for an engine, and what is known of where they come from."""
+    """The sampled and resized frames of a video, ready for an engine, and what is known of their source."""
 
     frames: Tensor  # uint8 [F, 3, H, W], RGB, contiguous
-    timestamps: tuple[float, ...]  # [F] seconds after the first frame of the source; empty where there is no clock
+    timestamps: tuple[float, ...]  # [F] seconds after the source's first frame; empty if it has no times
     source_frames: int  # frames in the source; 0 if unknown
     duration: float  # seconds; 0.0 if unknown
     decode_seconds: float  # opening, reading, decoding, conversion to RGB
     preprocess_seconds: float  # resizing
 
     def times(self, sampling: FrameSampling = "ends") -> FrameTimes:
-        """When its frames were; where that is not known, as `times_of_sample` has it of such a sample."""
+        """The frames' times; if they are unknown, those of `times_of_sample`."""
         if self.timestamps:
             return FrameTimes(self.timestamps, self.duration)
         return times_of_sample(max(self.source_frames, len(self.frames)), len(self.frames), sampling)
@@ -49,11 +49,11 @@ def clip_from_frames(
 
     pixels: uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit), n >= 2, in time order;
         or a list of frames of one size, each uint8 [3, h, w] or [h, w, 3], or a PIL image.
-    frames: how many; of several counts the one that suits n is taken (`frames_for`).
-    fps: frames a second of `pixels`; without it the clip has no timestamps and its duration is 0.0.
-    device: where frames are resized and stay; default the CPU.
-    sampling: which frames, see `sample_indices`.
-    Only the sampled frames are touched. Raises UserError for anything else than that.
+    frames: number of frames; of several counts the one that suits n is used (`frames_for`).
+    fps: frames per second of `pixels`; without it the clip has no timestamps and its duration is 0.0.
+    device: where frames are resized and stay; default: the CPU.
+    sampling: how frames are sampled, see `sample_indices`.
+    Only the sampled frames are read. Raises UserError for any other input.
     """
     check_request(frames, size)
     if fps is not None and not 0 < fps < float("inf"):

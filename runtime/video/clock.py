@@ -1,4 +1,4 @@
-"""When each frame is shown, by the clock of the file where that can be believed."""
+"""The time of each frame, from the file's timestamps where these are plausible."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 from runtime.video.packets import Packets
 
-_LOCAL = 16  # frames within which times that are out of order are in order again
-_JOINTS = 0.1  # share of steps backwards from which on a clock is none
+_LOCAL = 16  # frames within which out-of-order times must recover
+_JOINTS = 0.1  # share of backward steps from which on timestamps are ignored
 
 
 def seconds_of(pts: list[int | None], packets: Packets) -> tuple[NDArray[np.float64], float]:
-    """Seconds of every frame after the first, never falling, and the length of the whole. pts: in the order shown.
+    """Seconds of every frame after the first, non-decreasing, and the duration. pts: in display order.
 
-    Where recordings were joined the clock starts again, or jumps: what was recorded counts, not what lies between.
-    Without a clock the file's frame rate is taken.
+    Where recordings were joined the timestamps restart or jump: the gap is removed. Without usable timestamps the
+    file's frame rate is used.
     """
     count = len(pts)
     if None in pts or not packets.tick:
@@ -25,7 +25,7 @@ def seconds_of(pts: list[int | None], packets: Packets) -> tuple[NDArray[np.floa
     forward = steps[steps > 0]
     if not forward.size:
         return _even(count, 1 / packets.rate)
-    if packets.decode_times:  # the same times, given to the wrong frames: in order they are right
+    if packets.decode_times:  # the right times in decoding order: sorted they fit the frames
         ticks = np.sort(ticks)
         step = float(np.median(np.diff(ticks)))
         if np.abs(ticks - ticks[0] - step * np.arange(count)).max() <= step:
@@ -36,7 +36,7 @@ def seconds_of(pts: list[int | None], packets: Packets) -> tuple[NDArray[np.floa
     elif (steps < 0).any() or steps.max() * packets.tick > packets.jump:
         ticks = _joined(ticks, packets.jump / packets.tick, int(np.median(forward)))
     seconds = (ticks - ticks[0]).astype(np.float64) * packets.tick
-    return seconds, float(seconds[-1] * count / (count - 1))  # the last frame stays for the mean time of the others
+    return seconds, float(seconds[-1] * count / (count - 1))  # the last frame is shown for the mean time of the others
 
 
 def _even(count: int, step: float) -> tuple[NDArray[np.float64], float]:
@@ -44,9 +44,9 @@ def _even(count: int, step: float) -> tuple[NDArray[np.float64], float]:
 
 
 def _joined(ticks: NDArray[np.int64], jump: float, step: int) -> NDArray[np.int64]:
-    """The times of recordings that were joined, as of one, `step` from each to the next."""
+    """The times of joined recordings as of a single one, `step` between one recording and the next."""
     ticks = ticks.copy()
-    for at in (np.flatnonzero(np.diff(ticks) < 0)).tolist():  # one rotten time among sound ones is no joint
+    for at in (np.flatnonzero(np.diff(ticks) < 0)).tolist():  # a single wrong time is no joint
         if at > 0 and ticks[at - 1] < ticks[at + 1] <= ticks[at - 1] + 4 * step:
             ticks[at] = (ticks[at - 1] + ticks[at + 1]) // 2
     steps = np.diff(ticks)

@@ -1,9 +1,9 @@
-"""Whether a file was cut off: copied in part, or its recording ended before it was closed.
+"""Detects truncated files: copied in part, or a recording that ended before its file was closed.
 
-A length in a header proves nothing: it may be the wall clock's, or that of the recording from which this file is a
-piece, and it may or may not count from the first frame. What proves it is the structure: a packet that ends in the
-middle, a list of packets longer than what is there, an element that says it is larger than the file. The length counts
-only where the structure is short, or says nothing.
+A duration in a header proves nothing: it may be wall-clock time, or that of the recording from which this file is an
+excerpt, and may or may not count from the first frame. The structure is the evidence: an incomplete packet, an index
+longer than the packets, an element larger than the file. The duration is used only if the structure is short, or
+inconclusive.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from runtime.video.opening import Opened
 from runtime.video.source import Spooled
 
 _SHOWS_IN_LAST_PACKET = {"avi", "flv", "matroska", "mov"}
-# How the content of a whole picture ends where the file says nothing of its size; something else may follow.
+# How a complete picture ends, in formats without picture sizes; more data may follow.
 _LAST_BYTES = {"gif": (b"\0", b"\0;"), "mjpeg": (b"\xff\xd9", b"\xff\xd9")}
-_SEGMENT = 0x18538067  # the id of the Matroska element that holds all others
+_SEGMENT = 0x18538067  # id of Matroska's top-level element
 _HEADER = 12  # bytes of a Matroska element's id and size at most
 _METADATA = 8192  # bytes at the beginning of an FLV file, in which its metadata is
 
 
 def ends_early(packet: Any, kinds: frozenset[str]) -> bool:
-    """Whether the last packet of a file is not there in full, as far as the file shows it."""
+    """Whether the last packet of a file is incomplete, as far as the format shows it."""
     for kind in kinds & _LAST_BYTES.keys():
         at_end, within = _LAST_BYTES[kind]
         content = bytes(packet)
@@ -36,8 +36,8 @@ def ends_early(packet: Any, kinds: frozenset[str]) -> bool:
 
 
 def is_cut_off(opened: Opened, read: int, end: float, torn: bool) -> bool:
-    """read: packets of the video that were read; end: second at which the last of all packets ends; torn: the video's
-    last packet ends in the middle."""
+    """Whether a file is truncated. read: packets read of the video; end: end of the last of all packets in seconds;
+    torn: the video's last packet is incomplete."""
     kinds = opened.kinds
     if torn and kinds & _SHOWS_IN_LAST_PACKET:
         return True
@@ -55,7 +55,7 @@ def is_cut_off(opened: Opened, read: int, end: float, torn: bool) -> bool:
 
 
 def _matroska_is_short(path: Path) -> bool | None:
-    """Whether an element is larger than the rest of the file; None where the file does not say how large they are."""
+    """Whether an element is larger than the rest of the file; None if elements have no sizes."""
     whole = path.stat().st_size
     with path.open("rb") as file:
         position = 0
@@ -66,7 +66,7 @@ def _matroska_is_short(path: Path) -> bool | None:
                 return None
             if size is not None and position + header + size > whole:
                 return True
-            if kind == _SEGMENT and size is None:  # it goes on to the end: look at what is in it
+            if kind == _SEGMENT and size is None:  # open-ended: check the elements in it
                 position += header
             elif size is None:
                 return None
@@ -76,7 +76,7 @@ def _matroska_is_short(path: Path) -> bool | None:
 
 
 def _element(head: bytes) -> tuple[int | None, int | None, int | None]:
-    """Of a Matroska element: its id, its size, and the bytes that say so. None for what is unknown or not there."""
+    """(id, size, header bytes) of a Matroska element; None for what is unknown or missing."""
     first = 9 - head[0].bit_length() if head and head[0] else 0
     if not 1 <= first <= 4 or len(head) <= first or not head[first]:
         return None, None, None
@@ -90,10 +90,10 @@ def _element(head: bytes) -> tuple[int | None, int | None, int | None]:
 
 
 def _flv_is_short(path: Path) -> bool | None:
-    """Whether the file is smaller than its metadata says; None where that says nothing."""
+    """Whether the file is smaller than its metadata says; None without such metadata."""
     with path.open("rb") as file:
         head = file.read(_METADATA)
-    at = head.find(b"filesize\0")  # its name, and the mark of a number
+    at = head.find(b"filesize\0")  # the key, and the type byte of a number
     number = head[at + 9 : at + 17] if at >= 0 else b""
     said = struct.unpack(">d", number)[0] if len(number) == 8 else 0.0
     return os.path.getsize(path) < said if said > 0 else None

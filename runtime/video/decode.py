@@ -1,9 +1,8 @@
-"""From packets to sampled frames: only what they need is decoded where that is safe, everything elsewhere.
+"""Decodes the sampled frames: only the spans they need where that is safe, else everything.
 
-A span is fed to the decoder from a keyframe on; the packets in between are read and dropped, which lands exactly in
-every container, where a seek is only as exact as the container's index. What comes out is held against the packets; at
-the first contradiction everything is decoded from the start instead, and the number of frames that then come out is the
-one that is sampled.
+A span is decoded from a keyframe on; packets between spans are read and dropped, which is exact in every container,
+while a seek is only as exact as the container's index. The output is checked against the packets; at the first
+contradiction everything is decoded from the start instead, and the sample is taken from the frames that come out.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from runtime.video.opening import Opened, Opener
 from runtime.video.packets import Packets, Span, plan
 from runtime.video.sample import Sample, frames_for, sample_indices
 
-# H.264 marks the pictures that no other refers to: where nobody asked for them either, they need no decoding.
-# HEVC's like-named mark only speaks of the picture's own temporal layer, so there it would not be exact.
+# H.264 marks pictures that no other refers to: unless sampled, they need no decoding. HEVC's mark of that name holds
+# only within the picture's own temporal layer, so it would not be exact there.
 _UNREFERENCED_IS_MARKED = {"h264"}
 # FFmpeg's decoder of VP9 ends the process where it decodes frames side by side, was flushed, and then gets a keyframe
 # that is broken and frames that lean on it (seen with FFmpeg 8.1). It then works on the parts of one frame instead.
 _FRAME_BY_FRAME = {"vp9"}
-_BARE = {"h264", "hevc", "m4v", "mpegvideo"}  # without times: FFmpeg counts frames from where reading begins
-# Nothing in files of these kinds tells whether their last picture is there in full.
+_BARE = {"h264", "hevc", "m4v", "mpegvideo"}  # without timestamps: FFmpeg counts frames from where reading begins
+# Formats that do not show whether their last picture is complete.
 _OPEN_ENDED = _BARE | {"mpeg", "mpegts"}
-_HELD_BACK = 4  # frames among which the last one in the file may be shown, where no times tell which it is
+_HELD_BACK = 4  # without timestamps, the last picture of the file is among so many last frames
 
 Put = Callable[[int, av.VideoFrame], bool]
-See = Callable[[av.VideoFrame], None]  # of every frame, before it may be put
+See = Callable[[av.VideoFrame], None]  # called with every frame, before it may be put
 
 
 class _ContradictionError(Exception):
-    """The decoder gave something else than the packets promised."""
+    """The decoder's output contradicts the packets."""
 
 
 def decode(
@@ -68,8 +67,8 @@ def decode(
                     shown = [pts or 0 for pts, shown in zip(packets.pts, packets.shown, strict=True) if shown]
                     return sample, [*sorted(shown)]
             except _ContradictionError:
-                pass  # decode everything and believe only what comes out
-    for _ in range(3):  # again if the packets were no measure of the frames
+                pass  # decode everything and go by the frames that come out
+    for _ in range(3):  # again if the number of packets was not that of the frames
         chosen = np.unique(sample_indices(max(count, 1), frames_for(count, frames), sampling))
         sample = Sample(len(chosen), size, device)
         rows = {index: row for row, index in enumerate(chosen.tolist())}
@@ -80,7 +79,7 @@ def decode(
         if len(pts) == count and not sample.missing:
             return sample, pts
         count = len(pts)
-        opener.side_by_side = False  # a broken packet at the end costs all frames that are on their way
+        opener.side_by_side = False  # with frame threads a broken packet at the end loses all frames in flight
     raise VideoError(f"{opener.label} decodes to another number of frames each time; re-encode it")
 
 
@@ -101,7 +100,7 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put, 
                 if frame.pts is None:
                     raise _ContradictionError
                 if frame.pts < start:
-                    continue  # leans on frames before the span, which were not decoded
+                    continue  # refers to frames before the span, which were not decoded
                 if frame.pts == start and not frame.key_frame:
                     raise _ContradictionError  # the container calls it a keyframe, the decoder does not
                 seen.append(frame.pts)
@@ -110,7 +109,7 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put, 
                 if frame.pts in rows and not put(rows[frame.pts], frame):
                     raise _ContradictionError  # twice
 
-            # Every frame of the span came out once, in the order of time; of H.264 at least those that were asked for.
+            # Every frame of the span must come out once, in order of time; of H.264 at least those asked for.
             covered = [i for i in range(span.first, span.last + 1) if packets.shown[i] and times[i] >= start]
             if may_skip:
                 came = set(seen)
@@ -122,7 +121,7 @@ def decode_spans(opener: Opener, packets: Packets, spans: list[Span], put: Put, 
 def span_frames(
     opened: Opened, reader: Iterator[tuple[int, Any]], span: Span, may_skip: bool
 ) -> Iterator[av.VideoFrame]:
-    """Read on to the span, feed it to the decoder and drain it, so that the next span meets an empty decoder."""
+    """Skip to the span, decode it and drain the decoder, so that the next span starts with an empty one."""
     decoder = opened.stream.codec_context
     for position, packet in reader:
         if position < span.first:
@@ -139,16 +138,15 @@ def span_frames(
 def _frames_or_contradiction(decoder: Any, packet: Any) -> list[av.VideoFrame]:
     try:
         return decoder.decode(packet)
-    except av.error.FFmpegError as error:  # decoding everything finds out what it means
+    except av.error.FFmpegError as error:  # explained when everything is decoded
         raise _ContradictionError from error
 
 
 def decode_all(
     opener: Opener, packets: int, rows: dict[int, int], put: Put, see: See = lambda frame: None
 ) -> list[int | None]:
-    """Decode that many packets, hand on the frames whose index is in `rows`, return the pts of all.
-
-    Broken packets are skipped.
+    """Decode so many packets, `put` the frames whose index is in `rows`, and return the pts of all frames. Broken
+    packets are skipped.
     """
     pts: list[int | None] = []
     with opener() as opened:
@@ -173,18 +171,18 @@ def _all_frames(opener: Opener, opened: Opened, packets: int) -> Iterator[av.Vid
             decoded = decoder.decode(packet)
         except av.error.FFmpegError as error:
             _explain(opener, decoder, error)
-            decoded = []  # a broken packet costs a frame, not the video
+            decoded = []  # a broken packet loses a frame, not the video
         yield from decoded
         if packet is None:
             return
 
 
 def _explain(opener: Opener, decoder: Any, error: Exception) -> None:
-    """Raises unless the error is of broken data; VideoError where a frame is above the limit on pixels."""
+    """Raise unless the error is broken data; VideoError if a frame is above the limit on pixels."""
     limit = opener.limits.max_pixels
     if limit is not None:
-        opener.check_pixels(decoder.width, decoder.height)  # the size that some decoders have tried to take on
-        # The others forget the size they had, or say that the number is too large.
+        opener.check_pixels(decoder.width, decoder.height)  # some decoders keep the size they refused
+        # Others reset it, or report an overflow.
         refused = isinstance(error, av.error.ArgumentError) and not decoder.width
         if refused or isinstance(error, av.error.OverflowError):
             raise VideoError(
@@ -196,10 +194,10 @@ def _explain(opener: Opener, decoder: Any, error: Exception) -> None:
 
 
 def _last_is_torn(opener: Opener, packets: Packets) -> bool:
-    """Whether the frame of the last packet is not there in full: a recording that was ended at any byte.
+    """Whether the last packet's frame is incomplete, in a recording that ended at any byte.
 
-    The last group is decoded for that without decoding frames side by side, where the decoder returns the last one
-    before it knows. Where the group cannot be found alone nothing is left out.
+    Decodes the last group of pictures (or, if its place is unknown, all) without frame threads, with which the decoder
+    returns the last frame before it knows.
     """
     last, came = None if packets.kinds & _BARE else packets.pts[-1], []
     may_skip = packets.codec in _UNREFERENCED_IS_MARKED

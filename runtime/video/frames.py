@@ -1,4 +1,4 @@
-"""Frames as tensors: what callers may give, brought to one form, and resized as the model's own processor does.
+"""Frames as tensors: checks callers' frames, brings them to one form, and resizes them as the model's processor does.
 
 Knows nothing of files: the other modules of `runtime.video` decode them.
 """
@@ -20,7 +20,7 @@ from runtime.choices import MIN_FRAMES
 
 _ORIENTATION = 0x0112  # tag of EXIF: how a camera was held; what follows is PIL's number of the turn that undoes it
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
-_WIDENED = 8  # frames that are fp32 at a time
+_WIDENED = 8  # frames converted to fp32 at a time
 
 
 _WANTED = "give RGB frames as uint8 [n, 3, height, width] or [n, height, width, 3]"
@@ -28,7 +28,7 @@ _WANTED_FRAME = "give each frame as a uint8 array or tensor [height, width, 3] o
 
 
 def channels_first(pixels: Tensor | NDArray[np.uint8], least: int = MIN_FRAMES) -> Tensor:
-    """Check frames from outside, at least so many, and return them as uint8 [n, 3, h, w]; a view.
+    """Check a caller's frames, at least `least` of them, and return them as uint8 [n, 3, h, w]; a view.
 
     Raises UserError for anything but uint8 RGB, [n, 3, h, w] or [n, h, w, 3] (channels first where both would fit),
     in a tensor or array that has every value in memory.
@@ -53,7 +53,7 @@ def stack_frames(frames: Sequence[Any]) -> Tensor:
     """A list of single frames as one tensor, uint8 [n, 3, h, w], on the device of the first: a copy.
 
     Frames are uint8 [h, w, 3] or [3, h, w] (channels first where both would fit), arrays or tensors, or PIL images.
-    Raises UserError for other things, for none, and where their sizes differ.
+    Raises UserError for anything else, an empty list, and frames of different sizes.
     """
     if not frames:
         raise UserError(f"got an empty {type(frames).__name__} of frames; a video has at least {MIN_FRAMES} frames")
@@ -70,7 +70,7 @@ def stack_frames(frames: Sequence[Any]) -> Tensor:
 def resize_frames(frames: Tensor, size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
     """uint8 [F, 3, h, w] -> uint8 [F, 3, H, W]: bicubic with antialias, the aspect ratio not kept.
 
-    device: where to resize, and where the result is; default where the frames are.
+    device: where to resize, and of the result; default: the frames' device.
 
     On a CPU this is torch's kernel for uint8, whose weights are whole numbers. The model's own video processor resizes
     as torchvision does, which uses the same kernel where the CPU has it and elsewhere widens to fp32, resizes, rounds
@@ -91,8 +91,8 @@ def resize_frames(frames: Tensor, size: tuple[int, int], device: torch.device | 
 
 
 def resize_in_float(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """What `resize_frames` does where torch has no kernel for uint8, on any device; a few frames at a time, being four
-    times as large meanwhile."""
+    """`resize_frames` where torch has no kernel for uint8, on any device; a few frames at a time, as fp32 takes four
+    times the memory."""
     resized = (
         F.interpolate(some.float(), tuple(size), mode="bicubic", align_corners=False, antialias=True)
         for some in frames.split(_WIDENED)
@@ -109,18 +109,18 @@ def _single(frame: Any, index: int) -> Tensor:
         return channels_first(frame[None], 1)[0]
     if not hasattr(frame, "convert") or not hasattr(frame, "getexif"):  # of PIL, which need not be installed
         raise UserError(f"frame {index} is {shown(frame)} ({type(frame).__name__}); {_WANTED_FRAME}")
-    if frame.mode[0] in "IF":  # PIL would cut their values off at 255
+    if frame.mode[0] in "IF":  # PIL would clip their values at 255
         raise UserError(f"frame {index} is an image of mode {frame.mode}, values not 0 to 255; convert it to RGB")
     try:
         turn = _TURNS.get(frame.getexif().get(_ORIENTATION))
         image = np.array((frame if turn is None else frame.transpose(turn)).convert("RGB"))  # [h, w, 3]
-    except (OSError, ValueError) as error:  # PIL reads the file only now
+    except (OSError, ValueError) as error:  # PIL decodes lazily
         raise UserError(f"frame {index} cannot be decoded ({shown(error)}); {_WANTED_FRAME}") from error
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def _check_plain(pixels: Tensor | NDArray[Any]) -> None:
-    """Raises UserError for what only looks like a tensor or an array of values in memory."""
+    """Raises UserError for tensors and arrays without ordinary values in memory."""
     odd = _odd_tensor(pixels) if isinstance(pixels, Tensor) else _odd_array(pixels)
     if odd:
         raise UserError(f"frames are {odd}; {_WANTED}, as an ordinary tensor or array with its values in memory")

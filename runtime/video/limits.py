@@ -1,4 +1,4 @@
-"""How large a video may be. What a few bytes of a file can ask for is checked before the first frame is decoded."""
+"""Limits on videos, checked before the first frame is decoded, as a few bytes of a file can demand huge resources."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from earlytom.numbers import real, whole
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest video that is read; None means no limit. A larger one is refused with a line that names the limit.
+    """The largest video that is read; None: no limit. A larger one is refused by an error that names the limit.
 
-    The defaults are for what one machine can do at all, not for a service of many callers: 8K passes, a day passes.
+    The defaults are what one machine can handle (8K, a day), not what a service with many callers should allow.
     """
 
     max_pixels: int | None = 8192 * 4320  # of one frame

@@ -1,4 +1,4 @@
-"""A video file becomes a clip."""
+"""Loads a video file as a clip."""
 
 from __future__ import annotations
 

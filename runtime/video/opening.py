@@ -1,8 +1,8 @@
-"""Opening a file with FFmpeg and reading its packets, so that no file can do more than be refused.
+"""Opens untrusted files with FFmpeg and reads their packets; a harmful file can at worst be refused.
 
-The one module that opens a container. Only formats that hold a video by themselves are opened, and nothing but the file
-itself: a playlist, a script or a reference inside a file would read other files or addresses, and a live playlist waits
-for ever. Nothing is decoded while FFmpeg looks for the streams unless the limit on pixels holds there too.
+The only module that opens a container. Only self-contained formats are opened, and nothing but the file itself: a
+playlist, a script or a reference inside a file would read other files or URLs, and a live playlist waits for ever.
+Nothing is decoded while FFmpeg looks for the streams unless the limit on pixels holds there, too.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from runtime.video.boxes import samples
 from runtime.video.limits import Limits, remedy
 from runtime.video.source import Spooled, label_of
 
-# What FFmpeg may take a file for. Those without pictures are here so that the message can say so.
+# Formats that FFmpeg may detect. Formats without pictures are included for a better error message.
 _FORMATS = (
     "3dostr,4xm,aac,ac3,aiff,amv,apng,asf,av1,avi,avs2,avs3,caf,cavsvideo,dhav,dirac,dnxhd,dv,evc,ffm,filmstrip,flac,flic,"
     "flv,gif,gxf,h261,h263,h264,hevc,ingenient,ivf,kux,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mp3,mp4,mpeg,mpegts,"
     "mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,pva,rm,roq,smjpeg,swf,ty,vc1,vc1test,viv,vvc,w64,wav,webm,wtv,yuv4mpegpipe"
 )
-# Formats whose streams come to light while they are read. There the limit on pixels cannot be handed to the decoders
-# with which FFmpeg looks for the streams, so it gets none: the pictures' sizes come from the parsers.
+# Formats whose streams are found only while reading. FFmpeg's stream probing would use decoders without the limit on
+# pixels, so it gets no decoders: the picture sizes come from the parsers.
 _STREAMS_LATE = {"dhav", "flv", "kux", "live_flv", "mpeg", "mpegts", "nsv", "swf", "ty", "wtv"}
 _NO_DECODING = {"codec_whitelist": "none"}
-# Where a stream begins late, more of the file is looked at than FFmpeg's 5 MB and 5 seconds.
+# For streams that begin late, probe more of the file than FFmpeg's default of 5 MB and 5 seconds.
 _LOOK_FURTHER = {"probesize": str(64 << 20), "analyzeduration": str(10 * 60 * 1_000_000)}
-# FFmpeg counts the pixels of a frame's memory, whose rows are longer than the picture's, so it gets a little more.
+# FFmpeg counts the pixels of a frame's padded memory, so its limit is a little higher.
 _PADDING = 1 << 20
-_MOST_EDITED = 20_000_000  # samples for each entry of an edit list: 0.5 GB of FFmpeg's, and ten seconds
-_DEFAULT = 5_000_000  # pixels by which FFmpeg's command takes a stream for larger that the file calls its default
-_TIMEOUT = 8.0  # seconds to open, and to read a packet: a guard against formats that wait, far above what a disk needs
-# Tags are not used, so any encoding will do; before version 19 PyAV has to be told.
+_MOST_EDITED = 20_000_000  # samples of an edit list's entries: 0.5 GB in FFmpeg, and ten seconds
+_DEFAULT = 5_000_000  # pixels that FFmpeg's command adds to a stream marked as default when it compares sizes
+_TIMEOUT = 8.0  # seconds to open, and to read a packet: far above what a disk needs, against formats that wait
+# Tags are not used, so their encoding does not matter; PyAV before version 19 must be told.
 _TAGS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-_TEXTS = (  # how a file begins that speaks of others -> what it is
+_TEXTS = (  # beginnings of files that refer to others -> their kind
     (b"#extm3u", "a playlist"),
     (b"[playlist]", "a playlist"),
     (b"<smil", "a playlist"),
@@ -74,15 +74,14 @@ class Opened:
     check: Callable[[], object] | None
 
     def ask(self) -> None:
-        """Let the caller end the reading."""
+        """Call the caller's `check`, which may raise to end the reading."""
         if self.check is not None:
             self.check()
 
     def packets(self, *streams: Any) -> Iterator[Any]:
-        """The packets of `streams`, or of all, in the order of the file; empty ones too, where AVI dropped a frame.
+        """The packets of `streams`, or of all, in file order; also the empty ones of AVI's dropped frames.
 
-        An error of the format ends them, as the end of the file does, unless it comes before the first. Raises what
-        `check` raises.
+        After the first packet a format error ends them, like the end of the file. Errors of `check` are raised.
         """
         reader = self.container.demux(*streams)
         some = False
@@ -94,13 +93,13 @@ class Opened:
                 label = label_of(self.source)
                 raise VideoError(f"{label} takes longer than {_TIMEOUT:g} s to read on; copy it to a disk") from error
             except (av.error.FFmpegError, IndexError) as error:
-                # An IndexError is PyAV's own where a stream came to light that was not there at the beginning.
+                # PyAV raises IndexError for a stream that appears after the beginning.
                 if isinstance(error, av.error.FFmpegError) and (not some or isinstance(error, OSError | MemoryError)):
                     raise
                 return
             if packet is None:
                 return
-            if packet.size or packet.dts is not None:  # not one of those with which PyAV marks the end
+            if packet.size or packet.dts is not None:  # not PyAV's end-of-file packets
                 some = True
                 yield packet
 
@@ -112,9 +111,9 @@ class Opener:
         self.source, self.limits, self.check = source, limits, check
         self.label = label_of(source)
         pixels = limits.max_pixels
-        self._bound = {} if pixels is None else {"max_pixels": str(min(pixels + _PADDING, 2**31 - 1))}  # of a decoder
-        self.side_by_side = True  # several frames may be decoded at the same time
-        self._options: dict[str, str] | None = None  # how FFmpeg looks for the streams; None until the format is known
+        self._bound = {} if pixels is None else {"max_pixels": str(min(pixels + _PADDING, 2**31 - 1))}  # for decoders
+        self.side_by_side = True  # whether frame threads are allowed
+        self._options: dict[str, str] | None = None  # for FFmpeg's stream probing; None until the format is known
 
     @contextmanager
     def __call__(self) -> Iterator[Opened]:
@@ -128,7 +127,7 @@ class Opener:
             context = stream.codec_context
             self.check_pixels(context.width, context.height)
             context.options = self._bound
-            context.flags |= av.codec.context.Flags.unaligned.value  # else what is cropped on the left stays, in part
+            context.flags |= av.codec.context.Flags.unaligned.value  # else cropping on the left is not exact
             stream.thread_type = "AUTO" if self.side_by_side else "SLICE"
             yield Opened(container, stream, kinds, self.source, self.check)
 
@@ -151,7 +150,7 @@ class Opener:
             yield container
 
     def _check_samples(self) -> None:
-        """Raises VideoError if the file says it has more samples than it can hold, or than may be."""
+        """Raises VideoError if the file is cut off, or declares more samples than it can hold or than are allowed."""
         path = self._path()
         try:
             said, size = samples(path), path.stat().st_size
@@ -174,7 +173,7 @@ class Opener:
         return Path(self.source.path) if isinstance(self.source, Spooled) else self.source
 
     def _ways(self, container: Any) -> dict[str, str]:
-        """How to open this file from now on. Its first look decodes nothing."""
+        """FFmpeg's options for this file from now on, found by a first opening that decodes nothing."""
         late = bool(_STREAMS_LATE & set(container.format.name.split(",")))
         stream = _main_stream(container)
         if late:
@@ -187,7 +186,7 @@ class Opener:
     def _open(self, options: dict[str, str]) -> Iterator[Any]:
         safe = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "enable_drefs": "0"}
         try:
-            # "file:" keeps FFmpeg from taking a name with a colon for an address.
+            # "file:" keeps FFmpeg from taking a name with a colon for a URL.
             container: Any = av.open(
                 f"file:{self._path()}", options=safe | options, timeout=(_TIMEOUT, _TIMEOUT), **_TAGS
             )
@@ -200,11 +199,11 @@ class Opener:
             yield container
 
     def _explain(self, error: Exception) -> None:
-        """Raises VideoError if the beginning of the file tells why it cannot be opened."""
+        """Raises VideoError if the beginning of the file shows why it cannot be opened."""
         try:
             with self._path().open("rb") as file:
                 head = file.read(4096)
-        except OSError:  # which FFmpeg has said already
+        except OSError:  # FFmpeg has reported it
             return
         text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         for start, what in _TEXTS:
@@ -236,11 +235,11 @@ class Opener:
 
 
 def _main_stream(container: Any) -> Any:
-    """The stream of the largest pictures, as FFmpeg's own command takes it, but no cover of a song; None if none is."""
+    """The stream with the largest pictures, as FFmpeg's own command chooses it, without cover art; None if none is."""
     kinds = av.stream.Disposition
 
     def rank(stream: Any) -> tuple[bool, bool, int]:
-        context = stream.codec_context  # None where nothing decodes it
+        context = stream.codec_context  # None without a decoder
         pixels = 0 if context is None else context.width * context.height
         return context is not None, stream.frames != 1, pixels + _DEFAULT * bool(stream.disposition & kinds.default)
 

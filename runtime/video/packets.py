@@ -1,8 +1,8 @@
-"""What a file says of its frames without decoding one, and the plan of what to decode, made from that.
+"""Reads a file's packets without decoding, and plans which of them to decode.
 
-One cheap pass reads the packets (0.4 s for an hour at 30 frames per second) and tells how many frames there are, which
-packet holds which, and where the keyframes are. A plan is only made where the packets leave no doubt of the order in
-which the decoder will return the frames; everywhere else everything is decoded.
+One cheap pass over the packets (0.4 s for an hour at 30 frames per second) gives the number of frames, the packet of
+each, and the keyframes. There is a plan only if the packets determine the order in which the decoder returns the
+frames; else everything is decoded.
 """
 
 from __future__ import annotations
@@ -19,61 +19,58 @@ from runtime.video.cuts import ends_early, is_cut_off
 from runtime.video.limits import Limits, remedy
 from runtime.video.opening import Opened, Opener
 
-# Decoding may start at any keyframe of these and gives the same pixels as decoding from the start of the file.
+# Codecs for which decoding from any keyframe gives the same pixels as decoding from the start of the file.
 _EXACT_FROM_KEYFRAME = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
-_REORDERED = 16  # frames that an encoder holds back at most, so by how many places packets and frames differ
-# Seconds without a frame, above which recordings were joined there or the clock jumped: FFmpeg's own measure where the
-# format allows it, and elsewhere, where still pictures may stand for hours, what no frame rate explains.
+_REORDERED = 16  # the most places by which decoding and display order may differ
+# Seconds between frames from which on recordings were joined or the clock jumped: FFmpeg's own value for formats with
+# discontinuities, and for others, where a still picture may be shown for hours, more than any frame rate explains.
 _JUMP_AT_JOINTS, _JUMP = 10.0, 6 * 3600.0
-_FASTEST = 10_000  # frames per second; above it FFmpeg's guess is the unit of the times
-_JOINTS = {"flv", "kux", "live_flv"}  # formats that are joined without FFmpeg saying so
+_FASTEST = 10_000  # frames per second; a higher guess of FFmpeg's is the time base
+_JOINTS = {"flv", "kux", "live_flv"}  # formats with joints that FFmpeg does not mark as discontinuous
 
 
 @dataclass
 class Packets:
-    """All packets of the video, in the order of the file, which is that of decoding."""
+    """All packets of the video, in file order, which is decoding order."""
 
     codec: str
     rate: float  # frames per second, for streams without timestamps
     tick: float  # seconds in one unit of pts
-    jump: float = _JUMP  # seconds between two frames that are no time of the recording
+    jump: float = _JUMP  # seconds between two frames from which on they are a jump of the clock
     pts: list[int | None] = field(default_factory=list)
     key: list[bool] = field(default_factory=list)
-    shown: list[bool] = field(default_factory=list)  # False where an edit list cuts a frame away: decoded, not shown
-    last_group: int | None = None  # where the last keyframe's packet lies, in bytes
+    shown: list[bool] = field(default_factory=list)  # False for frames removed by an edit list: decoded, not shown
+    last_group: int | None = None  # byte position of the last keyframe's packet
     kinds: frozenset[str] = frozenset()  # FFmpeg's names of the format
-    steady: bool = True  # the times of decoding never step back
-    seconds: float = 0.0  # by the times of decoding, without the jumps at joints
-    decode_times: bool = False  # the format has no times of showing, so its pts are those of decoding
-    torn: bool = False  # the last one is not there in full, as far as the file shows it
-    read: int = 0  # with the empty ones, which are frames that the file leaves out
+    steady: bool = True  # whether dts never decrease
+    seconds: float = 0.0  # duration by dts, without the jumps at joints
+    decode_times: bool = False  # the format has no display times, so its pts are dts
+    torn: bool = False  # the last packet is incomplete, as far as the format shows it
+    read: int = 0  # packets read, with the empty ones of dropped frames
 
     def drop_last(self) -> None:
-        """Leave the last packet out: it is torn."""
+        """Remove the last packet, which is incomplete."""
         for column in (self.pts, self.key, self.shown):
             column.pop()
 
     def times(self) -> list[int] | None:
-        """The pts of every packet, or None where they do not tell one frame from another."""
+        """The pts of every packet, or None unless all are known and distinct."""
         known = [pts for pts in self.pts if pts is not None]
         return known if len(set(known)) == len(self.pts) else None
 
 
 @dataclass
 class Span:
-    """A stretch of packets to decode without a gap, from a keyframe on."""
+    """Consecutive packets to decode, from a keyframe on."""
 
     first: int  # position of the keyframe's packet
     last: int
     wanted: dict[int, int]  # position of a sampled frame's packet -> its row in the sample
-    asked: set[int] = field(default_factory=set)  # positions whose frames have to come out, so that the order shows
+    asked: set[int] = field(default_factory=set)  # positions whose frames must be decoded to check the order
 
 
 def read_packets(opener: Opener) -> Packets:
-    """Read the file once without decoding.
-
-    Raises VideoError if it has no video stream, is cut off, or is above a limit.
-    """
+    """Read the file once, without decoding; VideoError if it has no video stream, is cut off or above a limit."""
     limits = opener.limits
     with opener() as opened:
         stream = opened.stream
@@ -94,7 +91,7 @@ def read_packets(opener: Opener) -> Packets:
 
 
 def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> float:
-    """Read all packets. Returns the second at which the last ends."""
+    """Read all packets into `table`. Returns the end of the last in seconds."""
     bases = [float(stream.time_base or 0) for stream in opened.container.streams]
     ends = [0] * len(bases)  # pts; the sound may outlast the picture
     index, last, before = opened.stream.index, None, None
@@ -131,7 +128,7 @@ def _fill(table: Packets, opened: Opened, limits: Limits, label: str) -> float:
 
 
 def plan(packets: Packets, chosen: NDArray[np.int64]) -> list[Span] | None:
-    """What to decode for the frames `chosen` (distinct, ascending), or None when everything has to be."""
+    """The spans to decode for the frames `chosen` (distinct, ascending), or None if everything must be decoded."""
     times = packets.times()
     if times is None or not packets.steady or packets.codec not in _EXACT_FROM_KEYFRAME:
         return None
@@ -144,7 +141,7 @@ def plan(packets: Packets, chosen: NDArray[np.int64]) -> list[Span] | None:
     spans: list[Span] = []
     for row, index in enumerate(chosen.tolist()):
         position = order[index]
-        # A frame shown before the keyframe that precedes it in the file leans on the group before (an open group).
+        # A frame shown before the keyframe that precedes it in the file refers to the group before (an open GOP).
         here = at = bisect_right(keys, position) - 1
         while at >= 0 and times[position] < times[keys[at]]:
             at -= 1
@@ -162,10 +159,10 @@ def plan(packets: Packets, chosen: NDArray[np.int64]) -> list[Span] | None:
 
 
 def _reordering(times: list[int], keys: list[int], everything: list[int]) -> int | None:
-    """By how many places at most a frame is shown earlier or later than it is decoded. None where the order of the
-    times cannot be the decoder's: then a group of frames does not follow the one before, or a frame moves too far.
+    """The most places by which display and decoding order differ. None if the times cannot be the decoder's order: a
+    group of frames does not follow the one before, or a frame moves too far.
 
-    A clock that jumps or steps back, or one rotten time, does that.
+    A clock that jumps or steps back, or a single wrong time, causes that.
     """
     if not keys or keys[0] != 0:
         return None
@@ -176,10 +173,10 @@ def _reordering(times: list[int], keys: list[int], everything: list[int]) -> int
 
 
 def _asked(times: list[int], position: int, end: int, reach: int) -> set[int]:
-    """The packets whose frames show whether the decoder returns the one at `position` in its place: those that follow
-    as closely as frames are reordered, up to the `end` of the group, and earlier ones that are shown after it.
+    """The packets whose frames check that the decoder returns the one at `position` in its place: those within the
+    reordering distance after it, up to the `end` of the group, and earlier ones that are shown after it.
 
-    A clock that jumps between two frames that belong in the other order shows nowhere else.
+    A clock that jumps between two frames that belong in the other order is seen nowhere else.
     """
     time = times[position]
     earlier = range(max(0, position - 2 * reach), position)

@@ -1,7 +1,7 @@
-"""Which frames of a video are shown, and their way from the decoder to the model's size.
+"""Samples the frames of a video, and brings decoded frames to the model's size.
 
-Sampling goes by frame index over the whole clip. In a clip of variable rate, neighbours in the sample are therefore the
-same number of frames apart, not the same number of seconds. A clip of fewer than F frames repeats some of them.
+Sampling is by frame index over the whole video: with a variable frame rate, sampled frames are equally many frames
+apart, not equally many seconds. A video of fewer than F frames repeats some of them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ UNKNOWN_RATE = 24.0  # frames a second
 
 
 def frames_for(source: int, frames: int | Sequence[int]) -> int:
-    """How many frames to show of a video of `source`: of several counts the least that shows all, else the most."""
+    """The frame count for `source` frames: of several the smallest that shows all, else the largest."""
     if isinstance(frames, int | np.integer):
         return int(frames)
     return min((count for count in frames if count >= source), default=max(frames))
 
 
 def sample_indices(count: int, frames: int, sampling: FrameSampling = "ends") -> NDArray[np.int64]:
-    """Which of `count` frames are shown: int64 [frames], ascending.
+    """Indices of the sampled frames among `count`: int64 [frames], ascending.
 
-    "ends": from the first to the last one, `np.linspace(0, n - 1, F, dtype=int)`, as the released code of EarlyTom has
-    it; fractions are rounded down, by numpy itself, so that every index is the one that takes. "nearest": the same, but
-    rounded to the nearest, half to even, as the processors of transformers have it that round. "middles": the frame in
-    the middle of each of F equal parts, from numbers in fp32, as the processors of transformers have them that shift
-    the first. "begins": the first frame of each of F equal parts, likewise.
+    "ends": from the first to the last frame, rounded down, exactly `np.linspace(0, n - 1, F, dtype=int)`, as in the
+    released code of EarlyTom. "nearest": the same, rounded to the nearest, half to even, as in transformers' processors
+    that round. "middles": the middle frame of each of F equal parts, computed in fp32, as in transformers' processors
+    that shift the first. "begins": the first frame of each of F equal parts, likewise.
     """
     if sampling == "begins":
         return (count / frames * np.arange(frames)).astype(np.float32).astype(np.int64)
@@ -51,17 +50,17 @@ def sample_indices(count: int, frames: int, sampling: FrameSampling = "ends") ->
 
 
 def times_of_sample(count: int, frames: int, sampling: FrameSampling = "ends") -> FrameTimes:
-    """When the frames of `sample_indices` are taken to be where nothing says it: 24 frames a second, as transformers'
-    processors have it."""
+    """Times of the frames of `sample_indices` where they are unknown: at 24 frames per second, as in transformers'
+    processors."""
     seconds = tuple((sample_indices(count, frames, sampling) / UNKNOWN_RATE).tolist())
     return FrameTimes(seconds, seconds[-1])
 
 
 def apply_display_matrix(image: NDArray[np.uint8], matrix: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Turn and mirror `image` [h, w, 3] as a container's display matrix [9] asks; a view, [h, w, 3] or [w, h, 3].
+    """Rotate and mirror `image` [h, w, 3] by a container's display matrix [9]; a view, [h, w, 3] or [w, h, 3].
 
     The matrix maps a pixel at (x, y) to (a*x + c*y, b*x + d*y), y downwards. Only quarter turns and mirrors exist in
-    practice; any other angle is taken as the nearest one of them.
+    practice; any other angle is rounded to the nearest of them.
     """
     a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
     if abs(b) + abs(c) > abs(a) + abs(d):
@@ -72,7 +71,7 @@ def apply_display_matrix(image: NDArray[np.uint8], matrix: NDArray[np.int32]) ->
 
 
 def check_request(frames: int | Sequence[int], size: tuple[int, int]) -> None:
-    """Raises UserError for a number of frames, or a size, that makes no sense."""
+    """Raises UserError for an invalid number of frames or size."""
     counts = frames if isinstance(frames, tuple | list) and frames else (frames,)
     if any(isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1 for count in counts):
         raise UserError(f"frames is {frames!r}; give a whole number of frames of at least 1, or several of them")
@@ -81,21 +80,21 @@ def check_request(frames: int | Sequence[int], size: tuple[int, int]) -> None:
 
 
 class Sample:
-    """Collects sampled frames in any order, each brought to RGB, upright and to its final size at once."""
+    """Collects sampled frames in any order, each converted to RGB, upright and resized."""
 
     def __init__(self, count: int, size: tuple[int, int], device: torch.device) -> None:
         self.size = size
         self.frames = torch.empty(count, 3, *size, dtype=torch.uint8, device=device)
-        self.missing = set(range(count))  # rows that nobody has written
+        self.missing = set(range(count))  # rows not written yet
         self.resize_seconds = 0.0
         self._reformatter = VideoReformatter()  # one for all frames: it keeps its tables
         self._rotation: int | None = None  # degrees
         self._matrix: NDArray[np.int32] | None = None
 
     def see(self, frame: av.VideoFrame) -> None:
-        """Note how it is turned: as it says, or the last that said so. Every decoded frame has to pass here."""
-        # A frame whose side data was looked at is in a reference cycle and lives until the next garbage collection, so
-        # the matrix is read again only where the rotation changes.
+        """Track the rotation: the frame's, or the last one given. Must be called with every decoded frame."""
+        # Reading a frame's side data creates a reference cycle, which lives until the next garbage collection, so the
+        # matrix is read again only if the rotation changes.
         if self._rotation is None or frame.rotation not in (0, self._rotation):
             side_data: Any = frame.side_data
             matrix = side_data.get("DISPLAYMATRIX")
@@ -103,10 +102,10 @@ class Sample:
             self._matrix = None if matrix is None else np.frombuffer(matrix, np.int32).copy()
 
     def put(self, row: int, frame: av.VideoFrame) -> bool:
-        """Write a row. False, and nothing else, where it was written before."""
+        """Write a row; returns False, and does nothing, if it was written before."""
         if row not in self.missing:
             return False
-        # The matrix and the range of the file's colours are the frame's own; swscale takes untagged ones as BT.601.
+        # Colour matrix and range are the frame's; swscale treats untagged frames as BT.601.
         rgb = self._reformatter.reformat(frame, format="rgb24")
         plane: Any = rgb.planes[0]
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
@@ -118,7 +117,7 @@ class Sample:
         started = time.perf_counter()
         resized = resize_frames(upright[None], self.size, self.frames.device)[0]
         if resized.device.type == "cpu":
-            # Copied by numpy: torch would spread the copy over threads and, on busy cores, wait longer than it takes.
+            # By numpy: torch would use threads for the copy and, on busy cores, wait longer than the copy takes.
             self.frames.numpy()[row] = resized.numpy()
         else:
             self.frames[row] = resized
@@ -127,8 +126,8 @@ class Sample:
         return True
 
     def result(self, chosen: NDArray[np.int64]) -> Tensor:
-        """The frames at the indices `chosen`, in which an index may come several times: uint8 [F, 3, H, W]."""
-        assert not self.missing  # the memory of a row that nobody wrote holds another video's frames
+        """The frames at the indices `chosen`, which may repeat: uint8 [F, 3, H, W]."""
+        assert not self.missing  # an unwritten row could hold another video's frames
         if len(chosen) == len(self.frames):
             return self.frames
         return self.frames[torch.from_numpy(np.unique(chosen, return_inverse=True)[1]).to(self.frames.device)]

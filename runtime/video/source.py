@@ -1,6 +1,6 @@
-"""What a caller hands over as a video, checked and brought to one form before anything waits for it.
+"""Checks what a caller gives as a video, and brings it to one form, before it is queued.
 
-Knows files, bytes and frames by their outside. Opens no video: `runtime.video.opening` does.
+Looks at files, bytes and frames from outside only; `runtime.video.opening` opens videos.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _TAKEN = (
 
 
 class Spooled:
-    """A copy of a video's content in a file of its own, without a name where the system can do that; it goes when the
-    last reference to it goes."""
+    """A copy of a video's content in its own file, unnamed where the system supports it, deleted with the last
+    reference to it."""
 
     def __init__(self, label: str) -> None:
-        self.label = label  # what messages call it
-        # An unlinked file is gone even after a crash; where open files have no path, one with a name is needed.
+        self.label = label  # its name in messages
+        # An unnamed file is gone even after a crash; where open files have no path, a named one is needed.
         make: Any = tempfile.TemporaryFile if _OPEN_FILES.is_dir() else tempfile.NamedTemporaryFile
         self._file: Any = make()
         self.size = 0  # bytes
 
     @property
     def path(self) -> str:
-        """What to open, as often as wanted, from this process."""
+        """Its path, for this process only, to be opened any number of times."""
         return str(_OPEN_FILES / str(self._file.fileno())) if _OPEN_FILES.is_dir() else self._file.name
 
     def write(self, content: bytes | bytearray | memoryview, limits: Limits) -> None:
@@ -68,7 +68,7 @@ class Spooled:
             ) from error
 
     def close(self) -> None:
-        """Let go of the copy now."""
+        """Delete the copy now."""
         self._file.close()
 
     def __repr__(self) -> str:
@@ -107,7 +107,7 @@ def take_video(
 
 
 def label_of(source: Path | Spooled) -> str:
-    """What messages call it: quoted, so that a line break in a name stays on the line."""
+    """The source's name in messages, quoted, so that a line break in it is escaped."""
     return source.label if isinstance(source, Spooled) else _name(os.fspath(source))
 
 
@@ -131,7 +131,7 @@ def _existing_file(path: str | os.PathLike[Any], limits: Limits) -> Path:
 
 
 def _refuse_address(text: str) -> None:
-    """Raises VideoError if the name of a file that is not there is an address."""
+    """Raises VideoError if the name of a missing file is a URL."""
     match = _ADDRESS.match(text)
     if match is None:
         return

@@ -11,7 +11,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -30,8 +30,11 @@ class Compressing(Method):
     Attributes:
         retention_ratio: in (0, 1].
         faithful: the released form.
+
+    `watches` is no setting: whether the method needs received attention; it takes that of the last layer that runs.
     """
 
+    watches: ClassVar[bool] = False
     retention_ratio: float = 0.1
     faithful: bool = False
 
@@ -52,8 +55,10 @@ class Compressing(Method):
         return None
 
     def tower_key(self) -> Hashable:
-        """One that needs received attention takes it from the last layer that runs."""
-        return "untouched", type(self).watched is not Method.watched
+        return "untouched", self.watches
+
+    def watched(self, depth: int) -> int | None:
+        return depth - 1 if self.watches else None
 
 
 class Exported(Compressing):

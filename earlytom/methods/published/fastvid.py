@@ -22,7 +22,7 @@ from earlytom.scenes import frame_means
 class FastVID(Compressing):
     """See `Compressing` and `FastVIDSettings`. The released form adds noise to densities, drawn from `seed`."""
 
-    name = "fastvid"
+    name, watches = "fastvid", True
     context: float = 0.4
     least: int = 8
     tau: float = 0.9
@@ -39,9 +39,6 @@ class FastVID(Compressing):
         for name in ("least", "every", "neighbours"):
             whole(name, getattr(self, name), 1)
         whole("seed", self.seed, 0)
-
-    def watched(self, depth: int) -> int:
-        return depth - 1
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         assert relevance is not None  # a layer is watched

@@ -22,7 +22,7 @@ EXPANSION = 1.25
 class FlashVID(Compressing):
     """See `Compressing` and `FlashVIDSettings`."""
 
-    name = "flashvid"
+    name, watches = "flashvid", True
     diverse: float = 0.7
     least: int = 8
     tau: float = 0.9
@@ -36,9 +36,6 @@ class FlashVID(Compressing):
             real(name, getattr(self, name), -1, 1)
         for name in ("least", "neighbours"):
             whole(name, getattr(self, name), 1)
-
-    def watched(self, depth: int) -> int:
-        return depth - 1
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         assert relevance is not None  # a layer is watched

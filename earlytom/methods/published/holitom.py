@@ -34,7 +34,7 @@ class HoliTom(Compressing):
             in the layer before.
     """
 
-    name = "holitom"
+    name, watches = "holitom", True
     tau: float = 0.8
     beta: float | None = 0.6
     neighbours: int = 7
@@ -58,9 +58,6 @@ class HoliTom(Compressing):
             if self.inner_ratio > 0:
                 found = InnerSettings(self.inner_layer, self.inner_ratio, causal=not self.faithful)
                 object.__setattr__(self, "inner", found)  # of `Method`; the class is frozen
-
-    def watched(self, depth: int) -> int:
-        return depth - 1
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         assert relevance is not None  # a layer is watched

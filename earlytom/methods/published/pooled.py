@@ -25,7 +25,7 @@ class Pooled(Compressing):
         clustered: share of the tokens that is for means of those not taken.
     """
 
-    name = "unified"
+    name, watches = "unified", True
     alike: float = 0.7
     clustered: float = 0.3
 
@@ -35,9 +35,6 @@ class Pooled(Compressing):
             raise UserError("unified follows a description and has no released form: leave faithful false")
         real("alike", self.alike, -1, 1)
         real("clustered", self.clustered, 0, 1)
-
-    def watched(self, depth: int) -> int:
-        return depth - 1
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts:
         return Counts((frames,), self._tokens(frames * tokens_per_frame))

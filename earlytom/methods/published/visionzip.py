@@ -20,10 +20,7 @@ from earlytom.visionzip import visionzip
 class VisionZip(Exported):
     """See `Compressing`; `ceil(ratio * P)` tokens of every frame."""
 
-    name = "visionzip"
-
-    def watched(self, depth: int) -> int:
-        return depth - 1
+    name, watches = "visionzip", True
 
     def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert relevance is not None  # a layer is watched

@@ -1,9 +1,8 @@
-"""uvicorn's connections, ended when a client neither sends what it began nor reads what it asked for.
+"""uvicorn's connections with timeouts for slow headers and slow readers, and limits of size and number.
 
     uvicorn.run(app, http=connections(header_seconds=10))
 
-Below ASGI uvicorn waits without end for headers that do not come, and for clients that do not read. Every refusal is in
-OpenAI's shape.
+uvicorn itself waits forever for headers, and for clients that do not read. Every refusal has OpenAI's error format.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from earlytom.numbers import real, whole
 from runtime.serve.errors import ServeError, encoded
 
-_MOST_AHEAD = 32  # requests sent before the answer to the first; uvicorn keeps each of them, kilobytes for a line
-# Some clients offer HTTP/2 with every request (Upgrade: h2c). An offer may be ignored, but httptools 0.9 takes it for
-# the end of HTTP and drops the body. Delete this where `test_an_offer_of_http_2_is_ignored` passes without it.
+_MOST_AHEAD = 32  # pipelined requests; uvicorn queues each of them, kilobytes for a line
+# Some clients offer HTTP/2 with every request (Upgrade: h2c). An offer may be ignored, but httptools 0.9 stops parsing
+# there and drops the body. Delete this once `test_an_offer_of_http_2_is_ignored` passes without it.
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, ended when its client neither sends a request nor reads the answer."""
+    """uvicorn's connection with the limits of `connections`."""
 
     header_seconds = 10.0  # from the connection, or the first byte after an answer, to the end of the headers
-    write_seconds = 30.0  # in which a client must take some of what waits for it
+    write_seconds = 30.0  # for a client to read some of the write buffer
     max_header = 64 << 10  # bytes
-    most = 512  # connections at once: each takes a descriptor, of which a process often has 1,024
+    most = 512  # connections at once: each takes a file descriptor, of which a process often has 1,024
 
-    _timer: asyncio.TimerHandle | None = None  # runs while headers, or what is left of a body, are awaited
+    _timer: asyncio.TimerHandle | None = None  # runs while headers, or the rest of a body, are awaited
     _writing: asyncio.TimerHandle | None = None
     _awaiting = True  # the headers of a request are next
-    _head = 0  # bytes of them
-    _answered: Any = None  # uvicorn's cycle whose answer is made; `cycle` is that of the last request that came
+    _head = 0  # bytes of headers so far
+    _answered: Any = None  # uvicorn's cycle that is being answered; `cycle` is that of the last request received
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -64,7 +63,7 @@ class Connection(HttpToolsProtocol):
             self._end(ServeError(431, "request_too_large", f"the headers have more than {self.max_header} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._awaiting:  # those behind a body are nobody's business, and may be without end
+        if self._awaiting:  # trailers after a body are dropped, as they have no limit
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -76,7 +75,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) > _MOST_AHEAD:
             error = ServeError(400, "invalid_request", f"more than {_MOST_AHEAD} requests came before an answer")
             self._end(error)
-            raise error  # or the parser goes on with what it has
+            raise error  # or the parser goes on with its buffer
 
     def on_message_complete(self) -> None:
         self._awaiting = True
@@ -147,8 +146,8 @@ def connections(
 ) -> type[Connection]:
     """The class of connections for uvicorn's `http`.
 
-    header_seconds: until a request's headers are there. write_seconds: until a client takes more of its answer.
-    max_header: bytes of the headers. most: connections at once.
+    header_seconds: timeout of a request's headers. write_seconds: timeout of a client that does not read its answer.
+    max_header: most bytes of the headers. most: connections at once.
     """
     settings = {
         "header_seconds": real("--header-seconds", header_seconds, 0, low_open=True),

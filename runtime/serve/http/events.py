@@ -1,8 +1,8 @@
-"""Answers that are sent as they come, and clients that leave before the end.
+"""Streamed answers, and clients that disconnect before the end.
 
-A response is server-sent events: `data: {...}` and an empty line for each, `data: [DONE]` at the end. Between two of
-them a comment is sent now and then, so that whoever is between keeps the line open. Work is cancelled within a moment
-of its client's leaving, whether or not anything was sent.
+A response is server-sent events: `data: {...}` and an empty line for each, `data: [DONE]` at the end. Every
+`PING_SECONDS` a comment is sent, so that proxies keep the connection open. Work is cancelled as soon as its client
+disconnects, whether or not anything was sent.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _HEADERS = [
 
 
 class Events:
-    """One response of events; the first sends the headers.
+    """One response of server-sent events; the first event sends the headers.
 
     Attributes:
-        started: the status has been sent.
+        started: whether status and headers were sent.
     """
 
     def __init__(self, send: Send, *, ping_seconds: float = PING_SECONDS) -> None:
         self._send, self._ping_seconds = send, ping_seconds
         self._pings: asyncio.Task[None] | None = None
-        self._lock = asyncio.Lock()  # a ping is not to fall into the midst of an event
+        self._lock = asyncio.Lock()  # keeps pings and events apart
         self.started = False
 
     async def event(self, data: dict[str, Any]) -> None:
@@ -40,13 +40,13 @@ class Events:
         await self._write(json.dumps(data, ensure_ascii=False, allow_nan=False))
 
     async def done(self) -> None:
-        """Send the last one, and end the response."""
+        """Send `[DONE]`, and end the response."""
         self.stop()
         await self._write("[DONE]")
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def stop(self) -> None:
-        """No more pings."""
+        """Stop the pings."""
         if self._pings is not None:
             self._pings.cancel()
             self._pings = None
@@ -71,10 +71,10 @@ def _piece(text: str) -> dict[str, Any]:
 
 
 async def while_there(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run `work` to its end, or until the client leaves, which cancels it.
+    """Run `work`, and cancel it if the client disconnects.
 
     Args:
-        receive: of a request whose body has been read.
+        receive: ASGI's, of a request whose body has been read.
     """
     working, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:

@@ -4,10 +4,10 @@
     spans.question(began=..., ended=..., traceparent=request_header, answer=answer)
     spans.close()
 
-A question is one span, with the names that OpenTelemetry gives to calls of generative models, and its stages are spans
-within it. A `traceparent` header makes it part of its caller's trace. What a span says are times, counts and a status:
-no texts, no videos, no keys. Sending has a thread of its own and holds up nobody: of what a collector does not take in
-time the oldest is dropped, and a collector that is not there is told once.
+A question is one span, with OpenTelemetry's attribute names for generative models, and its stages are child spans. A
+`traceparent` header makes it part of the caller's trace. A span has times, counts and a status: no texts, no videos, no
+keys. A thread of its own sends them, so no question waits: if the collector is slow, the oldest queued spans are
+dropped; an unreachable collector is logged once.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from urllib.parse import urlsplit
 
 from runtime.service.requests import Answer, Timings
 
-_EVERY_SECONDS, _MOST, _WAITING = 1.0, 512, 4096  # between two sendings; spans in one; spans that wait
+_EVERY_SECONDS, _MOST, _WAITING = 1.0, 512, 4096  # between two requests; spans per request; spans in the queue
 _SEND_SECONDS = 5.0
 _PARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
-_SERVER, _INTERNAL, _ERROR = 2, 1, 2  # kinds of spans, and the status of one that failed
+_SERVER, _INTERNAL, _ERROR = 2, 1, 2  # OTLP's numbers: two kinds of spans, and a status
 _log = logging.getLogger(__name__)
 
 Attributes = dict[str, str | int]
 
 
 class Spans:
-    """The sender.
+    """Sends spans to a collector.
 
     Args:
-        url: of the collector; without a path, its /v1/traces.
-        name: of the service, and of the model.
+        url: the collector's; without a path, /v1/traces is added.
+        name: the service's and the model's name.
     """
 
     def __init__(self, url: str, *, name: str, every_seconds: float = _EVERY_SECONDS) -> None:
@@ -62,13 +62,13 @@ class Spans:
         status: int = 200,
         code: str = "",
     ) -> None:
-        """A question that has ended now.
+        """Queue the spans of a question that has just ended.
 
         Args:
-            began: `time.monotonic` when it came.
-            traceparent: the header of that name, whatever it is.
-            answer: what was answered, if it was.
-            status, code: of HTTP and of the error, if not.
+            began: `time.monotonic` of its arrival.
+            traceparent: the header's value; an invalid one is ignored.
+            answer: None if it failed.
+            status, code: HTTP status and, if it failed, the error's code.
         """
         end = time.time_ns()
         start = end - int((time.monotonic() - began) * 1e9)
@@ -95,7 +95,7 @@ class Spans:
         self._waiting.extend(made)
 
     def close(self) -> None:
-        """Send what waits, and end. A second call does nothing."""
+        """Send the queued spans, and end the thread. A second call does nothing."""
         self._over.set()
         self._thread.join(2 * _SEND_SECONDS)
 
@@ -132,7 +132,7 @@ class Spans:
 
 
 def _parent_of(header: str | None) -> tuple[str, str]:
-    """Ids of the trace and of the span that a question belongs to; a new trace where the header says none."""
+    """Ids of the trace and of the parent span; without a valid header a new trace and no parent."""
     found = _PARENT.fullmatch(header or "")
     if found is None or set(found[1]) == {"0"} or set(found[2]) == {"0"}:
         return secrets.token_hex(16), ""
@@ -140,7 +140,7 @@ def _parent_of(header: str | None) -> tuple[str, str]:
 
 
 def _stages(times: Timings, start: int, end: int) -> list[tuple[str, int, int]]:
-    """Name, begin and end of each stage that took time, one after the other, the last at the end of the answer."""
+    """Name, start and end of each stage that took time, consecutive, the last one ending with the answer."""
     seconds = {
         "generate": max(0.0, times.total - times.first_token),
         "prefill": times.prefill,

@@ -1,4 +1,4 @@
-"""POST, GET and DELETE /v1/files: videos that are uploaded once to be asked about often."""
+"""POST, GET and DELETE /v1/files: videos uploaded once for many questions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_FIELDS = 8
 
 
 class Uploads:
-    """The endpoints of a store."""
+    """The endpoints of a file store."""
 
     def __init__(self, files: FileStore) -> None:
         self._files = files
@@ -23,7 +23,7 @@ class Uploads:
             raise ServeError(400, "invalid_request", "upload a file as multipart/form-data with the field file")
         try:
             form = await request.form(max_files=1, max_fields=_MOST_FIELDS)
-        except UnicodeError as error:  # what else is wrong with a form the framework refuses itself
+        except UnicodeError as error:  # starlette refuses other invalid forms itself
             raise ServeError(400, "invalid_request", f"the form cannot be read: {error}") from None
         try:
             file = form.get("file")

@@ -1,7 +1,7 @@
-"""The backend of a front: replicas behind a handle of Ray Serve's.
+"""The backend of a front: replicas behind a Ray Serve handle.
 
-A video's frames are put into Ray's object store once, and its questions go to one replica. One that dies in mid-answer
-costs nobody an answer: see `runtime.serve.ray`.
+A video's frames are put into Ray's object store once, and all its questions go to one replica. If a replica dies in
+mid-answer, the question is asked again: see `runtime.serve.ray`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from runtime.serve.replicas.shipped import Begun, Refused, Shipped
 from runtime.serve.settings import Settings
 from runtime.service.requests import Delta
 
-ATTEMPTS = 5  # replicas that may die of, or during, one question
-_PAUSE_SECONDS = 0.1  # before another one is asked; Ray learns of a death within a moment
-_LATE_SECONDS = 1.0  # in which a replica says itself that the time is up
-_HEARD_OF = 64  # replicas whose memory is remembered
+ATTEMPTS = 5  # per question; another one follows a replica's death
+_PAUSE_SECONDS = 0.1  # between attempts, so that Ray notices the death
+_LATE_SECONDS = 1.0  # beyond the deadline, for the replica's own error
+_HEARD_OF = 64  # replicas whose cache usage is kept
 _log = logging.getLogger(__name__)
 
 
@@ -38,10 +38,10 @@ class Replicas:
     """The backend whose pipelines are the replicas behind a handle; see `runtime.serve.backend.Backend`.
 
     Args:
-        handle: of `Answerer`.
-        facts, frames: as `AnsweringReplica.facts` says.
-        decode: makes a clip of what a client gave, as `Decoders.clip` does.
-        settings: of the server.
+        handle: the deployment handle of `Answerer`.
+        facts, frames: those of `AnsweringReplica.facts`.
+        decode: decodes a client's video to a clip, as `Decoders.clip`.
+        settings: the server's settings.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Replicas:
     ) -> None:
         self._handle, self._frames, self._decode, self._most = handle, frames, decode, settings.videos
         replicas = settings.max_replicas or settings.replicas
-        # As many questions may be inside as all replicas take; where they take fewer, they say so.
+        # The gate admits as many questions as all replicas take at most; replicas refuse beyond their own capacity.
         self.facts = dataclasses.replace(facts, lanes=replicas * (settings.waiting + facts.lanes) - settings.waiting)
         self._clips: OrderedDict[tuple[str, int | None, str], ray.ObjectRef] = OrderedDict()  # used last at the end
         self._usage: dict[str, float] = {}
@@ -57,19 +57,19 @@ class Replicas:
 
     @property
     def running(self) -> int:
-        """Requests that a replica has begun with."""
+        """Number of requests that replicas are answering."""
         return self._running
 
     @property
     def cache_usage(self) -> float:
-        """Of the replica that is fullest, when it was last heard of."""
+        """The highest last known cache usage of a replica."""
         return max(self._usage.values(), default=0.0)
 
     def check(self, asked: Asked) -> None:
-        """What needs the tokenizer is for the replica to refuse."""
+        """No check here: a check of the prompt needs the tokenizer, which the replicas have."""
 
     async def deltas(self, asked: Asked, taken: TakenVideo) -> AsyncGenerator[Sampled | Delta, None]:
-        """As of `Backend`."""
+        """See `Backend.deltas`."""
         began = time.perf_counter()
         try:
             clip, costs = await self._shipped(asked, taken)
@@ -86,7 +86,7 @@ class Replicas:
                 yield with_costs(item, costs, ahead)
 
     async def _shipped(self, asked: Asked, taken: TakenVideo) -> tuple[ray.ObjectRef, dict[str, float]]:
-        """Where the frames of a video are, and what decoding and resizing them cost now."""
+        """A video's frames in the object store, and the seconds of decoding and preprocessing them just now."""
         key = (taken.sha256, asked.frames, asked.owner)
         if (known := self._clips.get(key)) is not None:
             self._clips.move_to_end(key)
@@ -100,8 +100,8 @@ class Replicas:
         return found, {"decode": clip.decode_seconds, "preprocess": clip.preprocess_seconds}
 
     async def _answered(self, asked: Asked, sha256: str, clip: ray.ObjectRef) -> AsyncGenerator[Sampled | Delta, None]:
-        """An answer, from one replica, or from others where that one dies."""
-        ids: list[int | None] = []  # tokens that were sent
+        """An answer from one replica; if it dies, from others."""
+        ids: list[int | None] = []  # of tokens sent
         began = False
         for attempt in range(ATTEMPTS):
             at = 0
@@ -134,7 +134,7 @@ class Replicas:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _asked(self, asked: Asked, sha256: str, clip: ray.ObjectRef) -> AsyncGenerator[Begun | Delta, None]:
-        """What one replica says; raises what it refuses."""
+        """One replica's items; its refusal is raised."""
         left = asked.deadline - time.monotonic()
         if left <= 0:
             raise out_of_time()
@@ -149,7 +149,7 @@ class Replicas:
                 if isinstance(item, Begun):
                     running = True
                     self._running += 1
-                    self._usage.pop(item.replica, None)  # heard of last goes to the end
+                    self._usage.pop(item.replica, None)  # so that the newest is at the end
                     self._usage[item.replica] = item.cache_usage
                     while len(self._usage) > _HEARD_OF:
                         del self._usage[next(iter(self._usage))]
@@ -163,16 +163,16 @@ class Replicas:
             raise _lost("its replica failed; ask again") from error
         finally:
             self._running -= running
-            with contextlib.suppress(Exception):  # what was refused before it reached a replica is raised again
-                responses.cancel()  # of no effect on one that has ended
+            with contextlib.suppress(Exception):  # `cancel` raises the error of a request that reached no replica
+                responses.cancel()  # no effect after the end
 
     def close(self) -> None:
-        """Let go of frames."""
+        """Release the frames in the object store."""
         self._clips.clear()
 
 
 async def _in_time(responses: Any, deadline: float) -> AsyncGenerator[Any, None]:
-    """What comes before a `time.monotonic`. Raises ServeError, 504."""
+    """The items of `responses` until `deadline` (`time.monotonic`), then ServeError, 504."""
     items = aiter(responses)
     while True:
         try:

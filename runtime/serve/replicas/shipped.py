@@ -1,4 +1,4 @@
-"""What goes between a front and a replica."""
+"""Messages between a front and a replica."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from runtime.serve.media import TakenVideo
 
 @dataclass(frozen=True)
 class Shipped:
-    """A question about a video that is in the object store.
+    """A question about a video in the object store.
 
     Attributes:
-        asked: with a deadline that counts from now, as clocks of machines differ.
-        sha256: of the video.
-        clip: where its frames are, in a list, or Ray would fetch them with every question.
+        asked: its deadline is in seconds from now, as clocks of machines differ.
+        sha256: the video's hash.
+        clip: reference to its frames, in a list, or Ray would fetch them with every question.
     """
 
     asked: Asked
@@ -28,7 +28,7 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Begun:
-    """The video is there: the seconds of its frames, who answers, and how full its memory for videos is."""
+    """A replica begins an answer: times of the frames in seconds, the replica's id, its video cache's usage."""
 
     timestamps: tuple[float, ...]
     replica: str
@@ -37,7 +37,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Refused:
-    """A `ServeError`, which does not survive pickling as an error."""
+    """A `ServeError` in a form that can be pickled."""
 
     status: int
     code: str
@@ -56,6 +56,6 @@ class Refused:
 
 @dataclass
 class ShippedVideo(TakenVideo):
-    """A video as a replica has it: it is somewhere else, decoded."""
+    """A video as a replica has it: a reference to its decoded frames."""
 
     clip: ray.ObjectRef | None = None

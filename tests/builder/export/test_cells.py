@@ -85,6 +85,14 @@ def test_one_body_serves_every_merge_layer() -> None:
         expect_equal_plan(model, clip("drift", frames, 5, frames), left, 4.0, 0)
 
 
+def test_of_copies_the_earliest_is_shown_in_a_graph_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 16, generator=generator).repeat_interleave(3, dim=0)
+    noisy = hidden * (1 + 2e-7 * torch.randn(hidden.shape, generator=generator))
+    _, _, taken = run(plan_model((6, 5, 16), 2, 4.0, 0, FLOAT), hidden=noisy.numpy())
+    assert taken.tolist() == [[0] * 5, [3] * 5]
+
+
 def test_the_comparison_of_plans_would_notice_another_rule() -> None:
     """Negative control."""
     hidden = clip("drift", 12, 5, 0)

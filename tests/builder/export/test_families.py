@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from earlytom import EarlyTomConfig, encode_video
 from earlytom.families import FAMILIES, family_of, geometry
 from runtime.checkpoint import VisionPart
 from runtime.engine import layout
+from runtime.vision.onnxruntime import open_session
 from tests.earlytom.tiny import MODELS
 
 F = 6
@@ -65,7 +65,7 @@ def test_the_exported_graph_is_the_reference(name: str, how: Mapping[str, Any], 
     parts: tuple[nn.Module, nn.Module] = (graph.vision_tower, graph.projector)
     wanted = encode_video(*parts, pixels, CONFIG, depth=frame.depth, family=graph.family)
     exported = export_onnx(graph, F, frame.size, tmp_path / "vision.onnx")
-    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+    session = open_session(exported.path, threads=1)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {layout.FRAMES: frames.numpy()}), strict=True))
     assert np.array_equal(found[layout.POSITIONS], wanted.positions.numpy())

@@ -51,8 +51,12 @@ def plan_model(frames: int, frames_out: int, *, max_frames: int | None = None, *
     return call(body, [value("similarity", FLOAT, frames, frames)], outputs, {"frames_out": frames_out, **settings_})
 
 
+ALONE = onnxruntime.SessionOptions()
+ALONE.intra_op_num_threads = 1  # others would spin
+
+
 def run(model: onnx.ModelProto, **feeds: Array) -> list[Array]:
-    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)
+    return onnxruntime.InferenceSession(model.SerializeToString(), ALONE).run(None, feeds)
 
 
 def expect_equal_plan(model: onnx.ModelProto, similarity: Array, frames_out: int, **settings_: Any) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import Tensor
 
 from builder import verify
@@ -28,6 +27,7 @@ from runtime.engine.dtypes import DTYPES
 from runtime.engine.manifest import Manifest
 from runtime.errors import EngineError
 from tests.builder.conftest import FRAMES, SMALL, TAU, Exported
+from tests.builder.gate.test_accuracy import scale_weight
 from tests.builder.precision.stress import stress_checkpoint
 
 Make = Callable[..., Exported]
@@ -43,9 +43,7 @@ def clip(clips: dict[str, Tensor]) -> Tensor:
 def scaled(made: Exported, weight: str, factor: float, place: Path) -> Path:
     """A copy of the graph in which one weight is off; `weight` is the end of its name."""
     model = onnx.load(str(made.path))
-    (tensor,) = (t for t in model.graph.initializer if t.name.endswith(weight))
-    array = numpy_helper.to_array(tensor)
-    tensor.CopyFrom(numpy_helper.from_array((array * factor).astype(array.dtype), tensor.name))
+    scale_weight(weight, factor)(model)
     onnx.save(model, str(place / layout.ONNX_FILE))
     return place / layout.ONNX_FILE
 

@@ -103,20 +103,22 @@ def more_places(more: int) -> Edit:
     return edit
 
 
-def shift_positions(model: onnx.ModelProto) -> None:
+def rename_positions(model: onnx.ModelProto) -> None:
+    """They are "raw" now."""
     (node,) = (node for node in model.graph.node if layout.POSITIONS in node.output)
     node.output[list(node.output).index(layout.POSITIONS)] = "raw"
     for other in model.graph.node:
         other.input[:] = ["raw" if name == layout.POSITIONS else name for name in other.input]
+
+
+def shift_positions(model: onnx.ModelProto) -> None:
+    rename_positions(model)
     model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "one"))
     model.graph.node.append(helper.make_node("Add", ["raw", "one"], [layout.POSITIONS]))
 
 
 def lose_positions(model: onnx.ModelProto) -> None:
-    (node,) = (node for node in model.graph.node if layout.POSITIONS in node.output)
-    node.output[list(node.output).index(layout.POSITIONS)] = "raw"
-    for other in model.graph.node:
-        other.input[:] = ["raw" if name == layout.POSITIONS else name for name in other.input]
+    rename_positions(model)
     kept = [output for output in model.graph.output if output.name != layout.POSITIONS]
     del model.graph.output[:]
     model.graph.output.extend(kept)

@@ -58,6 +58,7 @@ def test_they_stand_where_they_stood_in_the_whole_video(closes: Closes | None, w
 def test_how_many_there_are_of_a_whole_video() -> None:
     found = {closes: Closings(closes, CELLS) for closes in ("row", "frame", "video", None)}
     assert {closes: one.most(24, 4) for closes, one in found.items()} == {"row": 8, "frame": 4, "video": 1, None: 0}
+    assert found["row"].most(3, 4) == found["frame"].most(3, 4) == 3
     assert {closes: one.span(4) for closes, one in found.items()} == {"row": 32, "frame": 28, "video": 24, None: 24}
     assert {closes: one.behind for closes, one in found.items()} == {"row": 0, "frame": 0, "video": 1, None: 0}
 

@@ -181,6 +181,12 @@ def test_shapes_are_those_of_the_geometry(name: str) -> None:
     assert torch.equal(seen.relevance, vision.pool(received[:, :, None])[:, :, 0])
     pooled = found.pool(received[:, :, None])[:, :, 0]  # of patches that stand row by row, not window by window
     assert torch.equal(seen.relevance.sort().values, pooled.sort().values)
+    for patch in range(0, frame.patches, 3):  # what a patch receives goes to the tokens that it has a part in
+        other, one = patches.clone(), torch.zeros_like(received)
+        other[0, patch], one[0, patch] = 9.0, 1.0
+        changed = vision.features(other, one)
+        assert changed.relevance is not None
+        assert torch.equal((changed.features != seen.features).any(-1), changed.relevance > 0)
     assert vision.features(patches, None).relevance is None
 
 

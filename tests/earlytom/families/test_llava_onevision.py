@@ -5,14 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlavaOnevisionConfig
 
 from earlytom import UserError
 from earlytom.families.llava_onevision import feature_depth, grid_side, pooled_side
+from earlytom.families.llava_video.layout import pooled, side_of
 
 
 def test_pooled_side_rounds_up() -> None:
     assert [pooled_side(grid) for grid in (27, 24, 9, 8, 2, 1)] == [14, 12, 5, 4, 1, 1]
+
+
+@pytest.mark.parametrize(("how", "of"), [("average", torch.mean), ("max", torch.amax)])
+def test_an_odd_row_is_left_out_of_other_poolings(how: str, of: Any) -> None:
+    values = torch.randn(2, 49, 3)
+    blocks = values.unflatten(1, (7, 7))[:, :6, :6].unflatten(1, (3, 2)).unflatten(3, (3, 2))
+    assert torch.allclose(pooled(values, how), of(blocks, dim=(2, 4)).flatten(1, 2), atol=1e-6)
+    assert side_of(7, how) == 3
 
 
 @pytest.mark.parametrize("side", [1, 2, 9, 27])

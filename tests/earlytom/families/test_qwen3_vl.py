@@ -11,7 +11,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from earlytom import UserError, apply_earlytom
 from earlytom.encoder import encode
-from earlytom.families import geometry
+from earlytom.families import FrameTimes, geometry
 from earlytom.families.qwen3_vl import QWEN3_VL
 from earlytom.families.qwen3_vl.pixels import packed, unpacked
 from earlytom.families.qwen3_vl.reading import axes_of
@@ -83,6 +83,10 @@ def test_a_token_that_is_left_keeps_its_row_and_column() -> None:
 
 
 @torch.no_grad()
+def test_a_frame_is_named_by_the_middle_of_its_pictures() -> None:
+    assert QWEN3_VL.before_frame(1, FrameTimes((0.0, 0.4, 2.0, 3.0), 4.0)) == "<2.5 seconds><|vision_start|>"
+
+
 def test_frames_that_do_not_enter_are_pairs_of_pictures() -> None:
     model, video = model_of(), made_video("noise", 10, grid=GRID)
     seen = encode(QWEN3_VL.vision_of(model.model), video, EvenFrames(3))
