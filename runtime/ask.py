@@ -45,7 +45,8 @@ The exit status is 0 after an answer, 2 when something asked for cannot be done,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
-    options = parser().parse_intermixed_args(argv)  # questions may stand on both sides of options
+    # Questions may stand on both sides of options, but what follows a "--" is read by the other of the two alone.
+    options = parser().parse_args(argv) if "--" in (argv or ()) else parser().parse_intermixed_args(argv)
     screen = cli.Screen(json_only=options.json)
     check_request(options)
     limits = limits_of(options)
@@ -321,4 +322,5 @@ def record(questions: Sequence[str], answers: Sequence[Answer], manifest: Manife
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

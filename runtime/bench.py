@@ -155,4 +155,5 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

@@ -136,6 +136,7 @@ def _open_streams() -> None:
 
 
 def _end_interrupted() -> int:
+    exec("")  # else Python, which marks a Ctrl-C that passed through another `exec`, ends by the signal at its exit
     print("interrupted", file=sys.stderr)
     return INTERRUPTED
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from runtime.cli import Parser, run
+from runtime import cli
 from runtime.drawing.clips import draw_clip, write_test_clip
 
 EXAMPLES = """
@@ -35,7 +35,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    result = Parser(
+    result = cli.Parser(
         prog="python -m runtime.clip",
         description="Draw a video clip of three scenes, or one of the bundled model's world to ask about.",
         epilog=EXAMPLES,
@@ -69,4 +69,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    cli.stop_by_signal()
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -79,4 +79,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    cli.stop_by_signal()
     sys.exit(cli.run(main, sys.argv[1:]))

@@ -124,6 +124,7 @@ REFUSALS = (
     refusal(KERNELS, "--size huge", "--size: invalid choice: 'huge' (choose from 'so400m', 'tiny') (--help ..."),
     refusal(KERNELS, "--device cpu --repeats 0", "--repeats must be at least 1, got 0"),
     refusal(DOCTOR, "--minutes 0", "--minutes must be above 0, got 0.0"),
+    refusal(ASK, "-- -v.mp4 what", "video '-v.mp4' does not exist; give the path of a video file"),
     refusal(ASK, "", "the following arguments are required: VIDEO, QUESTION (--help lists the options)"),
     refusal(ASK, "nowhere.mp4 What?", "video 'nowhere.mp4' does not exist; give the path of a video file"),
     refusal(ASK, "http://host/a.mp4 What?", "video 'http://host/a.mp4' is an address; ..."),

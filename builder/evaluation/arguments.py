@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.evaluation.options import AUTO, CLIPS, MAIN_RATIO, RATIOS
 from builder.evaluation.ways.settings import cells_of, merging_of, settings_of
+from builder.settings.options import MAX_FRAMES
 from earlytom.errors import UserError
 from earlytom.micro.data.scene import FRAMES
 from earlytom.numbers import whole
@@ -225,7 +226,7 @@ def check(asked: EvaluationSettings) -> None:
     if asked.coverage:
         check_coverage(asked)
     elif asked.frames is not None:
-        whole("--frames", asked.frames, FRAMES)
+        whole("--frames", asked.frames, FRAMES, MAX_FRAMES)
         if asked.frames > FRAMES and (asked.engine is not None or asked.record):
             raise UserError(f"--frames {asked.frames} goes without --engine and --record: both are of {FRAMES} frames")
     if asked.rounds == GREEDY:

@@ -21,7 +21,10 @@ from builder.settings.options import MAX_FRAMES, parse_target
 from earlytom.budget import frames_per_stage, token_count
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
+from earlytom.numbers import whole
 from runtime import cli
+
+_WIDEST = 1 << 16  # of a token: far above a published model's
 
 if TYPE_CHECKING:
     from builder.plugins.registry import Plugin, Shape
@@ -81,6 +84,7 @@ def checked_stages(options: argparse.Namespace) -> tuple[int, ...]:
     """Frames before the first merge and after each one."""
     if options.merges < 0 or options.width < 1:
         raise UserError(f"--merges must be 0 or more and --width 1 or more, got {options.merges} and {options.width}")
+    whole("--width", options.width, 1, _WIDEST)
     if options.tokens < 1:
         raise UserError(f"--tokens must be at least 1, got {options.tokens}")
     if options.frames > MAX_FRAMES:

@@ -172,6 +172,7 @@ def test_the_help_text_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--frames", "32", "--budgets", "2,4:40,8"], "frame budget 40 at merge 1 is more than the 32 frames"),
         (["--frames", "32", "--frame-budget", "40,8,4"], "frame budget 40 at merge 1 is more than the 32 frames"),
         (["--frames", "8"], "--frames must be "),
+        (["--frames", "99999999999999999999"], "--frames must be a whole number between 16 and 128"),
         (["--frames", "32", "--record"], "--frames 32 goes without --engine and --record"),
         (["--budgets", "2,40:8,4"], "merge layer 40 does not exist"),
         (["--frame-budget", "much"], "--frame-budget 'much': give a share"),

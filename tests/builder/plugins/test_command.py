@@ -59,6 +59,7 @@ def test_the_command_shows_what_kernels_cost() -> None:
         ("--frames x", "--frames"),
         ("--merges -1", "--merges must be 0 or more"),
         ("--width 0", "--width 1 or more"),
+        ("--width 99999999999999999999", "--width must be a whole number between 1 and 65536"),
         ("--tokens 0", "--tokens must be at least 1"),
         ("--ratio 1.5", "retention ratio must be in (0, 1]"),
         ("--frame-budget 2", "--frame-budget"),
