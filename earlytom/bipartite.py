@@ -1,9 +1,9 @@
-"""Bipartite merging: the tokens of a list are split alternately into two sets, and the best matches of the first are
-merged into the second. Several comparison methods are made of such steps.
+"""Bipartite merging (ToMe's): the tokens of a list are split alternately into two sets, and those of the first with the
+best matches in the second are merged into them. Several comparison methods use it.
 
-`match` decides, `Matching.merge` applies the decision to whatever has an entry a token. Merging is a product with a
-one-hot matrix rather than a scatter: the same on every run, and an operator that engines have. Nothing waits for the
-device; all shapes follow from the numbers of tokens.
+`match` decides, and `Matching.merge` applies the decision to any values that tokens have. Merging is a product with a
+one-hot matrix rather than a scatter: deterministic, and an operator that engines have. There is no host sync; all
+shapes depend on token counts only.
 
 Notation: B lists, n tokens a list, the first c of them protected, r merged, a and b tokens in the two sets, D width.
 """
@@ -26,9 +26,9 @@ class Matching:
 
     Attributes:
         tokens: n; protected: c.
-        source: [B, r] int64, which of the first set are merged, ascending (an index into that set).
-        target: [B, r] int64, into which of the second set each goes.
-        stays: [B, a - r] int64, which of the first set are not merged, in the order in which they are listed.
+        source: [B, r] int64, indices into the first set of the tokens that are merged, ascending.
+        target: [B, r] int64, indices into the second set of the tokens that they are merged into.
+        stays: [B, a - r] int64, indices into the first set of the tokens that are not merged, in the result's order.
     """
 
     tokens: int
@@ -43,7 +43,7 @@ class Matching:
         return self.source.shape[-1]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum what is merged: `values [B, n, D]` to [B, n - r, D], in their dtype."""
+        """Sums over merged tokens: `values [B, n, D]` to [B, n - r, D], in their dtype."""
         first, second = sides(values, self.protected)
         kept, gone = (first.gather(1, _wide(which, values)) for which in (self.stays, self.source))
         index = torch.arange(second.shape[1], device=values.device)
@@ -51,17 +51,17 @@ class Matching:
         return torch.cat([values[:, : self.protected], kept, second + into @ gone], 1)
 
     def merge(self, values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Means by size: `values [B, n, D]` and `size [B, n]` to both of n - r tokens; sizes add up."""
+        """Means weighted by size: `values [B, n, D]` and `size [B, n]` to those of n - r tokens; sizes are summed."""
         added = self.total(size[..., None])
         return self.total(values * size[..., None]) / added, added[..., 0]
 
     def places(self, place: Tensor) -> Tensor:
-        """What is left of `place [B, n]`: a token into which others are merged keeps its own."""
+        """`place [B, n]` to [B, n - r]: a token into which others are merged keeps its place."""
         first, second = sides(place, self.protected)
         return torch.cat([place[:, : self.protected], first.gather(1, self.stays), second], 1)
 
     def owner(self) -> Tensor:
-        """Where each token has gone, [B, n] int64: an index into the n - r that are left."""
+        """The token that each token has become, [B, n] int64: an index into the n - r that are left."""
         c, lists = self.protected, len(self.source)
         first, second = set_sizes(self.tokens, c)
         device = self.source.device
@@ -76,29 +76,28 @@ class Matching:
 
 
 def sides(values: Tensor, protected: int) -> tuple[Tensor, Tensor]:
-    """The two sets of `values [B, n, ...]`: of the tokens that are not protected those at even places of the list, and
-    those at odd ones."""
+    """The two sets of `values [B, n, ...]`: unprotected tokens at even places of the list, and those at odd ones."""
     odd = protected % 2
     return values[:, protected + odd :: 2], values[:, protected + 1 - odd :: 2]
 
 
 def set_sizes(tokens: int, protected: int) -> tuple[int, int]:
-    """How many tokens the two sets have."""
+    """Numbers of tokens of the two sets."""
     free = tokens - protected
     first = free // 2 if protected % 2 else (free + 1) // 2
     return first, free - first
 
 
 def match(metric: Tensor, merged: int, *, protected: int = 0, listed_by_similarity: bool = False) -> Matching:
-    """Decide which `merged` tokens of the first set go into which of the second.
+    """Decide which `merged` tokens of the first set are merged into which of the second.
 
-    Every one looks for the most similar (cosine) of the second set, and those that have found the best go; of equal
-    ones the first.
+    Each token's match is the most similar one (cosine) of the second set. The tokens of the most similar matches are
+    merged; of equal ones the first.
 
     Args:
         metric: [B, n, d], any float dtype; compared in fp32.
-        protected: how many tokens at the front of the list take no part.
-        listed_by_similarity: whether those that stay are listed by falling similarity, rather than by place.
+        protected: number of tokens at the front of the list that take no part.
+        listed_by_similarity: whether unmerged tokens are ordered by falling similarity, rather than by place.
     """
     tokens = metric.shape[1]
     first, second = set_sizes(tokens, protected)
@@ -127,8 +126,8 @@ class Reduced:
     """Lists that were merged to fewer tokens.
 
     Attributes:
-        values: [B, m, D]; size: [B, m] fp32, how much each stands for.
-        place: [B, m] int64, of which of the n tokens each has the place: the one that others were merged into.
+        values: [B, m, D]; size: [B, m] fp32, the number of tokens merged into each.
+        place: [B, m] int64, each one's place among the n tokens: that of the token others were merged into.
     """
 
     values: Tensor
@@ -145,12 +144,11 @@ def reduce(
     forgetful: bool = False,
     listed_by_similarity: bool = False,
 ) -> Reduced:
-    """Merge `values [B, n, D]` to [B, target, D] by themselves: each step merges all that it can, the last one exactly
-    what is left.
+    """Merge `values [B, n, D]` to [B, min(n, target), D]; each step but the last merges as many as it can.
 
     Args:
-        metric: [B, n, d] by which tokens are like each other, merged as they are; the tokens themselves by default.
-        forgetful: each step takes plain means, in which what was merged before counts as one.
+        metric: [B, n, d], compared by cosine and merged as the values are; default: the values.
+        forgetful: means are unweighted, so a token merged in an earlier step counts as one.
         protected, listed_by_similarity: as in `match`.
     """
     lists, tokens, _ = values.shape

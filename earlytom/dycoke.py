@@ -1,10 +1,10 @@
-"""DyCoke's merging in time: of every four frames one stays whole, of the others only what differs.
+"""DyCoke's temporal merging: of every four frames the first is kept whole, of the others the tokens that changed.
 
-Frame 1 is compared with frame 0 of its group, 3 with 2, and 2 with 0, cell by cell, and the least similar tokens stay.
-So no less than a quarter of all tokens can be left. The released form (`faithful`) leaves the third frame of the last
-group whole, and lists what it keeps by rising similarity; the default does neither.
+In each group of four, frame 1 is compared with frame 0, 3 with 2, and 2 with 0, position by position, and the least
+similar tokens are kept: at least a quarter of all tokens in total. The released form (`faithful`) also keeps the third
+frame of the last group whole, and orders kept tokens by rising similarity; the default does neither.
 
-Nothing waits for the device. Notation: F frames, P tokens a frame, E width, N tokens kept.
+There is no host sync. Notation: F frames, P tokens a frame, E width, N tokens kept.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from earlytom.ranking import best, slots
 from earlytom.untouched import DyCokeConfig
 
 GROUP = DyCokeConfig.GROUP
-EARLIER = (0, 0, 0, 2)  # of each frame of a group, the one that it is compared with
+EARLIER = (0, 0, 0, 2)  # the frame that each frame of a group is compared with; the first is not compared
 
 
 def whole_frames(frames: int, faithful: bool = False) -> list[int]:
-    """Which frames stay whole."""
+    """Indices of the frames that are kept whole."""
     last = (frames - 1) // GROUP * GROUP
     return [n for n in range(frames) if n % GROUP == 0 or (faithful and n == last + 2)]
 
@@ -29,10 +29,10 @@ def whole_frames(frames: int, faithful: bool = False) -> list[int]:
 def dycoke(
     features: Tensor, count: int, *, faithful: bool = False, metric: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [N, E] and positions `frame * P + place` [N]; `count` tokens stay of each frame that is not whole.
+    """Tokens [N, E] and positions `frame * P + place` [N]; other frames than the whole ones keep `count` tokens each.
 
     Args:
-        features: [F, P, E]; metric: [F, P, d] that are compared instead.
+        features: [F, P, E]; metric: [F, P, d], compared instead of the features.
     """
     frames, per_frame, _ = features.shape
     whole = whole_frames(frames, faithful)

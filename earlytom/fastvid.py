@@ -1,11 +1,11 @@
-"""FastVID: in every frame the most attended tokens stay, and in a few frames of each scene the density peaks of the
-rest, which the other tokens of the scene are folded into.
+"""FastVID: every frame keeps its most attended tokens, and a few frames of each scene keep density peaks of the rest,
+into which the scene's other tokens are merged.
 
-The published method takes frame vectors and attention from a pooling head that not every tower has; whoever calls this
-hands in what there is. Noise on densities, drawn anew by the published code, is handed in, too.
+The published method takes frame vectors and attention from a pooling head, which not every tower has; here both are
+arguments. So is the noise on densities, which the published code draws at each call.
 
-How many tokens there will be only the video tells, so the host waits for the cuts. Notation: F frames, P tokens a
-frame, E width, N tokens kept, n of each frame on average.
+N depends on the video, so the host waits for the scene cuts. Notation: F frames, P tokens a frame, E width, N tokens
+kept, n of each frame on average.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from earlytom.scenes import scene_bounds, top
 
 @dataclass(frozen=True)
 class FastVIDSettings:
-    """What it goes by.
+    """Settings of FastVID.
 
     Attributes:
         ratio: share of tokens to keep; n is rounded down, and at least one.
-        context: share of n that stands for what is not attended.
-        least: segments at least; tau: a segment starts below this cosine.
-        every: of a segment's frames, counted from its last one, each such one has centres.
-        weight: of a centre beside the mean of what belongs to it.
-        neighbours: distances that make a density.
+        context: share of n for density peaks.
+        least: the fewest segments; tau: a segment starts below this cosine.
+        every: each `every`-th frame of a segment, counted from its last one, has density peaks.
+        weight: the least weight of a peak against the mean of its members, itself among them.
+        neighbours: number of nearest neighbours for densities.
     """
 
     ratio: float
@@ -76,8 +76,8 @@ def fastvid(
 
 
 def centre_counts(bounds: list[tuple[int, int]], frames: int, context: int, most: int, every: int) -> list[int]:
-    """How many centres each frame has: those of a segment, `context` a frame, go to every so many frames counted from
-    its last one, as evenly as can be, the later ones first; `most` at most."""
+    """The number of density peaks of each frame, at most `most`: a segment has `context` for each of its frames, spread
+    evenly over every `every`-th frame counted from its last one, later frames first."""
     counts = [0] * frames
     for a, b in bounds:
         anchors = range(b, a - 1, -every)
@@ -95,8 +95,8 @@ def peaks(features: Tensor, free: Tensor, counts: Tensor, neighbours: int, noise
 
 
 def fold_scene(values: Tensor, attended: Tensor, centre: Tensor, settings: FastVIDSettings) -> Tensor:
-    """Values of a scene's tokens [M, E] fp32, in which each centre has a share of the tokens that are most like it,
-    itself among them; `attended` ones take no part."""
+    """A scene's tokens [M, E] fp32, with each token that is not `attended [M]` merged into the most similar `centre
+    [M]`, itself included."""
     which = centre.nonzero().flatten()
     if not len(which):
         return values

@@ -1,12 +1,13 @@
-"""FlashVID: in every frame attended tokens that differ stay, and the rest is followed from frame to frame and averaged
-along its way.
+"""FlashVID: every frame keeps diverse attended tokens; the rest are linked from frame to frame, and linked tokens are
+averaged.
 
-After its description. Most of a frame's tokens are taken one after the other, each the most attended one among those
-unlike all before it. What is left is linked to its best match anywhere in the frame before, if that is much alike;
-linked tokens are averaged, and of the averages of a scene the density peaks stay, each the mean of what joins it.
+After its description. Most of a frame's tokens are taken one by one, each with the largest product of attention,
+relevance to the scene and distance to those taken. Each other token is linked to its best match anywhere in the
+previous frame, if their cosine is high enough; linked tokens are averaged, and of a scene's averages the density peaks
+are kept, each as the mean of its members.
 
-The host waits: how many tokens there are, only the video tells. Notation: F frames, P tokens a frame, E width, M = F P,
-N tokens kept, n of each frame on average.
+N depends on the video, so the host waits. Notation: F frames, P tokens a frame, E width, M = F P, N tokens kept, n of
+each frame on average.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from earlytom.scenes import frame_means, scene_bounds
 
 @dataclass(frozen=True)
 class FlashVIDSettings:
-    """What it goes by.
+    """Settings of FlashVID.
 
     Attributes:
         ratio: share of tokens to keep; n is rounded up.
-        expansion: so many times more enter the language model, which is to leave some out itself; published 1.25.
-        diverse: share of n that is taken for attention and difference.
-        least: segments at least; tau: a segment starts below this cosine.
+        expansion: factor of `ratio`, for a language model that prunes tokens itself; published: 1.25.
+        diverse: share of n for diverse attended tokens.
+        least: the fewest segments; tau: a segment starts below this cosine.
         linked: a token is linked above this cosine.
-        neighbours: distances that make a density.
+        neighbours: number of nearest neighbours for densities.
     """
 
     ratio: float
@@ -72,7 +73,7 @@ def flashvid(features: Tensor, attention: Tensor, settings: FlashVIDSettings) ->
 
 
 def relevance(unit: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    """How much each token is like the means of its scene's frames, [F, P], 0 or more; `unit [F, P, E]`."""
+    """Mean cosine of each token to the mean tokens of its scene's frames, [F, P], at least 0; `unit [F, P, E]`."""
     out = []
     for a, b in bounds:
         means = normalize(unit[a : b + 1].mean(1), dim=-1)
@@ -81,15 +82,15 @@ def relevance(unit: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
 
 
 def spread_tokens(unit: Tensor, weight: Tensor, count: int) -> Tensor:
-    """[F, P] bool: in each frame the heaviest token, then again and again the one of largest weight times the smallest
-    distance (1 - cosine) to those taken; of equal ones the first.
+    """[F, P] bool: in each frame the token of largest weight, then `count - 1` times the one of largest weight times
+    smallest distance (1 - cosine) to those taken; of equal ones the first.
 
     Args:
         unit: [F, P, E]; weight: [F, P], 0 or more.
     """
     frames, per_frame, _ = unit.shape
     apart = (1 - unit @ unit.transpose(1, 2)).clamp_min(0)  # [F, P, P]
-    far = torch.full((frames, per_frame), 2.0, device=unit.device)  # no distance is more
+    far = torch.full((frames, per_frame), 2.0, device=unit.device)  # the largest possible distance
     taken = torch.zeros(frames, per_frame, dtype=torch.bool, device=unit.device)
     for _ in range(min(count, per_frame)):
         best = torch.where(taken, -1.0, weight * far).argmax(-1, keepdim=True)
@@ -100,10 +101,10 @@ def spread_tokens(unit: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def follow(unit: Tensor, taken: Tensor, linked: float) -> Tensor:
-    """Where the way of each token begins, [M] int64 (an index into the M); itself, if it is linked to none.
+    """The first token of each token's chain of links, as an index [M] int64; itself if it has no link.
 
     Args:
-        unit: [F, P, E] of one scene; taken: [F, P] bool, which take no part.
+        unit: [F, P, E] of one scene; taken: [F, P] bool, tokens without links.
     """
     frames, per_frame, _ = unit.shape
     index = torch.arange(frames * per_frame, device=unit.device)
@@ -116,13 +117,14 @@ def follow(unit: Tensor, taken: Tensor, linked: float) -> Tensor:
     parent = index.unflatten(0, (frames, per_frame)).clone()
     parent[1:] = torch.where(best > linked, before + start, parent[1:])
     root, steps = parent.flatten(), 1
-    while steps < frames:  # each step doubles how far back it looks
+    while steps < frames:  # pointer doubling
         root, steps = root[root], 2 * steps
     return root
 
 
 def average_trees(values: Tensor, root: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of tokens of one root [R, E], and the roots [R], ascending; `values [M, E]`, `root` and `taken [M]`."""
+    """Mean of each root's tokens that are not `taken [M]`, [R, E], and the roots [R], ascending; `values [M, E]`, `root
+    [M]`."""
     rest = (~taken).nonzero().flatten()
     roots, which = root[rest].unique(return_inverse=True)
     total = torch.zeros(len(roots), values.shape[1], device=values.device).index_add(0, which, values[rest])

@@ -1,10 +1,10 @@
-"""One pool of tokens for a whole video, after the description of "unified spatiotemporal compression".
+"""One token budget for a whole video, after the description of "unified spatiotemporal compression".
 
-Tokens are visited by falling attention, wherever in the video they are, and taken if they are unlike all taken so far.
-What is left of the budget goes to density peaks of the others, each the mean of the tokens that join it.
+The video's tokens are visited by falling attention, and taken if dissimilar to all taken so far. The rest of the budget
+goes to density peaks of the others, each the mean of the tokens that join it.
 
-No published code was at hand: rounding and ties are ours. What the method leaves out inside the language model is not
-part of it. Nothing waits for the device but the end of the visit, and how many were taken.
+No published code was available: rounding and ties are ours. The method's pruning inside the language model is not
+implemented. The host waits at every token taken by attention, and for their number.
 
 Notation: F frames, P tokens a frame, E width, M = F P, N tokens kept.
 """
@@ -22,8 +22,8 @@ NEIGHBOURS = 7
 
 
 def take_unlike(unit: Tensor, attention: Tensor, count: int, alike: float) -> Tensor:
-    """[M] bool: at most `count` tokens, visited by falling attention (of equal ones the first), each with a cosine
-    below `alike` to all taken before it.
+    """[M] bool: at most `count` tokens, visited by falling attention (of equal ones the first), each of a cosine below
+    `alike` to all tokens taken before it.
 
     Args:
         unit: [M, E] of unit length; attention: [M].
@@ -33,7 +33,7 @@ def take_unlike(unit: Tensor, attention: Tensor, count: int, alike: float) -> Te
     free = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     taken = torch.zeros_like(free)
     for _ in range(count):
-        best = free.byte().argmax(0, keepdim=True)  # the first that is free
+        best = free.byte().argmax(0, keepdim=True)  # the first one that may be taken
         taken = taken.index_copy(0, best, free[best] | taken[best])
         free = free & (ranked @ ranked[best][0] < alike)
         free = free.index_fill(0, best, False)
@@ -50,7 +50,7 @@ def pooled(
     Args:
         features: [F, P, E]; attention: [F, P] received attention.
         count: N.
-        alike: tokens of this cosine and above are alike; clustered: share of N that is for the others at least.
+        alike: tokens are similar from this cosine on; clustered: least share of N for density peaks.
     """
     tokens = features.flatten(0, 1)
     if not 1 <= count <= len(tokens):

@@ -1,9 +1,9 @@
-"""The best of a list, and where they stand, without a sort that sees equal values.
+"""Top-k, ranks and argmax with a defined order of equal values: of equal ones the first comes first.
 
-Backends order equal values as they like, so nothing here asks them to: of equal ones the first comes first, on each of
-them. All shapes follow from numbers, nothing waits for the device, and an exporter writes it as it is. Places are
-counted in fp32: exact below 2**24, and every backend has all operators for it. Of values that are not finite the answer
-means nothing, but stays in range: an index out of range would end everybody's work on a GPU.
+Backends order equal values differently, so nothing here sorts them. There is no host sync, shapes depend on no tensor's
+values, and it is exported as it is. Indices are counted in fp32: exact below 2**24, and every backend has all operators
+for it. For values that are not finite the result is arbitrary but in range: an index out of range on a GPU breaks the
+CUDA context.
 
 Notation: n values a list, k of them taken.
 """
@@ -17,7 +17,7 @@ MOST_TOP = 3840  # the most that TensorRT's TopK takes
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """How many of `scores [..., n]` come before each by falling score, fp32; n * n comparisons a list."""
+    """The rank of each of `scores [..., n]` by falling score, from 0, fp32; n * n comparisons a list."""
     index = torch.arange(scores.shape[-1], device=scores.device)
     other, mine = scores[..., None, :], scores[..., :, None]
     before = (other > mine) | ((other == mine) & (index < index[:, None]))
@@ -25,13 +25,13 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Which `count` of `scores fp32 [..., n]` are the largest, bool."""
+    """[..., n] bool: the `count` largest of `scores [..., n]` fp32."""
     n = scores.shape[-1]
     if not 0 < count < n:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     if count <= n // 2:
         edge = scores.topk(count).values.amin(-1, keepdim=True)
-    else:  # the same value, and fewer of them to find
+    else:  # the same threshold from a smaller top-k
         edge = scores.topk(n - count + 1, largest=False).values.amax(-1, keepdim=True)
     above, level = scores > edge, scores == edge
     left = count - above.float().sum(-1, keepdim=True)
@@ -58,7 +58,7 @@ def largest(values: Tensor) -> Tensor:
 
 
 def ascending(places: Tensor) -> Tensor:
-    """The order in which `places int64 [..., n]`, no two of them equal, rise, [..., n] int64."""
+    """Argsort of `places [..., n]` int64, all different, [..., n] int64."""
     rank, index = ranks(-places.float()), torch.arange(places.shape[-1], dtype=torch.float32, device=places.device)
     return torch.where(rank[..., None, :] == index[:, None], index, 0.0).sum(-1).long()
 

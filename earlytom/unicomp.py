@@ -1,8 +1,8 @@
-"""UniComp: frames that say the same become one, frames that say something new get more tokens, and a token stays if no
-other that stays says it.
+"""UniComp: similar neighbouring frames are averaged, frames less similar to the others get more tokens, and of similar
+tokens in a frame only one is kept.
 
-After its description; the published method also appends a newline to every frame that stays, outside the budget. The
-host waits: how many tokens there are, only the video tells, and it may be fewer than asked for.
+After its description; the published method also appends a newline to every kept frame, outside the budget. N depends on
+the video and can be below the budget, so the host waits.
 
 Notation: F frames, G groups of frames, P tokens a frame, E width, N tokens kept.
 """
@@ -19,14 +19,14 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True)
 class UniCompSettings:
-    """What it goes by.
+    """Settings of UniComp.
 
     Attributes:
-        ratio: share of the F * P tokens to keep at most.
-        same: neighbouring frames become one, if 1 - cosine of their means is this or less.
-        near: a token says what another says, if 1 - cosine is below this.
-        most: a frame has at most so many times the equal share.
-        own: weight of a token beside the mean of those near it.
+        ratio: the budget, as share of the F * P tokens; each group's part of it is rounded, to one token at least.
+        same: neighbouring frames are averaged if 1 - cosine of their mean tokens is at most this.
+        near: tokens of a frame are similar if 1 - cosine is below this.
+        most: a frame's largest budget, in equal shares.
+        own: weight of a kept token against the mean of those similar to it.
     """
 
     ratio: float
@@ -58,8 +58,8 @@ def unicomp(features: Tensor, settings: UniCompSettings) -> tuple[Tensor, Tensor
 
 
 def fuse_frames(features: Tensor, same: float) -> tuple[Tensor, Tensor]:
-    """Means of groups of frames [G, P, E] fp32, and the first frame of each [G]; each of a group's frames is like the
-    one before it."""
+    """Means of groups of frames [G, P, E] fp32, and the first frame of each [G] int64; each frame of a group is similar
+    to the one before."""
     means = normalize(features.mean(1), dim=-1)
     starts = torch.ones(len(features), dtype=torch.bool, device=features.device)
     starts[1:] = 1 - (means[1:] * means[:-1]).sum(-1) > same
@@ -71,7 +71,7 @@ def fuse_frames(features: Tensor, same: float) -> tuple[Tensor, Tensor]:
 
 
 def frame_budgets(fused: Tensor, tokens: float, most: float) -> Tensor:
-    """How many tokens each of G frames may have, [G] int64: more for those that are less like the others."""
+    """The token budget of each of G frames, [G] int64: larger for frames less similar to the others."""
     groups, per_frame = fused.shape[:2]
     means = normalize(fused.mean(1), dim=-1)
     alike = (means @ means.T).mean(1)
@@ -81,14 +81,14 @@ def frame_budgets(fused: Tensor, tokens: float, most: float) -> Tensor:
 
 
 def distinct(alike: Tensor, counts: Tensor, near: float) -> Tensor:
-    """Which tokens stay, [G, P] bool: visited from the one that is least like the others of its frame, each that is not
-    near one that stays, until there are `counts [G]`.
+    """[G, P] bool: up to `counts [G]` tokens of each frame, visited from the least similar to the others of its frame
+    on; a token similar to a kept one is skipped.
 
     Args:
         alike: [G, P, P] cosines.
     """
     groups, per_frame, _ = alike.shape
-    rank = alike.mean(-1).argsort(dim=-1, stable=True).argsort(dim=-1)  # [G, P], when each is visited
+    rank = alike.mean(-1).argsort(dim=-1, stable=True).argsort(dim=-1)  # [G, P], order of visits
     free = torch.ones(groups, per_frame, dtype=torch.bool, device=alike.device)
     kept = torch.zeros_like(free)
     index = torch.arange(groups, device=alike.device)

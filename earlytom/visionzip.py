@@ -1,10 +1,11 @@
-"""VisionZip: in every frame the most attended tokens stay, and a few others stand for what is left.
+"""VisionZip: every frame keeps its most attended (dominant) tokens, and a few contextual tokens represent the rest.
 
-The few are evenly spaced among the others, and each of the rest joins the one that it is most like. As published such a
-token is the sum of itself and the mean of those that join it, of about twice the length of any other, and comes behind
-the attended ones (`faithful`). The default takes the mean of all of them, and keeps tokens in raster order.
+Contextual tokens are evenly spaced among those that are not dominant; each of the rest joins the most similar one. As
+published (`faithful`) a contextual token becomes the sum of itself and the mean of its members, about twice as long as
+other tokens, and comes after the dominant ones. By default it is the mean of itself and its members, and tokens are in
+raster order.
 
-Nothing waits for the device, and nothing is sorted, so that an exporter writes it as it is. Places are counted in fp32.
+There is no host sync and no sort, so that it is exported as it is. Places are counted in fp32.
 Notation: F frames, P tokens a frame, E width, n tokens kept of each frame.
 """
 
@@ -29,7 +30,7 @@ def visionzip(
 
     Args:
         features: [F, P, E]; attention: [F, P] received attention.
-        metric: [F, P, d], by which tokens are like each other: as published the keys of the layer, mean over heads.
+        metric: [F, P, d], compared by cosine; published: the layer's keys, mean over heads.
         count: n.
     """
     per_frame = features.shape[1]
@@ -56,7 +57,7 @@ def visionzip(
 
 
 def _evenly(taken: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Every `stride`-th place that is not `taken [F, P]`, `count` of them: [F, P] bool, and their numbers, fp32."""
+    """The first `count` of each `stride`-th place that is not `taken [F, P]`: [F, P] bool, and their numbers, fp32."""
     place = (~taken).float().cumsum(-1) - 1
     number = torch.floor(place / stride)
     return ~taken & (number * stride == place) & (number < count), number

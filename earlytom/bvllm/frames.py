@@ -1,9 +1,8 @@
-"""B-VLLM's merging: candidates made of frames are merged where they are made of the same frames, and the tokens of each
-are merged to what is left of a budget. Needs no training.
+"""B-VLLM's merging, which needs no training: candidates (soft mixtures of frames) made of the same frames are merged,
+and each survivor's tokens are merged to an equal share of a budget.
 
-Two forms of temporal merging. In the released one (`faithful`) a candidate that others are merged into may itself be
-merged away, and takes what it was given with it into nothing. The default follows such chains to a candidate that
-survives.
+There are two forms of temporal merging. In the released one (`faithful`) a candidate into which others are merged may
+itself be merged, and theirs are lost. The default follows such chains to a survivor.
 
 Notation: k candidates, T frames, S tokens a frame, C width, L survivors.
 """
@@ -19,7 +18,7 @@ from earlytom.bipartite import Reduced, reduce
 from earlytom.errors import UserError
 
 THRESHOLD = 0.75
-BUDGET = 18  # frames of 32 tokens each, at most, in all
+BUDGET = 18  # the most tokens in all, in frames of `PER_FRAME` tokens
 PER_FRAME = 32
 
 
@@ -29,20 +28,19 @@ class CandidateMerge:
 
     Attributes:
         survives: [k] bool.
-        into: [k] int64, the candidate that each goes into, itself if it survives.
+        into: [k] int64, the candidate that each is merged into; itself if it survives.
     """
 
     survives: Tensor
     into: Tensor
 
     def merge(self, candidates: Tensor, *, faithful: bool = False) -> Tensor:
-        """`candidates [k, ...]` to [L, ...]: means of each survivor and what goes into it. Waits for how many there
-        are."""
+        """`candidates [k, ...]` to [L, ...]: the mean of each survivor and those merged into it. Syncs for L."""
         padded, survives = self.padded(candidates, faithful=faithful)
         return padded[survives]
 
     def padded(self, candidates: Tensor, *, faithful: bool = False) -> tuple[Tensor, Tensor]:
-        """The same of static shape: [k, ...] with the survivors first, and [k] bool, which are."""
+        """`merge` with a static shape: [k, ...], survivors first, and [k] bool, True for survivors."""
         into = self.into if faithful else self.ends()
         index = torch.arange(len(into), device=into.device)
         member = (into == index[:, None]).to(candidates.dtype)  # [to, from]
@@ -51,7 +49,7 @@ class CandidateMerge:
         return means.index_select(0, order).unflatten(1, candidates.shape[1:]), self.survives.index_select(0, order)
 
     def ends(self) -> Tensor:
-        """Where each candidate ends up, when chains are followed: an earlier one each time, so k - 1 steps suffice."""
+        """The survivor at the end of each candidate's chain, [k] int64; links go to earlier ones, so k - 1 suffice."""
         into, steps = self.into, 1
         while steps < len(into):
             into, steps = into.index_select(0, into), 2 * steps
@@ -59,8 +57,8 @@ class CandidateMerge:
 
 
 def merge_candidates(rows: Tensor, threshold: float = THRESHOLD) -> CandidateMerge:
-    """Decide by `rows [k, T]`, how much of each frame each candidate is made of: one that resembles an earlier one more
-    than `threshold` (half of one more than the cosine) goes into the one that it resembles most, the first of equals.
+    """Decide by `rows [k, T]`, the weight of each frame in each candidate. A candidate whose similarity to an earlier
+    one, (1 + cosine) / 2, is above `threshold` is merged into the most similar earlier one; of equal ones the first.
     """
     if rows.dim() != 2 or not len(rows):
         raise UserError(f"candidates must be [candidates, frames] with a candidate, got {list(rows.shape)}")
@@ -75,11 +73,11 @@ def merge_candidates(rows: Tensor, threshold: float = THRESHOLD) -> CandidateMer
 
 
 def frame_tokens(survivors: int) -> int:
-    """How many tokens each of so many frames may have."""
+    """Tokens of each of `survivors` frames."""
     return int(max(1, (BUDGET / survivors) * PER_FRAME))
 
 
 def merge_tokens(tokens: Tensor, target: int) -> Reduced:
-    """`tokens [B, n, C]` to [B, min(n, target), C]: bipartite steps of half of all, and a last one that is exact; plain
-    means, in which what was merged before counts as one."""
+    """`tokens [B, n, C]` to [B, min(n, target), C] by bipartite steps that each merge half, and an exact last one.
+    Means are unweighted: a merged token counts as one."""
     return reduce(tokens, target, forgetful=True, listed_by_similarity=True)

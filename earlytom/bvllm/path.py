@@ -1,9 +1,9 @@
 """B-VLLM as published: features of a video and a question to the tokens that the language model sees.
 
-Two Q-Formers and three linear layers are trained, for one vision tower; `BVLLMPath` takes their weights or refuses.
-Noise is handed in: the published path draws it anew at every call, so that two calls differ.
+Two Q-Formers, a layer norm and three linear layers are trained, for one vision tower; `BVLLMPath` refuses to run
+without their weights. Noise is an argument: the published path draws it at every call, so that two calls differ.
 
-Notation: T frames, S patch tokens a frame, C vision width, E LLM width, L frames that survive, q queries that choose.
+Notation: T frames, S patch tokens a frame, C vision width, E LLM width, L surviving frames, q frame-selecting queries.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from earlytom.bvllm.frames import CandidateMerge, frame_tokens, merge_candidates
 from earlytom.bvllm.qformer import QFormer
 from earlytom.errors import UserError
 
-CHOOSERS = 16  # queries of the temporal Q-Former that choose frames
+CHOOSERS = 16  # queries of the temporal Q-Former that select frames
 TEMPERATURE = 0.5
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Selection:
-    """logits and selector [q, T], candidates [q, S, C], and what becomes of them."""
+    """logits and selector (softmax weights) [q, T], candidates [q, S, C], and how they are merged."""
 
     logits: Tensor
     selector: Tensor
@@ -36,8 +36,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class BVLLMTokens:
-    """tokens [N, E] of a video ([prompts, 32, E] of an image), spatial [L, 32, h] as the second Q-Former gave them,
-    frames [L, S, C] after merging, and how they were chosen (None for an image)."""
+    """tokens [N, E] of a video ([prompts, 32, E] of an image), spatial [L, 32, h] from the second Q-Former, frames
+    [L, S, C] after merging, and their selection (None for an image)."""
 
     tokens: Tensor
     spatial: Tensor
@@ -46,10 +46,10 @@ class BVLLMTokens:
 
 
 class BVLLMPath:
-    """See the module.
+    """The published path.
 
     Args:
-        weights: `temporal.` and `spatial.` with a Q-Former (`QFormer`) and a `projector` each, `ln`, `val_projector`.
+        weights: under `temporal.` and `spatial.` a Q-Former (`QFormer`) and a `projector` each; `ln`, `val_projector`.
         heads: of both Q-Formers.
         faithful: as in `earlytom.bvllm.frames`.
     """
@@ -66,8 +66,7 @@ class BVLLMPath:
         self.weights, self.faithful = weights, faithful
 
     def select(self, features: Tensor, ids: Tensor, mask: Tensor, noise: Tensor | None) -> Selection:
-        """`features [T, 1 + S, C]`, a class token first, and one question to candidates; `noise [q, T]`, None is
-        none."""
+        """Candidates for `features [T, 1 + S, C]`, a class token first, and one question; `noise [q, T]` or None."""
         first = features[:, 0]
         chosen = self._linear("temporal.projector", self.temporal(ids, mask, first[None], queries=CHOOSERS)[0])
         logits = chosen @ first.T / first.shape[-1] ** 0.5
@@ -77,11 +76,11 @@ class BVLLMPath:
 
     @torch.no_grad()
     def __call__(self, features: Tensor, ids: Tensor, mask: Tensor, *, noise: Tensor | None = None) -> BVLLMTokens:
-        """The tokens of a video, or of an image (one frame), which may be asked several questions.
+        """The tokens of a video for one question, or of an image (one frame) for several.
 
         Args:
             features: [T, 1 + S, C]; ids: [prompts, L] int64; mask: [prompts, L].
-            noise: [q, T], Gumbel noise for a video; None is none.
+            noise: [q, T], Gumbel noise for a video; None: no noise.
         """
         selection = None
         if len(features) == 1:

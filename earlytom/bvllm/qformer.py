@@ -1,8 +1,7 @@
 """A Q-Former: learned queries that read a question by self-attention and a context by cross-attention.
 
-A BERT whose layers norm behind their branches. Queries and text attend to each other; every other layer the queries
-attend to the context; queries and text have feed-forwards of their own. All weights are trained, so it is made from a
-checkpoint's or not at all.
+A post-norm BERT. Queries and text attend to each other; in every other layer the queries also attend to the context;
+queries and text have separate feed-forwards. It is always made from trained weights.
 
 Notation: B entries, q queries, L text tokens, N context vectors, h hidden width, C context width.
 """
@@ -26,10 +25,10 @@ _LAYER = re.compile(r"bert\.encoder\.layer\.(\d+)\.")
 
 
 class QFormer:
-    """See the module.
+    """A Q-Former.
 
     Args:
-        weights: in BERT's names with `*_query` for the queries' feed-forwards, and `query [q, h]`.
+        weights: by BERT's names, `*_query` for the queries' feed-forwards; and `query [q, h]`.
         heads: of attention.
     """
 
@@ -43,12 +42,12 @@ class QFormer:
             raise UserError(f"a Q-Former is trained and has no {lacks!r}: load the weights of a checkpoint")
 
     def __call__(self, ids: Tensor, mask: Tensor, context: Tensor, *, queries: int | None = None) -> Tensor:
-        """What the queries have read, [B, q, h].
+        """The queries' final hidden states, [B, q, h].
 
         Args:
-            ids: [B, L] int64 of the question; mask: [B, L], 0 where it is padding.
+            ids: [B, L] int64 of the question; mask: [B, L], 0 for padding.
             context: [B, N, C].
-            queries: how many of them run; default all.
+            queries: number of queries to run, the first ones; default: all.
         """
         w = self.weights
         query = w["query"][:queries]
@@ -68,7 +67,7 @@ class QFormer:
         return hidden[:, :asked]
 
     def _names(self) -> list[str]:
-        """Of all weights that are used."""
+        """Names of all weights used."""
         names = ["query", *(f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))]
         modules = ["bert.embeddings.LayerNorm"]
         for number in range(self.layers):

@@ -1,3 +1,3 @@
-"""HoliTom as pure functions: where segments begin (`segments`), and what stays of them (`compress`).
-`earlytom.methods.published.holitom` is the method made of them; what it does inside the language model is
+"""HoliTom as pure functions: segmentation (`segments`) and compression of segments (`compress`).
+`earlytom.methods.published.holitom` is the method built on them; merging inside the language model is
 `earlytom.inner`."""

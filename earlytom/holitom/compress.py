@@ -1,12 +1,12 @@
-"""HoliTom after the projector: one token for what stands still, the most attended of what moves.
+"""HoliTom after the projector: static positions are averaged over time, and of dynamic ones the most attended are kept.
 
-In each segment (`earlytom.holitom.segments`) a static position is averaged over the frames, and of the averages the
-density peaks stay, each with a share of those that join it. Of the other positions every frame keeps those that receive
-most attention. Both keep a share r' of what they have, raised by what averaging has saved.
+In each segment (`earlytom.holitom.segments`) a static position is averaged over the frames, and density peaks (centres)
+of the averages are kept, each mixed with those that join it. Of the dynamic positions every frame keeps those that
+receive most attention. Both keep the share r' of their tokens: the ratio over the share that averaging leaves.
 
-Two forms, never to be mixed in one table. The released one (`faithful`) compares in the dtype of the features, lets a
-static region round to no token at all, and chooses a single centre by noise alone, as with one neighbour all densities
-are equal. The default compares in fp32, keeps a token of each static region, and counts three distances at least.
+There are two forms, never to be mixed in one table. The released one (`faithful`) compares in the features' dtype, may
+round a static region to no token, and chooses a single centre by noise alone, as with one neighbour all densities are
+equal. The default compares in fp32, keeps at least one token of each static region, and uses at least three neighbours.
 
 Notation: T frames, S positions a frame, D width, G segments, N tokens kept.
 """
@@ -24,19 +24,19 @@ from earlytom.density import by_peak, first_of, nearest, spacing
 from earlytom.errors import UserError
 from earlytom.holitom.segments import Segmentation, segment, similarity
 
-SEGMENTS = 4  # that are compressed at a time
+SEGMENTS = 4  # compressed at a time
 
 
 @dataclass(frozen=True)
 class HoliTomSettings:
-    """What the compression goes by.
+    """Settings of HoliTom.
 
     Attributes:
         ratio: share of the T * S tokens to keep, in (0, 1].
-        tau: a position stays the same, if its cosine with itself one frame later is above this.
-        beta: weight of a centre beside the mean of those that join it; None takes the mean of all of them.
-        neighbours: K, distances that make a density.
-        max_window: frames of a segment at most.
+        tau: a position is unchanged if its cosine with itself one frame later is above this.
+        beta: weight of a centre against the mean of those that join it; None: the mean of all of them.
+        neighbours: nearest neighbours for densities; at most the segment's centres (by default at least three).
+        max_window: the most frames of a segment.
         faithful: the released form.
     """
 
@@ -50,13 +50,13 @@ class HoliTomSettings:
 
 @dataclass(frozen=True)
 class HoliTomTokens:
-    """What stays of a video, in the released order: segments in time, in each first the static tokens by position,
-    then frame by frame the others by position.
+    """The kept tokens of a video, in the released order: segment by segment, first the static tokens by position, then
+    the dynamic ones by frame and position.
 
     Attributes:
         tokens: [N, D] in the dtype of the features.
-        positions: [N] int64, `frame * S + position`, a static token's frame being the first of its segment.
-        last: [N] int64, the last frame that each token is of.
+        positions: [N] int64, `frame * S + position`; a static token's frame is the first of its segment.
+        last: [N] int64, the last frame that each token stands for.
         segmentation: the segments.
         effective: r'.
         centres: for each segment that has any, its centres by falling score, as positions.
@@ -78,8 +78,8 @@ def compress(
     Args:
         features: [T, S, D], any float dtype.
         attention: [T, S] received attention.
-        noise: [n] in [0, 1), one for each static position of each segment that keeps centres, in order (more are left
-            over); None is none.
+        noise: [n] in [0, 1), a value for each static position of each segment that keeps centres, in order; further
+            values are not used. None: no noise.
     """
     if features.dim() != 3 or attention.shape != features.shape[:2]:
         raise UserError(
@@ -94,7 +94,7 @@ def compress(
     static = compress_static(features, found, centres, settings, noise)
     first, lengths = found.bounds[:, 0], found.bounds[:, 1] - found.bounds[:, 0] + 1
     moving = keep_dynamic(attention, found, np.repeat(dynamic, lengths))
-    # Two slots for each position of each frame: the static tokens of a segment that begins there go first.
+    # Two slots for each position of each frame: static tokens of a segment that begins there precede dynamic ones.
     total = int(centres.sum() + (dynamic * lengths).sum())
     begins = torch.from_numpy(first).to(device)
     slots = torch.zeros(frames, 2, per_frame, dtype=torch.bool, device=device)
@@ -114,12 +114,12 @@ def compress(
 
 
 def effective_share(ratio: float, tokens: int, saved: int) -> float:
-    """r': the share of what averaging leaves that is `ratio` of all, at most all of it."""
+    """r': the share of the tokens left by averaging that equals `ratio` of all `tokens`, at most 1."""
     return min(ratio / ((tokens - saved) / tokens), 1.0)
 
 
 def counts(found: Segmentation, effective: float, per_frame: int, faithful: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Of each segment how many centres, and how many dynamic tokens of each frame, [G] int64 both, on the host."""
+    """Each segment's number of centres and of dynamic tokens a frame, both [G] int64, on the host."""
     static = found.static_counts
     centres = np.rint(static * effective).astype(np.int64)  # half to even
     if not faithful:
@@ -130,8 +130,8 @@ def counts(found: Segmentation, effective: float, per_frame: int, faithful: bool
 
 @dataclass(frozen=True)
 class StaticTokens:
-    """What stays of the static positions: centre [G, S] bool, values [sum C, D] in that order, and the centres of each
-    segment that has any, by falling score, as positions."""
+    """The kept static tokens: centre [G, S] bool, values [sum C, D] in that order, and the centres of each segment that
+    has any, by falling score, as positions."""
 
     centre: Tensor
     values: Tensor
@@ -143,14 +143,13 @@ def compress_static(
 ) -> StaticTokens:
     """Average the static positions of each segment, and keep `centres [G]` of them.
 
-    A few segments at a time, those with as many static positions together: little is padded, and what is compared
-    stays in the cache.
+    `SEGMENTS` at a time, sorted by static positions: there is little padding, and distances stay in the CPU's cache.
     """
     centre = torch.zeros(len(centres), features.shape[1], dtype=torch.bool, device=features.device)
     chosen = np.flatnonzero(centres)
     values: dict[int, Tensor] = {}
     by_score: dict[int, Tensor] = {}
-    begins = np.cumsum(found.static_counts[chosen]) - found.static_counts[chosen]  # of each one's noise
+    begins = np.cumsum(found.static_counts[chosen]) - found.static_counts[chosen]  # offsets into the noise
     first = dict(zip(chosen.tolist(), begins.tolist(), strict=True))
     by_size = chosen[np.argsort(-found.static_counts[chosen], kind="stable")]
     for some in np.split(by_size, range(SEGMENTS, len(by_size), SEGMENTS)) if len(by_size) else ():
@@ -173,11 +172,11 @@ def _static_of(
     settings: HoliTomSettings,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the segments `some [g]`: which positions are centres [g, S] bool, their values [sum C, D], and positions by
-    falling score [g, n]."""
+    """For the segments `some [g]`: centres [g, S] bool, their values [sum C, D], and positions by falling score [g, n]
+    int64."""
     device, counts = features.device, found.static_counts[some]
     valid = found.static.index_select(0, torch.from_numpy(some).to(device))
-    places = (~valid).byte().argsort(dim=-1, stable=True)[:, : int(counts.max())]  # the static positions go first
+    places = (~valid).byte().argsort(dim=-1, stable=True)[:, : int(counts.max())]  # static positions first
     valid = valid.gather(1, places)
     means = segment_means(features, found.bounds[some])
     means = means.gather(1, places[:, :, None].expand(-1, -1, means.shape[-1]))
@@ -196,18 +195,18 @@ def _static_of(
 
 
 def segment_means(features: Tensor, bounds: np.ndarray) -> Tensor:
-    """The mean over the frames of each of some segments, `features [T, S, D]` and `bounds [G, 2]` to [G, S, D] fp32."""
+    """The mean over each segment's frames, `features [T, S, D]` and `bounds [G, 2]` to [G, S, D] fp32."""
     return torch.stack([features[first : last + 1].float().mean(0) for first, last in bounds.tolist()])
 
 
 def fold(means: Tensor, apart: Tensor, valid: Tensor, own: Tensor, most: int, total: int, beta: float | None) -> Tensor:
-    """Values of the centres `own [G, n]` bool, by position, [total, D] fp32: each with its share of those that join it.
+    """Values of the centres `own [G, n]` bool, by position, [total, D] fp32, each mixed with those that join it.
 
     Args:
-        most: the most centres a segment has.
+        most: the most centres of a segment.
     """
     owner = nearest(apart, own)
-    at = (~own).byte().argsort(dim=-1, stable=True)[:, :most]  # the centres by position, then what is none
+    at = (~own).byte().argsort(dim=-1, stable=True)[:, :most]  # centres first, by position
     joins = (owner[:, None] == at[:, :, None]) & valid[:, None] & ~own[:, None]  # [G, most, n]
     members = joins.sum(-1, keepdim=True)
     centre = means.gather(1, at[:, :, None].expand(-1, -1, means.shape[-1]))
@@ -221,8 +220,7 @@ def fold(means: Tensor, apart: Tensor, valid: Tensor, own: Tensor, most: int, to
 
 
 def keep_dynamic(attention: Tensor, found: Segmentation, kept: np.ndarray) -> Tensor:
-    """[T, S] bool: of each frame's dynamic positions the `kept [T]` that receive most attention; of equal ones the
-    first."""
+    """[T, S] bool: each frame's `kept [T]` dynamic positions that receive most attention; of equal ones the first."""
     lengths = torch.from_numpy(found.bounds[:, 1] - found.bounds[:, 0] + 1).to(attention.device)
     static = found.static.repeat_interleave(lengths, 0, output_size=len(attention))
     order = attention.float().masked_fill(static, -math.inf).argsort(dim=-1, descending=True, stable=True)

@@ -1,11 +1,11 @@
-"""HoliTom's segments: the cuts that leave most tokens to be saved.
+"""HoliTom's segments: the cuts that save most tokens.
 
-A position is static in a segment, if it changes at none of the segment's transitions. Its copies become one token, so
-a segment of L frames with c static positions saves c * (L - 1) tokens; cuts are such that the sum is greatest. There is
-no price for a cut and no number of segments beforehand.
+A position is static in a segment if it is unchanged at every transition of the segment. Its copies become one token, so
+a segment of L frames with c static positions saves c * (L - 1) tokens. The cuts maximise the sum; cuts cost nothing,
+and the number of segments is free.
 
-What a segment would save is a table of [T, T] on the device; the best cuts are found on the host, which waits for it
-once: how many tokens there will be, only the video tells.
+Static positions of all possible segments are a [T, T] table made on the device; the best cuts are found on the host,
+which waits for that table once.
 
 Notation: T frames, S positions a frame, D width, G segments.
 """
@@ -30,9 +30,9 @@ class Segmentation:
 
     Attributes:
         bounds: [G, 2] int64 on the host: first and last frame, inclusive.
-        static_counts: [G] int64 on the host: static positions of each; 0 of a segment of one frame.
-        saved: tokens that are saved when each static position becomes one token.
-        static: [G, S] bool on the device: which positions are static.
+        static_counts: [G] int64 on the host: static positions of each; 0 for a segment of one frame.
+        saved: tokens saved by making each static position one token.
+        static: [G, S] bool on the device: the static positions.
     """
 
     bounds: np.ndarray
@@ -43,7 +43,7 @@ class Segmentation:
 
 def similarity(features: Tensor, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
     """Cosine of each position with itself one frame later, `features [T, S, D]` to [T-1, S], computed in `dtype` (None:
-    that of the features, as released)."""
+    the features', as released)."""
     x = features if dtype is None else features.to(dtype)
     # A few frames at a time: their products stay in the cache, and a long video is read from memory once.
     blocks = list(zip(x[:-1].split(BLOCK), x[1:].split(BLOCK), strict=True))
@@ -53,7 +53,8 @@ def similarity(features: Tensor, *, dtype: torch.dtype | None = torch.float32) -
 
 
 def steady_since(steady: Tensor) -> Tensor:
-    """The first frame from which each position has not changed up to each frame, `steady [T-1, S]` bool to [T, S]."""
+    """For each frame and position, the first frame since which it is unchanged, `steady [T-1, S]` bool to [T, S]
+    int64."""
     frames = torch.arange(1, steady.shape[0] + 1, device=steady.device)[:, None]
     changed = torch.where(steady, 0, frames)
     first = torch.zeros_like(changed[:1]) if len(changed) else changed.new_zeros(1, steady.shape[1])
@@ -61,16 +62,14 @@ def steady_since(steady: Tensor) -> Tensor:
 
 
 def static_table(since: Tensor) -> Tensor:
-    """How many positions are static from frame a to frame b, `since [T, S]` to [T (b), T (a)] int64."""
+    """Number of positions that are static from frame a to b, `since [T, S]` to [T (b), T (a)] int64."""
     begun = torch.zeros(since.shape[0], since.shape[0], dtype=torch.int64, device=since.device)
-    return begun.scatter_add(1, since, torch.ones_like(since)).cumsum(1)  # whole numbers, so any order will do
+    return begun.scatter_add(1, since, torch.ones_like(since)).cumsum(1)  # whole numbers: any order
 
 
 def best_cuts(table: np.ndarray, max_window: int) -> list[tuple[int, int]]:
-    """The segments that save most, of at most `max_window` frames; of equally good ones the shorter last segment.
-
-    Args:
-        table: [T (b), T (a)], static positions from frame a to frame b.
+    """First and last frames of the segments that save most, of at most `max_window` frames; ties go to the shorter last
+    segment. `table` is that of `static_table`.
     """
     frames = len(table)
     index = np.arange(frames)
@@ -90,7 +89,7 @@ def best_cuts(table: np.ndarray, max_window: int) -> list[tuple[int, int]]:
 
 
 def segment(steady: Tensor, max_window: int = 1024) -> Segmentation:
-    """Segments of T frames, of which `steady [T-1, S]` bool says which positions stay from each to the next."""
+    """The segments of T frames; `steady [T-1, S]` bool: the positions unchanged from each frame to the next."""
     if steady.dim() != 2:
         raise UserError(f"what stays the same must be [frames - 1, positions], got {list(steady.shape)}")
     since = steady_since(steady)

@@ -1,7 +1,7 @@
-"""Methods, by name: who decides which frames and which tokens of a video the LLM sees.
+"""Methods by name. A method decides which frames and which tokens of a video the LLM sees.
 
-What a method is, and when its hooks are called, says `earlytom.method.Method`. A new one is a module here and its
-class in `METHODS`, or `published.PUBLISHED`; README.md here shows one. To be built into an engine it also needs its
+`earlytom.method.Method` documents the interface and when its hooks are called. A new method is a module here and its
+class in `METHODS` or `published.PUBLISHED`; README.md here shows one. To be built into an engine it also needs its
 steps in ONNX, see `builder.export.vision.FORMS`.
 """
 
@@ -29,7 +29,7 @@ def by_name(name: str, settings: Mapping[str, Any]) -> Method:
     """The method `name` with its settings as `Method.to_dict` gives them.
 
     Raises:
-        UserError: there is no such method, it needs trained modules, or these are no settings of it.
+        UserError: an unknown method, one that needs trained modules, or an unknown or invalid setting.
     """
     if name in NEED_TRAINING:
         raise UserError(f"method {name!r} needs trained modules: {NEED_TRAINING[name]}")
@@ -39,7 +39,7 @@ def by_name(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def method_of(config: MethodSettings | Method) -> Method:
-    """A method as it is, or the one whose settings these are."""
+    """The method that belongs to some settings; a method is returned as it is."""
     if isinstance(config, Method):
         return config
     if isinstance(config, UntouchedConfig):
@@ -48,7 +48,7 @@ def method_of(config: MethodSettings | Method) -> Method:
 
 
 def several(method: Method, videos: int) -> Method:
-    """The decisions of several videos at once, each as `method` takes them. Raises UserError where it cannot."""
+    """A method that applies `method` to each of several videos at once. Raises UserError if there is none."""
     if isinstance(method, EarlyTom):
         return EachVideo(method, videos)
     if isinstance(method, Cells):

@@ -1,8 +1,8 @@
 """The method "cells": frames are merged cell by cell inside the tower, diverse tokens are taken after the projector.
 
-`Cells` is the method; its steps that depend on the video (`plan`, `take`) are those of `earlytom.cells`; who computes
-them otherwise (an exporter) overrides them. `EachCells` takes the decisions of several videos at once. No received
-attention is needed, so every layer of the tower can run fused.
+`Cells` is the method. Its steps that depend on the video (`plan`, `take`) come from `earlytom.cells`; an exporter
+overrides them. `EachCells` handles several videos at once. No received attention is needed, so every layer of the tower
+can use fused attention.
 
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, P tokens after pooling, D
 tower width, E LLM width, M = F' P, N tokens taken.
@@ -31,13 +31,13 @@ from earlytom.standing import places, size_bias
 
 @dataclass(kw_only=True)
 class CellsState(State):
-    """What has become of the cells.
+    """The state of merged cells.
 
     Attributes:
-        cell_size, cell_time: [F', S] fp32, of how many original cells each is made, and which frame of the video it
-            shows; None before the first merge, where every cell is its own.
-        made: [T, F', F] fp32, what each token inside the tower is made of; None likewise.
-        affine: [M, M] fp32, how much tokens resemble each other; known from `choose` on.
+        cell_size, cell_time: [F', S] fp32, the number of original cells merged into each, and the frame of the video
+            that it shows; None before the first merge.
+        made: [T, F', F] fp32, weight of each input frame in each token inside the tower; None likewise.
+        affine: [M, M] fp32, similarity of tokens; set by `choose`.
     """
 
     cell_size: Tensor | None = None
@@ -64,7 +64,7 @@ class Cells(Method):
         return self.config.to_dict()
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
-        """As many tokens as EarlyTom's budget schedule has, so that both can be compared."""
+        """The same as EarlyTom's with the budget schedule, so that both can be compared."""
         if self.config.schedule == "adaptive":
             return None
         stages = frames_per_stage(frames, merges=len(self.layers), frame_budget=self.config.frame_budget)
@@ -82,14 +82,12 @@ class Cells(Method):
     # The steps that depend on the video
 
     def plan(self, hidden: Tensor, frames_out: int | None, prefix: int) -> CellPlan:
-        """`hidden [F, T, D]`, of which the first `prefix` tokens are no cells, to what becomes of its frames.
-
-        `None` frames: adaptive.
-        """
+        """The merge of `hidden [F, T, D]` to `frames_out` frames (None: adaptive); `prefix` leading tokens are no
+        cells."""
         return plan_cells(hidden, frames_out, self.config.power, prefix, threshold=self.config.threshold)
 
     def take(self, salient: Tensor, alike: Tensor, count: int) -> Tensor:
-        """`salient [M]` and `alike [M, M]` fp32 to the `count` tokens that are taken, [N] int64, ascending."""
+        """Indices of `count` tokens, [N] int64 ascending, from saliency `[M]` and similarity `[M, M]`, both fp32."""
         if self.config.rounds is None:
             return ops.select_greedy(salient, alike, count)
         return select_rounds(salient, alike, count, self.config.rounds)
@@ -99,13 +97,13 @@ class Cells(Method):
     def after_layer(
         self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
     ) -> tuple[Tensor, Tensor | None]:
-        """Stage I."""
+        """Stage I: merge frames cell by cell."""
         assert isinstance(state, CellsState)  # `begin` made it
         frames_out = self._planned(state.frames)[len(state.stages)]
         tower, prefix = state.vision.tower, state.vision.tower.prefix
         plan = each_its_own(hidden) if frames_out == len(hidden) else self.plan(tower.own(hidden), frames_out, prefix)
         frames_out = len(plan.member)
-        if frames_out < len(hidden):  # else each frame is a group
+        if frames_out < len(hidden):  # otherwise nothing is merged
             state.cell_size, state.cell_time = merge_marks(plan, *marks(state, hidden[:, prefix:]))
             state.made = plan.weights if state.made is None else plan.weights @ state.made
             state.sources = state.made[prefix:].mean(0)
@@ -115,7 +113,7 @@ class Cells(Method):
         return hidden, received
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        """Stage II."""
+        """Stage II: take diverse tokens."""
         assert isinstance(state, CellsState)
         every = features.flatten(0, 1)
         tokens = state.vision.own(every)
@@ -130,7 +128,7 @@ class Cells(Method):
         return every.index_select(0, taken), taken
 
     def standing(self, features: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """As in `Method`, from what `choose` found: how much tokens resemble each other is not computed again."""
+        """As in `Method`, from the similarities that `choose` left in `state`."""
         assert isinstance(state, CellsState)
         assert state.affine is not None
         assert state.size is not None
@@ -139,29 +137,29 @@ class Cells(Method):
         return places(state.time, positions, features.shape[1]), size_bias(sizes)
 
     def _planned(self, frames: int) -> tuple[int | None, ...]:
-        """Frames before the first merge and after each one; None where only the video will tell (adaptive schedule)."""
+        """Frames before the first merge and after each one; None where they depend on the video (adaptive schedule)."""
         merges = len(self.layers)
         if self.config.schedule == "adaptive":
             return (frames, *([None] * merges))
         return frames_per_stage(frames, merges=merges, frame_budget=self.config.frame_budget)
 
     def _tokens(self, frames: int, frames_left: int, per_frame: int) -> int:
-        """N of a video of `frames` frames, whichever schedule left so many of them."""
+        """N for a video of `frames` frames, of which `frames_left` remain."""
         return token_count(frames, per_frame, self.config.retention_ratio, frames_out=frames_left)
 
 
 @dataclass(kw_only=True)
 class SeveralStates(State):
-    """Of several videos; `each` has one for each of them."""
+    """The states of several videos, one each in `each`."""
 
     each: list[State]
 
 
 class EachCells(Cells):
-    """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
+    """`method` on each of several videos, whose frames are concatenated video by video.
 
-    Frame counts are those of one video. What belongs to a video has a leading B: sources [B, F', F], tokens
-    [B, N, E], positions, place and bias [B, N].
+    Frame counts are per video. Results have a leading B: sources [B, F', F], tokens [B, N, E], positions, place and
+    bias [B, N].
     """
 
     def __init__(self, method: Cells, videos: int) -> None:
@@ -212,14 +210,14 @@ class EachCells(Cells):
 
 
 def each_its_own(hidden: Tensor) -> CellPlan:
-    """The plan that leaves all frames of `hidden [F, T, D]` as they are."""
+    """The plan that merges no frames of `hidden [F, T, D]`."""
     frames, tokens = hidden.shape[:2]
     eye, index = torch.eye(frames, device=hidden.device), torch.arange(frames, device=hidden.device)
     return CellPlan(eye.expand(tokens, -1, -1), eye, index[:, None].expand(-1, tokens))
 
 
 def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Sizes and times [F', S] so far of `cells [F', S, ...]`."""
+    """Current sizes and times [F', S] fp32 of `cells [F', S, ...]`."""
     if state.cell_size is None or state.cell_time is None:
         frames, count = cells.shape[:2]
         time = torch.arange(frames, dtype=torch.float32, device=cells.device)
@@ -228,7 +226,7 @@ def marks(state: CellsState, cells: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled_marks(state: CellsState, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Sizes and times [F', P] of tokens `features [F', P, E]`, through the pooling that made them; times are whole."""
+    """Sizes and times [F', P] fp32 of `features [F', P, E]`, pooled as the tokens were; times are rounded."""
     size, time = marks(state, features)
     if state.cell_size is not None:
         size, time = state.vision.pool(torch.stack([size, time], -1)).unbind(-1)

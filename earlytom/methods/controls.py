@@ -1,7 +1,6 @@
-"""Controls: simple ways of getting as few tokens, which a method has to beat. None merges frames inside the tower.
+"""Controls: simple baselines that a method has to beat at equal token counts. None merges frames inside the tower.
 
-Each is given the number of tokens or frames to keep, so that it can be compared at equal counts. Tokens come in time
-order, and in raster order within a frame.
+Each is given the number of tokens or frames to keep. Tokens come in time order, and in raster order within a frame.
 
 Notation: F frames, P tokens a frame, E LLM width, N tokens kept.
 """
@@ -48,9 +47,9 @@ class RandomTokens(_Control):
     """N of the video's F * P tokens, drawn at random.
 
     Attributes:
-        tokens: N; of a video that has fewer, all of them.
-        seed: of the draw.
-        video: a number of the video, so that every one has a draw of its own.
+        tokens: N; all tokens of a video that has fewer.
+        seed: of the random generator, together with `video` and N.
+        video: the video's number, so that videos have different draws.
     """
 
     name = "random"
@@ -72,15 +71,15 @@ class RandomTokens(_Control):
 
 @dataclass(frozen=True)
 class EvenFrames(_Control):
-    """Evenly spaced frames, whole, first and last among them (the middle one if it is one). Decided before encoding, so
-    the other frames cost nothing.
+    """All tokens of evenly spaced frames, the first and last included (the middle one if it is one frame). Chosen
+    before encoding, so that other frames cost nothing.
 
     Attributes:
-        keep: how many; of a video that has fewer, all of them.
+        keep: number of frames; all frames of a video that has fewer.
     """
 
     name = "frames"
-    streams = True  # decides by neither
+    streams = True  # reads no features
     keep: int
 
     def __post_init__(self) -> None:
@@ -106,8 +105,8 @@ class TopK(_Control):
     """The N tokens of highest received attention in the whole video; ties go to the earlier token.
 
     Attributes:
-        tokens: N; of a video that has fewer, all of them.
-        layer: the encoder layer whose received attention counts.
+        tokens: N; all tokens of a video that has fewer.
+        layer: the encoder layer whose received attention is used.
     """
 
     name = "top-k"
@@ -140,11 +139,12 @@ class TopK(_Control):
 
 @dataclass(frozen=True)
 class Pooling(_Control):
-    """Averages over the cells of a grid in time and space, see `pooling_grid`; a position is that of a cell's middle.
+    """Adaptive average pooling over time, rows and columns, see `pooling_grid`; positions are those of the pooled
+    regions' centres.
 
     Attributes:
-        tokens: N at most.
-        keep_frames: shrink space alone.
+        tokens: the most tokens to keep.
+        keep_frames: pool rows and columns only.
     """
 
     name = "pooling"
@@ -155,14 +155,14 @@ class Pooling(_Control):
         whole("tokens", self.tokens, 1)
 
     def counts(self, frames: int, tokens_per_frame: int) -> None:
-        """How many cells fit depends on the rows and columns of a frame."""
+        """Unknown: the pooling grid depends on a frame's rows and columns."""
         return
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         frames, (rows, columns) = len(features), state.cells
         grid = pooling_grid(frames, state.cells, self.tokens, keep_frames=self.keep_frames)
         axes = [torch.arange(cells, device=features.device) for cells in grid]
-        # The middle of what `adaptive_avg_pool3d` averages.
+        # The centres of the regions that `adaptive_avg_pool3d` averages.
         time, row, column = (
             (axis * size // cells + ((axis + 1) * size + cells - 1) // cells - 1) // 2
             for axis, size, cells in zip(axes, (frames, rows, columns), grid, strict=True)
@@ -172,7 +172,7 @@ class Pooling(_Control):
 
 
 def even_frames(frames: int, count: int) -> tuple[int, ...]:
-    """`count` evenly spaced ones of `frames` frames, first and last among them; the middle one if it is one."""
+    """Indices of `count` evenly spaced frames of `frames`, first and last included; of one, the middle."""
     if count == 1:
         return (frames // 2,)
     return tuple(round(index * (frames - 1) / (count - 1)) for index in range(count))
@@ -181,11 +181,11 @@ def even_frames(frames: int, count: int) -> tuple[int, ...]:
 def pooling_grid(
     frames: int, cells: tuple[int, int], tokens: int, *, keep_frames: bool = False
 ) -> tuple[int, int, int]:
-    """Into (time, rows, columns) cells `frames` grids of `cells` (rows, columns) are averaged, `tokens` at most.
+    """The pooled (time, rows, columns), of at most `tokens` cells, for `frames` frames of `cells` (rows, columns).
 
-    Rows and columns shrink alike, to one row or column. Of the grids that use all but a twentieth of the most tokens
-    possible, the one that shrinks time, rows and columns most evenly. With `keep_frames` time is not shrunk, unless
-    there are fewer tokens than frames.
+    Rows and columns shrink by about the same factor, to one at least. Of the grids with at least 95 % of the most cells
+    possible, it is the one whose time, rows and columns shrink most evenly. With `keep_frames` time is not shrunk,
+    unless there are fewer tokens than frames.
     """
     high, wide = cells
 
@@ -207,6 +207,6 @@ def pooling_grid(
 
 
 def averaged(features: Tensor, cells: tuple[int, int], grid: tuple[int, int, int]) -> Tensor:
-    """[F, P, E], P = rows * columns of `cells`, averaged to the cells of a grid, [time * rows * columns, E]."""
+    """Adaptive average pooling of [F, P, E], P = rows * columns of `cells`, to `grid`: [time * rows * columns, E]."""
     volume = features.unflatten(1, cells).permute(3, 0, 1, 2)  # [E, F, rows, columns]
     return torch.nn.functional.adaptive_avg_pool3d(volume, grid).flatten(1).T

@@ -1,8 +1,8 @@
-"""EarlyTom: frames are merged inside the tower, and the tokens that matter are chosen after the projector.
+"""EarlyTom: similar frames are merged inside the tower, and tokens are selected after the projector.
 
-`EarlyTom` is the method; its steps that depend on the video (`similarity`, `plan`, `select`, `select_varying`) are the
-operators of `earlytom.ops`; who computes them otherwise (an exporter, a clock) overrides them. `EachVideo` takes the
-decisions of several videos at once.
+`EarlyTom` is the method. Its steps that depend on the video (`similarity`, `plan`, `select`, `select_varying`) are
+overridden by an exporter or a timer; by default they call `earlytom.ops` and `earlytom.select`. `EachVideo` handles
+several videos at once.
 
 Notation: B videos, F frames, F' frames left, T = S + prefix tokens a frame inside the tower, P tokens after pooling, D
 tower width, E LLM width, N tokens kept.
@@ -38,7 +38,7 @@ class EarlyTom(Method):
         self.config = config
         self.layers = config.merge_layers
         if config.merges_inside:
-            assert config.inner_layer is not None  # that is what merges_inside says
+            assert config.inner_layer is not None  # `merges_inside` implies it
             self.inner = InnerSettings(config.inner_layer, config.inner_ratio)
 
     @classmethod
@@ -68,25 +68,29 @@ class EarlyTom(Method):
     # The steps that depend on the video
 
     def similarity(self, hidden: Tensor) -> Tensor:
-        """`hidden [F, S, D]` to [F, F] fp32."""
+        """Similarity of frames, [F, F] fp32, from `hidden [F, S, D]`."""
         return ops.frame_similarity(hidden)
 
     def plan(self, similarity: Tensor, frames_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`similarity [F, F]` to weights [F', F], segment start [F], static [F] bool. `None` frames: adaptive."""
+        """Merge weights [F', F] fp32, segment starts [F] int64 and static [F] bool from `similarity [F, F]`.
+
+        `frames_out` is F', None with the adaptive schedule.
+        """
         c = self.config
         weights, static, start, count = ops.frame_plan(similarity, frames_out, c.tau, c.max_window, c.ema, c.trailing)
         if frames_out is None:
-            weights = weights[: int(count)]  # the adaptive schedule's one wait for the device
+            weights = weights[: int(count)]  # the adaptive schedule's one host sync
         return weights, start, static
 
     def select(self, features: Tensor, received: Tensor, static: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        """Exactly `places` tokens of every frame: tokens [F' * places, E], positions [F' * places]."""
+        """`places` tokens of every frame: tokens [F' * places, E], positions [F' * places] int64."""
         return ops.select_tokens(features, received, static, places)
 
     def select_varying(
         self, features: Tensor, received: Tensor, static: Tensor, places: int, windows: int
     ) -> tuple[Tensor, Tensor]:
-        """`places` tokens of a dynamic frame, `windows` of a static one: tokens [N, E], positions [N]. Waits."""
+        """`places` tokens of a dynamic frame, `windows` of a static one, with a host sync: tokens [N, E], positions [N]
+        int64."""
         return select_varying(features, received, static, places, windows)
 
     # The hooks
@@ -94,7 +98,7 @@ class EarlyTom(Method):
     def after_layer(
         self, layer: int, hidden: Tensor, received: Tensor | None, state: State, note: Note
     ) -> tuple[Tensor, Tensor | None]:
-        """Stage I: merge frames that say the same."""
+        """Stage I: merge similar frames."""
         tower = state.vision.tower
         similarity = self.similarity(tower.own(hidden)[:, tower.prefix :])
         weights, _, _ = self.plan(similarity, self._planned(state.frames)[len(state.stages)])
@@ -105,19 +109,19 @@ class EarlyTom(Method):
         return hidden, None if received is None else apply_weights(weights, received)
 
     def look(self, hidden: Tensor, state: State) -> None:
-        """The final segments are those of the merged frames."""
+        """Set the final segments, from the merged frames."""
         tower = state.vision.tower
         final = self.similarity(tower.own(hidden)[:, tower.prefix :])
         _, state.start, state.static = self.plan(final, state.stages[-1])
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        """Stage II."""
+        """Stage II: select tokens."""
         assert relevance is not None  # a layer is watched
-        assert state.static is not None  # and was looked at
+        assert state.static is not None  # `look` set it
         return self.keep(features, relevance, state.static, state.frames)
 
     def keep(self, features: Tensor, relevance: Tensor, static: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-        """The tokens that stay of a video of `frames` frames, which are F' now: tokens [N, E], positions [N] int64."""
+        """The kept tokens [N, E] and their positions [N] int64, of a video of `frames` frames merged to F'."""
         kept, per_frame = static.shape[-1], features.shape[1]
         effective = effective_ratio(self.config.retention_ratio, frames, kept)
         places = dynamic_tokens(per_frame, effective)
@@ -131,7 +135,7 @@ class EarlyTom(Method):
         return self.select_varying(features, relevance, static, places, windows)
 
     def _planned(self, frames: int) -> tuple[int | None, ...]:
-        """Frames before the first merge and after each one; None where only the video will tell (adaptive schedule)."""
+        """Frames before the first merge and after each one; None where they depend on the video (adaptive schedule)."""
         merges = len(self.layers)
         if self.config.schedule == "adaptive":
             return (frames, *([None] * merges))
@@ -139,10 +143,10 @@ class EarlyTom(Method):
 
 
 class EachVideo(EarlyTom):
-    """The decisions of several videos whose frames lie one video after the other, each as `method` takes them.
+    """`method` on each of several videos, whose frames are concatenated video by video.
 
-    Frame counts are those of one video. What belongs to a video has a leading B: similarity [B, F, F], weights and
-    sources [B, F', F], segment start and static [B, F], tokens [B, N, E], positions, place and bias [B, N].
+    Frame counts are per video. Results have a leading B: similarity [B, F, F], weights and sources [B, F', F], segment
+    start and static [B, F], tokens [B, N, E], positions, place and bias [B, N].
     """
 
     def __init__(self, method: EarlyTom, videos: int) -> None:

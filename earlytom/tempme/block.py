@@ -1,7 +1,7 @@
-"""TempMe's block: a transformer layer that joins clips, merges tokens across them, and again behind attention.
+"""TempMe's block: a transformer layer that joins clips and merges tokens across them, and merges again after attention.
 
-Tokens carry sizes: how many original tokens each is made of. A key of size s counts for s keys (proportional
-attention), and means are taken by size.
+Tokens carry sizes: the number of original tokens in each. A key of size s counts as s keys (proportional attention),
+and means are weighted by size.
 
 Notation: B entries (clips of all videos), n tokens, c of them protected, D width, H heads, K head width.
 """
@@ -21,13 +21,13 @@ from earlytom.tempme.schedule import LayerMerge
 
 @dataclass(frozen=True)
 class BlockForm:
-    """What differs between encoders.
+    """The parameters in which encoders differ.
 
     Attributes:
         heads: H.
         eps: of the layer norms.
         activation: of the feed-forward.
-        proportional: whether a key counts as often as its size.
+        proportional: whether attention is proportional to size.
         faithful: a clip that merges nothing before attention gets no temporal embedding.
     """
 
@@ -39,12 +39,12 @@ class BlockForm:
 
 
 Note = Callable[[str, Matching], None]
-"""Told each decision, "cross" or "intra"."""
+"""A callback for each decision: "cross" or "intra", and the matching."""
 
 
 def join(values: Tensor, group: int, protected: int) -> Tensor:
-    """`group` neighbouring entries become one: all protected tokens first, then all others, [B, n, D] to
-    [B / group, n * group, D]."""
+    """Join each `group` neighbouring entries, [B, n, D] to [B / group, n * group, D]: all protected tokens first, then
+    the others."""
     values = values.unflatten(0, (-1, group))
     return torch.cat([values[:, :, :protected].flatten(1, 2), values[:, :, protected:].flatten(1, 2)], 1)
 
@@ -66,12 +66,12 @@ def block(
         hidden: [B, n, D]; size: [B, n] fp32.
         weights: of the layer: qkv_w [3D, D], qkv_b, lora_a [R, D] and lora_b [3D, R] (both or neither), out_w, out_b,
             ln1_w, ln1_b, ln2_w, ln2_b, fc_w, fc_b, pr_w, pr_b.
-        merge: what it merges.
+        merge: the layer's part of the schedule.
         protected: c of each entry.
         temporal: [B, D], added to all tokens of an entry before clips are joined and merged.
 
     Returns:
-        both, of the entries and tokens that are left.
+        hidden and size after merging.
     """
     if merge.group > 1:
         hidden, size = across(hidden, size, merge, protected, temporal, form.faithful, note)
@@ -96,7 +96,7 @@ def across(
     faithful: bool,
     note: Note = lambda *_: None,
 ) -> tuple[Tensor, Tensor]:
-    """Join neighbouring clips and merge across them, by their hidden states; arguments as in `block`."""
+    """Join neighbouring clips and merge across them, by hidden states; arguments as in `block`."""
     placed = hidden
     if temporal is not None and (merge.across > 0 or not faithful):
         placed = hidden + temporal[:, None]
@@ -110,7 +110,7 @@ def across(
 
 
 def attention(normal: Tensor, size: Tensor, weights: Mapping[str, Tensor], form: BlockForm) -> tuple[Tensor, Tensor]:
-    """`normal [B, n, D]` to what attention adds, [B, n, D], and the mean key over heads, [B, n, K]."""
+    """Self-attention of `normal [B, n, D]`: its output [B, n, D] and the keys' mean over heads [B, n, K]."""
     projected = functional.linear(normal, weights["qkv_w"], weights["qkv_b"])
     if "lora_a" in weights:
         projected = projected + functional.linear(functional.linear(normal, weights["lora_a"]), weights["lora_b"])

@@ -1,7 +1,6 @@
 """TempMe as published: frames of a video through a CLIP encoder with trained adapters and temporal embeddings.
 
-Both are trained, so there is no use in this path without such weights, and none are made up: `TempMeVideo` takes them
-or refuses. What needs no training is the schedule and the merge step.
+`TempMeVideo` refuses to run without trained weights. The schedule and the merge step alone need no training.
 
 Notation: V videos, F frames, D width, E output width, R rank of the adapters.
 """
@@ -28,12 +27,12 @@ LAYER_WEIGHTS = (
 WHOLE_WEIGHTS = ("conv1", "class_embedding", "ln_pre_w", "ln_pre_b", "ln_post_w", "ln_post_b", "proj")
 
 Watch = Callable[[int, Tensor, Tensor, int, int], None]
-"""Told of each layer: its number, hidden states, sizes, protected tokens a clip, clips a video."""
+"""A callback after each layer: its number, hidden states, sizes, protected tokens a clip, clips a video."""
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """frames [V, F, E] of unit length, video [V, E] their mean over the valid ones; hidden [V * clips, n, D]."""
+    """frames [V, F, E] of unit length; video [V, E], the mean of valid frames; hidden [V * clips, n, D]."""
 
     frames: Tensor
     video: Tensor
@@ -48,8 +47,8 @@ class TempMeVideo:
     """The published path.
 
     Args:
-        weights: see `WHOLE_WEIGHTS`, `position` [1 + patches, D], and `LAYER_WEIGHTS` with the layers in front.
-        temporal: for each merge layer an embedding [clips, D] of each clip that arrives; None leaves them out.
+        weights: `WHOLE_WEIGHTS`, `position` [1 + patches, D], and `LAYER_WEIGHTS` stacked along a first axis of layers.
+        temporal: for each merge layer the embeddings [clips, D] of the clips before joining; None: no embeddings.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class TempMeVideo:
         watch: Watch = lambda *_: None,
         note: Callable[[int, str, Matching], None] = lambda *_: None,
     ) -> VideoFeatures:
-        """`pixels [V * F, 3, height, width]`, video after video, of which `valid [V, F]` are frames."""
+        """Features of `pixels [V * F, 3, height, width]`, video after video; `valid [V, F]`: False for padding."""
         w, frames = self.weights, valid.shape[1]
         hidden = self._embed(pixels)
         size = torch.ones(hidden.shape[:2], device=hidden.device)

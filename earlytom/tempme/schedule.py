@@ -1,12 +1,12 @@
-"""TempMe's schedule: how many tokens each layer of the encoder merges. It follows from numbers alone.
+"""TempMe's schedule: how many tokens each layer of the encoder merges. It depends on settings and token counts only.
 
-Before the first merge layer each frame merges a few of its tokens. At a merge layer neighbouring clips (of one frame,
-at first) are joined and merge a share of their tokens before attention, and another share behind it; so do the layers
-that follow.
+Before the first merge layer each layer merges a few tokens in every frame. At a merge layer neighbouring clips (of one
+frame at first) are joined; a share of their tokens is merged before attention, and another share after it. The layers
+after the first merge layer merge the second share only.
 
-The released form (`faithful`) has three quirks: too many tokens to merge are an error, not capped; a merge layer that
-joins nothing counts its second share as if the first had been merged; and no temporal embedding is added where nothing
-is merged before attention (see `earlytom.tempme.block`).
+The released form (`faithful`) has three quirks: a too large `each` is an error, not capped; a merge layer that joins
+nothing computes its second share as if the first had been merged; and no temporal embedding is added where nothing is
+merged before attention (see `earlytom.tempme.block`).
 
 Notation: m clips are joined to one, n tokens a clip, the first c of them protected.
 """
@@ -23,14 +23,14 @@ from earlytom.numbers import real, whole
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """What one layer does to every clip.
+    """One layer's merging in every clip.
 
     Attributes:
         group: m.
-        across: tokens merged before attention, of the joined clip.
-        within: tokens merged behind attention.
-        protected: c once clips are joined.
-        clips, tokens: clips of a video and tokens of each behind the layer.
+        across: tokens of the joined clip merged before attention.
+        within: tokens merged after attention.
+        protected: c after joining.
+        clips, tokens: clips of a video and tokens of each after the layer.
         merge_layer: which of the merge layers this is; None for others.
     """
 
@@ -45,14 +45,14 @@ class LayerMerge:
 
 @dataclass(frozen=True)
 class TempMeSchedule:
-    """Settings.
+    """Settings of TempMe.
 
     Attributes:
         each: tokens that each layer before the first merge layer merges in every frame.
         merge_layers: 0-based, ascending.
-        groups: how many clips each merge layer joins.
-        across, within: percent of the tokens that a merge layer merges before attention and behind it; layers that
-            follow the first merge layer merge `within`, too.
+        groups: clips that each merge layer joins to one.
+        across, within: percent of the tokens that a merge layer merges before and after attention; other layers after
+            the first merge layer merge `within` only.
         faithful: the released form.
     """
 
@@ -82,7 +82,7 @@ class TempMeSchedule:
         real("within", self.within, 0, 100)
 
     def plan(self, frames: int, tokens: int, depth: int, *, protected: int = 0) -> list[LayerMerge]:
-        """What each of `depth` layers does to `frames` frames of `tokens` tokens, of which `protected` lead each."""
+        """The merging of `depth` layers on `frames` frames of `tokens` tokens, of which the first are `protected`."""
         clips, plan, started = frames, [], False
         for layer in range(depth):
             which = self.merge_layers.index(layer) if layer in self.merge_layers else None
@@ -102,7 +102,7 @@ class TempMeSchedule:
         return plan
 
     def _shares(self, tokens: int, group: int, protected: int) -> tuple[int, int]:
-        """What a merge layer merges before attention and behind it."""
+        """Tokens that a merge layer merges before and after attention."""
         free, all_of = (tokens - protected) * group, tokens * group
         across = min(free // 2, int(all_of * (self.across / 100)))
         if group == 1 and not self.faithful:

@@ -1,7 +1,6 @@
 """VQToken's attention of the token hash over the codebook, with trained weights.
 
-It is no part of the released path to the language model. Its own initialisation gives outputs near zero, so it refuses
-to run before weights are loaded.
+The released path to the language model does not use it. It refuses to run before weights are loaded.
 
 Notation: T frames, S tokens a frame, K codes, D width, n = max(T, K).
 """
@@ -19,7 +18,7 @@ HEADS, INNER, EPS = 8, 2048, 1e-5
 
 
 class VQAttention(nn.Module):
-    """One decoder layer, norms behind its branches.
+    """One post-norm transformer decoder layer.
 
     Args:
         tokens: S; width: D, a multiple of 8.
@@ -38,7 +37,7 @@ class VQAttention(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor]) -> VQAttention:
-        """With the weights of a checkpoint, in PyTorch's names."""
+        """The module with a checkpoint's weights, by PyTorch's names."""
         query = weights.get("to_q_proj.weight")
         if query is None or query.dim() != 2:
             raise UserError("these are no weights of VQ-attention: to_q_proj.weight [D, S] is missing")
@@ -50,8 +49,8 @@ class VQAttention(nn.Module):
         return module
 
     def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
-        """`labels [T, S]`, the token hash, and `codes [K, D]` to [n, D]. Both are repeated to n rows, so the first
-        n mod K codes count once more."""
+        """`labels [T, S]`, the token hash, and `codes [K, D]` to [n, D]. Both are tiled to n rows, so the first n mod K
+        codes count once more."""
         if not self.trained:
             raise UserError("VQ-attention is trained and has no weights yet: make it with VQAttention.from_weights")
         rows = torch.arange(max(len(labels), len(codes)), device=codes.device)
@@ -60,5 +59,5 @@ class VQAttention(nn.Module):
 
 
 def _loaded(module: Any, incompatible: Any) -> None:
-    """Behind a load: a missing weight leaves the module untrained."""
+    """The hook after `load_state_dict`: a missing weight leaves the module untrained."""
     module.trained = not incompatible.missing_keys

@@ -1,14 +1,14 @@
-"""VQToken's codebook: the tokens of a video, by direction, in K clusters.
+"""VQToken's codebook: k-means of the directions of a video's tokens.
 
-Seeds are drawn one after the other, each with a probability that grows with the square of its distance to the nearest
-seed so far; then means and members are improved in turn. All draws are handed in, one uniform number each, so a result
-is a function of its arguments. Everything is decided in fp32, probabilities add up in fp64.
+Seeding is that of k-means++ (a row's probability is proportional to its squared distance to the nearest seed), followed
+by Lloyd's iterations. The uniform draws are arguments, so results are deterministic. Decisions are made in fp32;
+probabilities are summed in fp64.
 
-How many clusters may be chosen by the bend in the curve of what they leave: "released" reads the bend off by three, so
-that it mostly stays at the least number; "intended" is the bend. A third rule of the released code, by silhouettes,
-never looks at the clusters and gives the least number (16 for fewer than 50 tokens); it is here for comparison.
+K may be chosen at the elbow of the loss over K. Rule "intended" takes the elbow; "released" takes it as if the curve
+began at 3 clusters instead of 12, so that it mostly gives 12. The released code's third rule, "silhouette", never looks
+at the clusters and gives 12 (16 for fewer than 50 tokens); it is here for comparison.
 
-Nothing waits for the device but the choice of K, and on a CPU the end of a fit, so as not to go on for nothing.
+The host waits for the choice of K only, and on a CPU after each iteration, to end a fit early.
 
 Notation: M = T * S tokens, time-major, D width, K clusters.
 """
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from earlytom.errors import UserError
 
-LEAST = 12  # clusters that the adaptive choice starts from
-SILHOUETTE_TOKENS, SILHOUETTE_FEW = 50, 16  # with fewer tokens the rule by silhouettes gives that many clusters
+LEAST = 12  # the fewest clusters of the adaptive choice
+SILHOUETTE_TOKENS, SILHOUETTE_FEW = 50, 16  # below 50 tokens the "silhouette" rule gives 16 clusters
 FIXED_CAP, ADAPTIVE_CAP = 50, 100
 SPREAD = 1e-6  # added to squared distances: a row may be drawn twice
-CLOSE = 1e-4  # means that have moved less than this in all end the fit
-TIE = 2e-7  # cosines as near as this are equal: copies of a centre would else be told apart by rounding
+CLOSE = 1e-4  # a fit ends when the norm of all centres' moves is below this
+TIE = 2e-7  # cosines within this are equal: otherwise rounding would tell copies of a centre apart
 
 Rule = Literal["released", "intended", "silhouette"]
 
@@ -40,10 +40,10 @@ class Fit:
     """One run of k-means.
 
     Attributes:
-        seeds: [K] int64, rows that the centres started from.
+        seeds: [K] int64, rows of the initial centres.
         labels: [M] int64.
-        centres: [K, D] fp32 as the fit ends; the labels were found before their last update.
-        rounds: [] int64, how often labels were found.
+        centres: [K, D] fp32; where the cap on iterations ended the fit, updated once more after `labels`.
+        rounds: [] int64, iterations.
     """
 
     seeds: Tensor
@@ -53,7 +53,7 @@ class Fit:
 
 
 def directions(tokens: Tensor) -> Tensor:
-    """`tokens [M, D]` over their lengths, fp32; a token of zeros stays one."""
+    """`tokens [M, D]` divided by their lengths, fp32; a token of zeros remains zero."""
     x = tokens.float()
     return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -69,7 +69,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def seed_rows(unit: Tensor, uniforms: Tensor) -> Tensor:
-    """The rows of `unit [M, D]` that K centres start from, [K] int64, by K uniform draws `uniforms [K]` fp64."""
+    """K rows of `unit [M, D]` for the initial centres, [K] int64, from the draws `uniforms [K]` fp64."""
     rows = [(uniforms[0] * len(unit)).long().clamp_max(len(unit) - 1)]
     nearest = torch.full((len(unit),), math.inf, device=unit.device)
     for uniform in uniforms[1:]:
@@ -86,7 +86,7 @@ def assign(unit: Tensor, centres: Tensor) -> Tensor:
 
 
 def cluster_sums(values: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Sums [K, D] fp32 of `values [M, D]` by label, and how many there are, [K] fp32."""
+    """Sums [K, D] fp32 of `values [M, D]` by label, and the number of members, [K] fp32."""
     member = (labels == torch.arange(clusters, device=labels.device)[:, None]).float()
     return member @ values.float(), member.sum(1)
 
@@ -95,7 +95,7 @@ def fit(unit: Tensor, seeds: Tensor, cap: int = FIXED_CAP) -> Fit:
     """k-means from given rows.
 
     Args:
-        unit: [M, D] from `directions`; seeds: [K] int64; cap: rounds at most.
+        unit: [M, D] from `directions`; seeds: [K] int64; cap: the most iterations.
     """
     centres = unit.index_select(0, seeds)
     labels = torch.zeros(len(unit), dtype=torch.int64, device=unit.device)
@@ -114,24 +114,24 @@ def fit(unit: Tensor, seeds: Tensor, cap: int = FIXED_CAP) -> Fit:
 
 
 def fit_seeded(unit: Tensor, uniforms: Tensor, cap: int = FIXED_CAP) -> Fit:
-    """k-means with as many clusters as `uniforms [K]` fp64 has draws."""
+    """k-means with K clusters, seeded by the draws `uniforms [K]` fp64."""
     if uniforms.dim() != 1 or not len(uniforms):
         raise UserError(f"a codebook needs one uniform draw for each cluster, [K], got {list(uniforms.shape)}")
     return fit(unit, seed_rows(unit, uniforms), cap)
 
 
 def left_over(unit: Tensor, found: Fit) -> Tensor:
-    """J: the sum of squared distances of the rows to the centres of their labels, [] fp32."""
+    """J, the loss: the sum of squared distances of rows to the centres of their labels, [] fp32."""
     return ((unit - found.centres.index_select(0, found.labels)) ** 2).sum()
 
 
 def draws_needed(most: int) -> int:
-    """How many draws `fit_adaptive` may take: a fit of each size from the least on, and one more."""
+    """The most draws that `fit_adaptive` takes: for a fit of each size, and for the last one."""
     return sum(range(LEAST, most + 1)) + max(most, SILHOUETTE_FEW)
 
 
 def fit_adaptive(unit: Tensor, uniforms: Tensor, most: int, rule: Rule, cap: int = ADAPTIVE_CAP) -> list[Fit]:
-    """Fits of 12 to `most` clusters, then one with the number that they speak for, which is the result: the last.
+    """Fits of 12 to `most` clusters, then the result: a fit with the number of clusters that `rule` chooses.
 
     Args:
         uniforms: draws fp64, see `draws_needed`.
@@ -156,14 +156,14 @@ def _next_draws(uniforms: Tensor, fits: Sequence[Fit], count: int) -> Tensor:
 
 
 def bend(curve: Tensor, rule: Rule) -> int:
-    """The number of clusters where `curve`, J from 12 clusters on, bends most."""
+    """The number of clusters at the elbow of `curve`, J from 12 clusters on, by `rule` "released" or "intended"."""
     second = curve[2:] - 2 * curve[1:-1] + curve[:-2]
     j = int(second.argmax())
     return max(LEAST, j + 4) if rule == "released" else LEAST + j + 1
 
 
 def codebook(values: Tensor, found: Fit) -> Tensor:
-    """The mean of the members of each cluster, [K, D] fp32; zeros for a cluster that has none.
+    """The mean of each cluster's members, [K, D] fp32; zeros for an empty cluster.
 
     Args:
         values: [M, D], the directions as released, or the tokens themselves.
@@ -173,8 +173,8 @@ def codebook(values: Tensor, found: Fit) -> Tensor:
 
 
 def medoids(unit: Tensor, found: Fit) -> Tensor:
-    """The member nearest to each cluster's mean direction, of equal ones the first, [K] int64; the row that it started
-    from for a cluster that has none."""
+    """The member nearest to each cluster's mean direction, of equal ones the first, [K] int64; for an empty cluster its
+    seed."""
     clusters = len(found.seeds)
     cosine = directions(codebook(unit, found)) @ unit.T  # [K, M]
     member = found.labels == torch.arange(clusters, device=unit.device)[:, None]

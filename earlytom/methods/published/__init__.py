@@ -1,6 +1,6 @@
-"""The comparison methods of the field, by name; each says in its module what is as published and what is not.
+"""Published comparison methods, by name. Each module says where it departs from the publication.
 
-What they share is `compressing`. How one is added says README.md beside `earlytom.methods`.
+Their base classes are in `compressing`. README.md of `earlytom.methods` says how to add one.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ NEED_TRAINING: dict[str, str] = {
     "tempme-trained": "adapters and temporal embeddings, trained for a CLIP tower (earlytom.tempme.clip loads them); "
     "tempme is the schedule that needs none",
 }
-"""What is published and cannot be here, and why: by the name that somebody might ask for."""
+"""Published methods that cannot run without trained modules: name to reason."""

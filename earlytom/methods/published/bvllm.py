@@ -1,10 +1,10 @@
-"""A likeness of B-VLLM without its Q-Formers: an approximation, not the published method.
+"""An approximation of B-VLLM without its Q-Formers, not the published method.
 
-What chooses frames in B-VLLM is trained, for another vision tower, and reads the question. Here sixteen candidates are
-anchored in time instead, each a soft mixture of the frames that look like its anchor; text plays no part. What needs no
-training is as published: candidates that are made of the same frames are merged, and each survivor's tokens are merged
-to its share of the budget. A token keeps the place of the cell that others were merged into, in the candidate's own
-frame. `earlytom.bvllm.path` has the published path, for who has the weights.
+B-VLLM's frame selection is trained for another vision tower and depends on the question. Here at most sixteen
+candidates have anchor frames evenly spaced in time, and each is a soft mixture of the frames similar to its anchor; the
+question is ignored. The untrained parts are as published: candidates made of the same frames are merged, and each
+survivor's tokens are merged to its share of the budget. A merged token keeps the place of the cell that others were
+merged into, in the anchor frame. `earlytom.bvllm.path` is the published path, which needs trained weights.
 
 Notation: F frames, P tokens a frame, E LLM width, k candidates, L survivors.
 """
@@ -26,11 +26,11 @@ from earlytom.numbers import real
 
 @dataclass(frozen=True)
 class BVLLMStyle(Compressing):
-    """See `Compressing`. The released form loses what was merged into a candidate that is merged away itself.
+    """See `Compressing`. The released form loses what was merged into a candidate that is itself merged.
 
     Attributes:
-        threshold: candidates more alike than this are merged, in [0, 1].
-        sharpness: how much a candidate prefers frames like its anchor: what cosines are multiplied by.
+        threshold: candidates more similar than this are merged, in [0, 1].
+        sharpness: factor of the cosines to the anchor, before the softmax of temperature `TEMPERATURE`.
     """
 
     name = "bvllm-style"
@@ -49,7 +49,7 @@ class BVLLMStyle(Compressing):
         found = merge_candidates(rows, self.threshold)
         candidates = (rows @ features.float().flatten(1)).unflatten(1, features.shape[1:])
         kept = found.merge(candidates, faithful=self.faithful)
-        # As published an equal share of the budget each; here of the retention ratio's, and one token at least.
+        # Equal shares as published; here of the retention ratio's budget, and at least one token each.
         budget = round(self.retention_ratio * frames * per_frame)
         reduced = merge_tokens(kept, max(1, budget // len(kept)))
         order = reduced.place.argsort(dim=-1, stable=True)
@@ -58,8 +58,8 @@ class BVLLMStyle(Compressing):
         return values.flatten(0, 1).to(features.dtype), positions.flatten()
 
     def rows(self, features: Tensor, anchors: Tensor) -> Tensor:
-        """How much of each frame each candidate is made of, [k, F]: by how much their mean tokens are alike, about the
-        video's mean."""
+        """Weight of each frame in each candidate, [k, F] fp32, from cosines of the frames' mean tokens less the video's
+        mean."""
         means = features.float().mean(1)
         means = torch.nn.functional.normalize(means - means.mean(0), dim=-1)
         return torch.softmax(self.sharpness * (means[anchors] @ means.T) / TEMPERATURE, -1)

@@ -1,8 +1,8 @@
-"""What the comparison methods share that only choose after the projector: the tower runs untouched, and frames stay.
+"""Base classes of the comparison methods. By default they act after the projector only and leave the tower as it is.
 
-Each is a frozen dataclass of its settings, two of which all have: `retention_ratio`, the share of the F * P tokens it
-is asked to keep (every method rounds in its own way: report how many there are), and `faithful`, the released form with
-its quirks instead of the corrected one. The two forms never belong in one table.
+Each is a frozen dataclass of its settings. All have `retention_ratio`, the share of the F * P tokens to keep (methods
+round differently, so report the actual count), and `faithful`: the released form with its quirks instead of the
+corrected one. Never mix the two forms in one table.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from earlytom.untouched import UntouchedConfig
 
 @dataclass(frozen=True)
 class Compressing(Method):
-    """See the module.
+    """A comparison method.
 
     Attributes:
         retention_ratio: in (0, 1].
         faithful: the released form.
-
-    `watches` is no setting: whether the method needs received attention; it takes that of the last layer that runs.
+        watches: whether the method needs received attention, that of the last layer that runs; not a setting.
     """
 
     watches: ClassVar[bool] = False
@@ -51,7 +50,7 @@ class Compressing(Method):
         return dataclasses.asdict(self)
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts | None:
-        """Only the video tells, unless a method says otherwise."""
+        """Unknown before the video is seen; overridden where the numbers determine it."""
         return None
 
     def tower_key(self) -> Hashable:
@@ -62,13 +61,13 @@ class Compressing(Method):
 
 
 class Exported(Compressing):
-    """One that can be built into an engine: an exporter writes `by` as it is, of shapes that follow from numbers."""
+    """A method that can be built into an engine: `by` is exported as it is, and no shape depends on tensor values."""
 
     streams = True
 
     @property
     def settings(self) -> UntouchedConfig:
-        """What an engine's builder knows of it; it counts the tokens of the corrected form."""
+        """The settings for an engine's builder; its token counts are the corrected form's."""
         kind = SETTINGS[self.name]
         assert issubclass(kind, UntouchedConfig)
         return kind(self.retention_ratio)
@@ -82,4 +81,4 @@ class Exported(Compressing):
 
     @abstractmethod
     def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`choose`, which needs no more than this; `metric [F, P, d]` decides in place of the features, if given."""
+        """`choose` without the state; `metric [F, P, d]`, if given, is compared instead of the features."""

@@ -1,5 +1,5 @@
-"""DyCoke's merging in time around a vision part; pure functions: `earlytom.dycoke`. What the published method leaves
-out of the cache while decoding is not part of it. Notation: F frames, P tokens a frame.
+"""DyCoke's temporal merging, from the pure functions of `earlytom.dycoke`, without its pruning of the KV cache while
+decoding. Notation: F frames, P tokens a frame.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from earlytom.untouched import DyCokeConfig
 
 @dataclass(frozen=True)
 class DyCoke(Exported):
-    """See `Compressing`. The ratio, 1/4 at least, is that of a whole group of frames; the released one is 0.475: 30 %
-    of three frames of four."""
+    """See `Compressing`. The ratio is that of a group of four frames, at least 1/4; released 0.475: one frame whole and
+    30 % of the other three."""
 
     name = "dycoke"
     retention_ratio: float = 0.475
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        DyCokeConfig(self.retention_ratio)  # refuses what cannot be
+        DyCokeConfig(self.retention_ratio)  # refuses ratios below 1/4
 
     def counts(self, frames: int, tokens_per_frame: int) -> Counts:
         whole = len(whole_frames(frames, self.faithful))

@@ -1,8 +1,8 @@
-"""EVS, efficient video sampling, around a vision part: a token stays if its place in the picture changed since the
-frame before; the first frame stays whole.
+"""EVS, efficient video sampling: a token is kept if it differs from the token at its place in the previous frame; the
+first frame is kept whole.
 
-After its description and the rule that vLLM has for it: the least alike tokens of the whole video stay, wherever they
-are, so that the count is exact. Nothing waits for the device.
+After its description and vLLM's rule: tokens of the whole video are ranked by that difference, so the count is exact.
+There is no host sync.
 
 Notation: F frames, P tokens a frame, N tokens kept.
 """
@@ -19,12 +19,12 @@ from earlytom.errors import UserError
 from earlytom.methods.published.compressing import Exported
 from earlytom.ranking import best, slots
 
-NEW = 4.0  # more than any cosine differs from 1: the first frame goes before all
+NEW = 4.0  # the first frame's score, above any 1 - cosine
 
 
 @dataclass(frozen=True)
 class EVS(Exported):
-    """See `Compressing`; `int(ratio * F * P)` tokens, and P at least: those of the first frame. It has one form."""
+    """See `Compressing`; `int(ratio * F * P)` tokens, and at least the P of the first frame. It has one form."""
 
     name = "evs"
 

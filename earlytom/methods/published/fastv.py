@@ -1,6 +1,6 @@
-"""FastV: all visual tokens enter the language model, and before an early layer those that the prompt's last token looks
-at least are left out. Tower and projector run untouched, and so do the layers before it: what it saves is the rest of
-the prefill. What happens inside is `earlytom.inner`'s, without folding. Notation: F frames, P tokens a frame.
+"""FastV: all visual tokens enter the language model; before an early layer those to which the prompt's last token
+attends least are dropped. Vision tower, projector and earlier layers see all tokens: only the later layers' prefill
+becomes cheaper. `earlytom.inner` does it, without folding. Notation: F frames, P tokens a frame.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from earlytom.numbers import whole
 
 @dataclass(frozen=True)
 class FastV(Compressing):
-    """See `Compressing`; the ratio is that of the tokens from `inner_layer` on. It has one form.
+    """See `Compressing`; the ratio holds from `inner_layer` on. It has one form.
 
     Attributes:
-        inner_layer: of the language model, from 1 on; released 2, with half of the tokens.
+        inner_layer: layer of the language model, 1 or more; released: 2, with a ratio of 0.5.
     """
 
     name = "fastv"

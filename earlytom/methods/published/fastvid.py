@@ -1,7 +1,7 @@
-"""FastVID around a vision part; pure functions: `earlytom.fastvid`.
+"""FastVID, from the pure functions of `earlytom.fastvid`.
 
-The published method reads scenes and attention off a pooling head; here scenes are told apart by the means of frames,
-and attention is that received in the last layer that runs. Notation: F frames, P tokens a frame.
+The published method takes scenes and attention from a pooling head; here scenes are cut by the frames' mean tokens, and
+attention is that received in the last layer that runs. Notation: F frames, P tokens a frame.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from earlytom.scenes import frame_means
 
 @dataclass(frozen=True)
 class FastVID(Compressing):
-    """See `Compressing` and `FastVIDSettings`. The released form adds noise to densities, drawn from `seed`."""
+    """See `Compressing` and `FastVIDSettings`. The released form adds noise to densities, seeded by `seed`."""
 
     name, watches = "fastvid", True
     context: float = 0.4

@@ -1,7 +1,7 @@
-"""FlashVID around a vision part, after its description; pure functions: `earlytom.flashvid`.
+"""FlashVID after its description, from the pure functions of `earlytom.flashvid`.
 
-The released form lets a quarter more into the language model than the ratio says, to be left out inside it; that second
-step is not here. The default lets in what the ratio says.
+The released form passes a quarter more tokens than the ratio to the language model and prunes them inside it; that
+second step is not implemented. The default passes the ratio's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""HoliTom: segments that leave most to be saved, still positions averaged, moving ones kept by attention.
+"""HoliTom: segments that save most tokens; static positions averaged, dynamic ones kept by attention.
 
-Acts after projector and pooling; the tower runs untouched. With `inner_layer` visual tokens are merged once more inside
-the language model, as `earlytom.inner` does it. Pure functions: `earlytom.holitom`.
+Acts after projector and pooling. With `inner_layer` visual tokens are merged again inside the language model, by
+`earlytom.inner`. Pure functions: `earlytom.holitom`.
 
 Notation: F frames, P tokens a frame, E LLM width, N tokens kept.
 """
@@ -26,12 +26,11 @@ class HoliTom(Compressing):
     """See `Compressing` and `HoliTomSettings`.
 
     Attributes:
-        tau: a position stays the same above this cosine; released were 0.65 at a ratio of 0.1, and 0.8 above.
-        beta: weight of a centre beside the mean of those that join it; None takes the mean of all of them.
-        neighbours, max_window: as in `HoliTomSettings`.
-        seed: of the noise that is added to densities; None adds none.
-        inner_layer, inner_ratio: as in `EarlyTomConfig`; released with layer 18 of 28. The released form is not causal
-            in the layer before.
+        tau: a position is unchanged above this cosine; released: 0.65 at a ratio of 0.1, and 0.8 above.
+        beta, neighbours, max_window: as in `HoliTomSettings`.
+        seed: of noise on densities; None: no noise.
+        inner_layer, inner_ratio: as in `EarlyTomConfig`; released: layer 18 of 28. The released form is not causal in
+            the layer before it.
     """
 
     name, watches = "holitom", True

@@ -1,4 +1,4 @@
-""" "Unified spatiotemporal compression" around a vision part, by its description; pure functions: `earlytom.pooled`.
+""" "Unified spatiotemporal compression" after its description, from the pure functions of `earlytom.pooled`.
 
 Notation: F frames, P tokens a frame.
 """
@@ -18,11 +18,10 @@ from earlytom.pooled import pooled
 
 @dataclass(frozen=True)
 class Pooled(Compressing):
-    """See `Compressing`; `round(ratio * F * P)` tokens of the video. It has one form, as no released one was at hand.
+    """See `Compressing`; `round(ratio * F * P)` tokens, at least one. It has one form: no released code was available.
 
     Attributes:
-        alike: tokens of this cosine and above are alike.
-        clustered: share of the tokens that is for means of those not taken.
+        alike, clustered: as in `earlytom.pooled.pooled`.
     """
 
     name, watches = "unified", True

@@ -1,15 +1,15 @@
-"""ToMe, and TempMe's schedule: alike tokens are merged, within frames and across neighbouring ones.
+"""ToMe, and TempMe's schedule: similar tokens are merged, within frames and across neighbouring ones.
 
-What needs no training is here: the merge step and the schedule; the trained adapters and temporal embeddings of TempMe
-are left out (`earlytom.tempme.clip` has the published path). Both act twice.
+Only the merge step and the schedule are here, which need no training; TempMe's trained adapters and temporal embeddings
+are in `earlytom.tempme.clip`, the published path. Both methods merge twice.
 
-Inside the tower, if `depth` says how many layers run: after every layer tokens are merged as the schedule has it, by
-their hidden states, since a layer is run as a whole (as published: behind its attention, by its keys, and a key counts
-as often as its size). The projector's pooling needs a grid, so behind the last layer tokens are put back: every cell
-gets the token that it was merged into. The tower is shorter for it, the language model is not.
+Inside the tower, if `depth` is given: after every layer tokens are merged by their hidden states, as the schedule says,
+since a layer runs as a whole. (As published: after the layer's attention, by its keys, with attention proportional to
+size.) The projector's pooling needs a grid, so after the last layer each cell gets a copy of the token it was merged
+into. This makes the tower cheaper, not the language model.
 
-Behind the projector: tokens are merged again, by themselves, to the retention ratio; copies of one token go first. A
-token keeps the place of the cell that others were merged into, and tokens come in the order of their places.
+After the projector: tokens are merged again, by the features themselves, to the retention ratio; copies of one token
+merge first. A merged token keeps the place of the cell that others were merged into; tokens are ordered by place.
 
 Notation: F frames, T = S + prefix tokens a frame inside the tower, P tokens after pooling, m frames a clip, C = F / m
 clips, n tokens a clip, N tokens kept.
@@ -39,12 +39,12 @@ from earlytom.untouched import tokens_of_clip
 
 @dataclass(kw_only=True)
 class MergedState(State):
-    """What has become of the tokens inside the tower.
+    """The state of merged tokens inside the tower.
 
     Attributes:
-        plan: what each layer merges; empty before the first.
-        tokens: [C, n] fp32, how many tokens each is made of; None before the first merge.
-        where: [F, T] int64, which of its clip's tokens each was merged into.
+        plan: the merge of each layer; empty before the first merge.
+        tokens: [C, n] fp32, the number of original tokens in each; None before the first merge.
+        where: [F, T] int64, the token of its clip that each original token was merged into; None likewise.
     """
 
     plan: list[LayerMerge]
@@ -58,14 +58,14 @@ class MergedState(State):
 
 @dataclass(frozen=True)
 class TokenMerging(Exported):
-    """What ToMe and TempMe share.
+    """Base class of ToMe and TempMe.
 
     Attributes:
-        each: tokens that every layer of the tower merges in each frame, before the first merge layer.
-        depth: layers of the tower that run; None leaves the tower alone.
+        each: tokens merged in each frame by every layer of the tower before the first merge layer.
+        depth: layers of the tower that run; None: no merging inside the tower.
     """
 
-    streams = False  # inside the tower it goes by all that there is
+    streams = False  # merging inside the tower compares whole hidden states, earlier layers' included
     each: int = 0
     depth: int | None = None
 
@@ -119,7 +119,7 @@ class TokenMerging(Exported):
             hidden = _across(hidden, own.protected, after, state)
         return (_put_back(hidden, state, prefix) if layer + 1 == self.depth else hidden), received
 
-    # Behind the projector
+    # After the projector
 
     def by(self, features: Tensor, relevance: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frames, per_frame, _ = features.shape
@@ -136,11 +136,11 @@ class TokenMerging(Exported):
         return tokens.flatten(0, 1), (found.place.gather(1, order) + start).flatten()
 
     def _clip(self, frames: int) -> int:
-        """m: as many frames as the groups join, or as divides the frames."""
+        """m: the product of the schedule's groups, or its greatest common divisor with the number of frames."""
         return math.gcd(frames, math.prod(self._schedule().groups))
 
     def _tokens(self, clip: int, per_frame: int) -> int:
-        """Of a clip."""
+        """Tokens kept of a clip."""
         return tokens_of_clip(clip * per_frame, self.retention_ratio, self._protected())
 
     def _protected(self) -> int:
@@ -149,11 +149,11 @@ class TokenMerging(Exported):
 
 @dataclass(frozen=True)
 class ToMe(TokenMerging):
-    """See `TokenMerging`. In the released form for this kind of model the first token of a frame takes no part, as
-    if it were a class token.
+    """See `TokenMerging`. In the released form for such models the first token of a clip, here a frame, is protected
+    like a class token.
 
     Attributes:
-        each: released were 8 to 16 of 197 tokens.
+        each: released: 8 to 16 of 197 tokens.
     """
 
     name = "tome"
@@ -167,7 +167,7 @@ class TempMe(TokenMerging):
     """See `TokenMerging` and `TempMeSchedule`.
 
     Attributes:
-        merge_layers, groups, across, within: as in `TempMeSchedule`; the layers count inside the tower alone.
+        merge_layers, groups, across, within: as in `TempMeSchedule`; only `groups` matter after the projector.
     """
 
     name = "tempme"
@@ -189,7 +189,7 @@ class TempMe(TokenMerging):
 
 
 def _apply(found: Matching, hidden: Tensor, state: MergedState) -> Tensor:
-    """Merge tokens of each clip, and remember where they went."""
+    """Merge tokens of each clip, and record in `state` where they went."""
     assert state.tokens is not None
     assert state.where is not None
     merged, state.tokens = found.merge(hidden.float(), state.tokens)
@@ -199,7 +199,7 @@ def _apply(found: Matching, hidden: Tensor, state: MergedState) -> Tensor:
 
 
 def _across(hidden: Tensor, protected: int, merge: LayerMerge, state: MergedState) -> Tensor:
-    """Join neighbouring clips, and merge across them before the next layer."""
+    """Join neighbouring clips and merge across them, before the next layer."""
     assert state.tokens is not None
     assert state.where is not None
     count, per_clip = hidden.shape[1], len(state.where) // len(hidden)
@@ -213,12 +213,12 @@ def _across(hidden: Tensor, protected: int, merge: LayerMerge, state: MergedStat
 
 
 def _put_back(hidden: Tensor, state: MergedState, prefix: int) -> Tensor:
-    """Every cell gets the token that it was merged into, [C, n, D] to [F, T, D]; what frames are made of follows."""
+    """Copy merged tokens back to all cells, [C, n, D] to [F, T, D], and update `state.sources`."""
     assert state.tokens is not None
     assert state.where is not None
     clips, clip = len(hidden), len(state.where) // len(hidden)
     where = state.where.unflatten(0, (clips, clip))  # [C, m, T]
-    # How many of each token's parts are of each frame of the clip: whole numbers, so the order of adding is no matter.
+    # The number of each token's parts in each frame: whole numbers, so the order of `scatter_add` does not matter.
     parts = torch.zeros(clips, clip, hidden.shape[1], device=hidden.device)
     parts = parts.scatter_add(2, where, torch.ones_like(where, dtype=parts.dtype))
     shares = (parts / parts.sum(1, keepdim=True).clamp_min(1)).transpose(1, 2)  # [C, n, m]

@@ -1,4 +1,4 @@
-"""UniComp around a vision part, after its description; pure functions: `earlytom.unicomp`."""
+"""UniComp after its description, from the pure functions of `earlytom.unicomp`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from earlytom.unicomp import UniCompSettings, unicomp
 
 @dataclass(frozen=True)
 class UniComp(Compressing):
-    """See `Compressing` and `UniCompSettings`. It has one form: the newline tokens of the released one are a matter of
-    the prompt."""
+    """See `Compressing` and `UniCompSettings`. It has one form: the released one adds newlines, which belong to the
+    prompt."""
 
     name = "unicomp"
     same: float = 0.005

@@ -1,9 +1,8 @@
-"""VidCom2, the "video compression commander", around a vision part: frames that are unlike the video have more tokens,
-and of each frame those stay that are least like the video and the frame.
+"""VidCom2, the "video compression commander": frames less similar to the video get more tokens, and each frame keeps
+the tokens least similar to the video and to the frame.
 
-After its description. How many tokens a frame has is ours where fractions are rounded: seats are given to frames by the
-method of highest averages, one to each before all others, so that the count is exact and the first frame is never left
-out. Nothing waits for the device.
+After its description; the rounding of frames' shares is ours: one token for each frame, then the others by the method
+of highest averages (Webster's), so that the count is exact and no frame is left out. There is no host sync.
 
 Notation: F frames, P tokens a frame, N tokens kept.
 """
@@ -23,10 +22,10 @@ from earlytom.ranking import best, ranks, slots
 
 @dataclass(frozen=True)
 class VidCom2(Exported):
-    """See `Compressing`; `round(ratio * F * P)` tokens, and F at least. It has one form.
+    """See `Compressing`; `round(ratio * F * P)` tokens, and at least F. It has one form.
 
     Attributes:
-        temperature: how much more the frames have that are unlike the video.
+        temperature: of the softmax over frames' dissimilarity to the video; lower is more uneven.
     """
 
     name = "vidcom2"
@@ -42,11 +41,11 @@ class VidCom2(Exported):
         frames, per_frame, _ = features.shape
         values = (features if metric is None else metric).float()
         unit, mean = normalize(values, dim=-1), values.mean(1)  # [F, P, E] and [F, E]
-        of_video = -(unit @ normalize(mean.mean(0), dim=-1))  # [F, P], how unlike the video a token is
+        of_video = -(unit @ normalize(mean.mean(0), dim=-1))  # [F, P], a token's dissimilarity to the video
         of_frame = -(unit * normalize(mean, dim=-1)[:, None]).sum(-1)
-        unlike = of_video.mean(1)[None] / self.temperature  # [1, F]: an engine has no softmax of one dimension
+        unlike = of_video.mean(1)[None] / self.temperature  # [1, F]: engines have no softmax over a 1-D tensor
         share = 1 - 1 / frames + unlike.softmax(1)[0]  # [F], 1 on average
-        seat = ranks(of_video + of_frame)  # [F, P], whether a token is its frame's first, second, ...
+        seat = ranks(of_video + of_frame)  # [F, P], a token's rank in its frame, from 0
         turn = ((seat + 0.5) / share[:, None]).masked_fill(seat == 0, -1)
         count = self.counts(frames, per_frame).tokens
         positions = slots(best(-turn.flatten(), count), count)

@@ -1,7 +1,7 @@
-"""VisionZip around a vision part; pure functions: `earlytom.visionzip`.
+"""VisionZip, from the pure functions of `earlytom.visionzip`.
 
-Attention and likeness are read where the tower's last layer that runs has left them: received attention of that layer,
-and the features themselves instead of its keys, which a method is not shown. Notation: F frames, P tokens a frame.
+Attention is that received in the last layer that runs. Similarity is that of the features, not of the layer's keys as
+published: methods have no access to keys. Notation: F frames, P tokens a frame.
 """
 
 from __future__ import annotations

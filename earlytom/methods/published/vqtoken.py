@@ -1,10 +1,10 @@
-"""VQToken's core: a video's tokens in K clusters, and one token for each. It needs no training.
+"""VQToken's core, which needs no training: k-means of a video's tokens, one token for each of K clusters.
 
-Acts after projector and pooling (as published before pooling, where there are more tokens but the same clusters). As
-published the codes are means of unit vectors in random order, which only a model tuned for them can read: that is the
-`faithful` form. The default takes means of the tokens as they are, in the order in time of the member nearest to each
-mean, whose place the token takes. A few dozen tokens for a video are a summary of its scenes; above about 64 clusters
-it is outside the method, as seeds are drawn one after the other.
+Acts after projector and pooling (published: before pooling, on more tokens but as many clusters). In the `faithful`
+form, as published, codes are means of unit vectors in random order, which only a fine-tuned model can read. By default
+a code is the mean of the tokens themselves, at the place of the member nearest to the cluster's mean direction, and
+codes are ordered by place. The method is meant for a few dozen tokens a video; above about 64 clusters it is slow, as
+seeds are drawn one by one.
 
 Pure functions: `earlytom.vqtoken`. Notation: F frames, P tokens a frame, E LLM width, K clusters.
 """
@@ -38,12 +38,12 @@ from earlytom.vqtoken.codebook import (
 
 @dataclass(frozen=True)
 class VQToken(Compressing):
-    """See `Compressing`; without `clusters` there are `round(ratio * F * P)`.
+    """See `Compressing`; without `clusters` K is `round(ratio * F * P)`.
 
     Attributes:
-        clusters: K; "adaptive" lets the bend of the curve decide, from 12 to `most`.
-        most: of an adaptive choice.
-        seed: of the draws.
+        clusters: K; "adaptive" chooses it at the elbow of the k-means loss, below `most`.
+        most: the most clusters that "adaptive" tries.
+        seed: of the random generator.
     """
 
     name = "vqtoken"
@@ -73,7 +73,7 @@ class VQToken(Compressing):
         if self.faithful:
             return codebook(unit, found).to(features.dtype), places
         total, members = cluster_sums(tokens, found.labels, len(places))
-        single = tokens.index_select(0, places).float()  # of a cluster that nothing belongs to
+        single = tokens.index_select(0, places).float()  # for an empty cluster
         means = torch.where(members[:, None] > 0, total / members[:, None].clamp_min(1), single)
         order = places.argsort(stable=True)
         return means.index_select(0, order).to(features.dtype), places.index_select(0, order)
