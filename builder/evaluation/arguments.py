@@ -1,4 +1,4 @@
-"""The command line of `python -m builder.evaluate`: from words to a checked `EvaluationJob`."""
+"""The command line of `python -m builder.evaluate`: from arguments to a checked `EvaluationJob`."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ _CORES = len(os.sched_getaffinity(0))
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured and what is kept of it: the options by their names, checked; None where nothing is asked for.
+    """The checked options by name; None if not given.
 
-    Ratios, methods' settings and budgets are as they were given. json_only: show nothing but the JSON line.
+    Ratios, methods' settings and budgets are as typed. `json_only`: print only the JSON line.
     """
 
     model: str | None = option(None, "a model trained on the task (default: the bundled one)", "SOURCE")
@@ -188,12 +188,12 @@ class EvaluationSettings:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the default table is measured."""
+        """Whether the whole default table is measured."""
         return set(self.methods) == {"all"} and set(RATIOS) <= set(self.ratios)
 
 
 def read(argv: Sequence[str] | None) -> EvaluationSettings:
-    """Parse, and refuse what can be refused without the model: loading one takes seconds."""
+    """Parse, with all checks that need no model, as loading one takes seconds."""
     given = vars(parser().parse_args(argv))
     json = given.pop("json")
     given["ratios"] = given["ratios"] or ((MAIN_RATIO,) if given["coverage"] else RATIOS)
@@ -204,7 +204,7 @@ def read(argv: Sequence[str] | None) -> EvaluationSettings:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, with a help text that teaches."""
+    """The command line."""
     p = cli.Parser(
         prog="python -m builder.evaluate",
         description="Ask the bundled task's questions about video clips with full, compressed and otherwise reduced "
@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(asked: EvaluationSettings) -> None:
-    """Refuse what makes no sense whatever the model."""
+    """All checks that need no model."""
     for name, least in (("clips", 1), ("workers", 1), ("timed_clips", 0), ("text_clips", 0), ("seed", 0)):
         if (value := getattr(asked, name)) < least:
             raise UserError(f"{flag(name)} must be at least {least}, got {value}")
@@ -239,7 +239,7 @@ def check(asked: EvaluationSettings) -> None:
     if (asked.table or asked.table_plot) and asked.only_times and not asked.record:
         raise UserError("--table and --table-plot need accuracies: leave out --only-times, or give --record")
     for path in (asked.plot, asked.table, asked.table_plot, asked.json):
-        # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
+        # a device or a pipe would be replaced by the finished file, even /dev/null by root
         if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
             there = "it is a folder" if path.is_dir() else "it is a device or a pipe"
             what = there if path.exists() else "its folder does not exist"
@@ -251,7 +251,7 @@ def check(asked: EvaluationSettings) -> None:
 
 
 def check_coverage(asked: EvaluationSettings) -> None:
-    """Raise UserError for a file that is none, or an option that has no part in coverage."""
+    """Raise UserError for a missing file, or an option that coverage does not use."""
     for video in asked.coverage:
         if not video.is_file():
             raise UserError(f"--coverage {video}: no such file; give video files")
@@ -264,7 +264,7 @@ def check_coverage(asked: EvaluationSettings) -> None:
 
 
 def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJob:
-    """The coverage that is asked for, of a model."""
+    """The coverage job for a checkpoint."""
     from builder.evaluation.coverage.command import CoverageJob
     from earlytom.families import geometry
 
@@ -277,7 +277,7 @@ def coverage_job(asked: EvaluationSettings, checkpoint: Checkpoint) -> CoverageJ
 
 
 def checked(asked: EvaluationSettings, checkpoint: Checkpoint) -> EvaluationJob:
-    """The measurement that is asked for, of a model."""
+    """The accuracy job for a checkpoint, checked against it."""
     from builder.evaluation import record
     from builder.evaluation.bench import EvaluationJob
     from earlytom.families import geometry

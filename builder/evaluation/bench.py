@@ -1,8 +1,8 @@
-"""Clips in, right and wrong answers out: the measurement, and its distribution over processes.
+"""Right and wrong answers about clips: the measurement, and its distribution over processes.
 
-An `EvaluationJob` says what is measured and can be sent to another process; an `EvaluationBench` has the model loaded
-and measures some clips; `run` measures all of them, a few at a time, on as many processes as there are cores (the
-bundled model is too small for more than one thread). The figures of a clip do not depend on how clips are spread.
+An `EvaluationJob` holds the settings and can be sent to another process; an `EvaluationBench` has the model loaded and
+measures some clips; `run` measures all clips, a few at a time, on several single-threaded processes (the bundled model
+is too small for more threads). A clip's figures do not depend on their distribution.
 
 Notation: C clips, Q questions of all clips, S settings (a setting is a method at a ratio).
 """
@@ -50,16 +50,16 @@ CLIPS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         source: the model, as for `runtime.checkpoint.describe`.
-        config: EarlyTom's settings; ratio and schedule play no part.
+        config: EarlyTom's settings; ratio and schedule are ignored.
         methods: names or groups, see `methods.chosen`.
         ratios: retention ratios.
         split, seed: of the task's clips; the seed is also that of random tokens.
-        engine: an engine folder to measure beside the methods, or None.
-        cells, budgets, bias, original, frames, faithful: as `methods.methods` has them.
+        engine: an engine folder to measure, too, or None.
+        cells, budgets, bias, original, frames, faithful: as in `methods.methods`.
     """
 
     source: str
@@ -77,8 +77,7 @@ class EvaluationJob:
     faithful: bool = False
 
     def rows(self, depth: int, text_layers: int) -> list[Row]:
-        """What is measured in a tower of `depth` layers and a language model of `text_layers`. Raises UserError as
-        `methods.methods` and `chosen` do."""
+        """The rows for a tower of `depth` layers and a language model of `text_layers`."""
         known = methods(
             self.config,
             depth,
@@ -96,17 +95,17 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a ratio (None where the ratio does not matter)."""
+    """A method at a ratio (None if it does not depend on one)."""
 
     method: Row
     ratio: float | None
 
     def visual(self, clip: ClipPasses) -> Visual:
-        """What the decoder sees of a clip."""
+        """The visual tokens of a clip."""
         return self.method.visual(clip, 1.0 if self.ratio is None else self.ratio)
 
     def standing(self, clip: ClipPasses, visual: Visual) -> Standing:
-        """What the decoder is told of what it sees."""
+        """The visual tokens' positions and bias for the decoder."""
         told = self.method.told
         full, most = len(clip.frames) * clip.cells, FRAMES * clip.cells
         span = Placing(most=most).span(full)
@@ -116,14 +115,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was measured on some clips.
+    """Results on some clips.
 
     Attributes:
-        clip: [Q] which clip a question is about, from 0. kind: [Q] index into `KINDS`.
-        right: [S, Q] bool. same: [Q] bool, the engine answered as its twin in PyTorch did; empty without engine.
-        tokens: [S, C] visual tokens, without the newline. frames: [S, C] frames that reached the tower's end.
-        vision, prefill: [S, C] floating-point operations.
-        objects: [C] share of the clip's tokens that show an object, before anything is left out.
+        clip: [Q] index of the question's clip, from 0. kind: [Q] index into `KINDS`.
+        right: [S, Q] bool. same: [Q] bool, whether the engine answered as its twin in PyTorch; empty without engine.
+        tokens: [S, C] visual tokens, without the newline. frames: [S, C] frames at the tower's end.
+        vision, prefill: [S, C] flops.
+        objects: [C] share of the clip's uncompressed tokens that show an object.
     """
 
     clip: NDArray[np.int64]
@@ -137,11 +136,11 @@ class Answers:
     objects: NDArray[np.float64]
 
     def asked(self, kind: int | None = None) -> NDArray[np.float64]:
-        """[C] questions asked about each clip, of one kind or of all."""
+        """[C] number of questions about each clip, of one kind or of all."""
         return self._count(np.ones(len(self.clip)), kind)
 
     def correct(self, setting: int, kind: int | None = None) -> NDArray[np.float64]:
-        """[C] questions answered right about each clip."""
+        """[C] number of right answers about each clip."""
         return self._count(self.right[setting], kind)
 
     def _count(self, weights: NDArray[Any], kind: int | None) -> NDArray[np.float64]:
@@ -165,7 +164,7 @@ class EvaluationBench:
     """A model loaded for a job.
 
     Attributes:
-        settings: everything that is measured, in the order of `Answers`' rows.
+        settings: in the order of the rows of `Answers`.
     """
 
     job: EvaluationJob
@@ -185,12 +184,12 @@ class EvaluationBench:
         self.settings = tuple(Setting(method, ratio) for method in found for ratio in method.ratios(self.job.ratios))
 
     def clip(self, index: int) -> tuple[ClipPasses, LabelledClip]:
-        """A clip of the job's split, ready to be encoded, and what the task knows about it."""
+        """A clip of the job's split, to be encoded, and its labels and questions."""
         clip = labelled_clip(self.job.split, index, seed=self.job.seed, length=self.job.frames)
         return ClipPasses(self.vision, torch.from_numpy(clip.frames), index), clip
 
     def measure(self, indices: Sequence[int]) -> Answers:
-        """Put the questions about some clips, in every setting."""
+        """Ask the questions about some clips in every setting."""
         clips, known_clips = zip(*map(self.clip, indices), strict=True)
         questions = [clip.questions for clip in known_clips]
         packs = [self.scorer.pack(asked) for asked in questions]
@@ -203,7 +202,7 @@ class EvaluationBench:
             told = [setting.standing(clip, one) for clip, one in zip(clips, visual, strict=True)]
             inner = visual[0].inner
             key = _digest([*tokens, *(one.place for one in told), *(one.bias for one in told)]), inner
-            if key not in known:  # some settings coincide, as keeping all tokens of few frames does
+            if key not in known:  # settings may coincide, such as all tokens of few frames
                 known[key] = (
                     self.scorer.score(tokens, packs, told)
                     if inner is None
@@ -226,7 +225,7 @@ class EvaluationBench:
         )
 
     def cost(self, visual: Visual) -> tuple[int, int, int, int]:
-        """Tokens, frames at the tower's end, and operations of the vision part and of the prefill (see `flops`)."""
+        """Tokens, frames at the tower's end, and flops of the vision part and of the prefill (see `earlytom.flops`)."""
         config: Any = self.checkpoint.config
         family, tokens, inner = family_of(config), len(visual.tokens), visual.inner
         vision = family.vision_flops(config, visual.stages, visual.merge_layers)
@@ -244,7 +243,7 @@ class EvaluationBench:
         told: Sequence[Standing],
         inner: InnerSettings,
     ) -> list[list[Outcome]]:
-        """Outcomes where the decoder leaves tokens out on its way, which goes by the question: one after the other."""
+        """Outcomes with inner merging, which depends on the question: each has a sequence of its own."""
         found = []
         with apply_inner(self.model.get_decoder(), *inner) as applied:
             for own, asked, standing in zip(tokens, questions, told, strict=True):
@@ -254,7 +253,7 @@ class EvaluationBench:
         return found
 
     def _same(self, outcomes: list[list[list[Outcome]]]) -> NDArray[np.bool_]:
-        """Whether the engine said what its twin said."""
+        """[Q] bool, see `Answers.same`."""
         names = [setting.method.name for setting in self.settings]
         if ENGINE not in names:
             return np.zeros(0, np.bool_)
@@ -264,7 +263,7 @@ class EvaluationBench:
 
 
 def task_checkpoint(source: str | None) -> Checkpoint:
-    """A model that the task's clips can be shown to."""
+    """The checkpoint, if the task's questions and clips fit it."""
     checkpoint = describe(source)
     if (apart := (family := checkpoint.family).in_pieces) is not None:
         raise UserError(
@@ -287,9 +286,9 @@ def run(
     """Measure the clips 0 to `clips` - 1.
 
     Args:
-        workers: processes; with 1 everything happens in this one.
+        workers: number of processes; 1: this process.
         progress: called with the number of clips measured so far.
-        bench: the job's, if it is loaded here already.
+        bench: the job's, if already loaded in this process.
     """
     chunks = [range(start, min(start + CLIPS_AT_ONCE, clips)) for start in range(0, clips, CLIPS_AT_ONCE)]
     parts: list[Answers] = []
@@ -328,8 +327,8 @@ def _start(job: EvaluationJob) -> None:
     assert parent is not None
     end_with_parent(parent.sentinel)
     torch.set_num_threads(1)
-    # NumPy's BLAS has threads of its own, which spin while they wait: with as many processes as cores, the threads of
-    # one wait for a core that those of another spin on, and drawing a clip took a hundred times as long.
+    # NumPy's BLAS threads spin while they wait: with as many processes as cores, they block each other's cores, and
+    # drawing a clip took a hundred times as long.
     threadpool_limits(1, "blas")
     _bench = EvaluationBench(job)
 
@@ -340,7 +339,7 @@ def _measure(indices: range) -> Answers:
 
 
 def _digest(tensors: Sequence[Tensor | None]) -> bytes:
-    """Equal for equal tensors only."""
+    """A digest of shapes and contents."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{None if tensor is None else tuple(tensor.shape)}".encode())

@@ -1,7 +1,6 @@
-"""Answering without the video: the best that the questions' texts alone allow.
+"""The baseline without video: each question gets the most frequent answer to its text in the training split.
 
-The answer to a question is guessed as the one that was right most often for the same text among the clips of the
-training split. A task whose answers cannot be guessed leaves this at chance.
+A task whose answers cannot be guessed from the text leaves this at chance.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ _NO_FRAMES = np.empty(0, np.intp)
 
 
 def questions_of(split: str, index: int, seed: int, length: int = FRAMES) -> tuple[Question, ...]:
-    """The questions about a clip of `length` frames, which is not drawn for it."""
+    """The questions about a clip of `length` frames, without drawing it."""
     return labelled_clip(split, index, seed=seed, times=_NO_FRAMES, length=length).questions
 
 
 class Blind:
-    """Has read the questions and answers of `clips` training clips, and seen none of them."""
+    """Answer frequencies from the questions about `clips` training clips."""
 
     def __init__(self, clips: int, seed: int) -> None:
         self._by_text: dict[str, Counter[str]] = defaultdict(Counter)
@@ -35,9 +34,9 @@ class Blind:
                 self._by_kind[question.kind][question.answer] += 1
 
     def answer(self, question: Question) -> str:
-        """The guess; for a text never read, the kind's most frequent answer, and "" for a kind never met."""
+        """The guess; for an unknown text the kind's most frequent answer, for an unknown kind ""."""
         counts = self._by_text.get(question.text) or self._by_kind.get(question.kind)
-        # Ties go to the answer that comes first in the alphabet, not to the one that was read first.
+        # Ties go to the alphabetically first answer, whatever the order of reading.
         return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
 
     def right(self, asked: Sequence[Question]) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
-"""A built engine among the methods: `vision.onnx` in ONNX Runtime, and its twin in PyTorch with the same settings.
+"""A built engine among the methods: its graphs in ONNX Runtime, and its twin in PyTorch with the same settings.
 
-The engine must give the same answers as its twin, up to what the builder's accuracy gate allows the engine's precision.
+The engine should give the same answers as its twin, up to the accuracy gate's tolerance for its precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BACKEND = "onnxruntime"
 
 
 def built_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -> Path:
-    """The engine folder of one setting, in fp16, as `python -m builder.build` makes it or finds it made already."""
+    """The fp16 engine folder of one setting, built or found by `python -m builder.build`'s key."""
     method = EarlyTomConfig(
         retention_ratio=ratio,
         merge_layers=config.merge_layers,
@@ -54,7 +54,7 @@ def built_engine(source: str, config: EarlyTomConfig, ratio: float, out: Path) -
 
 
 def check_engine(folder: Path, checkpoint: Checkpoint) -> Manifest:
-    """The manifest of an engine that can be measured with this model."""
+    """The engine's manifest for the task's frame count, if it was built from this checkpoint."""
     manifest = Manifest.read(folder)
     choose_backend(_BACKEND, manifest)
     if manifest.model.digest != checkpoint.digest():
@@ -78,7 +78,7 @@ def engine_methods(folder: str) -> list[Row]:
 
     def engine(clip: ClipPasses, ratio: float) -> Visual:
         found = encode_one(backend, clip.frames)
-        # What it returns belongs to the backend, which will write over it.
+        # Cloned, as the backend overwrites its outputs.
         stages = backend.frames_per_stage if isinstance(backend, Adaptive) else manifest.frames_per_stage
         tokens, place, bias = found.tokens.float().clone(), found.place.clone(), found.bias.clone()
         return Visual(tokens, stages, config.merge_layers, place, bias)

@@ -1,20 +1,20 @@
-"""Every way of getting visual tokens of a clip that is compared, by the name it has on the command line.
+"""The compared methods by their names on the command line.
 
-The unit of comparison is a row at a retention ratio: a method (`earlytom.methods`), or a part of one. The controls are
-given the number of tokens N that EarlyTom's budget schedule keeps at that ratio, from counts alone:
+The unit of comparison is a row at a retention ratio: a method (`earlytom.methods`), or a part of one. The controls get
+the number of tokens N that EarlyTom's budget schedule keeps at that ratio, which follows from counts:
 
 * random: N of the clip's F * P tokens, drawn anew for every clip (seeded);
-* frames: the fewest evenly spaced frames that have N tokens or more, whole, first and last among them (the middle one
-  if it is one). Decided before encoding, so the other frames cost nothing; never fewer tokens than EarlyTom has;
-* top-k: the N tokens of highest received attention in the whole clip, from the layer that EarlyTom decides by, nothing
-  merged; EarlyTom without its merging, and without an equal share for each frame;
+* frames: all tokens of the fewest evenly spaced frames with N tokens or more, including the first and the last frame
+  (one frame: the middle one). Chosen before encoding, so that the other frames cost nothing;
+* top-k: the N tokens of highest received attention in the unmerged clip, from the layer by which EarlyTom selects:
+  EarlyTom without merging and without an equal share for each frame;
 * pooling, pooling-space: averages over the cells of a grid with N cells or fewer.
 
-Of clips that have more frames than the model was made for there is one row more, `FEWER`: as many frames as that,
-evenly spaced, with all of their tokens. It is what a user does without a method.
+Clips of more frames than the model was trained with have a further row `FEWER`: all tokens of that many evenly spaced
+frames, which needs no method.
 
-A row also says what the decoder is told of the tokens besides themselves (`runtime.text.places.Placing`): how many of
-the video's tokens each stands for (bias), and where it was.
+A row also has the decoder's side information (`runtime.text.places.Placing`): whether it is told how many of the
+video's tokens each token stands for (bias), and its original position.
 
 Notation: F frames, P tokens a frame after pooling, E width of the decoder, N tokens.
 """
@@ -49,14 +49,14 @@ BUDGET, ADAPTIVE, CELLS = "budget", "adaptive", "cells-rounds"
 
 
 class DiverseEarlyTom(EarlyTom):
-    """EarlyTom's merging (budget schedule) with the selection of "cells": what that alone is worth."""
+    """EarlyTom's merging (budget schedule) with the selection of "cells", an ablation."""
 
     def choose(self, features: Tensor, relevance: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        """As many tokens as EarlyTom, but those that are salient and unlike each other."""
+        """As many tokens as EarlyTom keeps, salient and diverse ones."""
         counts = self.counts(state.frames, features.shape[1])
         assert counts is not None  # the budget schedule
         tokens = features.flatten(0, 1)
-        if counts.tokens == len(tokens):  # nothing to leave out
+        if counts.tokens == len(tokens):  # nothing to drop
             return tokens, torch.arange(len(tokens), device=tokens.device)
         time = frame_times(state.sources)[0].float().repeat_interleave(features.shape[1])
         alike = likeness(affinity(tokens, time, state.frames))
@@ -80,15 +80,15 @@ def methods(
     """All methods by name.
 
     Args:
-        base: EarlyTom's settings; its ratio and schedule play no part.
+        base: EarlyTom's settings; ratio and schedule are ignored.
         depth: of the vision tower.
         seed: of the random tokens.
-        cells: the settings of "cells", of which the ratio plays no part; default: the same layers and frames.
+        cells: the settings of "cells", ratio ignored; default: merge layers and frame budget of `base`.
         budgets: other merge layers and frame counts to measure both methods with.
-        bias, original: what the decoder is told of every row's tokens; None: what the row says.
+        bias, original: override every row's side information; None: the row's own.
         frames: of a clip.
-        text_layers: of the language model; default those of the 7B model.
-        faithful: the field's methods in their released form.
+        text_layers: of the language model; default: the 7B model's.
+        faithful: published methods in their released form.
     """
     base.check_layers(depth)
     if cells is None:
@@ -118,10 +118,10 @@ def methods(
 
 
 def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
-    """The methods that `words` name, each once, in the order of `known`; a word is a method, a group, or "all", which
-    leaves out the field's methods: they take as long again.
+    """The methods named by `words`, each once, in the order of `known`.
 
-    The full tokens are always among them, of all frames and of fewer: everything is compared with them.
+    A word is a method, a group, or "all", which leaves out the published methods, as they take as long again. `FULL`
+    and `FEWER` are always included, as all others are compared with them.
     """
     groups = {method.group for method in known.values()}
     for word in words:
@@ -140,14 +140,14 @@ def chosen(known: dict[str, Row], words: Sequence[str]) -> list[Row]:
 
 
 def layer_choices(layers: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
-    """Other merge layers to compare with `layers`: all one layer earlier, all one later, and every part of them."""
+    """Alternatives to the merge layers: all one layer earlier, all one later, and every proper subset."""
     shifted = [tuple(layer + step for layer in layers) for step in (-1, 1)]
     parts = [part for size in range(1, len(layers)) for part in itertools.combinations(layers, size)]
     return [choice for choice in (*shifted, *parts) if choice and min(choice) >= 0 and max(choice) < depth]
 
 
 def _with_layers(config: EarlyTomConfig, layers: tuple[int, ...]) -> EarlyTomConfig:
-    """The settings with other merge layers; explicit frame counts stay with their layer, or their place if it moved."""
+    """The settings with other merge layers; frame counts follow their layers, or their order if layers moved."""
     budget = config.frame_budget
     if isinstance(budget, tuple):
         kept = [config.merge_layers.index(layer) if layer in config.merge_layers else -1 for layer in layers]
@@ -157,7 +157,7 @@ def _with_layers(config: EarlyTomConfig, layers: tuple[int, ...]) -> EarlyTomCon
 
 
 def _all(config: EarlyTomConfig) -> Callable[[ClipPasses, float], Visual]:
-    """All tokens of the frames that these settings leave."""
+    """All tokens of the frames left by these settings."""
     method = EarlyTom(config.replace(retention_ratio=1.0))
     return lambda clip, _: seen(clip, method)
 
@@ -221,7 +221,7 @@ def _budget_rows(budget: EarlyTomConfig, cells: CellsConfig, depth: int, budgets
 
 
 def _controls(budget: EarlyTomConfig, unmerged: EarlyTomConfig, depth: int, seed: int) -> list[Row]:
-    """The controls, with as many tokens as the settings `budget` keep."""
+    """The controls, with as many tokens as `budget` keeps."""
     whole, deciding = EarlyTom(unmerged), EarlyTom(budget).watched(depth)
 
     def count(clip: ClipPasses, ratio: float) -> int:

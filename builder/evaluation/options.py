@@ -1,4 +1,4 @@
-"""What a measurement is asked for if nothing else is: words and numbers that its command line shows."""
+"""Defaults of a measurement, as shown on its command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.50)
 MAIN_RATIO = 0.1  # of the paper's headline figure
-# A record is of the default table, and of this many clips at least.
+# Default, and the least for a record.
 CLIPS = 2000
 FULL = "full"  # the row that everything is compared with
 FEWER = "fewer-frames"  # of long clips: full tokens of as many frames as the model was made for

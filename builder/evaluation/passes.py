@@ -1,8 +1,8 @@
-"""The vision tower's passes over one clip, each run once.
+"""The vision tower's passes over one clip, each run once and shared.
 
-Choosing tokens comes after the projector. So all retention ratios of one way of merging share a pass, and so do the
-controls that choose among the tokens of the unmerged clip. `Pass.choose` makes of a pass exactly what
-`earlytom.encoder.encode` gives with that method: the tokens, and what they stand for.
+Tokens are selected after the projector, so all retention ratios of one way of merging share a pass, as do the controls
+that select from the unmerged clip. `Pass.choose` gives exactly the tokens, places and bias of `earlytom.encoder.encode`
+with that method.
 
 Notation: F frames, F' frames left, P tokens a frame after pooling, E width of the decoder, N tokens kept.
 """
@@ -40,11 +40,11 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one way of merging frames leaves of a clip, before any token is dropped.
+    """A clip's features after merging, before selection.
 
     Attributes:
         features: [F', P, E] projected and pooled.
-        relevance: [F', P] received attention of the deciding layer, pooled.
+        relevance: [F', P] received attention of the watched layer, pooled; None if there is none.
         state: of the run.
     """
 
@@ -63,13 +63,13 @@ class Pass:
         return self.state.ran
 
     def choose(self, method: Method) -> KeptTokens:
-        """What a method keeps of it, in time and raster order."""
+        """The tokens that a method keeps, in time and raster order."""
         tokens, positions = method.choose(self.features, self.relevance, self.state)
         return KeptTokens(tokens, *method.standing(self.features, positions, self.state))
 
 
 class _Watched:
-    """A method, as the encoder calls it, that remembers the state of the run."""
+    """A method that stores the state of its run."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
@@ -84,10 +84,10 @@ class _Watched:
 
 
 class VisionPass:
-    """The vision part of a model, ready for clips: normalised pixels in, passes out.
+    """The vision part of a model: frames to passes.
 
     Attributes:
-        depth: encoder layers that run.
+        depth: number of encoder layers that run.
         cells: P; patches: tokens a frame before pooling.
     """
 
@@ -99,8 +99,8 @@ class VisionPass:
         self._scale, self._shift = checkpoint.preprocessing.affine()
 
     def encode(self, frames: Tensor, method: Method) -> Pass:
-        """One pass over uint8 frames [F, 3, H, W]; which tokens `method` would choose of it plays no part."""
-        pixels = frames.float() * self._scale + self._shift  # as the runtime's reference backend makes them
+        """One pass over uint8 frames [F, 3, H, W], with the merging but not the selection of `method`."""
+        pixels = frames.float() * self._scale + self._shift  # as in the runtime's reference backend
         trace: dict[str, Tensor] = {}
         watched: Any = _Watched(method)
         encode(self._vision, pixels, watched, depth=self.depth, trace=trace)
@@ -108,13 +108,13 @@ class VisionPass:
 
 
 class ClipPasses:
-    """The passes over one clip, each run when it is first asked for.
+    """The passes over one clip, each run on first use.
 
     Attributes:
         frames: uint8 [F, 3, H, W].
-        number: the clip's index in its split; seeds what is drawn at random for it.
+        number: the clip's index in its split; a seed of random choices.
         cells: P; patches: tokens a frame before pooling.
-        seconds: that the passes have taken.
+        seconds: total time of the passes.
     """
 
     def __init__(self, vision: VisionPass, frames: Tensor, number: int) -> None:
@@ -131,10 +131,10 @@ class ClipPasses:
         return self._done[key]
 
     def some_frames(self, times: Sequence[int], method: Method) -> Tensor:
-        """[len(times), P, E]: features of some of the frames, nothing merged.
+        """[len(times), P, E]: features of some of the frames; `method` must not merge.
 
-        Frames do not see one another in the tower. So they are taken from the pass over the whole clip if it was run
-        anyway; if not, only they are encoded.
+        As frames do not attend to each other in the tower, they come from the pass over the whole clip if there is one;
+        otherwise only they are encoded.
         """
         key = method.tower_key()
         if key in self._done:

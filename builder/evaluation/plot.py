@@ -1,8 +1,7 @@
-"""Accuracy against visual tokens, one line a method, as a PNG. matplotlib is loaded when a plot is asked for.
+"""Accuracy against visual tokens, one line a method, as a PNG. matplotlib is imported only to draw.
 
-The lines of what is compared at the same number of tokens; single settings (frame merging alone) are points, and the
-choices of merge layers are left to the table. Where frames were merged in several ways (group "budgets") there is a
-second panel: accuracy against what the vision part costs, for both methods and the controls.
+Settings without a ratio (frame merging alone) are points; other merge layers are left to the table. With results of the
+group "budgets" there is a second panel: accuracy against the vision part's flops, for both methods and the controls.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ def draw(found: Sequence[Result], path: Path, *, caption: str, chance: float | N
     """Write the plot.
 
     Args:
-        found: all results; the full tokens are among them.
+        found: all results, including the full tokens.
         path: the PNG file.
-        caption: of the picture.
-        chance: accuracy without the video, a thin line; None draws none.
+        caption: its title.
+        chance: accuracy without the video, drawn as a thin line; None: no line.
     """
     from matplotlib.ticker import NullLocator
 
@@ -78,15 +77,15 @@ def draw(found: Sequence[Result], path: Path, *, caption: str, chance: float | N
 
 
 def _reference(axes: Any, accuracy: float, label: str, colour: str, style: str) -> None:
-    """A thin line across, at an accuracy."""
+    """A thin horizontal line at an accuracy."""
     axes.axhline(100 * accuracy, color=colour, linewidth=1, linestyle=style, zorder=1)
     place = (1.0, 100 * accuracy)
     axes.annotate(label, place, (0, 4), axes.get_yaxis_transform(), "offset points", ha="right")
 
 
 def _costs(axes: Any, found: Sequence[Result], whole: float) -> None:
-    """Accuracy against the share of the full vision arithmetic: both methods as their frames are merged, filled at the
-    main ratio, and the controls at it. What the decisions cost is in neither."""
+    """Accuracy against the share of the full vision flops, without those of the decisions: both methods for every
+    budget, filled at the main ratio, and the controls at that ratio."""
     main = main_ratio(found)
     ratios = sorted({result.ratio for result in found if result.group == "budgets" and result.ratio is not None})
     for name, one in ((CELLS, "cells"), (BUDGET, "budget")):
@@ -101,7 +100,7 @@ def _costs(axes: Any, found: Sequence[Result], whole: float) -> None:
 
 
 def _points(axes: Any, row: Sequence[Result], whole: float, colour: str, marker: str, *, filled: bool) -> None:
-    """Results beside each other, as far as they are there."""
+    """Results as points, without a line."""
     axes.plot(
         [100 * result.vision / whole for result in row],
         [100 * result.accuracy.value for result in row],

@@ -1,8 +1,8 @@
-"""What was measured, as JSON: the file of a run, and the bundled model's own record that a test holds it to.
+"""Results as JSON: the file of a run, and the bundled model's record, which a test compares with a new measurement.
 
-`accuracy.json` beside the bundled weights is such a file, written by `python -m builder.evaluate --record` from the
-whole test split. It names the weights by their digest, so that one that belongs to other weights is noticed. A part of
-the table, measured on the same clips, can be put into it (`joined`).
+`accuracy.json` beside the bundled weights is such a file, written by `python -m builder.evaluate --record` on the test
+split. It has the weights' digest, so that a record of other weights is noticed. A part of the table, measured on the
+same clips, can be merged into it (`joined`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _WEIGHTS = "model.safetensors"
 def check_recordable(
     checkpoint: Checkpoint, *, split: str, seed: int, clips: int, whole: bool, overruled: bool = False
 ) -> None:
-    """Refuse to record what would not be the bundled model's accuracy.
+    """Raise UserError unless the results would be the bundled model's accuracy.
 
     Args:
-        whole: all default methods and ratios are measured; if not, there must be a record on as many clips.
-        overruled: the decoder is told otherwise than the methods say, or methods are in another form.
+        whole: whether all default methods and ratios are measured; if not, there must be a record of as many clips.
+        overruled: whether bias, positions or form of the methods are overridden.
     """
     if checkpoint.source != MICRO or not checkpoint.trained:
         what = "are not trained" if checkpoint.source == MICRO else f"are those of {checkpoint.source}"
@@ -47,7 +47,7 @@ def check_recordable(
 
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A record with the rows of another measurement on the same clips put into it, where it has them in their place."""
+    """The old record with the rows of a new measurement on the same clips added or replaced."""
     for name in ("weights", "split", "seed", "clips", "questions", "settings"):
         if _rounded(old[name]) != _rounded(new[name]):
             raise UserError(f"--record: {name} is {new[name]}, and {old[name]} in the record: make the whole one again")
@@ -72,9 +72,9 @@ def weights_digest(folder: Path = micro.PATH) -> str:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, in one move: a reader sees the whole of it or the one before.
+    """Write a record atomically.
 
-    Numbers have six decimals, and every result and comparison a line of its own, so that two records can be compared.
+    Numbers have six decimals and each result and comparison a line, so that two records can be diffed.
     """
     fields = ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in record.items())
     with partial(path) as staging:
@@ -82,7 +82,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def _lines(value: Any) -> str:
-    """JSON on one line, or on a line for each object of a list of them."""
+    """JSON on one line; a list of objects has a line for each."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return "[\n  " + ",\n  ".join(_lines(item) for item in value) + "\n ]"
     return json.dumps(_rounded(value), allow_nan=False)

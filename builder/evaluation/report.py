@@ -1,7 +1,4 @@
-"""The tables of a run, for people.
-
-Accuracies are percentages, differences are in percentage points, both with the 95 % interval.
-"""
+"""The tables of a run: accuracies in percent, differences in percentage points, both with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ COMPARED = ("reference", "cells", "earlytom", "parts", "layers", "controls", "co
 
 
 def main_ratio(found: Sequence[Result]) -> float | None:
-    """The ratio that the short tables are about: 0.1, or the measured one nearest to it; None if there is none."""
+    """The ratio of the short tables: the measured one nearest to 0.1; None if there is none."""
     ratios = {result.ratio for result in found if result.ratio is not None}
     return min(ratios, key=lambda ratio: (abs(ratio - MAIN_RATIO), ratio), default=None)
 
@@ -36,7 +33,7 @@ def best_control(found: Sequence[Result], ratio: float | None) -> Result | None:
 
 
 def show_settings(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
-    """The one table: every setting with what it costs and how often it is right."""
+    """The main table: cost and accuracy of every setting."""
     columns = (
         "method,ratio,asked,tokens,frames,vision GFLOP,prefill GFLOP,encoder ms,compression ms,prefill ms,accuracy,"
     )
@@ -69,7 +66,7 @@ def show_settings(trace: Trace, found: Sequence[Result], guess: Guess | None) ->
 
 
 def show_times(trace: Trace, rows: Sequence[dict[str, Any]]) -> None:
-    """Times alone, as a record has them."""
+    """Times alone, from a record's rows."""
     shown = [
         (
             row["method"],
@@ -86,7 +83,7 @@ def show_times(trace: Trace, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
-    """ "cells" and EarlyTom against the others on the same clips, at the main ratio; then what else was merged."""
+    """ "cells" and EarlyTom against the others on the same clips, at the main ratio."""
     ratio = main_ratio(found)
     for name in (CELLS, BUDGET, ADAPTIVE):
         if ratio is None or (ours := find(found, name, ratio)) is None:
@@ -104,7 +101,7 @@ def show_comparisons(trace: Trace, found: Sequence[Result], pairs: Sequence[Comp
 
 
 def show_field(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
-    """The field's methods on the same clips as ours: how much better ours are, at every ratio."""
+    """Published methods, and by how much "cells" and EarlyTom are better on the same clips, at every ratio."""
     ours = [name for name in (CELLS, BUDGET) if any(result.name == name for result in found)]
     rows = []
     for result in found:
@@ -124,7 +121,7 @@ def _is(pair: Comparison, name: str, to: Result) -> bool:
 
 
 def show_budgets(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparison]) -> None:
-    """Both methods with other merge layers and frames, against each other and against the full tokens."""
+    """Both methods with other merge layers and frame counts, against each other and the full tokens."""
     rows = []
     fewer = find(found, FEWER, None)
     columns: tuple[str, ...] = ("merged", "ratio", "vision arithmetic", "against full", "against EarlyTom")
@@ -148,7 +145,8 @@ def show_budgets(trace: Trace, found: Sequence[Result], pairs: Sequence[Comparis
 
 
 def show_kinds(trace: Trace, found: Sequence[Result], guess: Guess | None) -> None:
-    """Accuracy by kind of question: of the full tokens, our methods and the best control at the main ratio."""
+    """Accuracy by kind of question: full tokens, "cells", EarlyTom, the best control and published methods, at the main
+    ratio."""
     ratio = main_ratio(found)
     named = [find(found, FULL, None), *(find(found, name, ratio) for name in (CELLS, BUDGET, ADAPTIVE))]
     field = [result for result in found if result.group == "compared" and result.ratio in (None, ratio)]
@@ -168,7 +166,7 @@ def percent(share: float) -> str:
 
 
 def points(estimate: Estimate) -> str:
-    """A difference of shares in percentage points, with its interval."""
+    """A difference of shares in percentage points, with interval."""
     value, low, high = (f"{100 * share:+.1f}" for share in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 

@@ -1,9 +1,9 @@
-"""From answers to figures: accuracy with its interval, cost, and paired comparisons; as plain JSON types too.
+"""From answers to figures, also in plain JSON types: accuracy with intervals, cost, and paired comparisons.
 
-Compared on the same clips: everything with the full tokens; EarlyTom and "cells", in all their forms, with every other
-method at the same ratio, and with each other where frames are merged otherwise; an engine with its twin in PyTorch.
-P-values are not corrected for their number. To say that EarlyTom beats every control it has to beat each one, which
-needs no correction.
+Compared on the same clips: all rows with the full tokens, and with those of fewer frames if measured; all rows of
+EarlyTom and "cells" with other methods at the same ratio; the two with equal `--budgets`; an engine with its twin in
+PyTorch. P-values are not corrected for multiple comparisons; the claim that EarlyTom beats every control needs no
+correction, as it has to beat each.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Result:
     """One setting.
 
     Attributes:
-        name, title, group, ratio: of its method, and the ratio it was measured at.
+        name, title, group: of its row; ratio: None if it does not depend on one.
         accuracy: of all questions; relative: as a share of the full tokens' accuracy (None if that is 0).
-        kinds: accuracy by kind of question; None for a kind that was not asked.
+        kinds: accuracy by kind of question; None for kinds not asked.
         tokens, frames, vision, prefill: means over the clips, see `Answers`.
         times: None if not measured.
     """
@@ -95,7 +95,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy of one setting less that of another, on the same clips; `to_ratio` is None for the full tokens."""
+    """Accuracy of one setting less that of another (`to`, `to_ratio`) on the same clips; ratios as in `Result`."""
 
     name: str
     ratio: float | None
@@ -116,7 +116,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Guess:
-    """What the questions' texts alone allow, and what chance does, overall and by kind."""
+    """Accuracy from the questions' texts alone, and by chance, overall and by kind."""
 
     accuracy: Estimate
     chance: float
@@ -155,7 +155,7 @@ def results(answers: Answers, settings: Sequence[Setting], times: Sequence[Times
 
 
 def guess(answers: Answers, right: NDArray[np.bool_]) -> Guess:
-    """The figures of answering without the video, of which [Q] were right."""
+    """The figures of answers without the video, `right` [Q] bool."""
     count = np.bincount(answers.kind, minlength=len(KINDS))
     chances = {name: kind.chance for name, kind in KINDS.items()}
     chance = float(count @ np.array(list(chances.values())) / count.sum())
@@ -164,7 +164,7 @@ def guess(answers: Answers, right: NDArray[np.bool_]) -> Guess:
 
 
 def comparisons(answers: Answers, settings: Sequence[Setting], seed: int) -> list[Comparison]:
-    """Every comparison that the module's text names; `seed` is that of the permutation test."""
+    """All comparisons, see the module; `seed`: of the permutation test."""
     pairs = _pairs(settings)
     if not pairs:
         return []
@@ -200,9 +200,9 @@ def _pairs(settings: Sequence[Setting]) -> list[tuple[int, int]]:
 
 
 def _compared(first: tuple[Row, int], second: tuple[Row, int]) -> bool:
-    """Whether one row of the table is compared with another; of two of ours one order will do, "cells" first."""
+    """Whether a row is compared with another; of EarlyTom and "cells" in one order only, "cells" first."""
     (one, mine), (other, theirs) = first, second
-    if one.group == other.group == "budgets":  # the same frames, for they stand together
+    if one.group == other.group == "budgets":  # the same merging, "cells" first
         return (one.name.partition("@")[2], mine < theirs) == (other.name.partition("@")[2], True)
     if one.group not in OURS or other.group == "budgets":
         return False
@@ -214,7 +214,7 @@ def _row(settings: Sequence[Setting], name: str, ratio: float | None) -> int:
 
 
 def _by_kind(answers: Answers, right: NDArray[np.bool_]) -> dict[str, Estimate | None]:
-    """At most one question of a kind is asked about a clip, so every question is a clip of its own here."""
+    """As a clip has at most one question of a kind, questions are independent here."""
     found: dict[str, Estimate | None] = {}
     for index, name in enumerate(KINDS):
         asked = answers.kind == index

@@ -1,7 +1,7 @@
-"""A whole measurement: the engine, the answers, the times, and what is shown and kept of them.
+"""A whole measurement.
 
-The stages, in the order in which `measure` runs them: build or open an engine if one is to be measured too, put the
-questions about every clip in every setting, measure times, and show what was found.
+The stages, in the order of `measure`: build or open an engine, if asked for; ask the questions about every clip in
+every setting; measure times; show and save the results.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AIM = 0.96  # of the full tokens' accuracy at ratio 0.1: the paper's figure on i
 
 
 def measure(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
-    """Everything that is asked for; the record of the JSON line."""
+    """Run the measurement; returns the record of the JSON line."""
     started = time.monotonic()
     checkpoint = task_checkpoint(asked.model)
     job = checked(asked, checkpoint)
@@ -84,7 +84,7 @@ def timed(asked: EvaluationSettings, bench: EvaluationBench, trace: Trace) -> li
 
 
 def measure_only_times(asked: EvaluationSettings, bench: EvaluationBench, trace: Trace) -> dict[str, Any]:
-    """Times without answers; put into the record if that is asked for."""
+    """Times without answers; with --record they replace the record's."""
     rows = field.timed_rows([(one.method.name, one.ratio) for one in bench.settings], timed(asked, bench, trace))
     measured = {"clips": asked.timed_clips, "threads": torch.get_num_threads(), "rows": rows}
     report.show_times(trace, rows)
@@ -99,7 +99,7 @@ def measure_only_times(asked: EvaluationSettings, bench: EvaluationBench, trace:
 
 
 def measure_coverage(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
-    """What the methods lose of some videos; the record of the JSON line. Raises UserError as `coverage.command`."""
+    """Coverage of the given videos; returns the record of the JSON line."""
     checkpoint = describe(asked.model)
     found = cover(coverage_job(asked, checkpoint), checkpoint, trace)
     if asked.json is not None:
@@ -109,7 +109,7 @@ def measure_coverage(asked: EvaluationSettings, trace: Trace) -> dict[str, Any]:
 
 
 def engine_folder(engine: str, engines: Path, job: EvaluationJob, trace: Trace) -> Path:
-    """The folder `engine`; where that is `AUTO`, one that is built under `engines` first."""
+    """The folder `engine`; for `AUTO` one built, or found, under `engines`."""
     if engine != AUTO:
         return Path(engine)
     ratio = min(job.ratios, key=lambda ratio: abs(ratio - MAIN_RATIO))
@@ -121,7 +121,7 @@ def engine_folder(engine: str, engines: Path, job: EvaluationJob, trace: Trace) 
 
 @contextmanager
 def progress(trace: Trace, what: str, total: int, *, bar: bool) -> Iterator[Callable[[int], None]]:
-    """Tells how far a stage is: a bar if one is wanted and there is a terminal, else a line every half minute."""
+    """Shows a stage's progress: a bar if wanted and on a terminal, else a line every half minute."""
     started = shown = time.monotonic()
     if bar and sys.stderr.isatty():
         from rich.console import Console
@@ -146,13 +146,13 @@ def progress(trace: Trace, what: str, total: int, *, bar: bool) -> Iterator[Call
 
 
 def without_video(answers: Answers, job: EvaluationJob, clips: int, text_clips: int) -> Guess:
-    """What the questions' texts alone allow on the same clips."""
+    """The baseline without video on the same clips."""
     asked = [question for index in range(clips) for question in questions_of(job.split, index, job.seed, job.frames)]
     return guess(answers, Blind(text_clips, job.seed).right(asked))
 
 
 def engine_record(manifest: Manifest, answers: Answers, pairs: Sequence[Comparison], trace: Trace) -> dict[str, Any]:
-    """How the engine's answers compare with its twin's; told on the screen too."""
+    """How the engine's answers compare with its twin's, also printed."""
     different, asked = int((~answers.same).sum()), len(answers.same)
     limit = GATES[manifest.precision].text
     paired = next(pair for pair in pairs if pair.name == ENGINE and pair.to != FULL)
@@ -184,7 +184,7 @@ def full_record(
     blind: Guess | None,
     engine: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Every figure, in plain JSON types."""
+    """All figures, in plain JSON types."""
     return {
         "model": checkpoint.source,
         "trained": checkpoint.trained,
@@ -209,7 +209,7 @@ def full_record(
 
 
 def save(asked: EvaluationSettings, whole: dict[str, Any], found: Sequence[Result], trace: Trace) -> None:
-    """Write the files that were asked for; what is put into a record is drawn with the rest of it."""
+    """Write the files asked for. With --record of a part, the plot is of the merged record."""
     if asked.json is not None:
         record.write(asked.json, whole)
         trace.line(f"figures: {asked.json}")
@@ -229,7 +229,7 @@ def save(asked: EvaluationSettings, whole: dict[str, Any], found: Sequence[Resul
 
 
 def save_field(asked: EvaluationSettings, whole: dict[str, Any], trace: Trace) -> None:
-    """The table of the field's methods and its plot, of a run or a record, if they were asked for."""
+    """Write the table of published methods and its plot, of a run or a record, if asked for."""
     found = [Result.from_dict(row) for row in whole["results"]]
     if "times" in whole:
         found = field.with_times(found, whole["times"]["rows"])

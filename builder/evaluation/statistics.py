@@ -1,9 +1,8 @@
-"""How sure an accuracy is, and a difference of two, where several questions are about the same clip.
+"""Intervals of accuracies and of their differences, with several questions about each clip.
 
-Questions about one clip are not independent: what spoils a clip spoils several of its answers. Clips are independent.
-So everything here is computed from two numbers a clip, how many questions were asked and how many were answered right,
-and the clip is the unit that varies (cluster-robust variance of a ratio of sums). Two methods are compared on the same
-clips, by the differences of their counts a clip: what makes a clip hard for both cancels.
+Clips are independent, questions about one clip are not. So everything is computed from two numbers a clip, of questions
+asked and of right answers, with the clip as the cluster (cluster-robust variance of a ratio of sums). Two methods are
+compared on the same clips, by the differences of their right answers a clip: difficulty shared by both cancels.
 
 Notation: C clips, K comparisons.
 """
@@ -26,7 +25,7 @@ Counts = NDArray[Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval."""
+    """A value and its 95 % interval."""
 
     value: float
     low: float
@@ -34,14 +33,14 @@ class Estimate:
 
 
 def accuracy(right: Counts, asked: Counts) -> Estimate:
-    """Share of questions answered right.
+    """Share of right answers, with Wilson's interval for the effective number of independent questions.
 
-    Wilson's interval, for as many independent questions as are worth what was asked: the design effect (variance
-    between clips over that of independent questions, 1 at least) divides their number. Where it cannot be known,
-    because all answers were right, or all wrong, or there is one clip, a clip counts as one question.
+    That is the number of questions over the design effect (variance between clips over that of independent questions,
+    at least 1); or the number of clips if the effect is unknown, as all answers are right, or all wrong, or there is
+    one clip.
 
     Args:
-        right, asked: [C] numbers of questions; clips where nothing was asked are left out.
+        right, asked: [C] numbers of questions; clips without questions are left out.
     """
     right, asked = _asked(right, asked)
     clips, questions, share = len(asked), asked.sum(), right.sum() / asked.sum()
@@ -51,7 +50,7 @@ def accuracy(right: Counts, asked: Counts) -> Estimate:
         worth = questions / max(1.0, _variance(right - share * asked, questions) / independent)
     centre = (share + Z**2 / (2 * worth)) / (1 + Z**2 / worth)
     half = Z / (1 + Z**2 / worth) * math.sqrt(share * (1 - share) / worth + Z**2 / (4 * worth**2))
-    # At the ends the interval reaches its own value, which rounding may miss.
+    # At 0 and 1 the interval includes its value, which rounding may miss.
     return Estimate(
         float(share), float(min(max(0.0, centre - half), share)), float(max(min(1.0, centre + half), share))
     )
@@ -84,9 +83,8 @@ def relative(right: Counts, other: Counts) -> Estimate | None:
 def sign_flip(gained: Counts, *, seed: int = 0, flips: int = FLIPS) -> NDArray[np.float64]:
     """Two-sided p-values of "neither method is better", by a paired permutation test.
 
-    If neither is, every clip's difference might as well have had the other sign. The p-value is the share of random
-    signs (the observed ones counted among them) that give as large a sum of differences; so 1 / (flips + 1) is the
-    smallest.
+    Under that hypothesis each clip's difference is as likely to have the other sign. The p-value is the share of random
+    sign vectors (including the observed one) with as large an absolute sum of differences, at least 1 / (flips + 1).
 
     Args:
         gained: [C, K] right answers of one method less those of the other, on each clip.
@@ -107,7 +105,7 @@ def sign_flip(gained: Counts, *, seed: int = 0, flips: int = FLIPS) -> NDArray[n
 
 
 def _asked(right: Counts, asked: Counts) -> tuple[Counts, Counts]:
-    """Both as float64, without the clips where nothing was asked."""
+    """Both as float64, without clips that have no question."""
     right, asked = np.asarray(right, np.float64), np.asarray(asked, np.float64)
     if not asked.sum():
         raise ValueError("no question was asked")
@@ -115,12 +113,12 @@ def _asked(right: Counts, asked: Counts) -> tuple[Counts, Counts]:
 
 
 def _variance(residuals: Counts, total: float) -> float:
-    """Of a ratio of sums over clips, from what each clip departs from it; infinite for one clip."""
+    """The variance of a ratio of sums over clips, from the clips' residuals; infinite for one clip."""
     clips = len(residuals)
     return math.inf if clips < 2 else clips / (clips - 1) * float((residuals**2).sum()) / float(total) ** 2
 
 
 def _normal(value: float, variance: float) -> Estimate:
-    """A normal interval; from one clip nothing follows, and any difference of shares is possible."""
+    """A normal interval, at most +-1, as for one clip, whose variance is unknown."""
     half = min(Z * math.sqrt(variance), 1.0)
     return Estimate(float(value), float(value - half), float(value + half))

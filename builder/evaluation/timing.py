@@ -1,8 +1,7 @@
-"""How long a clip takes in every setting, one clip at a time, as a user would see it.
+"""Latency of every setting, one clip at a time.
 
-Each time starts from nothing: a setting's own pass over the frames, shared with no other, and its own prefill through
-the runtime's decoder. Settings take turns on each clip, so that a machine that is slower for a while is so for all of
-them; the median over the clips is what is reported.
+Nothing is shared: each setting runs its own pass over the frames, and its own prefill through the runtime's decoder.
+Settings are interleaved on each clip, so that other load on the machine affects all; reported are medians over clips.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Times:
 
     Attributes:
         vision: from frames to visual tokens.
-        prefill: from there to the answer's first token.
-        compression: the part of `vision` behind tower and projector; what a method does inside the tower is the
-            tower's. None in records that are older than this figure.
+        prefill: from visual tokens to the answer's first token.
+        compression: the part of `vision` after the projector; a method's work inside the tower counts as the tower's.
+            None in older records.
     """
 
     vision: float
@@ -91,8 +90,7 @@ class Prefill:
     def __call__(
         self, tokens: Tensor, question: str, standing: Standing | None = None, inner: InnerSettings | None = None
     ) -> int:
-        """The first token of the answer to a question about visual tokens [N, E], which stand for more; `inner` is what
-        the decoder does with them on its way."""
+        """The first token id of the answer to a question about visual tokens [N, E]; `inner`: inner merging."""
         prompt = build_prompt(self._tokenizer, question, family=self._family)
         visual = self._closings.closed(tokens, None, self._closing)
         embeds = splice(prompt, visual, self._decoder.embed)
@@ -107,7 +105,7 @@ class Prefill:
 
 
 def _told(prompt: Prompt, count: int, standing: Standing, closing: int) -> dict[str, Any]:
-    """Positions and bias of a whole prompt with `count` visual tokens."""
+    """The decoder's arguments for positions and bias of a prompt with `count` visual tokens."""
     place, bias = standing.place, standing.bias
     return Placing(original=place is not None, bias=bias is not None).of_prompt(
         len(prompt.prefix_ids),

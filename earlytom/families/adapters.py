@@ -1,6 +1,6 @@
-"""Vision towers of transformers, each by its adapter: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2.
+"""Adapters of transformers' vision towers: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2.
 
-Several families may share a tower; which ones a family's checkpoints may have is `Family.towers`.
+Families may share towers; `Family.towers` lists those of a family's checkpoints.
 
 Notation: F frames, S patch tokens, T = S + prefix tokens, D width.
 """
@@ -21,7 +21,7 @@ class SiglipTower(Tower):
 
 
 class ClipTower(Tower):
-    """CLIP: a class token in front and a layer norm before the first layer."""
+    """CLIP: a leading class token, and a layer norm before the first layer."""
 
     prefix = 1
 
@@ -48,7 +48,7 @@ class Siglip2Tower(Tower):
 
 
 class Dinov2Tower(Tower):
-    """DINOv2: a class token in front, layer scale on both branches."""
+    """DINOv2: a leading class token, and layer scale on both branches."""
 
     prefix = 1
 

@@ -1,5 +1,4 @@
-"""LLaVA-NeXT-Video: as LLaVA-OneVision, but a CLIP tower, average pooling before the projector, and nothing that closes
-the visual tokens of a video."""
+"""LLaVA-NeXT-Video: LLaVA-OneVision with a CLIP tower, average pooling before the projector, and no closing token."""
 
 from __future__ import annotations
 
@@ -83,7 +82,7 @@ class LlavaNextVideo(LlavaOnevision):
 
     def other_weights(self, config: Any) -> int:
         frame = self.geometry(config)
-        return frame.width * (3 * frame.patch**2 + 1 + 1 + frame.patches + 2)  # and the norm behind them
+        return frame.width * (3 * frame.patch**2 + 1 + 1 + frame.patches + 2)  # + 2: the norm before the layers
 
     @property
     def published(self) -> Mapping[str, Callable[[], Any]]:
@@ -94,9 +93,9 @@ LLAVA_NEXT_VIDEO = LlavaNextVideo()
 
 
 def _published() -> Any:
-    """The published configuration of 7B: CLIP-L at 336 pixels without its last layer, and Vicuna.
+    """The published 7B configuration: CLIP-L at 336 pixels, whose last layer is not used, and Vicuna.
 
-    Its special tokens lie where the tokenizer that stands in for its own has room.
+    Ids of special tokens are free ones of the bundled tokenizer, which replaces its own.
     """
     first = 31997
     return LLAVA_NEXT_VIDEO.config(
@@ -134,7 +133,7 @@ def _published() -> Any:
 
 
 def average_pool(values: Tensor) -> Tensor:
-    """The mean of 2 x 2 patches, an odd row or column left out: [F, g * g, n] to [F, P, n]."""
+    """The mean of 2 x 2 patches; an odd last row or column is left out: [F, g * g, n] to [F, P, n]."""
     from torch.nn import functional
 
     side = grid_side(values.shape[1])

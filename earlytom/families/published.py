@@ -1,6 +1,6 @@
-"""Configurations of published checkpoints, and one of a size between: models to measure without a download.
+"""Configurations of published checkpoints, and a mid-size one, to measure models without a download.
 
-`earlytom.micro.random_model` gives them weights.
+`earlytom.micro.random_model` makes models of them with random weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FIRST_SPECIAL_ID = 151643  # of the tokenizer of Qwen2
 
 
 def _published(**text: Any) -> Any:
-    """A published configuration: SigLIP so400m at 384 without its last layer and its head, and Qwen2 as given."""
+    """A published configuration: SigLIP so400m at 384 pixels without last layer and head, and Qwen2 with `text`."""
     from transformers import LlavaOnevisionConfig
 
     ids = dict(zip(SPECIAL_TOKENS, range(_FIRST_SPECIAL_ID, _FIRST_SPECIAL_ID + 5), strict=True))
@@ -61,14 +61,14 @@ _LLAVA_ONEVISION: dict[str, Callable[[], Any]] = {
     ),
 }
 PUBLISHED = _LLAVA_ONEVISION | {name: make for one in FAMILIES.values() for name, make in one.published.items()}
-"""The published configurations by name, of every family."""
+"""All families' published configurations, by name."""
 
 MID_SIZE, MID_SIZE_FRAMES = "siglip-base-qwen2-0.5b", 8
-"""Between the bundled and the published ones, and the frames that it is measured with."""
+"""The name of the mid-size configuration, between bundled and published ones, and its frames of a video."""
 
 
 def mid_size() -> Any:
-    """SigLIP base at 384 pixels and the smallest published decoder: what a CPU can be measured with in minutes."""
+    """SigLIP base at 384 pixels and the smallest published decoder, which a CPU can measure in minutes."""
     settings = PUBLISHED["llava-onevision-qwen2-0.5b-ov"]().to_dict()
     settings["vision_config"] |= {
         "hidden_size": 768,

@@ -1,4 +1,4 @@
-"""Sizes of the Qwen2 language models that several families' published models have."""
+"""Sizes of the Qwen2 language models in published models of several families."""
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, keys: int) -> dict[str, int]:

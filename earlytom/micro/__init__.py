@@ -1,7 +1,7 @@
-"""The bundled small checkpoint, so that everything can be tried without a download.
+"""The bundled small checkpoint, to try everything without a download.
 
-`PATH` is a folder in exactly the layout of a published checkpoint; it is loaded by the same code. This module itself
-imports no model library. `python -m builder.micro.train` makes the folder's files.
+`PATH` is a folder in the layout of a published checkpoint, loaded by the same code. This module imports no model
+library. `python -m builder.micro.train` makes the folder's files.
 """
 
 from pathlib import Path
@@ -10,4 +10,4 @@ PATH = Path(__file__).resolve().parent
 """Folder of the bundled checkpoint."""
 
 TRAINING_FILE, ACCURACY_FILE = "training.json", "accuracy.json"
-"""Beside the weights: how they came about, and what was measured with them."""
+"""Files beside the weights: how they were trained, and their measured accuracy."""

@@ -1,7 +1,6 @@
-"""The folder of the bundled checkpoint: everything in it but the values of the weights, and the model card.
+"""Writes the bundled checkpoint: configuration, safetensors, tokenizer, chat template and preprocessing, as on the hub.
 
-Its files are those of a checkpoint of its family on the hub (configuration, safetensors, tokenizer, chat template,
-preprocessing), small enough to be kept with the sources. `builder.micro.train` gives it the weights.
+`builder.micro.train` trains the weights; `builder.micro.card` writes the model card.
 """
 
 import json
@@ -20,7 +19,7 @@ from earlytom.micro.random_model import greedy, make_tokenizer
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A tokenizer with the pipeline of Qwen2 and a small vocabulary of its own, trained on `corpus.sentences()`."""
+    """A tokenizer with Qwen2's pipeline and a small vocabulary trained on `corpus.sentences()`."""
     pipeline = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
@@ -41,7 +40,7 @@ def write_checkpoint(out: Path, model: Any, training: dict[str, Any], *, trained
         out: the folder; made if it does not exist.
         model: the model, on the CPU; its weights are written in half precision.
         training: how it was trained (`training.json`, of which `builder.micro.card` makes the model card).
-        trained: False marks weights that are not worth asking.
+        trained: False marks weights whose answers mean nothing.
     """
     model.config.earlytom_trained = trained
     model.generation_config = greedy(model.config)
@@ -51,4 +50,4 @@ def write_checkpoint(out: Path, model: Any, training: dict[str, Any], *, trained
     build_tokenizer().save_pretrained(out)
     for name, content in {**preprocessing(), TRAINING_FILE: training}.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (out / ACCURACY_FILE).unlink(missing_ok=True)  # of the weights that were there before
+    (out / ACCURACY_FILE).unlink(missing_ok=True)  # measured with the previous weights

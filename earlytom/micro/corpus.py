@@ -1,8 +1,8 @@
-"""The text that the bundled tokenizer is trained on: questions about short drawn clips, their answers, everyday words.
+"""The training text of the bundled tokenizer: questions about short drawn clips, answers, everyday words.
 
-Everything is generated from the lists below, in a fixed order, so the tokenizer can be made again at any time. The
-clips are about coloured shapes and digits that move, appear, hide, are cut away and change; the everyday words keep
-questions outside that world from falling apart into single letters.
+It is generated from the lists below in a fixed order, so training is reproducible. The clips show coloured shapes and
+digits that move, appear, hide, change and are cut; everyday words keep other questions from splitting into single
+letters.
 """
 
 from collections.abc import Iterator
@@ -90,7 +90,7 @@ choose option options
 
 
 def _fill(template: str, step: int) -> str:
-    """`template` with its fields filled by the words that are due at `step` (co-prime strides visit all pairs)."""
+    """`template` filled with the words of `step` (co-prime strides visit all pairs)."""
     return template.format(
         colour=COLOURS[step % len(COLOURS)],
         shape=SHAPES[(step * 3 + 1) % len(SHAPES)],

@@ -1,4 +1,4 @@
-"""One context: transformers without the progress bars that it draws while it reads or writes a checkpoint."""
+"""A context without transformers' progress bars of reading and writing checkpoints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
-"""Whole models with random weights, and what they need to answer.
+"""Whole models with random weights, and their tokenizers and generation settings.
 
 `random_model` creates a model of any configuration of a supported family in the target dtype, each weight once.
-`published_tokenizer` fits the bundled tokenizer to a published configuration, which has none here.
+`published_tokenizer` adapts the bundled tokenizer to a published configuration.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def make_tokenizer(
 def published_tokenizer(bundled: PreTrainedTokenizerBase, config: Any) -> Qwen2Tokenizer:
     """The bundled tokenizer with its special tokens moved to the ids of a published `config`.
 
-    The ids in between name no token: a model with random weights may choose them, and they decode to nothing.
+    Ids in between are no tokens: a model with random weights may generate them, and they decode to nothing.
     """
     text: Any = config.text_config
     model = json.loads(bundled.backend_tokenizer.to_str())["model"]

@@ -1,21 +1,19 @@
 """Seeded random weights for a video model: scaled, reproducible, cheap.
 
-Used for the bundled model before training and for the published configurations that are measured without a
-download. Knows tensor names and shapes only; it builds no module and reads no file.
+Used for the bundled model before training and for published configurations measured without a download. It needs
+tensor names and shapes only.
 
-Three properties matter to the callers:
+Three properties matter to callers:
 
-* *Independent tensors.* Each tensor is drawn from a stream that is keyed by the seed and its own name, so the
-  vision part created alone equals the vision part of the whole model, whatever the order of creation.
-* *Independent of the dtype.* Values are drawn in fp32 and rounded once, block by block into the target: a
-  half-precision engine and the fp32 reference have the same weights up to that rounding, and no whole tensor
-  exists in fp32.
-* *Reproducible bits.* The raw words of PCG64 are scaled and shifted into uniform values; no library routine for
-  normal values, which may differ between processors, is involved.
+* *Independent tensors.* Each tensor has its own random stream, keyed by the seed and its name, so tower and projector
+  created alone equal those of the whole model.
+* *Independent of the dtype.* Values are drawn in fp32 and rounded once, block by block: a half-precision engine and the
+  fp32 reference have the same weights up to that rounding, and no whole tensor exists in fp32.
+* *Reproducible bits.* The raw words of PCG64 are scaled and shifted into uniform values; no library routine for normal
+  values, which may differ between processors, is used.
 
-The scales are chosen so that an untrained model behaves like one whose decisions mean something: similarity of
-frames follows their content, received attention is uneven, activations stay within half precision through 26
-layers.
+The scales make an untrained model's decisions meaningful: similarity of frames follows their content, received
+attention is uneven, and activations stay within half precision through 26 layers.
 """
 
 import hashlib
@@ -29,7 +27,7 @@ from torch import Tensor
 from earlytom.families import DEFAULT_FAMILY, Family
 
 SCHEME = "uniform-pcg64-1"
-"""Names this way of drawing weights. Changing any number below changes the weights, so it must change this name too."""
+"""The name of this random scheme. Changing any number below changes the weights, so it must change this name too."""
 
 # Values drawn at a time: a multiple of four, because a 64-bit word gives four; they fit the cache, and are so few
 # that torch does not share them out to threads, which wait for one another on a busy machine (20 s instead of 2).
@@ -80,9 +78,9 @@ def _moments(name: str, shape: Sequence[int], family: Family) -> tuple[float, fl
 def random_tensor(
     name: str, shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0, family: Family = DEFAULT_FAMILY
 ) -> Tensor:
-    """The tensor `name` of shape `shape` in `dtype`, uniform with the mean and spread that its role asks for.
+    """The tensor `name` in `dtype`, uniform with its role's mean and standard deviation.
 
-    `name` is first brought to its canonical form. The values depend on the name, the shape and the seed only.
+    Values depend on the canonical name, the shape, the family and the seed only.
     """
     name = family.canonical_name(name)
     role = family.weight_role(name)
@@ -102,5 +100,5 @@ def random_tensor(
 def random_state(
     shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, *, seed: int = 0, family: Family = DEFAULT_FAMILY
 ) -> dict[str, Tensor]:
-    """One random tensor for each name and shape, under the names given."""
+    """A `random_tensor` for each name and shape, under the names given."""
     return {name: random_tensor(name, shape, dtype, seed=seed, family=family) for name, shape in shapes.items()}

@@ -1,6 +1,6 @@
-"""What `python -m runtime.bench` is made of.
+"""The benchmarks of `python -m runtime.bench`; nothing here is needed to answer a question.
 
-`arguments` is the command line, `naive` the method in the form it was first released in, `variants` what is compared,
-`comparison` what is measured of them, `measure` the clock, `report` and `plot` show what it found. Nothing here is
-needed to answer a question.
+`arguments` is the command line, `clock` times, `load` runs clients. `comparison` compares `variants` (`naive` is
+EarlyTom as first released) by `measure`, `memory` and `overhead`; `report` and `plot` show its results. `service` and
+`soak` measure one pipeline, `serving` a server, `vision` the vision parts of engines.
 """

@@ -49,7 +49,7 @@ examples:
       latency, throughput and goodput of a server that runs, as its clients see them
 """
 
-# What only the comparison knows, of the options that are None where they were not given.
+# Options of the comparison only, None unless given.
 _COMPARISON = ("frames", "merge_layers", "scale_frames", "scale_ratios", "plot")
 N = TypeVar("N", int, float)
 S = TypeVar("S", str, int, float)
@@ -97,7 +97,7 @@ def _numbers(text: str, kind: type[N], good: Callable[[N], bool], expected: str)
 
 
 def _split(text: str, kind: type[S]) -> tuple[S, ...]:
-    """What commas separate, each once, in order; nothing for "none"."""
+    """Comma-separated values without duplicates, in order; none for "none"."""
     if text == NONE:
         return ()
     parts: Sequence[S] = [kind(part) for part in text.split(",")]
@@ -106,14 +106,14 @@ def _split(text: str, kind: type[S]) -> tuple[S, ...]:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is measured and how: the options by their names, checked, with every default that needs no model.
+    """The checked options by name, with all defaults that do not depend on the model.
 
     Attributes:
-        model: a source, None for the bundled one. video: None for one that is drawn. frames: None for as many as the
-            model is meant to be shown. merge_layers: None for those of the tower.
-        engine: folders, of which --service and --soak measure one: the newest, if there is none.
-        device: "cpu" or "cuda". dtype: None for what the model fits in.
-        soak: requests whose memory is watched; None to measure something else.
+        model: None: the bundled one. video: None: a drawn clip. frames: None: the model's default. merge_layers: None:
+            the tower's default.
+        engine: folders; --service and --soak take one, by default the newest.
+        device: "cpu" or "cuda". dtype: None: fp32, or the stored one if that does not fit into memory.
+        soak: number of requests of a soak; None: another measurement.
     """
 
     model: str | None = option(
@@ -183,26 +183,26 @@ class BenchSettings:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, of which what can be refused without the model is refused: `check`."""
+    """The options after `check`."""
     options = parser().parse_args(argv)
     check(options)
     return options
 
 
 def read(argv: Sequence[str] | None) -> BenchSettings:
-    """`parsed`, and what `settings_of` makes of that."""
+    """`settings_of` the `parsed` options."""
     return settings_of(parsed(argv))
 
 
 def settings_of(options: argparse.Namespace) -> BenchSettings:
-    """What is measured in this process: `place`, and the options that are about it."""
+    """The settings of a measurement in this process, after `place`."""
     place(options)
     given = vars(options) | {"engine": tuple(options.engine)}
     return BenchSettings(**{field.name: given[field.name] for field in fields(BenchSettings)})
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, with a help text that teaches."""
+    """The command line."""
     p = cli.Parser(
         prog="python -m runtime.bench",
         description="Measure the time to the first token, stage by stage, of EarlyTom and of what it is compared with.",
@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse now what needs no model to be refused, and fill in what depends on other options but `place`'s."""
+    """All checks that need no model; fills in defaults that depend on other options, except those of `place`."""
     for name, least in (
         ("repeats", 1), ("warmup", 0), ("requests", 1), ("scale_repeats", 1), ("max_new_tokens", 2), ("threads", 1),
         ("frames", MIN_FRAMES), ("soak", 1), ("soak_clients", 1),
@@ -297,7 +297,7 @@ def _check_plot(options: argparse.Namespace) -> None:
 
 
 def place(options: argparse.Namespace) -> None:
-    """Fill in where the model runs, which PyTorch is asked for, and its dtype on a GPU."""
+    """Fill in the device, for which PyTorch is imported, and the default dtype on a GPU or of an int8 decoder."""
     import torch
 
     from runtime.checkpoint.narrow import check_narrow
@@ -312,7 +312,7 @@ def place(options: argparse.Namespace) -> None:
 
 
 def method(ratio: float, merge_layers: tuple[int, ...], tau: float) -> EarlyTomConfig:
-    """The method's settings; UserError for a value out of range."""
+    """EarlyTom's settings, with flags named in errors."""
     try:
         return EarlyTomConfig(retention_ratio=ratio, merge_layers=merge_layers, tau=tau, schedule="budget")
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The clock of everything that is measured: seconds on the host, taken when the device is done."""
+"""Timing: seconds on the host, read once the device has finished."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(device: torch.device, call: Callable[[], T]) -> tuple[T, float]:
-    """What a call returns, and how long the device took for it."""
+    """A call's result, and its seconds including the device's work."""
     wait(device)
     begun = time.perf_counter()
     out = call()
@@ -28,7 +28,7 @@ def timed(device: torch.device, call: Callable[[], T]) -> tuple[T, float]:
 
 
 class Laps:
-    """Seconds between calls, each after the device is done, by the name that is called with."""
+    """Seconds between successive calls, added up by the name given; each call waits for the device."""
 
     def __init__(self, device: torch.device, names: Sequence[str]) -> None:
         self._device = device
@@ -43,12 +43,12 @@ class Laps:
 
     @property
     def elapsed(self) -> float:
-        """From the beginning to the last call."""
+        """Seconds from construction to the last call."""
         return self._last - self._started
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the best of a few: what a share of the peak is a share of."""
+    """Peak flops a second: the best of a few square matrix products."""
     side = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(side, side, device=device).to(dtype)
     seconds: list[float] = []

@@ -34,12 +34,12 @@ from runtime.trace import Trace
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is compared, checked; nothing was measured yet.
+    """A checked comparison, ready to be measured.
 
     Attributes:
-        asked: what is possible of what was asked for.
-        config: the settings of variants in PyTorch.
-        precision: name of the dtype that variants in PyTorch have.
+        asked: the settings, without impossible variants.
+        config: of variants in PyTorch.
+        precision: name of the dtype of variants in PyTorch.
         missing: what was left out, and why.
     """
 
@@ -60,7 +60,7 @@ class Prepared:
 
 
 def prepare(asked: BenchSettings, trace: Trace) -> Prepared:
-    """Load the model and the engines, and refuse what does not go together; says what will be compared."""
+    """Load the model and the engines, check that they match, and print what will be compared."""
     checkpoint = describe(asked.model)
     if checkpoint.family.any_size and asked.engine:  # all variants see what the engine does
         checkpoint = checkpoint.sized(Manifest.read(asked.engine[0]).model.preprocessing.size)
@@ -98,7 +98,7 @@ def prepare(asked: BenchSettings, trace: Trace) -> Prepared:
 
 
 def measure(prepared: Prepared, video: Path, trace: Trace) -> dict[str, Any]:
-    """Everything that was asked for; the record of the JSON line."""
+    """Run all measurements; returns the record of the JSON line."""
     asked, bench, config, frames = prepared.asked, prepared.bench, prepared.config, prepared.frames
     checkpoint, device, dtype, variants = bench.checkpoint, bench.device, bench.dtype, prepared.variants
     runner = VariantRunner(bench, video, asked.max_new_tokens)
@@ -119,7 +119,7 @@ def measure(prepared: Prepared, video: Path, trace: Trace) -> dict[str, Any]:
     ]
     scaling = measure_scaling(runner, asked, config, frames)
     compression = measure_compression(runner, variants, asked.scale_repeats)
-    peak = max(*rates, matmul_rate(device, dtype))  # what others on the machine do only lowers it
+    peak = max(*rates, matmul_rate(device, dtype))  # other load can only lower it
     records = [
         report.variant_record(bench, *each, peak, integer)
         for each in zip(variants, requests, first, memories, strict=True)
@@ -150,9 +150,9 @@ def measure(prepared: Prepared, video: Path, trace: Trace) -> dict[str, Any]:
 def measure_scaling(
     runner: VariantRunner, asked: BenchSettings, config: EarlyTomConfig, frames: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Points over the number of frames, and over the ratio; engines have a fixed shape and are not in it.
+    """Scaling over frames and over ratios, without engines, whose shapes are fixed.
 
-    All tokens do not depend on the ratio: that variant is in the first curve only.
+    "full" does not depend on the ratio, so it is in the first curve only.
     """
 
     def points(names: Sequence[str], at: EarlyTomConfig, count: int) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ def measure_scaling(
 
 
 def measure_compression(runner: VariantRunner, variants: Sequence[Variant], repeats: int) -> dict[str, float]:
-    """The compression's share of the encoder, for each of our own variants in PyTorch, by name."""
+    """The compression's share of the encoder's time, for "adaptive" and "budget" as far as they are measured."""
     return {
         variant.name: compression_share(
             runner.bench, variant.config, variant.copy(runner.clip(variant).frames), repeats

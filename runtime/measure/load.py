@@ -1,4 +1,4 @@
-"""Load: an engine as a service opens it, and clients, each of which asks again as soon as it was answered."""
+"""A closed loop of clients on a pipeline, each of which asks again once it is answered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.pipeline import Pipeline
 
 
 def opened(asked: BenchSettings, *, waiting: int) -> Pipeline:
-    """The engine that is asked for, the newest if none is, in a pipeline in whose line so many requests may wait."""
+    """A pipeline with the given engine (default: the newest) and room for `waiting` requests in line."""
     folder = asked.engine[0] if asked.engine else newest_engine(ENGINES)
     dtype = None if asked.dtype is None else DTYPES[asked.dtype]
     how: dict[str, Any] = {"device": asked.device, "dtype": dtype, "decoder_dtype": asked.decoder_dtype}
@@ -26,7 +26,7 @@ def opened(asked: BenchSettings, *, waiting: int) -> Pipeline:
 
 
 def conditions(asked: BenchSettings, pipeline: Pipeline) -> dict[str, Any]:
-    """What a record says of the engine and the machine that its figures are of."""
+    """A record's fields about engine and machine."""
     return {
         "engine": pipeline.manifest.name,
         "backend": pipeline.vision.name,
@@ -38,11 +38,11 @@ def conditions(asked: BenchSettings, pipeline: Pipeline) -> dict[str, Any]:
 
 @contextmanager
 def clients(count: int, requests: int, ask: Callable[[int], None]) -> Iterator[None]:
-    """`count` clients in threads of their own, who make `requests` requests between them.
+    """Within the block, `count` client threads make `requests` requests between them.
 
-    `ask` is called with the number of a request, from 1, and returns when it was answered. The clients begin with the
-    block, and its end waits for them. None begins another request after one has failed, or after an error in the
-    block, which waits for nobody.
+    `ask` is called with a request's number, from 1, and returns once it is answered. The block's end waits for the
+    clients. After a failed request or an error in the block no client begins another request; an error in the block
+    is raised without waiting.
     """
     numbers, lock, stop = iter(range(1, requests + 1)), threading.Lock(), threading.Event()
     errors: list[BaseException] = []
@@ -55,7 +55,7 @@ def clients(count: int, requests: int, ask: Callable[[int], None]) -> Iterator[N
                 if number is None:
                     return
                 ask(number)
-        except BaseException as error:  # raised again where it can be seen, in the thread of the block
+        except BaseException as error:  # raised again in the block's thread
             errors.append(error)
             stop.set()
 

@@ -1,15 +1,15 @@
-"""Requests stage by stage, variants taking turns, and load from several clients.
+"""Requests stage by stage, interleaved between variants, and load from several clients.
 
-The stages of a request, in order; on a GPU each one ends when the device has done it, so nothing overlaps and the
-stages add up to the time to the first token:
+The stages of a request, in order; on a GPU each one ends with a device synchronisation, so that they do not overlap and
+add up to TTFT:
 
     decode        open the video and decode the sampled frames
     preprocess    resize them, on the host
-    copy          frames to the device, scaled and normalised there (engines that do that themselves: only their part)
+    copy          frames to the device, scaled and normalised there (engines do the latter, or both, in `vision`)
     vision        frames to visual tokens
-    splice        embeddings of the question around them
+    splice        the prompt's embeddings, with visual tokens
     prefill       the decoder on the prompt, up to the first id on the host
-    first_token   that id to text
+    first_token   detokenisation of that id
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class MeasuredRequest:
     """One answered request; seconds.
 
     Attributes:
-        stages: of each of `STAGES`.
-        ttft: time to the first token, from the call.
-        tpot: mean time of each further token.
+        stages: by name, see `STAGES`.
+        ttft: time to first token.
+        tpot: mean time per output token after the first.
         total: from the call to the last token.
         tokens: the answer's ids.
-        visual_tokens: N, without what closes them.
+        visual_tokens: N, without closing tokens.
         frames_per_stage: frames before the first merge and after each one.
     """
 
@@ -57,7 +57,7 @@ class MeasuredRequest:
 
 
 class VariantRunner:
-    """Answers one question about one video, `new_tokens` ids long, with any variant."""
+    """Answers one question about one video with any variant, in `new_tokens` tokens."""
 
     def __init__(self, bench: Bench, video: Path, new_tokens: int) -> None:
         self.bench, self.video, self.new_tokens = bench, video, new_tokens
@@ -68,7 +68,7 @@ class VariantRunner:
         return load_clip(self.video, variant.frames, prepared.size, sampling=prepared.sampling)
 
     def answer(self, variant: Variant, clip: Clip | None = None) -> MeasuredRequest:
-        """One request; a clip that was decoded before takes no time."""
+        """Answer one request; with `clip`, "decode" and "preprocess" take 0 s."""
         bench = self.bench
         laps = Laps(bench.device, STAGES)
         if clip is None:
@@ -112,10 +112,9 @@ class VariantRunner:
 def interleaved(
     runner: VariantRunner, variants: Sequence[Variant], *, warmup: int, repeats: int
 ) -> tuple[list[float], list[list[MeasuredRequest]]]:
-    """Let variants take turns, so that what disturbs the machine disturbs all of them.
+    """Interleave the variants, so that other load on the machine affects all; each round begins with another one.
 
-    Returns, for each variant, the seconds to the first token of its very first request (of the warm-up, NaN without
-    one), and the requests that count. Who begins changes from round to round.
+    Returns, for each variant, the TTFT of its first warm-up request (NaN without warm-up), and the measured requests.
     """
     first = [float("nan")] * len(variants)
     for turn in range(warmup):
@@ -132,7 +131,7 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Load:
-    """What `clients` clients saw, each of which sends a request as soon as its last one was answered."""
+    """A closed loop of `clients` clients; `seconds` is its duration, `ttft` and `total` are each request's seconds."""
 
     clients: int
     requests: int
@@ -144,8 +143,8 @@ class Load:
 def under_load(runner: VariantRunner, variant: Variant, clients: int, requests: int) -> Load:
     """Answer `requests` requests of `clients` clients.
 
-    The model answers one request at a time, in the order in which they come. A client decodes and resizes its video
-    itself, which overlaps with the requests of others, and then waits in line; its times include that.
+    The model answers one request at a time, first come, first served. Each client decodes and resizes its video, in
+    parallel with others, and then waits in line; its times include both.
     """
     line: queue.Queue[tuple[float, Clip | BaseException, threading.Event]] = queue.Queue()
     ended = threading.Event()
@@ -154,10 +153,10 @@ def under_load(runner: VariantRunner, variant: Variant, clients: int, requests: 
         begun, done = time.perf_counter(), threading.Event()
         try:
             line.put((begun, runner.clip(variant), done))
-        except BaseException as error:  # who serves is waiting for something in the line
+        except BaseException as error:  # the serving loop waits for an item in the queue
             line.put((begun, error, done))
             raise
-        while not (done.wait(0.1) or ended.is_set()):  # not for ever: another client's video may have ended it all
+        while not (done.wait(0.1) or ended.is_set()):  # an error of another client may have ended the loop
             pass
 
     started = time.perf_counter()

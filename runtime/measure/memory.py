@@ -1,7 +1,7 @@
 """Peak memory of one call: of the process, and of PyTorch on a GPU.
 
-The process holds the weights of everything that is compared, so what a variant needs for itself is the growth. Linux
-keeps the high-water mark of a process and lets it be reset; elsewhere there is no figure for the process.
+The process holds the weights of all variants, so a variant's own need is the growth. The process's peak is measured on
+Linux only, where the high-water mark can be reset.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Memory:
     """Bytes; None where they cannot be measured.
 
     Attributes:
-        rss: most that the process had resident during the call.
-        growth: that, less what was resident before it.
-        cuda: most that PyTorch had allocated on the GPU; what TensorRT takes for itself is not in it.
+        rss: peak resident memory during the call.
+        growth: `rss` less the resident memory before it.
+        cuda: peak of PyTorch's allocations on the GPU, without TensorRT's own.
     """
 
     rss: int | None
@@ -36,7 +36,7 @@ class Memory:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> Memory:
-    """Call once, after giving back what earlier calls have freed."""
+    """The peak of one call, after memory freed by earlier calls has been returned to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -52,13 +52,13 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> Memory:
 
 
 def resident() -> int | None:
-    """Bytes that the process has in memory now; None where that cannot be measured."""
+    """Resident bytes of the process; None if they cannot be measured."""
     return _status("VmRSS") if _STATUS.is_file() else None
 
 
 def _restart() -> int | None:
-    """Give freed memory back, reset the high-water mark, return what is resident; None where that is not offered."""
-    # glibc keeps freed memory, which a later call would take unseen; with another C library the growth may be too small
+    """Trim the heap and reset the high-water mark; resident bytes, None if the mark cannot be reset."""
+    # glibc keeps freed memory, which a later call would reuse without growth; other C libraries cannot be trimmed
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:

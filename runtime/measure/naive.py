@@ -1,9 +1,8 @@
-"""EarlyTom without any of this project's speed: the baseline that shows what they are worth.
+"""EarlyTom without any of this project's optimisations: the baseline for them.
 
-The method step by step as its description reads, adaptive schedule: attention is formed in every layer, in fp32;
-segments, merges and selection are Python loops over frames, and every number that one of them looks at is fetched from
-the device. It decides as `earlytom.encoder` does (a test compares them), and shares only what belongs to the model with
-it: embeddings, layers, pooling.
+The method step by step as described, adaptive schedule: attention is materialised in every layer, in fp32; segments,
+merges and selection are Python loops over frames, which copy each number that they use to the host. Its decisions equal
+those of `earlytom.encoder` (a test compares them), with which it shares only the model: embeddings, layers, pooling.
 
 Notation: F frames, F' frames left, S patch tokens, P tokens after pooling, H heads, D tower width, E LLM width.
 """
@@ -27,8 +26,8 @@ Segments = list[tuple[int, int]]  # first and last frame, inclusive
 
 @dataclass(frozen=True)
 class NaiveTokens:
-    """A video as the LLM will see it: `tokens [N, E]`, `positions [N]` int64 (`frame * P + cell`), the final segments
-    and the frames before the first merge and after each one."""
+    """A compressed video: `tokens [N, E]`, `positions [N]` int64 (`frame * P + cell`), the final segments and the
+    numbers of frames before the first merge and after each one."""
 
     tokens: Tensor
     positions: Tensor
@@ -53,8 +52,7 @@ def encode_naive(
         projector: [F', S, D] to [F', S, E].
         pixels: [F, 3, H, W], normalised, in the tower's dtype.
         config: the method's settings; its schedule must be "adaptive".
-        depth: how many layers run.
-        family: of the model.
+        depth: number of layers that run.
     """
     tower: Any = vision_model
     if config.schedule != "adaptive" or not family.released or tower.config.model_type not in family.towers:
@@ -81,7 +79,7 @@ def encode_naive(
 
 
 def _layer(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """One encoder layer on `hidden [F, S, D]`: what leaves it, and its attention [F, H, S, S] in fp32."""
+    """One encoder layer on `hidden [F, S, D]`: its output, and its attention [F, H, S, S] in fp32."""
     module = layer.self_attn
     entering = layer.layer_norm1(hidden)
     query, key, value = (
@@ -98,14 +96,14 @@ def _layer(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def similarity(hidden: Tensor, one: int, other: int) -> float:
     """Mean over tokens of the cosine between frames `one` and `other` of `hidden [F, S, D]`.
 
-    Rounded as `earlytom.merge` does, or equal frames would differ by the order in which they were summed.
+    Rounded as in `earlytom.merge`: otherwise equal frames could differ by the order of summation.
     """
     cosine = nn.functional.cosine_similarity(hidden[one].float(), hidden[other].float(), dim=-1)  # [S]
     return round(cosine.mean().item() * SIMILARITY_STEPS) / SIMILARITY_STEPS
 
 
 def find_segments(hidden: Tensor, config: EarlyTomConfig) -> Segments:
-    """The segments of `hidden [F, S, D]`, frame after frame."""
+    """The segments of `hidden [F, S, D]`."""
     first, running = 0, 1.0
     segments = []
     for frame in range(1, len(hidden)):
@@ -117,7 +115,7 @@ def find_segments(hidden: Tensor, config: EarlyTomConfig) -> Segments:
 
 
 def _merge(hidden: Tensor, received: Tensor, segments: Segments, config: EarlyTomConfig) -> tuple[Tensor, Tensor]:
-    """The frames that are left of `hidden [F, S, D]` and `received [F, S]`."""
+    """`hidden [F, S, D]` and `received [F, S]` after the merge, with F' frames."""
     mixtures = [mixture for segment in segments for mixture in _mixtures(hidden, *segment, config)]
 
     def merged(x: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ def _merge(hidden: Tensor, received: Tensor, segments: Segments, config: EarlyTo
 
 
 def _mixtures(hidden: Tensor, first: int, last: int, config: EarlyTomConfig) -> list[list[tuple[int, float]]]:
-    """What becomes of one segment: for each frame that is left, the frames it is made of and their weights."""
+    """The merge of one segment: for each remaining frame, its source frames and their weights."""
     last_middle = last - 1
     if last_middle - first < 2:  # at most one frame in the middle
         return [[(frame, 1.0)] for frame in range(first, last + 1)]
@@ -155,7 +153,7 @@ def _mixtures(hidden: Tensor, first: int, last: int, config: EarlyTomConfig) -> 
 
 
 def _select(relevance: Tensor, segments: Segments, frames_in: int, ratio: float) -> Tensor:
-    """Positions [N] of the tokens that stay, from `relevance [F', P]`."""
+    """Positions [N] of the kept tokens, from `relevance [F', P]`."""
     frames, per_frame = relevance.shape
     effective = min(ratio / (frames / frames_in), 1.0)
     kept: list[int] = []
@@ -168,13 +166,13 @@ def _select(relevance: Tensor, segments: Segments, frames_in: int, ratio: float)
 
 
 def _best(relevance: Tensor, effective: float) -> list[int]:
-    """The cells of a frame that changes, `relevance [P]`: those of highest received attention, in raster order."""
+    """The kept cells of a dynamic frame, `relevance [P]`: those of highest received attention, in raster order."""
     places = math.ceil(len(relevance) * effective)
     return sorted(relevance.sort(descending=True, stable=True).indices[:places].tolist())
 
 
 def _windows(relevance: Tensor, effective: float) -> list[int]:
-    """The cells of a frame inside a segment, `relevance [P]`: the best one of each window."""
+    """The kept cells of a static frame, `relevance [P]`: the best one of each window."""
     windows = max(1, round(len(relevance) * effective))
     size, longer = divmod(len(relevance), windows)
     cells, begin = [], 0

@@ -1,7 +1,7 @@
-"""What the compression itself costs inside an encoder that runs it: measured, not counted.
+"""The compression's share of the encoder's time, measured.
 
-Timed where they happen: similarities, plans and selection. Two parts are not steps of their own in the encoder, so each
-is run once more beside it: merging the hidden states, and the layer whose attention is formed, with and without that.
+Similarities, plans and selection are timed in place. Two parts are no separate steps of the encoder, so they run once
+more to be timed: the merging of hidden states, and the layer of received attention, with and without returning it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from runtime.measure.variants import Bench
 
 
 class _Clock:
-    """Adds up what the compression takes."""
+    """Adds up the compression's seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds = 0.0  # of the compression
-        self.twice = 0.0  # of what was run once more only to be timed
+        self.twice = 0.0  # of runs made only for timing
 
     def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
         return timed(self._device, call)
@@ -66,7 +66,7 @@ class _TimedEarlyTom(EarlyTom):
 
 
 class _TimedTower:
-    """A tower whose layer with received attention adds what it took longer than without."""
+    """A tower that adds the extra time of returning received attention."""
 
     def __init__(self, tower: Any, clock: _Clock) -> None:
         self._tower, self._clock = tower, clock
@@ -85,8 +85,8 @@ class _TimedTower:
 
 
 def compression_share(bench: Bench, config: EarlyTomConfig, pixels: Tensor, repeats: int) -> float:
-    """The compression's share of the encoder's time on `pixels [F, 3, H, W]`: median of shares that are taken within
-    one call each, after one call that is not counted."""
+    """The compression's share of the encoder's time on `pixels [F, 3, H, W]`: median over `repeats` calls after one
+    warm-up."""
     found = []
     for _ in range(repeats + 1):
         clock = _Clock(bench.device)

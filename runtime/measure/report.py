@@ -1,4 +1,4 @@
-"""What was measured, as tables and as the JSON line. Tables show milliseconds, the JSON line has seconds and bytes."""
+"""Results as tables, in milliseconds, and as the JSON line, in seconds and bytes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def variant_record(
     peak: float,
     integer_peak: float | None = None,
 ) -> Record:
-    """The figures of one variant; `peak` is the rate of a matrix product, `integer_peak` of one in int8 where that was
-    measured, `first` the time of the very first request.
+    """The figures of one variant.
 
-    A share is of the arithmetic that the variant should do (`earlytom.flops`), in the time of its stage, at that rate.
+    Args:
+        first: TTFT of the first warm-up request; NaN without warm-up.
+        peak, integer_peak: flops a second of a matrix product, and of one in int8 (None if not measured). Shares of
+            them count the variant's flops by `earlytom.flops` over the median time of their stage.
     """
     found = summary(requests)
     vision, prefill = bench.arithmetic(tuple(found["frames_per_stage"]), found["visual_tokens"], variant.config)
@@ -51,7 +53,7 @@ def variant_record(
 
 
 def load_record(variant: Variant, load: Load) -> Record:
-    """Throughput and waiting times at one concurrency."""
+    """Throughput and latencies at one concurrency."""
     return {
         "name": variant.name,
         "clients": load.clients,
@@ -75,10 +77,10 @@ def point_record(variant: Variant, requests: Sequence[MeasuredRequest]) -> Recor
 
 
 def gains(variants: Sequence[Mapping[str, Any]], compression: Mapping[str, float]) -> Record:
-    """What compression brought, from medians; None where the variants that it takes were not measured.
+    """The gains by compression, from medians; None if a variant needed for one was not measured.
 
-    `vision_of_flops` is the speed-up of the vision part of the budget schedule as a share of what its arithmetic alone
-    would give; `compression` the share of the encoder that the compression takes, by schedule.
+    `vision_of_flops` is the vision speed-up of the budget schedule over the one that its flops alone would give;
+    `compression` is the compression's share of the encoder's time, by schedule.
     """
     by = {record["name"]: record for record in variants}
 
@@ -189,7 +191,7 @@ def _show_scaling(trace: Trace, points: Sequence[Mapping[str, Any]], title: str)
 
 
 def integer_line(integer: float, floating: float) -> str:
-    """The integer peak beside that of floats: what int8 can gain at most."""
+    """The integer peak and its ratio to that of floats, the most that int8 can gain."""
     return (
         f"integer peak: {integer / 1e12:.3g} TOP/s, one product of the tower in int8 in ONNX Runtime; "
         f"{integer / floating:.2f}x the peak of floats, which is the most that int8 can gain"
@@ -197,7 +199,7 @@ def integer_line(integer: float, floating: float) -> str:
 
 
 def _show_gains(trace: Trace, found: Mapping[str, Any]) -> None:
-    """What it comes to, in sentences."""
+    """The gains, a line each."""
     for key, text in (
         ("ttft_full_over_budget", "TTFT, full over budget: {:.2f}x"),
         ("ttft_naive_over_budget", "TTFT, naive over budget: {:.2f}x"),

@@ -1,14 +1,14 @@
-"""What a service sees of a pipeline: `python -m runtime.bench --service`.
+"""Latency and throughput of a pipeline as a service uses it: `python -m runtime.bench --service`.
 
-One engine, one question, through `Pipeline` as a service uses it:
+One engine, one question, through `Pipeline`:
 
-    fresh       a video file that nothing is known of
-    ready       a clip that was decoded and resized before
-    watched     the second and further questions about a watched video
-    live        a video that comes frame by frame, asked about when its last frame is there (engines with --chunk)
+    fresh       a video file, not cached
+    ready       a clip decoded and resized before
+    watched     every question about a watched video
+    live        a video pushed frame by frame, asked about after its last frame (engines with --chunk)
 
-and many callers with video files in its line, where the next video is decoded while one is answered. Live frames come
-as fast as the encoder's first layers can take them, or they would only wait; the pace is measured first.
+and many callers with video files, where the next video is decoded while one is answered. Live frames come at 1.25 times
+the measured time that the head takes for one, so that they do not queue.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Service:
         return self.pipeline.ask(self.clip, self.question, **self.how)
 
     def watched(self, repeats: int) -> tuple[float, list[Answer], int]:
-        """Seconds until the video was read, the answers after that, and the bytes that are kept of it."""
+        """Seconds of `Pipeline.watch`, the answers after it, and the bytes kept for the video."""
         started = time.perf_counter()
         with self.pipeline.watch(self.clip) as watched:
             seconds = time.perf_counter() - started
@@ -55,7 +55,7 @@ class Service:
             return seconds, answers, self.pipeline.watched.counters.bytes
 
     def live(self, vision: ChunkedVision, repeats: int) -> dict[str, Any]:
-        """Frames as they come: medians of what is left after the last one, and of the first token after it."""
+        """Live frames: median seconds from the last frame to the visual tokens and to the first token."""
         frames = self.clip.frames
         pace = 1.25 * self._head_seconds(vision) / vision.chunk
         left, first, share = [], [], []
@@ -81,7 +81,7 @@ class Service:
         }
 
     def _head_seconds(self, vision: ChunkedVision) -> float:
-        """Of a chunk."""
+        """Median seconds of the head on a chunk."""
         seconds = []
         with vision.begin() as clip:
             for some in self.clip.frames.split(vision.chunk):
@@ -89,7 +89,7 @@ class Service:
         return median(seconds)
 
     def callers(self, count: int, requests: int) -> dict[str, Any]:
-        """`requests` requests of `count` callers, each of which asks again as soon as it was answered."""
+        """`requests` requests of `count` callers in a closed loop."""
         answers: list[Answer] = []
         started = time.perf_counter()
         with clients(count, requests, lambda _: answers.append(self.fresh())):
@@ -105,7 +105,7 @@ class Service:
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Load an engine, measure it as `asked` say and show the result; the record of the JSON line."""
+    """Load an engine, measure it and show the result; returns the record of the JSON line."""
     with opened(asked, waiting=max(asked.concurrency, default=1)) as pipeline:
         manifest = pipeline.manifest
         trace.line(f"{manifest.name} ({pipeline.vision.name}), {manifest.frames} frames, {manifest.tokens} tokens ...")
@@ -138,7 +138,7 @@ def _stages(answers: list[Answer]) -> dict[str, float]:
 
 
 def show(trace: Trace, record: dict[str, Any]) -> None:
-    """The tables for people."""
+    """Print the tables."""
     rows = [(name, *(f"{1000 * stages[stage]:.1f}" for stage in STAGES)) for name, stages in record["service"].items()]
     words = [stage.replace("_", " ") for stage in STAGES]
     trace.table(("request", *words), rows, f"ms (medians of {record['repeats']} requests, one at a time)")

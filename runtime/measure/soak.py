@@ -1,9 +1,8 @@
-"""Many requests on one pipeline: does its memory stay where it is? `python -m runtime.bench --soak N`.
+"""Memory growth over many requests on one pipeline: `python -m runtime.bench --soak N`.
 
-Several clients, each with a request under way at any time, ask the same question about a clip that was decoded once;
-every other request is read token by token. Memory is what the process has resident (and what PyTorch has allocated on a
-GPU), sampled between requests after a warm-up, in which caches fill and the allocators find their size. Nothing is
-given back by hand in between, so what a request leaves behind is in the figures, fragmentation included.
+Several clients in a closed loop ask the same question about a clip decoded once; every second request is streamed. The
+process's resident memory (and PyTorch's allocations on a GPU) is sampled after requests, once a warm-up has filled
+caches and allocators. Nothing is trimmed in between, so leaks and fragmentation show.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from runtime.pipeline import Pipeline
 from runtime.trace import Trace
 from runtime.video import Clip, load_clip
 
-SAMPLES = 200  # during the run, at most
+SAMPLES = 200  # about, during the run
 MOST_WARMUP = 500
 
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Bytes after so many requests; None where there is no such figure."""
+    """Bytes after `requests` requests; None if not available."""
 
     requests: int
     rss: int | None
@@ -41,7 +40,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class Soak:
-    """What `requests` requests of `clients` clients took, after a warm-up, and memory from its end on."""
+    """A soak: its seconds after the warm-up, and memory from the warm-up's end on."""
 
     requests: int
     clients: int
@@ -50,7 +49,7 @@ class Soak:
     samples: tuple[MemorySample, ...]
 
     def memory(self, kind: str) -> dict[str, float] | None:
-        """First, last and peak bytes of "rss" or "cuda", and how many they grew by in a thousand requests."""
+        """First, last and peak bytes of "rss" or "cuda", and their growth per thousand requests."""
         values = [getattr(sample, kind) for sample in self.samples]
         if None in values:
             return None
@@ -59,7 +58,7 @@ class Soak:
 
 
 def soak(pipeline: Pipeline, clip: Clip, question: str, *, requests: int, clients: int, new_tokens: int) -> Soak:
-    """Ask `requests` times, after a tenth as many that do not count.
+    """Ask `requests` times, after a warm-up of a tenth as many, at most `MOST_WARMUP`.
 
     Args:
         pipeline: one in whose line `clients` requests may wait.
@@ -103,7 +102,7 @@ def _sample(requests: int, pipeline: Pipeline) -> MemorySample:
 
 
 def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
-    """Load an engine, soak it as `asked` say and show the result; the record of the JSON line."""
+    """Load an engine, soak it and show the result; returns the record of the JSON line."""
     requests = asked.soak or 0
     with opened(asked, waiting=asked.soak_clients) as pipeline:
         manifest = pipeline.manifest

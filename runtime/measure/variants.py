@@ -1,14 +1,13 @@
-"""What is compared: each variant answers the same question about the same video with the same weights.
+"""The compared variants: each answers the same question about the same video with the same weights.
 
-    full       transformers as it is (sdpa): all tokens; its own forward pass and its growing cache
-    naive      EarlyTom as it was first released (`runtime.measure.naive`), adaptive schedule; decoder as above
-    adaptive   this project in PyTorch, the same decisions as the naive one; `runtime.decoder.eager`
+    full       transformers (sdpa): all tokens; its own forward pass and dynamic cache
+    naive      EarlyTom as first released (`runtime.measure.naive`), adaptive schedule; decoder as above
+    adaptive   this project in PyTorch, the same decisions as naive; `runtime.decoder.eager`
     budget     this project in PyTorch, static shapes; `runtime.decoder.eager`
-    NAME       a method of the field in PyTorch (`earlytom.methods.published`), corrected form; decoder as above
+    NAME       a published method in PyTorch (`earlytom.methods.published`), corrected form; decoder as above
     engine     an engine folder, once for each backend that can run it here; `runtime.decoder.eager`
 
-A variant is two parts, one that makes visual tokens and one that turns embeddings into ids. All share one model, so a
-second copy of its weights is only in the engines.
+A variant is a vision part and a decoder. All share one model; only engines hold a second copy of vision weights.
 """
 
 from __future__ import annotations
@@ -50,8 +49,9 @@ OFF = EarlyTomConfig(retention_ratio=1.0, merge_layers=())
 
 @dataclass(frozen=True)
 class SeenPrompt:
-    """Visual tokens [N, E], how many of them close others (0: those are still to come), and the frames before the first
-    merge and after each one; where the tokens come from, as in `runtime.vision.Encoded`, None for all of a video's."""
+    """Visual tokens [N, E], how many of them are closing tokens (0: to be added), and the numbers of frames before the
+    first merge and after each one; positions and sources as in `runtime.vision.Encoded`, None for uncompressed tokens
+    and "naive"."""
 
     tokens: Tensor
     closed: int
@@ -61,8 +61,8 @@ class SeenPrompt:
 
 
 class Decoding(Protocol):
-    """Embeddings to ids: `embed` as in `runtime.text.prompt.splice`, `stream` gives exactly `count` ids; `told` is what
-    else the decoder is told of the prompt."""
+    """A decoder: `embed` as in `runtime.text.prompt.splice`, `stream` gives exactly `count` ids; `told` has the
+    prompt's positions on axes and further arguments."""
 
     def embed(self, ids: Tensor) -> Tensor: ...
 
@@ -71,17 +71,16 @@ class Decoding(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is measured.
+    """One variant.
 
     Attributes:
-        name, about: short and in words.
-        config: the method's settings; `OFF` for the full tokens.
-        frames: F it takes.
-        copy: frames uint8 [F, 3, H, W] in host memory to what `see` takes, on the device.
-        see: that to the visual tokens.
-        decoding: the decoder.
-        folder: of an engine, else None.
-        int8: whether it is an engine with products in int8.
+        name, about: a short name and a description.
+        config: the method's settings; `OFF` for "full".
+        frames: F.
+        copy: frames uint8 [F, 3, H, W] in host memory to the input of `see`.
+        see: encodes that.
+        folder: name of the engine, else None.
+        int8: whether it is an engine with int8 products.
     """
 
     name: str
@@ -120,7 +119,7 @@ class TransformersDecoding:
 
 
 class RuntimeDecoding:
-    """`runtime.decoder.eager`, which does not stop."""
+    """`runtime.decoder.eager`, without stop tokens."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -132,13 +131,13 @@ class RuntimeDecoding:
 
 
 class Bench:
-    """A loaded model, one question, and the variants that can be made of them.
+    """A loaded model and one question, from which variants are made.
 
     Args:
         checkpoint: from `runtime.checkpoint.describe`.
         question: asked of every video.
         device, dtype: of the model.
-        int8: its decoder has weights in int8 (`runtime.checkpoint.narrow`).
+        int8: quantise the decoder's weights to int8 (`runtime.checkpoint.narrow`).
     """
 
     def __init__(
@@ -170,7 +169,7 @@ class Bench:
         check_length(self.prompt, visual_tokens=visual, new_tokens=new_tokens, context=context, **how)
 
     def spans(self, seen: SeenPrompt) -> tuple[FrameSpan, ...] | None:
-        """The frames of visual tokens, where the prompt names them."""
+        """The spans of visual tokens, one a frame; None if the video is a single span."""
         if self.prompt.names is None:
             return None
         per_frame = geometry(self.checkpoint.config).tokens_per_frame
@@ -179,7 +178,7 @@ class Bench:
         return frame_spans(seen.positions, seen.sources, per_frame)
 
     def told(self, words: Prompt, seen: SeenPrompt, width: int) -> Told | None:
-        """What else the decoder is told of a prompt, whose embeddings are `width` wide; None where they are all."""
+        """Positions and states of a prompt for families with positions on axes, else None; `width`: of embeddings."""
         if not self.family.on_axes:
             return None
         frame = geometry(self.checkpoint.config)
@@ -191,8 +190,8 @@ class Bench:
         return told_of(words, self.spans(seen), seen.tokens, place, frame.cells, steps, width)
 
     def variant(self, name: str, config: EarlyTomConfig, frames: int) -> Variant:
-        """One of `arguments.VARIANTS`, or a method of the field, for videos of `frames` frames; `config` gives ratio,
-        tau and merge layers. Raises UserError for a ratio that the method does not have."""
+        """One of `arguments.VARIANTS` or a published method, for videos of `frames` frames; `config` gives ratio, tau
+        and merge layers."""
         if name in FIELD:
             method, config = (
                 by_name(name, {"retention_ratio": config.retention_ratio}),
@@ -213,14 +212,14 @@ class Bench:
     def engines(self, folder: Path, manifest: Manifest) -> tuple[list[Variant], list[str]]:
         """The variants of an engine folder, one for each backend that runs here, and why others are left out.
 
-        `manifest`: from `read_engine`. Raises EngineError if none of its backends runs here.
+        `manifest`: from `read_engine`.
         """
         opened, missing = open_engine(folder, manifest)
         return [self._engine(manifest, backend, vision) for backend, vision in opened.items()], missing
 
     def _engine(self, manifest: Manifest, backend: str, vision: VisionBackend) -> Variant:
         config = manifest.settings
-        # One engine takes frames that are on the device already; chains and ONNX Runtime copy for themselves.
+        # Single TensorRT engines take frames on the device; chains and ONNX Runtime copy frames themselves.
         on_device = backend.startswith("tensorrt") and not manifest.adaptive
 
         def see(frames: Tensor) -> SeenPrompt:
@@ -262,7 +261,7 @@ class Bench:
         return see
 
     def arithmetic(self, seen_frames: tuple[int, ...], tokens: int, config: MethodSettings) -> tuple[int, int]:
-        """Floating-point operations of a request that saw so many frames and visual tokens: vision part, prefill."""
+        """Flops of a request's vision part and prefill; `seen_frames` as `SeenPrompt.frames_per_stage`."""
         whole: Any = self.checkpoint.config
         vision = self.family.vision_flops(whole, seen_frames, config.merge_layers)
         return vision, flops.prefill(whole.text_config, self._length(seen_frames, tokens))
@@ -273,7 +272,7 @@ class Bench:
 
 
 def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
-    """The manifest of an engine folder, of several frame counts that of `frames`."""
+    """The manifest of an engine folder for `frames` frames, if it was built from this checkpoint."""
     manifest = Manifest.read(folder)
     if manifest.model.digest != checkpoint.digest():
         raise EngineError(
@@ -292,7 +291,7 @@ def read_engine(folder: Path, checkpoint: Checkpoint, frames: int) -> Manifest:
 def open_engine(folder: Path, manifest: Manifest) -> tuple[dict[str, VisionBackend], list[str]]:
     """The backends that run an engine folder here, by name, and why others are left out.
 
-    `manifest`: from `read_engine`. Raises EngineError if none of its backends runs here.
+    `manifest`: from `read_engine`.
     """
     found: dict[str, VisionBackend] = {}
     missing = []
@@ -309,7 +308,7 @@ def open_engine(folder: Path, manifest: Manifest) -> tuple[dict[str, VisionBacke
 
 
 def name_of(manifest: Manifest, backend: str) -> str:
-    """Of an engine in a backend, in tables."""
+    """An engine's name in tables, from backend, precision and ratio."""
     precision = manifest.dtype if manifest.int8 is None else f"int8 and {manifest.dtype}"
     return f"{backend} {precision} r{manifest.settings.retention_ratio:g}"
 
@@ -326,7 +325,7 @@ def full_tokens(checkpoint: Checkpoint, frames: int) -> int:
 
 
 def settings(checkpoint: Checkpoint, ratio: float, merge_layers: tuple[int, ...] | None, tau: float) -> EarlyTomConfig:
-    """The method's settings for a checkpoint; its own merge layers by default."""
+    """EarlyTom's settings for a checkpoint; None: its default merge layers."""
     frame = geometry(checkpoint.config)
     layers = EarlyTomConfig.layers_for(frame.depth, frame.full) if merge_layers is None else merge_layers
     config = method(ratio, layers, tau)

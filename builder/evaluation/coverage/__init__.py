@@ -1,2 +1,2 @@
-"""What a budget loses of videos that nobody has asked anything about: how well what is kept stands for all that was
-there. `measure` has the figures, `command` is `python -m builder.evaluate --coverage`, `picture` draws them."""
+"""Coverage: how well the kept tokens of a video represent all of its tokens, without any questions. `measure` computes
+it, `command` is `python -m builder.evaluate --coverage`, `picture` draws it."""

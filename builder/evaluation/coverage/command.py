@@ -26,13 +26,13 @@ _FIGURES = ("frame_mean", "frame_worst", "cell_mean", "cell_worst_frame", "cell_
 
 @dataclass(frozen=True)
 class CoverageJob:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         videos: files.
-        frames: how many of each are sampled.
-        config, cells: the settings of both methods; the schedule plays no part.
-        ratios: of the tokens that are kept.
+        frames: number sampled from each.
+        config, cells: the settings of both methods, ratios ignored; EarlyTom has the budget schedule.
+        ratios: retention ratios.
         plot: a PNG file, or None.
     """
 
@@ -54,10 +54,10 @@ class CoverageJob:
 
 
 def cover(job: CoverageJob, checkpoint: Checkpoint, trace: Trace) -> dict[str, Any]:
-    """Everything that is asked for; the record of the JSON line."""
+    """Run the measurement; returns the record of the JSON line."""
     if not checkpoint.trained:
         trace.line("note: its weights are not trained, so its features tell little of what is seen")
-    # The videos first: one that cannot be read is noticed before a large tower is loaded.
+    # Videos first: an unreadable one is noticed before a large tower is loaded.
     size, sampling = checkpoint.preprocessing.size, checkpoint.preprocessing.sampling
     clips = [load_clip(video, job.frames, size, sampling=sampling).frames for video in job.videos]
     vision = VisionPass(load_vision(checkpoint.source), checkpoint)
@@ -84,7 +84,7 @@ def cover(job: CoverageJob, checkpoint: Checkpoint, trace: Trace) -> dict[str, A
 
 
 def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one method over several videos."""
+    """One method's figures, averaged over videos."""
     first = rows[0]
     kept = {name: first[name] for name in ("method", "frames", "tokens")}
     return kept | {name: float(np.mean([row[name] for row in rows])) for name in _FIGURES}

@@ -1,16 +1,14 @@
-"""How well what a method keeps of a video stands for all of it, in the features of its own tower.
+"""Coverage: the cosine of each feature of the uncompressed video with its best match among those kept.
 
-The measure is the cosine of a feature of the full run, where nothing was merged or left out, with its best kept one:
+* of a frame: the mean over its cells, each with its best match at the same cell of the merged frames: merging loss.
+* of a cell: with its best match among all kept tokens: the loss of merging and selection.
 
-* of a frame: the mean over its cells, each with the best of the merged frames in the same place. What merging loses.
-* of a cell: with the best of all tokens that are kept, wherever it is. What merging and selection lose.
+Features are those that reach the language model, less their mean over the video, as they are all similar otherwise: 1
+is an equal direction, 0 an unrelated one. The most changed cells are the tenth of a video's cells that differ most from
+the same cell of the frame before, as brief things are lost first.
 
-The features are those that reach the language model, less their mean over the video, without which they all look much
-the same: 1 is the feature itself, 0 one that says nothing of it. The most changed cells are the tenth of a video's
-cells that differ most from the same cell of the frame before: what is there for a moment only is lost first.
-
-Needs no decoder and no questions, so any tower and any video will do; only compare rows of one tower. Whether an answer
-survives, it cannot say.
+It needs no decoder and no questions, so any tower and video will do, but only values of one tower are comparable. It
+does not say whether an answer survives.
 
 Notation: F frames, F' frames left, P tokens a frame after pooling, E width of the decoder, N tokens kept.
 """
@@ -55,7 +53,7 @@ class Coverage:
 
     @property
     def changed_mean(self) -> float:
-        """Of the most changed cells; of all cells where there is one frame."""
+        """Mean coverage of the most changed cells; of all cells of a single frame."""
         return float(self.cells[self.changed].mean() if self.changed.any() else self.cells.mean())
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,10 +74,11 @@ class Coverage:
 
 
 def measure_coverage(clip: ClipPasses, methods: Sequence[tuple[str, Method]]) -> list[Coverage]:
-    """Each method, by its title, on one video; and as many tokens as the first one has, of whole frames, evenly spaced.
+    """The coverage of each method on one video, and of the fewest evenly spaced whole frames with at least as many
+    tokens as the first method keeps.
 
     Args:
-        methods: each with frames merged or not, and with tokens chosen.
+        methods: titles and methods, at least one.
     """
     whole = EarlyTom(EarlyTomConfig(1.0, (), schedule="budget"))
     full = clip.run(whole).features
@@ -99,9 +98,9 @@ def covered(full: Tensor, merged: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]
     """The coverage of every frame, [F], and of every cell, [F, P], fp32.
 
     Args:
-        full: [F, P, E] features where nothing was merged.
-        merged: [F', P, E] features of the frames left.
-        kept: [N, E] tokens left.
+        full: [F, P, E] features without merging.
+        merged: [F', P, E] features of the merged frames.
+        kept: [N, E] kept tokens.
     """
     mean = full.float().mean((0, 1))
     all_cells, left, tokens = (normalize(x.float() - mean, dim=-1) for x in (full, merged, kept))
@@ -110,8 +109,8 @@ def covered(full: Tensor, merged: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]
 
 
 def most_changed(full: Tensor) -> Tensor:
-    """[F, P] bool: the tenth of the cells `full [F, P, E]`, one at least, that differ most from the frame before; of
-    equal ones the earlier. Frame 0 differs from none."""
+    """[F, P] bool: the tenth of the cells of `full [F, P, E]`, at least one, that differ most from the same cell of the
+    frame before, ties to the earlier; none of frame 0."""
     mean = full.float().mean((0, 1))
     direction = normalize(full.float() - mean, dim=-1)
     change = torch.round((1 - (direction[1:] * direction[:-1]).sum(-1)) * SIMILARITY_STEPS)  # noise decides nothing

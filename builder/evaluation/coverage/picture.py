@@ -1,5 +1,5 @@
-"""Frames of videos, and below them how well each method covers their cells, as a PNG. matplotlib is loaded when a
-picture is asked for."""
+"""Frames of videos above heat maps of each method's coverage of their cells, as a PNG. matplotlib is imported only to
+draw."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def draw_coverage(
     """Write the picture.
 
     Args:
-        videos: name, frames uint8 [F, 3, H, W] and what was measured, with the same methods each; the first
-            `MOST_VIDEOS` are drawn.
+        videos: name, frames uint8 [F, 3, H, W] and coverage, with the same methods each; the first `MOST_VIDEOS` are
+            drawn.
         cells: (rows, columns) of the P tokens of a frame.
         path: the PNG file.
     """
@@ -51,7 +51,7 @@ def draw_coverage(
 
 
 def _side_by_side(images: NDArray[Any], gap: float) -> NDArray[Any]:
-    """[F, h, w, ...] as one image, with a little room between them."""
+    """[F, h, w, ...] as one image, with gaps between."""
     room = max(1, images.shape[2] // 12)
     padding = [(0, 0), (0, 0), (0, room), *[(0, 0)] * (images.ndim - 3)]
     return np.concatenate(np.pad(images, padding, constant_values=gap), axis=1)

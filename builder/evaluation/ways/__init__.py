@@ -1,3 +1,3 @@
-"""Ways of getting visual tokens of a clip: what a row of the table is (`row`), the rows of the field's methods
-(`compared`), their table beside ours and its picture (`field`, `picture`), and what their papers claim (`claims`).
-`settings` makes those of our two methods from what a command was asked for."""
+"""Rows of the accuracy table: their type (`row`), those of published methods (`compared`), the table of these beside
+EarlyTom and "cells" and its plot (`field`, `picture`), and their papers' figures (`claims`). `settings` makes the
+settings of EarlyTom and "cells" from the command's options."""

@@ -1,7 +1,7 @@
-"""What papers claim of the methods in the table: on other models, other questions and other hardware than ours.
+"""The papers' figures of the methods in the table, on other models, questions and hardware.
 
-Shares are of the accuracy with all tokens, of the published 7B model on 32 frames unless it says otherwise; TTFT is the
-time to the first token. Where a paper measured a method that is not its own, it is named.
+Shares are of the accuracy with all tokens, of the published 7B model on 32 frames unless stated otherwise; TTFT is the
+time to first token. A paper that measured another's method is named.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""The rows of the field's methods (`earlytom.methods.published`), each at the settings that it was published with.
+"""The rows of the published methods (`earlytom.methods.published`), each with its published settings.
 
-What had to be decided, as the bundled model is not the published one:
+As the bundled model is not the published one, these were chosen:
 
-* HoliTom's threshold is 0.65 up to a ratio of 0.1 and 0.8 above, as released; inside the language model it merges at
-  the same share of the depth (18 of 28 layers), FastV leaves out before layer 2, as released;
-* VQToken has as many clusters as the ratio asks for (above about 64 it is outside the method), and once as many as the
-  clip asks for;
-* ToMe in the tower merges as many tokens of each frame after each layer as leave half of them; TempMe joins two clips
-  at each of the layers at which EarlyTom merges by default. Both are put back on the grid, and merged to the ratio;
-* DyCoke keeps a quarter at least, so it is measured at that, and at what it was released with;
-* the decoder is told original positions where the method has them (FastVID, EVS), and nothing else.
+* HoliTom's threshold is 0.65 up to a ratio of 0.1 and 0.8 above, as released; its inner merging is at the released
+  share of the depth (18 of 28 layers). FastV drops tokens before layer 2, as released;
+* VQToken has as many clusters as the ratio gives (above about 64 it is outside the method), and in a second row an
+  adaptive number;
+* ToMe in the tower merges the same number of each frame's tokens after each layer, so that half of them are left;
+  TempMe joins two clips at each default merge layer of EarlyTom. Both are then put back on the grid and merged to the
+  ratio;
+* DyCoke keeps at least a quarter, so it is measured at that and at its released ratio, 0.475;
+* the decoder is told original positions for methods that use them (FastVID, EVS), and nothing else.
 
-The corrected forms and the released ones (`faithful`) are never rows of one table: a caller chooses one for all.
+A table has either the corrected forms or the released ones (`faithful`).
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from earlytom.methods.published import NEED_TRAINING
 from runtime.text.places import Placing
 
 Settings = dict[str, Any]
-DEEP = 18 / 28  # where HoliTom was released to merge inside a language model, as a share of its layers
-EARLY = 2  # where FastV leaves out
+DEEP = 18 / 28  # layer of HoliTom's inner merging, as a share of the depth
+EARLY = 2  # the layer before which FastV drops tokens
 
 
 class Way(NamedTuple):
-    """A method as it is measured.
+    """A published method as measured.
 
     Attributes:
         method: its name in `earlytom.methods`.
         title: in tables.
-        settings: besides ratio and form, of a clip at a ratio.
-        ratio: its own, where the ratio asked for does not matter.
-        released: there is a released form of it.
+        settings: for a clip at a ratio, besides ratio and form.
+        ratio: a fixed ratio, or None for the one asked for.
+        released: whether it has a released form.
+        told: the decoder's side information.
     """
 
     method: str
@@ -53,7 +55,7 @@ class Way(NamedTuple):
 
 
 def ways(depth: int, text_layers: int) -> dict[str, Way]:
-    """All of them by the name of their row, for a tower of `depth` layers and a language model of `text_layers`."""
+    """All by the names of their rows, for a tower of `depth` layers and a language model of `text_layers`."""
     layers = EarlyTomConfig.layers_for(depth)
     deep = min(max(1, round(DEEP * text_layers)), text_layers - 1)
     early = min(EARLY, text_layers - 1)
@@ -94,7 +96,7 @@ def ways(depth: int, text_layers: int) -> dict[str, Way]:
 
 
 def compared_rows(depth: int, text_layers: int, *, faithful: bool = False) -> list[Row]:
-    """The rows, of one form: those without a released one are left out of the released table."""
+    """The rows in one form; with `faithful` only methods that have a released form."""
     form = ", released form" if faithful else ""
     return [
         Row(name, f"{way.title}{form}", "compared", way.ratio is None, _visual(way, faithful), way.told)
@@ -104,7 +106,7 @@ def compared_rows(depth: int, text_layers: int, *, faithful: bool = False) -> li
 
 
 def refuse_untrained(word: str) -> None:
-    """Raise UserError for what is published and needs training."""
+    """Raise UserError for a published method that needs trained modules."""
     if word in NEED_TRAINING:
         raise UserError(f"--methods {word}: it needs {NEED_TRAINING[word]}")
 

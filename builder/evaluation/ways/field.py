@@ -1,6 +1,6 @@
-"""The one table: the field's methods beside ours and the controls, with costs, measured times, and what papers claim.
+"""The table of published methods beside EarlyTom, "cells" and the controls: accuracy, costs, times, papers' figures.
 
-Accuracy may be of several runs on the same clips (a record), times are of one: settings took turns there.
+Accuracies may be of several runs on the same clips (a record); times are of one run, with settings interleaved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HEAD = (
 
 
 def timed_rows(settings: Iterable[tuple[str, float | None]], times: Iterable[Times]) -> list[dict[str, Any]]:
-    """The times of (method, ratio) settings, as a record has them."""
+    """The times of (method, ratio) settings as rows of a record."""
     return [
         {
             "method": name,
@@ -39,7 +39,7 @@ def timed_rows(settings: Iterable[tuple[str, float | None]], times: Iterable[Tim
 
 
 def with_times(found: Sequence[Result], rows: Sequence[dict[str, Any]]) -> list[Result]:
-    """Results with the times of one run, and no others."""
+    """The results with their times replaced by those of a record's rows, None if not there."""
     known = {
         (row["method"], row["ratio"]): Times(row["vision_ms"], row["prefill_ms"], row["compression_ms"]) for row in rows
     }
@@ -47,13 +47,13 @@ def with_times(found: Sequence[Result], rows: Sequence[dict[str, Any]]) -> list[
 
 
 def of_the_field(found: Sequence[Result]) -> list[Result]:
-    """What the table shows of all results, ours first: the field's ratios, and what has a ratio of its own."""
+    """The results shown, in the order of `GROUPS`: at the ratios of the published methods, or without a ratio."""
     shown = [one for one in found if one.group in GROUPS and one.ratio in (None, *FEW_RATIOS["compared"])]
     return sorted(shown, key=lambda one: GROUPS.index(one.group))
 
 
 def field_table(found: Sequence[Result], pairs: Sequence[Comparison]) -> str:
-    """Markdown: a table for each ratio, and one of what the ratio does not matter to."""
+    """Markdown: one table of rows without a ratio, and one for each ratio."""
     shown = of_the_field(found)
     full = next(one for one in shown if one.name == FULL)
     parts = []

@@ -15,12 +15,12 @@ from runtime.show.figure import new_figure, save, tidy
 _HIGH, _WIDE, _LEGEND = 5.0, 4.6, 3.4  # inches
 _MARKERS = "osD^v<>PXdhp8H*"
 _COLOURS = {"cells": "#882255", "earlytom": VERMILION, "controls": GREY, "reference": BLACK}
-# Of the field's methods, told apart by marker too.
+# Of published methods, which differ by marker, too.
 _OTHERS = (BLUE, SKY, GREEN, ORANGE, PINK, "#117733", "#44AA99")
 
 
 def draw_field(found: Sequence[Result], path: Path, *, caption: str) -> None:
-    """Write the plot of all results that have times; what has no ratio is in every panel."""
+    """Write the plot of all results with times; those without a ratio are in every panel."""
     shown = [one for one in of_the_field(found) if one.times is not None]
     ratios: list[float | None] = [*sorted({one.ratio for one in shown if one.ratio is not None})] or [None]
     styles = _styles(shown)

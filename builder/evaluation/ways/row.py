@@ -1,4 +1,4 @@
-"""A row of the table: a way of getting visual tokens of a clip, and what the decoder is told of them.
+"""A row of the table: a way to make visual tokens of a clip, and the decoder's side information about them.
 
 Notation: N tokens, E width of the decoder.
 """
@@ -17,22 +17,22 @@ from earlytom.method import Method
 from runtime.text.places import Placing
 
 Group = Literal["reference", "earlytom", "cells", "compared", "parts", "layers", "budgets", "controls", "engine"]
-# Choices of merge layers, of frames that stay there, and the field's methods are measured at these ratios only.
+# Rows of these groups are measured at these ratios only, unless none of them is asked for.
 FEW_RATIOS = {"layers": (0.1,), "budgets": (0.05, 0.1), "compared": (0.05, 0.1, 0.2)}
 NOTHING, BOTH = Placing(), Placing(original=True, bias=True)
 
 
 @dataclass(frozen=True)
 class Visual:
-    """What the decoder sees of a clip, and what the tower did for it.
+    """The visual tokens of a clip, and what determines their cost.
 
     Attributes:
         tokens: [N, E].
-        stages: frames that the tower ran on before the first merge and after each one.
-        merge_layers: after which layers the frames were merged.
-        place, bias: [N] int64 and fp32, see `earlytom.standing`; None where nobody knows.
-        ran: where tokens were merged inside the tower, (sequences, tokens of each) that each of its layers ran on.
-        inner: what the decoder does with them on its way; None lets all of them through.
+        stages: numbers of frames in the tower before the first merge and after each one.
+        merge_layers: layers after which frames were merged.
+        place, bias: [N] int64 and fp32, see `earlytom.standing`; None if unknown.
+        ran: with tokens merged inside the tower: (sequences, tokens of each) of each of its layers.
+        inner: inner merging in the decoder, or None.
     """
 
     tokens: Tensor
@@ -46,13 +46,13 @@ class Visual:
 
 @dataclass(frozen=True)
 class Row:
-    """One way, as a row of the table.
+    """A row of the table.
 
     Attributes:
-        name: on the command line; title: in tables; group: what it is compared as.
-        scaled: whether the retention ratio matters.
-        visual: of a clip at a ratio.
-        told: what the decoder is told of the tokens, as far as it is known.
+        name: on the command line; title: in tables; group: see `Group`.
+        scaled: whether it depends on the retention ratio.
+        visual: makes the tokens of a clip at a ratio.
+        told: the side information for the decoder, as far as `visual` has it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Row:
     told: Placing = NOTHING
 
     def ratios(self, wanted: Sequence[float]) -> tuple[float | None, ...]:
-        """At which of the wanted ratios it is measured; (None,) where the ratio does not matter."""
+        """The ratios at which it is measured, see `FEW_RATIOS`; (None,) if it does not depend on one."""
         if not self.scaled:
             return (None,)
         few = FEW_RATIOS.get(self.group, wanted)
@@ -71,7 +71,7 @@ class Row:
 
 
 def seen(clip: ClipPasses, method: Method, of: Method | None = None) -> Visual:
-    """What `method` keeps of its own pass, or of that of another method that leaves the tower as it does."""
+    """What `method` keeps of its own pass, or of that of `of`, a method with the same tower pass."""
     done = clip.run(of or method)
     kept = done.choose(method)
     layers = () if done.ran else (of or method).layers

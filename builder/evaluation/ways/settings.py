@@ -1,4 +1,4 @@
-"""From what a command was asked for to the settings of both methods."""
+"""The settings of EarlyTom and "cells" from the command's options."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 def settings_of(
     asked: EvaluationSettings, depth: int | None, frames: int | None = None, full: Sequence[int] | None = None
 ) -> EarlyTomConfig:
-    """EarlyTom's settings for videos of some frames: the defaults for a tower of this depth, changed by what was given.
+    """EarlyTom's settings: the defaults for a tower of `depth` layers, changed by the options.
 
-    Where the depth is not known, None, what hangs on it is not checked; frames are by default those of the task's
-    clips; `full` as in `EarlyTomConfig.layers_for`.
+    Args:
+        depth: None while unknown: checks that depend on it are skipped.
+        frames: of a video; default: the task's.
+        full: as in `EarlyTomConfig.layers_for`.
     """
     layers = EarlyTomConfig.layers_for(RELEASED_LAYERS if depth is None else depth, full)
     given = choices.given_settings(asked, "tau", "merge_layers", "frame_budget")
@@ -35,19 +37,19 @@ def settings_of(
     if depth is not None:
         config.check_layers(depth)
         check_watched(config.merge_layers[-1] if config.merge_layers else depth - 1, full)
-    if depth is not None or not asked.coverage:  # what a model is meant for is known with its depth
+    if depth is not None or not asked.coverage:  # coverage's default number of frames is the model's
         frames_per_stage(frames or FRAMES, merges=len(config.merge_layers), frame_budget=config.frame_budget)
     return config
 
 
 def cells_of(asked: EvaluationSettings, config: EarlyTomConfig) -> CellsConfig:
-    """The settings of "cells": the same merge layers and frames as EarlyTom, changed by what was given."""
+    """The settings of "cells": EarlyTom's merge layers and frame budget, and the options of its own."""
     given = choices.given_settings(asked, "power", "rounds", "threshold")
     return CellsConfig(merge_layers=config.merge_layers, frame_budget=config.frame_budget, **given)
 
 
 def merging_of(words: str, frames: int | None = None) -> Merging:
-    """One of `--budgets`. Raises UserError for what is none, or has more frames than a clip (None: the task's)."""
+    """One value of `--budgets`, checked for clips of `frames` frames (None: the task's)."""
     layers, _, kept = words.partition(":")
     try:
         found = Merging(choices.layers(layers), choices.budget(kept))

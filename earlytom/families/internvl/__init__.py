@@ -1,11 +1,11 @@
-"""InternVL 3 and 3.5 in transformers' form: a ViT with a class token and layer scale, whose patches are joined two by
-two (pixel shuffle) before a projector, and a prompt in which every frame has a span of its own, "Frame1: <img>...".
+"""InternVL 3 and 3.5 in transformers' form: a ViT with a class token and layer scale, pixel shuffle of 2 x 2 patches
+before the projector, and a prompt in which every frame has its own span, "Frame1: <img>...".
 
-A frame need not be square: the grid is that of `image_size` and `patch_size`, rows and columns apart. The published
-models show 448 x 448.
+Frames need not be square: rows and columns of patches follow from `image_size` and `patch_size`. Published models have
+frames of 448 x 448 pixels.
 
-Notation: F' frames, S patch tokens a frame, P tokens a frame after pixel shuffle, D tower width, E LLM width,
-r = 2 patches on a side of what becomes one token.
+Notation: F' frames, S patch tokens a frame, P tokens a frame after pixel shuffle, D tower width, E LLM width, r = 2: a
+token is made of r x r patches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from earlytom.families.internvl.tower import InternVLTower, InternVLVision
 
-_SIDE = 2  # patches on a side of a token, in every published model
+_SIDE = 2  # r, in every published model
 _OPEN, _VISUAL, _CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 _TOWER_SETTINGS = (
     "hidden_size",
@@ -45,7 +45,7 @@ _TOWER_SETTINGS = (
     "use_mean_pooling",
     "use_absolute_position_embeddings",
 )
-# What the drawing of random weights knows tensors of these kinds by.
+# Tensors by the roles that `earlytom.micro.weights` knows.
 _ROLES = {
     "attention.projection_layer.weight": "out_proj.weight",
     "patch_embeddings.projection.weight": "patch_embedding.weight",
@@ -163,7 +163,7 @@ class InternVL(Family):
     def other_weights(self, config: Any) -> int:
         frame, vision = self.geometry(config), config.vision_config
         scales = 2 + 2 * vision.use_qk_norm - 3 * (not vision.attention_bias)  # of a layer, and norms or biases
-        # Patches, class token, positions of both, and a token that stands for hidden patches in training.
+        # Patch embedding, class token, positions of both, and the mask token of training.
         embeddings = 3 * frame.patch**2 + 1 + 1 + 1 + frame.patches + vision.use_mask_token
         last = 0 if vision.use_mean_pooling else 2
         return frame.width * (frame.depth * scales + embeddings + last)
@@ -201,7 +201,7 @@ INTERNVL = InternVL()
 
 
 def grid_of(vision: Any) -> tuple[int, int]:
-    """(rows, columns) of patches in a frame, of a vision configuration. Raises UserError for patches not square."""
+    """(rows, columns) of patches of a vision configuration. Raises UserError for patches that are not square."""
     height, width = vision.patch_size
     if height != width:
         raise UserError(f"patches must be square, got {height} x {width}")
@@ -209,7 +209,7 @@ def grid_of(vision: Any) -> tuple[int, int]:
 
 
 def _published(**text: Any) -> Any:
-    """A published configuration: InternViT-300M at 448, and Qwen2.5 as given."""
+    """A published configuration: InternViT-300M at 448 pixels, and Qwen2.5 with the settings `text`."""
     return INTERNVL.config(
         {
             "vision_config": {

@@ -1,5 +1,5 @@
-"""InternVL's tower and what comes behind it: a ViT with a class token, layer scale on both branches and, in the
-largest, norms of queries and keys; then pixel shuffle and the projector.
+"""InternVL's tower (a ViT with a class token, layer scale on both branches and, in the largest, norms of queries and
+keys), pixel shuffle and projector.
 
 Notation as in `earlytom.families.internvl`.
 """
@@ -16,7 +16,7 @@ from earlytom.towers import LayerParts, Tower, add
 
 
 class InternVLTower(Tower):
-    """A class token in front; positions are learned for one grid, which every frame has."""
+    """A ViT with a leading class token; positions are learned for one grid, that of every frame."""
 
     prefix = 1
 
@@ -47,13 +47,13 @@ class InternVLTower(Tower):
 
 
 class InternVLVision(Vision):
-    """The last norm, where the tower has one, pixel shuffle, the projector."""
+    """The tower's last norm, if it has one, pixel shuffle and projector."""
 
     def __init__(self, tower: Tower, projector: Any, grid: tuple[int, int]) -> None:
         super().__init__(tower, projector)
         self.grid = grid
         joined: int = projector.layer_norm.normalized_shape[0]
-        self.side = round((joined / tower.model.config.hidden_size) ** 0.5)  # patches on a side of a token
+        self.side = round((joined / tower.model.config.hidden_size) ** 0.5)  # r
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         joined = pixel_shuffle(self.tower.model.layernorm(hidden), self.grid, self.side)  # [F', P, r * r * D]
@@ -66,19 +66,16 @@ class InternVLVision(Vision):
 
 
 def pixel_shuffle(hidden: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Patches [F', S, D] of a grid, `side` x `side` of them made one token: [F', P, side * side * D].
-
-    Within a token they follow one another row by row.
-    """
+    """Concatenate each `side` x `side` patches, row by row: [F', S, D] of a grid to [F', P, side * side * D]."""
     return _blocks(hidden, grid, side).permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 
 
 def mean_pool(values: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """The mean of what the patches of each token have: [F', S, n] to [F', P, n]."""
+    """The mean over each token's patches: [F', S, n] to [F', P, n]."""
     return _blocks(values, grid, side).mean(dim=(2, 4)).flatten(1, 2)
 
 
 def _blocks(values: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """[F', S, n] to [F', row of a token, row in it, column of a token, column in it, n]."""
+    """[F', S, n] to [F', token row, row within the token, token column, column within the token, n]."""
     rows, columns = grid
     return values.unflatten(1, (rows // side, side, columns // side, side))

@@ -1,5 +1,5 @@
-"""LLaVA-Video and others in the original layout of LLaVA-NeXT, which transformers does not have: tower and projector as
-in LLaVA-OneVision, one of three poolings, and checkpoints with names and a configuration of their own
+"""LLaVA-Video and others in the original layout of LLaVA-NeXT, which transformers does not support: tower and projector
+of LLaVA-OneVision, one of three poolings, and checkpoints with other tensor names and another configuration
 (`earlytom.families.llava_video.config`).
 """
 
@@ -45,8 +45,8 @@ _TEMPLATE = """\
 
 
 class LlavaVideo(LlavaOnevision):
-    """See `Family`. One for each way to pool, each place for newlines, and with or without a sentence that says when
-    the frames were."""
+    """See `Family`. There is an instance for each pooling and each placing of newlines, with and without a sentence of
+    the frames' times."""
 
     model_type = "llava_qwen"
     title = "LLaVA-Video"
@@ -118,7 +118,7 @@ class LlavaVideo(LlavaOnevision):
         return f"language_model.{name}" if name.startswith(_DECODER) else name
 
     def spare_names(self, config: Any) -> tuple[str, ...]:
-        # The published tower's last layer and head, which training leaves out and some tools store.
+        # The SigLIP tower's last layer and head, which the model does not use but some tools store.
         return f"vision_tower.encoder.layers.{config.vision_config.num_hidden_layers}.", "vision_tower.head."
 
     def chat_template(self) -> str:
@@ -148,7 +148,7 @@ LLAVA_VIDEO = _FORMS["bilinear", "grid", False]
 
 
 def _published() -> Any:
-    """The published configuration of 7B, in its original layout."""
+    """The published 7B configuration, translated from its original layout."""
     return LLAVA_VIDEO.config(
         LLAVA_VIDEO.translated(
             {

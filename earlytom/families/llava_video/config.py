@@ -1,8 +1,8 @@
-"""Configurations of checkpoints in the original layout, in transformers' form.
+"""Translates configurations of the original layout to transformers' form.
 
-The original config.json has the language model's settings beside all others and names its vision tower, a published
-SigLIP, instead of describing it. `translated` makes of it what transformers' LLaVA-OneVision has, and what the two do
-not share.
+The original config.json has the language model's settings at top level, and names its vision tower, a published SigLIP,
+instead of describing it. `translated` returns the settings of transformers' LLaVA-OneVision and those of
+`LlavaVideoConfig`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from earlytom.families.llava_video.layout import CLOSES, POOLINGS
 from earlytom.numbers import shown, whole
 
 STRIDE = 2
-_LAYERS = 256  # the most that are believed
+_LAYERS = 256  # the most accepted
 _TOWERS: dict[str, dict[str, Any]] = {
     "siglip-so400m-patch14-384": {
         "hidden_size": 1152,
@@ -48,8 +48,7 @@ _TEXT = (
     "pad_token_id",
 )
 _KEPT = ("architectures", "quantization_config", "earlytom_trained", "tie_word_embeddings")
-# Settings of the original layout that have one value here, the usual one first, and what they have where nothing is
-# said.
+# Settings of the original layout: the supported values, and the default of a missing one.
 _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "mm_projector_type": (("mlp2x_gelu",), "linear"),
     "mm_resampler_type": ((None,), None),
@@ -63,7 +62,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
 
 
 class LlavaVideoConfig(LlavaOnevisionConfig):
-    """As LLaVA-OneVision's, with how frames are pooled and where newlines are, in the words of the original layout."""
+    """LLaVA-OneVision's, with pooling, places of newlines and time sentence under the original layout's names."""
 
     model_type = "llava_qwen"
 
@@ -73,9 +72,9 @@ class LlavaVideoConfig(LlavaOnevisionConfig):
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of an original config.json as that of a `LlavaVideoConfig`; one in that form is returned as it is.
+    """An original config.json's content as that of a `LlavaVideoConfig`; content in that form is returned as it is.
 
-    Values are passed on as they are, but for those that decide what is done here.
+    Only the settings that this project acts on are checked; other values are passed on as they are.
     """
     for name, (values, usual) in _FIXED.items():
         if "text_config" not in raw and not any(_same(raw.get(name, usual), value) for value in values):
@@ -85,7 +84,7 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         return dict(raw)
     visual = raw.get("image_token_index")
     if not isinstance(visual, int) or isinstance(visual, bool) or visual < 0:
-        # Some have a number for it that is none of a token, some have none. The last row of the embeddings is of none.
+        # Some have a number that is no token's id, some have none. No token has the last row of the embeddings.
         vocabulary = raw.get("vocab_size")
         visual = vocabulary - 1 if isinstance(vocabulary, int) else 0
     text = {name: raw[name] for name in _TEXT if name in raw}
@@ -106,8 +105,8 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tower(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The tower without its last layer and its head, which the model leaves out. `vision_config`, where there is one,
-    describes it with both."""
+    """The tower's settings without its last layer and head, which the model does not use; a given `vision_config`
+    includes both."""
     name, given = raw.get("mm_vision_tower"), raw.get("vision_config")
     if isinstance(given, dict):
         whole_tower = given
@@ -124,5 +123,5 @@ def _tower(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    """Equal, and of one type: true is not 1."""
+    """Equal and of the same type: true is not 1."""
     return type(value) is type(wanted) and bool(value == wanted)

@@ -1,6 +1,6 @@
-"""How a frame's patches become the cells of its grid, half as many a side, and where newlines are among them.
+"""LLaVA-Video's poolings of a frame's patches to cells, by 2 x 2, and its places of newlines.
 
-Notation: F' frames, g patches a side, S = g * g patches, P cells.
+Notation: F' frames of g x g patches, S = g * g, P cells.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 POOLINGS = ("bilinear", "average", "max")
 CLOSES: dict[str, Closes | None] = {"grid": "row", "frame": "frame", "one_token": "video", "no_token": None}
-"""What a newline closes, by `mm_newline_position`."""
+"""What ends with a newline, by `mm_newline_position`."""
 _STRIDE = 2
 
 
 def pooled(values: Tensor, how: str) -> Tensor:
-    """[F', S, n] to [F', P, n]: "bilinear" (27 patches a side become 14), "average" or "max" (13)."""
+    """[F', S, n] to [F', P, n] by pooling "bilinear" (g = 27 gives 14 x 14 cells), "average" or "max" (13 x 13)."""
     if how == "bilinear":
         return pool(values)
     return average_pool(values) if how == "average" else _max_pool(values)
 
 
 def side_of(patches: int, how: str) -> int:
-    """Cells a side, of so many patches."""
+    """Rows (or columns) of cells from those of patches."""
     return pooled_side(patches) if how == "bilinear" else patches // _STRIDE
 
 
 def _max_pool(values: Tensor) -> Tensor:
-    """The largest of 2 x 2 patches, an odd row or column left out."""
+    """The maximum of 2 x 2 patches; an odd last row or column is left out."""
     from torch.nn import functional
 
     side = grid_side(values.shape[1])

@@ -1,4 +1,4 @@
-"""The whole model in transformers' form: LLaVA-OneVision's with other poolings and newlines."""
+"""The whole model as a transformers class: LLaVA-OneVision with other poolings and newlines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from earlytom.families.llava_video.layout import CLOSES, pooled
 
 
 class LlavaVideoModel(LlavaOnevisionModel):
-    """Without the language model's head."""
+    """The model without the language model's head."""
 
     config: LlavaVideoConfig
     config_class = LlavaVideoConfig
@@ -40,13 +40,13 @@ class LlavaVideoModel(LlavaOnevisionModel):
 
 
 class LlavaVideoForConditionalGeneration(LlavaOnevisionForConditionalGeneration):
-    """With it."""
+    """The model with the language model's head."""
 
     config: LlavaVideoConfig
     config_class = LlavaVideoConfig
 
     def __init__(self, config: Any) -> None:
-        LlavaOnevisionPreTrainedModel.__init__(self, config)  # its parent would make a model to be thrown away
+        LlavaOnevisionPreTrainedModel.__init__(self, config)  # the parent's would make a second model
         self.model = LlavaVideoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()

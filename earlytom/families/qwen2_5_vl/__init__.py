@@ -1,9 +1,9 @@
-"""Qwen2.5-VL in transformers' form: Qwen3-VL's frames of two pictures, with windows in most layers of the tower, gated
-MLPs and RMS norms, no learned positions and no states of earlier layers. In a prompt a video has one span; its frames
-stand on the axis of time where they were in it, `tokens_per_second` positions a second.
+"""Qwen2.5-VL in transformers' form: as Qwen3-VL two pictures make a frame, but most layers of the tower have window
+attention, MLPs are gated, norms are RMS norms, and there are no learned positions and no deepstack. In a prompt a video
+has one span; frames' positions on the time axis are their times, `tokens_per_second` positions a second.
 
-Received attention is that of a layer that sees whole frames, so the layer after which frames are merged last has to be
-one of `fullatt_block_indexes`. A frame that was merged stands at the time of the one with the largest share in it.
+Received attention needs a layer with full attention, so the last merge layer must be one of `fullatt_block_indexes`. A
+merged frame has the time of the input frame with the largest weight in it.
 
 Notation as in `earlytom.families.qwen3_vl`.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from earlytom.families.qwen2_5_vl.tower import Qwen25VlTower, Qwen25VlVision
 
 _FULL = (7, 15, 23, 31)
-# What a released config.json has beside `vision_config` that is not of the language model.
+# The keys of a released config.json that are not the language model's.
 _OWN = (
     "vision_config", "model_type", "architectures", "image_token_id", "video_token_id", "vision_token_id",
     "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings", "transformers_version", "torch_dtype",
@@ -98,7 +98,7 @@ class Qwen25Vl(Qwen3Vl):
         return found | {"tower": found["tower"] | {"fullatt_block_indexes": list(self.geometry(config).full or ())}}
 
     def canonical_name(self, name: str) -> str:
-        found = super().canonical_name(name)  # the first releases had `model.layers` and `visual` side by side
+        found = super().canonical_name(name)  # checkpoints of first releases have `model.layers` beside `visual`
         return f"language_model.{found}" if found.startswith(("layers.", "embed_tokens.", "norm.")) else found
 
     def other_weights(self, config: Any) -> int:
@@ -116,7 +116,7 @@ class Qwen25Vl(Qwen3Vl):
 
     def token_times(self, config: Any, frames: Tensor, video: int, **beside: Any) -> Tensor:
         seconds = beside.get("second_per_grid_ts")
-        # In single precision, as transformers has it: rounded down, other digits would be another position.
+        # In single precision as in transformers: after rounding down, other digits could be another position.
         return (frames * (config.vision_config.tokens_per_second * (1 if seconds is None else seconds[video]))).long()
 
     def weight_role(self, name: str) -> str:
@@ -146,7 +146,7 @@ QWEN2_5_VL = Qwen25Vl()
 
 
 def _published(**text: Any) -> Any:
-    """A published configuration: the tower that all have, and the language model (Qwen2.5) as given."""
+    """A published configuration: the common tower, and the language model (Qwen2.5) with the settings `text`."""
     vision = {
         "model_type": "qwen2_5_vl_vision",
         "hidden_size": 1280,

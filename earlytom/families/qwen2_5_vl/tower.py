@@ -1,7 +1,7 @@
-"""Qwen2.5-VL's tower: that of Qwen3-VL without learned positions and states of earlier layers, in windows.
+"""Qwen2.5-VL's tower: Qwen3-VL's without learned positions and deepstack, but with window attention.
 
-Patches stand in window order from the embedding to the projector, which undoes it; a layer of `full` attends to whole
-frames, any other within windows. Only the first kind can say which tokens of a frame matter.
+From the embedding to the projector patches are in window order, which `Qwen25VlVision` undoes. The layers in `full`
+attend to whole frames and can give received attention; the others attend within windows.
 
 Notation as in `earlytom.families.qwen2_5_vl.windows`; F frames, D tower width, H heads, d channels a head.
 """
@@ -25,11 +25,11 @@ from earlytom.families.vision import Features
 
 
 class WindowPlaces(NamedTuple):
-    """Where the patches of a grid are.
+    """The window order of a grid's patches, and their angles in it.
 
     Attributes:
-        order: [S / m^2] as `windows.order`; back: its inverse.
-        cos, sin: fp32 [S, d] of the angles of patches in window order.
+        order: [S / m^2] int64 from `windows.order`; back: its inverse.
+        cos, sin: [S, d] fp32 of the patches' rotary angles, in window order.
     """
 
     order: Tensor
@@ -39,7 +39,7 @@ class WindowPlaces(NamedTuple):
 
 
 class Qwen25VlTower(Qwen3VlTower):
-    """Two pictures a frame, a rotary embedding over rows and columns, windows in most layers."""
+    """Two pictures a frame, a rotary embedding over rows and columns, window attention in most layers."""
 
     def __init__(self, model: nn.Module) -> None:
         config = cast(Any, model).config
@@ -49,7 +49,7 @@ class Qwen25VlTower(Qwen3VlTower):
         self._whole = {id(self.parts(self.layers[at]).attention) for at in self.full}
 
     def windows(self, device: torch.device) -> WindowPlaces:
-        """Of `grid`."""
+        """The places of `grid`."""
         config = self.model.config
         rope = tuple(config.rope_parameters.items())
         return _places(config.hidden_size // config.num_heads, rope, self.grid, self._side, str(device))
@@ -69,11 +69,11 @@ class Qwen25VlTower(Qwen3VlTower):
     def attention(self, module: Any, hidden: Tensor, receive: bool) -> tuple[Tensor, Tensor | None]:
         if id(module) in self._whole:
             return super().attention(module, hidden, receive)
-        assert not receive  # `full` says so to those who ask
+        assert not receive  # callers look at `full` first
         return self._in_windows(module, hidden), None
 
     def _in_windows(self, module: Any, entering: Tensor) -> Tensor:
-        """`attention` within windows: those of one size are a batch, so that each is one fused operator."""
+        """`attention` within windows; windows of one size are a batch of one fused operator."""
         scale, given, out = module.head_dim**-0.5, self.heads(module, entering), []
         found = bands(self.grid, self._side)
         for band, *parts in zip(found, *(part.split([one.patches for one in found], 2) for part in given), strict=True):
@@ -93,7 +93,7 @@ class Qwen25VlTower(Qwen3VlTower):
 
 
 class Qwen25VlVision(Qwen3VlVision):
-    """Patches joined two by two and projected; cells row by row again."""
+    """Joins 2 x 2 patches and projects them; tokens are in raster order again."""
 
     def __init__(self, tower: Qwen25VlTower, projector: Any) -> None:
         super().__init__(tower, projector)
@@ -108,7 +108,7 @@ class Qwen25VlVision(Qwen3VlVision):
 
 
 def by_cell(values: Tensor) -> Tensor:
-    """[F, S, n] to [F, S / m^2, m^2, n]; patches of a cell follow one another."""
+    """[F, S, n] to [F, S / m^2, m^2, n]; a cell's patches are consecutive."""
     return values.unflatten(1, (-1, SIDE**2))
 
 
@@ -118,7 +118,7 @@ def by_cell(values: Tensor) -> Tensor:
 def _places(
     head: int, rope: tuple[tuple[str, Any], ...], grid: tuple[int, int], side: int, device: str
 ) -> WindowPlaces:
-    """Those of a grid, in windows of `side` x `side` cells and heads of `head` channels."""
+    """The places of a grid, for windows of `side` x `side` cells and heads of `head` channels."""
     settings: Any = SimpleNamespace(rope_parameters=dict(rope), head_dim=head)
     angles = Qwen2_5_VLVisionRotaryEmbedding(settings)(
         torch.empty(0), get_vision_position_ids(torch.tensor([[1, *grid]]), SIDE)

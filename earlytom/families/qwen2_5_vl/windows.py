@@ -1,9 +1,9 @@
-"""Windows of Qwen2.5-VL's tower: which patches of a frame attend to each other in a layer that does not see all of it.
+"""The attention windows of Qwen2.5-VL's tower.
 
-Windows lie in a raster over the cells of a frame (patches joined m by m) and never reach beyond it, so frames may be
-merged between any two layers. Those at the right and the lower edge hold what is left of the grid. In window order the
-patches of a window follow one another, window by window; a frame is then up to two bands of rows of windows, each of
-whole windows and one at the right edge, so that windows of one size are a view and nothing is masked.
+Windows tile a frame's cells (m x m patches each); none spans two frames, so frames can be merged between any two
+layers. Windows at the right and lower edges may be smaller. In window order a window's patches are consecutive. A frame
+is then one or two bands of equal rows of windows, each row being whole windows and at most one smaller one: windows of
+one size are a view, and no mask is needed.
 
 Notation: S patch tokens a frame, n whole windows in a row.
 """
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 class Band(NamedTuple):
-    """Rows of windows that are alike: `rows` of them, each with `whole` windows of `size` patches, and behind these one
-    of `rest` patches (0: none)."""
+    """`rows` equal rows of windows: in each `whole` windows of `size` patches, then one of `rest` patches (0: none)."""
 
     rows: int
     whole: int
@@ -29,17 +28,17 @@ class Band(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Of all its rows."""
+        """Number of patches."""
         return self.rows * (self.whole * self.size + self.rest)
 
     @property
     def pairs(self) -> int:
-        """Queries times keys in its windows."""
+        """Query-key pairs in its windows."""
         return self.rows * (self.whole * self.size**2 + self.rest**2)
 
 
 def bands(grid: tuple[int, int], side: int) -> tuple[Band, ...]:
-    """Those of a grid of (rows, columns) of patches, in windows of `side` x `side` cells, from the top."""
+    """The bands, from the top, of a grid of (rows, columns) of patches in windows of `side` x `side` cells."""
     rows, columns = (count // SIDE for count in grid)
     (full, below), (whole, right) = divmod(rows, side), divmod(columns, side)
     high = [(full, side), (1, below)]
@@ -48,15 +47,15 @@ def bands(grid: tuple[int, int], side: int) -> tuple[Band, ...]:
 
 
 def order(grid: tuple[int, int], side: int) -> Tensor:
-    """int64 [S / m^2]: the cell, row by row, that stands at each place of the window order."""
+    """The raster index of the cell at each place of the window order, [S / m^2] int64."""
     import torch
 
     rows, columns = (count // SIDE for count in grid)
     row, column = torch.arange(rows)[:, None], torch.arange(columns)
     window = row // side * (-(-columns // side)) + column // side
-    return window.flatten().argsort(stable=True)  # within a window cells stay row by row
+    return window.flatten().argsort(stable=True)  # stable: cells of a window stay in raster order
 
 
 def pairs(grid: tuple[int, int], side: int) -> int:
-    """Queries times keys of a frame of `grid` patches in windows of `side` x `side` cells."""
+    """Query-key pairs of a frame of `grid` patches in windows of `side` x `side` cells."""
     return sum(band.pairs for band in bands(grid, side))

@@ -1,14 +1,14 @@
-"""Qwen3-VL in transformers' form: two pictures are one frame of the tower, which has learned positions and a rotary
-embedding over rows and columns; patches are joined two by two before a projector; states of some earlier layers go
-through projectors of their own and are added inside the first layers of the language model (deepstack), whose rotary
-embedding goes by time, row and column (M-RoPE). In a prompt every frame has a span of its own, "<0.5 seconds>...".
+"""Qwen3-VL in transformers' form. Two pictures make one frame of the tower, which has learned positions and a rotary
+embedding over rows and columns; 2 x 2 patches are joined before the projector. States of K earlier layers have their
+own projectors and are added to the first layers of the language model (deepstack), which has M-RoPE: positions by time,
+row and column. In a prompt every frame has its own span, "<0.5 seconds>...".
 
-Frames have any size that patches fill two by two: that of `image_size` in the vision configuration, which published
-ones lack (`SIZE` then); in `apply_earlytom` that of the pixels. A state of an earlier layer is merged by the weights by
-which frames or cells are merged after it, and stands behind its token from the projector on: who keeps one keeps both.
+Frames have any size that 2 x 2 patches fill: `image_size` of the vision configuration, or `SIZE` where it has none, as
+published ones; in `apply_earlytom` the size of the pixels. States of earlier layers are merged with the same weights as
+the frames or cells after them, and from the projector on are concatenated to their tokens, to be kept with them.
 
-Notation: F' frames, S patch tokens a frame, P tokens a frame, D tower width, E LLM width, K states of earlier layers,
-m = 2 patches on a side of what becomes one token.
+Notation: F' frames, S patch tokens a frame, P tokens a frame, D tower width, E LLM width, m = 2: a token is made of
+m x m patches.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from earlytom.families.qwen3_vl.tower import Qwen3VlTower, Qwen3VlVision
 
-_LONGEST = 99999.9  # seconds into a video
-_SECTION = (24, 20, 20)  # frequencies by time, row and column, where a configuration does not say
+_LONGEST = 99999.9  # seconds, of the longest text
+_SECTION = (24, 20, 20)  # default `mrope_section`: frequencies for time, row and column
 OPEN, VISUAL, CLOSE = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
 _PARTS = {
     "visual.merger.": "projector.merger.",
@@ -54,7 +54,7 @@ TOWER_SETTINGS = (
     "out_hidden_size",
     "rope_parameters",
 )
-# What the drawing of random weights knows tensors of these kinds by.
+# Tensors by the roles that `earlytom.micro.weights` knows.
 _ROLES = {
     "attn.qkv.weight": "q_proj.weight",
     "attn.proj.weight": "out_proj.weight",
@@ -109,7 +109,7 @@ class Qwen3Vl(Family):
     def config(self, raw: dict[str, Any]) -> Any:
         config = super().config(raw)
         vision = config.vision_config
-        # What other vision configurations say, by the names that most of them have.
+        # Settings that this configuration lacks, by the names of most vision configurations.
         vision.image_size = list(getattr(vision, "image_size", SIZE))
         vision.num_channels, vision.layer_norm_eps = vision.in_channels, 1e-6
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
@@ -130,7 +130,7 @@ class Qwen3Vl(Family):
         return rows // SIDE, columns // SIDE
 
     def pool(self, values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return values.unflatten(1, (-1, SIDE**2)).mean(2)  # patches of one token follow one another
+        return values.unflatten(1, (-1, SIDE**2)).mean(2)  # a token's patches are consecutive
 
     def geometry(self, config: Any) -> Geometry:
         vision, text = config.vision_config, config.text_config
@@ -222,7 +222,7 @@ class Qwen3Vl(Family):
         return frame.width * (3 * STEP * frame.patch**2 + 1 + config.vision_config.num_position_embeddings)
 
     def before_frame(self, number: int, times: FrameTimes | None = None) -> str:
-        # The middle between the first picture of a frame and the last.
+        # The mean time of a frame's pictures.
         seconds = _LONGEST if times is None else sum(times.seconds[number * STEP : number * STEP + STEP]) / STEP
         return f"<{seconds:.1f} seconds>{OPEN}"
 
@@ -294,7 +294,7 @@ QWEN3_VL = Qwen3Vl()
 
 
 def _published(vision: dict[str, Any], text: dict[str, Any], *, tied: bool) -> Any:
-    """A published configuration: the tower and the language model (Qwen3) as given, and what all of them have."""
+    """A published configuration: common settings, and those given of the tower and the language model (Qwen3)."""
     rope = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": list(_SECTION), "mrope_interleaved": True}
     return QWEN3_VL.config(
         {

@@ -1,4 +1,4 @@
-"""Frames of Qwen3-VL: what they are made of, and the grid of patches in one."""
+"""Frames of Qwen3-VL: pictures of a frame, patches of a token, and the grid of patches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from earlytom.errors import UserError
 from earlytom.numbers import shown
 
 SIZE = (448, 448)
-"""Height and width of frames where nothing says it."""
-SIDE, STEP = 2, 2  # patches on a side of a token, and pictures of a frame, in every published model
+"""Default height and width of frames, in pixels."""
+SIDE, STEP = 2, 2  # in every published model a token is SIDE x SIDE patches, and a frame STEP pictures
 
 
 def grid_of(vision: Any) -> tuple[int, int]:
-    """(rows, columns) of patches in a frame of a vision configuration. Raises UserError for a size they do not fill."""
+    """(rows, columns) of patches of a vision configuration. Raises UserError for a size that tokens do not fill."""
     if not isinstance(patch := vision.patch_size, int) or vision.temporal_patch_size != STEP:
         raise UserError(f"patches must be square and {STEP} pictures deep, got patch_size {shown(patch)}")
     height, width = getattr(vision, "image_size", SIZE)
@@ -26,5 +26,6 @@ def grid_of(vision: Any) -> tuple[int, int]:
 
 
 def streams_of(vision: Any) -> tuple[int, ...]:
-    """The layers of a vision configuration whose states go to the language model, too; of later models none do."""
+    """The layers of a vision configuration whose states also go to the language model; none for models without
+    deepstack."""
     return tuple(getattr(vision, "deepstack_visual_indexes", ()))

@@ -1,6 +1,6 @@
-"""Pictures of a video, and the patches that transformers' processor makes of them, there and back.
+"""Conversions between the pictures of a video and the patches of transformers' processor.
 
-Notation: F frames of two pictures each, p pixels on a side of a patch, m patches on a side of a token.
+Notation: F frames of two pictures each, patches of p x p pixels, tokens of m x m patches.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from earlytom.families.qwen3_vl.grid import SIDE, STEP
 
 
 def frame_patches(pixels: Tensor, patch: int) -> Tensor:
-    """[F * 2, 3, H, W] to patches [F, S, 3, 2, p, p], those of one token after one another, as the tower takes them."""
+    """[F * 2, 3, H, W] to the tower's patches [F, S, 3, 2, p, p]; a token's patches are consecutive."""
     _, colours, height, width = pixels.shape
-    blocks = pixels.flatten(0, 1).unflatten(2, (width // patch // SIDE, SIDE, patch))  # TensorRT has eight dimensions
+    blocks = pixels.flatten(0, 1).unflatten(2, (width // patch // SIDE, SIDE, patch))  # TensorRT has up to 8 dimensions
     blocks = blocks.unflatten(1, (height // patch // SIDE, SIDE, patch))  # [F * 2 * 3, rows, m, p, columns, m, p]
     blocks = blocks.permute(0, 1, 4, 2, 5, 3, 6).flatten(1, 4).flatten(2)  # [F * 2 * 3, S, p * p]
     patches = blocks.unflatten(0, (-1, STEP, colours)).permute(0, 3, 2, 1, 4)  # [F, S, 3, 2, p * p]
@@ -22,7 +22,7 @@ def frame_patches(pixels: Tensor, patch: int) -> Tensor:
 
 
 def packed(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """One video [F * 2, 3, H, W] as the processor gives it: patches [F * S, 3 * 2 * p * p], and [1, 3] frames, rows and
+    """One video [F * 2, 3, H, W] in the processor's form: patches [F * S, 3 * 2 * p * p] and grid [1, 3]: frames, rows,
     columns."""
     patches = frame_patches(pixels, patch)
     rows, columns = (side // patch for side in pixels.shape[2:])
@@ -30,7 +30,7 @@ def packed(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(patches: Tensor, grid: Tensor, patch: int) -> list[Tensor]:
-    """The inverse of `packed` for videos one after the other, `grid` [n, 3]: each [F * 2, 3, H, W]."""
+    """The inverse of `packed` for n concatenated videos, `grid` [n, 3]: each [F * 2, 3, H, W]."""
     videos = []
     sizes = [(int(frames), int(rows), int(columns)) for frames, rows, columns in grid.tolist()]
     for some, (frames, rows, columns) in zip(patches.split([f * r * c for f, r, c in sizes]), sizes, strict=True):

@@ -1,10 +1,8 @@
-"""What Qwen3-VL's language model is told of a prompt beside its embeddings: positions on three axes, and states of
-earlier layers of the tower.
+"""The inputs of Qwen3-VL's language model besides embeddings: M-RoPE positions and deepstack states.
 
-A text token has one position on all axes; a visual token stands at the time of its frame in its span, and at the row
-and the column of its cell. A span takes as many positions as its frame has rows or columns, whichever are more, however
-few of its tokens are left and however long its video lasts. So positions are those of transformers where all are, and
-rows and columns are never lost.
+A text token has the same position on all three axes. A visual token has its frame's time within the span, and its
+cell's row and column. A span takes max(rows, columns) positions, however few tokens are kept and however long the video
+is. So positions equal transformers' when all tokens are kept, and kept tokens have their original rows and columns.
 
 Notation: B prompts, L tokens, N visual tokens, E width of the language model, K states of earlier layers.
 """
@@ -24,12 +22,12 @@ from earlytom.families.family import ShortPrompt
 
 
 def axes_of(visual: Sequence[bool], cells: Tensor, grid: Tensor, time: Tensor) -> Tensor:
-    """int64 [3, L], times, rows and columns of a prompt's tokens.
+    """[3, L] int64, positions of a prompt's tokens by time, row and column.
 
     Args:
-        visual: of L tokens, which are visual; those of one span follow one another, and text is between spans.
-        cells: [N] int64, cell of its frame that each visual token is; grid: [N, 2], rows and columns of that frame.
-        time: [N] int64, positions behind the first of its span.
+        visual: L flags, True for visual tokens; a span's tokens are consecutive, and there is text between spans.
+        cells: [N] int64, raster index of each visual token's cell; grid: [N, 2], rows and columns of its frame.
+        time: [N] int64, time position relative to the start of the span.
     """
     found, begin, done = [], 0, 0
     for is_visual, group in groupby(visual):
@@ -47,7 +45,7 @@ def axes_of(visual: Sequence[bool], cells: Tensor, grid: Tensor, time: Tensor) -
 
 
 def positions_of(prompt: ShortPrompt) -> Tensor:
-    """int64 [3, B, L]; 0 where the mask is."""
+    """[3, B, L] int64; 0 for padding."""
     positions = torch.zeros(3, *prompt.ids.shape, dtype=torch.int64, device=prompt.ids.device)
     done = 0
     for at, (mask, visual) in enumerate(zip(prompt.mask.bool(), prompt.visual, strict=True)):
@@ -82,12 +80,12 @@ def reading(model: Any, prompt: ShortPrompt) -> Iterator[dict[str, Any]]:
 
 
 def _adding(visual: Tensor, state: Tensor) -> Any:
-    """A hook that adds `state [N, E]` to the visual tokens of a layer's result, where that is of the whole prompt."""
+    """A hook that adds `state [N, E]` to the visual tokens in a layer's output, in the prefill only."""
 
     def add(layer: Any, given: Any, hidden: Tensor) -> Tensor:
         if hidden.shape[1] != visual.shape[1]:
             return hidden
-        times = len(hidden) // len(visual)  # a prompt is read several times for several answers
+        times = len(hidden) // len(visual)  # prompts are repeated for several answers
         each = state.to(hidden).split(visual.sum(1).tolist())
         added = hidden.clone()
         added[visual.repeat_interleave(times, 0)] += torch.cat([one for one in each for _ in range(times)])

@@ -1,7 +1,7 @@
-"""Qwen3-VL's tower and what comes behind it.
+"""Qwen3-VL's tower and projectors.
 
-Patches of one token follow one another, so joining them is a reshape; a frame attends to itself alone. Positions and
-angles depend on the grid only, and are computed once for each by transformers' own functions.
+A token's patches are consecutive, so joining them is a reshape; attention is within a frame. Positions and angles
+depend on the grid only, and are computed once per grid by transformers' own functions.
 
 Notation as in `earlytom.families.qwen3_vl`.
 """
@@ -24,11 +24,11 @@ from earlytom.towers import LayerParts, Tower, add
 
 
 class Places(NamedTuple):
-    """What a grid of patches has instead of positions.
+    """The positions of a grid's patches.
 
     Attributes:
-        around, shares: [S, 4] rows of the learned positions around each patch, and their shares in its own.
-        cos, sin: fp32 [S, d] of a patch's angles, d channels a head.
+        around, shares: [S, 4] indices of the four learned positions around each patch, and their bilinear weights.
+        cos, sin: [S, d] fp32 of the patches' rotary angles, d channels a head.
     """
 
     around: Tensor
@@ -38,7 +38,7 @@ class Places(NamedTuple):
 
 
 class PatchEmbeddings(nn.Module):
-    """What patches are embedded by, and learned positions, where a tower has them."""
+    """The patch embedding, and learned positions if a tower has them."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class PatchEmbeddings(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The tower without what comes behind it; nothing is copied."""
+    """The tower without projectors; nothing is copied."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Trunk(nn.Module):
 
 
 class Mergers(nn.Module):
-    """What makes tokens of patches: of the last layer's states, and of those of earlier ones."""
+    """The projectors: of the last layer's states, and of earlier layers' (deepstack)."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Mergers(nn.Module):
 
 
 def parted(visual: Any) -> tuple[Trunk, Mergers]:
-    """transformers' vision model in its two parts; they share its modules."""
+    """transformers' vision model as tower and projectors, which share its modules."""
     return Trunk(visual), Mergers(visual)
 
 
@@ -71,11 +71,11 @@ class Qwen3VlTower(Tower):
     """Two pictures a frame, positions interpolated to the grid, a rotary embedding over rows and columns.
 
     Attributes:
-        grid: (rows, columns) of patches: those of the pixels that were embedded last, before that of the configuration.
+        grid: (rows, columns) of patches: of the pixels embedded last, and at first of the configuration.
     """
 
     step = STEP
-    key_bias_cancels = False  # the rotary embedding turns it
+    key_bias_cancels = False  # the rotary embedding rotates it
     places_patches = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,16 +83,16 @@ class Qwen3VlTower(Tower):
         self.layers = trunk.blocks
         self.streams = streams_of(trunk.config)
         self.grid = grid_of(trunk.config)
-        self.angles(next(model.parameters()).device)  # now, and not while somebody traces
+        self.angles(next(model.parameters()).device)  # cached before anybody traces the tower
 
     def places(self, device: torch.device) -> Places:
-        """Those of `grid`."""
+        """The places of `grid`."""
         config = self.model.config
         side, head = int(config.num_position_embeddings**0.5), config.hidden_size // config.num_heads
         return _places(side, head, tuple(config.rope_parameters.items()), self.grid, str(device))
 
     def angles(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines fp32 [S, d] of the patches in their order, d channels a head."""
+        """Cosines and sines [S, d] fp32 of the rotary angles, in the order of patches, d channels a head."""
         places = self.places(device)
         return places.cos, places.sin
 
@@ -126,7 +126,7 @@ class Qwen3VlTower(Tower):
 
 
 class Qwen3VlVision(Vision):
-    """Patches joined two by two and projected; states of earlier layers likewise, each by a projector of its own."""
+    """Joins 2 x 2 patches and projects them; states of earlier layers likewise, each with its own projector."""
 
     def __init__(self, tower: Qwen3VlTower, projector: Any) -> None:
         super().__init__(tower, projector)
@@ -135,7 +135,7 @@ class Qwen3VlVision(Vision):
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:
         last, *earlier = hidden.split(self.tower.width, dim=-1)
         mergers = (self.projector.merger, *self.projector.deepstack)
-        # Given patches alone, as those have it who look at what a projector does, all of them are of the last layer.
+        # A caller that only looks at the projectors gives the last layer's states alone; they then stand for all.
         states = (last, *(earlier or [last] * len(self.projector.deepstack)))
         made = [merger(state.contiguous()) for merger, state in zip(mergers, states, strict=True)]
         features = torch.cat(made, dim=-1).unflatten(0, (len(hidden), -1))
@@ -153,7 +153,7 @@ class Qwen3VlVision(Vision):
 @torch.inference_mode(False)
 @torch.no_grad()
 def _places(side: int, head: int, rope: tuple[tuple[str, Any], ...], grid: tuple[int, int], device: str) -> Places:
-    """Those of a grid, of `side` x `side` learned positions and heads of `head` channels."""
+    """The places of a grid, for `side` x `side` learned positions and heads of `head` channels."""
     rows, columns = grid
     one = torch.tensor([[1, rows, columns]])
     around, shares = get_vision_interpolation_indices_and_weights(

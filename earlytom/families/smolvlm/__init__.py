@@ -1,8 +1,7 @@
-"""SmolVLM2: SigLIP, pixel shuffle by 3 or 4 to 81 or 64 tokens a frame, one product for a projector, and a prompt that
-says how many frames follow and when each of them was.
+"""SmolVLM2: SigLIP, pixel shuffle by 3 or 4 to 81 or 64 tokens a frame, a projector of one linear layer, and a prompt
+with the number of frames and each frame's time.
 
-Frames have spans of their own, as InternVL's have. The texts around them are those of transformers' processor, taken
-from there.
+Every frame has its own span, as in InternVL. The texts around spans are imported from transformers' processor.
 
 Notation as in `earlytom.families.internvl`; r is `scale_factor`.
 """
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from earlytom.families.smolvlm.tower import SmolVlmTower, SmolVlmVision
 
 _GLOBAL, _FAKE, _VISUAL, _DONE = "<global-img>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"
-_MOST_FRAMES, _LONGEST = 777, 24 * 3600 - 1  # the longest texts: in words, and a day of 24 hours
+_MOST_FRAMES, _LONGEST = 777, 24 * 3600 - 1  # the number of the longest words, and the last second of a day
 _LANCZOS, _BICUBIC = 1, 3
 _IMAGE_ID = 49190
 
@@ -51,7 +50,7 @@ class SmolVlm(InternVL):
     mean = std = (0.5, 0.5, 0.5)
     activations = ()
     layer_setting = "scale_factor"
-    roles: ClassVar[Mapping[str, str]] = {}  # its names are known
+    roles: ClassVar[Mapping[str, str]] = {}  # tensor names are those of the roles
 
     def check(self, raw: Mapping[str, Any]) -> None:
         vision = raw.get("vision_config")
@@ -60,7 +59,7 @@ class SmolVlm(InternVL):
             raise UserError(f"image_size and patch_size must be one number each, got {' and '.join(map(shown, sides))}")
 
     def preparation(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        # Its processor brings every frame to a square, and takes bicubic for Lanczos where it has no Lanczos.
+        # Its processor resizes every frame to a square, and uses bicubic where it has no Lanczos.
         found, sampled = dict(raw), raw.get("video_sampling")
         if isinstance(square := raw.get("max_image_size"), dict):
             found["size"] = square.get("longest_edge")
@@ -211,14 +210,14 @@ SMOLVLM = SmolVlm()
 
 
 def _usual_side(grid: int) -> int:
-    """`scale_factor` of the published models with so many patches on a side."""
+    """`scale_factor` of the published models whose frames are `grid` x `grid` patches."""
     return 3 if grid % 4 else 4
 
 
 def _published(vision: dict[str, Any], side: int, **text: Any) -> Any:
-    """A published configuration: SigLIP base at 512 or so400m at 384, and SmolLM2 as given.
+    """A published configuration: SigLIP base at 512 or so400m at 384 pixels, and SmolLM2 with the settings `text`.
 
-    Its special tokens lie where the tokenizer that stands in for its own has room.
+    Ids of special tokens are free ones of the bundled tokenizer, which replaces its own.
     """
     return SMOLVLM.config(
         {

@@ -1,9 +1,8 @@
-"""SmolVLM2's tower and what comes behind it: SigLIP, its last norm, pixel shuffle, one product.
+"""SmolVLM2's tower and projector: SigLIP, its last norm, pixel shuffle, one linear layer.
 
-Every frame has one size, so the model's mask of patches is all ones: attention is the same without it, and each patch
-has the position of its own. The model finds that by dividing and comparing in fp32, which gives some patches their
-neighbour's in grids of 19, 25 and others, on one machine other ones than on the next; in those of the published models,
-27 and 32, on no CPU.
+All frames have one size, so the model's patch mask is all ones and left out, and patch i has position i. The model
+itself computes positions in fp32, and in grids of 19, 25 and others gives some patches their neighbour's, depending on
+the machine; in the published models' grids, 27 and 32, it is exact on every CPU.
 
 Notation as in `earlytom.families.smolvlm`.
 """
@@ -21,7 +20,7 @@ from earlytom.towers import Tower
 
 
 class SmolVlmTower(SiglipTower):
-    """SigLIP; positions are learned for one grid, which every frame has."""
+    """SigLIP with positions for one grid, that of every frame."""
 
     def embed(self, pixels: Tensor) -> Tensor:
         embeddings = self.model.embeddings
@@ -30,12 +29,12 @@ class SmolVlmTower(SiglipTower):
 
 
 class SmolVlmVision(Vision):
-    """The last norm, pixel shuffle, the projector."""
+    """The tower's last norm, pixel shuffle and projector."""
 
     def __init__(self, tower: Tower, projector: Any) -> None:
         super().__init__(tower, projector)
         self.norm = tower.model.post_layernorm
-        self.side = projector.scale_factor  # patches on a side of a token
+        self.side = projector.scale_factor  # r
         self.grid = (tower.model.embeddings.num_patches_per_side,) * 2
 
     def features(self, hidden: Tensor, received: Tensor | None) -> Features:

@@ -1,4 +1,5 @@
-"""What a server does under load, seen from outside: arrivals, a client, what is asked, figures.
+"""Load tests of a server from outside: `arrivals` and `generator` are the open loop, `client` sends, `questions` makes
+the requests, `plan` and `soak` run the measurements, `figures` sums them up.
 
-Only `added` loads a model.
+Only `added` needs a pipeline in this process.
 """

@@ -1,10 +1,10 @@
-"""Milliseconds that a server adds: the same requests at it and at a `Pipeline` of this process, in turns.
+"""The time that a server adds: the same requests to it and to a `Pipeline` in this process, interleaved.
 
-    known    a further question about a video that both have read (its whole file is in the request all the same)
-    fresh    a video that neither has seen: the server hashes it and decodes it in another process
+    known    a further question about a video in both prefix caches (the request still holds the whole file)
+    fresh    a new video, which the server hashes and decodes in another process
 
-At any moment one of the two works. Both answer greedily, and their answers are compared. What else runs on the machine
-falls on both, but not evenly; `added_quiet` is between the quickest tenths of both sides, which it disturbs least.
+Only one side works at any moment. Both decode greedily, and their answers are compared. Other load on the machine
+affects both sides, but unevenly; `added_quiet` is the difference of their 10th percentiles, which it disturbs least.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def added(
     repeats: int,
     max_tokens: int,
 ) -> dict[str, Any]:
-    """The record: seconds of both sides and between them, and how many answers differed.
+    """The record: seconds of both sides and their differences, and the number of different answers.
 
     Args:
         pair: an mp4 file and a question.
-        folder: where copies of the video are kept meanwhile.
+        folder: a scratch folder for the video.
     """
     video, question = pair
     if not video.copies:
@@ -86,7 +86,7 @@ def in_turn(
     warmup: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Each first in turns, so that what one leaves behind falls on both; bodies are made before the clock runs."""
+    """Both sides, each first in every second turn, as the first may affect the second; bodies are made untimed."""
     pairs: list[tuple[float, float]] = []
     outside: list[float] = []
     differ = 0

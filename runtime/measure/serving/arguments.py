@@ -12,7 +12,7 @@ from earlytom.numbers import real, whole
 from runtime.choices import flag
 
 _SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
-# Given without --serve they would be ignored, and so would these with it.
+# `_OURS` would be ignored without --serve, `_OTHERS` with it.
 _OURS = (
     *("request_rate", "burstiness", "seconds", "max_concurrency", "repeat", "goodput", "api_key_file", "pid", "seed"),
     "added",
@@ -23,7 +23,7 @@ _RATES, _REQUESTS, _TOKENS, _REPEAT = (1.0,), 100, 16, 0.5
 
 
 def add(p: argparse.ArgumentParser) -> None:
-    """The options, each None where it is not given."""
+    """Add the options, all None by default."""
     group = p.add_argument_group("instead of all that: a server that runs (python -m runtime.serve), from outside")
     group.add_argument("--serve", metavar="URL", help="ask the server at this address, as its clients do")
     group.add_argument(
@@ -59,7 +59,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what makes no sense, and fill in what was not given."""
+    """Check the options and fill in defaults."""
     if options.serve is None:
         given = [flag(name) for name in _OURS if getattr(options, name) is not None]
         if given:
@@ -110,7 +110,7 @@ def _check_fit(options: argparse.Namespace) -> None:
 
 
 def key_of(options: argparse.Namespace) -> str | None:
-    """The key for the server. Raises UserError for a file that has none."""
+    """The server's API key, or None."""
     if options.api_key_file is None:
         return None
     lines = options.api_key_file.read_text(encoding="utf-8").split()
@@ -120,7 +120,7 @@ def key_of(options: argparse.Namespace) -> str | None:
 
 
 def videos_of(options: argparse.Namespace) -> tuple[Path, ...]:
-    """The files of --video, which may be a folder of them. Raises UserError for one without any."""
+    """The files of --video, a file or a folder; none if not given."""
     if options.video is None:
         return ()
     if not options.video.is_dir():
@@ -143,7 +143,7 @@ def rates(text: str) -> tuple[float, ...]:
 
 
 def objective(text: str) -> tuple[str, float]:
-    """A latency and the seconds that are aimed at, of a word such as "ttft:500" (milliseconds)."""
+    """A latency's name and its limit in seconds, from a word such as "ttft:500" (milliseconds)."""
     name, _, limit = text.partition(":")
     try:
         value = float(limit)

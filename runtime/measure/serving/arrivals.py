@@ -1,8 +1,8 @@
-"""When requests arrive, decided before the first is sent: an open loop, in which a slow server slows nobody down.
+"""Arrival times of an open loop, fixed before the first request, so that a slow server does not delay arrivals.
 
-As in `vllm bench serve`: the gaps are gamma distributed with the burstiness as shape and the mean 1 / rate, so that 1
-is a Poisson process, less comes in bursts and more is evener; the gaps of a given number of requests are scaled so that
-they last number / rate exactly. At the rate `inf` all arrive at once.
+As in `vllm bench serve`: gaps are gamma-distributed with shape `burstiness` and mean 1 / rate; 1 is a Poisson process,
+less is burstier, more is more even. With a given number of requests, gaps are scaled to last number / rate exactly. At
+rate `inf` all arrive at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DRAWN = 256  # gaps at a time
 
 
 def of_number(requests: int, rate: float, burstiness: float, seed: int) -> NDArray[np.float64]:
-    """Seconds after the start at which each of so many requests arrives, ascending: float64 [requests]."""
+    """Arrival times of `requests` requests, in seconds after the start, ascending: float64 [requests]."""
     whole("requests", requests, 1)
     _check(rate, burstiness)
     if math.isinf(rate):
@@ -32,7 +32,7 @@ def of_number(requests: int, rate: float, burstiness: float, seed: int) -> NDArr
 
 
 def in_seconds(seconds: float, rate: float, burstiness: float, seed: int) -> NDArray[np.float64]:
-    """Those of the requests that arrive within so many seconds: float64 [N], N by chance."""
+    """Arrival times below `seconds`: float64 [N], N random."""
     real("seconds", seconds, 0, low_open=True)
     _check(rate, burstiness)
     if math.isinf(rate):

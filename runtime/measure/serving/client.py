@@ -1,10 +1,10 @@
-"""A client of OpenAI's chat completions that notes when things come, and judges nothing.
+"""A client of OpenAI's chat completions that records times and does not judge answers.
 
     async with ServerClient("http://127.0.0.1:8000", key) as client:
         answer = await client.ask(body, stream=True)
 
-What goes wrong is an answer too, with its status: an HTTP status, "connect", "timeout" or "broken" where there is none,
-or "200 CODE" where the server said so in the midst of its events.
+A failure is an answer, too, with its status: the HTTP status; "connect", "timeout" or "broken" without one; "200 CODE"
+for an error event within a stream.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class ServedAnswer:
     """One request as its client saw it; seconds since it was sent.
 
     Attributes:
-        status: `OK`, or what went wrong, as above.
+        status: `OK`, or the failure, see above.
         seconds: until the response ended.
-        first: until the first token; None where the answer came whole or not at all.
-        gaps: between each piece of text and the one before it.
-        text: of the answer; of a refusal, its message.
-        tokens: generated; prompt_tokens: of the prompt; cached_tokens: of those, read before this request.
+        first: until the first token; None unless streamed.
+        gaps: between successive pieces of text.
+        text: of the answer, or a refusal's message.
+        tokens: generated; prompt_tokens: of the prompt; cached_tokens: of those, from the prefix cache.
         video: sha256 of the video that the server answered about.
-        inside: seconds that the server counts from taking the video to the last token.
+        inside: seconds from taking the video to the last token, as the server reports them.
     """
 
     status: str
@@ -56,7 +56,7 @@ class ServedAnswer:
 
     @property
     def per_token(self) -> float | None:
-        """Mean seconds of each token after the first; None where there is none."""
+        """TPOT: mean seconds per token after the first; None if there are none."""
         if self.first is None or self.tokens < 2:
             return None
         return (self.seconds - self.first) / (self.tokens - 1)
@@ -68,7 +68,7 @@ class ServerClient:
     Args:
         url: of the server, with or without /v1.
         key: an API key, where it asks for one.
-        seconds: without any byte, after which a request is given up.
+        seconds: timeout without any byte.
     """
 
     def __init__(self, url: str, key: str | None = None, *, seconds: float = 120.0) -> None:
@@ -89,7 +89,7 @@ class ServerClient:
         await self._http.aclose()
 
     async def model(self) -> str:
-        """The name of the model that is served."""
+        """The served model's name."""
         try:
             response = await self._http.get("/v1/models")
         except httpx.HTTPError as error:
@@ -106,7 +106,7 @@ class ServerClient:
             raise UserError(f"{self.url} is no server of chat completions ({what}): give its address") from error
 
     async def ask(self, body: bytes, *, stream: bool) -> ServedAnswer:
-        """Send a request, which says itself whether its answer is to be streamed, and read the answer to its end."""
+        """Send a request and read its answer to the end; `stream` as in the body."""
         now = asyncio.get_running_loop().time
         sent = now()
         try:
@@ -128,7 +128,7 @@ class ServerClient:
 
 
 async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Lines as soon as their end is there."""
+    """Lines as soon as they are complete."""
     rest = b""
     async for part in parts:
         *whole, rest = (rest + part).split(b"\n")
@@ -138,7 +138,7 @@ async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 @dataclass
 class _Events:
-    """What the events of one response have told so far."""
+    """The state of one streamed response."""
 
     now: Any
     sent: float
@@ -151,7 +151,7 @@ class _Events:
     _more: dict[str, Any] = field(default_factory=dict)
 
     def line(self, line: bytes) -> None:
-        """Raises ValueError for an event that is no JSON."""
+        """Take one line of the stream."""
         if not line.startswith(_DATA):
             return
         data = line.removeprefix(_DATA).strip()
@@ -179,7 +179,7 @@ class _Events:
 
 
 def _whole(status: str, content: bytes, seconds: float) -> ServedAnswer:
-    """A response that came at once."""
+    """The answer of a response that was not streamed."""
     try:
         told = json.loads(content)
         if status != OK:

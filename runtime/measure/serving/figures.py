@@ -1,7 +1,7 @@
 """From answered requests to figures: latency, throughput, goodput, errors, and whether the generator kept up.
 
-Latencies are of good answers alone. Goodput is the rate of those that kept every objective, as in `vllm bench serve`;
-a latency that a request does not have (of an answer of one token, the time of each further one) keeps its objective.
+Latencies are of good answers only. Goodput is the rate of those within every objective, as in `vllm bench serve`; a
+latency that an answer does not have (TPOT of one token) counts as within.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WRONG = "wrong"
 
 
 def kept(answer: ServedAnswer, wanted: Mapping[str, float]) -> bool:
-    """Whether a good answer kept every objective."""
+    """Whether a good answer is within every objective (seconds by latency)."""
     values = {name: LATENCIES[name](answer) for name in wanted}
     return all(value is None or value <= wanted[name] for name, value in values.items())
 
@@ -31,9 +31,9 @@ def kept(answer: ServedAnswer, wanted: Mapping[str, float]) -> bool:
 def figures(
     sent: Sequence[SentRequest[Any]], right: Callable[[Any, ServedAnswer], bool], wanted: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The record of one run, seconds; None for what no request has.
+    """The record of one run, in seconds; None for latencies that no request has.
 
-    right: whether a request's answer is its own.
+    `right`: whether an answer belongs to its request.
     """
     good = [one.answer for one in sent if one.answer.good]
     wrong = sum(one.answer.good and not right(one.request, one.answer) for one in sent)
@@ -61,7 +61,7 @@ def figures(
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """p50, p90, p99 and the largest of what is there."""
+    """p50, p90, p99 and maximum of the values that are not None."""
     there = [value for value in values if value is not None]
     return percentiles(there) | {"max": max(there)} if there else None
 

@@ -1,7 +1,7 @@
-"""The open loop: each request is sent at its time, whatever became of those before it.
+"""The open loop: each request is sent at its arrival time, whether or not earlier ones were answered.
 
-A generator that is itself too slow measures itself, so each request says how late it was sent, and how long it was
-held back on purpose where only so many may be under way. Time is the event loop's.
+As a slow generator would measure itself, each request records how late it was sent, and how long the limit of
+concurrent requests held it. Time is the event loop's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class SentRequest(Generic[R]):
     """A request and its answer; seconds.
 
     Attributes:
-        due: after the start of the run.
-        late: from then on until the generator came to it.
-        held: from then on until there was room for it; 0 where any number may be under way.
-        answer: of `ServedAnswer`, whose times begin when it was sent.
+        due: its arrival time after the start of the run.
+        late: from `due` until the generator took it.
+        held: from then until the limit of concurrent requests let it be sent.
+        answer: with times since it was sent.
     """
 
     request: R
@@ -36,7 +36,7 @@ class SentRequest(Generic[R]):
 
     @property
     def ended(self) -> float:
-        """Seconds after the start of the run."""
+        """When its response ended, seconds after the start of the run."""
         return self.due + self.late + self.held + self.answer.seconds
 
 
@@ -46,9 +46,9 @@ async def open_loop(
     ask: Callable[[R], Awaitable[ServedAnswer]],
     most: int | None = None,
 ) -> list[SentRequest[R]]:
-    """Send each request at its time (ascending seconds from now), at most so many at once; all of them, answered.
+    """Send each request at its time in `due` (ascending seconds from now), at most `most` concurrently; returns all.
 
-    A request is taken from `requests` before its time, so that to make one makes none late.
+    A request is taken from `requests` before its time, so that making it does not delay it.
     """
     loop = asyncio.get_running_loop()
     room: Any = nullcontext() if most is None else asyncio.Semaphore(most)

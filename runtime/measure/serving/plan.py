@@ -1,6 +1,6 @@
-"""A measurement of a server from its plan to its record: what `python -m runtime.bench --serve URL` does.
+"""A measurement of a server from its plan to its record, as a library: `python -m runtime.bench --serve URL` calls it.
 
-The library's door: no command line and no screen. Lines about the progress go to `say`.
+Progress goes to `say`, line by line.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from runtime.measure.serving.questions import SentVideo, ToSend, Workload
 from runtime.measure.serving.soak import soak
 
 TEST_CLIPS = (3, 7, 11, 19)
-QUESTION = "What happens in this video?"  # about videos that nobody has written questions for
+QUESTION = "What happens in this video?"  # default for the user's videos
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What is asked of a server, how often, and what is looked at.
+    """The settings of a measurement.
 
     Attributes:
-        url: of the server; key: where it asks for one.
+        url: of the server; key: its API key.
         videos: files; none: clips of the bundled model's test set.
         question: about every video; None: those of the test set, or `QUESTION`.
-        rates: requests a second, each a run; inf: all at once.
-        burstiness: 1 is a Poisson process.
-        requests: of each run; seconds: instead, how long each is; one of them is None.
-        most: requests under way, if they are bounded.
+        rates: requests a second, one run each; inf: all at once.
+        burstiness: see `arrivals`.
+        requests, seconds: length of each run; one of them is None.
+        most: limit of concurrent requests, or None.
         repeated: share of requests about a video that the server has seen.
-        objectives: seconds by latency.
+        objectives: for goodput, seconds by latency.
         max_tokens: of an answer.
-        soak: requests of a soak instead, by so many clients; pid: of the server's process.
-        seed: of arrivals and of what is asked.
+        soak: number of requests of a soak instead of `rates`, by `clients` clients; pid: of the server's process.
+        seed: of arrivals, videos and questions.
     """
 
     url: str
@@ -68,10 +68,10 @@ Say = Callable[[str], object]
 
 
 def measure(plan: LoadPlan, folder: Path, say: Say) -> dict[str, Any]:
-    """The record of a plan; seconds and bytes.
+    """The record of a plan, in seconds and bytes.
 
     Args:
-        folder: where clips may be drawn.
+        folder: scratch folder for drawn clips.
     """
     if plan.pid is not None:
         processes.check(plan.pid)
@@ -129,12 +129,12 @@ async def _measure(plan: LoadPlan, pairs: Sequence[tuple[SentVideo, str]], say: 
 
 
 def machine(when: str) -> dict[str, Any]:
-    """What else a figure depends on: the machine, and how many processes wanted to run on it in the last minute."""
+    """A record's fields about the machine and its load average of the last minute."""
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", f"machine_load_{when}": os.getloadavg()[0]}
 
 
 async def learn(client: ServerClient, workload: Workload) -> None:
-    """Ask each question alone, whole, and expect its answer from then on; the server knows the videos after that."""
+    """Ask each question alone, not streamed, and expect its answer from then on; also fills the server's caches."""
     for pair in range(len(workload.pairs)):
         answer = await client.ask(workload.known(pair, stream=False).body, stream=False)
         if not answer.good:
@@ -145,7 +145,7 @@ async def learn(client: ServerClient, workload: Workload) -> None:
 
 
 async def at_rate(client: ServerClient, workload: Workload, plan: LoadPlan, rate: float, say: Say) -> dict[str, Any]:
-    """The record of one run, with the share of a core that the generator took itself."""
+    """The record of one run, with the share of a core that the generator used."""
     if plan.seconds is not None:
         due = arrivals.in_seconds(plan.seconds, rate, plan.burstiness, plan.seed)
     else:

@@ -1,4 +1,4 @@
-"""What a process and its children hold: resident memory, descriptors, threads. Linux shows that under /proc."""
+"""Resident memory, descriptors and threads of a process and its descendants, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class ProcessSample:
-    """After so many answers; bytes and counts of the process, and of its children together.
-
-    Attributes:
-        children: processes that it has started, those of theirs too.
-    """
+    """Bytes and counts after `answers` answers: of the process, and the sums over its descendants (`children`)."""
 
     answers: int
     rss: int
@@ -30,7 +26,7 @@ class ProcessSample:
 
 
 def check(pid: int) -> None:
-    """Raises UserError for a process that is not there, or is not shown to us."""
+    """Raise UserError unless the process can be read."""
     if not _PROC.joinpath("self").exists():
         raise UserError("--pid needs /proc, which this system does not have: leave it out")
     try:
@@ -40,7 +36,7 @@ def check(pid: int) -> None:
 
 
 def sample(pid: int, answers: int) -> ProcessSample:
-    """What they hold now. Raises UserError once the process is gone."""
+    """A sample now. Raises UserError once the process is gone."""
     try:
         rss, descriptors, threads = _held(pid)
     except OSError as error:

@@ -1,8 +1,7 @@
-"""What is asked: videos as the bytes of requests, and endless copies of them that a server has not seen.
+"""The requests: questions about videos, and about unlimited copies of these that are new to the server.
 
-A copy of an mp4 file is the file and an empty box with a number at its end: other bytes with another hash, the same
-frames and therefore the same answer. Each request says which answer is expected, once that is known (`Workload.learn`),
-so that an answer to somebody else's question is noticed.
+A copy of an mp4 file is the file with an ignored box at its end that holds a number: another hash, but the same frames
+and so the same answer. Once answers are learned (`Workload.learn`), mixed-up ones are noticed.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ _MARK = "\0video\0"
 
 
 class SentVideo:
-    """A video file as it stands in requests.
+    """A video file in the form of requests.
 
     Args:
-        name: what errors call it.
-        content: the file.
+        name: for errors.
+        content: the file's bytes.
     """
 
     def __init__(self, name: str, content: bytes) -> None:
         self.name, self.content = name, content
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.base64 = base64.b64encode(content)
-        # Everything of a copy but its number is hashed and encoded once; base64 goes by three bytes.
+        # All of a copy but its number is hashed and encoded once; padded, as base64 encodes three bytes at a time.
         filling = -(len(content) + 8) % 3
         self._head = content + struct.pack(">I", 16 + filling) + _BOX + bytes(filling)
         self._hashed, self._encoded = hashlib.sha256(self._head), base64.b64encode(self._head)
 
     @property
     def copies(self) -> bool:
-        """Whether there can be copies: it is an mp4 file, or one of its family."""
+        """Whether copies can be made: it is an ISO base media file, such as mp4."""
         return self.content[4:8] == b"ftyp"
 
     def copy(self, number: int) -> tuple[bytes, str]:
-        """Content of copy `number` (of 0 to 2^64 - 1) in base64, and its sha256."""
+        """Content of copy `number` (0 to 2^64 - 1) in base64, and its sha256."""
         tail, hashed = struct.pack(">Q", number), self._hashed.copy()
         hashed.update(tail)
         return self._encoded + base64.b64encode(tail), hashed.hexdigest()
@@ -59,11 +58,11 @@ class ToSend:
     """A request.
 
     Attributes:
-        pair: number of the video and question, of `Workload.pairs`.
+        pair: index into `Workload.pairs`.
         body: JSON.
-        stream: whether its answer comes as events.
+        stream: whether its answer is streamed.
         sha256: of its video.
-        fresh: the server cannot know the video.
+        fresh: whether the video is new to the server.
     """
 
     pair: int
@@ -74,15 +73,15 @@ class ToSend:
 
 
 class Workload:
-    """Questions about videos, and the answers that are expected.
+    """Questions about videos, and the expected answers.
 
     Args:
-        pairs: each video with a question about it.
-        model: as the server calls it.
+        pairs: of a video and a question.
+        model: its name on the server.
         max_tokens: of an answer.
 
     Attributes:
-        answers: what is expected of each pair, None until it is known.
+        answers: expected for each pair; None until learned.
     """
 
     def __init__(self, pairs: Sequence[tuple[SentVideo, str]], model: str, max_tokens: int) -> None:
@@ -99,14 +98,14 @@ class Workload:
         return self._request(pair, stream, video.base64, video.sha256, fresh=False)
 
     def fresh(self, pair: int, *, stream: bool = True) -> ToSend:
-        """A request about a copy that nobody has sent yet."""
+        """A request about a new copy."""
         self._number += 1
         return self._request(pair, stream, *self.pairs[pair][0].copy(self._number), fresh=True)
 
     def draw(self, count: int, repeated: float, seed: int, *, alternate: bool = False) -> Iterator[ToSend]:
-        """`count` requests: pairs by chance, and a share of them about videos that were sent before.
+        """`count` requests about random pairs, a share `repeated` of them about the videos themselves, not new copies.
 
-        alternate: every second answer comes whole; else all come as events.
+        `alternate`: every second answer is not streamed.
         """
         real("the share of repeated videos", repeated, 0, 1)
         for video, _ in self.pairs:
@@ -126,7 +125,7 @@ class Workload:
         self.answers[pair] = text
 
     def right(self, request: ToSend, text: str, video: str) -> bool:
-        """Whether an answer is the one of the request: its text, and its video where the server names it."""
+        """Whether an answer belongs to the request, by its text and, if the server returns it, its video's hash."""
         expected = self.answers[request.pair]
         return (expected is None or text == expected) and video in ("", request.sha256)
 

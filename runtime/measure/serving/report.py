@@ -1,4 +1,4 @@
-"""What was measured of a server, as tables for people; times in milliseconds."""
+"""Tables of a server's measurements, times in milliseconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DASH = "-"
 
 
 class ShownTable(NamedTuple):
-    """What `Screen.table` takes."""
+    """The arguments of `Screen.table`."""
 
     columns: Sequence[str]
     rows: list[tuple[str, ...]]
@@ -20,7 +20,7 @@ class ShownTable(NamedTuple):
 
 
 def load_tables(record: Mapping[str, Any]) -> Iterator[ShownTable]:
-    """Of runs at given rates."""
+    """The tables of runs at given rates."""
     runs = record["rates"]
     columns: tuple[str, ...] = (
         "rate",
@@ -61,7 +61,7 @@ def _generator(run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def soak_tables(record: Mapping[str, Any]) -> Iterator[ShownTable]:
-    """What the server's processes held."""
+    """Memory, descriptors and threads of the server's processes, if they were sampled."""
     if record["held"] is None:
         return
     rows = []
@@ -86,7 +86,7 @@ def soak_line(record: Mapping[str, Any]) -> str:
 
 
 def added_tables(record: Mapping[str, Any]) -> Iterator[ShownTable]:
-    """What the server adds."""
+    """The table of `added`."""
     names = ("served", "pipeline", "added", "outside_engine")
     rows = [
         (

@@ -1,7 +1,7 @@
-"""Many requests at a server: is each answered, with its own answer, and does the server's memory stay where it is?
+"""Many requests to a server: checks that each gets its own answer, and records the growth of the server's memory.
 
-Several clients, each with a request under way at any time, half of them streamed. What a process holds (`processes`) is
-sampled between answers after a warm-up, in which caches fill and the allocators find their size.
+Several clients in a closed loop, half of their requests streamed. The server's processes (`processes`) are sampled
+after answers, once a warm-up has filled caches and allocators.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from runtime.measure.serving.client import ServedAnswer, ServerClient
 from runtime.measure.serving.processes import ProcessSample
 from runtime.measure.serving.questions import ToSend, Workload
 
-SAMPLES = 200  # during the run, at most
+SAMPLES = 200  # about, during the run
 MOST_WARMUP = 500
 FIELDS = ("rss", "descriptors", "threads", "children_rss", "children_descriptors")
 
 
 @dataclasses.dataclass
 class Tally:
-    """What became of the requests so far.
+    """Counts of requests so far.
 
     Attributes:
-        asked: that were sent; answered: good ones; wrong: of those, with an answer that is not theirs.
-        errors: the others, by status.
-        seconds: of each good one.
+        asked: sent; answered: good answers; wrong: good answers that belong to another request.
+        errors: other answers, by status.
+        seconds: of each good answer.
     """
 
     asked: int = 0
@@ -59,9 +59,9 @@ async def soak(
     pid: int | None,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Ask `requests` times, after a tenth as many that do not count; the record.
+    """Ask `requests` times, after a warm-up of a tenth as many, at most `MOST_WARMUP`; returns the record.
 
-    pid: of the server; None: memory is not looked at.
+    `pid`: of the server; None: its processes are not sampled.
     """
     warmup = min(MOST_WARMUP, max(1, requests // 10))
     await _ask(client, workload.draw(warmup, repeated, seed + 1, alternate=True), clients, workload, Tally())
@@ -95,9 +95,9 @@ async def soak(
 
 
 def held(samples: Sequence[ProcessSample], name: str) -> dict[str, float]:
-    """First, middle, last and peak value of one field, and how much it grew in a thousand answers.
+    """First, middle, last and peak value of one field, and its growth per thousand answers.
 
-    Growth is that of the second half: allocators find their size late, and a leak goes on.
+    Growth is that of the second half, as allocators settle late and a leak does not.
     """
     values, half = [getattr(one, name) for one in samples], len(samples) // 2
     answers = samples[-1].answers - samples[half].answers

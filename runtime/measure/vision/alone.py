@@ -1,8 +1,8 @@
-"""The vision parts of engines alone, in turns: `python -m runtime.bench --vision-only`.
+"""The vision parts of engines alone, interleaved: `python -m runtime.bench --vision-only`.
 
-No model is loaded, so that engines of a model whose decoder does not fit into memory can be compared. The frames of one
-video are decoded once, and then go through each engine, request by request, after a warm-up that is not counted. The
-peaks are measured in the same run: that of floats is the best of a product in PyTorch and one in ONNX Runtime.
+No model is loaded, so that engines can be compared whose decoder does not fit into memory. The frames of one video are
+decoded once and then encoded by each engine in turn, after a warm-up. The peaks are measured in the same run; that of
+floats is the best fp32 product in PyTorch and, on a CPU, in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
     whole = on_cpu and any(manifest.int8 is not None for manifest, _, _ in engines)
     integers = [integer_peak(checkpoint, count)] if whole else []
     seconds = in_turns([vision for _, _, vision in engines], frames, asked.warmup, asked.repeats)
-    floats.append(matmul_rate(device, torch.float32))  # what others on the machine do only lowers it
+    floats.append(matmul_rate(device, torch.float32))  # other load can only lower it
     integers += [integer_peak(checkpoint, count)] if whole else []
     peak, integer = max(floats), max(integers, default=None)
     return {
@@ -72,7 +72,7 @@ def measure(asked: BenchSettings, video: Path, trace: Trace) -> dict[str, Any]:
 
 
 def in_turns(visions: Sequence[VisionBackend], frames: Tensor, warmup: int, repeats: int) -> list[list[float]]:
-    """The seconds of each engine's `repeats` requests; who begins changes from round to round."""
+    """The seconds of each engine's `repeats` requests; each round begins with another engine."""
     found: list[list[float]] = [[] for _ in visions]
     for turn in range(warmup + repeats):
         for offset in range(len(visions)):
@@ -92,7 +92,7 @@ def engine_record(
     peak: float,
     integer: float | None,
 ) -> dict[str, Any]:
-    """The figures of one engine; operations as `earlytom.flops` counts them, whatever they are done in."""
+    """The figures of one engine; flops by `earlytom.flops`, whatever the precision."""
     config: Any = checkpoint.config
     work = checkpoint.family.vision_flops(config, manifest.frames_per_stage, manifest.settings.merge_layers)
     taken = percentiles(seconds)
@@ -110,7 +110,7 @@ def engine_record(
 
 
 def show(trace: Trace, record: dict[str, Any]) -> None:
-    """One table, the peaks, and how much sooner each engine is done than the first."""
+    """Print one table, with the peaks and the speed-up over the first engine."""
     engines = record["engines"]
     rows = [
         (

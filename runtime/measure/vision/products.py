@@ -1,7 +1,7 @@
-"""The peaks of ONNX Runtime on the CPU: what engines that run in it are held against.
+"""The peak rates of ONNX Runtime on the CPU.
 
-One product of the tower's, alone, by weights that are known beforehand, with the options of an engine's session: in
-fp32, and of uint8 rows and int8 weights with sums in int32.
+One matrix product of the tower with constant weights, with the session options of an engine: in fp32, or of uint8 rows
+and int8 weights with int32 accumulation.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Matrix = NDArray[Any]
 
 
 def float_peak(checkpoint: Checkpoint, frames: int) -> float:
-    """Operations a second of the first product of an MLP of the tower, on all patches of `frames` frames, in fp32."""
+    """Flops a second of an MLP's first product in the tower, on all patches of `frames` frames, in fp32."""
     return _rate(*_sizes(checkpoint, frames), np.dtype(np.float32))
 
 
 def integer_peak(checkpoint: Checkpoint, frames: int) -> float:
-    """The same product's in int8."""
+    """Operations a second of the same product in int8."""
     return _rate(*_sizes(checkpoint, frames), np.dtype(np.uint8))
 
 
@@ -43,7 +43,7 @@ def _sizes(checkpoint: Checkpoint, frames: int) -> tuple[int, int, int]:
 
 
 def _rate(rows: int, width: int, inner: int, dtype: np.dtype[Any]) -> float:
-    """Of a product of `[rows, width]` by `[width, inner]`, the best of a few, with as many threads as torch has."""
+    """The best rate of a few products of `[rows, width]` by `[width, inner]`, with torch's number of threads."""
     random, kind = np.random.default_rng(0), np.dtype(np.int8) if dtype == np.uint8 else dtype
     entering = random.integers(0, 128, (rows, width)).astype(dtype)
     weights = random.integers(-127, 128, (width, inner)).astype(kind)
@@ -51,7 +51,7 @@ def _rate(rows: int, width: int, inner: int, dtype: np.dtype[Any]) -> float:
 
 
 def _product(entering: Matrix, weights: Matrix, times: int) -> tuple[Matrix, float]:
-    """The product, and the least of the seconds that it took."""
+    """The product, and the least seconds of `times` runs."""
     from onnx import helper, numpy_helper, save
 
     whole = entering.dtype == np.uint8
