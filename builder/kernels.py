@@ -3,11 +3,9 @@
     python -m builder.kernels                                 on a GPU, at the size of LLaVA-OneVision-7B with 32 frames
     python -m builder.kernels --device cpu --size tiny        anywhere, to see what it does
 
-Every figure is the median over calls on several inputs in turn. On a GPU time is taken with CUDA events, and before
-each call a buffer larger than the second-level cache is written, so that inputs come from memory as they do inside an
-encoder. "floor" is the time that the bytes an operator must move, or the arithmetic that it must do, take at the copy
-bandwidth and the matrix product rate measured in the same run; "PyTorch" is the reference's formulation on the same
-device. The last row is the whole compression path of the budget schedule beside the vision encoder that contains it.
+For how times are taken see `builder.operators.times`. "floor" is the time that the bytes an operator must move, or its
+flops, take at the copy bandwidth and matrix product rate measured in the same run; "PyTorch" is the reference on the
+same device. The last line compares the whole compression path of the budget schedule with the vision encoder.
 """
 
 from __future__ import annotations
@@ -95,7 +93,7 @@ def row(figure: dict[str, Any]) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
+    """The command line."""
     result = cli.Parser(
         prog="python -m builder.kernels",
         description="Measure the operators of the compression stage beside the hardware's limits and plain PyTorch.",

@@ -1,8 +1,8 @@
 """`python -m builder.doctor`: what this machine has, what that allows, and whether all of it works.
 
-`machine` looks at what is here, `findings` says what that allows and what mends it, `isolated` runs a part in a process
-of its own with a time limit, `child` is that process, `course` is the list of parts that --run tries, `engines`,
-`operators` and `answers` are those parts, `report` puts the outcomes into words. The command is `__main__`.
+`machine` collects the facts, `findings` says what they allow and how to fix what is missing. With --run, `course` lists
+the parts to try, `treatment` runs them, each `isolated` in a process (`child`) with a time limit; `engines`,
+`operators` and `answers` are the parts. `report` writes the outcomes. The command is `__main__`.
 
-Nothing but a part loads what it looks at, so a library that is missing, hangs or ends its process is one line.
+Libraries are loaded in such processes only, so one that is missing, hangs or crashes is one line.
 """

@@ -1,7 +1,7 @@
-"""What is here, what that allows, and whether it works.
+"""What this machine has, what that allows, and whether it works.
 
-    python -m builder.doctor            look around: a line each, with the command that mends what is missing
-    python -m builder.doctor --run      try all of it with the bundled model, and write a report
+    python -m builder.doctor            a line for each finding, with the command that fixes what is missing
+    python -m builder.doctor --run      try everything with the bundled model, and write a report
 
 The exit status is 0 if the default build and ask can work here and, with --run, no part failed; else 1.
 """
@@ -36,7 +36,7 @@ The exit status is 0 if the default build and ask can work here and no part that
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """The command line."""
     p = cli.Parser(
         prog="python -m builder.doctor",
         description="Tell what this machine has, what that allows and what mends the rest; with --run if it works.",
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0 or `SICK`; errors of the user's are raised (see `runtime.cli.run`)."""
+    """The command. Returns 0 or `SICK`; user errors are raised (see `runtime.cli.run`)."""
     options = parser().parse_args(argv)
     real("--minutes", options.minutes, 0, low_open=True)
     screen = cli.Screen(json_only=options.json)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(screen: cli.Screen, found: Sequence[Finding], *, build: bool, ask: bool) -> None:
-    """A line for each finding, and what it comes to."""
+    """Print a line for each finding, and whether the default commands can work."""
     width = max(len(one.name) for one in found)
     for one in found:
         screen.line(f"{one.state:2}  {one.name:{width}}  {one.value}; {one.allows}")
@@ -103,7 +103,7 @@ def show(screen: cli.Screen, found: Sequence[Finding], *, build: bool, ask: bool
 
 
 def show_part(screen: cli.Screen, one: Tried) -> None:
-    """A part that was tried."""
+    """Print the outcome of a part."""
     outcome = one.outcome
     screen.line(f"{outcome.status}: {one.part.name} ({outcome.seconds:.1f} s) {outcome.why or words(outcome.figures)}")
 

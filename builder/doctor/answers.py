@@ -19,11 +19,13 @@ CLIPS = (3, 5, 8)  # of the bundled model's test set
 
 
 def ask(folder: str, backend: str, device: str, decoder: str = "torch", *, half: bool = False) -> dict[str, Any]:
-    """Ask about test clips, fresh and watched, and compare every answer with the reference's.
+    """Ask about test clips and compare the answers with the reference's; ask again about a watched clip.
+
+    At least half of the answers must be right.
 
     Args:
-        half: the decoder runs in the engine's precision, in which a near-tie may fall the other way: one answer in
-            four may differ.
+        half: the decoder runs in its default precision, in which a near-tie may fall the other way: one answer in four
+            may differ from the reference's, and answers about the watched clip need not equal the first ones.
     """
     asked = [(path, q.text, q.answer) for path, questions in _clips(Path(folder).parent) for q in questions]
     wanted = [one.text for one in _answers(folder, asked, backend="torch", device="cpu")]
@@ -64,7 +66,7 @@ def _times(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def bench(words: Sequence[str]) -> dict[str, Any]:
-    """What `python -m runtime.bench` measures with `words`, in short: of each variant, medians in milliseconds."""
+    """The main figures of `python -m runtime.bench` with `words`: medians in milliseconds, by variant."""
     record = command(["runtime.bench", "--json", *words])
     figures: dict[str, Any] = {}
     for one in record["variants"]:
@@ -79,7 +81,7 @@ def bench(words: Sequence[str]) -> dict[str, Any]:
 
 
 def service(folder: str, device: str) -> dict[str, Any]:
-    """What a service sees of an engine: fresh, watched and live videos, and many callers."""
+    """The figures of `python -m runtime.bench --service`: fresh, watched and live videos, and many callers."""
     record = command(["runtime.bench", "--json", "--service", "--engine", folder, "--device", device, *_FEW])
     return {name: value for name, value in record.items() if isinstance(value, int | float | str | dict)}
 
@@ -88,7 +90,7 @@ _FEW = ("--repeats", "3", "--warmup", "1", "--requests", "4", "--concurrency", "
 
 
 def command(words: Sequence[str]) -> dict[str, Any]:
-    """A command of ours that ends with a JSON line, which is what is returned."""
+    """Run one of this project's commands; returns the JSON of its last line."""
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     sys.stderr.write(done.stderr)
     sys.stdout.write(done.stdout)

@@ -1,7 +1,7 @@
 """The process of one part: `python -m builder.doctor.child MODULE:FUNCTION ARGUMENTS OUTCOME`.
 
-Calls the function with the arguments (a JSON object) and writes {"status", "why", "figures"} to the file OUTCOME. What
-goes wrong inside a library may end the process before that; `builder.doctor.isolated` sees it.
+Calls the function with the arguments (a JSON object) and writes {"status", "why", "figures"} to the file OUTCOME. If a
+library crashes the process before that, `builder.doctor.isolated` reports it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from runtime.cli import limit_reached
 
 
 def main(target: str, arguments: str, answer: str) -> int:
-    """Run the part and write its outcome; 0 whatever that is."""
+    """Run the part and write its outcome; returns 0 for any outcome."""
     end_with_parent(sys.stdin.fileno())
-    with suppress(OSError):  # where memory is short, it is this process that is ended
+    with suppress(OSError):  # out of memory, the kernel should kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     outcome = _outcome(target, json.loads(arguments))
     unfinished = Path(f"{answer}.part")

@@ -1,7 +1,7 @@
-"""What `--run` tries, in order: each way from a checkpoint to an answer, whether or not it can be gone here.
+"""The parts that `--run` tries, in order: all ways from a checkpoint to an answer.
 
-A part that needs what is not here stays in the list, with the reason; so the list is the same on every machine, and on
-one with a GPU it covers what this project's README files call unverified.
+A part that is not possible here stays in the list with the reason. On a machine with a GPU the list covers what this
+project's README files call unverified.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODES = {
     "cells": "--method cells",
     "cells, chain": "--method cells --schedule adaptive",
 }
-# Only tensorrt takes plugins; there "plain" has the graph's own operators, to be compared with.
+# Only tensorrt takes plugins; its "plain" engine has the graph's native operators, for comparison.
 PLUGINS = {
     "plugin": "--compression plugin",
     "plugin, two videos at once": "--compression plugin --batch 2",
@@ -44,17 +44,17 @@ _FULL_GPU, _FULL_HOST = 30e9, 25e9  # bytes that the benchmark at full size need
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to try.
+    """One part to try.
 
     Attributes:
-        name: what it is called.
+        name: shown, and for --only.
         target: "module:function", see `builder.doctor.isolated`.
-        arguments: of that.
-        seconds: after which it is ended.
-        lacking: why it is not possible here; empty where it is.
-        engine: the part whose engine it needs, given to it as "folder".
-        timed: it measures, so nothing else runs beside it.
-        environment: variables for its process.
+        arguments: of the function.
+        seconds: time limit.
+        lacking: why it is not possible here; empty if it is.
+        engine: name of the part that builds its engine, whose folder it gets as "folder"; empty if it needs none.
+        timed: whether it measures times, so that nothing else may run beside it.
+        environment: additional variables of its process.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Part:
 
 
 def course(machine: Machine, work: Path) -> list[Part]:
-    """The parts, what later ones need first; and what matters most, should there not be time for all.
+    """The parts, each after the one that builds its engine, and the most important first, as time may run out.
 
     `work`: a folder for engines and clips.
     """
@@ -121,7 +121,7 @@ def _build(name: str, words: str, lacking: str, work: Path, *, verify: bool = Fa
 
 
 def _lacking_build(machine: Machine, flavour: str) -> tuple[str, str]:
-    """Why a flavour cannot build here, and the option for the target if it can."""
+    """Why a flavour cannot build here ("" if it can), and the option for its target."""
     outcome = machine.loaded[flavour]
     if not machine.usable(flavour):
         return f"{flavour}: {outcome.why}", ""
@@ -169,7 +169,7 @@ def _device(machine: Machine, device: str, work: Path) -> list[Part]:
 
 
 def _runs(machine: Machine, builds: list[Part]) -> list[Part]:
-    """Every engine in every backend that takes it: the compiled one on a GPU, its graph in ONNX Runtime once a mode."""
+    """Runs of every engine in its backends: compiled engines on a GPU, graphs in ONNX Runtime once for each mode."""
     found, graphs = [], set()
     target = "builder.doctor.engines:run"
     for build in builds:
@@ -200,7 +200,7 @@ def _asks(machine: Machine, builds: list[Part]) -> list[Part]:
 
 
 def _late(machine: Machine, builds: list[Part], device: str) -> list[Part]:
-    """What takes long: a decoder that is compiled first, and an engine as a service uses it."""
+    """Long parts: the compiled decoder, and the benchmark of a service."""
     verified = builds[0].name
     lacking = _lacking_gpu(machine) or ("" if machine.torch_tensorrt else "torch-tensorrt is not installed")
     compiled = {"backend": "onnxruntime", "device": "cuda", "decoder": "torch-tensorrt", "half": True}
@@ -213,7 +213,7 @@ def _late(machine: Machine, builds: list[Part], device: str) -> list[Part]:
 
 
 def _benches(machine: Machine, device: str) -> list[Part]:
-    """Times of the kernels, the benchmark at full size, and with the bundled model."""
+    """The kernels' times, the benchmark at full size, and that of the bundled model."""
     ours = "builder.doctor.answers:"
     size = "so400m" if device == "cuda" else "tiny"
     times = ["builder.kernels", "--json", "--device", device, "--size", size, "--dtype", "fp16", "--repeats", "10"]
@@ -231,7 +231,7 @@ def _benches(machine: Machine, device: str) -> list[Part]:
 
 
 def only(parts: list[Part], text: str | None) -> list[Part]:
-    """The parts that have a text in their names, and those whose engines they need."""
+    """The parts with `text` in their names, and those that build their engines; all parts for None."""
     if text is None:
         return parts
     named = {part.name for part in parts if text in part.name}

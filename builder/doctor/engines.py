@@ -1,8 +1,8 @@
-"""Parts that build engines and run them: each way in which there is an engine, against the PyTorch reference in fp32.
+"""Parts that build engines and compare them with the PyTorch reference in fp32.
 
-An engine that runs is held to what the gate asks of its precision: as many of the reference's tokens kept, and those
-that both keep as near. It gets frames from the host and from where it runs, on streams of their own, different clips in
-turn (so that a CUDA graph that did not follow its input would show), and frames as they come, if it takes chunks.
+An engine must meet the gate's limits for its dtype: the share of the reference's tokens that it keeps, and the cosine
+of the tokens kept by both. It gets frames on the host and, on a GPU, on the device from another stream; clips
+alternate, so that a CUDA graph with a stale input shows. With chunks it also gets frames one by one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REPEATS = 20  # timed calls
 
 
 def build(words: Sequence[str], out: str, *, verify: bool = False) -> dict[str, Any]:
-    """Build an engine as the command does with `words`; its folder, and what it cost."""
+    """Build an engine as `python -m builder.build` does with `words`; returns its folder and figures."""
     _, config, _ = parse([*words, "--out", out])
     folder = build_engine(config, Path(out), verify=verify)
     manifest = Manifest.read(folder)
@@ -53,7 +53,7 @@ def build(words: Sequence[str], out: str, *, verify: bool = False) -> dict[str, 
 
 
 def run(folder: str, backend: str) -> dict[str, Any]:
-    """Run the engine of a folder in a backend, and compare it with the reference."""
+    """Run an engine folder in a backend, compare it with the reference, and time it."""
     manifest = Manifest.read(folder)
     clips = [_clip(Path(folder).parent, index, manifest) for index in CLIPS]
     figures: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def run(folder: str, backend: str) -> dict[str, Any]:
 
 
 def _clip(place: Path, index: int, manifest: Manifest) -> Tensor:
-    """A test clip as the engine takes it at its most frames."""
+    """Frames uint8 [F, 3, H, W] of a test clip, at the engine's largest frame count."""
     path = place / f"clip-{index}.mp4"
     if not path.is_file():
         write_test_clip(path, index)
@@ -85,7 +85,7 @@ def _clip(place: Path, index: int, manifest: Manifest) -> Tensor:
 
 
 def _compare(vision: VisionBackend, reference: VisionBackend, clips: Sequence[Tensor], dtype: str) -> dict[str, Any]:
-    """The least share of tokens that both keep, and the least cosine of those."""
+    """The least share of tokens kept by both, and the least cosine of these, over the clips."""
     gate, shares, cosines, answers = GATES[dtype], [], [], []
     for clip in clips:
         wanted, got = _copied(encode_one(reference, clip)), _copied(encode_one(vision, clip))
@@ -110,7 +110,7 @@ def _compare(vision: VisionBackend, reference: VisionBackend, clips: Sequence[Te
 
 
 def agreement(got: Encoded, wanted: Encoded) -> tuple[float, float]:
-    """Which share of the tokens stand where tokens of the other stand, and the cosine of those with the others."""
+    """The share of `wanted`'s places that `got` has, too, and the cosine of the tokens at these places (-1 if none)."""
     ours, theirs = torch.isin(got.place, wanted.place), torch.isin(wanted.place, got.place)
     share = float(ours.sum()) / max(len(wanted.place), 1)
     a, b = (_by_place(one, mask) for one, mask in ((got, ours), (wanted, theirs)))
@@ -125,12 +125,12 @@ def _by_place(one: Encoded, mask: Tensor) -> Tensor:
 
 
 def _copied(encoded: Encoded) -> Encoded:
-    """On the host, and no longer the backend's."""
+    """A copy on the host that the backend does not overwrite."""
     return Encoded(*(value.detach().to("cpu", copy=True) for value in encoded))
 
 
 def _elsewhere(vision: VisionBackend, clips: Sequence[Tensor]) -> dict[str, Any]:
-    """On a GPU: frames that are there already, on another stream, give the same bits."""
+    """On a GPU: frames on the device, from another stream, give bit-identical results."""
     if vision.device.type != "cuda":
         return {}
     for clip in (*clips, *clips):
@@ -143,7 +143,7 @@ def _elsewhere(vision: VisionBackend, clips: Sequence[Tensor]) -> dict[str, Any]
 
 
 def _as_they_come(vision: ChunkedVision, clip: Tensor) -> None:
-    """Frames one by one give the same bits as the whole clip."""
+    """Frames one by one give results bit-identical to the whole clip's."""
     wanted = _copied(vision.encode(clip))
     for total in (len(clip), None):
         with LiveClip(vision, total=total, limit=len(clip)) as live:
@@ -155,20 +155,20 @@ def _as_they_come(vision: ChunkedVision, clip: Tensor) -> None:
 
 
 def _median(vision: VisionBackend, clip: Tensor) -> float:
-    """Seconds of a call, frames on the host."""
+    """Median seconds of a call, frames on the host."""
     call: Callable[[], Any] = lambda: encode_one(vision, clip)  # noqa: E731
     return statistics.median(timed(vision.device, call)[1] for _ in range(_REPEATS))
 
 
 def _captured(vision: VisionBackend) -> dict[str, Any]:
-    """Whether the engine's kernels are replayed as a CUDA graph, and why not."""
+    """Whether the engine runs as a CUDA graph, or why not; nothing for other backends."""
     if not (isinstance(vision, Whole) and isinstance(vision.runner, TensorRTRunner)):
         return {}
     return {"cuda_graph": vision.runner.unreplayed or "replayed"}
 
 
 def polygraphy(folder: str) -> dict[str, Any]:
-    """The manifest's own comparison, by Polygraphy's command line."""
+    """The comparison by the Polygraphy command in the manifest."""
     manifest = Manifest.read(folder)
     if not manifest.polygraphy:
         raise NotPossible(f"Polygraphy cannot run engine {manifest.name}")

@@ -1,6 +1,6 @@
-"""What the facts about a machine allow, a line each, and the command that mends what is missing.
+"""What the facts about a machine allow, a line each, and the command that fixes what is missing.
 
-Knows no library and no process: a `Machine` in, `Finding`s out.
+A pure function of a `Machine`: nothing is loaded or run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Finding:
 
     Attributes:
         state: `GOOD`, `LACKING` (something is not possible) or `BROKEN` (the default build or ask cannot work).
-        name: what was looked at. value: what is there.
-        allows: what that makes possible, or rules out.
-        mend: the command that changes it; empty where nothing is missing or nothing can be typed.
+        name: of the thing examined. value: its state.
+        allows: what that makes possible or impossible.
+        mend: the command or step that fixes it; empty if there is none, or nothing to fix.
     """
 
     state: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 def findings(machine: Machine) -> list[Finding]:
-    """Every finding, what everything needs first."""
+    """All findings, basic requirements first."""
     return [
         *_basis(machine),
         *_gpu(machine),
@@ -155,7 +155,7 @@ def _flavours(machine: Machine) -> Iterator[Finding]:
 
 
 def _plugin(machine: Machine) -> Finding:
-    """Kernels inside an engine: Triton, a flavour that takes them, a GPU that they are known for."""
+    """Plugin kernels need Triton, a TensorRT that takes plugins, and a GPU with a known PTX version."""
     triton = machine.about("triton").get("version")
     if triton is None:
         allows = "without it the kernels of the compression stage cannot be compiled; engines use the graph's operators"

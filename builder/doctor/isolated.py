@@ -1,8 +1,8 @@
-"""Run a function in a process of its own, with a time limit; whatever becomes of it is one outcome.
+"""Run a function in a process of its own with a time limit, and return its outcome.
 
-A crash, a hang, the system's end of a process that takes too much memory, and an exception are all lines that tell why;
-none of them ends the caller. The process has a session of its own, so that what it has started ends with it, and it
-ends when its parent does (`builder.doctor.child`).
+A crash, a hang, a kill for lack of memory and an exception each give a `FAILED` outcome with the reason, and none ends
+the caller. The process has its own session, so that its children end with it, and it ends when its parent does
+(`builder.doctor.child`).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, NOT_HERE, NOT_TRIED = "ok", "failed", "not possible here", "not tried"
-_GRACE = 5.0  # seconds that a process that hangs has to say where
+_GRACE = 5.0  # seconds that a hanging process has to print its stack
 _running: set[subprocess.Popen[bytes]] = set()
-_LONGEST = 400  # characters of a line that tells why
+_LONGEST = 400  # characters of a reason
 
 
 class NotPossible(Exception):  # noqa: N818 - a statement about the machine, not an error
-    """What a part needs is not here; the message says what."""
+    """Something that a part needs is missing here; the message says what."""
 
 
 class Wrong(Exception):  # noqa: N818
-    """Something ran, and what it gave is not what it must be; the message has both."""
+    """A part ran with a wrong result; the message has the result and what was expected."""
 
 
 @dataclass(frozen=True)
 class PartOutcome:
-    """What became of a part.
+    """The outcome of a part.
 
     Attributes:
-        status: `OK`, `FAILED`, `NOT_HERE`, or `NOT_TRIED` for want of time.
+        status: `OK`, `FAILED`, `NOT_HERE`, or `NOT_TRIED` for lack of time.
         why: one line, empty after `OK`.
-        seconds: how long it took, the start of its process included.
-        figures: what it measured, in plain JSON types.
+        seconds: duration, including the start of its process.
+        figures: its measurements, in plain JSON types.
     """
 
     status: str
@@ -60,12 +60,12 @@ def run(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> PartOutcome:
-    """Call `target` ("module:function") with `arguments` in a process of its own; never raises for what it does.
+    """Call `target` ("module:function") with `arguments` in a process of its own; failures are outcomes, not raised.
 
     Args:
-        seconds: after which it is ended.
-        log: file for what it prints; its outcome is written beside it.
-        environment: variables that it has besides this process's.
+        seconds: time limit.
+        log: file for its output; its outcome is written beside it.
+        environment: variables in addition to this process's.
     """
     answer = log.with_suffix(".json")
     answer.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def run(
         try:
             process = subprocess.Popen(
                 [*words, str(answer)],
-                stdin=subprocess.PIPE,  # it ends where this end is closed
+                stdin=subprocess.PIPE,  # the child ends when this pipe closes
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
@@ -96,7 +96,7 @@ def run(
 
 @contextmanager
 def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that call `run`, so many at a time; what ends the block early (Ctrl-C) ends what they run."""
+    """`count` threads that call `run`; an exception in the block (Ctrl-C) kills their processes."""
     with ThreadPoolExecutor(count) as pool:
         try:
             yield pool
@@ -108,13 +108,13 @@ def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started."""
+    """Kill a process and its children."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process was still running after so many seconds; it and what it has started are gone then."""
+    """Wait, at most `seconds`, then kill the process and its children; returns whether it was too late."""
     late = False
     _running.add(process)
     try:
@@ -122,7 +122,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             late = True
-            process.send_signal(signal.SIGABRT)  # faulthandler writes where it is
+            process.send_signal(signal.SIGABRT)  # faulthandler prints its stack
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
     finally:  # Ctrl-C, too
@@ -135,7 +135,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def _ending(status: int) -> str:
-    """What an exit status without an outcome means."""
+    """The meaning of an exit status without an outcome."""
     if status == -signal.SIGKILL:
         return "the system ended the process, as it does where memory is short"
     if status < 0:
@@ -144,7 +144,7 @@ def _ending(status: int) -> str:
 
 
 def _where(log: Path) -> str:
-    """Where in the sources a process was when it ended, or else what it said last; empty where it said nothing."""
+    """Where in the sources a process was when it ended, else its last line of output, else ""."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     for number, line in enumerate(lines):
         if "(most recent call first)" in line and line.startswith("Current thread") and number + 1 < len(lines):

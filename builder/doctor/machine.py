@@ -1,7 +1,6 @@
-"""What is here: facts about this machine and its libraries, each looked at where it can do no harm.
+"""Facts about this machine and its libraries.
 
-Libraries are loaded in a process of their own (`builder.doctor.isolated`), where one that is broken ends nothing else;
-their versions, and everything about disk and memory, need no library at all.
+Libraries are loaded in processes of their own (`builder.doctor.isolated`), so that a broken one affects nothing else.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from builder.doctor.isolated import PartOutcome
 from runtime import trt
 
 DISTRIBUTION = "earlytom-engine-builder"
-# What is loaded to see whether it can be, by its name on the screen.
+# Libraries that are loaded to see whether they can be.
 PROBES = ("torch", "transformers", "onnx", "onnxruntime", "av", "triton", *trt.FLAVOURS)
-_SECONDS = 120.0  # for one of them; a cold disk is slow
+_SECONDS = 120.0  # for each; a cold disk is slow
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class Machine:
     """The facts.
 
     Attributes:
-        python: version. missing: packages that the project needs and that are not here or too old, as requirements.
+        python: version. missing: unmet requirements of the project.
         driver: version of NVIDIA's driver, None without one. capability: of the first GPU, None without one.
-        loaded: what became of loading each of `PROBES`; its figures have "version" and what else is known of it.
-        torch_tensorrt: version, None where it is not installed.
+        loaded: outcome of loading each of `PROBES`; its figures have "version" and further facts.
+        torch_tensorrt: version, None if not installed.
         memory: bytes free. disk: bytes free where engines go.
-        extras: packages of the extras that are here, by name.
+        extras: whether packages of the extras are installed, by name.
     """
 
     python: tuple[int, int]
@@ -54,7 +53,7 @@ class Machine:
         return self.loaded[name].status == isolated.OK
 
     def about(self, name: str) -> dict[str, Any]:
-        """What is known of one of `PROBES`."""
+        """The facts about one of `PROBES`."""
         return self.loaded[name].figures
 
     @property
@@ -70,11 +69,11 @@ class Machine:
 
 
 def look(place: Path, work: Path) -> Machine:
-    """Look around.
+    """Collect the facts.
 
     Args:
-        place: where engines go; it need not exist.
-        work: an empty folder for what the processes say.
+        place: folder for engines; it need not exist.
+        work: an empty folder for the processes' output.
     """
     with isolated.side_by_side(2) as pool:
         outcomes = pool.map(lambda name: _load(name, work), PROBES)
@@ -99,7 +98,7 @@ def _load(name: str, work: Path) -> PartOutcome:
 
 
 def library(name: str) -> dict[str, Any]:
-    """Load a library; its version and what is asked about it."""
+    """Load a library; returns its version and further facts."""
     if importlib.util.find_spec(name) is None:
         raise isolated.NotPossible("not installed")
     module: Any = importlib.import_module(name)
@@ -118,7 +117,7 @@ def library(name: str) -> dict[str, Any]:
 
 
 def precision_of_decoders() -> Any:
-    """What the runtime knows of memory, which it imports PyTorch for."""
+    """The module with `free_bytes`, imported here as it imports PyTorch."""
     return importlib.import_module("runtime.checkpoint.precision")
 
 
@@ -136,7 +135,7 @@ def flavour(name: str) -> dict[str, Any]:
 
 
 def _missing() -> list[str]:
-    """Requirements of the installed project that the environment does not meet."""
+    """The installed project's requirements that the environment does not meet."""
     from packaging.requirements import Requirement
 
     try:
@@ -171,7 +170,7 @@ def _driver() -> str | None:
 
 
 def _memory() -> float:
-    """Bytes that the system has to give without swapping."""
+    """Bytes available without swapping; infinite if unknown."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

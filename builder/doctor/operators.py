@@ -1,5 +1,5 @@
-"""Parts about the device: what it can do, the kernels of the compression stage against the reference, and what the
-runtime does on a GPU beside running engines (uploads, resizing, CUDA graphs)."""
+"""Parts about the device: its peak rates, the compression stage's kernels against the reference, and the runtime's
+other work on a GPU (uploads, resizing, CUDA graphs)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.gpu.staging import Upload
 from runtime.video import load_clip, resize_frames
 
 _NEAR = 2e-3  # of the largest value: a sum in half precision against one in fp32
-_GREY = 1.0  # of 255, in the mean: resized by two libraries
+_GREY = 1.0  # mean difference, of 255: two libraries resize
 
 
 def limits(device: str, dtype: str) -> dict[str, Any]:
@@ -35,10 +35,7 @@ def limits(device: str, dtype: str) -> dict[str, Any]:
 
 
 def kernels(device: str, size: str, dtype: str) -> dict[str, Any]:
-    """Each kernel against the reference on the same values, in fp32 there.
-
-    On a CPU they run in Triton's interpreter.
-    """
+    """Compare each kernel with the PyTorch reference on the same inputs; on a CPU in Triton's interpreter."""
     config = EarlyTomConfig(retention_ratio=0.1, merge_layers=SIZES[size].merge_layers, schedule="budget")
     figures: dict[str, Any] = {}
     with torch.inference_mode():
@@ -52,12 +49,12 @@ _KERNELS = ("frame_similarity", "frame_plan", "received_attention", "select_toke
 
 
 def _compared(case: Case, device: str, config: EarlyTomConfig) -> str:
-    """How near a kernel is, in words."""
+    """Compare a kernel with the reference; returns how near it is, in words."""
     ours = case.ours if device == "cuda" else _interpreted(case, config)
     worst = 0.0
     for inputs in case.inputs:
         got, wanted = _tensors(ours(*inputs)), _tensors(case.plain(*inputs))
-        if case.name == "frame_plan":  # the others are what follows from it, in other forms
+        if case.name == "frame_plan":  # its other outputs follow from the first, in other forms
             got, wanted = got[:1], wanted[:1]
         for mine, theirs in zip(got, wanted, strict=True):
             if not mine.is_floating_point() or case.name.startswith("select"):
@@ -73,7 +70,7 @@ def _compared(case: Case, device: str, config: EarlyTomConfig) -> str:
 
 
 def _interpreted(case: Case, config: EarlyTomConfig) -> Callable[..., Any]:
-    """The kernel itself; on a CPU the operator would be the reference."""
+    """The kernel itself, as the operator uses the reference on a CPU."""
     kernel = getattr(importlib.import_module(f"earlytom.kernels.{case.name}"), case.name)
     if case.name == "frame_plan":
         settings = {name: getattr(config, name) for name in ("tau", "max_window", "ema", "trailing")}
@@ -88,7 +85,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def encoder_graph() -> dict[str, Any]:
-    """The budget encoder in PyTorch, captured once as a CUDA graph, follows its input."""
+    """The budget encoder in PyTorch, captured as one CUDA graph, must follow its input."""
     size, cuda = SIZES["tiny"], torch.device("cuda")
     config = EarlyTomConfig(retention_ratio=0.4, merge_layers=size.merge_layers, schedule="budget")
     tower, projector = vision_tower(size, torch.float32, cuda)
@@ -118,7 +115,7 @@ def _pixels(seed: int, frames: int, size: tuple[int, int]) -> Tensor:
 
 
 def uploads() -> dict[str, Any]:
-    """Frames that are written over while they are on their way arrive as they were."""
+    """Frames overwritten on the host during their upload must arrive unchanged."""
     upload, frames = Upload(torch.device("cuda")), torch.zeros(8, 3, 384, 384, dtype=torch.uint8)
     arriving = [upload(frames.fill_(value)) for value in range(6)]
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -130,7 +127,7 @@ def uploads() -> dict[str, Any]:
 
 
 def resizing(work: str) -> dict[str, Any]:
-    """Frames resized on the GPU are those that are resized on the host."""
+    """Frames resized on the GPU must equal those of the host, within `_GREY`."""
     clip = draw_clip(Path(work) / "resized.mp4")
     figures = {}
     for size in ((72, 72), (384, 384)):

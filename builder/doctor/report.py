@@ -1,4 +1,4 @@
-"""What was found and tried, as one record in plain JSON types and as one page of Markdown."""
+"""Findings and outcomes as one record in plain JSON types and as one page of Markdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record(
 
 
 def _plain(value: Any) -> Any:
-    """Lists for tuples, None for what JSON cannot say."""
+    """Lists for tuples, None for infinities and NaN."""
     if isinstance(value, dict):
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def by_reason(parts: Sequence[dict[str, Any]], status: str) -> dict[str, list[str]]:
-    """Names of the parts that have a status, by why they have it."""
+    """Names of the parts with a status, by reason."""
     found: dict[str, list[str]] = {}
     for part in parts:
         if part["status"] == status:
@@ -90,7 +90,7 @@ def by_reason(parts: Sequence[dict[str, Any]], status: str) -> dict[str, list[st
 
 
 def _mended(command: str) -> str:
-    """What mends it, where anything does."""
+    """The fix as the end of a cell; "" if there is none."""
     return f"; mend it: {command}" if command else ""
 
 

@@ -1,5 +1,5 @@
-"""Go through the course: every part in its process, builds side by side where there are cores for that, measurements
-alone, all within one time."""
+"""Runs the parts of the course, each in a process: builds in parallel if there are enough cores, timed parts alone, all
+within one time limit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from builder.doctor import isolated
 from builder.doctor.course import Part
 from builder.doctor.isolated import FAILED, NOT_HERE, NOT_TRIED, OK, PartOutcome
 
-_CORES = 4  # for each build that runs beside others
-_LEAST = 5.0  # seconds: with less left nothing is begun
+_CORES = 4  # for each of several parallel builds
+_LEAST = 5.0  # seconds left without which no part begins
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A part and what became of it."""
+    """A part and its outcome."""
 
     part: Part
     outcome: PartOutcome
@@ -36,13 +36,14 @@ def treat(
     """Try every part.
 
     Args:
-        parts: what a part needs comes before it.
-        work: a folder for what they say.
-        seconds: for all of them together; what has not begun by then does not begin.
-        told: called with each as it ends, in any thread.
+        parts: each after the one that builds its engine.
+        work: a folder for their output.
+        seconds: time limit for all together; parts still running are ended, the others not begun.
+        told: called with each part as it ends, from any thread.
+        cores: default: this machine's.
 
     Returns:
-        all of them, in their order.
+        All parts, in order.
     """
     end = time.monotonic() + seconds
     outcomes: dict[str, PartOutcome] = {}
@@ -62,8 +63,7 @@ def treat(
 
 
 def _groups(parts: Sequence[Part]) -> Iterator[list[int]]:
-    """Numbers of parts that may run side by side: those that follow one another, measure nothing and need none of the
-    others' engines."""
+    """Indices of parts that may run in parallel: successive ones that are not timed and need no engine of the group."""
     group: list[int] = []
     for number, part in enumerate(parts):
         if part.engine in {parts[other].name for other in group}:
@@ -81,7 +81,7 @@ def _groups(parts: Sequence[Part]) -> Iterator[list[int]]:
 
 
 def _lacking(part: Part, outcomes: dict[str, PartOutcome], end: float) -> PartOutcome | None:
-    """Why a part is not begun; None if it can be."""
+    """The outcome of a part that cannot begin; None if it can."""
     if part.lacking:
         return PartOutcome(NOT_HERE, part.lacking)
     if end - time.monotonic() < _LEAST:

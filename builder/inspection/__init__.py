@@ -1,9 +1,9 @@
-"""What an engine folder tells without being run: the parts of `python -m builder.inspect`.
+"""What an engine folder shows without being run: the parts of `python -m builder.inspect`.
 
-`record` is all that is known of an engine, `layers` adds up what it is made of, `comparison` says in what two engines
-differ and why neither was taken for the other, `clip` reads what was kept of the clip that it was verified on, and
-`page` makes the report of it all. They work on records in plain JSON types, look at engines and have no part in
-building them, so none is among the sources that decide a build's key.
+`record` collects all facts about an engine, `layers` sums up its layers, `comparison` lists the differences of two
+engines and why the cache did not reuse one, `clip` reads the clip of the verification and what was kept of it, and
+`page` makes the HTML report. Records are in plain JSON types. These modules do not affect engines, so they are not in a
+build's key.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The clip that an engine was verified on, and what the reference kept of it, from the files that a build leaves.
+"""The clip of an engine's verification, and what the reference kept of it, from the build's files.
 
-The files may be anything: what is not what a build writes is None, and a report then has no pictures.
+Files are untrusted: for anything but a build's own output the result is None, and a report has no pictures.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from runtime.show.kept import KeptCells, grid_of
 
 
 class SavedClip(NamedTuple):
-    """Frames uint8 [F, 3, H, W], of those that are several pictures the first one, and what was kept of them."""
+    """Frames uint8 [F, 3, H, W] (of a pair of pictures the first), and the cells kept of them."""
 
     frames: NDArray[np.uint8]
     kept: KeptCells
 
 
 def saved_clip(folder: Path, manifest: Manifest) -> SavedClip | None:
-    """The first clip of an engine, at the most of its frame counts; None where the build saved none that fits."""
+    """The engine's first clip at its largest frame count; None if the build saved none that fits."""
     size, each = manifest.model.preprocessing.size, manifest.tokens_per_frame
     names = (layout.REFERENCE_INPUTS_FILE, layout.REFERENCE_OUTPUTS_FILE)
     inputs, outputs = (folder / manifest.at(manifest.frames).file(name) for name in names)
@@ -51,12 +51,12 @@ def saved_clip(folder: Path, manifest: Manifest) -> SavedClip | None:
 
 
 def _first(values: NDArray[Any], rank: int) -> NDArray[Any]:
-    """Of several videos the first."""
+    """The first of several videos, if there is a batch dimension."""
     return values[0] if values.ndim > rank else values
 
 
 def _read(path: Path, most: int) -> Any:
-    """A file of Polygraphy's. Raises ValueError for one that is larger, and whatever Polygraphy does."""
+    """Load a Polygraphy file of at most `most` bytes, else ValueError; Polygraphy's other errors are passed on."""
     from polygraphy.comparator import RunResults  # noqa: F401 - it registers what such a file may hold
     from polygraphy.exception import PolygraphyException
     from polygraphy.json import load_json

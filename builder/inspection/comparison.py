@@ -1,8 +1,7 @@
-"""In what two engines differ, and why one was built although the other was there.
+"""The differences of two engines, and why the cache did not reuse one for the other.
 
-`compare` takes two records as `builder.inspection.record.describe` makes them, and returns a third. It opens no file;
-that a folder was renamed it tells from its path. What a part of the cache key is set by follows from the options of a
-build.
+`compare` takes two records of `builder.inspection.record.describe` and opens no files; a renamed folder shows by its
+path. The option that sets a part of the cache key follows from the build's command line.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 from builder.inspection import Record
 from builder.settings.parser import flags
 
-# What to type, or to look at, for a part of the cache key that differs, where that is not the option of its name.
+# The option or cause of each part of the cache key, if it is not the option of the same name.
 SET_BY = {
     "model": "--model (the weights of its vision part)",
     "answers": "--model (its decoder, tokenizer and chat template)",
@@ -33,12 +32,12 @@ SET_BY = {
 
 
 def compare(one: Record, other: Record) -> Record:
-    """Where two records of `describe` differ, and what that means for the cache.
+    """The differences of two records of `describe`, and what they mean for the cache.
 
     Returns:
-        "engine" and "other": their folders; "same_key"; "reasons": sentences that say why the one was not taken for the
-        other; "key_parts": the parts of the key that differ, with both values and "set_by"; "differences": the fields
-        of the manifest and the figures of the layers that differ. What one of them lacks is None there.
+        "engine" and "other": their folders; "same_key"; "reasons": sentences about why one was not reused for the
+        other; "key_parts": differing parts of the key, with both values and "set_by"; "differences": differing fields
+        of the manifest and of the layers' figures. Missing values are None.
     """
     same = one["manifest"]["key"] == other["manifest"]["key"]
     recorded = one["key_parts"] is not None and other["key_parts"] is not None
@@ -79,7 +78,7 @@ def _other_key(one: Record, other: Record, parts: list[Record]) -> list[str]:
 
 
 def _reuse(one: Record, other: Record) -> list[str]:
-    """Why an engine of the same key was not taken."""
+    """Why an engine with an equal key was not reused."""
     found = []
     for record in (one, other):
         manifest, folder = record["manifest"], record["folder"]
@@ -96,7 +95,7 @@ def _reuse(one: Record, other: Record) -> list[str]:
 
 
 def _differences(one: Any, other: Any, name: str = "") -> list[Record]:
-    """{"field", "engine", "other"} of every field that differs; nested fields are named with dots."""
+    """{"field", "engine", "other"} of every differing field; nested names are joined by dots."""
     one, other = _by_check(one), _by_check(other)
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return [] if one == other else [{"field": name, "engine": one, "other": other}]
@@ -105,7 +104,7 @@ def _differences(one: Any, other: Any, name: str = "") -> list[Record]:
 
 
 def _by_check(values: Any) -> Any:
-    """The checks of the gate are a list: by what they check."""
+    """The gate's list of checks as a dict by what they check; other values unchanged."""
     if isinstance(values, list) and values and all(isinstance(value, dict) and "what" in value for value in values):
         return {_check_name(value): {k: v for k, v in value.items() if k not in ("what", "frames")} for value in values}
     return values

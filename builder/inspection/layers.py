@@ -1,9 +1,8 @@
-"""What an engine is made of, in one record: from the list that its build left, or from its ONNX graph.
+"""An engine's layers in one record: from the compiler's list that the build saved, or from the ONNX graph.
 
-`compiled_layers`, `chain_layers` and `graph_layers` read files and return the same fields in plain JSON types: figures
-of the whole, groups of one kind and precision, and the layers with the most flops (see `_added_up`). Weights are
-counted, never read; `onnx` is imported only where there is a graph. A file that another version wrote may raise
-anything here: the caller turns that into one line.
+`compiled_layers`, `chain_layers` and `graph_layers` return the same fields in plain JSON types: totals, groups by kind
+and precision, and the layers with the most flops (see `_added_up`). Weights are counted but not read; `onnx` is
+imported only for graphs. Files of another version may raise any error, which the caller turns into one line.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from runtime.engine.manifest import REBUILD, Manifest
 from runtime.files.plain import MIB, read_json
 
 BIGGEST = 5
-MOST_BYTES = 64 * MIB  # of a list of layers, or of a report: a few for a tower of 26 layers
+MOST_BYTES = 64 * MIB  # limit of a list of layers or a report; a tower of 26 layers has a few MiB
 _ONNX_DTYPES = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
 _ONNX_WORK = {"Attention": "attention", "Conv": "convolution", "MatMul": "product", "Gemm": "product"}
 
 
 def compiled_layers(path: Path) -> Record:
-    """What a compiled engine is made of, by the list that its build left."""
+    """The record of a compiled engine, from its layers.json."""
     return _added_up(*_listed(path))
 
 
@@ -40,16 +39,16 @@ def _listed(path: Path) -> tuple[str, list[Layer], LayerSummary]:
 
 
 def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
-    """What the stages that a clip runs through are made of, in one list; names begin with the stage.
+    """The record of all stages of a chain or a chunked engine, names prefixed by the stage; None without lists.
 
-    Flops are those of the median clip; where clips come in chunks, those of a whole clip.
+    Flops are those of a whole clip; of a chain, of the median clip.
     """
     graphs = manifest.layout.graphs
     names = [graph.file(layout.ONNX_FILE if manifest.backend == "onnx" else layout.LAYERS_FILE) for graph in graphs]
     if not all(name in manifest.files for name in names):
         return None
     source, every, unfused = "", [], []
-    kept = manifest.frames_kept if manifest.adaptive else ((1, 1, 1),) * len(names)  # these have no dynamic sizes
+    kept = manifest.frames_kept if manifest.adaptive else ((1, 1, 1),) * len(names)  # chunks have static sizes
     for stage, (graph, name, (_, usual, _)) in enumerate(zip(graphs, names, kept or (), strict=True)):
         if manifest.backend == "onnx":
             source, layers, summary = _graph(folder / name, usual)
@@ -66,27 +65,27 @@ def chain_layers(folder: Path, manifest: Manifest) -> Record | None:
 
 
 def _for_frames(layer: Layer, frames: int) -> Layer:
-    """The list counts a dynamic number of frames as one."""
+    """The layer for `frames` frames, as the list counts a dynamic number of frames as one."""
     dynamic = any(-1 in tensor.shape for tensor in (*layer.inputs, *layer.outputs))
     return dataclasses.replace(layer, flops=layer.flops * frames) if dynamic else layer
 
 
 def _in_stage(layer: Layer, stage: int) -> Layer:
-    """Stages have layers and weights of equal names, which are not the same."""
+    """The layer with names prefixed by its stage, as names repeat between stages."""
     constants = tuple(dataclasses.replace(tensor, name=f"{stage}: {tensor.name}") for tensor in layer.constants)
     return dataclasses.replace(layer, name=f"{stage}: {layer.name}", constants=constants)
 
 
 def graph_layers(path: Path) -> Record:
-    """What an ONNX graph is made of, its nodes being the layers; weights that lie beside it stay there.
+    """The record of an ONNX graph, whose nodes are the layers; external weights are not read.
 
-    The functions that it calls are one layer each: their bodies multiply nothing larger than [F, F].
+    Each call of a local function is one layer without flops: their bodies multiply nothing larger than [F, F].
     """
     return _added_up(*_graph(path))
 
 
 def _graph(path: Path, frames: int = -1) -> tuple[str, list[Layer], LayerSummary]:
-    """The layers of a graph; `frames` in place of sizes that are dynamic."""
+    """Source, layers and summary of a graph, with `frames` for dynamic sizes."""
     import onnx
 
     try:
@@ -100,7 +99,7 @@ def _graph(path: Path, frames: int = -1) -> tuple[str, list[Layer], LayerSummary
         kind = value.type.tensor_type
         shape = tuple(dim.dim_value or frames for dim in kind.shape.dim)
         known[value.name] = _tensor(value.name, shape, name_of(kind.elem_type))
-    for node in graph.node:  # what multiplies it multiplies whole numbers
+    for node in graph.node:  # dequantised tensors get their int8 dtype, as their products run in int8
         if node.op_type == "DequantizeLinear" and (whole := known.get(node.input[0])) is not None:
             known[node.output[0]] = dataclasses.replace(whole, name=node.output[0])
     layers = [_node_layer(node, known, set(weights)) for node in graph.node]
@@ -130,7 +129,7 @@ def _node_layer(node: Any, known: dict[str, LayerTensor], weights: set[str]) -> 
 
 
 def _flops(operator: str, a: LayerTensor, b: LayerTensor, out: LayerTensor) -> int:
-    """Two a multiply-add. Attention: a is Q [.., S, d], b is K [.., T, d]; two products."""
+    """Two flops per multiply-add. Attention: a is Q [.., S, d], b is K [.., T, d]; two products."""
     if operator == "Attention":
         return 2 * abs(b.shape[-2]) * (elements(a) + elements(out))
     if operator == "Conv":
@@ -139,7 +138,7 @@ def _flops(operator: str, a: LayerTensor, b: LayerTensor, out: LayerTensor) -> i
 
 
 def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Record:
-    """Layers added up: figures of the whole, groups of a kind and precision, and the layers with the most flops."""
+    """Totals, groups by kind, work and precision, and the `BIGGEST` layers by flops."""
     groups: dict[tuple[str, str, str], list[Layer]] = {}
     for layer in layers:
         if layer.inputs or layer.constants or layer.outputs:  # the others only synchronise
@@ -168,7 +167,7 @@ def _added_up(source: str, layers: Sequence[Layer], summary: LayerSummary) -> Re
 
 
 def _cost(layers: Iterable[Layer]) -> dict[str, int]:
-    """Flops of the matrix products, and bytes of the weights by name: what several layers read counts once."""
+    """Flops of matrix products, and bytes of weights, those shared by several layers counted once."""
     layers = list(layers)
     weights = {t.name: elements(t) * BYTES.get(t.dtype, 0) for layer in layers for t in layer.constants}
     return {"flops": sum(layer.flops for layer in layers), "weight_bytes": sum(weights.values())}

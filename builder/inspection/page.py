@@ -1,7 +1,7 @@
-"""An engine's record as one page that stands alone: `report.html`, which a build leaves in the engine's folder.
+"""An engine's record as a self-contained HTML page: `report.html`, which a build writes into the engine's folder.
 
-`leave` writes it, `write` writes it anywhere. Everything in it comes from the files of the folder and is escaped; the
-page loads nothing. It is no part of the engine: the manifest does not list it, and no key depends on it.
+`leave` writes it there, `write` to any file. Its content comes from the folder's files and is escaped; it loads no
+resources. It is not part of the engine: neither manifest nor key depends on it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from runtime.show.html import Html, element
 from runtime.show.png import data_url, thumbnail
 
 REPORT_PAGE = "report.html"
-_SIDE = 144  # pixels of a frame, at most
+_SIDE = 144  # largest side of a frame, pixels
 _BYTES = dict(zip(DTYPE_NAMES, (2, 2, 4), strict=True))
-_AT_LEAST = ("cosine", "overlap", "share")  # what a check whose value must not be below its limit is called
+_AT_LEAST = ("cosine", "overlap", "share")  # in names of checks whose limit is a minimum
 _KINDS = 14  # rows of layers
 
 
@@ -89,7 +89,7 @@ def _precision(manifest: Record) -> str:
 
 
 def _mode(record: Record) -> str:
-    """What it takes at a time, where that is not one whole clip of one length."""
+    """Its frame counts, batch and chunk, as far as it has several."""
     manifest, counts = record["manifest"], [counts["frames"] for counts in record["counts"]]
     modes = [f"{' or '.join(map(str, counts))} frames"] if len(counts) > 1 else []
     if manifest.get("batch", 1) > 1:
@@ -100,7 +100,7 @@ def _mode(record: Record) -> str:
 
 
 def _costs(record: Record) -> Html:
-    """Arithmetic and memory, full against compressed."""
+    """Flops and memory, full and compressed."""
     manifest, counts = record["manifest"], record["counts"][-1]
     figures = manifest["figures"]
     pairs = [
@@ -179,7 +179,7 @@ def _gate(record: Record) -> list[Html]:
 
 
 def _drift(checks: Sequence[Record]) -> Iterator[tuple[str, float]]:
-    """Name and 1 - cosine of each value that was compared, the worst where there are several frame counts."""
+    """Name and 1 - cosine of each compared tensor, the worst over frame counts; tokens last."""
     worst: dict[str, float] = {}
     for check in checks:
         name, _, what = check["what"].partition(": ")
@@ -193,7 +193,7 @@ def _drift(checks: Sequence[Record]) -> Iterator[tuple[str, float]]:
 
 
 def _used(check: Record) -> float:
-    """How much of its limit a check takes: above 1 it has failed."""
+    """The share of its limit that a check uses; above 1 it has failed."""
     value, limit = check["value"], check["limit"]
     if any(word in check["what"] for word in _AT_LEAST):
         value, limit = 1 - value, 1 - limit
@@ -261,7 +261,7 @@ def _section(title: str, *children: object) -> Html:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, bars: Sequence[str]) -> Html:
-    """A table; columns of figures stand to the right, those in `bars` have bars."""
+    """A table with columns of numbers right-aligned; columns named in `bars` have bars."""
     kinds = ["b" if name in bars else _kind([row[n] for row in rows]) for n, name in enumerate(columns)]
     head = [element("th", name, class_=kind or None) for name, kind in zip(columns, kinds, strict=True)]
     body = [

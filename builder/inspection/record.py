@@ -1,5 +1,5 @@
-"""Everything that is known about an engine, as one record in plain JSON types: what `python -m builder.inspect` shows
-and a report is made of. Files are read and nothing is run."""
+"""All facts about an engine as one record in plain JSON types, for `python -m builder.inspect` and the report. Files
+are read and nothing is run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ COUNTS = ("frames_per_stage", "tokens", "tokens_per_frame", "tokens_full")  # of
 
 
 def describe(path: Path, frames: int | None = None) -> Record:
-    """Everything that is known about an engine, in plain JSON types.
+    """The record of an engine.
 
     Args:
         path: the engine's folder, or one of its files.
-        frames: of which frame count "layers" is, where the engine has several; default the most.
+        frames: the frame count of "layers", if the engine has several; default: the largest.
 
     Returns:
         "folder"; "manifest" (`Manifest.to_dict`); "tensors": name, direction, dtype and shape of each, for every frame
-        count; "counts": frames, frames per stage and tokens of every frame count; "layers": of one run, see
-        `builder.inspection.layers`, None where a compiled engine came without a list; "verification": outcome, clips,
-        notes and checks, None where the gate did not run; "compile": the compiler's report, of a chain or of several
-        frame counts a list of them, None for ONNX alone; "key_parts": `BuildConfig.key_parts`, None where they were not
-        recorded.
+        count; "counts": frames, frames per stage and tokens of every frame count; "layers": see
+        `builder.inspection.layers`, None if a compiled engine has no list; "verification": outcome, clips, notes and
+        checks, None if the gate did not run; "compile": the compiler's report, a list of them for several graphs, None
+        for backend "onnx"; "key_parts": `BuildConfig.key_parts`, None if not recorded.
     """
     folder = path.parent if path.is_file() else path
     if path.is_file() and not (folder / layout.MANIFEST_FILE).is_file():
@@ -50,9 +49,9 @@ def describe(path: Path, frames: int | None = None) -> Record:
 
 
 def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
-    """What is not in the manifest; `one`: of the frame count whose layers are shown.
+    """The fields that are not in the manifest; `one`: the manifest for the frame count of "layers".
 
-    A file that some other version wrote may raise anything that `describe` catches.
+    Files of another version may raise any error that `describe` catches.
     """
     report: Record = {}
     if layout.REPORT_FILE in manifest.files:
@@ -60,7 +59,7 @@ def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
     compiled = report.get("compile")
     for found in compile_reports(compiled):
         found["warnings"] = list(map(str, found["warnings"]))
-        del found["layers"]  # they are in layers.json too
+        del found["layers"]  # also in layers.json
     layers = None
     if manifest.in_stages:
         layers = chain_layers(folder, manifest)
@@ -81,7 +80,7 @@ def _contents(folder: Path, manifest: Manifest, one: Manifest) -> Record:
 
 
 def compile_reports(compiled: Any) -> list[Record]:
-    """The compiler's reports: one, of a chain one for each stage, one for each of several frame counts."""
+    """The compiler's reports as a list: one for each graph."""
     return compiled if isinstance(compiled, list) else [] if compiled is None else [compiled]
 
 

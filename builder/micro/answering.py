@@ -1,13 +1,14 @@
-"""Second and third stage: the decoder learns to answer, over a tower that stands still.
+"""Second and third stage: the decoder is trained to answer, with a frozen tower.
 
-Half of a step's clips are new. As the tower stands still, visual tokens are worth keeping, and the other half is drawn
-again from the last few thousand. Clips of eight frames come first (short sequences, many clips), then clips of all
-sixteen. The decoder always sees every visual token of a clip. Two things help it:
+Half of a step's clips are new; the others are drawn from the last few thousand, whose visual tokens are cached, as the
+tower is frozen. Clips of eight frames come first (short sequences, many clips), then clips of all sixteen. The decoder
+always sees all visual tokens of a clip. Two measures help it:
 
-* Halfway up, every visual token has to tell when it is and how its object has moved so far (`labels.cell_motion`): a
-  dense label for what questions about time need. Without it direction stayed at the chance of knowing the axis alone.
-* The distance between the positions of neighbouring visual tokens is sometimes less than one, so that the decoder goes
-  by what the tokens say and by their order, not by exact distances, and clips of other lengths are nothing new to it.
+* An auxiliary loss after layer `_MOTION_LAYER`: each visual token has to predict its time and its object's motion so
+  far (`labels.cell_motion`), dense labels for what questions about time need. Without it accuracy on direction stayed
+  at that of guessing along the right axis.
+* Distances between neighbouring visual tokens' positions are sometimes below one, so that the decoder relies on the
+  tokens' content and order rather than on exact distances, and generalises to clips of other lengths.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ _FLAGS = {"moving": 1.0, "recoloured": 8.0}  # columns of `MOTION` that are yes 
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage runs.
+    """The settings of one stage.
 
     Attributes:
-        name: of its state's file.
+        name: of its state file.
         seed: of its clips.
-        steps, clips: how many steps, of how many clips each.
-        frames: frames of a clip.
+        steps, clips: number of steps, and of clips in each.
+        frames: of a clip.
         rate: peak learning rate.
-        kept: how many clips are kept to be shown again, half of each step.
-        stretched: for which part of the clips visual tokens lie closer than one position apart.
-        often: kinds of questions that are asked more often than the others.
+        kept: size of the cache of clips to repeat, which make half of each step.
+        stretched: share of clips whose visual tokens are less than one position apart.
+        often: kinds of questions asked more often than others.
     """
 
     name: str
@@ -67,9 +68,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Example:
-    """A clip's frames [F, 3, 72, 72] uint8, or its visual tokens [N, E], with its questions.
+    """A clip's frames uint8 [F, 3, 72, 72], or its visual tokens [N, E], with its questions.
 
-    `motion` [N, 7] is what `labels.cell_motion` tells of the visual tokens.
+    `motion` [N, 7]: `labels.cell_motion` of the visual tokens.
     """
 
     visual: Tensor
@@ -105,17 +106,17 @@ def choose_times(frames: int, random: Generator) -> np.ndarray:
 
 
 def choose_questions(scene: Scene, times: np.ndarray, random: Generator, often: tuple[str, ...] = ()) -> list[Question]:
-    """Some different questions about a scene that the frames at `times` can answer, in random order.
+    """Up to `_QUESTIONS` distinct questions about a scene that the frames at `times` can answer, in random order.
 
-    Those of a kind in `often` are more likely to be among them.
+    Kinds in `often` are more likely.
     """
     drawn = [questions(scene, random) for _ in range(_DRAWS)]
-    # "Is there": of many draws there are more different ones with the answer no, so only those of one draw.
+    # "exists": many draws have more distinct questions with the answer no, so only those of one draw.
     found = dict.fromkeys(
         question for draw in drawn for question in draw if question.kind != "exists" or draw is drawn[0]
     )
     asked = [question for question in found if _shown(question, scene, times)]
-    # The number of shapes has one question only, and would be crowded out where there is much to ask.
+    # "count" has a single question, which others would crowd out.
     weight = np.array(
         [np.inf if question.kind == "count" else _OFTEN if question.kind in often else 1.0 for question in asked]
     )
@@ -136,14 +137,14 @@ def _shown(question: Question, scene: Scene, times: np.ndarray) -> bool:
 
 
 def motion_head(model: Any) -> nn.Linear:
-    """What reads the motion of visual tokens; it goes from stage to stage, and is dropped after the last."""
+    """The head that predicts visual tokens' motion; shared by the stages, and dropped after the last."""
     return nn.Linear(model.config.text_config.hidden_size, len(MOTION)).to(model.device)
 
 
 def train_answering(
     model: Any, head: nn.Linear, packer: Packer, stage: Stage, work: Path, report: Report, workers: int
 ) -> float:
-    """Run one stage in place, from where `work` says that a run stopped. Returns the seconds that all steps took."""
+    """Train one stage in place, resuming from its state in `work`. Returns the seconds of all steps."""
     torch.manual_seed(stage.seed)
     closing = nn.ParameterList([_closing(model)])
     optimizer = Optimizer([model.model.language_model, closing, head], stage.rate, stage.steps)
@@ -151,7 +152,7 @@ def train_answering(
     progress = Progress(work / f"{stage.name}.pt", modules, others, repr(stage), model.device)
     kept: deque[Example] = deque(maxlen=stage.kept)
     maker = ClipMaker(stage, packer)
-    # A run that goes on first makes the kept clips again.
+    # A resumed run first makes the cached clips again.
     begin = max(0, progress.step - math.ceil(stage.kept / maker.fresh)) if progress.step < stage.steps else stage.steps
     for step, fresh in made_ahead(maker, begin, stage.steps, workers):
         random = np.random.default_rng([stage.seed, step, 3])
@@ -169,14 +170,14 @@ def train_answering(
 
 
 def _stretch(count: int, part: float, random: Generator) -> Tensor:
-    """[count]: the distance between neighbouring visual tokens; from 1/8 to 1 for this part of the clips, else 1."""
+    """[count] fp32: distance between neighbouring visual tokens; 1/8 to 1 for a share `part` of the clips, else 1."""
     shorter = np.exp(random.uniform(np.log(1 / 8), 0, count))
     return torch.from_numpy(np.where(random.random(count) < part, shorter, 1.0).astype(np.float32))
 
 
 @torch.no_grad()
 def _with_tokens(model: Any, examples: list[Example]) -> list[Example]:
-    """The examples with visual tokens in the place of frames, in half precision as many of them are kept."""
+    """The examples with visual tokens instead of frames, in fp16 to save memory."""
     frames = torch.cat([example.visual for example in examples]).to(model.device)
     tower, projector, _ = DEFAULT_FAMILY.modules(model.model)
     hidden = tower(pixel_values=normalised(frames), output_hidden_states=True).hidden_states[-1]
@@ -186,7 +187,7 @@ def _with_tokens(model: Any, examples: list[Example]) -> list[Example]:
 
 
 def _closing(model: Any) -> nn.Parameter:
-    """What follows the visual tokens of a clip, [E]; it is trained, too."""
+    """The embedding of the closing token, [E]; it is trained, too."""
     closing = DEFAULT_FAMILY.closing(model.model)
     assert closing is not None
     return closing
@@ -195,10 +196,10 @@ def _closing(model: Any) -> nn.Parameter:
 def answer_loss(
     model: Any, head: nn.Linear, packer: Packer, examples: list[Example], stretch: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss of a question's answer and of a token's motion, and what is right.
+    """The loss, cross entropy per question plus motion, and by kind the share of questions answered right, with the
+    motion's loss as "motion".
 
-    The motion is read by `head` from the visual tokens after `_MOTION_LAYER` layers of the decoder. Right is given as
-    a part of the questions of each kind, with the motion's loss beside them.
+    `head` predicts motion from the visual tokens' states after the decoder's layer `_MOTION_LAYER` (from 0).
     """
     closing = _closing(model)[None]
     visual = [torch.cat((example.visual.float(), closing)) for example in examples]
@@ -228,9 +229,9 @@ def answer_loss(
 
 
 def _motion_loss(scores: Tensor, told: Tensor) -> Tensor:
-    """Sum over the columns of `MOTION` [..., 7] of their mean loss where they are known; flags are given as logits.
+    """Sum over the columns of `MOTION` [..., 7] of their mean loss over known labels; scores of flags are logits.
 
-    Few tokens show another colour than at first, so these weigh more.
+    As few tokens show a recoloured object, these weigh more.
     """
     known = ~told.isnan()
     target = told.nan_to_num()

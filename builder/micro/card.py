@@ -1,7 +1,5 @@
-"""The model card of the bundled checkpoint, written from what is recorded beside the weights.
-
-`training.json` says how the weights came about, `accuracy.json` what was measured with them; both are written by the
-commands that know.
+"""The model card of the bundled checkpoint, from the records beside the weights: `training.json`, written by the
+training, and `accuracy.json`, written by `python -m builder.evaluate --record`.
 """
 
 from __future__ import annotations
@@ -114,7 +112,7 @@ def _stages(stages: list[dict[str, Any]]) -> str:
 
 
 def _accuracy(record: dict[str, Any]) -> str:
-    """Accuracy by kind with all tokens, with both methods, and of the best guess from the question's text alone."""
+    """Accuracy by kind: all tokens, EarlyTom, cells, and the best guess from the question's text alone."""
     rows = {(one["method"], one["ratio"]): one for one in record["results"]}
     shown = {
         "all tokens": rows["full", None],

@@ -1,8 +1,8 @@
-"""The course of the training: which stages, in which order, on what model.
+"""The stages of the training, in order, and the model that is trained.
 
-Three stages, each from where it stopped: single frames with dense labels (vision tower and projector), then clips of
-eight frames and clips of sixteen with questions (decoder). Everything is generated on the way; nothing is read but the
-sources. EarlyTom needs no training, and plays no part: the model sees every visual token of every clip.
+Three stages, each resumable: single frames with dense labels (vision tower and projector), then clips of eight and of
+sixteen frames with questions (decoder). All data is generated. The model sees all visual tokens: EarlyTom needs no
+training.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ STAGES = (
 
 
 def new_model(seed: int = SEED) -> Any:
-    """The bundled architecture in fp32, as it is before training."""
+    """The bundled architecture in fp32, initialised for training."""
     torch.manual_seed(seed)
     model = DEFAULT_FAMILY.new_model(architecture()).float()
     with torch.no_grad():
         nn.init.normal_(model.get_input_embeddings().weight, std=1 / math.sqrt(model.config.text_config.hidden_size))
         for name, matrix in model.model.language_model.layers.named_parameters():
             if matrix.dim() == 2:
-                # smaller where a layer adds to the residual stream, so that depth does not wash the tokens out
+                # smaller where a layer adds to the residual stream, so that its updates do not drown the tokens
                 gain = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
                 nn.init.normal_(matrix, std=gain / math.sqrt(matrix.shape[1]))
     return model
 
 
 class Display:
-    """A bar for the running stage, and every so often a line with what is answered right (running means)."""
+    """A bar for the running stage, and every `every` steps a line with running means of loss and accuracies."""
 
     def __init__(self, every: int = 100) -> None:
         console = Console(stderr=True)
@@ -61,7 +61,7 @@ class Display:
         self._every, self._stage, self._means = every, "", dict[str, float]()
 
     def __call__(self, stage: str, step: int, steps: int, loss: Tensor, right: dict[str, Tensor]) -> None:
-        """As `training.loop.Report`."""
+        """See `builder.micro.loop.Report`."""
         if stage != self._stage:
             self._stage, self._means = stage, {}
             self._task = self.progress.add_task(stage, total=steps)
@@ -74,7 +74,7 @@ class Display:
 
 
 def train(work: Path, device: torch.device, scale: float, workers: int, display: Display) -> tuple[Any, dict[str, Any]]:
-    """Run every stage that is not done yet; returns the model and what to say about its training."""
+    """Run all stages that are not done yet; returns the model on the CPU and the content of training.json."""
     tokenizer = build_tokenizer()
     packer = Packer(tokenizer)
     model = new_model().to(device)

@@ -1,8 +1,7 @@
 """Dense labels of frames: what every patch, and every cell after pooling, shows.
 
-The generator knows which pixel belongs to whom, so a frame gives hundreds of labels instead of one. Counting is by
-covered area: a patch or a cell shows an object if enough of it is covered, shows none if almost nothing is, and is
-not asked about in between.
+The generator knows each pixel's object, so a frame gives hundreds of labels. A patch or cell shows an object if enough
+of its area is covered, none if almost nothing is; in between it is ignored.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from earlytom.micro.data.scene import COLOURS, DIGITS, DOT_RADIUS, FRAMES, SHAPE
 
 COLOUR_NAMES = tuple(COLOURS)
 LOOKS = (*SHAPES, "dot")
-"""What an object can look like: a kind of shape, or the dot."""
+"""The looks of objects: kinds of shapes, and the dot."""
 CELL_WORDS = (*COLOUR_NAMES, *LOOKS, *(str(digit) for digit in DIGITS))
-"""The words that a cell's token is taught to be near to, in the order of `FrameLabels.words`."""
+"""The words whose embeddings a cell's token is trained to align with, in the order of `FrameLabels.words`."""
 IGNORE = -100
 PATCH = 8
 GRID = SIDE // PATCH
 
-_SHOWN = 8 / PATCH**2  # part of a patch that an object covers to be seen in it
+_SHOWN = 8 / PATCH**2  # share of a patch that an object must cover to be shown
 _GONE = 2.5 / PATCH**2
 _CELL_SHOWN, _CELL_GONE = 0.09, 0.025
 
@@ -73,7 +72,7 @@ _POOLING = pooling_matrix()
 
 
 def object_cells(owner_of_pixel: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """[F, P]: whether a cell shows a shape or the dot, that is, objects cover 9 % of it or more.
+    """[F, P] bool: whether a cell shows an object, that is, objects cover 9 % of it or more.
 
     Args:
         owner_of_pixel: [F, 72, 72], as `LabelledClip.owner`.
@@ -83,7 +82,7 @@ def object_cells(owner_of_pixel: NDArray[np.int8]) -> NDArray[np.bool_]:
 
 
 def frame_labels(scene: Scene, owner_of_pixel: NDArray[np.int8], times: NDArray[np.intp]) -> FrameLabels:
-    """The labels of a scene whose pixels `render` said to belong to `owner_of_pixel` at the frame numbers `times`."""
+    """The labels of a scene at the frame numbers `times` [F]; `owner_of_pixel` [F, 72, 72] is from `render`."""
     frames = len(times)
     members = _members(scene, times)  # [F, K, 6]
     ids = np.array([*range(len(scene.shapes)), DOT])
@@ -120,11 +119,11 @@ def frame_labels(scene: Scene, owner_of_pixel: NDArray[np.int8], times: NDArray[
 
 
 def cell_motion(scene: Scene, owner_of_pixel: NDArray[np.int8], times: NDArray[np.intp]) -> NDArray[np.float32]:
-    """[F, P, 7]: when a cell is, and what its object has done until then, by the columns of `MOTION`.
+    """[F, P, 7] fp32: a cell's time and its object's motion until then, by the columns of `MOTION`.
 
-    The frame's number as a part of the clip; how far the object has come since it was first seen, in quarters of the
-    frame's side; whether it has moved since the last frame; whether its colour is another than at first; how far it
-    has come in the last quarter of the clip. NaN where the cell shows no shape, or the shape was not there before.
+    The frame's number as a share of the clip; the object's displacement (x, y) since it was first seen, in quarters of
+    the frame's side; whether it has moved since the last frame; whether its colour has changed; its displacement in the
+    last quarter of a clip. All but the time are NaN if the cell shows no shape, or the shape was not there before.
     """
     frames, count = len(times), len(scene.shapes)
     ids = np.arange(count)
@@ -168,7 +167,7 @@ def _members(scene: Scene, times: NDArray[np.intp]) -> NDArray[np.float64]:
 
 
 def _written(members: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[F, K, S]: the part of a digit's box (5 x 7) that lies in each patch; 0 without digit."""
+    """[F, K, S]: the share of a digit's box (5 x 7 pixels) in each patch; 0 without digit."""
     start = np.arange(GRID) * PATCH - 0.5
 
     def overlap(centre: NDArray[np.float64], half: float) -> NDArray[np.float64]:
@@ -183,7 +182,7 @@ def _written(members: NDArray[np.float64]) -> NDArray[np.float64]:
 def _cells(
     members: NDArray[np.float64], covered: NDArray[np.float64], written: NDArray[np.float64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Words and places of the cells after pooling."""
+    """`FrameLabels.words` and `place`."""
     part = covered @ _POOLING.T  # [F, K, P]
     frames, count, cells = part.shape
     strongest = np.zeros((frames, cells, len(CELL_WORDS)))

@@ -1,7 +1,6 @@
-"""What all stages share: batches made ahead, a learning rate that falls, and a state one can resume from.
+"""Shared by all stages: batches made ahead, the learning rate schedule, and resumable state.
 
-A stage is a function of its step: the clips of step n follow from n, so a run that was stopped and one that was not
-see the same new clips.
+The new clips of step n follow from n, so they are the same in a run that was stopped and resumed.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from earlytom.errors import UserError
 
 Report = Callable[[str, int, int, Tensor, dict[str, Tensor]], None]
-"""Told the stage's name, the steps done, all steps, the loss and named figures after every step."""
+"""Called after every step with the stage's name, steps done, all steps, the loss, and figures by name."""
 
 SAVED_EVERY = 100
 _WARMUP = 200
 
 
 class _Steps(Dataset[Any]):
-    """What `make` gives for the steps `start <= step < stop`."""
+    """`make(step)` for `start <= step < stop`."""
 
     def __init__(self, make: Callable[[int], Any], start: int, stop: int) -> None:
         self.make, self.start, self.stop = make, start, stop
@@ -42,7 +41,7 @@ class _Steps(Dataset[Any]):
 
 
 def made_ahead(make: Callable[[int], Any], start: int, stop: int, workers: int) -> Iterator[tuple[int, Any]]:
-    """Each step with what `make` gives for it, made ahead by `workers` processes of one thread each."""
+    """Pairs (step, `make(step)`), made ahead by `workers` single-threaded processes (0: in this one, not ahead)."""
     loader = DataLoader(
         _Steps(make, start, stop),
         batch_size=None,
@@ -58,7 +57,7 @@ def _one_thread(_: int) -> None:
 
 
 def optimizer_of(modules: Iterable[nn.Module], rate: float) -> AdamW:
-    """AdamW with weight decay on matrices only; a parameter that several modules share is in it once."""
+    """AdamW with weight decay on matrices only; parameters shared by modules are included once."""
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
@@ -68,14 +67,14 @@ def optimizer_of(modules: Iterable[nn.Module], rate: float) -> AdamW:
 
 
 class Optimizer:
-    """`optimizer_of` some modules, with a learning rate that rises to `rate` and falls again within `steps`."""
+    """`optimizer_of` some modules, with warm-up to `rate` and cosine decay within `steps`."""
 
     def __init__(self, modules: Iterable[nn.Module], rate: float, steps: int) -> None:
         self._adam = optimizer_of(modules, rate)
         self._rate, self._steps = rate, steps
 
     def step(self, loss: Tensor, step: int) -> None:
-        """One update: a linear start, then half a cosine down to a fiftieth of the peak; gradients clipped to 1."""
+        """One update: linear warm-up, then cosine decay to a fiftieth of the peak; gradient norm clipped to 1."""
         warmup = min(_WARMUP, max(1, self._steps // 10))
         done = max(0.0, (step - warmup) / max(1, self._steps - warmup))
         share = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
@@ -87,16 +86,16 @@ class Optimizer:
         self._adam.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state, for `load_state_dict`."""
+        """AdamW's state."""
         return self._adam.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a `state_dict`."""
         self._adam.load_state_dict(state)
 
 
 class Progress:
-    """How far a stage is, on disk: its parts' states, the steps done, the seconds they took.
+    """A stage's state on disk: its parts' states, the steps done, and their seconds.
 
     Attributes:
         step: steps done.
@@ -104,8 +103,8 @@ class Progress:
 
     Args:
         path: of the file.
-        modules, others: by name, what has a state; the modules' weights on entry are what the stage starts from.
-        recipe: names the stage's settings.
+        modules, others: parts with a state, by name; the modules' weights on entry must be those the stage began with.
+        recipe: the stage's settings as text; a file of others is refused.
         device: to load to.
     """
 
@@ -128,7 +127,7 @@ class Progress:
         self._since = time.perf_counter()
 
     def done(self, step: int, steps: int) -> None:
-        """Note that `step` steps are done; write it down now and then, in one move, and at the end."""
+        """Note that `step` steps are done; save atomically every `SAVED_EVERY` steps and at the end."""
         self.step = step
         if step % SAVED_EVERY and step < steps:
             return

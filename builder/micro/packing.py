@@ -1,10 +1,10 @@
 """Many questions about one clip in one sequence, so that its visual tokens run through the decoder once.
 
-A sequence is the prompt up to the video, the visual tokens, and then one block for each question: the rest of the
-prompt, the answer, the stop token. A block sees what lies before the blocks and itself, and its positions go on where
-the video ends, so every answer is computed exactly as if its question had been asked alone. Greedy decoding gives the
-right answer exactly if, with the right answer fed in, every one of its tokens (the stop token too) is the most likely
-next one: one pass therefore tells for all questions whether they would be answered right (`right_answers`).
+A sequence is the prompt up to the video, the visual tokens, and a block for each question: the rest of the prompt and
+the answer. A block attends to the tokens before the blocks and to itself, and its positions continue after the video,
+so each answer is computed as if its question were asked alone. Greedy decoding gives the right answer exactly if, with
+that answer as input, each of its tokens and the stop token is the most likely next one: one pass therefore scores all
+questions (`right_answers`).
 
 Notation: B clips, V visual tokens (padded), T tokens after them (padded), E width of the decoder.
 """
@@ -29,10 +29,10 @@ class Pack:
 
     Attributes:
         ids: [T] int64, tokens of all blocks.
-        block: [T] int64, the number of the block that a token belongs to, from 0.
-        place: [T] int64, its place within the block, from 0.
-        target: [T] int64, the token that should come next, where that is part of an answer; else `IGNORE`.
-        questions: how many blocks there are.
+        block: [T] int64, each token's block, from 0.
+        place: [T] int64, its position within the block, from 0.
+        target: [T] int64, the next token if it is part of an answer or its stop token; else `IGNORE`.
+        questions: number of blocks.
     """
 
     ids: Tensor
@@ -80,12 +80,12 @@ class Packer:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the decoder is told of a clip's visual tokens besides themselves, see `runtime.text.places`.
+    """Positions and bias of a clip's visual tokens, see `runtime.text.places`.
 
     Attributes:
-        full: visual tokens if none had been left out; above every place.
-        place: [N] int64, where they were in the video; None: they stand one after the other.
-        bias: [N] fp32, added to the attention logits of their keys; None: nothing is.
+        full: number of visual tokens without compression; above every place.
+        place: [N] int64, original positions; None: consecutive ones.
+        bias: [N] fp32, added to the attention logits of their keys; None: no bias.
     """
 
     full: int
@@ -99,9 +99,9 @@ class Batch:
 
     Attributes:
         embeddings: [B, L + V + T, E].
-        mask: [B, 1, L + V + T, L + V + T], True where a token (row) sees another; where a clip has a bias, fp32 that is
-            added to the attention logits.
-        positions: [B, L + V + T] of the rotary embedding.
+        mask: [B, 1, L + V + T, L + V + T] bool, True where a token (row) attends to another; if a clip has a bias, fp32
+            to add to the attention logits.
+        positions: [B, L + V + T] fp32, for the rotary embedding.
         target: [B, T] as in `Pack`, padded with `IGNORE`.
         block: [B, T] as in `Pack`, padded with -1.
     """
@@ -127,10 +127,10 @@ def batch(
         prefix: [L] ids before the video.
         visual: for each clip its visual tokens [V_i, E], the closing newline included.
         packs: for each clip its questions.
-        embed: the decoder's embedding, ids to vectors; everything is put on the device of its weights.
-        stretch: [B], the distance between the positions of neighbouring visual tokens; 1 if not given.
-        standing: for each clip what its first visual tokens stand for; what closes them stands behind all places, and
-            the questions go on from there. None: nothing is told.
+        embed: the decoder's embedding; everything is moved to the device of its weights.
+        stretch: [B], distance between the positions of neighbouring visual tokens; default: 1.
+        standing: for each clip positions and bias of its visual tokens without closing tokens, whose positions follow
+            all places; questions continue from there. None: consecutive positions, no bias.
     """
     count, lead = len(packs), len(prefix)
     device = embed.weight.device
@@ -158,14 +158,14 @@ def batch(
     mask = torch.ones(total, total, dtype=torch.bool, device=device).tril().repeat(count, 1, 1)
     mask[:, :, lead:width] &= (torch.arange(longest, device=device) < seen[:, None])[:, None]
     mask[:, width:, width:] &= block[:, :, None] == block[:, None, :]
-    mask |= torch.eye(total, dtype=torch.bool, device=device)  # padding sees itself, or its softmax would be empty
+    mask |= torch.eye(total, dtype=torch.bool, device=device)  # padding attends to itself, else its softmax is NaN
     return Batch(embeddings, _biased(mask, told, lead)[:, None], positions, target, block)
 
 
 def _along(
     lead: int, seen: Tensor, longest: int, stretch: Tensor | None, told: Sequence[Standing | None]
 ) -> tuple[Tensor, Tensor]:
-    """Positions [B, V] of visual tokens, of which `seen [B]` are there, and the position [B] after them."""
+    """Positions [B, V] of visual tokens, `seen [B]` of them not padding, and the next position [B]."""
     count, device = len(seen), seen.device
     step = torch.ones(count, device=device) if stretch is None else stretch.to(device)
     along = lead + step[:, None] * torch.arange(longest, device=device)
@@ -192,9 +192,9 @@ def _biased(mask: Tensor, told: Sequence[Standing | None], lead: int) -> Tensor:
 
 
 def logits(model: Any, sequences: Batch, at: Tensor | None = None) -> Tensor:
-    """[B, T, vocabulary]: the decoder's scores of the next token after each token of the blocks.
+    """[B, T, vocabulary]: next-token logits after each token of the blocks.
 
-    With a mask `at` [B, T] bool, only those of the tokens in it: [sum of the mask, vocabulary].
+    With a mask `at` [B, T] bool, only those after its tokens: [sum of the mask, vocabulary].
     """
     hidden = model.model.language_model(
         inputs_embeds=sequences.embeddings,

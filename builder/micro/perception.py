@@ -1,9 +1,9 @@
-"""First stage: the vision tower and the projector learn to see, on single frames with dense labels.
+"""Heads and losses of the first stage: vision tower and projector are trained on single frames with dense labels.
 
-The tower predicts for every patch which colour, shape and digit it shows and where the object's centre lies, and
-from the average of the empty patches which objects the frame holds. The projector's tokens, after the model's own
-pooling, are drawn to the decoder's embeddings of the words that name what they show, and must give the place linearly:
-the decoder then starts from tokens in its own language. The heads that ask all this are dropped afterwards.
+The tower predicts for every patch the colour, shape and digit that it shows and its object's centre, and from the mean
+of the empty patches the objects in the frame. The projector's tokens, after the model's pooling, are aligned with the
+decoder's embeddings of the words for what they show, and must give the object's place linearly, so that the decoder
+starts from tokens in its own embedding space. The heads are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COLOUR_LEVELS = 3
 
 
 class PerceptionHeads(nn.Module):
-    """The questions of the first stage, as linear maps."""
+    """The linear heads of the first stage."""
 
     def __init__(self, width: int, token_width: int) -> None:
         super().__init__()
@@ -39,18 +39,19 @@ class PerceptionHeads(nn.Module):
 def perception_loss(
     hidden: Tensor, tokens: Tensor, words: Tensor, heads: PerceptionHeads, pixels: Tensor, labels: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, and what of it is right.
+    """The loss and the accuracies of a batch.
 
     Args:
         hidden: [B, S, D] states after the tower's last layer.
-        tokens: [B, S, E] what the projector makes of them.
-        words: [2, W, E] embeddings of `CELL_WORDS`, inside a sentence and at its start.
-        heads: the questions.
+        tokens: [B, S, E] the projector's output for them.
+        words: [2, W, E] from `word_embeddings`.
+        heads: see there.
         pixels: [B, 3, H, H] normalised pixels.
         labels: the tensors of `labels.FrameLabels` by name.
 
     Returns:
-        The loss, and the accuracies on patches that show something, as scalars.
+        The loss, and scalars by name: accuracies on patches that show something, the shares of shown and of other
+        words with a positive logit, and the mean error of places in pixels.
     """
     colour, look, digit = heads.patch(hidden).split((len(COLOUR_NAMES) + 1, len(LOOKS) + 1, len(DIGITS) + 1), -1)
     parts = {
@@ -62,8 +63,7 @@ def perception_loss(
     parts["offset"] = 2 * functional.smooth_l1_loss(heads.offset(hidden)[seen], labels["offset"][seen], beta=0.2)
     ground = functional.avg_pool2d(pixels, PATCH).flatten(2).transpose(1, 2)
     parts["ground"] = functional.mse_loss(heads.ground(hidden), ground)
-    # Asked of the empty patches only: these have to attend to the objects, as the patches of a tower that was trained
-    # on whole pictures do.
+    # From empty patches only, which so have to attend to the objects, as in a tower trained on whole images.
     empty = (labels["look"] == len(LOOKS)).to(hidden)[..., None]
     present = heads.present((hidden * empty).sum(1) / empty.sum(1).clamp_min(1))
     parts["present"] = 5 * functional.binary_cross_entropy_with_logits(present, labels["present"])
@@ -89,16 +89,16 @@ def perception_loss(
 
 
 def word_embeddings(model: Any, tokenizer: Any) -> Tensor:
-    """[2, W, E]: the decoder's embeddings of `CELL_WORDS`, with a space before them and without."""
+    """[2, W, E]: the decoder's embeddings of `CELL_WORDS`, with and without a leading space."""
     vocabulary = tokenizer.get_vocab()
-    # digits are tokens of their own, whatever comes before
+    # digits are separate tokens, with or without a space
     spaced = [vocabulary.get(f"Ġ{word}", vocabulary[word]) for word in CELL_WORDS]
     bare = [vocabulary[word] for word in CELL_WORDS]
     return model.get_input_embeddings().weight[torch.tensor([spaced, bare])]
 
 
 def _balanced(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy in which the patches that show something weigh as much as all that show nothing."""
+    """Cross entropy in which patches that show something weigh, in all, as much as those that show nothing."""
     none = logits.shape[-1] - 1
     error = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="none")
     shown, empty = ((target >= 0) & (target < none)).flatten(), (target == none).flatten()

@@ -4,10 +4,9 @@
     packs = [scorer.pack(clip.questions) for clip in clips]
     outcomes = scorer.score(tokens, packs)  # outcomes[clip][question].right
 
-The decoder sees what it sees at inference: the prompt, the visual tokens, what closes them, the question.
-All questions of some clips run in one pass (see `packing`), which tells exactly what greedy decoding would begin with.
-It may be told what the tokens stand for: `scorer.score(tokens, packs, standing)`. Knows nothing of where visual tokens
-come from, and does not ask how sure the model is.
+The decoder's input is that of inference: prompt, visual tokens, closing token, question. All questions about some clips
+run in one pass (see `packing`), which gives exactly the tokens of greedy decoding up to the first wrong one. Positions
+and bias of tokens are optional: `scorer.score(tokens, packs, standing)`.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one question was answered.
+    """The answer to one question.
 
     Attributes:
-        right: greedy decoding gives exactly the right answer, and then stops.
-        said: the tokens that greedy decoding begins with, up to and including the first wrong one: all of the answer
-            and the stop token where it is right. Two models that said different things answered differently.
+        right: whether greedy decoding gives exactly the right answer, and then stops.
+        said: the first tokens of greedy decoding, up to and including the first wrong one; the whole answer and the
+            stop token if it is right. If they differ between two models, so do the answers.
     """
 
     right: bool
@@ -44,12 +43,12 @@ class Outcome:
 
 
 class Scorer:
-    """Asks one model.
+    """Scores questions with one model.
 
     Args:
-        model: a model of a supported family in fp32, in eval mode.
+        model: of a family with one span of visual tokens a video, in fp32, in eval mode.
         tokenizer: its tokenizer, with the chat template.
-        batch: how many clips run through the decoder at once; changes memory and speed, not the outcomes.
+        batch: clips in one pass of the decoder; affects memory and speed, not the outcomes.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
@@ -63,7 +62,7 @@ class Scorer:
         self._batch = batch
 
     def pack(self, questions: Sequence[Question]) -> Pack:
-        """One clip's questions, made ready once for any number of calls of `score`."""
+        """One clip's questions, for any number of calls of `score`."""
         return self._packer.pack([(question.text, question.answer) for question in questions])
 
     @torch.inference_mode()
@@ -74,13 +73,13 @@ class Scorer:
         standing: Sequence[Standing] | None = None,
         inner: AppliedInner | None = None,
     ) -> list[list[Outcome]]:
-        """Ask every clip's questions.
+        """Score every clip's questions.
 
         Args:
             visual: for each clip its visual tokens [N_i, E], without the newline; N_i may differ, and may be 0.
             packs: for each clip its questions, from `pack`; at least one question each.
-            standing: for each clip what its tokens stand for; None tells nothing.
-            inner: what the decoder does with visual tokens on its way. It goes by the question, so each pack has one.
+            standing: for each clip its tokens' positions and bias; None: consecutive positions, no bias.
+            inner: inner merging. It depends on the question, so each pack must have one question.
 
         Returns:
             For each clip, the outcomes in the order of its questions.
@@ -109,20 +108,20 @@ class Scorer:
         return outcomes
 
     def _logits(self, sequences: Batch, kept: Sequence[int], inner: AppliedInner | None) -> Tensor:
-        """[B, T, vocabulary]; `kept [B]` visual tokens of each sequence, without what closes them."""
+        """[B, T, vocabulary]; `kept [B]`: visual tokens of each sequence, without the closing token."""
         if inner is None:
             return packing.logits(self._model, sequences)
         total, lead = sequences.embeddings.shape[1], len(self._packer.prefix)
         place = torch.arange(total) - lead
         visual = (place >= 0) & (place < torch.tensor(kept)[:, None])
-        # The prompt ends where the answer's first token should come next; the answer is fed in behind it.
+        # The prompt's last token is the one before the answer's first, which is input, too.
         last = total - sequences.target.shape[1] + (sequences.target != IGNORE).byte().argmax(1)
         with inner.prompt(visual, last=last):
             return packing.logits(self._model, sequences)
 
 
 def _said(likeliest: Tensor, sequences: Batch, packs: Sequence[Pack]) -> list[list[tuple[int, ...]]]:
-    """For each clip and question, the likeliest tokens [B, T] along the right answer, up to the first wrong one."""
+    """`Outcome.said` for each clip and question; `likeliest` [B, T]: the most likely next tokens."""
     said: list[list[tuple[int, ...]]] = []
     columns = (likeliest.tolist(), sequences.target.tolist(), sequences.block.tolist())
     for row, pack in enumerate(packs):

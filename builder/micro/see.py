@@ -26,7 +26,7 @@ _SEED = 1
 
 
 def make_batch(step: int) -> dict[str, Tensor]:
-    """The frames and labels of one step: some frames of each of some clips."""
+    """The frames and labels of one step: `FRAMES_A_CLIP` frames of each of `CLIPS` clips."""
     random = np.random.default_rng([step, _SEED])
     frames, labels = [], []
     for index in range(step * CLIPS, (step + 1) * CLIPS):
@@ -42,7 +42,7 @@ def make_batch(step: int) -> dict[str, Tensor]:
 
 
 def with_more_digits(scene: Scene, random: Generator) -> Scene:
-    """The scene with digits on most shapes that can carry one, all the time: they are the hardest to learn to read."""
+    """The scene with a digit on most shapes that can carry one, for all their time, as digits are hardest to learn."""
 
     def wear(shape: Shape) -> Shape:
         if shape.shape not in DIGIT_SHAPES or random.random() < 0.3:
@@ -54,14 +54,14 @@ def with_more_digits(scene: Scene, random: Generator) -> Scene:
 
 
 def normalised(frames: Tensor) -> Tensor:
-    """uint8 frames as the model's preprocessing gives them: -1 to 1."""
+    """uint8 frames to pixels from -1 to 1, as in the model's preprocessing."""
     return frames.float() / 127.5 - 1
 
 
 def train_perception(model: Any, tokenizer: Any, steps: int, work: Path, report: Report, workers: int) -> float:
-    """Train tower, projector and the embeddings of some words in place, from where `work` says that a run stopped.
+    """Train tower, projector and word embeddings in place, resuming from the state in `work`.
 
-    Returns the seconds that all steps took.
+    Returns the seconds of all steps.
     """
     torch.manual_seed(_SEED)
     device = model.device

@@ -1,7 +1,4 @@
-"""Trains the bundled model: `python -m builder.micro.train [--out DIR]`.
-
-The stages, each from where it stopped, are in `builder.micro.course`.
-"""
+"""Train the bundled model: `python -m builder.micro.train [--out DIR]`. The stages are in `builder.micro.course`."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ after Ctrl-C.
 
 
 class _Parser(argparse.ArgumentParser):
-    """What is mistyped is one line, as every other error."""
+    """A parser whose errors are `UserError`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the options)")
@@ -75,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for arguments that cannot work, before anything is done."""
+    """Check the arguments."""
     if not 0 < args.scale <= 1:
         raise UserError(f"--scale must be above 0 and at most 1, got {args.scale}")
     if args.scale < 1 and args.out.resolve() == PATH:
@@ -85,7 +82,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """The device to train on. Raises UserError if it cannot be used."""
+    """The device to train on, checked."""
     import torch
 
     try:
@@ -97,7 +94,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The command; returns the exit status."""
     try:
         args = parser().parse_args(argv)
         check(args)

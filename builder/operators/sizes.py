@@ -10,7 +10,7 @@ from earlytom.families import DEFAULT_FAMILY
 
 @dataclass(frozen=True)
 class KernelSize:
-    """What is encoded: frames of (rows, columns) patches, a tower, and the width of the LLM behind it."""
+    """Frames and their (rows, columns) of patches of `patch` pixels, the tower's sizes, and the LLM's width."""
 
     frames: int
     grid: tuple[int, int]

@@ -1,8 +1,8 @@
-"""Times the operators of the compression stage, what the hardware allows, and plain PyTorch.
+"""Times of the compression stage's operators, beside hardware limits and plain PyTorch, for `builder.kernels`.
 
-Every figure is the median over calls on several inputs in turn. On a GPU time is taken with CUDA events, and before
-each call a buffer larger than the second-level cache is written, so that inputs come from memory as they do inside an
-encoder. `builder.kernels` shows what is measured here.
+Each time is the median over calls, which take several inputs in turn (CUDA graphs: one input). On a GPU it is taken
+with CUDA events, and before each call a buffer larger than the L2 cache is written, so that inputs come from memory as
+inside an encoder.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Case:
     """One operator at one size.
 
     Attributes:
-        ours, plain: the operator and the reference's formulation, called with one input set.
+        ours, plain: the operator and the PyTorch reference, called with one input set.
         inputs: input sets.
-        bytes, flops: what it must move and compute.
+        bytes, flops: the least that it must move and compute.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Case:
 
 
 class Clock:
-    """Times calls on a device, each with cold caches."""
+    """Times calls on a device; on a GPU each with a cold L2 cache."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -74,7 +74,7 @@ class Clock:
 
 
 def cases(size: KernelSize, dtype: torch.dtype, device: torch.device, config: EarlyTomConfig) -> list[Case]:
-    """Every operator at the sizes that the encoder calls it with, the largest of each."""
+    """Every operator at the largest size with which the encoder calls it."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -163,14 +163,13 @@ def _named(config: EarlyTomConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What the device was measured to do: bytes a second of a copy (read and written), operations a second of a matrix
-    product."""
+    """Measured peak rates: bytes a second of a copy (read and written), flops a second of a matrix product."""
 
     bandwidth: float
     matmul: float
 
     def floor(self, case: Case) -> float:
-        """Seconds that a case takes at least."""
+        """The least seconds of a case at these rates."""
         return max(case.bytes / self.bandwidth, case.flops / self.matmul)
 
 
@@ -186,7 +185,7 @@ def measure_limits(clock: Clock, dtype: torch.dtype) -> DeviceLimits:
 
 
 def vision_tower(size: KernelSize, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A tower and a projector of that size with random weights."""
+    """A tower and a projector of a size, with random weights."""
     from transformers import AutoConfig, AutoModel
 
     with torch.device(device):
@@ -209,8 +208,8 @@ def vision_tower(size: KernelSize, dtype: torch.dtype, device: torch.device) -> 
 
 
 class Path:
-    """The whole compression path of the budget schedule, without the model around it: called with the hidden states at
-    every merge layer, query and key of the last one, and pooled features with their received attention."""
+    """The whole compression path of the budget schedule without the model: called with the hidden states at every merge
+    layer, query and key of the last one, and pooled features."""
 
     def __init__(self, size: KernelSize, config: EarlyTomConfig) -> None:
         self.size, self.decisions = size, EarlyTom(config)
@@ -242,7 +241,7 @@ class Path:
 
 
 def graphed(run: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Callable[..., Any]:
-    """`run` as one CUDA graph on the first input set, so that the host's launches are not what is timed."""
+    """`run` as one CUDA graph, always on the first input set, so that host launches are not timed."""
     for _ in range(2):
         run(*inputs[0])
     graph = torch.cuda.CUDAGraph()
@@ -252,7 +251,7 @@ def graphed(run: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Calla
 
 
 def measure_path(size: KernelSize, config: EarlyTomConfig, dtype: torch.dtype, clock: Clock) -> tuple[float, float]:
-    """Seconds of the compression path and of the vision encoder that contains it."""
+    """Seconds of the compression path and of the vision encoder that contains it, on a GPU both as CUDA graphs."""
     path = Path(size, config)
     inputs = [path.inputs(dtype, clock.device, seed) for seed in range(INPUTS)]
     tower, projector = vision_tower(size, dtype, clock.device)
@@ -267,7 +266,7 @@ def measure_path(size: KernelSize, config: EarlyTomConfig, dtype: torch.dtype, c
 
 
 def measured(case: Case, clock: Clock, limits: DeviceLimits) -> dict[str, Any]:
-    """The figures of one operator, seconds and counts."""
+    """The figures of one operator, times in seconds."""
     floor, ours = limits.floor(case), clock(case.ours, case.inputs)
     return {
         "name": case.name,

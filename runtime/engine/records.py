@@ -37,6 +37,7 @@ Size = Annotated[int, Meta(ge=0, le=2**53)]
 # number and a tuple of fixed length.
 Sides = Annotated[tuple[Count, ...], Meta(min_length=2, max_length=2)]
 Real = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # finite
+Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -69,7 +70,7 @@ class PreprocessingRecord(Record, frozen=True):
 
     size: tuple[Count, Count]
     mean: tuple[Real, Real, Real]
-    std: tuple[Real, Real, Real]
+    std: tuple[Positive, Positive, Positive]
     sampling: FrameSampling = "ends"
 
 

@@ -7,6 +7,7 @@ import torch
 from earlytom.errors import UserError
 from runtime.engine.dtypes import DTYPES
 from runtime.pipeline import Pipeline
+from runtime.serve.decoding import Decoders
 from runtime.serve.gate import load_keys
 from runtime.serve.settings import Settings
 from runtime.video import Clip, Limits
@@ -46,6 +47,11 @@ def load_pipeline(settings: Settings) -> Pipeline:
 def limits_of(settings: Settings) -> Limits:
     """The settings' limits of a video."""
     return Limits(settings.max_pixels, settings.max_frames, settings.max_seconds, settings.max_video)
+
+
+def decoders_of(settings: Settings) -> Decoders:
+    """The video decoders, not started yet."""
+    return Decoders(limits_of(settings), seconds=settings.decode_seconds, workers=settings.video_decoders)
 
 
 def check_room_for_a_video(pipeline: Pipeline) -> None:

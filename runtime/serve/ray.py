@@ -33,7 +33,7 @@ from runtime.serve.app import create_app
 from runtime.serve.backend import Local, ModelFacts, Sampled
 from runtime.serve.decoding import Decoders
 from runtime.serve.gate import load_keys
-from runtime.serve.loading import limits_of, load_pipeline
+from runtime.serve.loading import decoders_of, load_pipeline
 from runtime.serve.media import TakenVideo
 from runtime.serve.settings import Settings, settings_from, told_of
 from runtime.service.requests import Delta
@@ -166,7 +166,7 @@ class FrontReplica:
 
     async def _made(self) -> Any:
         facts, frames = await self._handle.facts.remote()
-        self._decoding = Decoders(limits_of(self._settings), seconds=self._settings.deadline)
+        self._decoding = decoders_of(self._settings)
         await self._decoding.start()
         backend = Replicas(self._handle, facts, frames, self._decoding.clip, settings=self._settings)
         return create_app(backend, self._settings, self._keys)

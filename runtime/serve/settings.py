@@ -22,6 +22,7 @@ from runtime.engine import layout
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MOST_TOKENS = 1 << 20
 _MOST_REPLICAS = 1024
+_MOST_DECODERS = 64
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Settings:
     max_seconds: float = _flag(7200.0, "refuse a video of more seconds than this", "S", float)
     fetch_seconds: float = _flag(20.0, "a video has to be fetched within this", "S", float)
     body_seconds: float = _flag(10.0, "headers, and a body, have to come within this", "S", float)
+    decode_seconds: float = _flag(30.0, "a video has to be decoded within this: others wait for it", "S", float)
+    video_decoders: int = _flag(1, "videos that are decoded at a time, each by a process of some 350 MB", "N", int)
     waiting: int = _flag(8, "requests that may wait behind those that are answered; more get 429", "N", int)
     deadline: float = _flag(60.0, "an answer has to end within this, else 504", "S", float)
     max_tokens: int = _flag(
@@ -137,6 +140,7 @@ class Settings:
             raise UserError("--decoder-key-file is about a vLLM server: give its address with --decoder")
         whole("--max-tokens", self.max_tokens, 1, _MOST_TOKENS)
         whole("--waiting", self.waiting, 0)
+        whole("--video-decoders", self.video_decoders, 1, _MOST_DECODERS)
         whole("--watch-bytes", self.watch_bytes, 0)
         whole("--port", self.port, 0, 65535)
         whole("--replicas", self.replicas, 1, _MOST_REPLICAS)
@@ -144,7 +148,7 @@ class Settings:
             whole("--max-replicas", self.max_replicas, self.replicas, _MOST_REPLICAS)
         if not self.ray and (self.replicas > 1 or self.max_replicas is not None):
             raise UserError("--replicas and --max-replicas are Ray's: give --ray, too")
-        for name in ("max_seconds", "fetch_seconds", "body_seconds", "deadline"):
+        for name in ("max_seconds", "fetch_seconds", "body_seconds", "decode_seconds", "deadline"):
             real(option(name), getattr(self, name), 0, low_open=True)
         if not self.name.strip() or not self.name.isprintable() or "/" in self.name:
             raise UserError(f"--name {self.name!r}: give a word that clients can type, without a slash")

@@ -23,7 +23,7 @@ from runtime.serve.backend import Backend, Local
 from runtime.serve.decoding import Decoders
 from runtime.serve.gate import load_keys
 from runtime.serve.http.connection import connections
-from runtime.serve.loading import limits_of, load_pipeline
+from runtime.serve.loading import decoders_of, load_pipeline
 from runtime.serve.settings import Settings
 from runtime.trace import Trace
 
@@ -47,7 +47,7 @@ def serve(settings: Settings, trace: Trace, behind: Behind | None = None) -> Non
     keys = () if settings.api_key_file is None else load_keys(settings.api_key_file)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(contextlib.closing(bind(settings.host, settings.port)))
-        decoding = Decoders(limits_of(settings), seconds=settings.deadline)
+        decoding = decoders_of(settings)
         backend = stack.enter_context((local if behind is None else behind)(settings, decoding.clip, trace))
         if not keys:
             trace.line("note: whoever reaches the port may ask: give --api-key-file where that is not meant")

@@ -136,7 +136,8 @@ def imported(path: Path) -> Iterator[Path]:
 
 
 # Imported by what counts, and decides nothing: words and limits that the key holds the outcome of, errors, screens; the
-# decoder, which says what the gate's last step thinks of an engine; the world of the test clips.
+# decoder, which says what the gate's last step thinks of an engine; ONNX Runtime's sessions, which the gate's runs are;
+# the world of the test clips.
 HARMLESS = (
     "builder/settings/__init__",
     "builder/settings/options",
@@ -152,6 +153,8 @@ HARMLESS = (
     "runtime/show",
     "runtime/text",
     "runtime/trace",
+    "runtime/vision/onnxruntime",
+    "runtime/vision/runner",
 )
 
 

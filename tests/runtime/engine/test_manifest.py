@@ -414,6 +414,7 @@ WRONG: list[tuple[str, Any]] = [
     ("model.preprocessing.size", ["a", "b"]),
     ("model.preprocessing.size", [64, 64]),
     ("model.preprocessing.mean", [0.5, 0.5]),
+    ("model.preprocessing.std", [0.5, 0.5, 0.0]),
     ("model.preprocessing.std", 0.5),
     ("model.preprocessing.std", [None] * 3),
 ]

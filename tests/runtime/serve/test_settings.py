@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from earlytom.errors import UserError
+from runtime.serve import loading
 from runtime.serve.__main__ import parser, settings_of
 from runtime.serve.settings import Settings, flags, option, settings_from, size, told_of
 
@@ -38,6 +39,12 @@ def test_flags_arrive() -> None:
     assert (found.allow_domain, found.allow_private, found.cors) == (("a.org", "*.b.org"), True, ("https://a.org",))
     assert (found.max_body, found.watch_bytes, found.waiting, found.deadline) == (1 << 20, 10**9, 0, 2.5)
     assert (found.page, found.metrics_prefix) == (False, "vllm:")
+
+
+def test_video_decoders_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "Decoders", lambda limits, **how: (limits.max_frames, how))
+    found = loading.decoders_of(read("--video-decoders", "2", "--decode-seconds", "5", "--max-frames", "9"))
+    assert found == (9, {"workers": 2, "seconds": 5.0})
 
 
 def test_what_the_decoder_is_told_is_as_the_method_has_it_or_as_asked() -> None:
@@ -77,6 +84,8 @@ def test_settings_by_name_are_those_of_the_command_line() -> None:
         ({"engine": "x", "replica": 2}, "there is no setting 'replica'; known are engine, model, "),
         ({"engine": "x", "max_body": "much"}, "'much' is no size"),
         ({"engine": "x", "ray": True, "replicas": 0}, "--replicas must be"),
+        ({"engine": "x", "video_decoders": 0}, "--video-decoders must be"),
+        ({"engine": "x", "decode_seconds": "0"}, "--decode-seconds must be"),
         ({"engine": "x", "ray": True, "replicas": 3, "max_replicas": 2}, "--max-replicas must be"),
         ({"engine": "x", "replicas": 2}, "--replicas and --max-replicas are Ray's: give --ray, too"),
         ({"engine": "x", "decoder": "tensorrt"}, "unknown decoder 'tensorrt'"),
