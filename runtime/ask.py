@@ -1,6 +1,6 @@
-"""Ask a question about a video: `python -m runtime.ask VIDEO "QUESTION"`, or several.
+"""Asks one or more questions about a video: `python -m runtime.ask VIDEO "QUESTION" ...`.
 
-Streams the answers, then shows where the time went.
+Streams the answers, then prints the times of all stages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runtime.errors import VideoError
 from runtime.show.figure import check_picture
 from runtime.video import Limits
 
-if TYPE_CHECKING:  # what loads PyTorch is imported when nothing is left to refuse
+if TYPE_CHECKING:  # modules that load PyTorch are imported after all checks
     from runtime.decoder.eager import InnerMerge
     from runtime.service.requests import Answer, Delta, Timings
 
@@ -45,7 +45,7 @@ The exit status is 0 after an answer, 2 when something asked for cannot be done,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; every failure is raised (see `runtime.cli.run`)."""
-    # Questions may stand on both sides of options, but what follows a "--" is read by the other of the two alone.
+    # Questions may be on both sides of options; but only `parse_args` reads what follows a "--".
     options = parser().parse_args(argv) if "--" in (argv or ()) else parser().parse_intermixed_args(argv)
     screen = cli.Screen(json_only=options.json)
     check_request(options)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             positions=options.positions,
             decoder_dtype=options.decoder_dtype,
             limits=limits,
-            warm_up=False,  # there is one request, and it would only come later
+            warm_up=False,  # it would only delay the single request
         )
     with loaded as pipeline:
         manifest = pipeline.manifest
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(screen: cli.Screen, deltas: Iterable[Delta]) -> Answer:
-    """Show an answer as it comes."""
+    """Print an answer while it is streamed."""
     answer: Answer | None = None
     for delta in deltas:
         screen.write(delta.text)
@@ -117,7 +117,7 @@ def say(screen: cli.Screen, deltas: Iterable[Delta]) -> Answer:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, with a help text that teaches."""
+    """The command's options."""
     p = cli.Parser(
         prog="python -m runtime.ask",
         description="Ask a question about a video, with an engine that python -m builder.build made.",
@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_limits(p: argparse.ArgumentParser) -> None:
-    """A flag for each field of `Limits`."""
+    """Add a flag for each field of `Limits`."""
     for field in dataclasses.fields(Limits):
         what = field.name.removeprefix("max_")
         p.add_argument(
@@ -233,7 +233,7 @@ def add_limits(p: argparse.ArgumentParser) -> None:
 
 
 def limits_of(options: argparse.Namespace) -> Limits:
-    """What those flags ask for. Raises UserError, by the flag, for one that is no limit."""
+    """The limits that these flags set. Raises UserError for an invalid one."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)}
     for name, value in values.items():
         if isinstance(value, float):
@@ -248,7 +248,7 @@ def _flag(name: str) -> str:
 
 
 def check_request(options: argparse.Namespace) -> None:
-    """Refuse now what needs no model to be refused: loading one can take a minute."""
+    """Refuse requests that are invalid for any model, before one is loaded, which can take a minute."""
     if not Path(options.video).is_file():
         if "://" in options.video:
             raise VideoError(f"video {options.video!r} is an address; download it and give the path of the file")
@@ -266,7 +266,7 @@ def check_request(options: argparse.Namespace) -> None:
 
 
 def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
-    """What --inner-layer and --inner-ratio ask for."""
+    """The merging that --inner-layer and --inner-ratio set; None: no merging."""
     if options.inner_layer is None:
         return None
     from runtime.decoder.eager import InnerMerge
@@ -275,7 +275,7 @@ def inner_merge(options: argparse.Namespace) -> InnerMerge | None:
 
 
 def show_times(screen: cli.Screen, answers: Sequence[Answer]) -> None:
-    """Where the time went, in a column for each answer."""
+    """Print the times of the stages, in a column for each answer."""
     stages: dict[str, Callable[[Timings], float]] = {
         "waiting": lambda times: times.waiting,
         "decode video": lambda times: times.decode,
@@ -287,7 +287,7 @@ def show_times(screen: cli.Screen, answers: Sequence[Answer]) -> None:
         "total": lambda times: times.total,
     }
     rows = [(name, *(f"{1000 * of(answer.timings):.1f}" for answer in answers)) for name, of in stages.items()]
-    further = [len(answer.tokens) > 1 for answer in answers]  # without one there is no time for each
+    further = [len(answer.tokens) > 1 for answer in answers]  # otherwise that time is undefined
     at = list(stages).index("per further token")
     rows[at] = (rows[at][0], *(cell if there else "-" for cell, there in zip(rows[at][1:], further, strict=True)))
     screen.table(("stage", *["ms"] * len(answers)), rows)
@@ -298,7 +298,7 @@ def show_times(screen: cli.Screen, answers: Sequence[Answer]) -> None:
 
 
 def record(questions: Sequence[str], answers: Sequence[Answer], manifest: Manifest, backend: str) -> dict[str, object]:
-    """The JSON line; of several answers, a list of what differs."""
+    """The JSON line; several answers are a list."""
     import torch
 
     each = [

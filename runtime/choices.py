@@ -1,9 +1,8 @@
-"""What a caller may choose by name, and the defaults: what command lines offer and the library takes.
+"""Names and defaults that commands and library share, and options from dataclass fields.
 
-Nothing but words and numbers, so that a command line knows them without importing what they are about.
-`METHOD_OPTIONS` is the one table of the options that set a method, by the names of the settings: what they are called,
-what help says of them, and how their words are read. The other options of a command may be the fields of its settings
-(`option`).
+The module holds words and numbers only, so that a command's parser needs no heavy imports.
+`METHOD_OPTIONS` is the one table of options for a method's settings, by setting: flag, help text and parsing. Other
+options of a command can be fields of its settings dataclass (`option`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from earlytom.cells.config import CellsConfig
 from earlytom.config import EarlyTomConfig
 from earlytom.errors import UserError
 
-# Backends that run a file of an engine folder. The torch backend runs a checkpoint instead, and is made from one.
+# Backends that run a file of an engine folder; the torch backend runs a checkpoint.
 ENGINE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 BACKENDS = ("auto", *ENGINE_BACKENDS, "torch")
 DECODERS = ("torch", "torch-tensorrt")
@@ -31,7 +30,7 @@ GREEDY = "greedy"
 
 
 def number(text: str) -> float:
-    """What argparse reads a number with."""
+    """argparse's type for numbers."""
     try:
         return float(text)
     except ValueError as error:
@@ -39,28 +38,28 @@ def number(text: str) -> float:
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """ "6,14,20", or "none". ValueError for anything else, as of `budget` and `rounds`."""
+    """Parse "6,14,20" or "none". Like `budget` and `rounds`, raises ValueError for anything else."""
     return () if text.lower() == "none" else tuple(int(word) for word in text.split(","))
 
 
 def budget(text: str) -> float | tuple[int, ...]:
-    """A share, or frame counts."""
-    counts = "," in text or (text.isdecimal() and int(text) > 1)  # 13 is no share
+    """Parse a share, or frame counts."""
+    counts = "," in text or (text.isdecimal() and int(text) > 1)  # "13" is one count
     return tuple(int(word) for word in text.split(",")) if counts else float(text)
 
 
 def rounds(text: str) -> int | None:
-    """A number, or None for one token after the other."""
+    """Parse a number of rounds, or "greedy" to None."""
     return None if text == GREEDY else int(text)
 
 
 @dataclass(frozen=True)
 class MethodOption:
-    """An option that sets a method.
+    """An option for a method's setting.
 
     Attributes:
-        method: the one that has it, None where several do.
-        read: makes a value of words, which are like `example`; None for a number, which argparse reads.
+        method: the only method that has it; None if several have.
+        read: parses the option's text, which looks like `example`; None for a number, which argparse parses.
     """
 
     flag: str
@@ -72,11 +71,11 @@ class MethodOption:
 
     @property
     def name(self) -> str:
-        """Of what argparse makes of it."""
+        """Its attribute in argparse's namespace."""
         return self.flag[2:].replace("-", "_")
 
     def value(self, words: str) -> Any:
-        """What `words` set. UserError for those that are none."""
+        """The value of the option's text. Raises UserError for an invalid one."""
         assert self.read is not None
         try:
             return self.read(words)
@@ -137,7 +136,7 @@ _SETTING = re.compile(rf"(?<!-)\b({'|'.join(METHOD_OPTIONS)})\b")
 
 
 def add_method_options(group: Any, *settings: str) -> None:
-    """The options of these settings. What is not given is None, but for --ratio, which has its default."""
+    """Add the options of these settings to a parser or group. Defaults are None, but for --ratio."""
     for name in settings:
         option = METHOD_OPTIONS[name]
         default = EarlyTomConfig.retention_ratio if name == "retention_ratio" else None
@@ -146,7 +145,7 @@ def add_method_options(group: Any, *settings: str) -> None:
 
 
 def given_settings(options: Any, *settings: str) -> dict[str, Any]:
-    """Of these settings those that were given, as values. UserError for words that are none."""
+    """The values of those of these settings that were given. Raises UserError for an invalid one."""
     given = {name: getattr(options, METHOD_OPTIONS[name].name) for name in settings}
     return {
         name: METHOD_OPTIONS[name].value(value) if isinstance(value, str) else value
@@ -156,16 +155,16 @@ def given_settings(options: Any, *settings: str) -> dict[str, Any]:
 
 
 def in_options(error: UserError) -> UserError:
-    """The error with options in the place of the settings that it names."""
+    """The error with settings' names replaced by their options."""
     return UserError(_SETTING.sub(lambda match: METHOD_OPTIONS[match[0]].flag, str(error)))
 
 
 def option(default: Any, help: str, metavar: str | None = None, *, group: str = "", **how: Any) -> Any:
-    """A field that an option sets; `default` where it is not given.
+    """A dataclass field with an option, of that default.
 
     Args:
-        group: its part of the help text.
-        how: what argparse takes beside the help text.
+        group: the option's group in the help text.
+        how: further arguments of argparse's `add_argument`.
     """
     given = {"default": list(default) if isinstance(default, tuple) else default, "help": help, **how}
     if metavar is not None:
@@ -174,17 +173,17 @@ def option(default: Any, help: str, metavar: str | None = None, *, group: str = 
 
 
 def method_option(group: str) -> Any:
-    """A field that one of `METHOD_OPTIONS` sets."""
+    """A dataclass field whose option is in `METHOD_OPTIONS`."""
     return dataclasses.field(default=None, metadata={"group": group})
 
 
 def flag(name: str) -> str:
-    """How a field's option is typed."""
+    """The flag of a field's option."""
     return "--" + name.replace("_", "-")
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type, *names: str) -> None:
-    """The options of the fields of `settings` that have one; of those named, if any are."""
+    """Add the options of the dataclass `settings`; with `names` only those fields'."""
     groups: dict[str | None, Any] = {group.title: group for group in parser._action_groups}
     for field in dataclasses.fields(settings):
         if not field.metadata or (names and field.name not in names):

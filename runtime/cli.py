@@ -1,9 +1,9 @@
-"""What every command of this project shares: how it fails, and how it shows figures.
+"""Common code of all commands: exit statuses, error messages, options and output.
 
-Status 0 is success, 2 means that the user can mend it (one line `error: ...` on stderr), 130 is Ctrl-C. Anything
-else is a defect of ours and keeps its traceback. Text and tables are for people, one JSON line at the end is for
-machines, and a command's `--json` leaves only that line. Libraries print nothing: what they have to say while they run
-goes to the logger `LOGGER`, which `--verbose` shows on standard error.
+Exit status 0 is success, 2 an error that the user can mend (one line `error: ...` on stderr), 130 Ctrl-C or SIGTERM,
+141 a closed pipe. Other errors are our defects and keep their traceback. Text and tables are for people; one JSON line
+at the end is for machines, and `--json` prints only that. Library code prints nothing: it logs to the logger `LOGGER`,
+which `--verbose` shows on standard error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _REMEDIES = {
 }
 
 _NO_MEMORY = "not enough memory ({}): close other programs, raise the limit (ulimit -v), or use fewer --frames"
-# What libraries say, as errors of many types, where the system gives them no memory, or no thread, which is memory too.
+# Messages of libraries, in errors of many types, when the system gives no memory or no thread (which needs memory).
 _SAID_OF_MEMORY = (
     "cannot allocate memory",
     "can't allocate memory",
@@ -62,27 +62,27 @@ _SAID_OF_MEMORY = (
     "pthread_create failed",
     "thread creation failed",
     "memory allocation",
-    "without exception set",  # what Python says of a library that did not say so
+    "without exception set",  # Python's message when a library raised nothing
     "without setting an exception",
 )
 _SAID_OF_FILES = ("too many open files",)
-_LIBRARIES = (RuntimeError, OSError, ImportError, SystemError)  # and what is no error of Python's own
+_LIBRARIES = (RuntimeError, OSError, ImportError, SystemError)  # built-in errors that libraries raise
 
-_stopped: list[int] = []  # signals that were taken, of `stop_by_signal`
-_typed: list[str] = []  # the console script that was typed, if one was
+_stopped: list[int] = []  # signals received, see `stop_by_signal`
+_typed: list[str] = []  # the console script's name, if one started the command
 
 A = TypeVar("A")
 
 
 def run(main: Callable[[A], int | None], args: A) -> int:
-    """Call `main(args)` and return the exit status of the command, for `sys.exit`.
+    """Call `main(args)` and return the command's exit status, for `sys.exit`.
 
-    `args` is whatever `main` takes: parsed arguments, or the list that it parses itself (argparse exits with 2 too).
+    `args` is whatever `main` takes: parsed arguments, or the list that it parses itself.
     """
     _open_streams()
     try:
         status = main(args)
-        sys.stdout.flush()  # here, so that a full disk or a closed pipe behind stdout is reported like any other
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe is reported as for any other write
     except KeyboardInterrupt:
         return _end_interrupted()
     except UserError as error:
@@ -102,7 +102,7 @@ def run(main: Callable[[A], int | None], args: A) -> int:
 
 
 def run_module(name: str) -> None:
-    """Run a command's module as `python -m` does, under the name that was typed: what a console script is.
+    """Run a command's module as `python -m` does, for a console script, whose name usage texts then have.
 
     Ends the process, as every command does.
     """
@@ -111,22 +111,22 @@ def run_module(name: str) -> None:
 
 
 def stop_by_signal() -> None:
-    """Let SIGTERM and Ctrl-C raise KeyboardInterrupt, and be known even where a library makes another error of it."""
+    """Make SIGTERM and Ctrl-C raise KeyboardInterrupt, and record them, as a library may turn it into another error."""
 
     def stop(number: int, frame: object) -> None:
         _stopped.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started it wants none
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent had it ignored
         signal.signal(signal.SIGINT, stop)
 
 
 def _open_streams() -> None:
-    """Make standard output and error take every text.
+    """Make standard output and error accept every text.
 
-    Closed by whoever started the command (`>&-`), they are None: what is written there is nobody's. A character that
-    standard output's encoding does not have is escaped, as on standard error, for want of a better way to show it.
+    Streams that the parent closed (`>&-`) are None in Python, and are replaced by /dev/null. Characters missing in
+    standard output's encoding are escaped, as on standard error.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -136,13 +136,13 @@ def _open_streams() -> None:
 
 
 def _end_interrupted() -> int:
-    exec("")  # else Python, which marks a Ctrl-C that passed through another `exec`, ends by the signal at its exit
+    exec("")  # clears the mark that a Ctrl-C left in another `exec`, by which Python would exit with the signal
     print("interrupted", file=sys.stderr)
     return INTERRUPTED
 
 
 def _comes_of_interrupt(error: BaseException) -> bool:
-    """Whether something was interrupted, and a library that cleaned up after that failed in it (torch.export does)."""
+    """Whether an error follows from an interrupt: a library's cleanup after one may fail (as torch.export's does)."""
     if _stopped:
         return True
     seen: list[BaseException] = []
@@ -160,9 +160,9 @@ def _fail(message: str) -> int:
 
 
 def limit_reached(error: BaseException) -> str | None:
-    """One line for an error that says, or was raised while another said, that the machine gives no more of something.
+    """One line for an error, or one in its chain, by which a machine's limit was reached (memory, GPU memory, files).
 
-    None for every other, a defect of ours above all: of Python's own errors those alone are read that libraries raise.
+    None for every other. Of built-in errors only those that libraries raise are considered, not to hide our defects.
     """
     seen: list[BaseException] = []
     while error not in seen:
@@ -170,7 +170,7 @@ def limit_reached(error: BaseException) -> str | None:
             return _NO_MEMORY.format(_first_line(error) or "an allocation failed")
         if isinstance(error, OSError) and (error.errno == errno.ENOMEM or _is_refused_process(error)):
             return _NO_MEMORY.format(error.strerror)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for a word
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, so that torch is not imported
             return f"not enough GPU memory ({_first_line(error)}): end what else runs there, or use fewer --frames"
         foreign = isinstance(error, _LIBRARIES) or type(error).__module__ != "builtins"
         said = str(error).lower() if foreign and not isinstance(error, UserError) else ""
@@ -184,7 +184,7 @@ def limit_reached(error: BaseException) -> str | None:
 
 
 def _is_refused_process(error: OSError) -> bool:
-    """EAGAIN of a process that could not be started; not that of a stream that takes nothing at the moment."""
+    """Whether it is EAGAIN of a process that could not be started, not of a stream that would block."""
     return error.errno == errno.EAGAIN and not hasattr(error, "characters_written")
 
 
@@ -194,7 +194,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _explain(error: OSError) -> str | None:
-    """One line for an OSError that is the user's to mend; None for one that says nothing to them."""
+    """One line for an OSError that the user can mend; None for others."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     if error.errno in _REMEDIES:
         what, remedy = _REMEDIES[error.errno]
@@ -205,7 +205,7 @@ def _explain(error: OSError) -> str | None:
 
 
 def _settle(stream: TextIO) -> None:
-    """Drop what a stream cannot get rid of: the flush at exit would fail on it again and change the exit status."""
+    """Flush a stream, or drop its buffer: the flush at exit would fail again and change the exit status."""
     try:
         stream.flush()
     except OSError:
@@ -213,7 +213,7 @@ def _settle(stream: TextIO) -> None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Point a stream that takes nothing any more at nothing, or the interpreter complains when it flushes at exit."""
+    """Redirect a broken stream to /dev/null, so that the interpreter's flush at exit does not fail."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # replaced by something without a descriptor: nothing to flush at exit
@@ -224,8 +224,8 @@ def _silence(stream: TextIO) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are spelt in full, `epilog` keeps its lines, and what is wrong is reported as every other error is: one
-    line, without the usage text before it."""
+    """An argument parser without abbreviated options, whose epilog keeps its lines, and whose errors are UserError of
+    one line, without the usage text."""
 
     def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
@@ -242,7 +242,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Verbose(argparse.Action):
-    """Shows what is logged from here on; leaves nothing among the options."""
+    """Shows log messages from here on; adds no attribute to the parsed options."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **how: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=how["help"])
@@ -257,10 +257,10 @@ class _Verbose(argparse.Action):
 
 
 class Screen:
-    """Standard output of a command.
+    """Output of a command.
 
     Args:
-        json_only: show nothing but `result`.
+        json_only: print only `result`.
         stream: standard output by default.
     """
 
@@ -274,7 +274,7 @@ class Screen:
         self.write(text + "\n")
 
     def write(self, text: str) -> None:
-        """Text for people as it comes, without a line end (a streamed answer)."""
+        """Text for people, flushed at once and without a line end (a streamed answer)."""
         if self._live is not None:
             self._live.write(text)
         elif not self.json_only:
@@ -283,7 +283,7 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """On a terminal the block is shown while it runs, with a clock; elsewhere nothing is."""
+        """On a terminal, show a live line with a clock while the block runs."""
         if self.json_only or self._live is not None or not self.stream.isatty():
             yield
             return
@@ -296,14 +296,14 @@ class Screen:
             self._live = None
 
     def step(self, text: str, done: int = 0, steps: int = 0) -> None:
-        """What `working` is at, and how many of how many steps are done; with those the time left is shown."""
+        """Update the line of `working`; with `steps` it shows a bar and the time left."""
         if self._live is not None:
             self._live.step(text, done, steps)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-        """A table for people: numbers to the right, drawn on a terminal, plain aligned text elsewhere.
+        """A table for people, numbers right-aligned: drawn on a terminal, plain aligned text elsewhere.
 
-        Floats are shown with three significant digits unless they are larger; format a cell yourself to say more.
+        Floats have three significant digits, or none after the point from 100 on; format cells for other precision.
         """
         cells = [[_show(cell) for cell in row] for row in rows]
         right = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(columns))]
@@ -315,10 +315,10 @@ class Screen:
             self.write(_plain_table(columns, cells, right, title))
 
     def result(self, record: Mapping[str, Any]) -> None:
-        """The one JSON line for machines; always shown.
+        """The one JSON line for machines; always printed.
 
         Raises:
-            ValueError: a value is NaN or infinite, which JSON cannot say.
+            ValueError: a value is NaN or infinite, which JSON lacks.
         """
         self.stream.write(json.dumps(record, allow_nan=False) + "\n")
         self.stream.flush()
@@ -332,12 +332,12 @@ class Screen:
         for name, to_right in zip(columns, right, strict=True):
             table.add_column(Text(name), justify="right" if to_right else "left")
         for row in cells:
-            table.add_row(*map(Text, row))  # Text, or brackets in a path would be read as markup
+            table.add_row(*map(Text, row))  # Text: brackets in a path are no markup
         Console(file=self.stream).print(table)
 
 
 def _plain_table(columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str | None) -> str:
-    from rich.cells import cell_len  # width on screen: a Chinese character takes two columns
+    from rich.cells import cell_len  # width on screen: Chinese characters take two columns
 
     grid = [list(columns), *cells]
     widths = [max(cell_len(row[i]) for row in grid) for i in range(len(columns))]
@@ -352,7 +352,7 @@ def _plain_table(columns: Sequence[str], cells: list[list[str]], right: list[boo
 
 
 def _is_figure(cell: object) -> bool:
-    """A number, or one that was formatted already, with a unit perhaps."""
+    """Whether it is a number, or a formatted one, perhaps with a unit."""
     if isinstance(cell, str):
         return re.fullmatch(r"[-+]?\d[\d.,]*(e[-+]?\d+)?x?( ?%| \w+)?", cell) is not None
     return isinstance(cell, (int, float)) and not isinstance(cell, bool)

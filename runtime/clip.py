@@ -1,9 +1,9 @@
-"""Draws a video clip (`runtime.drawing.clips`) where no video is at hand.
+"""Draws a synthetic video clip (`runtime.drawing.clips`), to use where no video is available.
 
     python -m runtime.clip OUT.mp4 [--seconds 6] [--fps 24] [--size 320x240] [--seed 0]
 
-With `--test-clip N` it writes clip N of the bundled model's test set instead, four times as large, and prints what one
-can ask about it and the right answers.
+With `--test-clip N` it writes clip N of the bundled model's test set instead, four times as large, and prints questions
+about it with their answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
+    """The command's options."""
     result = cli.Parser(
         prog="python -m runtime.clip",
         description="Draw a video clip of three scenes, or one of the bundled model's world to ask about.",

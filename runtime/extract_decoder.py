@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, with a help text that teaches."""
+    """The command's options."""
     p = cli.Parser(
         prog="python -m runtime.extract_decoder",
         description="Write the language model of an engine's checkpoint as a folder that vLLM loads.",

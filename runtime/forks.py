@@ -1,10 +1,10 @@
-"""Things that belong to the process that made them: threads stay behind when it forks, and a lock is copied as it was.
+"""Detects objects used in a fork of the process that made them: a fork copies locks as they are, but no threads.
 
     home = Home("this pipeline")
     home.check()  # in a fork: `Closed`, in one line
 
-A lock that some thread held at that moment is held for ever in the copy, and what a thread was to finish never ends. So
-whoever would wait is told at once instead, before a lock is touched.
+In a fork, a lock that another thread held is held for ever, and work of a thread never finishes. So `check` raises
+before anything waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runtime.errors import Closed
 
 
 class Home:
-    """The process that something was made in; `what` is what its user calls it."""
+    """The process that an object was made in; `what` names the object in messages."""
 
     def __init__(self, what: str) -> None:
         self._what = what

@@ -1,5 +1,5 @@
-"""What callers say to a `Pipeline`, checked where they say it: what is wrong ends in one line that names the argument,
-before anything is loaded. Numbers are checked by `earlytom.numbers`, videos by `runtime.video`.
+"""Checks arguments of a `Pipeline` before anything is loaded; an invalid one raises a `UserError` of one line with its
+name. Numbers are checked by `earlytom.numbers`, videos by `runtime.video`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Options(TypedDict, total=False):
 
 
 def instance(name: str, value: Any, kind: type[T], remedy: str) -> T:
-    """`value`, if it is a `kind`; a bool is one only where that is asked for."""
+    """`value` if it is a `kind`; else raise UserError."""
     if not isinstance(value, kind):
         raise UserError(f"{name} must be a {kind.__name__}, got {shown(value)}: give {remedy}")
     return value
 
 
 def engine_folder(engine: Any) -> Path:
-    """An engine's folder, from its path."""
+    """The path of an engine folder. Raises UserError for other than a path."""
     path = _path(engine)
     if path is None:
         raise UserError(f"engine must be the path of an engine folder, a str or a Path, got {shown(engine)}")
@@ -49,7 +49,7 @@ def engine_folder(engine: Any) -> Path:
 
 
 def model_source(model: Any) -> Source:
-    """Where a checkpoint is: as it was given, or as a str."""
+    """A checkpoint's source, checked to be None, a `Checkpoint`, a str or a path; paths become `Path`."""
     if model is None or isinstance(model, Checkpoint):
         return model
     path = _path(model)
@@ -59,7 +59,7 @@ def model_source(model: Any) -> Source:
 
 
 def device_of(device: Any) -> torch.device:
-    """Where the decoder runs; by default the GPU, if torch can use one. Whether there is one is not asked here."""
+    """The decoder's device; default: the GPU if torch can use one. cuda is accepted even if there is no GPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refused = UserError(f"device is {shown(device)}: give cpu or cuda")
@@ -79,7 +79,7 @@ def device_of(device: Any) -> torch.device:
 
 
 def dtype_of(dtype: Any) -> torch.dtype | None:
-    """What the decoder computes in; None where the engine decides."""
+    """The decoder's dtype; None: the default."""
     if dtype is not None and not any(dtype is known for known in _DTYPES):
         names = ", ".join(map(str, _DTYPES))
         raise UserError(f"dtype must be one of {names}, got {shown(dtype)}: give one of them, or leave it out")
@@ -87,7 +87,7 @@ def dtype_of(dtype: Any) -> torch.dtype | None:
 
 
 def _path(value: Any) -> str | None:
-    """The text of a path, if it is one and not empty."""
+    """A path as str; None for other values, an empty path and one with a null character."""
     if isinstance(value, os.PathLike):
         value = value.__fspath__()
     return value if isinstance(value, str) and value and "\0" not in value else None

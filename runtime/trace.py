@@ -1,4 +1,4 @@
-"""Who is told what a long piece of work finds on its way: a command's screen, or a caller in Python."""
+"""The interface for progress and results of long work: a command's screen, or a caller in Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Trace(Protocol):
-    """Takes lines and tables for people, and what is under way."""
+    """Receives lines and tables for people, and progress."""
 
     def line(self, text: str = "") -> None:
         """One line."""
@@ -19,9 +19,9 @@ class Trace(Protocol):
         ...
 
     def working(self, text: str) -> AbstractContextManager[None]:
-        """The block takes a while: on a terminal it is shown that it runs, elsewhere nothing is."""
+        """On a terminal, show `text` while the block runs."""
         ...
 
     def step(self, text: str, done: int = 0, steps: int = 0) -> None:
-        """Within `working`: what it is at, and how many of how many steps are done, if that is known."""
+        """Within `working`: the current step, and that `done` of `steps` are done; `steps` 0: unknown."""
         ...

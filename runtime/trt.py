@@ -1,14 +1,14 @@
-"""The seam to TensorRT: the only module that imports `tensorrt` or `tensorrt_rtx`, and it does so inside functions.
+"""The only module that imports `tensorrt` or `tensorrt_rtx`, inside functions.
 
-Two flavours share one Python API, so the rest of the code takes the module that `load` returns as a value:
+The two flavours share one Python API, so other code passes the module that `load` returns:
 
-    tensorrt       for data centre GPUs; builds only on a machine that has the GPU; native kernels, plugins
-    tensorrt-rtx   compiles ahead of time for a compute capability on a machine with no GPU at all; no plugins
+    tensorrt       for data centre GPUs; builds only on a machine with the GPU; native kernels, plugins
+    tensorrt-rtx   compiles ahead of time for a compute capability on a machine without a GPU; no plugins
 
-Nothing here creates a CUDA context, and asking for a GPU does not import torch: the driver library itself is asked.
-Classes that TensorRT calls back (logger, progress monitor, stream writer) are made here as well, because their base
-classes live in the library. An exception raised inside such a callback never reaches the caller (seen with 1.7.1: it is
-printed, and a failed write still ends as a successful build), so none of them raises and each keeps what went wrong.
+Nothing here creates a CUDA context, and GPUs are found through the driver library, without torch.
+Classes with callbacks (logger, progress monitor, stream writer) are made here too, as their base classes are the
+library's. An exception in a callback never reaches the caller (seen with 1.7.1: it is printed, and a build whose write
+failed still succeeds), so the writer does not raise but keeps its error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of the two libraries: what to import, which versions are known to work, which pip extra brings it."""
+    """One of the two libraries: its module, supported versions [minimum, below) and pip extra."""
 
     name: str
     module: str
@@ -48,7 +48,7 @@ class Flavour:
         return f'pip install "earlytom-engine-builder[{self.extra}]"'
 
 
-# 10.14 is refused because its plugin path is broken; 12 has not been seen.
+# 10.14 is refused because its plugin path is broken; 12 is untested.
 FLAVOURS: dict[str, Flavour] = {
     "tensorrt": Flavour("tensorrt", "tensorrt", "tensorrt", (10, 15), (12,)),
     "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", (1, 7), None),
@@ -96,7 +96,7 @@ def load(flavour: str) -> Any:
 
 
 def _broken(flavour: Flavour, cause: object) -> EngineError:
-    # The package index holds placeholders for the libraries of `tensorrt`: the bindings install, the libraries do not.
+    # PyPI has only placeholders for `tensorrt`'s native libraries: the bindings are installed, the libraries are not.
     return EngineError(
         f"{flavour.name} is installed but cannot be loaded ({_one_line(str(cause))}): its native libraries come from "
         f"NVIDIA's own package index; reinstall where that can be reached, {flavour.install} --force-reinstall"
@@ -107,7 +107,7 @@ def load_plugins(flavour: str) -> Any:
     """Import a flavour's module for plugins written in Python (`tensorrt.plugin`) and return it.
 
     Raises:
-        EngineError: a flavour without plugins, or a module that cannot be loaded or compile ahead of time.
+        EngineError: a flavour without plugins, or a module that cannot be loaded or has no ahead-of-time plugins.
     """
     trt = load(flavour)
     if flavour != "tensorrt":
@@ -128,7 +128,7 @@ def load_plugins(flavour: str) -> Any:
 
 
 def flavours() -> dict[str, str]:
-    """The flavours that can be used here, each with its version; `tensorrt` first."""
+    """The flavours that can be loaded, each with its version; `tensorrt` first."""
     usable = {}
     for name in FLAVOURS:
         try:
@@ -140,7 +140,7 @@ def flavours() -> dict[str, str]:
 
 @functools.cache
 def _devices() -> tuple[Capability, ...]:
-    """Compute capability of every NVIDIA GPU the driver shows to this process; empty without a driver."""
+    """Compute capability of every NVIDIA GPU visible to this process; empty without a driver."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -161,29 +161,29 @@ def _devices() -> tuple[Capability, ...]:
 
 
 def has_gpu() -> bool:
-    """Whether the NVIDIA driver shows a GPU to this process. Says nothing about whether torch was built for it."""
+    """Whether an NVIDIA GPU is visible to this process; torch may still be built without CUDA."""
     return bool(_devices())
 
 
 def gpu_capability() -> Capability | None:
-    """Compute capability of the first visible GPU, None where there is none."""
+    """Compute capability of the first visible GPU; None if there is none."""
     devices = _devices()
     return devices[0] if devices else None
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What to build with ("tensorrt", "tensorrt-rtx" or "onnx") and, in one line for the user, why."""
+    """The backend to build with ("tensorrt", "tensorrt-rtx" or "onnx"), and the reason in one line for the user."""
 
     backend: str
     reason: str
 
 
 def resolve_backend(asked: str) -> BackendChoice:
-    """Turn `--backend` into what is built.
+    """Choose the backend for `--backend`.
 
-    `auto` takes tensorrt where it can be loaded and a GPU is there, else tensorrt-rtx, else stops at the ONNX file and
-    says why. A flavour that was asked for by name is never exchanged for another.
+    `auto` chooses tensorrt if it can be loaded and there is a GPU, else tensorrt-rtx if it can be loaded, else onnx,
+    which stops at the ONNX file. A flavour asked for by name is never replaced by another.
 
     Raises:
         EngineError: unknown name, a flavour that is missing, or tensorrt on a machine without a GPU.
@@ -225,11 +225,11 @@ class Message(NamedTuple):
 
 
 def collecting_logger(trt: Any, *, verbose: bool = False) -> Any:
-    """An `ILogger` that keeps what it is told in `.messages` and prints nothing.
+    """An `ILogger` that collects messages in `.messages` and prints nothing.
 
     Args:
         trt: the module from `load`.
-        verbose: keep INFO and VERBOSE messages too; a build needs them, because the layer list is one of them.
+        verbose: keep INFO and VERBOSE messages too; a build needs them, as the layer list is among them.
     """
     base: Any = trt.ILogger
     kept = {"INTERNAL_ERROR", "ERROR", "WARNING"} | ({"INFO", "VERBOSE"} if verbose else set())
@@ -248,12 +248,12 @@ def collecting_logger(trt: Any, *, verbose: bool = False) -> Any:
 
 
 def errors_of(logger: Any) -> list[str]:
-    """What a `collecting_logger` heard at severity ERROR and worse, one line each."""
+    """The messages of a `collecting_logger` of severity ERROR or INTERNAL_ERROR, one line each."""
     return [_one_line(m.text) for m in logger.messages if m.severity in ("INTERNAL_ERROR", "ERROR")]
 
 
 def parser_errors(parser: Any) -> list[str]:
-    """One line for each error of an `OnnxParser`: the node, its operator, the functions it is inside, what is wrong."""
+    """One line for each error of an `OnnxParser`: node, operator, enclosing functions, description."""
     lines = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
@@ -271,7 +271,7 @@ def _one_line(text: str) -> str:
 
 
 def progress_monitor(trt: Any, report: Callable[[str, int, int], None]) -> Any:
-    """An `IProgressMonitor` that calls `report(phase, steps done, steps)`, from whichever thread TensorRT is in."""
+    """An `IProgressMonitor` that calls `report(phase, steps done, steps)` on any of TensorRT's threads."""
     base: Any = trt.IProgressMonitor
 
     class Monitor(base):
@@ -298,7 +298,7 @@ def progress_monitor(trt: Any, report: Callable[[str, int, int], None]) -> Any:
 
 
 def stream_writer(trt: Any, file: BinaryIO) -> Any:
-    """An `IStreamWriter` into an open file. Look at `.error` after the build: a failed write does not fail it."""
+    """An `IStreamWriter` into an open file. Check `.error` after the build: a failed write does not fail it."""
     base: Any = trt.IStreamWriter
 
     class Writer(base):

@@ -1,5 +1,4 @@
-"""What the bundled checkpoint (`earlytom.micro`) has of its family, LLaVA-OneVision: configuration, chat template,
-preprocessing files.
+"""Configuration, chat template and preprocessing files of the bundled checkpoint (`earlytom.micro`), a LLaVA-OneVision.
 
 They are those of a checkpoint on the hub, but for the sizes.
 """

@@ -46,7 +46,7 @@ class LlavaOnevisionVision(Vision):
         return Features(self.pool(projected), self.relevance(received), projected, self.cells(hidden))
 
     def cells(self, hidden: Tensor) -> tuple[int, int]:
-        """Those of frames of these patches [F', S, D]."""
+        """(rows, columns) of tokens for patches [F', S, D]."""
         return self.family.cells((grid_side(hidden.shape[1]),) * 2)
 
     def pool(self, values: Tensor) -> Tensor:

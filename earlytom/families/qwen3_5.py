@@ -1,6 +1,6 @@
-"""Qwen3.5 in transformers' form: frames, tower, prompts and positions of Qwen3-VL without its states of earlier layers,
-and another language model: every fourth layer attends, the others keep a state of one size instead of keys and values
-(gated delta rule behind a short convolution).
+"""Qwen3.5 in transformers' form: frames, tower, prompts and positions of Qwen3-VL without deepstack, and a hybrid
+language model: every fourth layer has attention, the others linear attention with a state of fixed size (gated delta
+rule after a short convolution).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Qwen35(Qwen3Vl):
     model_class, config_class = "Qwen3_5ForConditionalGeneration", "Qwen3_5Config"
     section = (11, 11, 10)
     towers = ("qwen3_5_vision",)
-    unused_names = ("mtp.",)  # predicts further tokens; the model itself does without
+    unused_names = ("mtp.",)  # multi-token prediction, which transformers' model does not have
 
     def geometry(self, config: Any) -> Geometry:
         text = config.text_config
@@ -68,7 +68,7 @@ QWEN3_5 = Qwen35()
 
 
 def _published() -> Any:
-    """What transformers' configuration classes say by themselves, which are "Qwen3.5-9B style" by their own words."""
+    """The defaults of transformers' configuration classes, which these call "Qwen3.5-9B style"."""
     rope = {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25, "mrope_interleaved": True}
     return QWEN3_5.config(
         {

@@ -1,4 +1,4 @@
-"""Texts of tokens that stand for themselves, as the tokenizer of Qwen2 has them and families that use it."""
+"""Texts of special tokens, as in Qwen2's tokenizer and the families that use it."""
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE, VIDEO = "<image>", "<video>"

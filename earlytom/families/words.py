@@ -8,7 +8,7 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 
 
 def in_words(number: int) -> str:
-    """A number from 0 to 999,999, as it is written in Britain: "three hundred and twenty-one"."""
+    """A number from 0 to 999,999 in British English: "three hundred and twenty-one"."""
     if number >= 1000:
         high, low = divmod(number, 1000)
         joint = "" if not low else f" and {in_words(low)}" if low < 100 else f", {in_words(low)}"

@@ -1,17 +1,17 @@
-"""Checkpoints: what a source holds, and the parts of it that a caller asks for.
+"""Checkpoints: reading a source's settings, and loading parts of its model.
 
-A *source* is None or "micro" (the bundled model), "random:NAME" (a published configuration, or a mid-size one, with
-random weights, for measuring without a download), a local folder, or a hub id ORG/NAME, with @REVISION (a branch, a tag
-or a commit) where that is not the default branch.
+A *source* is None or "micro" (the bundled model), "random:NAME" (a published configuration, or the mid-size one, with
+random weights, to measure without a download), a local folder, or a hub id ORG/NAME, with @REVISION (a branch, tag or
+commit) unless it is the default branch.
 
-* `describe` reads the settings and creates no weights.
-* `load_vision` creates the vision tower, the projector and what closes their tokens, never the decoder: of a
-  checkpoint's files only those tensors are read; random ones are drawn in the target dtype.
-* `load_decoder` creates the rest, and never the tower.
-* `load_model` creates the whole model; its weights equal those of the two for the same source.
+* `describe` reads the settings and no weights.
+* `load_vision` loads vision tower, projector and closing token: of a checkpoint's files only those tensors are read;
+  random ones are drawn in the target dtype.
+* `load_decoder` loads the rest.
+* `load_model` loads the whole model, with weights equal to those of the two.
 * `load_tokenizer` gives a tokenizer with the chat template of the checkpoint's processor.
 
-Everything that can be wrong with a source ends in a `UserError` of one line.
+Every problem of a source raises a `UserError` of one line.
 """
 
 from earlytom.families.published import MID_SIZE, PUBLISHED

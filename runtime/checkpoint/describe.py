@@ -1,4 +1,4 @@
-"""What a source holds, without its weights: configuration, preprocessing, origin, and the digests that name it."""
+"""`Checkpoint`: a source's configuration, preprocessing, origin and digests; weights are read on demand."""
 
 from __future__ import annotations
 
@@ -32,25 +32,24 @@ MICRO = "micro"
 RANDOM = "random:"
 RANDOM_SEED = 0
 
-# Of config.json: what another release writes without meaning anything else, or what the vision digest is about.
+# Keys of config.json that answers do not depend on, or that the vision digest covers.
 _NOT_ANSWERS = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "vision_config")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a source holds, without its weights.
+    """A described source.
 
     Attributes:
-        source: what finds it again from anywhere: "micro" (also for None), "random:NAME", an absolute path, or a hub id
-            as it was asked for.
-        name: a short name, fit for a folder.
-        config: the model's configuration, transformers' own.
+        source: independent of the working directory: "micro" (also for None), "random:NAME", an absolute path, or a hub
+            id as given.
+        name: a short name, valid for a folder.
+        config: transformers' configuration of the model.
         preprocessing: of video frames; its size is that of the vision tower.
-        trained: false for random weights, and for the bundled model until it is trained.
+        trained: False for random weights, and for the bundled model until it is trained.
         files: None for random weights.
-        frames: how many frames of a video it is meant to be shown; its video processor's `num_frames`, else its
-            family's.
-        generation_note: what its generation_config.json asks for and this runtime leaves out; None if nothing.
+        frames: the default number of frames of a video: its video processor's `num_frames`, else its family's.
+        generation_note: the settings of its generation_config.json that this runtime ignores; None if there are none.
     """
 
     source: str
@@ -64,14 +63,14 @@ class Checkpoint:
 
     @property
     def family(self) -> Family:
-        """Of the model."""
+        """The model's family."""
         return family_of(self.config)
 
     def sized(self, size: tuple[int, int]) -> Checkpoint:
-        """The same for frames of `size` (height, width).
+        """The checkpoint for frames of `size` (height, width).
 
         Raises:
-            UserError: its tower takes another size, or patches do not fill this one.
+            UserError: the tower has another fixed size, or patches do not fill this one.
         """
         if size == self.preprocessing.size:
             return self
@@ -83,19 +82,19 @@ class Checkpoint:
 
     @property
     def commit(self) -> str | None:
-        """The commit of a hub repository; None for every other source."""
+        """The commit of a hub repository; None for other sources."""
         return None if self.files is None else self.files.commit
 
     @cached_property
     def weights(self) -> Weights:
         """The tensors in its files."""
-        assert self.files is not None  # random ones are in none
+        assert self.files is not None  # random weights have no files
         unused = {self.family.head_name} - self.shapes.keys()
         return Weights(self.files, unused, self.family, self.family.spare_names(self.config))
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each tensor of the whole model, by canonical name; a tied output layer is none of its own."""
+        """Shape of each tensor of the whole model, by canonical name, without a tied output layer."""
         family = self.family
         with torch.device("meta"):
             model = family.new_model(self.config)
@@ -104,7 +103,7 @@ class Checkpoint:
 
     @property
     def vision_shapes(self) -> dict[str, torch.Size]:
-        """`shapes` of the vision part."""
+        """`shapes` of vision tower, projector and closing token."""
         return {name: shape for name, shape in self.shapes.items() if name.startswith(self.family.vision_names)}
 
     @property
@@ -115,26 +114,24 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 (hex) of everything that a vision engine depends on: tensors, their settings, the preprocessing.
 
-        Tensors count under their canonical names and with the dtype in which they are stored: a checkpoint that another
-        release of transformers merely saved again, or in other shards, has the same digest. Random weights count by the
-        way they are drawn. Reads the vision tensors once, whatever is asked how often; raises `UserError` as
-        `load_vision` does.
+        Tensors are hashed by canonical name and in their stored dtype, so a checkpoint saved again by another release
+        of transformers, or in other shards, has the same digest. Random weights are hashed by their scheme, seed and
+        shapes. Computed once; raises `UserError` as `load_vision` does.
         """
         return self._digest
 
     def answers_digest(self) -> str:
         """SHA-256 (hex) of everything else that an answer depends on: decoder, tokenizer, templates, stop tokens.
 
-        Weights count by the contents of their files, in whichever order: what the hub calls a large file is that
-        digest, so that decoder shards need not be fetched for it. Reads each local file once, whatever is asked how
-        often. Raises `UserError` if one of the files is missing.
+        Weights are hashed as whole files, in any order: the hub lists a large file's SHA-256, so decoder shards need
+        not be fetched. Computed once. Raises `UserError` if a file is missing.
         """
         return self._answers_digest
 
     def check_weights(self) -> None:
-        """Refuse weights that cannot become this model, whole decoder included, before anything is made of a part.
+        """Raise `UserError` for weights that do not fit the whole model, before a part of it is loaded.
 
-        Of files on the hub that are not in the cache, the names are looked at. Raises `UserError`.
+        If a file would have to be fetched from the hub, only names are checked.
         """
         if self.files is None:
             return
@@ -166,7 +163,7 @@ class Checkpoint:
             shapes = sorted((n, tuple(s)) for n, s in self.decoder_shapes.items())
             return hashlib.sha256(f"{SCHEME}:{RANDOM_SEED}:{shapes}".encode()).hexdigest()
         config = files.json(CONFIG) or {}
-        with ThreadPoolExecutor(4) as pool:  # hashing holds no lock
+        with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
             weights = sorted(pool.map(files.sha256, self.weights.shards))
         parts = {
             "weights": weights,
@@ -184,10 +181,9 @@ Source = str | Path | Checkpoint | None
 
 
 def describe(source: Source = None) -> Checkpoint:
-    """Configuration, preprocessing and origin of `source`; no weights are read.
+    """The `Checkpoint` of `source`; no weights are read. A `Checkpoint` is returned as it is.
 
-    Raises `UserError` if there is no such source, if its files are missing or broken, or if its model is of
-    no family in `earlytom.families`. A `Checkpoint` is returned as it is.
+    Raises `UserError` if there is no such source, its files are missing or broken, or its model family is unknown.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -199,11 +195,11 @@ def describe(source: Source = None) -> Checkpoint:
     trained = read_flag(files, raw, "earlytom_trained", True)
     preprocessing, frames = read_preprocessing(files, config)
     note = left_out(read_generation(files))
-    generation_config(files, config)  # stop tokens of no sense are refused now
+    generation_config(files, config)  # invalid stop tokens are refused now
     found = Checkpoint(files.source, files.name, config, preprocessing, trained, frames, files, note)
     try:
         _ = found.shapes
-    except Exception as error:  # what a configuration makes impossible, the library finds out in many ways
+    except Exception as error:  # the library fails on impossible configurations with errors of many types
         raise files.error(f"{CONFIG} describes no model that can be made ({first_line(error)})") from error
     return found
 

@@ -1,8 +1,8 @@
-"""The files of a checkpoint in a local folder, read with care: a checkpoint comes from anywhere.
+"""The files of a checkpoint in a local folder. A checkpoint is untrusted: sizes are bounded.
 
-`Files` knows names, not meanings: which files there are, JSON of a bounded size, digests of contents. Where the files
-come from elsewhere, a subclass gets them (`runtime.checkpoint.hub`). Whatever is missing, too large, broken or no more
-than a pointer ends in a `UserError` of one line.
+`Files` does not interpret contents: it lists files, reads JSON and hashes contents. A subclass fetches files from the
+hub (`runtime.checkpoint.hub`). A file that is missing, too large, broken or only a Git LFS pointer raises a `UserError`
+of one line.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ SETTINGS_BYTES = 4 << 20
 INDEX_BYTES = 32 << 20
 TOKENIZER_BYTES = 64 << 20
 _POINTER = b"version https://git-lfs.github.com/spec/"
-# What the field calls the folder of one step or result of a training; the folder around it says of which.
+# Usual names of the folder of one training step or result; the parent folder has the training's name.
 _STEP = re.compile(r"(checkpoint|step|epoch|global[-_]?step|iter)([-_]?\d+)?|final|best|last|latest|merged|model|hf")
 _OUT_OF_MEMORY = re.compile("cannot allocate|can't allocate|not enough memory|out of memory|mmap", re.IGNORECASE)
 
 
 class Files:
-    """The files of the checkpoint in the local folder `root`; `label` is what the user called it.
+    """The files of the checkpoint in the local folder `root`; `label` is the user's name for it.
 
     Attributes:
-        source: what finds it again from anywhere: the absolute path.
-        commit: what pins its content, if something does.
+        source: as in `Checkpoint`; of a local folder its absolute path.
+        commit: the hub commit that pins its content; None for a local folder.
     """
 
     commit: str | None = None
@@ -45,29 +45,29 @@ class Files:
 
     @property
     def name(self) -> str:
-        """The checkpoint's own name, fit for a folder; that of its parent is part of it where it says nothing alone."""
+        """The folder's name, after its parent's where it says nothing alone ("checkpoint-500", "final")."""
         root = self._root.resolve()
         return f"{root.parent.name}-{root.name}".lstrip("-") if _STEP.fullmatch(root.name) else root.name
 
     def names(self) -> list[str]:
-        """The files there are, directly in the folder."""
+        """Names of the files directly in the folder."""
         return sorted(path.name for path in self._root.iterdir() if path.is_file())
 
     def has(self, name: str) -> bool:
-        """Whether the checkpoint has the file `name`; it is not fetched."""
+        """Whether the checkpoint has the file `name`, without fetching it."""
         return (self._root / name).is_file()
 
     def at_hand(self, name: str) -> bool:
-        """Whether the file `name` can be opened without fetching it, or is missing for good."""
+        """Whether `path(name)` needs no download: the file is local, or the checkpoint has none."""
         return True
 
     def path(self, name: str) -> Path | None:
-        """Where the file `name` lies, or None if the checkpoint has no such file."""
+        """The path of the file `name`, fetched if need be; None if the checkpoint has no such file."""
         path = self._root / name
         return path if path.is_file() else None
 
     def folder(self, names: list[str]) -> Path:
-        """A local folder that holds those of the files `names` that there are."""
+        """A local folder with those files of `names` that the checkpoint has."""
         return self._root
 
     def bytes(self, name: str, limit: int) -> bytes | None:
@@ -101,13 +101,13 @@ class Files:
         return content
 
     def refuse_pointer(self, name: str, path: Path) -> None:
-        """Raise `UserError` if the file is what git leaves where its large file storage was not asked."""
+        """Raise `UserError` if the file is a pointer of Git LFS."""
         with open(path, "rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
                 raise self._pointer(name)
 
     def sha256(self, name: str) -> str:
-        """SHA-256 (hex) of the content of the file `name`, which there must be."""
+        """SHA-256 (hex) of the content of the file `name`. Raises `UserError` if it is missing."""
         path = self.path(name)
         if path is None:
             raise self.error(f"{name} is missing; download it again")
@@ -118,7 +118,7 @@ class Files:
             raise self.error(f"cannot read {name} ({first_line(error)}); check its permissions") from error
 
     def error(self, text: str) -> UserError:
-        """An error about this checkpoint, as the command line says it."""
+        """An error about this checkpoint, in terms of the command line."""
         return UserError(f"--model {self.label}: {text}")
 
     def _pointer(self, name: str) -> UserError:
@@ -128,7 +128,7 @@ class Files:
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:
-        """Say it in one line if the weights do not fit into the memory that there is."""
+        """Turn errors of allocation into a `UserError`: weights that do not fit into memory."""
         try:
             yield
         except (MemoryError, RuntimeError, OSError) as error:
@@ -144,35 +144,35 @@ class Files:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had; libraries raise it as errors of several kinds."""
+    """Whether an error is a failed allocation, which libraries raise as several types."""
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def absolute(path: Path) -> Path:
-    """The path as the user spelt it, from the root; only what climbs (..) is resolved, symbolic links first."""
+    """The absolute path. Symbolic links stay as they are, unless the path has "..": then all are resolved."""
     path = path.expanduser()
     return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as one line of moderate length."""
+    """The first line of a library's error, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def some(names: list[str]) -> str:
-    """The first names of a list, each cut where it is long, and how many more there are."""
+    """The first three names of a list, shortened, and how many more there are."""
     return ", ".join(map(cut, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def cut(name: str) -> str:
-    """A name as part of a line."""
+    """A name in one line of at most 120 characters."""
     name = " ".join(name.split())
     return name if len(name) <= 120 else f"{name[:117]}..."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, if it names nothing twice: which of the two is meant, readers disagree about."""
+    """A JSON object; one with a key twice is refused, as parsers disagree about which value holds."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

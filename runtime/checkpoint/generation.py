@@ -1,8 +1,7 @@
-"""generation_config.json: what ends an answer, and what it asks for that this runtime does not do.
+"""generation_config.json: stop tokens, and a note of the settings that this runtime ignores.
 
-`transformers` applies all of it in `generate`. Here the settings that end an answer are applied; a caller chooses how
-tokens are drawn; penalties, beams and forbidden tokens there are none. So that nobody wonders about other answers, the
-fields that would have changed them are named.
+transformers' `generate` applies all settings. Here only stop tokens are applied; the caller chooses the sampling, and
+there are no penalties, beams or forbidden tokens. The note names the ignored fields that would change answers.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 FILE = "generation_config.json"
-_TOP_K = 50  # transformers' own where nothing is said and tokens are drawn
-# The value of each field with which `generate` does nothing; None, too, is nothing.
+_TOP_K = 50  # transformers' default when sampling
+# The values of each field that leave `generate` unchanged, besides None.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
@@ -52,12 +51,12 @@ _BEAMS_ONLY = {"length_penalty": (1.0,), "diversity_penalty": (0,)}
 
 
 def read_generation(files: Files) -> dict[str, Any]:
-    """The fields of generation_config.json; none where there is no such file."""
+    """The fields of generation_config.json; empty if there is no such file."""
     return files.json(FILE) or {}
 
 
 def left_out(raw: dict[str, Any]) -> str | None:
-    """What generation_config.json asks for that an answer here does without, in one line; None if nothing."""
+    """The settings of generation_config.json that this runtime ignores, in one line; None if there are none."""
     fields = dict(_NEUTRAL)
     sampling = bool(raw.get("do_sample"))
     if sampling:
@@ -84,7 +83,7 @@ def left_out(raw: dict[str, Any]) -> str | None:
 
 
 def generation_config(files: Files, config: Any) -> GenerationConfig:
-    """The generation settings as transformers would have them, as far as the tokens that end an answer go."""
+    """transformers' generation settings with the stop tokens only. Raises `UserError` for invalid ones."""
     from transformers import GenerationConfig
 
     raw = read_generation(files)

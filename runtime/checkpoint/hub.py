@@ -1,9 +1,8 @@
 """A checkpoint on the model hub, at one commit. The only module that uses the hub client.
 
-A branch or tag is resolved once, by one request that also lists the files; from then on everything is of that commit,
-and only files that are asked for and not in the client's cache are fetched. Where the hub cannot be reached, or will
-not say (an outage, an expired login), the cache is read alone, as transformers reads it: a file that the snapshot lacks
-is a file that the checkpoint does not have.
+A branch or tag is resolved once, by one request that also lists the files. All files are then of that commit, and are
+fetched when needed and not in the client's cache. If the hub cannot be reached or refuses (an outage, an expired
+login), only the cache is read, as transformers does: files missing in the snapshot count as missing in the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 from earlytom.errors import UserError
 from runtime.checkpoint.files import Files
 
-_SECONDS = 4.0  # to reach the hub, and between two pieces of its answer; the client's own calls try again for 24
+_SECONDS = 4.0  # timeout of connecting and of each read; the client's own calls retry for 24
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@((?!.*\.\.)\w[\w./+-]*))?")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _CONFIG = "config.json"
@@ -37,18 +36,18 @@ def at_commit(label: str, commit: str) -> str:
 class HubFiles(Files):
     """The files of a hub repository at one commit, kept in the hub client's cache.
 
-    `label` is ORG/NAME, with @REVISION (a branch, a tag or a commit) where it is not the default branch. Raises
-    `UserError` if there is no such repository or revision, or if it can neither be reached nor is in the cache.
+    `label` is ORG/NAME, with @REVISION (a branch, tag or commit) unless it is the default branch. Raises `UserError` if
+    there is no such repository or revision, or the hub cannot be reached and the cache lacks it.
     """
 
     def __init__(self, label: str) -> None:
         match = _HUB_ID.fullmatch(label)
-        assert match is not None  # the caller has looked
+        assert match is not None  # the caller checked with `is_hub_id`
         self.label = self.source = label
         self._repository: str = match[1]
         self._revision: str = match[2] or "main"
-        self._listing: dict[str, Any] | None = None  # what the hub says of each file, by its name
-        self._outage: str | None = None  # why the hub was not asked
+        self._listing: dict[str, Any] | None = None  # the hub's record of each file, by name; None: cache only
+        self._outage: str | None = None  # why only the cache is read
         with self._one_line():
             self._resolve()
 
@@ -79,10 +78,10 @@ class HubFiles(Files):
         return self._snapshot
 
     def sha256(self, name: str) -> str:
-        """As of any file; of one in the hub's large file storage, what the hub or the cache calls it by."""
+        """As in `Files`; for files in Git LFS the hub's or the cache's record of it, without reading the file."""
         stored = None if self._listing is None else getattr(self._listing.get(name), "lfs", None)
         known = getattr(stored, "sha256", None)
-        if known is None:  # the cache calls a file by what the hub called it
+        if known is None:  # the cache names files by their etags, which are SHA-256 for LFS
             cached = self._cached(name)
             known = self._etag(name) if cached is None else cached.resolve().name
         return known if known is not None and _SHA256.fullmatch(known) else super().sha256(name)
@@ -93,7 +92,7 @@ class HubFiles(Files):
         return super().error(text)
 
     def _resolve(self) -> None:
-        """Find the commit and what the repository has there: from the hub, else from the cache."""
+        """Find the commit and its files: from the hub, else from the cache."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
@@ -103,7 +102,7 @@ class HubFiles(Files):
             )
         except (HFValidationError, RevisionNotFoundError):
             raise
-        except Exception as error:  # a proxy's own page, say, fails in whatever way it does
+        except Exception as error:  # of any type: a proxy's own page, for one
             config = self._cached(_CONFIG, self._revision)
             if config is None:
                 raise
@@ -114,7 +113,7 @@ class HubFiles(Files):
         self._listing = {file.rfilename: file for file in info.siblings or ()}
         config = self.path(_CONFIG)
         if config is None:
-            self._snapshot = Path(self._repository)  # which is nowhere; there is nothing in it to be read
+            self._snapshot = Path(self._repository)  # a placeholder: no file of it is read
             return
         self._snapshot = config.parent
         self._remember()
@@ -138,7 +137,7 @@ class HubFiles(Files):
             return Path(hf_hub_download(self._repository, name, revision=self.commit))
 
     def _remember(self) -> None:
-        """Note in the cache which commit the branch or tag is, as the client does, for when the hub is out of reach."""
+        """Record the commit of the branch or tag in the cache, as the client does, for later use without the hub."""
         if self._revision == self.commit:
             return
         note = self._snapshot.parent.parent / "refs" / self._revision
@@ -146,12 +145,12 @@ class HubFiles(Files):
             if not note.is_file() or note.read_text() != self.commit:
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.write_text(str(self.commit))
-        except OSError:  # a cache that is read only serves as it is
+        except OSError:  # a read-only cache is used as it is
             logging.getLogger("runtime").debug("cannot write %s", note)
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Errors of the hub client in one line, and without its own messages about each retry."""
+        """Turn the hub client's errors into `UserError` of one line, and mute its messages about retries."""
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
@@ -182,7 +181,7 @@ class HubFiles(Files):
             raise self._unreachable(said) from error
         except Exception as error:  # see `_resolve`
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-                raise  # the disk's
+                raise  # an error of the disk
             raise self._unreachable(type(error).__name__) from error
         finally:
             client.setLevel(level)
@@ -195,7 +194,7 @@ class HubFiles(Files):
 
 
 def _timeout() -> float:
-    """Seconds: the client's setting where somebody has changed it."""
+    """The timeout in seconds: the client's setting if it is not its default, else ours."""
     from huggingface_hub import constants
 
     given = constants.HF_HUB_ETAG_TIMEOUT

@@ -1,4 +1,4 @@
-"""The language model of a checkpoint alone: its embeddings, or all of it as a folder that other servers load."""
+"""The language model of a checkpoint alone: its embeddings, or all of it in a folder for other servers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SHARD_BYTES = 4 << 30
 
 
 class Embeddings(NamedTuple):
-    """What makes prompts of text and visual tokens.
+    """The tensors and settings to make prompts of text and visual tokens.
 
     Attributes:
-        values: [V, D] of token ids.
-        closing: [D], what closes visual tokens; None where nothing does.
-        generation: what ends an answer.
+        values: [V, D], the embedding of each token id.
+        closing: [D], the closing token; None if there is none.
+        generation: the stop tokens.
     """
 
     values: Tensor
@@ -35,13 +35,13 @@ class Embeddings(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What `write_language_model` wrote.
+    """The result of `write_language_model`.
 
     Attributes:
-        architecture: transformers' class of it.
-        parameters: values of its weights, those that are tied once.
-        tied: its output layer is its embeddings, which are stored once.
-        files: names.
+        architecture: its transformers class.
+        parameters: number of parameters; tied ones count once.
+        tied: whether the output layer shares the embeddings' weights, which are stored once.
+        files: names of the files.
     """
 
     architecture: str
@@ -51,11 +51,7 @@ class Written(NamedTuple):
 
 
 def load_embeddings(checkpoint: Checkpoint, dtype: torch.dtype) -> Embeddings:
-    """On the CPU; nothing else of the weights is read.
-
-    Raises:
-        UserError: as `runtime.checkpoint.load_decoder`, of these tensors.
-    """
+    """Load the embeddings to the CPU in `dtype`, without reading other weights. Errors as `load_decoder`."""
     from earlytom.micro.random_model import greedy
 
     family, files = checkpoint.family, checkpoint.files
@@ -79,11 +75,11 @@ def load_embeddings(checkpoint: Checkpoint, dtype: torch.dtype) -> Embeddings:
 def write_language_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Written:
     """Write config.json, weights (safetensors, in shards), tokenizer and generation_config.json into an empty folder.
 
-    The language model is the checkpoint's, value for value where `dtype` is what it is stored in. Its embeddings are
-    written too, as the decoder embeds what it generates; vision tower, projector and what closes visual tokens are not.
+    Values are the checkpoint's, exactly so if `dtype` is the stored one. Embeddings are included, as the server embeds
+    the tokens it generates; vision tower, projector and closing token are not.
 
     Raises:
-        UserError: as `runtime.checkpoint.load_decoder`; a language model that needs more than embeddings.
+        UserError: as `runtime.checkpoint.load_decoder`; a language model that takes more inputs than embeddings.
         OSError: the folder cannot be written.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -112,7 +108,7 @@ def write_language_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtyp
     with without_progress_bars():
         model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     load_tokenizer(checkpoint).save_pretrained(folder)
-    for file in folder.iterdir():  # weights come out readable for their owner alone, and a server has another user
+    for file in folder.iterdir():  # safetensors makes files readable by their owner only; a server has another user
         file.chmod((folder / "config.json").stat().st_mode)
     count = sum(value.numel() for value in model.parameters())
     return Written(type(model).__name__, count, tied, tuple(sorted(file.name for file in folder.iterdir())))

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: its vision part, its decoder, or the whole model; each is read once, and alone."""
+"""Loads a checkpoint's vision tower and projector, its decoder, or the whole model; only those tensors are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class VisionPart(nn.Module):
-    """The part of a model that becomes the vision engine, and the vector that the runtime appends to its tokens.
+    """Vision tower and projector, which become the engine, and the closing token, which the runtime appends.
 
     Attributes:
         vision_tower, projector, closing: as in `earlytom.families.VisionModules`.
@@ -37,12 +37,12 @@ class VisionPart(nn.Module):
 
     @classmethod
     def from_model(cls, model: Any) -> VisionPart:
-        """The vision part of a loaded model; modules are shared, nothing is copied."""
+        """The `VisionPart` of a loaded model; modules are shared, nothing is copied."""
         return cls(family_of(model.config).modules(model.model))
 
 
 def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> VisionPart:
-    """Vision tower, projector and closing of `source` in `dtype`, on the CPU, in eval mode, without gradients.
+    """Vision tower, projector and closing token of `source` in `dtype`, on the CPU, in eval mode, without gradients.
 
     Raises `UserError` as `describe` does, and for tensors that are missing, unexpected, of a wrong shape or not finite.
     """
@@ -66,10 +66,9 @@ def load_vision(source: Source = None, dtype: torch.dtype = torch.float32) -> Vi
 def load_decoder(source: Source = None, dtype: torch.dtype = torch.float32, *, int8: bool = False) -> Any:
     """The model of `source` without vision tower and projector, in `dtype`, on the CPU, in eval mode, no gradients.
 
-    What answers need beside an engine: the language model, its head, what closes the visual tokens and the stop tokens
-    in `generation_config`. Of a checkpoint's files only those tensors are read, and each exists once. Equal to the
-    same parts of `load_model`; raises `UserError` as that does. With `int8` it is in bf16 and has weights in int8
-    (`runtime.checkpoint.narrow`), each of which is read and made narrow alone.
+    It has the language model, its head, the closing token, and the stop tokens in `generation_config`. Only those
+    tensors are read, and each exists once. Equal to the same parts of `load_model`; errors as there. With `int8` it is
+    in bf16 with int8 weights (`runtime.checkpoint.narrow`), quantised one tensor at a time.
     """
     checkpoint = describe(source)
     if checkpoint.files is None:
@@ -97,7 +96,7 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype, int8: bool) -> Any:
             state[name] = tensor.to(dtype, copy=files is not None)  # or it would be the file, which may change
 
     if files is None:
-        widest_first = sorted(wanted.items(), key=lambda one: -math.prod(one[1]))  # while the rest is small
+        widest_first = sorted(wanted.items(), key=lambda one: -math.prod(one[1]))  # lowers peak memory
         for name, shape in widest_first:
             keep(names[name], random_tensor(name, shape, dtype, seed=RANDOM_SEED, family=family))
     else:
@@ -108,10 +107,10 @@ def _decoder_of(checkpoint: Checkpoint, dtype: torch.dtype, int8: bool) -> Any:
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     inner: Any = model.get_decoder()
-    inner.rotary_emb = rotary = type(inner.rotary_emb)(config=inner.config)  # its buffers are stored nowhere
+    inner.rotary_emb = rotary = type(inner.rotary_emb)(config=inner.config)  # its buffers are in no checkpoint
     if getattr(rotary, "rope_type", None) == "dynamic":
-        # Such a one stays as it begins up to the model's context, which no prompt exceeds here. It would ask at every
-        # step whether it has to grow, and so wait for the device.
+        # Dynamic RoPE changes only beyond the model's context, which no prompt exceeds here. Its check at every step
+        # would wait for the device.
         rotary.rope_type = "default"
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not missing, missing
@@ -133,8 +132,8 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Any
     if files is None:
         return random_model(checkpoint.config, dtype, seed=RANDOM_SEED)
     for shard in checkpoint.weights.shards:
-        files.path(shard)  # of the hub, fetched
-    checkpoint.check_weights()  # says more clearly what is wrong than the library does
+        files.path(shard)  # fetches it from the hub
+    checkpoint.check_weights()  # clearer messages than the library's
     if not checkpoint.family.known_names:
         return _renamed(checkpoint, files, dtype)
     try:
@@ -161,7 +160,7 @@ def load_model(source: Source = None, dtype: torch.dtype = torch.float32) -> Any
 
 
 def _renamed(checkpoint: Checkpoint, files: Files, dtype: torch.dtype) -> Any:
-    """The whole model of a checkpoint whose tensors have names that transformers does not know."""
+    """The whole model of a checkpoint whose tensor names transformers does not know."""
     from earlytom.micro.progress import without_progress_bars
 
     family = checkpoint.family
@@ -183,9 +182,8 @@ def _renamed(checkpoint: Checkpoint, files: Files, dtype: torch.dtype) -> Any:
 def load_tokenizer(source: Source = None) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`, with the chat template that its processor would use.
 
-    "random:NAME" has none of its own and gets the bundled tokenizer, its special tokens moved to the ids of the
-    published one. Raises `UserError` if files are missing or broken, or if the tokenizer and the configuration name
-    different ids for the video token.
+    "random:NAME" gets the bundled tokenizer, its special tokens moved to the ids of the published one. Raises
+    `UserError` if files are missing or broken, or if tokenizer and configuration disagree about the visual token's id.
     """
     from earlytom.micro.random_model import published_tokenizer
 
@@ -196,7 +194,7 @@ def load_tokenizer(source: Source = None) -> PreTrainedTokenizerBase:
 
 
 def _empty_decoder(checkpoint: Checkpoint) -> Any:
-    """The model without its vision part, and without memory for its weights."""
+    """The model without vision tower and projector, on the meta device."""
     from earlytom.micro.random_model import greedy
 
     family = checkpoint.family
@@ -212,7 +210,7 @@ def _empty_decoder(checkpoint: Checkpoint) -> Any:
 
 
 def check_finite(name: str, tensor: Tensor, files: Files) -> None:
-    """Refuse NaN and infinity, in one pass without a copy: both extremes of a tensor with NaN are NaN."""
+    """Raise `UserError` for NaN or infinity, in one pass without a copy: a NaN makes both extremes NaN."""
     if not torch.stack(tensor.aminmax()).isfinite().all():
         raise files.error(
             f"{name} holds NaN or infinity in {tensor.dtype}; the file is damaged (download it again), or its values "

@@ -1,11 +1,11 @@
-"""A decoder with weights in int8: half of bf16's memory, and half of what a CPU has to read for every token.
+"""Weight-only int8 quantisation of a decoder on a CPU: half of bf16's memory and memory traffic.
 
-    y = (x W^T) s + b          W int8 [N, K];  s bf16 [N], of each row its largest magnitude over 127
+    y = (x W^T) s + b          W int8 [N, K];  s bf16 [N], each row's largest magnitude / 127
 
-Of the linear layers of the language model and, where it is not tied to the embeddings, of the head. Nothing is
-calibrated: what enters stays bf16. The product is torch's own (`_weight_int8pack_mm`), made for the few rows of a
-decode step; for the rows of a prompt W is widened, one layer at a time, and multiplied as usual. torch's product has no
-fast form for fp32 or fp16, and torchao 0.18 widens W at every step, which takes 10 times as long as bf16.
+It covers the linear layers of the language model and, unless tied to the embeddings, the head. Activations stay bf16,
+so there is no calibration. A decode step's few rows use torch's `_weight_int8pack_mm`; for a prompt's rows W is
+dequantised one layer at a time and multiplied as usual. torch's kernel is slow for fp32 and fp16, and torchao 0.18
+dequantises W at every step, which takes 10 times as long as bf16.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from earlytom.errors import UserError
 
-DTYPE = torch.bfloat16  # that everything around the weights is in
+DTYPE = torch.bfloat16  # of activations, scales and other weights
 _LIMIT = 127
-_FEW = 32  # rows from which widening is faster, as measured on one core with AVX-512
-_MULTIPLE = 32  # of K: on others torch 2.13's product reads beyond its rows, and may end the process
-_AT_ONCE = 1 << 22  # weights in fp32
+_FEW = 32  # the most rows for the int8 kernel: with more, dequantising is faster on one core with AVX-512
+_MULTIPLE = 32  # of K: for others torch 2.13's kernel reads out of bounds, and may end the process
+_AT_ONCE = 1 << 22  # weights quantised at a time, in fp32
 
 
 class NarrowLinear(nn.Module):
     """A linear layer with weights in int8, bf16 [..., K] to [..., N].
 
     Attributes:
-        scale: [N], the first parameter: a head's first tells how many logits there are, and their dtype.
+        scale: [N] bf16; the first parameter, from which callers take a head's number of logits and dtype.
         weight: int8 [N, K].
     """
 
@@ -54,7 +54,7 @@ class NarrowLinear(nn.Module):
 
 
 def narrowed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` [N, K] as int8 [N, K] and its scale in bf16 [N], a few rows at a time; on "meta" without values."""
+    """`weight` [N, K] quantised to int8 [N, K], and its scale bf16 [N]; on the meta device without values."""
     if weight.is_meta:
         return torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight), dtype=DTYPE, device="meta")
     values = torch.empty(weight.shape, dtype=torch.int8)
@@ -69,8 +69,8 @@ def narrowed(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def narrow(model: Any) -> None:
-    """Put int8 in the place of the weights of a video model's decoder, in place: one that is loaded in bf16, or one on
-    "meta" that is to be loaded (`scale_of` says which tensors are narrow)."""
+    """Quantise a video model's decoder in place: one loaded in bf16, or one on the meta device, to be loaded afterwards
+    (`scale_of` lists the int8 tensors)."""
     layers, embeddings, head = model.get_decoder().layers, model.get_input_embeddings(), model.get_output_embeddings()
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
@@ -81,13 +81,13 @@ def narrow(model: Any) -> None:
 
 
 def scale_of(model: Any) -> dict[str, str]:
-    """The name of each weight in int8, and that of its scale."""
+    """Names of int8 weights to names of their scales."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, NarrowLinear)}
     return {f"{name}.weight": f"{name}.scale" for name in found}
 
 
 def check_narrow(decoder_dtype: Any, decoder: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """Raise UserError for weights in int8 where they are not to be had; None for `decoder_dtype` asks for none."""
+    """Raise UserError for an invalid `decoder_dtype`, or int8 where it is not supported; None is always valid."""
     if decoder_dtype is None:
         return
     if decoder_dtype != "int8":

@@ -1,8 +1,7 @@
-"""In which precision a decoder runs on a CPU, where nobody has said: fp32 if that fits into the memory that is free.
+"""The default dtype of a decoder on a CPU: fp32 if that fits into free memory.
 
-Free is the least of three: what the machine has to give without swapping (MemAvailable), what the container's control
-group allows beyond what it uses (pages of files count as free: they can be read again), and what the process may still
-map (`ulimit -v`).
+Free memory is the least of three: the machine's without swapping (MemAvailable), the rest of the container's control
+group's limit (inactive file pages count as free), and what the process may still map (`ulimit -v`).
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import torch
 
 from runtime.checkpoint.describe import Checkpoint
 
-_RESERVE = 1.1  # times the weights: cache, activations, a tensor that is being converted
+_RESERVE = 1.1  # times the weights' bytes: KV cache, activations, a tensor being converted
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def fitting_dtype(checkpoint: Checkpoint, *, whole: bool = False) -> tuple[torch.dtype, str | None]:
-    """fp32, or the dtype of the stored weights where fp32 would not fit, and then a line that says so.
+    """fp32, or the stored dtype if fp32 does not fit, with a line for the user (else None).
 
-    Of the decoder, or of the `whole` model.
+    For the decoder, or the `whole` model.
     """
     shapes = checkpoint.shapes if whole else checkpoint.decoder_shapes
     count = sum(shape.numel() for shape in shapes.values())
@@ -41,7 +40,7 @@ def fitting_dtype(checkpoint: Checkpoint, *, whole: bool = False) -> tuple[torch
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """fp16 or bf16 where the decoder is stored in that, else fp32; random weights are as good in any, bf16."""
+    """fp16 or bf16 if the decoder is stored so, else fp32; bf16 for random weights."""
     if checkpoint.files is None:
         return torch.bfloat16
     dtype = checkpoint.weights.dtype_of(checkpoint.family.embeddings_name)
@@ -49,7 +48,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def free_bytes() -> float:
-    """Memory that this process can still have; infinite where the system does not say."""
+    """Bytes of free memory; infinite if the system does not say."""
     return min(_machine(), _group(), _process())
 
 
@@ -59,7 +58,7 @@ def _machine() -> float:
 
 
 def _group() -> float:
-    """What is left to the control group, or to one above it: version 2, else 1."""
+    """Bytes left to the control group (version 2 or 1), or to the most limited one above it."""
     least = math.inf
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
@@ -92,7 +91,7 @@ def _process() -> float:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The lines "name number ..." of a file of the kernel's."""
+    """The lines "name number ..." of a kernel file, as name to number."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:
@@ -101,7 +100,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file of the kernel's; None where there is none, or it says "max"."""
+    """The number in a kernel file; None if there is no file or it says "max"."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""How frames of a video are prepared for a checkpoint, from whichever file its processor keeps that in."""
+"""The preprocessing of video frames, from whichever file a checkpoint's processor stores it in."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _BICUBIC = 3
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to a frame before the tower: resize to `size` (height, width), divide by 255, normalise.
+    """Preprocessing of a frame: resize to `size` (height, width), divide by 255, normalise by `mean` and `std`.
 
-    `sampling`: which frames of a video are shown, as in `earlytom.families.Family`.
+    `sampling`: the choice of a video's frames, as in `earlytom.families.Family`.
     """
 
     size: tuple[int, int]
@@ -32,11 +32,11 @@ class Preprocessing:
     sampling: FrameSampling = "ends"
 
     def settings(self) -> dict[str, Any]:
-        """What the vision part is fed with, in plain JSON types; the usual sampling is not named."""
+        """The settings in plain JSON types, without the default sampling."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("sampling", "ends")}
 
     def affine(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Scale and shift, fp32 [1, 3, 1, 1]: values from 0 to 255 times the one plus the other are normalised."""
+        """Scale and shift, fp32 [1, 3, 1, 1]: pixels (0 to 255) * scale + shift are normalised."""
         import torch
 
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std))
@@ -44,9 +44,9 @@ class Preprocessing:
 
 
 def read_preprocessing(files: Files, config: Any) -> tuple[Preprocessing, int]:
-    """The preprocessing of video frames and how many a video is meant to be shown with, which most do not say.
+    """The preprocessing of video frames and the number of frames of a video (by default the family's).
 
-    Both from the file that transformers' processor would take them from.
+    Both from the file that transformers' processor would use. Raises `UserError` for invalid settings.
     """
     processor = files.json("processor_config.json") or {}
     video = processor.get("video_processor") or files.json("video_preprocessor_config.json")

@@ -1,7 +1,6 @@
-"""config.json: a configuration that this project can run, or one line about what it is instead.
+"""config.json: parses it to a configuration that this project can run, or refuses it in one line.
 
-Numbers are checked before the library sees them: it takes what it is given, and some of it makes lists, or gigabytes,
-of that size.
+Numbers are checked before transformers sees them: it accepts any, and allocates lists or gigabytes by some.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ _MAY_BE_NULL = ("head_dim", "num_key_value_heads")
 
 
 def read_config(files: Files) -> tuple[dict[str, Any], Any]:
-    """config.json in transformers' form, and as a configuration whose vision path and decoder this project implements.
+    """config.json in transformers' form, and transformers' configuration from it.
 
-    Raises `UserError` for what is no such thing: an adapter, quantised weights, another family, sizes out of reason.
+    Raises `UserError` for what this project cannot run: an adapter, quantised weights, another family, absurd sizes.
     """
     raw = files.json(CONFIG)
     _refuse_adapter(files, raw)
@@ -63,7 +62,7 @@ def read_config(files: Files) -> tuple[dict[str, Any], Any]:
 
 
 def read_flag(files: Files, raw: dict[str, Any], name: str, usual: bool) -> bool:
-    """A flag of config.json."""
+    """A flag of config.json; `usual` is its default."""
     value = raw.get(name, usual)
     if not isinstance(value, bool):
         raise files.error(f"{name} in {CONFIG} must be true or false, got {shown(value)}")
@@ -105,10 +104,10 @@ def _parse(files: Files, raw: dict[str, Any], family: Family) -> Any:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it may write pages about a value, before it refuses it or not
+    logging.set_verbosity_error()  # it may log pages about a value, refused or not
     try:
         config = family.config(raw)
-    except Exception as error:  # the library checks with exceptions of several kinds
+    except Exception as error:  # the library refuses values with errors of several types
         what = " ".join(str(error).split())  # its first line names the field, the second what is wrong
         raise files.error(f"{CONFIG} is not a valid configuration ({what[:240]})") from error
     finally:
@@ -178,7 +177,7 @@ def _check_activation(files: Files, name: str, kind: Any) -> None:
 
 
 def _in(files: Files, section: str, check: Callable[[], Any]) -> None:
-    """Run a check of one number; what it refuses is said of config.json."""
+    """Run a check of one number, and raise its UserError as one about config.json."""
     try:
         check()
     except UserError as error:

@@ -13,7 +13,7 @@ from runtime.checkpoint.files import TOKENIZER_BYTES, Files, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Everything that decides which tokens a text becomes.
+# All files that tokenisation depends on.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,9 +43,9 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
     template = _template(files)
     library = logging.getLogger("transformers")
     level = library.level
-    library.setLevel(logging.ERROR)  # it says at length what it does with a tokenizer that nobody here can change
+    library.setLevel(logging.ERROR)  # its long warnings about tokenizers are of no use to the user
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of config.json, which it looks at
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about config.json
             tokenizer = AutoTokenizer.from_pretrained(
                 files.folder(["config.json", *TOKENIZER_FILES, *TEMPLATE_FILES]),
                 local_files_only=True,
@@ -55,14 +55,14 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
         if family.own_visual_token:
             _add(tokenizer, visual, wanted)
         known = tokenizer.get_added_vocab().get(visual)
-        # What stands for a video alone is replaced before the model sees it, and may have an id that it does not have.
+        # A video token other than the visual token is replaced before the model sees it: its id may be too large.
         ids = (id for text, id in tokenizer.get_vocab().items() if text == visual or text != family.video_token)
         largest = max(ids, default=0)
-        tokenizer(visual, verbose=False)  # what settings of no sense fail on
+        tokenizer(visual, verbose=False)  # fails on invalid settings
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what becomes of a Rust library's assertion
+        if type(error).__name__ != "PanicException":  # a failed assertion in the Rust library
             raise
         raise files.error(f"its tokenizer cannot be read ({first_line(error)}); download it again") from error
     finally:
@@ -81,21 +81,21 @@ def read_tokenizer(files: Files, config: Any) -> PreTrainedTokenizerBase:
 
 
 def _add(tokenizer: Any, text: str, id: int) -> None:
-    """Make `text` a token that stands for itself, with that id; nothing where it is one, or the id is another's."""
+    """Add the special token `text` with that id; does nothing if there is such a token or the id is taken."""
     from tokenizers import Tokenizer
 
     vocabulary = tokenizer.get_vocab()
     if text in vocabulary or id in vocabulary.values():
         return
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["model"]["vocab"][text] = id  # the library gives an added token the id that it has there, else the next
+    backend["model"]["vocab"][text] = id  # an added token gets its id here, else the next free one
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     backend["added_tokens"].append({"id": id, "content": text, **added})
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
 
 
 def _template(files: Files) -> Any:
-    """The processor's own template; None where the tokenizer reads the one that it would use."""
+    """The processor's own template; None if the tokenizer itself reads the one the processor would use."""
     files.bytes("chat_template.jinja", _TEMPLATE_BYTES)
     # In the order of transformers' processor; chat_template.jinja comes last, and the tokenizer reads it itself.
     for name in ("processor_config.json", "chat_template.json"):

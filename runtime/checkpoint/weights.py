@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: safetensors in one file or in shards, under the names of any release of transformers.
 
-Nothing here knows what a tensor is for. Names, shapes and types of all that is asked for are checked from the files'
-headers before the first tensor is read, and each file is opened once for all that is read of it.
+Names, shapes and dtypes of all requested tensors are checked by the files' headers before the first one is read, and
+each file is then opened once for all its tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from runtime.checkpoint.files import INDEX_BYTES, Files, cut, first_line, out_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_BUFFERS = (".position_ids", ".rotary_emb.inv_freq")  # which old releases stored
+_BUFFERS = (".position_ids", ".rotary_emb.inv_freq")  # stored by old releases
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
-# What the tensors of quantised weights are called (GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors, ...).
+# Names of tensors of quantised weights (GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors, ...).
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|zeros|g_idx|SCB|weight_format|absmax|quant_map|nested_\w+|quant_state\..*|"
     r"\w*_?(weight|input|output|k|v|q)_(scale|scale_inv|zero_point|packed|shape|scales))$"
@@ -35,17 +35,17 @@ _OTHER_FORMATS = re.compile(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack|npz)")
 
 
 class Place(NamedTuple):
-    """Where a tensor is: its name there, and the file."""
+    """A stored tensor: its name in the file, and the file."""
 
     name: str
     file: str
 
 
 class Weights:
-    """The tensors in the safetensors files of a checkpoint, found by canonical name.
+    """The tensors in the safetensors files of a checkpoint, by the family's canonical names.
 
-    `unused` are canonical names of tensors that may be stored and are not needed: an output layer that is tied; `spare`
-    are the beginnings of such. `family` says what is canonical.
+    Tensors of the canonical names `unused` (a tied output layer), and of names that begin with one of `spare`, are
+    ignored.
     """
 
     def __init__(
@@ -62,15 +62,14 @@ class Weights:
 
     @property
     def shards(self) -> list[str]:
-        """The files that hold tensors, all of them, whether or not each is there."""
+        """The names of all weight files, present or missing."""
         return [SINGLE] if self._index is None else sorted(set(self._index.values()))
 
     def tensors(self, expected: Mapping[str, torch.Size], prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """The expected tensors as they are stored, one at a time, by canonical name in sorted order.
+        """The expected tensors in their stored dtype, one at a time, sorted by canonical name.
 
-        `expected` maps canonical names to shapes. Names and shapes of all of them are checked before the first is
-        read: raises `UserError` if one is missing, has another shape or is quantised, and if there is another tensor
-        whose name begins with one of `prefixes`.
+        `expected` maps canonical names to shapes. All are checked before the first is read: raises `UserError` if one
+        is missing, has another shape or is quantised, or if another tensor's name begins with one of `prefixes`.
         """
         places = self.places(expected, prefixes)
         with ExitStack() as stack:
@@ -79,7 +78,7 @@ class Weights:
                 yield name, self._read(opened[places[name].file], places[name])
 
     def by_file(self, expected: Mapping[str, torch.Size], prefixes: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """As `tensors`, but file after file, so that no more than one is open at a time."""
+        """As `tensors`, but file by file, so that only one is open at a time."""
         places = self.places(expected, prefixes)
         for file in sorted({place.file for place in places.values()}):
             with self._opened(file) as tensors:
@@ -88,7 +87,7 @@ class Weights:
                         yield name, self._read(tensors, place)
 
     def places(self, expected: Mapping[str, torch.Size], prefixes: tuple[str, ...]) -> dict[str, Place]:
-        """Where each expected tensor is; the checks are those of `tensors`."""
+        """The place of each expected tensor, with the checks of `tensors`."""
         places: dict[str, Place] = {}
         for raw, file in sorted(self._weight_map.items()):
             name = self._canonical_name(raw)
@@ -112,10 +111,9 @@ class Weights:
         return places
 
     def check_names(self, expected: Mapping[str, torch.Size]) -> None:
-        """What can be said of the weights from the names of files and tensors alone.
+        """Check the weights by names in the index only, so that no shard is fetched.
 
-        Raises `UserError` for shards that are not there and for quantised tensors; of shards that would have to be
-        fetched first, the headers are not read.
+        Raises `UserError` for missing shards, missing tensors and quantised tensors.
         """
         if self._index is None:
             return
@@ -127,7 +125,7 @@ class Weights:
             raise self._files.error(f"missing tensors in {INDEX}: {some(missing)}; the checkpoint is not complete")
 
     def dtype_of(self, name: str) -> str:
-        """What the tensor of that canonical name is stored in, such as "BF16"; empty if there is no such tensor."""
+        """The stored dtype of the tensor of that canonical name, such as "BF16"; empty if there is no such tensor."""
         for raw, file in self._weight_map.items():
             if self._canonical_name(raw) == name:
                 with self._opened(file) as tensors:
@@ -136,13 +134,13 @@ class Weights:
 
     @cached_property
     def _index(self) -> dict[str, str] | None:
-        """The shard of each tensor, by the tensor's name there; None where one file holds all."""
+        """The shard of each tensor by its stored name; None if there is a single file."""
         if self._files.has(SINGLE):
             return None
         index = self._files.json(INDEX, INDEX_BYTES)
         if index is None:
             self._refuse_other_formats()
-            return None  # one file is what is missing
+            return None  # opening the single file will report that it is missing
         where = index.get("weight_map")
         if not isinstance(where, dict) or not where:
             raise self._files.error(f"{INDEX} has no weight_map; download it again")
@@ -164,7 +162,7 @@ class Weights:
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:
-        """The file that holds each tensor, by the tensor's name there."""
+        """The file of each tensor by its stored name."""
         if self._index is not None:
             return self._index
         with self._opened(SINGLE) as tensors:
@@ -180,7 +178,7 @@ class Weights:
             )
 
     def _check_headers(self, file: str, places: Mapping[str, Place], expected: Mapping[str, torch.Size]) -> None:
-        """Shapes and types of the tensors in one file, without reading them."""
+        """Check shapes and dtypes of the tensors in one file, without reading them."""
         with self._opened(file) as tensors:
             there = set(tensors.keys())
             for name, place in places.items():

@@ -1,12 +1,11 @@
-"""Draws a video clip, for demonstrations and tests where no video is at hand, and knows nothing of who looks at it.
+"""Draws synthetic video clips for demonstrations and tests.
 
-Three scenes with hard cuts between them, each a third of the clip, made to be to a video model what real ones are:
-something moves everywhere (a camera passing over hills behind moving shapes), almost nothing moves (a room with a
-pendulum), and something turns and grows (a night sky). Sensor noise lies over everything, so that no two frames are
-equal and frames of the still scene are nearly so.
+A clip has three scenes of equal length with hard cuts, which are to resemble real videos: everything moves (a camera
+passing over hills behind moving shapes), almost nothing moves (a room with a pendulum), and something turns and grows
+(a night sky). Sensor noise makes all frames different, in the still scene only slightly.
 
-The frames are a function of the arguments alone (`runtime.drawing.scenes`); the file is one of those and of the
-encoder. What draws and encodes is imported when a clip is drawn.
+Frames depend on the arguments only (`runtime.drawing.scenes`); the file also depends on the encoder. Drawing and
+encoding libraries are imported when a clip is drawn.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
     from earlytom.micro.data import Question
 
-_ENLARGED, _REPEATED = 4, 3  # sides and frames of a test clip
-_FASTEST, _LONGEST = 1000, 2_000_000  # frames per second, and in all
-_LARGEST = 8192  # pixels a side
-# The first of these that is there. x264's macroblock tree gives other bits each time even on one thread, so it is off.
+_ENLARGED, _REPEATED = 4, 3  # a test clip's factors of height and width, and of frames
+_FASTEST, _LONGEST = 1000, 2_000_000  # the most frames per second, and in all
+_LARGEST = 8192  # the most pixels a side
+# The first available is used. x264's macroblock tree is not deterministic, even on one thread, so it is off.
 _ENCODERS = {
     "libx264": {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0"},
     "mpeg4": {"b": "4000000"},
@@ -37,10 +36,10 @@ _ENCODERS = {
 
 
 def draw_frames(count: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """`count` frames that sample the whole clip evenly: uint8 RGB [count, 3, height, width].
+    """`count` evenly spaced frames of a whole clip: uint8 RGB [count, 3, height, width].
 
-    Equal arguments give equal frames; another seed gives other hills, colours, places and directions.
-    Raises UserError for a count or a side below 1, or a negative seed.
+    Equal arguments give equal frames; the seed determines hills, colours, places and directions. Raises UserError for a
+    count or side below 1, or a negative seed.
     """
     import numpy as np
 
@@ -59,10 +58,11 @@ def draw_clip(
 ) -> Path:
     """Draw a clip of `size` = (height, width) and write it to `path` as mp4; returns the path.
 
-    H.264 where this FFmpeg can encode it, else MPEG-4. The file appears when it is complete: until then it has another
-    name in the same folder, and if anything goes wrong (Ctrl-C included) that one is removed.
-    Raises UserError for a length, rate or size that cannot be drawn, VideoError when the folder is missing or FFmpeg
-    cannot write, and OSError as it comes (no permission, disk full).
+    H.264 if this FFmpeg can encode it, else MPEG-4. The file appears when complete; until then it has another name in
+    the same folder, and is removed after an error or Ctrl-C.
+
+    Raises UserError for an invalid length, rate or size, VideoError if the folder is missing or FFmpeg cannot write,
+    and OSError (no permission, disk full).
     """
     height, width = size
     if not 0 < seconds < float("inf") or not 1 <= fps <= _FASTEST or not 2 <= round(seconds * fps) <= _LONGEST:
@@ -78,8 +78,8 @@ def draw_clip(
 def write_test_clip(path: str | os.PathLike[str], index: int) -> tuple[Path, tuple[Question, ...]]:
     """Write clip `index` of the bundled model's test set to `path` as mp4; returns the path and the clip's questions.
 
-    Each of its frames is written several times and each pixel as a square, so that encoding takes little away and 16
-    frames sampled evenly are its 16 frames. Raises as `draw_clip`, and UserError for a negative index.
+    Frames are repeated and pixels enlarged to squares, so that encoding loses little and 16 evenly sampled frames are
+    the clip's 16. Raises as `draw_clip`, and UserError for a negative index.
     """
     import numpy as np
 
@@ -96,7 +96,7 @@ def write_clip(
 ) -> Path:
     """Write frames [height, width, 3] uint8 RGB of `size` = (height, width) to `path`, as `draw_clip` does."""
     target = Path(path)
-    # a device or a pipe would be replaced by the finished file: /dev/null too, for whoever may
+    # the move would replace a device or a pipe, even /dev/null for root
     if (target.exists() and not target.is_file()) or not target.parent.is_dir():
         there = "is a folder" if target.is_dir() else "is a device or a pipe"
         what = there if target.exists() else "is in a folder that does not exist"
@@ -106,7 +106,7 @@ def write_clip(
     try:
         with partial(target) as path:
             _encode(path, frames, fps, size)
-    except OSError as error:  # about the name that the caller knows
+    except OSError as error:  # name the caller's path, not the partial file's
         raise OSError(error.errno, error.strerror, str(target)) from error
     except av.error.FFmpegError as error:
         raise VideoError(
@@ -127,7 +127,7 @@ def _encode(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int, size: tup
     with av.open(f"file:{path}", "w", format="mp4") as container:
         stream: Any = container.add_stream(name, rate=fps, options=_ENCODERS[name])
         stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"  # what every player knows
+        stream.pix_fmt = "yuv420p"  # every player supports it
         stream.gop_size = 2 * fps
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -135,7 +135,7 @@ def _encode(path: Path, frames: Iterator[NDArray[np.uint8]], fps: int, size: tup
 
 
 def _frames(count: int, height: int, width: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """One frame after another, so that a long clip needs no memory: uint8 [height, width, 3]."""
+    """Yield frames one by one, so that a long clip needs little memory: uint8 [height, width, 3]."""
     if count < 1 or height < 1 or width < 1:
         raise UserError(f"got {count} frames of {width}x{height}; give a count and a size of at least 1")
     if seed < 0:

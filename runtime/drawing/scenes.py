@@ -1,6 +1,6 @@
-"""The three scenes of a drawn clip (`runtime.clip`), frame by frame: hills, a room, a night sky.
+"""The three scenes of a drawn clip (`runtime.drawing.clips`), frame by frame: hills, a room, a night sky.
 
-Knows arrays only. A frame is a function of the arguments, so equal arguments give equal frames.
+Frames depend on the arguments only, so equal arguments give equal frames.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 Image = NDArray[np.float32]  # [h, w, 3], 0 to 255
 Plane = NDArray[np.floating[Any]]  # [h, w]
 
-NOISE = 2.5  # standard deviation of the sensor noise, of 255
+NOISE = 2.5  # standard deviation of the sensor noise, on the scale of 0 to 255
 
 
 def each_frame(count: int, height: int, width: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """One frame after another, so that a long clip needs no memory: uint8 [height, width, 3]."""
+    """Yield frames one by one, so that a long clip needs little memory: uint8 RGB [height, width, 3]."""
     scenes = [scene(np.random.default_rng([seed, i]), height, width) for i, scene in enumerate((_hills, _room, _night))]
     for index in range(count):
-        time = 3 * (index + 0.5) / count  # scenes passed
+        time = 3 * (index + 0.5) / count  # in scenes
         image = scenes[int(time)](time % 1)
         image += NOISE * np.random.default_rng([seed, 3, index]).standard_normal(image.shape, dtype=np.float32)
         yield np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------ scenes
-# Each prepares once what stays and returns the function that draws the scene at a time of 0 to 1. Places are in units
-# of half the height of the picture, from its middle, y downwards.
+# Each prepares the static parts once, and returns a function that draws the scene at a time of 0 to 1. Coordinates are
+# in units of half the picture's height, from its centre, y downwards.
 
 
 def _hills(rng: np.random.Generator, height: int, width: int) -> Callable[[float], Image]:
@@ -103,13 +103,13 @@ def _night(rng: np.random.Generator, height: int, width: int) -> Callable[[float
 
 
 def _grid(height: int, width: int) -> tuple[Plane, Plane]:
-    """x and y of every pixel's middle: [h, w] each."""
+    """x and y of every pixel's centre: [h, w] each."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     return (2 * x + 1 - width) / height, (2 * y + 1 - height) / height
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, cells: tuple[int, ...]) -> NDArray[np.float32]:
-    """Smooth noise of 0 to 1 that goes on where it ends: [h, w]. Each of `cells` per height is half as strong."""
+    """Smooth tileable noise of 0 to 1, [h, w]: octaves of `cells` cells per height, each half as strong as the last."""
     total = np.zeros((height, width), dtype=np.float32)
     for octave, rows in enumerate(cells):
         columns = max(1, round(rows * width / height))
@@ -124,7 +124,7 @@ def _noise(rng: np.random.Generator, height: int, width: int, cells: tuple[int, 
 
 
 def _between(pixels: int, knots: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """For each pixel the knot before it and how near the next one is, eased: [pixels] each."""
+    """For each pixel the knot before it and the eased (smoothstep) weight of the next one: [pixels] each."""
     place = np.arange(pixels, dtype=np.float32) * knots / pixels
     before = place.astype(np.int64)
     share = place - before
@@ -132,13 +132,13 @@ def _between(pixels: int, knots: int) -> tuple[NDArray[np.int64], NDArray[np.flo
 
 
 def _blend(share: NDArray[np.float32], low: object, high: object) -> Image:
-    """From the colour `low` (share 0) to `high` (share 1): [h, w, 3]."""
+    """Interpolate from the colour `low` (share 0) to `high` (share 1): [h, w, 3]."""
     first, last = np.asarray(low, dtype=np.float32), np.asarray(high, dtype=np.float32)
     return first + (last - first) * share[..., None]
 
 
 def _paint(image: Image, distance: Plane, colour: object) -> None:
-    """Cover `image` where `distance` from the shape's edge is negative, with an edge one pixel soft."""
+    """Paint `image` where the signed `distance` to the shape's edge is negative, with an edge one pixel soft."""
     cover = np.clip(0.5 - distance * image.shape[0] / 2, 0, 1)[..., None]
     image += (np.asarray(colour, dtype=np.float32) - image) * cover
 

@@ -1,11 +1,11 @@
-"""Files that are written beside their place and moved there whole; what a killed process left of them is removed.
+"""Atomic writes: a file is written beside its target, then moved there; leftovers of killed processes are removed.
 
     with partial(target) as path:
         write(path)
 
-While it is written, a file is locked by its writer, and the system lets go of the lock however the writer ends. So a
-partial file that can be locked is nobody's any more, whatever process, container or machine it was of, and whoever
-writes next in that folder removes it. Names are `.NAME.TOKEN.partial`.
+The writer locks the partial file, and the system releases the lock however the writer ends. So a partial file that can
+be locked is abandoned, whatever process, container or machine wrote it, and `clear` or the next writer of its target
+removes it. Names are `.NAME.TOKEN.partial`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NAME = re.compile(r"\.(?P<target>.+)\.[^.]+\.partial")
 
 @contextmanager
 def partial(target: Path) -> Iterator[Path]:
-    """An empty file beside `target` to write to; moved there at the end, removed if anything is raised.
+    """An empty file beside `target`, moved there at the end, or removed after an exception.
 
-    It is there already, and stays the file that it is: write to it, do not replace it.
+    Write into the existing file; do not replace it, as the lock is on it.
 
     Raises:
         OSError: it cannot be made or moved; names `target`.
@@ -42,16 +42,16 @@ def partial(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary(target: Path) -> Iterator[Path]:
-    """The same of a file that is removed at the end, too.
+    """As `partial`, but the file is removed at the end.
 
     Raises:
-        OSError: it cannot be made, or `target` is there and no plain file; names `target`.
+        OSError: it cannot be made, or `target` exists and is no plain file; names `target`.
     """
     clear(target.parent, target.name)
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if target.exists() and not target.is_file():  # it would be replaced: /dev/null too, for whoever may
+        if target.exists() and not target.is_file():  # the move would replace it, even /dev/null for root
             raise OSError(errno.EINVAL, "Is a device or a pipe")
         path, descriptor = _make(target)
     except OSError as error:
@@ -59,15 +59,15 @@ def temporary(target: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        with suppress(OSError):  # it is not there, or the folder is gone or read-only by now
+        with suppress(OSError):  # moved already, or the folder is gone or read-only by now
             path.unlink()
         os.close(descriptor)
 
 
 def clear(folder: Path, name: str | None = None) -> None:
-    """Remove the partial files in `folder` that nobody writes any more, those of the file `name` alone if it is given.
+    """Remove abandoned partial files in `folder`, with `name` only those of that file.
 
-    What is no plain file, or may not be opened or removed, stays.
+    Others than plain files, and files that cannot be opened or removed, stay.
     """
     with suppress(OSError):
         for found in os.listdir(folder):
@@ -89,7 +89,7 @@ def _make(target: Path) -> tuple[Path, int]:
             with suppress(OSError):
                 path.unlink()
             raise
-        os.close(descriptor)  # somebody cleared it before it was locked
+        os.close(descriptor)  # another process removed it before it was locked
 
 
 def _remove_dead(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Files of a folder that anybody may have written: opened without waiting, JSON read within limits.
+"""Reads untrusted files: opens them without blocking, and parses JSON within limits.
 
-A pipe or a device in the place of a file is refused instead of waited for, and JSON is bounded in size, in values and
-in depth before it is taken in. What is returned has only numbers that are finite and of a usual length, each key once
-in an object, and texts that can be written again. Everything wrong is an `EngineError` of one line that names the file.
+A pipe or device in the place of a file is refused. JSON has limits of bytes, values, depth and digits of a number;
+numbers must be finite, keys of an object unique, and texts encodable. Every violation is an `EngineError` of one line
+that names the file.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from earlytom.numbers import shown
 from runtime.errors import EngineError
 
 MIB = 1 << 20
-_DIGITS = 40  # of a number; what is larger is none of ours
-_DEPTH = 50  # objects and lists in each other
-_VALUES = 1_000_000  # in a file: about 100 bytes of memory each
-# The machine's state, and nothing that is wrong with the file.
+_DIGITS = 40  # the most of a whole number
+_DEPTH = 50  # the deepest nesting of objects and lists
+_VALUES = 1_000_000  # the most in a file, at about 100 bytes of memory each
+# Errors of the machine, not of the file.
 _NOT_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
 def open_plain(path: Path, remedy: str) -> io.FileIO:
-    """A plain file (or a link to one), opened for reading.
+    """Open a plain file (or a link to one) for reading.
 
     Raises:
-        EngineError: it is something else, or cannot be opened.
+        EngineError: it is no plain file, or cannot be opened.
         OSError: the disk fails, or the machine has no memory or no descriptors left.
     """
     try:
@@ -48,20 +48,20 @@ def open_plain(path: Path, remedy: str) -> io.FileIO:
 
 
 def read_json(path: Path, remedy: str, most_bytes: int = MIB) -> Any:
-    """What a JSON file says.
+    """The value in a JSON file.
 
     Args:
         path: the file.
-        remedy: the end of every message.
+        remedy: ends every error message.
         most_bytes: a larger file is refused unread.
 
     Raises:
-        EngineError: no plain file, larger than that, not valid JSON, or beyond the limits of this module.
+        EngineError: no plain file, too large, not valid JSON, or beyond the limits of this module.
         OSError: as of `open_plain`.
     """
     with open_plain(path, remedy) as file:
         parts, left = [], most_bytes + 1
-        while left and (part := file.read(left)):  # a read may return less; a file may grow while it is read
+        while left and (part := file.read(left)):  # a read may return less than asked, and the file may grow
             parts.append(part)
             left -= len(part)
     if not left:
@@ -110,7 +110,7 @@ def _constant(name: str) -> None:
 
 
 def _check(values: Any) -> None:
-    """Refuse a depth at which what calls itself for each level would fail, and texts that cannot be written again."""
+    """Raise ValueError for nesting that recursive code would fail on, and for texts that cannot be encoded."""
     level, depth = [values], 0
     while level:
         if depth > _DEPTH:
@@ -122,5 +122,5 @@ def _check(values: Any) -> None:
             elif isinstance(value, list):
                 below += value
             elif isinstance(value, str):
-                value.encode()  # half of a surrogate pair has no encoding
+                value.encode()  # fails for a lone surrogate
         level, depth = below, depth + 1

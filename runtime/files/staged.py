@@ -1,12 +1,12 @@
-"""Folders that are made beside their place under a lock and moved there whole, as one step.
+"""Makes folders beside their place under a lock, then moves them there.
 
-Of a folder NAME there are beside it, for a while: `.WORD-NAME` in which it is made, `.old-NAME`, what it replaces, and
-`.NAME.lock`. Whoever holds the lock of a name alone touches what belongs to that name, the lock's file too, and the
-system lets go of a lock however its holder ends. So what can be locked is nobody's any more: whoever locks a name next
-clears what killed processes left there, of every name, and puts back what was moved away and not yet replaced.
+While a folder NAME is made, there are beside it `.WORD-NAME` (the new content), `.old-NAME` (the replaced content) and
+`.NAME.lock`. Only the holder of a name's lock touches these; the system releases the lock however its holder ends. So
+what can be locked is abandoned: the next process that locks any name clears what killed processes left of all names,
+and restores content that was moved away but not replaced.
 
-A process that waits for a lock whose file was removed meanwhile starts over with a new one (`filelock` looks for that).
-Links are removed, never followed; what may not be removed stays.
+A process that waits for a lock whose file is removed starts over with a new one (`filelock` checks that). Links are
+removed, never followed; what cannot be removed stays.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from filelock import FileLock, Timeout
 
 from runtime.files import partial
 
-_AT_ONCE = 0.5  # seconds after which a lock is held for more than to clear something
+_AT_ONCE = 0.5  # seconds; a lock held longer is held to make a folder, not to clear one
 
 
 @contextmanager
 def locked(folder: Path, word: str, waiting: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """The path to make `folder` at; inside, nobody else makes it. It is not there yet, and is removed on the way out.
+    """Lock `folder`, and yield a path, not existing yet, to make its content at; it is removed at the end.
 
     Args:
-        folder: the final folder; what it lies in is made if it is not there.
-        word: of the folder in which it is made.
-        waiting: called once if another process makes the same folder, before waiting for it.
+        folder: the final folder; missing parents are made.
+        word: WORD of the module.
+        waiting: called once before waiting for another process that makes the same folder.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: the parent folder cannot be written.
     """
     place = _beside(folder, word)
     lock = FileLock(_lock_of(folder))
@@ -52,14 +52,14 @@ def locked(folder: Path, word: str, waiting: Callable[[], None] = lambda: None) 
 
 
 def publish(place: Path, folder: Path) -> None:
-    """Give the folder that was made its final name, in place of whatever had it. The lock must be held."""
+    """Move the made folder `place` to `folder`, replacing what is there. The lock must be held."""
     old = _beside(folder, "old")
     remove(old)
     try:
         if os.path.lexists(folder):
             os.replace(folder, old)
         os.replace(place, folder)
-    except BaseException:  # a Ctrl-C between the two must not cost what was there
+    except BaseException:  # Ctrl-C between the two moves must not lose the old folder
         if os.path.lexists(old) and not os.path.lexists(folder):
             os.replace(old, folder)
         raise
@@ -68,7 +68,7 @@ def publish(place: Path, folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, a file or a link (not what it points to); what cannot be, stays."""
+    """Remove a folder with its content, a file, or a link (not its target); what cannot be removed stays."""
     if path.is_symlink() or not path.is_dir():
         with suppress(OSError):
             path.unlink()
@@ -97,7 +97,7 @@ def _lock_of(folder: Path) -> Path:
 
 def _acquire(lock: FileLock, folder: Path, waiting: Callable[[], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if (file := _lock_of(folder)).is_symlink():  # never ours
+    if (file := _lock_of(folder)).is_symlink():  # not one of our locks
         file.unlink(missing_ok=True)
     try:
         lock.acquire(timeout=_AT_ONCE)
@@ -107,14 +107,14 @@ def _acquire(lock: FileLock, folder: Path, waiting: Callable[[], None]) -> None:
 
 
 def _release(lock: FileLock) -> None:
-    """Remove the file while it is still locked: who has it open already finds no name on it, and starts over."""
+    """Remove the lock's file while it is locked: a process that has it open sees that it is gone, and starts over."""
     with suppress(OSError):  # the folder is gone or read-only by now
         os.unlink(lock.lock_file)
     lock.release()
 
 
 def _clear_others(folder: Path, word: str) -> None:
-    """Clear what dead processes left of other names beside `folder`; what a live one holds, or is not ours, stays."""
+    """Clear what killed processes left of other names beside `folder`; locked names and foreign files stay."""
     ours = re.compile(rf"\.(?:{word}|old)-(?P<folder>.+)|\.(?P<locked>.+)\.lock")
     names = set()
     with suppress(OSError):
@@ -127,7 +127,7 @@ def _clear_others(folder: Path, word: str) -> None:
         lock = FileLock(_lock_of(other))
         try:
             lock.acquire(blocking=False)
-        except (Timeout, OSError):  # somebody is at work there; a link, another user's
+        except (Timeout, OSError):  # locked; or a link, or another user's
             continue
         try:
             _settle(other, word)
@@ -137,7 +137,7 @@ def _clear_others(folder: Path, word: str) -> None:
 
 
 def _is_lock(entry: os.DirEntry[str]) -> bool:
-    """A plain file without content, as every lock's is; one with content is somebody else's."""
+    """Whether it is an empty plain file, as all our locks are; one with content is not ours."""
     try:
         status = entry.stat(follow_symlinks=False)
     except OSError:  # gone meanwhile
@@ -146,7 +146,7 @@ def _is_lock(entry: os.DirEntry[str]) -> bool:
 
 
 def _settle(folder: Path, word: str) -> None:
-    """Clear what a killed process left of `folder`, and put back what it was about to replace; under its lock."""
+    """Clear what a killed process left of `folder`, and restore what it was about to replace; the lock must be held."""
     remove(_beside(folder, word))
     old = _beside(folder, "old")
     if os.path.lexists(folder):

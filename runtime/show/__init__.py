@@ -1,7 +1,7 @@
-"""How things are drawn, for the report of a build, the pictures of an answer and the plots of what is measured.
+"""Drawing, for build reports, pictures of answers and plots of measurements.
 
-`kept` is what is shown: which cells of which frames stayed, and which frames became which. `frames` draws that over a
-frame, `charts` what a page shows beside frames, `html` writes elements and escapes what is in them, `png` encodes
-pixels, `pictures` makes pictures and clips of an answer, `figure` is an empty plot, `colours` are those of all of them.
-Nothing here knows engines or videos.
+`kept` holds what is shown: kept cells of frames, and how frames were merged. `frames` draws it over a frame, `charts`
+draws graphs for HTML pages, `html` writes escaped elements, `png` encodes pixels, `pictures` makes pictures and clips
+of answers, `figure` makes matplotlib figures, `colours` has the common colours, `progress` a live line on a terminal.
+None depends on engines or videos.
 """

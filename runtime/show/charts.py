@@ -1,5 +1,5 @@
-"""What a page shows beside text and frames: which frames became which, bars, and a curve. Colours are those of the
-page's style (`runtime.show.colours`), so that they follow a light or a dark one."""
+"""Graphs of an HTML page: how frames were merged, bars, and a curve. Colours come from the page's style
+(`runtime.show.colours`), light or dark."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from runtime.show.html import Html, element
 from runtime.show.kept import KeptCells
 
-_STEP, _HIGH, _EDGE = 40, 150, 26  # of the graph of frames, in its own units
+_STEP, _HIGH, _EDGE = 40, 150, 26  # graph of frames, in SVG units: width of a frame, height, edge
 _NARROWEST, _WIDEST = 36, 66  # pixels of a frame in it
-_CURVE = (560, 190, 46, 26)  # of a curve: width, height, room on the left and below
+_CURVE = (560, 190, 46, 26)  # a curve's width, height, left and lower margins
 
 
 def frames_graph(kept: KeptCells) -> Html:
-    """The frames of the clip above, those that were left below, and lines as strong as the shares between them."""
+    """An SVG graph: input frames above, remaining frames below, and lines as strong as the weights between them."""
     frames, left = len(kept.cells), len(kept.sources)
     width = _STEP * max(frames, 1)
 
@@ -53,13 +53,13 @@ def _node(x: float, y: float, number: int, strong: bool) -> Html:
 
 
 def bar(share: float, kind: str = "") -> Html:
-    """A bar over a share of its room; shares above 1 fill it."""
+    """A bar filled by `share`; shares above 1 fill it."""
     width = 100 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 100.0
     return element("span", element("i", style=f"width:{width:.1f}%"), class_=f"bar {kind}".strip())
 
 
 def pair(name: str, full: float, compressed: float, shown: Sequence[str]) -> Html:
-    """What something costs in full and compressed, as two bars; `shown`: both in words."""
+    """The full and the compressed cost of something as two bars; `shown`: their texts."""
     most = max(full, compressed) or 1.0
     return element(
         "div",
@@ -71,9 +71,9 @@ def pair(name: str, full: float, compressed: float, shown: Sequence[str]) -> Htm
 
 
 def curve(points: Sequence[tuple[str, float]], limit: float, what: str) -> Html:
-    """Values on a logarithmic scale, in their order, and a limit that none should reach.
+    """A curve of values on a logarithmic scale, and a line at the limit that none should reach.
 
-    `points`: name and value of each; what is not above 0 stands at the bottom.
+    `points`: name and value of each; values of 0 or less are drawn at the bottom.
     """
     width, height, left, below = _CURVE
     logs = [math.log10(value) if value > 0 and math.isfinite(value) else -math.inf for _, value in points]

@@ -1,7 +1,7 @@
-"""The colours of everything that is drawn, and how much of the paper covers a cell that was not kept.
+"""The colours of all drawings, and the opacity of dimmed cells.
 
-Pages take them as `var(--NAME)` from `css`, light or dark as their reader has it; pictures are on light paper.
-What charts tell apart has colours that any colour vision tells apart (Okabe and Ito).
+Pages use them as `var(--NAME)` from `css`, light or dark by the reader's preference; pictures are light. Charts use
+the colour-blind-safe palette of Okabe and Ito.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ DARK = {
     "bad": "#ff8b94",
     "good": "#8fce9b",
 }
-DIMMED = 0.74  # of the paper's colour over a cell that was not kept
+DIMMED = 0.74  # opacity of the paper colour over a cell that was not kept
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PINK, BLACK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#000000", "#999999"
 
 
 def css() -> str:
-    """The colours as variables of a page's style, and `--dimmed`."""
+    """The colours as CSS variables, and `--dimmed`."""
     light, dark = ("".join(f"--{name}:{colour};" for name, colour in one.items()) for one in (LIGHT, DARK))
     return (
         f":root{{color-scheme:light dark;{light}--dimmed:{DIMMED}}}\n"
@@ -46,6 +46,6 @@ def css() -> str:
 
 
 def rgb(name: str) -> tuple[int, int, int]:
-    """Red, green and blue (0 to 255) of a colour of the light paper."""
+    """Red, green and blue (0 to 255) of a colour of `LIGHT`."""
     red, green, blue = bytes.fromhex(LIGHT[name][1:])
     return red, green, blue

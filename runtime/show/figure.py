@@ -1,4 +1,4 @@
-"""Empty figures, of the size that a README shows or of any, and how one is written. matplotlib is loaded here only."""
+"""matplotlib figures: making, tidying and saving them. matplotlib is imported when one is made."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from earlytom.errors import UserError
 from earlytom.numbers import shown
 
-ENDINGS = (".png", ".mp4")  # of pictures
+ENDINGS = (".png", ".mp4")  # file name suffixes of pictures
 _SIZE, _DPI = (9.0, 4.5), 160  # inches; a README shows about 900 pixels
 
 
 def new_figure(
     columns: int, rows: int = 1, *, size: tuple[float, float] = _SIZE, dpi: int = _DPI, **shared: bool
 ) -> tuple[Any, Sequence[Any]]:
-    """A figure and its panels, row by row from left to right.
+    """A figure and its axes, row by row from left to right.
 
     Args:
-        size: in inches.
-        shared: sharex, sharey: whether panels have one scale.
+        size: (width, height) in inches.
+        shared: sharex, sharey: whether axes have one scale.
     """
     from matplotlib.figure import Figure
 
@@ -31,26 +31,26 @@ def new_figure(
 
 
 def tidy(axes: Any) -> None:
-    """A light grid, and lines on the left and below only."""
+    """Give axes a light grid, and spines on the left and below only."""
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a PNG whose bytes do not tell by which version it was drawn; returns its path."""
+    """Write a PNG without matplotlib's version in its metadata; returns its path."""
     figure.savefig(path, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return path
 
 
 def blank(size: tuple[float, float], dpi: int, colour: str) -> Any:
-    """A figure without panels: its size in inches, its background."""
+    """A figure without axes, of `size` (width, height) in inches and background `colour`."""
     from matplotlib.figure import Figure
 
     return _on_canvas(Figure(figsize=size, dpi=dpi, facecolor=colour))
 
 
 def require_matplotlib(flag: str = "--plot") -> None:
-    """Raise UserError unless matplotlib can be loaded: before a measurement of minutes, not after it."""
+    """Raise UserError unless matplotlib can be imported; to call before a measurement of minutes, not after it."""
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
@@ -60,7 +60,7 @@ def require_matplotlib(flag: str = "--plot") -> None:
 
 
 def check_picture(path: str | os.PathLike[str], name: str) -> Path:
-    """Where a picture goes; `name` is what asked for it.
+    """The checked path of a picture to write; `name` is the flag or argument in messages.
 
     Raises:
         UserError: neither .png nor .mp4, a folder that does not exist, or matplotlib is missing.
@@ -75,7 +75,7 @@ def check_picture(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def _on_canvas(figure: Any) -> Any:
-    """No display is needed, and pyplot's global state stays untouched."""
+    """Give a figure an Agg canvas: needs no display, and leaves pyplot's global state alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

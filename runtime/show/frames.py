@@ -1,5 +1,5 @@
-"""A frame with what was kept of it: cells that were not kept are dimmed, the others framed. As an element of a page,
-which follows a light or a dark paper, or as pixels. The page of a server does the same in its browser."""
+"""A frame with its kept cells outlined and the others dimmed, as an HTML element or as pixels. The server's web page
+draws the same in the browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.show.kept import KeptCells
 
 
 def kept_frame(picture: str, kept: KeptCells, frame: int, caption: str) -> Html:
-    """A figure of a page. `picture`: address of the frame's pixels."""
+    """An HTML figure. `picture`: URL of the frame's image."""
     rows, columns = kept.grid
     there = kept.cells[frame]
     cells = [_cell(cell % columns, cell // columns, cell in there) for cell in range(rows * columns)]
@@ -26,16 +26,16 @@ def kept_frame(picture: str, kept: KeptCells, frame: int, caption: str) -> Html:
 
 
 def _cell(column: int, row: int, kept: bool) -> Html:
-    """One cell: its line stays inside it, what dims it leaves no seam."""
+    """One cell: an outline is inside its cell, and dimmed neighbours touch without a seam."""
     edge = 0.02 if kept else 0.0
     x, y, side = f"{column + edge:g}", f"{row + edge:g}", f"{1 - 2 * edge:g}"
     return element("rect", x=x, y=y, width=side, height=side, class_="kept" if kept else "gone")
 
 
 def shade(frame: NDArray[np.uint8], cells: Collection[int], grid: tuple[int, int]) -> NDArray[np.uint8]:
-    """A copy of uint8 RGB [h, w, 3] with cells dimmed and framed.
+    """A copy of uint8 RGB [h, w, 3] with kept cells outlined and the others dimmed.
 
-    `cells`: those of `grid` (rows, columns) that were kept, numbered row by row.
+    `cells`: raster indices in `grid` (rows, columns) of the kept cells.
     """
     rows, columns = grid
     height, width, _ = frame.shape

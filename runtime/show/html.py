@@ -1,4 +1,4 @@
-"""Elements of a page: whatever is put into one is escaped, unless it is an element itself."""
+"""HTML elements: children are escaped unless they are elements themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _VOID = ("img", "meta", "br")
 
 
 class Html(str):
-    """Text that is HTML. Only `element` and `style` make it."""
+    """A str of HTML, not to be escaped again. Only `element` and `style` make it."""
 
     __slots__ = ()
 
@@ -18,8 +18,8 @@ def element(name: str, *children: object, **attributes: object) -> Html:
     """`<name attributes>children</name>`.
 
     Args:
-        children: `Html` as it is, None left out, lists of such one after the other, everything else as text.
-        attributes: an underscore at the end is dropped, others are dashes; None leaves one out.
+        children: `Html` as it is, None omitted, iterables flattened, everything else as escaped text.
+        attributes: a trailing underscore is dropped, others become dashes; attributes of None are omitted.
     """
     words = [name, *(f'{_spelt(key)}="{html.escape(str(v))}"' for key, v in attributes.items() if v is not None)]
     opened = f"<{' '.join(words)}>"
@@ -27,14 +27,14 @@ def element(name: str, *children: object, **attributes: object) -> Html:
 
 
 def style(css: str) -> Html:
-    """A style element. Raises ValueError for what would end it."""
+    """A style element. Raises ValueError for CSS with "</", which would end it."""
     if "</" in css:
         raise ValueError("a style cannot hold an end of an element")
     return Html(f"<style>{css}</style>")
 
 
 def page(title: str, css: str, *children: object) -> str:
-    """A whole document that needs nothing else and may load nothing else."""
+    """A self-contained document, whose content security policy forbids loading anything."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = element(
         "head",

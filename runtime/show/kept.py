@@ -1,21 +1,21 @@
-"""What was kept of a clip, as everything that draws it sees it."""
+"""The kept cells and merged frames of a clip, to be drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_NOTHING = 0.005  # a share that is not worth a line
+_NOTHING = 0.005  # weights up to this are not drawn
 
 
 @dataclass(frozen=True)
 class KeptCells:
-    """Which cells of which frames stayed, and which frames became which.
+    """The kept cells of each frame, and how frames were merged.
 
     Attributes:
-        grid: (rows, columns) of the P cells of a frame, which are numbered row by row.
-        cells: of each of the F frames of the clip the cells that were kept.
-        sources: [F'][F], what share of each frame each frame that was left is made of.
+        grid: (rows, columns) of the P cells of a frame.
+        cells: raster indices of the kept cells of each of the clip's F frames.
+        sources: [F'][F], weight of each input frame in each remaining frame.
     """
 
     grid: tuple[int, int]
@@ -39,21 +39,21 @@ class KeptCells:
 
     @property
     def tokens(self) -> int:
-        """Cells that were kept; of two tokens of one place, one."""
+        """Number of kept cells; tokens at the same place count once."""
         return sum(map(len, self.cells))
 
     def became(self, frame: int) -> tuple[int, ...]:
-        """The frames that were left which have a share of this one, the largest first."""
+        """The remaining frames in which this one has a weight, the largest weight first."""
         shares = [(row[frame], -slot) for slot, row in enumerate(self.sources) if row[frame] > _NOTHING]
         return tuple(-slot for _, slot in sorted(shares, reverse=True))
 
     def fate(self, frame: int) -> str:
-        """What became of a frame, in words: its cells, or that it is in others, or in none."""
+        """A frame's fate in words: its number of kept cells, or "merged" or "dropped"."""
         cells = len(self.cells[frame])
         return f"{cells} cell{'' if cells == 1 else 's'}" if cells else "merged" if self.became(frame) else "dropped"
 
     def links(self) -> tuple[tuple[int, int, float], ...]:
-        """(frame, frame that was left, share) for every share that is worth a line."""
+        """(input frame, remaining frame, weight) for every weight that is drawn."""
         return tuple(
             (frame, slot, share)
             for slot, row in enumerate(self.sources)
@@ -63,7 +63,8 @@ class KeptCells:
 
 
 def grid_of(cells: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of so many cells in frames of `size` (height, width): the most square cells that divide them."""
+    """(rows, columns) with rows * columns == `cells` whose cells are the most square in frames of `size` (height,
+    width)."""
     height, width = size
     pairs = [(rows, cells // rows) for rows in range(1, cells + 1) if cells % rows == 0]
 

@@ -1,5 +1,5 @@
-"""An answer as a picture: the frames that the model was shown, what was kept of them, what was asked and answered, and
-where the time went. As one image, or frame by frame for a clip. matplotlib is loaded when one is drawn."""
+"""An answer as a picture: the model's frames with kept cells, questions and answers, and times of the stages; as one
+image, or frame by frame for a clip. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from runtime.show.frames import shade
 from runtime.show.kept import KeptCells
 
 _COLUMNS = 8
-_WIDE, _DPI = 9.6, 100  # inches of an image
-_CLIP = (9.6, 5.4)  # inches of a clip's frame
-_EDGE, _LINE = 0.2, 0.2  # inches: room at the sides, a line of text
-_LETTERS = 88  # of a line
-_MOST_LINES = 6  # of an answer
+_WIDE, _DPI = 9.6, 100  # width of an image in inches
+_CLIP = (9.6, 5.4)  # size of a clip's frame in inches
+_EDGE, _LINE = 0.2, 0.2  # inches: margin, height of a line of text
+_LETTERS = 88  # characters of a line
+_MOST_LINES = 6  # of a question with its answer
 _STAGES = (LIGHT["soft"], LIGHT["accent"], "#d9a441", "#5b7c99")
 
 
 @dataclass(frozen=True, eq=False)
 class Story:
-    """What is drawn.
+    """The content of a picture.
 
     Attributes:
-        frames: uint8 RGB [F, 3, h, w], as the model is shown them.
-        kept: of these frames.
-        said: what was asked and answered, in turn.
-        seconds: of each stage, by its name, in order.
-        facts: a line about it.
+        frames: uint8 RGB [F, 3, h, w], as the model gets them.
+        kept: the kept cells of these frames.
+        said: (question, answer) pairs.
+        seconds: (name, seconds) of the stages, in order.
+        facts: a line of text below.
     """
 
     frames: NDArray[np.uint8]
@@ -47,12 +47,12 @@ class Story:
     facts: str
 
     def shown(self, number: int) -> NDArray[np.uint8]:
-        """A frame with what was kept of it."""
+        """A frame with its kept cells, uint8 RGB [h, w, 3]."""
         frame = np.ascontiguousarray(self.frames[number].transpose(1, 2, 0))
         return shade(frame, self.kept.cells[number], self.kept.grid)
 
     def caption(self, number: int) -> str:
-        """What became of a frame."""
+        """A frame's number, from 1, and its fate."""
         return f"{number + 1}: {self.kept.fate(number)}"
 
 
@@ -79,7 +79,7 @@ def draw_image(story: Story, path: Path) -> None:
 
 
 def clip_frames(story: Story) -> Iterator[NDArray[np.uint8]]:
-    """A frame of a clip for each of the story's, uint8 RGB [540, 960, 3]."""
+    """A clip's frames, one for each of the story's, uint8 RGB [540, 960, 3]."""
     with _quiet():
         figure = blank(_CLIP, _DPI, LIGHT["paper"])
         side = 3.9
@@ -96,7 +96,7 @@ def clip_frames(story: Story) -> Iterator[NDArray[np.uint8]]:
 
 
 def _lines(story: Story, letters: int = _LETTERS) -> list[tuple[str, bool]]:
-    """Questions and answers, an empty line between two; with each line whether it is of an answer."""
+    """Lines of questions and answers, pairs separated by an empty line; with each line whether it is an answer's."""
     found: list[tuple[str, bool]] = []
     for question, answer in story.said:
         lines = [(line, False) for line in textwrap.wrap(question, letters)]
@@ -107,7 +107,7 @@ def _lines(story: Story, letters: int = _LETTERS) -> list[tuple[str, bool]]:
 
 
 def _write(figure: Any, left: float, size: tuple[float, float], lines: Sequence[tuple[str, bool]]) -> None:
-    """Lines from the top of a figure on, `left` and `size` in inches."""
+    """Write lines from the top of a figure; `left` and `size` in inches."""
     for number, (line, answered) in enumerate(lines):
         y = 1 - (_EDGE + _LINE * number) / size[1]
         colour, weight = ("ink", "bold") if answered else ("soft", "normal")
@@ -116,7 +116,7 @@ def _write(figure: Any, left: float, size: tuple[float, float], lines: Sequence[
 
 
 def _bars(figure: Any, story: Story, size: tuple[float, float]) -> None:
-    """One bar, a part for each stage, with a line of text below."""
+    """Draw one bar with a part for each stage, and a line of text below."""
     axes = _axes(figure, (_EDGE, 0.42, size[0] - 2 * _EDGE, 0.14), size)
     total = sum(seconds for _, seconds in story.seconds) or 1.0
     left, words = 0.0, []
@@ -139,7 +139,7 @@ def _axes(figure: Any, place: tuple[float, float, float, float], size: tuple[flo
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - a block
-    """A letter that the font lacks is a box, and no warning."""
+    """A context without warnings about glyphs that the font lacks; they are drawn as boxes."""
 
     def __enter__(self) -> Any:
         found = super().__enter__()

@@ -1,4 +1,4 @@
-"""Pixels as PNG, in a few lines and without a library: a report must not need one."""
+"""Encodes PNG without an imaging library, which a report must not need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 def encode(image: NDArray[np.uint8]) -> bytes:
     """A PNG file of uint8 RGB [h, w, 3]."""
     height, width, _ = image.shape
-    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter; 1: less what is on the left
+    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # first byte: filter type 1, Sub
     flat = image.reshape(height, width, 3)
     lines[:, 0] = 1
     lines[:, 1:] = np.diff(flat, axis=1, prepend=np.zeros((height, 1, 3), np.uint8)).reshape(height, -1)
@@ -24,12 +24,12 @@ def encode(image: NDArray[np.uint8]) -> bytes:
 
 
 def data_url(image: NDArray[np.uint8]) -> str:
-    """The same as an address that holds it."""
+    """The PNG as a data: URL."""
     return "data:image/png;base64," + base64.b64encode(encode(image)).decode("ascii")
 
 
 def thumbnail(frame: NDArray[Any], most: int) -> NDArray[np.uint8]:
-    """uint8 [3, H, W] as [h, w, 3] of at most `most` pixels a side, each the mean of a square."""
+    """uint8 [3, H, W] reduced to [h, w, 3] of at most `most` pixels a side; each pixel is the mean of a square."""
     step = -(-max(frame.shape[1:]) // most)
     rows, columns = (side // step for side in frame.shape[1:])
     squares = frame[:, : rows * step, : columns * step].reshape(3, rows, step, columns, step)

@@ -1,6 +1,6 @@
-"""A line on a terminal while something runs: what, a clock, and where steps are known a bar with the time left.
+"""A live line on a terminal while something runs: its text, elapsed time, and for known steps a bar and the time left.
 
-It is gone when that is done. What is printed meanwhile stands above it.
+The line disappears at the end; text printed meanwhile appears above it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-_PER_SECOND = 4  # how often it is drawn
+_PER_SECOND = 4  # redraws
 
 
 class LiveLine:
-    """The line; a context manager in which it is there."""
+    """The live line; a context manager that shows it."""
 
     def __init__(self, stream: TextIO, text: str) -> None:
         columns: tuple[ProgressColumn, ...] = (
@@ -31,13 +31,13 @@ class LiveLine:
         self._task = self._progress.add_task(text, total=None)
 
     def step(self, text: str, done: int, steps: int) -> None:
-        """It is at `text`, and has done so many of so many steps (of 0: nobody knows)."""
+        """Show the step `text`, and that `done` of `steps` are done; `steps` 0: unknown."""
         shown = f"{self._text.partition(': ')[0]}: {text}" if text else self._text
         total = float(steps) if steps > 0 else None
         self._progress.update(self._task, description=shown, completed=done, total=total)
 
     def write(self, text: str) -> None:
-        """Print above it."""
+        """Print above the line."""
         self._progress.console.print(Text(text), end="", soft_wrap=True)
 
     def __enter__(self) -> LiveLine:
@@ -49,14 +49,14 @@ class LiveLine:
 
 
 class _KnownSteps(BarColumn):
-    """A bar where steps are known."""
+    """A bar, shown if the number of steps is known."""
 
     def render(self, task: Task) -> Any:
         return Text("") if task.total is None else super().render(task)
 
 
 class _TimeLeft(ProgressColumn):
-    """The time that is left, as far as the steps so far tell it."""
+    """The estimated time left."""
 
     def render(self, task: Task) -> Text:
         left = None if task.total is None else task.time_remaining

@@ -1,7 +1,7 @@
-"""vLLM as the decoder: many answers at a time, in this process or behind an address.
+"""vLLM as the decoder, in this process or as a server: many answers at a time.
 
-`open_decoder` makes one of what `--decoder` says. vLLM gets prompts as embeddings, with the visual tokens in them, so
-it needs to know nothing of videos; the language model alone, in a folder that it loads, is what
+`open_decoder` opens the decoder that `--decoder` names. Prompts go to vLLM as embeddings that include visual tokens, so
+it needs to support no video model; it loads the language model alone, from the folder that
 `python -m runtime.extract_decoder` writes.
 """
 

@@ -1,7 +1,7 @@
-"""vLLM in this process: its engine, in an event loop of a thread of its own.
+"""vLLM in this process: its engine, in an event loop of its own thread.
 
-vLLM's pins and this project's do not always go together: see "vLLM" in runtime/README.md. The engine's layers run in a
-process that vLLM starts and ends.
+vLLM's pinned dependencies may conflict with this project's: see "vLLM" in runtime/README.md. The model's layers run in
+a subprocess that vLLM starts and ends.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class InsideDecoder(VllmDecoder):
     """The decoder of a folder that `runtime.checkpoint.language_model` wrote; see `VllmDecoder`.
 
     Args:
-        folder: needed until this returns.
+        folder: needed until the constructor returns.
         embeddings: [V, D] of the language model.
-        context: positions that the model has.
+        context: the model's number of positions.
 
     Raises:
         UserError: vLLM is not installed.
@@ -52,7 +52,7 @@ class InsideDecoder(VllmDecoder):
         super().__init__(embeddings, context, concurrent=concurrent)
         try:
             self._engine = self._wait(self._start(folder))
-        except Exception as error:  # of a library that fails in many ways, with a page each
+        except Exception as error:  # vLLM fails with errors of many types, a page long each
             self.close()
             raise DecoderFailed(f"vLLM does not start ({type(error).__name__}); what it printed tells why") from error
 
@@ -86,7 +86,7 @@ class InsideDecoder(VllmDecoder):
                     raise DecoderFailed(f"vLLM failed ({type(step).__name__}); what it printed tells why") from step
                 yield step
         finally:
-            running.cancel()  # of no effect on one that has ended; else vLLM is told
+            running.cancel()  # aborts the request in vLLM, unless it has ended
 
     async def _answer(
         self,
@@ -106,7 +106,7 @@ class InsideDecoder(VllmDecoder):
             seed=sampling.seed,
             max_tokens=max_new_tokens,
             stop_token_ids=sorted(stop_ids),
-            ignore_eos=True,  # the ids above are what ends an answer
+            ignore_eos=True,  # `stop_token_ids` end an answer
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -134,7 +134,7 @@ class InsideDecoder(VllmDecoder):
             self._loop.close()
 
     async def _end_tasks(self) -> None:
-        """What vLLM left running in the loop."""
+        """Cancel the tasks that vLLM left in the loop."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

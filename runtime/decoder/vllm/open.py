@@ -1,6 +1,6 @@
-"""From what `--decoder` says to a decoder by vLLM, and what else an answer needs of the checkpoint.
+"""Opens the vLLM decoder that `--decoder` names, with the checkpoint's closing token and generation settings.
 
-Of the weights only the embeddings and what closes a video are read here; the layers are vLLM's.
+Only the embeddings and the closing token are read from the weights; vLLM loads the layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class OpenedDecoder(NamedTuple):
-    """A decoder, what closes visual tokens [D] (None where nothing does), and the generation settings."""
+    """A decoder, the closing token [D] (None if there is none), and the generation settings."""
 
     decoder: VllmDecoder
     closing: Tensor | None
@@ -36,17 +36,17 @@ class OpenedDecoder(NamedTuple):
 def open_decoder(
     name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, key: str | None = None
 ) -> OpenedDecoder:
-    """The decoder that `name` names.
+    """Open the decoder `name`.
 
     Args:
         name: "vllm", "vllm:FOLDER" or an address, see `runtime.decoder.naming`.
-        checkpoint: whose language model it is.
-        device, dtype: of embeddings; in this process vLLM computes in that dtype, too.
-        key: what a server asks clients for.
+        checkpoint: of the language model.
+        device, dtype: of embeddings; vLLM in this process also computes in that dtype.
+        key: the server's API key.
 
     Raises:
-        UserError: no such folder, vLLM is not installed, a checkpoint that cannot be read.
-        DecoderFailed: the server is none, or is started in another way.
+        UserError: no such folder, vLLM is not installed, or the checkpoint cannot be read.
+        DecoderFailed: vLLM does not start, or the address is no suitable vLLM server or cannot be reached.
     """
     found = load_embeddings(checkpoint, dtype)
     values = found.values.to(device)
@@ -64,7 +64,7 @@ def open_decoder(
 
 @contextmanager
 def _folder(named: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Path]:
-    """A folder that vLLM loads: the one that was named, else one that is written for that and removed."""
+    """A folder for vLLM to load: the named one, else a temporary one with the checkpoint's language model."""
     if named:
         if not (Path(named) / "config.json").is_file():
             raise UserError(

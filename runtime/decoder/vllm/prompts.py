@@ -1,8 +1,7 @@
-"""What every way to vLLM has in common: prompts go there as embeddings, token ids come back.
+"""The base class of vLLM decoders: prompts are sent as embeddings, token ids come back.
 
-Text is embedded here, so of the language model only the embeddings are loaded. A prompt's beginning that was read is
-kept as embeddings too: vLLM finds what it has read of them by their content (its prefix cache). What a decoder
-elsewhere says is believed no further than it makes sense.
+Text is embedded here, so only the language model's embeddings are loaded. A prefix is kept as embeddings; vLLM finds
+its KV cache by content (automatic prefix caching). Replies are validated.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from runtime.decoder.naming import PLACES
 from runtime.decoder.sampling import GREEDY, Sampling
 from runtime.errors import DecoderFailed
 
-CONCURRENT = 32  # answers under way; vLLM takes more together the more there are
+CONCURRENT = 32  # the most answers under way, which vLLM batches
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedPrompt:
-    """The beginning of a prompt.
+    """The prefix of a prompt.
 
     Attributes:
-        values: [1, L, D], which nobody writes over.
+        values: [1, L, D]; never written to.
         maker: the decoder that made it.
     """
 
@@ -47,25 +46,25 @@ class EmbeddedPrompt:
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Size in memory."""
         return self.values.nbytes
 
 
 @dataclass(frozen=True)
 class Step:
-    """What came: ids that follow those before them, and why there are no more, None if there may be."""
+    """The next token ids of an answer, and its finish reason; None before the end."""
 
     ids: Sequence[int]
     finish: Finish | None = None
 
 
 class VllmDecoder(ABC):
-    """A decoder whose layers are elsewhere; see `runtime.decoder.protocol.TextDecoder`.
+    """A decoder whose layers run in vLLM; see `runtime.decoder.protocol.TextDecoder`.
 
     Args:
-        embeddings: [V, D] of the language model, where prompts are made and in the dtype in which they go.
-        limit: positions that a prompt and its answer may take together.
-        concurrent: answers that may be under way at a time.
+        embeddings: [V, D] of the language model; prompts are made on their device and in their dtype.
+        limit: the most positions of a prompt with its answer.
+        concurrent: the most answers under way.
     """
 
     def __init__(self, embeddings: Tensor, limit: int, *, concurrent: int = CONCURRENT) -> None:
@@ -74,7 +73,7 @@ class VllmDecoder(ABC):
         self.device, self.dtype = embeddings.device, embeddings.dtype
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of token ids int64 [...]."""
+        """Embeddings [..., D] of token ids [...] int64."""
         return F.embedding(to_device(ids, self.device), self._embeddings)
 
     def prefill(
@@ -85,7 +84,7 @@ class VllmDecoder(ABC):
         positions: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> EmbeddedPrompt:
-        """Keep the beginning [1, L, D] of a prompt. vLLM reads it with the first question."""
+        """Keep the prefix [1, L, D] of a prompt; vLLM prefills it with the first question."""
         length = checked_length(inputs_embeds, self._width)
         _refuse_places(positions, bias)
         refuse_long_prefix(length, self.limit)
@@ -104,7 +103,7 @@ class VllmDecoder(ABC):
         positions: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Generator[int, None, Finish]:
-        """Generate token ids as `runtime.decoder.eager.Decoder.stream` does; greedily, the same."""
+        """Generate token ids as `runtime.decoder.eager.Decoder.stream` does; greedy ones are the same."""
         checked_length(inputs_embeds, self._width)
         max_new_tokens = whole("max_new_tokens (--max-new-tokens)", max_new_tokens, 1)
         _refuse_places(positions, bias)
@@ -146,14 +145,14 @@ class VllmDecoder(ABC):
     def steps(
         self, embeds: Tensor, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Generator[Step, None, None]:
-        """The answer to a prompt [L, D] as it comes; closing it ends the answer there, too.
+        """Stream the answer to a prompt [L, D]; closing the generator also ends the answer in vLLM.
 
         Raises:
             DecoderFailed: while iterating.
         """
 
-    def close(self) -> None:  # noqa: B027 - nothing, unless there is something
-        """Let go of what is held elsewhere. A second call does nothing."""
+    def close(self) -> None:  # noqa: B027 - a hook
+        """Free resources outside this process. A second call does nothing."""
 
     @property
     def _width(self) -> int:
@@ -161,14 +160,14 @@ class VllmDecoder(ABC):
 
 
 def ids_of(value: object) -> list[int]:
-    """Token ids of a step. Raises DecoderFailed if they are none."""
+    """`value` as token ids of a step. Raises DecoderFailed if it is no list of int."""
     if not isinstance(value, list) or not all(type(one) is int for one in value):
         raise DecoderFailed("the decoder answered without token ids: is it a vLLM server that knows return_token_ids?")
     return value
 
 
 def finish_of(value: object) -> Finish | None:
-    """Why an answer ended, as vLLM says it. Raises DecoderFailed for what is no end of an answer."""
+    """vLLM's finish reason; None before the end. Raises DecoderFailed for other reasons than "stop" and "length"."""
     if value is None:
         return None
     if value == "stop":

@@ -1,7 +1,7 @@
-"""vLLM behind an address: prompt embeddings go over the wire to its completions endpoint, token ids come back.
+"""A vLLM server as the decoder: prompt embeddings go to its completions endpoint, token ids come back.
 
-The server has to be started with `--enable-prompt-embeds`, on the folder that `python -m runtime.extract_decoder` wrote
-from the checkpoint of the engine. That it is that model cannot be seen from here, but for the width of its embeddings.
+The server must be started with `--enable-prompt-embeds`, on the folder that `python -m runtime.extract_decoder` wrote
+from the engine's checkpoint. Of this only the embeddings' width can be checked.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _BYTES_A_TOKEN, _BYTES_AT_ALL = 4 << 10, 1 << 20  # of an answer's events
 
 
 class RemoteDecoder(VllmDecoder):
-    """The decoder behind an address; see `VllmDecoder`.
+    """The decoder at an address; see `VllmDecoder`.
 
     Args:
         address, key, silent_seconds: as of `Wire`.
         embeddings: [V, D] of the language model.
-        context: positions that the model has; the server's limit holds where it is lower.
+        context: the model's number of positions; the server's limit holds if it is lower.
 
     Raises:
-        DecoderAway: there is no server.
-        DecoderFailed: it is no vLLM server, has not this one model, or takes no embeddings or not these.
+        DecoderAway: the server cannot be reached or is busy.
+        DecoderFailed: it is no vLLM server, lacks the model, or refuses these embeddings.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RemoteDecoder(VllmDecoder):
         self._wire = Wire(address, key, silent_seconds=silent_seconds)
         self._model, longest = _model_of(self._wire.get("/models"), address)
         super().__init__(embeddings, min(context, longest), concurrent=concurrent)
-        # Before anybody asks: one token, which tells whether embeddings are taken and whether they fit.
+        # A probe of one token: does the server accept embeddings, and of this width?
         with closing(self.steps(self._embeddings[:1], 1, frozenset(), GREEDY)) as steps:
             for _ in steps:
                 pass
@@ -59,13 +59,13 @@ class RemoteDecoder(VllmDecoder):
     def steps(
         self, embeds: Tensor, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Generator[Step, None, None]:
-        """As of `VllmDecoder`. What the checkpoint's own settings would make of an answer is switched off by name."""
+        """As of `VllmDecoder`. Sampling defaults from the checkpoint's generation settings are overridden."""
         body: dict[str, Any] = {
             "model": self._model,
             "prompt_embeds": packed(embeds),
             "max_tokens": max_new_tokens,
             "stop_token_ids": sorted(stop_ids),
-            "ignore_eos": True,  # the ids above are what ends an answer
+            "ignore_eos": True,  # `stop_token_ids` end an answer
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -87,14 +87,14 @@ class RemoteDecoder(VllmDecoder):
 
 
 def packed(embeds: Tensor) -> str:
-    """Embeddings [L, D] as vLLM takes them: saved by torch, in base64."""
+    """Embeddings [L, D] in vLLM's format: torch.save in base64."""
     buffer = io.BytesIO()
-    torch.save(embeds.to("cpu", copy=True).contiguous(), buffer)  # a view would be saved with all that it is of
+    torch.save(embeds.to("cpu", copy=True).contiguous(), buffer)  # a view would be saved with its whole storage
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _model_of(reply: Any, address: DecoderAddress) -> tuple[str, int]:
-    """Name and context of the model that answers, of what a server lists."""
+    """Name and context length of the model to use, from the server's list."""
     listed = reply.get("data") if isinstance(reply, dict) else None
     found: dict[str, int] = {}
     for one in listed if isinstance(listed, list) else []:
@@ -116,7 +116,7 @@ def _model_of(reply: Any, address: DecoderAddress) -> tuple[str, int]:
 
 
 def _step_of(event: Any) -> Step:
-    """What one event brought; nothing, where it is about other things (usage, say)."""
+    """The step in one event; an empty one for other events (usage, for one)."""
     choices = event.get("choices") if isinstance(event, dict) else None
     if not isinstance(choices, list) or any(not isinstance(one, dict) for one in choices):
         raise DecoderFailed("the decoder sent an event without choices: is it a vLLM server?")

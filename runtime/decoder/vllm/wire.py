@@ -1,13 +1,12 @@
-"""HTTP to a vLLM server, as distrustful as a server has to be that answers others with what comes back.
+"""An HTTP client for a vLLM server, whose replies are untrusted.
 
     wire = Wire(DecoderAddress("http://127.0.0.1:8000/v1"))
     models = wire.get("/models")
     for event in wire.events("/completions", {...}): ...
 
-One connection a request: closing it is what tells vLLM that nobody waits any more. Everything that can go wrong ends as
-`DecoderFailed` or, where asking again later may help, `DecoderAway`: one line, with the address and without what the
-other side sent, but for the message of an error in OpenAI's shape. Nothing is followed elsewhere. Bytes, the length of
-a line and the time between two events have bounds.
+Each request has its own connection; closing it makes vLLM abort the request. Errors are `DecoderFailed` or, if a retry
+may help, its child `DecoderAway`: one line with the address, and of the reply only an OpenAI-style error's message.
+Redirects are not followed. Bytes, the length of a line and the time between events are bounded.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from urllib.parse import urlsplit
 from runtime.decoder.naming import DecoderAddress
 from runtime.errors import DecoderAway, DecoderFailed
 
-SILENT_SECONDS = 60.0  # without news: connecting, before the status, between two events
+SILENT_SECONDS = 60.0  # timeout of connecting, of the status, and between two events
 _LONGEST_LINE = 4 << 20  # bytes; the first event may have an id for each token of the prompt
 _LONGEST_ERROR = 64 << 10
 _LONGEST_REPLY = 4 << 20
 _BLOCK = 64 << 10
-_SHOWN = 300  # characters of what it says of an error
+_SHOWN = 300  # characters of its error message
 _BUSY = (429, 503)
 
 
 class Wire:
-    """A server, and how long to wait for it.
+    """A client of one server.
 
     Args:
-        address: where it is.
-        key: what it asks clients for; None for nothing.
-        silent_seconds: without news, after which it is given up.
+        address: of the server.
+        key: its API key; None for none.
+        silent_seconds: timeout of connecting, of the status, and between two events.
     """
 
     def __init__(
@@ -51,18 +50,18 @@ class Wire:
         self._silent = silent_seconds
 
     def get(self, path: str) -> Any:
-        """The JSON that lies at a path. Raises DecoderFailed."""
+        """GET the JSON at a path. Raises DecoderFailed."""
         with self._sent("GET", path, None) as response:
             content = b"".join(_limited(self._blocks(response), _LONGEST_REPLY, self._failed))
         return self._json(content)
 
     def events(self, path: str, body: dict[str, Any], *, most: int) -> Generator[Any, None, None]:
-        """The JSON of each server-sent event of an answer, to its [DONE]; closing the generator ends the connection.
+        """POST `body`, and yield the JSON of each server-sent event up to [DONE]; closing it closes the connection.
 
-        most: bytes of the whole answer.
+        `most`: the most bytes of the whole answer.
 
         Raises:
-            DecoderFailed: while iterating, also where it ends without [DONE].
+            DecoderFailed: while iterating, also if the answer ends without [DONE].
         """
         content = json.dumps(body, allow_nan=False).encode()
         with self._sent("POST", path, content) as response:
@@ -70,7 +69,7 @@ class Wire:
                 raise self._failed("answered with something else than events")
             for line in self._lines(response, most):
                 if not line.startswith(b"data:"):
-                    continue  # an empty line between two, a comment that keeps the connection open
+                    continue  # an empty line between events, or a keep-alive comment
                 data = line[len(b"data:") :].strip()
                 if data == b"[DONE]":
                     return
@@ -82,7 +81,7 @@ class Wire:
 
     @contextmanager
     def _sent(self, method: str, path: str, body: bytes | None) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request, whose status is 200; the connection ends with the block."""
+        """The response to a request, of status 200; the connection is closed at the end."""
         kind = http.client.HTTPSConnection if self.address.secure else http.client.HTTPConnection
         connection = kind(self._at.hostname or "", self._at.port, timeout=self._silent)
         headers = {**self._headers, "connection": "close", "accept": "*/*"}
@@ -106,7 +105,7 @@ class Wire:
                 yield response
 
     def _refused(self, response: http.client.HTTPResponse) -> DecoderFailed:
-        """What a status says that is not 200."""
+        """The error for a status other than 200."""
         try:
             content = b"".join(_limited(self._blocks(response), _LONGEST_ERROR, self._failed))
             said = f": {_message(json.loads(content))}"
@@ -119,7 +118,7 @@ class Wire:
         return self._failed(f"refused with status {response.status}{said}")
 
     def _blocks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """What comes, as it comes."""
+        """The response's bytes as they arrive."""
         while True:
             try:
                 block = response.read1(_BLOCK)
@@ -132,7 +131,7 @@ class Wire:
             yield block
 
     def _lines(self, response: http.client.HTTPResponse, most: int) -> Iterator[bytes]:
-        """Its lines; who sends some bytes now and then and never a line is given up as who sends none."""
+        """The response's lines. Only events reset the timeout: a server that sends other bytes counts as silent."""
         rest, heard = b"", time.monotonic()
         for block in _limited(self._blocks(response), most, self._failed):
             *lines, rest = (rest + block).split(b"\n")
@@ -162,7 +161,7 @@ class Wire:
 
 
 def _limited(blocks: Iterator[bytes], most: int, failed: Any) -> Iterator[bytes]:
-    """The blocks, as long as they have no more than `most` bytes together."""
+    """The blocks; raises an error of `failed` once they exceed `most` bytes in total."""
     count = 0
     for block in blocks:
         if (count := count + len(block)) > most:
@@ -171,7 +170,7 @@ def _limited(blocks: Iterator[bytes], most: int, failed: Any) -> Iterator[bytes]
 
 
 def _message(reply: Any) -> str:
-    """What an error in OpenAI's shape says, in one line."""
+    """The message of an OpenAI-style error, in one line."""
     error = reply.get("error", reply) if isinstance(reply, dict) else None
     text = error.get("message") if isinstance(error, dict) else error
     if not isinstance(text, str):
