@@ -1,9 +1,8 @@
-"""Where finished engines live: one folder each, all or nothing.
+"""The cache of finished engines: one folder each, complete or absent.
 
-A build works in a hidden staging folder under a lock, and its folder takes its final name in one step, with everything
-in it verified. So a folder that carries an engine's name is complete, two builds of one thing do not do the work twice,
-and an interrupted one leaves nothing behind. What a killed one leaves, the next build in the same place clears, of
-whatever engine it is (`runtime.files.staged`).
+A build works in a hidden staging folder under a lock, and renames it once it is complete. So a folder with an engine's
+name is complete, concurrent builds of one engine do the work once, and an interrupted build leaves nothing behind. The
+leftovers of killed builds, of any engine, are cleared by the next build in the same place (`runtime.files.staged`).
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from runtime.files import staged
 
 
 def find(folder: Path, key: str, *, verified: bool, text: bool = False) -> Manifest | None:
-    """The manifest of a finished engine, if `folder` holds one built for `key` and (if asked for) verified.
+    """The manifest of a finished engine, if `folder` holds one with this key that is, if asked for, verified.
 
-    `text`: verified with the gate's last step, which not every verification runs. A folder that is there but damaged
-    counts as missing: it will be built again.
+    `text`: verified with the gate's last step, which is optional. A damaged folder counts as missing: it is built
+    again.
     """
     if not folder.is_dir():
         return None
@@ -42,13 +41,13 @@ def _ran_text(steps: Any) -> bool:
 
 @contextmanager
 def staging(folder: Path, waiting: Callable[[], None]) -> Iterator[Path]:
-    """A fresh folder to build in, beside `folder`, under its lock; removed on the way out unless `publish` took it.
+    """A new staging folder beside `folder`, under its lock; removed on exit unless published.
 
-    What killed builds left in that place, of any engine, is cleared first.
+    Leftovers of killed builds in that place, of any engine, are cleared first.
 
     Args:
         folder: the final folder.
-        waiting: called once if another process is building the same thing, before waiting for it.
+        waiting: called once, before waiting for another process that builds the same engine.
     """
     with ExitStack() as held:
         try:
@@ -62,5 +61,5 @@ def staging(folder: Path, waiting: Callable[[], None]) -> Iterator[Path]:
 
 
 def publish(place: Path, folder: Path) -> None:
-    """Give the staging folder its final name, in place of whatever had it."""
+    """Rename the staging folder to its final name, replacing what is there."""
     staged.publish(place, folder)

@@ -1,11 +1,10 @@
 """The calibration clips, and how many frames the adaptive schedule keeps of them.
 
-The gate runs on the clips; a chain's profiles and `--frame-budget auto` go by the frames kept. Those are measured in
-PyTorch, in fp32, on the model itself: the method's decisions need its hidden states. Layers after the last merge do not
-run.
+The gate runs on the clips; a chain's optimisation profiles and `--frame-budget auto` use the frames kept, measured on
+the PyTorch model in fp32. Layers after the last merge do not run.
 
-The scales of int8 are fitted to clips, so that the gate would find them too good on those: `scale_clips` and
-`gate_clips` share none.
+As int8 scales are fitted to clips, on which the gate would be too optimistic, `scale_clips` and `gate_clips` are
+disjoint.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ if TYPE_CHECKING:
     from builder.settings.config import BuildConfig
 
 SCALE_CLIPS, GATE_CLIPS = 24, 8  # of the bundled model's own task
-_DRAWN: dict[int, bytes] = {}  # the mp4 of each seed: to draw one takes a second, and every frame count asks for it
+_DRAWN: dict[int, bytes] = {}  # the mp4 of each seed: drawing takes a second, and each frame count needs it
 
 
 @dataclass(frozen=True)
 class FramesKept:
-    """Frames before the first merge and after each one, of every clip by its name."""
+    """Numbers of frames before the first merge and after each one, of every clip by name."""
 
     clips: Mapping[str, tuple[int, ...]]
 
     @property
     def ranges(self) -> tuple[tuple[int, int, int], ...]:
-        """Least, median (of an even number of clips the larger one in the middle) and most, of each stage."""
+        """(minimum, median, maximum) of each stage; the upper median for an even number of clips."""
         return tuple((min(counts), _median(counts), max(counts)) for counts in self._stages())
 
     def budget(self, share: float = AUTO_SHARE) -> tuple[int, ...]:
-        """Frames to keep after each merge so that they are enough for at least `share` of the clips, merge by merge."""
+        """After each merge, the least number of frames that is enough for at least `share` of the clips."""
         return tuple(_percentile(counts, share) for counts in self._stages()[1:])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: by stage the least, median and most, and the counts of every clip."""
+        """Plain JSON types: minimum, median and maximum by stage, and the counts of every clip."""
         least, median, most = (list(column) for column in zip(*self.ranges, strict=True))
         return {
             "minimum": least,
@@ -72,12 +71,12 @@ def _median(counts: tuple[int, ...]) -> int:
 
 
 def _percentile(counts: tuple[int, ...], share: float) -> int:
-    """The smallest of them that at least `share` of them do not exceed."""
+    """The smallest of the counts that at least `share` of them do not exceed."""
     return sorted(counts)[math.ceil(share * len(counts)) - 1]
 
 
 def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
-    """Run the adaptive schedule, with the other settings as they are, on clips.
+    """Run the adaptive schedule on clips, with all other settings of `graph`.
 
     Args:
         graph: the vision part in fp32.
@@ -94,7 +93,7 @@ def frames_kept(graph: VisionGraph, clips: Mapping[str, Tensor]) -> FramesKept:
 
 
 def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
-    """Real frames by name: of the clips given, else of a clip drawn, encoded and decoded in `place`."""
+    """Frames uint8 [F, 3, H, W] by clip: of the given clips, else of a clip drawn, encoded and decoded in `place`."""
     if not config.calibration:
         return {"drawn clip": _drawn(config, place, seed=0)}
     names = [path.name for path in config.calibration]
@@ -104,9 +103,9 @@ def calibration_clips(config: BuildConfig, place: Path) -> dict[str, Tensor]:
 
 
 def scale_clips(config: BuildConfig, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Frames that the scales of int8 go by: of the clips given all but those held out for the gate; where none were
-    given, of the drawn clip, and for the bundled model of its task's validation split. The drawn clip has not what
-    others have: scales from it alone lost points, which a gate on it could not see.
+    """The clips for int8 scales: of given clips all but those held out for the gate; else the drawn clip, for the
+    bundled model with clips of its task's validation split, as scales from the drawn clip alone lost accuracy, which a
+    gate on it did not notice.
 
     Args:
         clips: the calibration clips.
@@ -117,9 +116,8 @@ def scale_clips(config: BuildConfig, clips: dict[str, Tensor]) -> dict[str, Tens
 
 
 def gate_clips(config: BuildConfig, clips: dict[str, Tensor], place: Path) -> dict[str, Tensor]:
-    """Frames that the gate looks at: the clips, and with int8 only such as its scales do not go by. Of the clips given
-    that is the last quarter, one at least; where none were given, another drawn clip, and for the bundled model others
-    of the validation split.
+    """The clips for the gate: all; with int8 only those that its scales do not use: of given clips the last quarter, at
+    least one; else another drawn clip, for the bundled model with other clips of the validation split.
 
     Args:
         clips: the calibration clips.
@@ -146,7 +144,7 @@ def _held_out(clips: dict[str, Tensor]) -> int:
 
 
 def _of_task(config: BuildConfig, indices: range, frames: int) -> dict[str, Tensor]:
-    """Clips of the bundled model's task by name, `frames` of each; of another model none."""
+    """Clips of the bundled model's task by name, `frames` frames of each; none for other models."""
     if config.checkpoint.source != MICRO:
         return {}
     length = max(FRAMES, frames)

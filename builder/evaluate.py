@@ -2,8 +2,8 @@
 
     python -m builder.evaluate --plot accuracy.png
 
-Checks everything that was asked for; the stages of a measurement are in `builder.evaluation.run`. With `--coverage` it
-measures videos of the user's instead (`builder.evaluation.coverage`).
+The stages of a measurement are in `builder.evaluation.run`. `--coverage` measures the user's own videos instead
+(`builder.evaluation.coverage`).
 """
 
 from __future__ import annotations

@@ -4,17 +4,16 @@
     python -m builder.inspect ENGINE --compare OTHER
     python -m builder.inspect ENGINE --html FILE
 
-Shows what was built from what, its tensors and counts, what the engine is made of (layers by kind, fused attention,
-the share of the arithmetic in half precision, weights, the biggest layers), what the accuracy gate measured and what
-the build cost. `--compare` lists the fields in which two folders differ, and tells from the parts of their cache keys
-why one was built although the other was there. `--html` writes the page that a build leaves as report.html.
+Shows the engine's settings and source, its tensors and counts, its layers (by kind, fused attention, the share of flops
+in half precision, weights, the largest ones), the accuracy gate's measurements and the build's figures. `--compare`
+lists the differences of two folders, and why the cache did not reuse one for the other. `--html` writes the page that a
+build writes as report.html.
 
-Everything is read from what the builder left in the folder: JSON, and for `--backend onnx` the graph, without its
-weights. Nothing is deserialised into an engine, so neither a GPU nor TensorRT nor ONNX Runtime is needed. The files
-are compared with the manifest first. What is no whole engine folder ends in one line and status 2.
+Everything is read from the folder's files: JSON, and for `--backend onnx` the graph, without its weights. No engine is
+deserialised, so neither a GPU nor TensorRT nor ONNX Runtime is needed. The files' digests are checked first; an
+incomplete folder ends in one line and status 2.
 
-This module is the command: it shows a folder's record. What puts that together, adds up layers, compares two and
-makes a page of one is in `builder.inspection`.
+This module is the command; records, layers, comparisons and pages are made in `builder.inspection`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from earlytom.errors import UserError
 from runtime import cli
 
 WIDTH = 60  # of a value in a table
-# Fields of the manifest that have a place of their own on the screen.
+# Fields of the manifest that are shown separately.
 _APART = ("frames_kept", "schema", "name", "files", "figures", "verification", "polygraphy", "plugins", "programs")
 _KERNEL = ("name", "version", "kernel", "tensors", "registers", "shared_bytes", "spill_bytes", "ptx_sha256")
 
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """The command line."""
     p = cli.Parser(
         prog="python -m builder.inspect",
         description="Show what an engine folder holds, what it was built from and what was verified; runs nothing.",
@@ -90,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show(screen: cli.Screen, record: Record) -> None:
-    """A record of `describe` for people."""
+    """Print a record of `describe`."""
     manifest = record["manifest"]
     screen.line(f"engine: {record['folder']}\n")
     screen.table(("what it is", ""), list(_about(manifest)))
@@ -127,7 +126,7 @@ def show(screen: cli.Screen, record: Record) -> None:
 
 
 def _about(values: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The fields of a manifest that nothing else shows, those of its parts by their path."""
+    """The manifest's other fields, nested ones by dotted path."""
     for name, value in values.items():
         if not prefix and name in (*_APART, *COUNTS):
             continue
@@ -138,7 +137,7 @@ def _about(values: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def show_layers(screen: cli.Screen, layers: Record | None) -> None:
-    """What the engine is made of."""
+    """Print the engine's layers."""
     if layers is None:
         screen.line("layers: the build left no list of them\n")
         return
@@ -164,7 +163,7 @@ def _cells(row: Record) -> tuple[str, str, str]:
 
 
 def show_verification(screen: cli.Screen, gate: Record | None) -> None:
-    """What the accuracy gate ran on, and what it measured."""
+    """Print the accuracy gate's clips, checks and notes."""
     if gate is None:
         screen.line("verified: no (built with --no-verify)\n")
         return
@@ -182,12 +181,12 @@ def show_verification(screen: cli.Screen, gate: Record | None) -> None:
 
 
 def _count(check: Record) -> tuple[int, ...]:
-    """Of which frame count a check is, where there are several."""
+    """(the check's frame count,) if there are several, else ()."""
     return (check["frames"],) if "frames" in check else ()
 
 
 def show_comparison(screen: cli.Screen, record: Record) -> None:
-    """A record of `compare` for people."""
+    """Print a record of `compare`."""
     screen.line(f"engine: {record['engine']}\nother:  {record['other']}\n")
     for reason in record["reasons"]:
         screen.line(reason)
@@ -209,12 +208,12 @@ def _text(value: Any) -> str:
         return f"{value:.8g}"
     text = "-" if value is None else str(value)
     if re.fullmatch("[0-9a-f]{64}", text):
-        return text[:12]  # digests are told apart by their beginnings
+        return text[:12]  # enough of a digest to compare
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 
 def _quantity(name: str, value: float) -> str:
-    """A figure with the unit that its name tells."""
+    """A figure with the unit given by its name."""
     if name.endswith("_bytes"):
         return decimal(int(value))
     if name.startswith("flops_"):

@@ -1,4 +1,4 @@
-"""A build's records: the manifest, which makes the folder an engine, and report.json."""
+"""A build's records: the engine's manifest, and report.json."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def describe(done: StagesDone, key: str, name: str, place: Path) -> Manifest:
 
 
 def _polygraphy(done: StagesDone) -> str:
-    """The command line that repeats the gate's comparison; "" where there is none: ONNX Runtime cannot run bf16 graphs
-    on a CPU, and Polygraphy cannot run a chain."""
+    """The Polygraphy command that repeats the gate's comparison; "" without a gate, for bf16, which ONNX Runtime cannot
+    run on a CPU, and for several stages, which Polygraphy cannot run."""
     config = done.config
     if not done.reports or config.dtype == "bf16" or config.in_stages:
         return ""

@@ -1,4 +1,4 @@
-"""What a build shows: its plan, what was measured and made, and the JSON line at the end."""
+"""A build's output: its plan, its results, and the JSON line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(trace: Trace, config: BuildConfig) -> None:
-    """What will be kept and what it will cost, from shapes alone."""
+    """Print what will be kept, and its cost, from shapes alone."""
     layers = config.earlytom.merge_layers
     names = ["input", *(f"after layer {layer}" for layer in layers)]
     several = config.frame_counts is not None
@@ -44,7 +44,7 @@ def show_plan(trace: Trace, config: BuildConfig) -> None:
 
 
 def _costs(config: BuildConfig) -> list[tuple[object, ...]]:
-    """Tokens, arithmetic of the vision part and of prefill: full, compressed, share."""
+    """Tokens and flops of vision part and prefill: full, compressed, share."""
     full = config.layout.tokens_full
     costs = [("tokens to the LLM", full, config.tokens)]
     costs += [(f"{what} GFLOP", config.flops[f"{what}_full"], config.flops[what]) for what in ("vision", "prefill")]
@@ -55,14 +55,14 @@ def _costs(config: BuildConfig) -> list[tuple[object, ...]]:
 
 
 def show_kept(trace: Trace, config: BuildConfig, kept: FramesKept) -> None:
-    """How many frames the adaptive schedule keeps of the calibration clips."""
+    """Print the numbers of frames that the adaptive schedule keeps of the calibration clips."""
     names = ["input", *(f"after layer {layer}" for layer in config.earlytom.merge_layers)]
     rows = [(name, *counts) for name, counts in zip(names, kept.ranges, strict=True)]
     trace.table((f"frames kept of {', '.join(kept.clips)}", "minimum", "median", "maximum"), rows)
 
 
 def show_result(trace: Trace, manifest: Manifest, folder: Path) -> None:
-    """What was built, and what to type next."""
+    """Print what was built, and the command to ask it."""
     rows = [(name, decimal(record.bytes)) for name, record in manifest.files.items()]
     trace.table(("file", "size"), rows)
     if manifest.plugins:
@@ -79,7 +79,7 @@ def show_result(trace: Trace, manifest: Manifest, folder: Path) -> None:
 
 
 def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | None, *, cached: bool) -> dict[str, Any]:
-    """The JSON line. Where there are several frame counts, its figures are those of the most, and `counts` has all."""
+    """The JSON line. Its figures are those of the largest frame count; `counts` has those of all."""
     return {
         "folder": str(folder),
         "key": key,
@@ -105,7 +105,7 @@ def summary(config: BuildConfig, key: str, folder: Path, manifest: Manifest | No
 
 
 def _sizes(config: BuildConfig) -> dict[str, Any]:
-    """What follows from one frame count."""
+    """The figures of one frame count."""
     return {
         "frames_per_stage": list(config.stages),
         "tokens": config.tokens,

@@ -1,4 +1,4 @@
-"""What a build looks at before it starts, though only asking needs it: an engine that nobody can ask is no use."""
+"""Checks before a build of what only asking needs: decoder, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from earlytom.errors import UserError
 from runtime.checkpoint import Checkpoint, load_tokenizer
 from runtime.text.prompt import build_prompt
 
-QUESTION = "?"  # that a template is tried with
+QUESTION = "?"  # to try the template with
 
 
 def check_answers(checkpoint: Checkpoint) -> None:
-    """Refuse now what would only show when the engine is asked: an unusable decoder, tokenizer or template."""
+    """Raise UserError for an unusable decoder, tokenizer or template, which otherwise shows only when asking."""
     checkpoint.check_weights()
     tokenizer = load_tokenizer(checkpoint)
     try:

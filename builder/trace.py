@@ -1,4 +1,4 @@
-"""What a build tells while it runs, to whoever calls it from Python: lines."""
+"""A build's progress as lines, for callers from Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.trace import Trace
 
 
 class _Lines(io.TextIOBase):
-    """A stream that hands on whole lines."""
+    """A stream that calls `say` with each complete line."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say, self._begun = say, ""

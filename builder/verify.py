@@ -21,7 +21,7 @@ from runtime.engine.manifest import Manifest
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """The command line."""
     what = "Keep an engine's reference for comparisons in CI (--polygraphy), or see where it drifts (--layers)."
     p = cli.Parser(prog="python -m builder.verify", description=what)
     p.add_argument("engine", type=Path, metavar="ENGINE", help="engine folder, built with verification")

@@ -1,4 +1,4 @@
-"""The command line of `python -m builder.build`: from words to a checked `BuildConfig`."""
+"""The command line of `python -m builder.build`: from arguments to a checked `BuildConfig`."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, BuildConfig, 
     """Parse and check: `read`, then `configured`.
 
     Returns:
-        The options as given, the build they ask for, and why its backend was chosen.
+        The options as given, the build's configuration, and the choice of its backend.
     """
     options, choice = read(argv)
     return options, configured(options, choice), choice
 
 
 def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendChoice]:
-    """Parse, and refuse what can be refused without the model: reading one takes seconds.
+    """Parse, with all checks that need no model, as reading one takes seconds.
 
     Returns:
-        The options as given, and what they build with.
+        The options as given, and the choice of the backend.
     """
     options = parser().parse_args(argv)
     for clip in options.calibration:
@@ -59,7 +59,7 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
         raise UserError("--verify-text is a step of the gate, which --no-verify leaves out: give one of the two")
     try:
         str(options.out).encode()
-    except UnicodeEncodeError as error:  # ONNX takes no other names
+    except UnicodeEncodeError as error:  # ONNX needs UTF-8 paths
         raise UserError(
             f"--out {str(options.out)!r} is not UTF-8: choose another folder, or set the locale with LC_ALL=C.UTF-8"
         ) from error
@@ -84,7 +84,7 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, trt.BackendCho
 
 
 def _check_shapes(options: argparse.Namespace) -> None:
-    """What `BuildConfig` refuses, as far as it does not hang on the model."""
+    """The checks of `BuildConfig` that do not depend on the model."""
     method = _method(options, None)
     counts = () if options.frames is None else _counts(options.frames, 0)
     if len(counts) > 1 and options.frame_budget == AUTO:
@@ -116,7 +116,7 @@ def _check_int8(options: argparse.Namespace) -> None:
 
 
 def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildConfig:
-    """The build that options which `read` accepted ask for."""
+    """The configuration of a build from options that `read` returned."""
     from builder.settings.config import BuildConfig
     from earlytom.families import family_of, geometry
     from runtime.checkpoint import describe
@@ -153,12 +153,13 @@ def configured(options: argparse.Namespace, choice: trt.BackendChoice) -> BuildC
 
 
 def _has_kernels(method: MethodSettings) -> bool:
-    """Whether one of the method's steps is a kernel of ours."""
+    """Whether a step of the method has a plugin kernel."""
     return isinstance(method, EarlyTomConfig) or (isinstance(method, CellsConfig) and method.rounds is None)
 
 
 def _method(options: argparse.Namespace, frame: Geometry | None, family: Family | None = None) -> MethodSettings:
-    """The method's settings: a preset's, changed by what was given explicitly; `None` while the model is not known."""
+    """The method's settings: defaults or a preset's, changed by explicit options; `frame` is None before the model is
+    known."""
     kind = SETTINGS[options.method]
     own = {option.name: option.method for option in METHOD_OPTIONS.values() if option.method is not None}
     for name, method in (own | {"preset": EarlyTomConfig.method}).items():
@@ -195,7 +196,7 @@ def _method(options: argparse.Namespace, frame: Geometry | None, family: Family 
 
 
 def _refuse_merging(options: argparse.Namespace) -> None:
-    """Raise UserError for options about frames that are merged."""
+    """Raise UserError for options about merging."""
     given = {"--merge-layers": options.merge_layers, "--frame-budget": options.frame_budget}
     given["--schedule adaptive"] = None if options.schedule == "budget" else options.schedule
     for flag, value in given.items():
@@ -215,7 +216,7 @@ def _counts(text: str | None, usual: int) -> tuple[int, ...]:
 
 
 def _version(backend: str) -> str:
-    """Version of the library that makes the file the runtime will run."""
+    """Version of the library that compiles the engine, or of onnx for backend "onnx"."""
     if backend == "onnx":
         import onnx
 

@@ -1,9 +1,8 @@
-"""What a build is asked for, checked before any work starts, and the key that names its result.
+"""A build's configuration, checked before any work starts, and its cache key.
 
-A `BuildConfig` is made once from the command line (or by a caller), against the checkpoint it is for, and is frozen.
-Two builds with equal keys would produce the same folder, so the key covers everything that changes it: the weights that
-the vision engine depends on, the method's settings, precision, target, backend and its version, the clips it is checked
-on, and the code that builds it.
+A `BuildConfig` is frozen and made once, by the command line or a caller, for one checkpoint. Builds with equal keys
+produce the same folder, so the key covers all that changes it: the checkpoint, the method's settings, precision,
+target, backend and its version, calibration clips, code and libraries.
 """
 
 from __future__ import annotations
@@ -59,22 +58,22 @@ class BuildConfig:
     Attributes:
         checkpoint: the model, described but not loaded.
         earlytom: the settings of the method, whichever it is.
-        frames: F, frames of a clip; where the engine takes one of several counts, the most.
+        frames: F, frames of a clip; of several frame counts the largest.
         dtype: "fp16", "bf16" or "fp32".
-        target: compute capability the engine is for.
+        target: compute capability, (major, minor).
         backend: "onnx", "tensorrt" or "tensorrt-rtx", already resolved.
         backend_version: version of the library that compiles.
         hardware_compatible, workspace_gib: see `builder.compile.engine.compile_engine`.
         compression: "plugin" or "native", already resolved.
-        calibration: video files whose frames the gate runs on; none means the drawn clip. With int8 the scales come
-            from some and the gate runs on the others.
-        islands: what stays fp32 in half precision.
-        int8: what stays wider than int8, in words of `--int8-keep`: ("auto",) where the clips say, none for nothing;
-            None without int8.
-        batch: B, videos at once; counts, flops and costs are those of one.
-        frame_counts: the frame counts, ascending, if there are several; each gets a graph and an engine of its own.
-            What `at` returns has one of them, and the properties below are about `frames`.
-        chunk: C, frames of a chunk, if clips come in chunks.
+        calibration: video files for the gate; none: the drawn clip. With int8 the scales come from some and the gate
+            runs on the others.
+        islands: the fp32 islands of a half-precision graph.
+        int8: products kept wider than int8, as in `--int8-keep`: ("auto",) to choose by clips, () for none; None
+            without int8.
+        batch: B, videos at once; counts and flops are those of one.
+        frame_counts: the frame counts, ascending, if there are several; each gets its own graph and engine. `at`
+            returns the build of one of them; the properties below are about `frames`.
+        chunk: C, frames of a chunk, or None for whole clips.
     """
 
     checkpoint: Checkpoint
@@ -124,12 +123,12 @@ class BuildConfig:
             )
         self.earlytom.check_layers(self.depth)
         self._check_family()
-        _ = self.stages  # a frame budget that does not fit is refused
+        _ = self.stages  # checks the frame budget
         for frames in self.counts[:-1]:
-            self.at(frames)  # checks it as this did the most
+            self.at(frames)  # runs these checks
 
     def _check_family(self) -> None:
-        """Raise UserError for what engines of this model's family cannot be."""
+        """Raise UserError for settings that engines of this family do not support."""
         frame, title = self.geometry, family_of(self.model).title
         if any(count % frame.step for count in self.counts):
             raise UserError(
@@ -149,7 +148,7 @@ class BuildConfig:
         return self.frame_counts or (self.frames,)
 
     def at(self, frames: int) -> BuildConfig:
-        """The build of one of the frame counts; its files have that in their names (`file`)."""
+        """The build of one of the frame counts; its file names have the count (`file`)."""
         return self if self.counts == (frames,) else replace(self, frames=frames, frame_counts=(frames,))
 
     @property
@@ -158,44 +157,44 @@ class BuildConfig:
         return tuple(map(self.at, self.counts))
 
     def file(self, name: str) -> str:
-        """The name that a file gets: `name`, with the frame count in it where there are several."""
+        """A file's name: `name`, with the frame count if there are several."""
         return name if self.frame_counts is None else count_file(name, self.frames)
 
     @property
     def layout(self) -> Layout:
-        """What the engine is: its graphs, tensors and counts."""
+        """The engine's graphs, tensors and counts."""
         frame = self.geometry
         sizes = Sizes(frame.tokens_per_frame, frame.size, frame.token_width, frame.depth, frame.step)
         return Layout(self.earlytom, self.frames, self.batch, self.chunk, self.dtype, sizes, self.frame_counts)
 
     @property
     def model(self) -> Any:
-        """The checkpoint's own configuration, its parts (vision_config, text_config) filled in."""
+        """The checkpoint's transformers configuration, with vision_config and text_config."""
         return self.checkpoint.config
 
     @property
     def geometry(self) -> Geometry:
-        """Frames on their way to the LLM."""
+        """The geometry of the family's frames."""
         return family_of(self.model).geometry(self.model)
 
     @property
     def depth(self) -> int:
-        """Encoder layers that run."""
+        """Number of encoder layers that run."""
         return self.geometry.depth
 
     @property
     def adaptive(self) -> bool:
-        """Whether the video decides how many frames stay, so that the engine is a chain of stages."""
+        """Whether frame counts depend on the video, so that the engine is a chain of stages."""
         return self.layout.adaptive
 
     @property
     def in_stages(self) -> bool:
-        """Whether a clip runs through several graphs: a chain, or a graph for its chunks and one for the rest."""
+        """Whether a clip runs through several graphs: a chain, or head and rest of a chunked engine."""
         return self.layout.in_stages
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Frames before the first merge and after each one; adaptive schedule: the most, which is all of them."""
+        """Frames before the first merge and after each one; adaptive schedule: the maxima, which are all frames."""
         return self.layout.stages
 
     @property
@@ -205,20 +204,20 @@ class BuildConfig:
 
     @property
     def tokens(self) -> int:
-        """N, tokens that reach the LLM; adaptive schedule: the most that any video gives."""
+        """N, tokens that reach the LLM; adaptive schedule: the maximum."""
         return self.layout.tokens
 
     def tokens_of(self, frames_left: int) -> int:
-        """Tokens that reach the LLM of so many frames, none of them static."""
+        """Tokens that reach the LLM of `frames_left` dynamic frames."""
         return self.layout.tokens_of(frames_left)
 
     @property
     def flops(self) -> dict[str, int]:
-        """`flops_of` what stays; adaptive schedule: of the most that can."""
+        """`flops_of` the kept frames and tokens; adaptive schedule: of the maxima."""
         return self.flops_of(self.stages, self.tokens)
 
     def flops_of(self, stages: tuple[int, ...], tokens: int) -> dict[str, int]:
-        """Exact counts, see `earlytom.flops`: vision (tower and projector) and prefill, full and compressed.
+        """Flops of vision (tower and projector) and prefill, full and compressed, see `earlytom.flops`.
 
         Args:
             stages: frames before the first merge and after each one.
@@ -235,10 +234,10 @@ class BuildConfig:
 
     @property
     def expected_bytes(self) -> dict[str, int]:
-        """Sizes that follow from the shapes: weights of the vision part, input and output of one call (B videos)."""
+        """Bytes, from shapes: weights of the vision part, input and output of one call (B videos)."""
         size, (height, width) = self.itemsize, self.geometry.size
         wider = 0 if size == 4 else Costs(self).total(self.islands).weight_bytes
-        if self.int8 is not None:  # of what is chosen by clips, as if nothing stayed
+        if self.int8 is not None:  # with "auto" as if all products were int8
             wider -= (size - 1) * sum(products.elements_of(Costs(self), product) for product in self.narrow())
         return {
             "weights": size * family_of(self.model).vision_weights(self.model) + wider,
@@ -248,12 +247,12 @@ class BuildConfig:
 
     @property
     def half_share(self) -> float:
-        """Share of the flops of matrix products that a half graph with these islands has in half."""
+        """Share of matrix product flops in half precision, for a half graph with these islands."""
         return Costs(self).half_share(self.islands)
 
     @property
     def stage_half_shares(self) -> tuple[float, ...]:
-        """`half_share` of every stage, as its layer list has it: of one frame where they are dynamic."""
+        """`half_share` of every stage; a dynamic number of frames counts as one, as in layer lists."""
         if self.chunk is not None:
             return Costs(self).chunk_shares(self.islands)
         stages = (self.layout.steps, *([1] * len(self.earlytom.merge_layers)))
@@ -266,16 +265,16 @@ class BuildConfig:
 
     @property
     def precision(self) -> str:
-        """What the gate's limits go by: "int8" or the dtype."""
+        """The key of the gate's limits: "int8" or the dtype."""
         return self.dtype if self.int8 is None else "int8"
 
     @property
     def may_be_int8(self) -> tuple[Product, ...]:
-        """The products that int8 may have, in the order in which they run."""
+        """The products that can be int8, in execution order."""
         return products.every(self.depth, DEFAULT if self.dtype == "fp32" else self.islands)
 
     def narrow(self, kept: Collection[Product] | None = None) -> tuple[Product, ...]:
-        """The products that are int8; where that is for the clips to say, with what they said."""
+        """The products that are int8; `kept`: those kept wider, as chosen by clips for "auto"."""
         if self.int8 is None:
             return ()
         if kept is None:
@@ -287,7 +286,7 @@ class BuildConfig:
         return tuple(product for product in self.may_be_int8 if product not in kept)
 
     def int8_share(self, kept: Collection[Product] | None = None) -> float:
-        """Share of the flops of matrix products that are int8; `kept` as in `narrow`."""
+        """Share of matrix product flops in int8; `kept` as in `narrow`."""
         return products.share(Costs(self), self.narrow(kept))
 
     def stage_int8_shares(self, kept: Collection[Product] | None = None) -> tuple[float, ...]:
@@ -302,7 +301,7 @@ class BuildConfig:
         return products.part_shares(costs, self.narrow(kept), [whole for whole, _ in found], ends)
 
     def key_parts(self) -> dict[str, Any]:
-        """Everything that changes the folder that is built, in plain JSON types; report.json keeps it."""
+        """All that changes the built folder, in plain JSON types; stored in report.json."""
         return {
             "model": self.checkpoint.digest(),
             "answers": self.checkpoint.answers_digest(),
@@ -319,7 +318,7 @@ class BuildConfig:
             "code": code_digest(),
             "libraries": {name: metadata.version(name) for name in EXPORTERS},
             "triton": triton_version() if self.compression == "plugin" else None,
-            # Only where it is another than usual, so that what was built before there was a choice is still found.
+            # Only if not the default, so that engines built before the option existed are still found.
             **({} if self.earlytom.method == EarlyTomConfig.method else {"method": self.earlytom.method}),
             **({} if self.islands == DEFAULT else {"islands": list(self.islands.words)}),
             **({} if self.int8 is None else {"int8_keep": list(self.int8)}),

@@ -1,7 +1,7 @@
-"""Which of this project's sources decide what an engine contains: a part of the key under which it is found again.
+"""The sources that determine an engine's content: a part of its cache key.
 
-An engine is built anew when one of them changes, and only then: what asks for a build, shows it, keeps it or looks at
-finished ones changes nothing in it. A module is named without its ending, and stands for a file or for a folder.
+Only a change of these rebuilds an engine, not of command lines, output, the cache or inspection. Modules are named
+without suffix and stand for a file or a folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of the builder everything counts but commands, their options, screens, the store, and what looks at engines.
+# Excluded from the builder: commands, their options and output, the cache, and what only reads engines.
 _APART = (
     "build",
     "cache",
@@ -33,11 +33,11 @@ _APART = (
     "source",
     "verify",
 )
-# Of the method everything but the bundled model's training and files: two of these draw random weights, and the scales
-# of int8 go by clips of the bundled model's world.
+# Excluded from `earlytom`: the bundled model, except modules for random weights (`_MICRO`) and the clips of its task,
+# from which int8 scales come.
 _BUNDLED = ("families/bundled", "micro")
 _MICRO = ("data", "random_model", "weights")
-# Of the runtime what reads checkpoints, makes the frames that the gate goes by, and writes the folder.
+# Included from the runtime: reading checkpoints, making the gate's frames, and writing the folder.
 _RUNTIME = (
     "checkpoint",
     "drawing",
@@ -48,7 +48,7 @@ _RUNTIME = (
 
 
 def code_digest(root: Path = ROOT) -> dict[str, str]:
-    """SHA-256 of every source under `root` that decides what an engine contains, by its path from there."""
+    """SHA-256 (hex) of every source under `root` that determines an engine, by relative path."""
     apart = {path for name in _APART for path in _sources(root / "builder", name)}
     paths = {path for path in (root / "builder").rglob("*.py") if path not in apart}
     method = root / "earlytom"

@@ -1,7 +1,6 @@
-"""What a build may be asked for: limits and defaults, and the checks that need neither a model nor a library.
+"""Limits and defaults of a build, and the checks that need neither a model nor a library.
 
-Numbers and words only. The command line and `builder.settings.config.BuildConfig` refuse by the same lines: the one
-before anything is loaded, the other whoever makes it.
+The command line runs them before anything is loaded, `builder.settings.config.BuildConfig` for every caller.
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ from collections.abc import Sequence
 
 from earlytom.errors import UserError
 
-# Of the clips, `--frame-budget auto` keeps so many whole: all frames that the adaptive schedule would.
+# `--frame-budget auto` gives enough frames for this share of the clips, by the adaptive schedule.
 AUTO, AUTO_SHARE = "auto", 0.9
 TARGETS = {"a100": (8, 0)}
 MAX_FRAMES = 128
 MAX_BATCH = 64
-# Far above what a tower needs (0.1 GB of scratch for 8 frames of a published one), well below an A100: a graph that
-# would materialise tens of GB is refused here and not on the GPU. The limit is part of the engine: another one, other
-# bytes.
+# Far above a tower's need (0.1 GB of scratch for 8 frames of a published one), well below an A100's memory: a graph
+# that would materialise tens of GB fails in the build, not on the GPU. The limit changes the engine's bytes.
 WORKSPACE_GIB = 16.0
 
 
 def parse_target(text: str) -> tuple[int, int]:
-    """A GPU name or a compute capability: "a100" or "8.0" to (8, 0)."""
+    """(major, minor) from a GPU's name or a compute capability: "a100" or "8.0" gives (8, 0)."""
     if text.lower() in TARGETS:
         return TARGETS[text.lower()]
     match = re.fullmatch(r"(\d{1,2})\.(\d)", text)
@@ -33,7 +31,7 @@ def parse_target(text: str) -> tuple[int, int]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width of frames: "448x832" to (448, 832)."""
+    """(height, width) of frames in pixels: "448x832" gives (448, 832)."""
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
     if match is None:
         raise UserError(f"--size {text!r} is not HEIGHTxWIDTH: give both in pixels, such as 448x832")
@@ -41,20 +39,20 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def check_counts(counts: Sequence[int]) -> None:
-    """Raise UserError for a frame count that no engine has."""
+    """Raise UserError for a frame count out of range."""
     for frames in counts:
         if not 1 <= frames <= MAX_FRAMES:
             raise UserError(f"the number of frames must be between 1 and {MAX_FRAMES}, got {frames}: set --frames")
 
 
 def check_batch(batch: int) -> None:
-    """Raise UserError for a number of videos that no engine takes at once."""
+    """Raise UserError for a batch size out of range."""
     if not 1 <= batch <= MAX_BATCH:
         raise UserError(f"the number of videos must be between 1 and {MAX_BATCH}, got {batch}: set --batch")
 
 
 def check_clips(int8: bool, clips: int) -> None:
-    """Raise UserError for one calibration clip with int8."""
+    """Raise UserError for a single calibration clip with int8."""
     if int8 and clips == 1:
         raise UserError(
             "--int8 is checked on other clips than its scales come from, and --calibration names 1: name at least 2, "
@@ -71,9 +69,9 @@ def check_shapes(
     batch: int = 1,
     chunk: int | None = None,
 ) -> None:
-    """Raise UserError for what several videos, several frame counts or chunks do not go together with.
+    """Raise UserError for incompatible schedule, frame budget, frame counts, batch and chunk.
 
-    `frames` is None while it is not known.
+    `frames` is None while unknown.
     """
     if schedule == "adaptive" and batch > 1:
         raise UserError(
@@ -101,16 +99,16 @@ def check_shapes(
 
 
 def check_one_video(method: str, *, batch: int, chunk: int | None) -> None:
-    """Raise UserError for several videos at once, or chunks, of a method of the field."""
+    """Raise UserError for batches or chunks with a published comparison method."""
     if method not in ("earlytom", "cells") and (batch > 1 or chunk is not None):
         what = f"--chunk {chunk}" if chunk is not None else f"--batch {batch}"
         raise UserError(f"--method {method} takes one whole video at a time: leave out {what}")
 
 
 def check_rounds(schedule: str, rounds: int | None, backend: str) -> None:
-    """Raise UserError for tokens taken one after the other in a number that the video decides, in a compiled engine.
+    """Raise UserError for greedy selection of a number of tokens that depends on the video, in a compiled engine.
 
-    That is a loop of dynamic shapes, on which tensorrt-rtx ends the process; ONNX Runtime runs it.
+    It is a loop of dynamic shapes, on which tensorrt-rtx crashes; ONNX Runtime runs it.
     """
     if schedule == "adaptive" and rounds is None and backend != "onnx":
         raise UserError(
@@ -120,7 +118,7 @@ def check_rounds(schedule: str, rounds: int | None, backend: str) -> None:
 
 
 def check_chunk(chunk: int, frames: int, schedule: str) -> None:
-    """Raise UserError unless chunks of `chunk` frames fill a clip of `frames`, and the schedule can be cut."""
+    """Raise UserError unless `chunk` divides `frames` and the schedule has static shapes."""
     if schedule != "budget":
         raise UserError(f"--chunk cuts an engine of static shapes in two: build with --schedule budget, not {schedule}")
     if chunk < 1 or frames % chunk:

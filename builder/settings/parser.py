@@ -1,4 +1,4 @@
-"""The options of `python -m builder.build`, with a help text that teaches."""
+"""The argument parser of `python -m builder.build`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ mend it), 130 after Ctrl-C. Nothing half-written stays behind.
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, with a help text that teaches."""
+    """The command line."""
     p = cli.Parser(
         prog="python -m builder.build",
         description=f"Compile the vision part of a {TITLES} checkpoint, with EarlyTom token compression inside, "
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def flags() -> dict[str, str]:
-    """The options that set each value, as they are typed: "dtype" is set by "--fp16, --bf16, --fp32"."""
+    """The flags that set each value, such as "--fp16, --bf16, --fp32" for "dtype"."""
     found: dict[str, list[str]] = {}
     for action in parser()._actions:
         found.setdefault(action.dest, []).extend(action.option_strings[:1])
@@ -204,7 +204,7 @@ def _work_options(group: Any) -> None:
 
 
 def _built(method: str) -> str:
-    """A method's name; ArgumentTypeError with the reason for one that runs in PyTorch alone."""
+    """A method's name; ArgumentTypeError with the reason for one that runs in PyTorch only."""
     if method in NOT_BUILT:
         raise argparse.ArgumentTypeError(f"{method} cannot be built into an engine: {NOT_BUILT[method]}")
     return method
