@@ -1,4 +1,4 @@
-"""Changes to modules that can be taken back."""
+"""Monkey patches of modules that can be undone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any, Self
 
 
 class Restorable:
-    """Instance attributes put on modules, which `restore()` or the end of a `with` block takes off again."""
+    """Instance attributes set on modules, until `restore()` or the end of a `with` block."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []  # owner, name and the instance attribute that was there, if any
+        self._before: list[tuple[Any, str, Any]] = []  # owner, name, previous instance attribute or None
 
     def __enter__(self) -> Self:
         return self
@@ -18,7 +18,7 @@ class Restorable:
         self.restore()
 
     def restore(self) -> None:
-        """Give the model back as it was. Calling it twice does nothing."""
+        """Undo all changes. A second call does nothing."""
         for owner, name, before in self._before:
             del vars(owner)[name]
             if before is not None:

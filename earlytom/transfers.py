@@ -1,4 +1,4 @@
-"""Small tensors on their way from the host to a GPU."""
+"""Copies of small tensors from the host to a GPU without a sync."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, for work that is queued there from now on; the host waits for nothing.
+    """`values` on `device`, for work queued on the current stream afterwards; the host does not wait.
 
-    Out of ordinary memory a copy to a GPU first waits for everything that its stream has to do, the vision engine for
-    example. Out of pinned memory it takes its place in the line; torch keeps such memory to use it again.
+    A copy from pageable memory would wait for all work of its stream, the vision engine for example; one from pinned
+    memory is only queued. torch caches pinned memory.
     """
     if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What can go wrong at run time, by kind, so that a service can tell them apart. `UserError`s the caller can mend."""
+"""Errors at run time, by kind, so that a service can tell them apart. `UserError`s are those a caller can mend."""
 
 from earlytom.errors import UserError
 
@@ -12,15 +12,15 @@ class EngineError(UserError):
 
 
 class Overloaded(UserError):  # noqa: N818 - the name of a state, as those below
-    """As many requests wait as may wait: try again later."""
+    """The queue of requests is full: try again later."""
 
 
 class DeadlineExceeded(UserError):  # noqa: N818
-    """A request's time was up before its end."""
+    """A request's deadline passed before its end."""
 
 
 class Cancelled(RuntimeError):  # noqa: N818
-    """Its caller has cancelled the request."""
+    """The caller cancelled the request."""
 
 
 class Closed(RuntimeError):  # noqa: N818
@@ -28,8 +28,8 @@ class Closed(RuntimeError):  # noqa: N818
 
 
 class DecoderFailed(UserError):  # noqa: N818
-    """A decoder elsewhere did not do what it was asked for: it refused, hung, or said what makes no sense."""
+    """vLLM, in this process or on a server, did not start, refused, hung, or gave an invalid reply."""
 
 
 class DecoderAway(DecoderFailed):
-    """It cannot be reached, or has too much to do: try again later."""
+    """The decoder's server cannot be reached or is busy: try again later."""
