@@ -12,7 +12,7 @@ from runtime.errors import EngineError
 
 
 def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
-    """Refuse frames that an engine built for `shape` = [F, 3, H, W], or [B, F, 3, H, W] for B videos, cannot take."""
+    """Raise EngineError unless frames are uint8 of `shape`: [F, 3, H, W], or [B, F, 3, H, W] for B videos."""
     expected = tuple(shape)
     if tuple(frames.shape) != expected:
         *batch, count, _, height, width = expected
@@ -29,12 +29,12 @@ def check_frames(frames: Tensor, shape: Sequence[int]) -> None:
 
 
 def batch_of(shape: Sequence[int]) -> int:
-    """B of an engine with input frames of this shape: 1 for [F, 3, H, W], else that of [B, F, 3, H, W]."""
+    """B of input frames [B, F, 3, H, W]; 1 for [F, 3, H, W]."""
     return shape[0] if len(shape) == 5 else 1
 
 
 def check_clips(clips: Sequence[Tensor], shape: Sequence[int]) -> None:
-    """Refuse no clips, more than an engine with frames of `shape` takes, or another shape or dtype."""
+    """Raise EngineError unless there are 1 to B clips, each uint8 [F, 3, H, W] as in `shape`."""
     most = batch_of(shape)
     if not 1 <= len(clips) <= most:
         raise EngineError(

@@ -60,8 +60,8 @@ class LiveTimings:
     """Seconds of a live clip.
 
     Attributes:
-        after_last_frame: from the push of the last frame to the tokens, the caller's time before `finish` included:
-            the wait of a question that was asked before the clip ended.
+        after_last_frame: from the push of the last frame to the tokens, including the caller's time before `finish`:
+            how long a question asked earlier waits for them.
         before: run time of the head before that push.
         share: fraction (0 to 1) of the sampled frames that the head had encoded before that push.
     """
@@ -77,7 +77,7 @@ class LiveClip:
     Args:
         vision: a backend that takes chunks.
         total: number of frames that will arrive; None if unknown.
-        limit: the most frames that may arrive where `total` is unknown, default 4 F; all are kept, resized.
+        limit: the most frames that may arrive if `total` is unknown, default 4 F; all are kept, resized.
         device: where frames are resized.
         sampling: how frames are sampled, see `runtime.video.sample_indices`.
 
@@ -232,7 +232,7 @@ class LiveClip:
         return resized
 
     def _wanted(self) -> bool:
-        """False once closed, or when the interpreter waits at its exit for the worker."""
+        """False once closed, or when the exiting interpreter waits for the worker."""
         return self._worker is not None and threading.main_thread().is_alive()
 
     # In the worker thread, one call after the other; each checks `_wanted` first.
@@ -306,8 +306,8 @@ class Completion:
 def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Completion:
     """How `sample`, ascending, is completed once frames 0 to `encoded` - 1 are encoded.
 
-    `chunk` is None where a frame's encoding does not depend on its chunk, so that every encoded frame can be reused.
-    Else it is the frames of a chunk: only leading chunks that are also chunks of the sample are reused.
+    `chunk` is None if a frame's encoding does not depend on its chunk, so that every encoded frame can be reused. Else
+    it is the chunk size: only leading chunks that are also chunks of the sample are reused.
     """
     if chunk is None:
         distinct = sorted(set(sample))
@@ -321,7 +321,7 @@ def completion(sample: Sequence[int], encoded: int, chunk: int | None) -> Comple
 
 
 def _planar(frames: Any) -> Tensor:
-    """Pushed frames as uint8 [n, 3, h, w]. Raises UserError for anything that is no frames."""
+    """Pushed frames as uint8 [n, 3, h, w], checked."""
     if isinstance(frames, list | tuple) or hasattr(frames, "getbands"):  # the latter is PIL's, which is not needed here
         return stack_frames(frames if isinstance(frames, list | tuple) else [frames])
     plain = getattr(frames, "layout", torch.strided) is torch.strided and not getattr(frames, "is_nested", False)

@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU: runs `vision.onnx` on any machine, with no GPU and no compiled engine.
+"""ONNX Runtime on the CPU: runs an engine's ONNX graphs on any machine, with no GPU and no compiled engine.
 
-A session is made once; inputs and outputs are bound to existing memory, the frames to the caller's, so that a run
-copies and allocates nothing on our side.
+A session is made once; inputs and outputs are bound to existing memory, so that a run copies and allocates nothing on
+this side.
 
 Session options, as measured on two cores with an exported vision tower (6 layers of width 576, 8 frames of 256 tokens,
 interleaved runs): optimiser level, memory pattern, arena and weight prepacking change nothing beyond noise, so they
@@ -97,7 +97,7 @@ def open_session(path: Path, threads: int) -> Any:
         raise EngineError(f"{path} is missing: {REBUILD}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors only; they are raised, so the log would say them twice
+    options.log_severity_level = 3  # errors only: warnings would reach the user's terminal
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

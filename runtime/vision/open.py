@@ -26,9 +26,9 @@ from runtime.vision.whole import Whole
 
 
 def choose_backend(asked: str, manifest: Manifest) -> str:
-    """Which of `BACKENDS` (but "auto") runs this engine here.
+    """The one of `BACKENDS` that runs this engine here.
 
-    "auto" takes the compiled engine where torch can use a GPU (or the folder has no ONNX graph), else ONNX Runtime, or
+    "auto" takes the compiled engine if torch can use a GPU or the folder has no ONNX graph, else ONNX Runtime, or
     PyTorch for bf16 graphs, for which ONNX Runtime has no CPU kernels. A backend named explicitly is used or refused.
 
     Raises:
@@ -62,9 +62,9 @@ def open_backend(
     threads: int | None = None,
     frames: Sequence[int] | None = None,
 ) -> VisionBackend:
-    """Load the engine of a folder whose manifest was read (and thereby checked).
+    """Load the engines of a folder whose manifest was read (and thereby checked).
 
-    Every frame count is loaded; each call runs the one that its frames fit (`runtime.vision.by_frames`).
+    Those of all frame counts are loaded; each call runs the one for its number of frames (`runtime.vision.by_frames`).
 
     Args:
         asked: "auto" or one of `ENGINE_BACKENDS` ("torch" needs a checkpoint: `runtime.vision.torch`).

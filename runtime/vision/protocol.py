@@ -37,8 +37,8 @@ class VisionBackend(Protocol):
     `batch` is B, the videos of one call; with B > 1 the backend is a `BatchedVision`. Frames may be on the CPU or on
     `device`, where the backend runs.
 
-    The tensors that `encode` returns belong to the backend: the next `encode` or `close` overwrites them. Splice them
-    into the prompt (a copy anyway) or clone them before. A second call while one is under way raises RuntimeError.
+    Unless a backend says otherwise, it owns the tensors that `encode` returns, and the next `encode` overwrites them:
+    splice them into the prompt (a copy anyway) or clone them before. A second call during one raises RuntimeError.
     """
 
     name: str
@@ -49,7 +49,7 @@ class VisionBackend(Protocol):
         """Visual tokens of one clip.
 
         Args:
-            frames: uint8 [F, 3, H, W], RGB; where `batch` is more than 1 [B, F, 3, H, W].
+            frames: uint8 [F, 3, H, W], RGB; with B > 1 [B, F, 3, H, W].
 
         Raises:
             EngineError: frames of another shape or dtype.
@@ -57,7 +57,7 @@ class VisionBackend(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the backend, which cannot be used afterwards. A second call does nothing."""
+        """Free the backend; a second call does nothing. Tensors returned before stay readable."""
         ...
 
 

@@ -41,7 +41,7 @@ class Runner(Protocol):
     device: torch.device
 
     def lane(self, shape: Sequence[int], *, kept: bool = False, waits: bool = False) -> Here:
-        """The stream that its work is queued on; arguments as of `runtime.gpu.streams`."""
+        """The stream of its work; arguments as in `runtime.gpu.streams`."""
         ...
 
     def fix(self, tensors: Mapping[str, Tensor], lane: Here) -> None:
@@ -70,7 +70,7 @@ class CallGuard:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The block is a call. Raises RuntimeError while another one is under way, or once closed."""
+        """The block is a call. Raises RuntimeError during another call, or once closed."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this vision backend is busy with another clip: open one per thread or wait for it")
         try:
