@@ -104,7 +104,7 @@ class Closings(NamedTuple):
 
 
 def _order(tokens: int, ends: Tensor) -> Tensor:
-    """[N + R]: the permutation that moves R rows, stored after N others, to behind the first `ends` of those."""
+    """[N + R]: the order that puts closing row r, stored at N + r, after the first `ends[r]` of the N tokens."""
     import torch
 
     return torch.cat([2 * torch.arange(tokens, device=ends.device), 2 * ends - 1]).argsort()

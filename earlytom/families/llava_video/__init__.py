@@ -45,8 +45,8 @@ _TEMPLATE = """\
 
 
 class LlavaVideo(LlavaOnevision):
-    """See `Family`. There is an instance for each pooling and each placing of newlines, with and without a sentence of
-    the frames' times."""
+    """See `Family`. There is an instance for each pooling and placing of newlines, with and without the frames' times
+    in a sentence."""
 
     model_type = "llava_qwen"
     title = "LLaVA-Video"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from earlytom.families.smolvlm.tower import SmolVlmTower, SmolVlmVision
 
 _GLOBAL, _FAKE, _VISUAL, _DONE = "<global-img>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"
-_MOST_FRAMES, _LONGEST = 777, 24 * 3600 - 1  # the number of the longest words, and the last second of a day
+_MOST_FRAMES, _LONGEST = 777, 24 * 3600 - 1  # for the longest texts: in words, and of a day's last second
 _LANCZOS, _BICUBIC = 1, 3
 _IMAGE_ID = 49190
 
