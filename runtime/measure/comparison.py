@@ -1,7 +1,7 @@
-"""The comparison of variants: `python -m runtime.bench` without --service and --soak.
+"""The comparison of variants: `python -m runtime.bench` without --vision-only, --service, --soak and --serve.
 
-One process, one set of weights, one question about one video. The variants (`runtime.measure.variants`) take turns
-request by request, after a warm-up that is not counted; then come memory, throughput, scaling and the compression.
+One process, one set of weights, one question about one video. Requests of the variants (`runtime.measure.variants`) are
+interleaved after a warm-up; then memory, throughput, scaling and the compression's share are measured.
 """
 
 from __future__ import annotations
