@@ -20,10 +20,11 @@ serve: $(VENV)/.ready
 	$(BIN)/python -m runtime.serve engines
 
 # In the order of the folders, not by how many tests a file has: the dear files have few, and should not come last.
-# mypy runs beside the tests and is heard after them.
+# One worker more than cores, as tests also wait: for clocks, locks and processes. mypy runs beside the tests and is heard
+# after them.
 test: style
 	$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & \
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$!; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests | types))
 
 vllm-check: $(VENV)/.ready $(VLLM)/.ready

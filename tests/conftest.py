@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-# There are as many workers as cores: further threads, also of commands that tests start, would wait for each other.
+# The workers fill the cores: further threads, also of commands that tests start, would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")

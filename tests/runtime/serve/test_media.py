@@ -43,23 +43,27 @@ def refused(part: VideoPart | str, **more: Any) -> ServeError:
     return caught.value
 
 
-def open_files() -> list[str]:
-    """What this process has open."""
+def open_files(folder: str) -> list[str]:
+    """Files of a folder that this process has open."""
     found = []
     for number in os.listdir("/proc/self/fd"):
         try:
             found.append(os.readlink(f"/proc/self/fd/{number}"))
         except OSError:  # the one that lists them
             continue
-    return [name for name in found if name.startswith(tempfile.gettempdir())]
+    return [name for name in found if name.startswith(folder)]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    before = sorted(open_files())
-    yield
-    assert sorted(open_files()) == before
-    assert not [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("earlytom-")]
+def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary files are in a folder of the test's own: those of others come and go."""
+    usual, own = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
+    tempfile.tempdir = own
+    try:
+        yield
+        assert (open_files(own), os.listdir(own)) == ([], [])
+    finally:
+        tempfile.tempdir = usual
 
 
 # Data URLs
