@@ -15,7 +15,7 @@ from typing import Any
 
 from earlytom.errors import UserError
 from earlytom.numbers import real, whole
-from runtime.choices import BACKENDS, NARROW_DTYPES, POSITIONS
+from runtime.choices import BACKENDS, NARROW_DTYPES, POSITIONS, flag
 from runtime.decoder.naming import address_of, by_vllm, decoder_named
 from runtime.engine import layout
 
@@ -174,11 +174,11 @@ def settings_from(told: Mapping[str, Any]) -> Settings:
     for name, value in told.items():
         if name != "engine" and name not in known:
             raise UserError(f"there is no setting {name!r}; known are engine, {', '.join(known)}")
-        flag = None if name == "engine" else known[name][1]
-        if flag is not None and flag.several:
+        spec = None if name == "engine" else known[name][1]
+        if spec is not None and spec.several:
             value = tuple(value)
-        elif flag is not None and isinstance(value, str) and flag.kind not in (str, bool):
-            value = flag.kind(value)
+        elif spec is not None and isinstance(value, str) and spec.kind not in (str, bool):
+            value = spec.kind(value)
         values[name] = Path(value) if name == "engine" else value
     if "engine" not in values:
         raise UserError("there is no setting engine: give the folder of one")
@@ -192,7 +192,7 @@ def told_of(settings: Settings) -> dict[str, Any]:
 
 def option(name: str) -> str:
     """The flag of a setting."""
-    return "--" + ("no-page" if name == "page" else name.replace("_", "-"))
+    return "--no-page" if name == "page" else flag(name)
 
 
 def flags() -> dict[str, tuple[Any, Flag]]:

@@ -115,7 +115,7 @@ def test_all_is_all(made: tuple[str, int, int]) -> None:
 def test_rounds_are_even(count: int, rounds: int) -> None:
     sizes = round_sizes(count, rounds)
     assert (sum(sizes), len(sizes)) == (count, min(count, rounds))
-    assert 0 <= sizes[0] - min(sizes) <= sizes[0] - max(sizes) + 1 == 1
+    assert sizes[0] == max(sizes) <= min(sizes) + 1
     assert min(sizes) >= 1
 
 
